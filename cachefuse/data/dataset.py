@@ -1,0 +1,140 @@
+"""A dataset as the pipeline sees it: ids, splits, images, texts and targets, in manifest order."""
+
+import hashlib
+import logging
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from cachefuse.data.manifest import Manifest
+from cachefuse.data.readers.base import ImageSource, Samples
+from cachefuse.data.splits import apply_hash_splits
+from cachefuse.data.targets import encode_labels, find_classes
+from cachefuse.errors import DataError, MissingDataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """N samples. Missing modalities are None; ``images[i]`` None and ``texts[i]`` () where one sample lacks them.
+
+    targets: (N, C) int8 of 0 and 1 for multi-label, (N,) int32 class indices for multi-class; -1 where unlabelled.
+    """
+
+    manifest: Manifest
+    classes: tuple[str, ...]
+    ids: list[str]
+    splits: np.ndarray
+    targets: np.ndarray
+    images: list[ImageSource | None] | None
+    texts: list[tuple[str, ...]] | None
+    notes: tuple[str, ...] = ()
+    name: str = ""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that this copy of the data has."""
+        return tuple(m for m, column in (("image", self.images), ("text", self.texts)) if column is not None)
+
+    def digests(self) -> list[str]:
+        """One digest a sample over its texts and its image's name and size; changes when the source does."""
+        digests = []
+        for i in range(len(self)):
+            digest = hashlib.blake2b(digest_size=8)
+            for text in self.texts[i] if self.texts else ():
+                digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
+            image = self.images[i] if self.images else None
+            digest.update(image.stamp().encode("utf-8", "surrogatepass") if image else b"\1")
+            digests.append(digest.hexdigest())
+        return digests
+
+    def limit(self, n: int) -> "Dataset":
+        """Return the first ``n`` samples as they are spread over the splits, under a name of its own.
+
+        A limited dataset has its own store, so that a trial never mixes with the whole.
+        """
+        if n >= len(self):
+            return self
+        keep: list[int] = []
+        names, counts = np.unique(self.splits, return_counts=True)
+        for name, count in zip(names, counts, strict=True):
+            share = max(1, round(n * count / len(self)))
+            keep.extend(np.flatnonzero(self.splits == name)[:share].tolist())
+        rows = sorted(keep)
+        return replace(
+            self,
+            name=f"{self.name}-limit{n}",
+            ids=[self.ids[i] for i in rows],
+            splits=self.splits[rows],
+            targets=self.targets[rows],
+            images=[self.images[i] for i in rows] if self.images is not None else None,
+            texts=[self.texts[i] for i in rows] if self.texts is not None else None,
+        )
+
+
+def load_dataset(manifest: Manifest, root: Path) -> Dataset:
+    """Read a dataset from the raw data under ``root``.
+
+    Raises MissingDataError if files are absent (saying where to get them), DataError if they contradict the manifest.
+    """
+    reader = manifest.open_reader()
+    missing = reader.missing(root)
+    if missing:
+        raise MissingDataError(_how_to_get(manifest, root, missing))
+    samples = reader.read(root)
+    _check_ids(samples, manifest)
+    notes = [*samples.notes, *_count_notes(samples, manifest)]
+    for note in notes:
+        logger.warning("%s: %s", manifest.name, note)
+    splits = apply_hash_splits(manifest.splits, samples)
+    classes = manifest.classes or samples.classes or find_classes(samples.labels)
+    if manifest.task == "retrieval":
+        classes = ()
+    elif not classes:
+        raise DataError(f"{manifest.name}: no row has a label, so there are no classes to learn")
+    return Dataset(
+        manifest=manifest,
+        classes=classes,
+        ids=samples.ids,
+        splits=np.array(splits),
+        targets=encode_labels(samples, classes, manifest.task, manifest.min_labels),
+        images=samples.images,
+        texts=samples.texts,
+        notes=tuple(notes),
+        name=manifest.name,
+    )
+
+
+def _check_ids(samples: Samples, manifest: Manifest) -> None:
+    if not samples.ids:
+        raise DataError(f"{manifest.name}: the raw data has no rows")
+    repeated = [f"{sample} ({n} times)" for sample, n in Counter(samples.ids).most_common(3) if n > 1]
+    if repeated:
+        raise DataError(f"{manifest.name}: each id must occur once, but found {', '.join(repeated)}")
+
+
+def _count_notes(samples: Samples, manifest: Manifest) -> list[str]:
+    counts = Counter(samples.splits)
+    return [
+        f"has {counts[split]:,} {split} rows where the published dataset has {published:,}; going on with these"
+        for split, published in manifest.rows.items()
+        if counts[split] != published
+    ]
+
+
+def _how_to_get(manifest: Manifest, root: Path, missing: list[str]) -> str:
+    lines = [f"no raw data for {manifest.name} in {root}: missing {', '.join(missing[:3])}"]
+    if manifest.get:
+        lines.append(f"get it: {manifest.get.strip()}")
+    if manifest.licence:
+        lines.append(f"licence: {manifest.licence.strip()}")
+    if manifest.layout:
+        lines.append("expected layout:\n" + "\n".join(f"  {line}" for line in manifest.layout.strip().splitlines()))
+    lines.append("put it there, or say where it is with --data-dir DIR")
+    return "\n".join(lines)

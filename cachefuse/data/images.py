@@ -1,0 +1,97 @@
+"""Images from untrusted files to RGB: bounded in pixels and formats, every failure a BadSampleError with its reason."""
+
+import io
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from cachefuse.errors import BadSampleError
+
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 1 << 29
+# Formats whose decoders only decode: EPS, for one, would run Ghostscript.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+
+
+@dataclass(frozen=True, slots=True)
+class FileImage:
+    """An image file of the raw data. A path that a data file names may not leave ``root``."""
+
+    path: Path
+    root: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def load(self) -> Image.Image:
+        if self.root is not None and not os.path.abspath(self.path).startswith(os.path.abspath(self.root) + os.sep):
+            raise BadSampleError("lies outside the data folder")
+        try:
+            if self.path.stat().st_size > MAX_BYTES:
+                raise BadSampleError(f"is larger than {MAX_BYTES:,} bytes")
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            raise BadSampleError("no such file") from None
+        except IsADirectoryError:
+            raise BadSampleError("is a folder, not an image") from None
+        except (OSError, ValueError) as error:
+            raise BadSampleError(f"can't be read: {getattr(error, 'strerror', None) or error}") from error
+        return decode(data)
+
+    def stamp(self) -> str:
+        try:
+            size = self.path.stat().st_size
+        except (OSError, ValueError):
+            size = -1
+        return f"{self.path.name}:{size}"
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an image to RGB: the first frame, transparency over white, 16 bits scaled to 8.
+
+    Raises BadSampleError for what is empty, truncated, not an image, or over MAX_PIXELS.
+    """
+    if not data:
+        raise BadSampleError("the file is empty")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be off: it hides truncated images")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadSampleError(f"has {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS:,}")
+                image.load()
+                return to_rgb(image)
+        except BadSampleError:
+            raise
+        except Image.DecompressionBombError:
+            raise BadSampleError(f"is over the limit of {MAX_PIXELS:,} pixels") from None
+        except Image.UnidentifiedImageError:
+            raise BadSampleError("is not an image, or not of a supported format") from None
+        except Exception as error:  # decoders of damaged files raise nearly anything
+            raise BadSampleError(f"can't be decoded: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert any mode to RGB without clipping 16-bit values or showing what lies under transparency."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _to_8_bits(values: np.ndarray) -> np.ndarray:
+    """Scale wide grey values to 0..255: floats from 0..1, integers from 16 bits if any value needs them."""
+    top = np.nan_to_num(values).max(initial=0)
+    full = 1.0 if values.dtype.kind == "f" and top <= 1 else (65535.0 if top > 255 else 255.0)
+    return np.clip(np.round(np.nan_to_num(values).astype(np.float64) * (255.0 / full)), 0, 255).astype(np.uint8)

@@ -1,0 +1,166 @@
+"""A dataset described as data: one TOML file, typed and checked; each problem is named with its file and key."""
+
+import tomllib
+from collections.abc import Iterator
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+
+from cachefuse.data.readers import READERS
+from cachefuse.data.readers.base import Reader
+from cachefuse.errors import CachefuseError, ManifestError
+from cachefuse.registry import lookup
+
+Task = Literal["multilabel", "multiclass", "retrieval"]
+
+DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
+    "multilabel": ("micro_f1", "macro_f1", "samples_f1", "macro_ap"),
+    "multiclass": ("accuracy", "macro_f1", "macro_ap"),
+    "retrieval": (),
+}
+MAX_BYTES = 1 << 20
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class HashSplit(Strict):
+    """Rows moved to a new split by a stable hash of their id (or group): the same rows on every machine."""
+
+    source: str = Field(alias="from")
+    fraction: float = Field(gt=0, lt=1)
+
+
+class SubmissionFormat(Strict):
+    """A competition's file: the two column names and what stands between several labels of a row."""
+
+    id: str = "id"
+    labels: str = "labels"
+    separator: str = " "
+
+
+class Manifest(Strict):
+    """A dataset: how to read it, what its task is, how it is split, and what a submission looks like."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
+    task: Task
+    title: str = ""
+    reader: dict[str, Any]
+    classes: tuple[str, ...] | None = None  # None: found in the labelled rows
+    min_labels: int = Field(default=0, ge=0)
+    splits: dict[str, HashSplit] = {}
+    metrics: tuple[str, ...] = ()
+    submission: SubmissionFormat = SubmissionFormat()
+    rows: dict[str, int] = {}  # published counts by split, before any hash split
+    licence: str = ""
+    get: str = ""  # how to get the data
+    layout: str = ""  # the folder layout expected
+    _reader: Reader = PrivateAttr()
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_differ(cls, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if classes is not None:
+            repeated = sorted({c for c in classes if classes.count(c) > 1})
+            if repeated:
+                raise ValueError(f"listed twice: {', '.join(repeated)}")
+            if not classes:
+                raise ValueError("must name at least one class, or be left out")
+        return classes
+
+    @field_validator("reader")
+    @classmethod
+    def _reader_has_kind(cls, reader: dict[str, Any]) -> dict[str, Any]:
+        if not isinstance(reader.get("kind"), str):
+            raise ValueError(f"needs a kind; choose from: {', '.join(sorted(READERS))}")
+        return reader
+
+    @field_validator("metrics")
+    @classmethod
+    def _metrics_exist(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        from cachefuse.metrics import METRICS
+
+        for name in metrics:
+            lookup(METRICS, name, "metric")
+        return metrics
+
+    @model_validator(mode="after")
+    def _build_reader(self) -> "Manifest":
+        options = {key: value for key, value in self.reader.items() if key != "kind"}
+        self._reader = lookup(READERS, self.reader["kind"], "reader")(**options)
+        return self
+
+    def open_reader(self) -> Reader:
+        """Return the reader with this manifest's options."""
+        return self._reader
+
+    @property
+    def reported_metrics(self) -> tuple[str, ...]:
+        """The metrics to report: those listed, or the task's usual ones."""
+        return self.metrics or DEFAULT_METRICS[self.task]
+
+
+def parse_manifest(text: str, origin: str) -> Manifest:
+    """Parse a manifest's TOML. Raises ManifestError naming ``origin`` and each offending key."""
+    try:
+        return Manifest.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise ManifestError(f"{origin}: not valid TOML: {error}") from error
+    except ValidationError as error:
+        raise ManifestError(f"{origin}: {_problems(error)}") from error
+    except CachefuseError as error:
+        raise ManifestError(f"{origin}: {error}") from error
+
+
+def _problems(error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        # A reader's own options are checked by its own model: their keys lie under "reader".
+        path = (("reader",) if error.title.endswith("Reader") else ()) + problem["loc"]
+        key = ".".join(str(part) for part in path) or "manifest"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = "unknown key"
+        lines.append(f"{key}: {message[:1].lower()}{message[1:]}")
+    return "; ".join(lines)
+
+
+def builtin_manifests() -> Iterator[Manifest]:
+    """Yield the manifests that ship with cachefuse, by name."""
+    for path in sorted(_builtin_folder().iterdir(), key=lambda path: path.name):
+        if path.name.endswith(".toml"):
+            yield parse_manifest(path.read_text(encoding="utf-8"), path.name)
+
+
+def load_manifest(name: str) -> tuple[Manifest, Path | None]:
+    """Return the manifest of a built-in dataset, or of a TOML file, and the file's folder (None for a built-in).
+
+    Raises UnknownNameError if there is no such dataset, ManifestError if the file is wrong.
+    """
+    if name.endswith(".toml") or "/" in name:
+        path = Path(name)
+        if not path.is_file():
+            raise ManifestError(f"{name}: no such manifest file")
+        if path.stat().st_size > MAX_BYTES:
+            raise ManifestError(f"{name}: larger than {MAX_BYTES} bytes, which no manifest is")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ManifestError(f"{name}: not UTF-8 text: {error}") from error
+        return parse_manifest(text, name), path.absolute().parent
+    folder = _builtin_folder()
+    names = {path.name.removesuffix(".toml"): path for path in folder.iterdir() if path.name.endswith(".toml")}
+    path = lookup(names, name, "dataset")
+    return parse_manifest(path.read_text(encoding="utf-8"), path.name), None
+
+
+def _builtin_folder() -> Traversable:
+    """The manifests' folder, from an installed package or from a checkout that is merely on the path."""
+    try:
+        return resources.files("cachefuse.data_manifests")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[2] / "data_manifests"

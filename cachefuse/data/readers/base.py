@@ -1,0 +1,58 @@
+"""What every reader shares: its options are its fields, `read` gives the samples, `expected` the files it needs."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict
+
+
+class ImageSource(Protocol):
+    """Where one image comes from; opened in a worker thread when it is encoded."""
+
+    @property
+    def name(self) -> str:
+        """The file (and row) as a user would look for it."""
+
+    def load(self) -> Image.Image:
+        """Return the image as RGB. Raises BadSampleError with the reason if it can't be used."""
+
+    def stamp(self) -> str:
+        """A cheap fingerprint of the source (name and size in bytes), without decoding it."""
+
+
+@dataclass
+class Samples:
+    """Samples as read, before splits and label spaces: parallel lists, one entry a sample, in file order.
+
+    images: None if the dataset has no images at all; an entry is None where one sample has none.
+    texts: None if the dataset has no texts; an entry is a tuple of one or several texts (captions) of the sample.
+    labels: an entry is None where the sample is unlabelled, else its class names (one for multi-class).
+    groups: rows of one group never fall into two splits of a hash split (several images of one product).
+    notes: what a user should know about this copy of the data, one sentence each.
+    """
+
+    ids: list[str] = field(default_factory=list)
+    splits: list[str] = field(default_factory=list)
+    labels: list[tuple[str, ...] | None] = field(default_factory=list)
+    images: list[ImageSource | None] | None = None
+    texts: list[tuple[str, ...]] | None = None
+    groups: list[str] | None = None
+    classes: tuple[str, ...] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Reader(BaseModel, ABC):
+    """Options as fields, unknown keys refused. Reading is pure: it never writes into the data folder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @abstractmethod
+    def missing(self, root: Path) -> list[str]:
+        """Files and folders that this reader needs and that are not under ``root``; empty if all are there."""
+
+    @abstractmethod
+    def read(self, root: Path) -> Samples:
+        """Read every sample under ``root``. Raises DataError, naming the file, where it is not as declared."""

@@ -1,0 +1,180 @@
+"""Tables: csv, tsv, jsonl and parquet files, one row a sample."""
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from cachefuse.data.images import FileImage
+from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.data.readers.csv_text import read_csv
+from cachefuse.errors import DataError
+
+Columns = dict[str, list[Any]]
+_PLACE = re.compile(r"\{([^{}]*)\}")
+
+
+class TableReader(Reader):
+    """One file a split, or one file with a column that names the split.
+
+    id, image and text are each a column, or a template over columns: ``image = "photos/{ImageID}.jpg"``.
+    A file without the labels column is unlabelled.
+    """
+
+    files: dict[str, str] = Field(min_length=1)  # split -> file
+    id: str | None = None  # left out: the row's number
+    image: str | None = None
+    text: str | None = None
+    labels: str | None = None
+    separator: str | None = None  # between several labels of a row; left out: one label a row
+    split: str | None = None  # a column that overrides the file's split
+    group: str | None = None
+    header: tuple[str, ...] | None = None  # column names, for files that have none
+
+    def missing(self, root: Path) -> list[str]:
+        return [file for file in self.files.values() if not (root / file).is_file()]
+
+    def read(self, root: Path) -> Samples:
+        tables = {split: read_columns(root / file, self.header) for split, file in self.files.items()}
+        if self.labels and not any(self.labels in columns for columns in tables.values()):
+            _need(self.labels, next(iter(tables.values())), next(iter(self.files.values())), "labels")
+        samples = Samples(
+            images=[] if self.image else None,
+            texts=[] if self.text else None,
+            groups=[] if self.group else None,
+        )
+        for split, columns in tables.items():
+            self._add(samples, split, columns, root)
+        return samples
+
+    def _add(self, samples: Samples, split: str, columns: Columns, root: Path) -> None:
+        file = self.files[split]
+        n = len(next(iter(columns.values()), []))
+        splits = _strings(_need(self.split, columns, file, "split")) if self.split else [split] * n
+        columns = {**columns, "split": columns.get("split", splits)}
+        first = len(samples.ids)
+        samples.splits += splits
+        samples.ids += self._fill(self.id, columns, file, "id") if self.id else [str(first + i) for i in range(n)]
+        if self.labels and self.labels in columns:
+            samples.labels += [self._split_labels(value) for value in columns[self.labels]]
+        else:
+            samples.labels += [None] * n
+        if samples.images is not None and self.image:
+            paths = self._fill(self.image, columns, file, "image")
+            samples.images += [FileImage(root / path, root) if path.strip() else None for path in paths]
+        if samples.texts is not None and self.text:
+            texts = self._fill(self.text, columns, file, "text")
+            samples.texts += [(text,) if text.strip() else () for text in texts]
+        if samples.groups is not None and self.group:
+            samples.groups += _strings(_need(self.group, columns, file, "group"))
+
+    def _split_labels(self, value: Any) -> tuple[str, ...]:
+        if isinstance(value, list | tuple):
+            names = [_string(item).strip() for item in value]
+        else:
+            text = _string(value)
+            names = [name.strip() for name in (text.split(self.separator) if self.separator else [text])]
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    def _fill(self, template: str, columns: Columns, file: str, key: str) -> list[str]:
+        """Return a column's values, or a template's with each ``{column}`` replaced (nothing else is interpreted)."""
+        if template in columns or not _PLACE.search(template):
+            return _strings(_need(template, columns, file, key))
+        parts = _PLACE.split(template)  # literal, column, literal, column, ..., literal
+        values = [_strings(_need(name, columns, file, key)) for name in parts[1::2]]
+        return [
+            parts[0] + "".join(value + literal for value, literal in zip(row, parts[2::2], strict=True))
+            for row in zip(*values, strict=True)
+        ]
+
+
+def read_columns(path: Path, header: tuple[str, ...] | None = None) -> Columns:
+    """Read a csv, tsv, jsonl or parquet file as columns. Raises DataError, naming file and line, if it can't be read."""
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv", ".txt"):
+        delimiter = "," if suffix == ".csv" else "\t"
+        return _read_delimited(path, delimiter, header)
+    if suffix in (".jsonl", ".ndjson"):
+        return _read_jsonl(path)
+    if suffix in (".parquet", ".pq"):
+        return _read_parquet(path)
+    raise DataError(f"{path.name}: unknown kind of table {suffix!r}; choose from: .csv, .tsv, .jsonl, .parquet")
+
+
+def _read_delimited(path: Path, delimiter: str, header: tuple[str, ...] | None) -> Columns:
+    text = _decode(path)
+    prefix = delimiter.join(header) + "\n" if header else ""
+    rows = read_csv(prefix + text, delimiter, path.name)
+    if not rows:
+        raise DataError(f"{path.name}: the file is empty")
+    names = [name.strip() for name in rows[0]]
+    repeated = {name for name in names if names.count(name) > 1}
+    if repeated:
+        raise DataError(f"{path.name}: column {sorted(repeated)[0]!r} occurs twice")
+    values = list(zip(*rows[1:], strict=True)) or [()] * len(names)
+    return {name: list(column) for name, column in zip(names, values, strict=True)}
+
+
+def _decode(path: Path) -> str:
+    data = path.read_bytes()
+    if b"\0" in data[: 1 << 16]:
+        raise DataError(f"{path.name}: is not a text file")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return data.decode("cp1252", errors="replace")
+
+
+def _read_jsonl(path: Path) -> Columns:
+    columns: Columns = {}
+    n = 0
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise DataError(f"{path.name} line {number}: not valid JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path.name} line {number}: must be a JSON object. Got {type(row).__name__} instead")
+            for name in row.keys() - columns.keys():
+                columns[name] = [None] * n
+            for name, column in columns.items():
+                column.append(row.get(name))
+            n += 1
+    if not n:
+        raise DataError(f"{path.name}: the file is empty")
+    return columns
+
+
+def _read_parquet(path: Path) -> Columns:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pydict()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path.name}: not a parquet file that can be read: {error}") from error
+
+
+def _need(name: str, columns: Columns, file: str, key: str) -> list[Any]:
+    if name not in columns:
+        known = ", ".join(column for column in columns)
+        raise DataError(f"{file}: has no column {name!r}, which reader.{key} names; its columns are: {known}")
+    return columns[name]
+
+
+def _strings(values: Iterable[Any]) -> list[str]:
+    return [_string(value) for value in values]
+
+
+def _string(value: Any) -> str:
+    if value is None or value != value:  # an empty cell of a numeric parquet column is NaN
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)

@@ -1,0 +1,34 @@
+"""Splits: given by the data, or made by a stable hash of each row's id."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from cachefuse.data.readers.base import Samples
+from cachefuse.errors import DataError
+
+if TYPE_CHECKING:
+    from cachefuse.data.manifest import HashSplit
+
+
+def hash_unit(key: str) -> float:
+    """Map a string to [0, 1), uniformly, and the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()) / 2**64
+
+
+def apply_hash_splits(rules: "Mapping[str, HashSplit]", samples: Samples) -> list[str]:
+    """Return each row's split after moving a fraction of ``rule.source`` to each new split.
+
+    A row's fate depends on its id (or group) alone: added rows never move the others.
+    """
+    splits = list(samples.splits)
+    keys = samples.groups or samples.ids
+    for name, rule in rules.items():
+        rows = [i for i, split in enumerate(splits) if split == rule.source]
+        if not rows:
+            known = ", ".join(sorted(set(samples.splits)))
+            raise DataError(f"splits.{name}: takes rows from {rule.source!r}, which has none; the splits are: {known}")
+        for i in rows:
+            if hash_unit(f"{name}/{keys[i]}") < rule.fraction:
+                splits[i] = name
+    return splits

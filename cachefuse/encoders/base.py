@@ -1,0 +1,103 @@
+"""What an encoder is: a family opens a spec to one tower a modality; a tower turns samples into features."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cachefuse.errors import EncoderError
+
+if TYPE_CHECKING:
+    import torch
+
+Features = dict[str, Any]  # view -> (B, D) or (B, T, D) float32 array, or for ragged tokens a list of B (T_i, D) arrays
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """``family:model[@weights]``; weights are a tag, a revision or a local file."""
+
+    family: str
+    model: str = ""
+    weights: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> "EncoderSpec":
+        """Parse a spec. An ``@`` inside a path that exists belongs to the path."""
+        family, _, rest = text.strip().partition(":")
+        if not family:
+            raise EncoderError(f"encoder {text!r} must look like family:model or family:model@weights")
+        if Path(rest).exists():
+            return cls(family, rest)
+        model, _, weights = rest.partition("@")
+        return cls(family, model, weights)
+
+    def absolute(self) -> "EncoderSpec":
+        """The same encoder with local paths made absolute, so that it can be opened from any folder."""
+        parts = (str(Path(part).absolute()) if is_path(part) else part for part in (self.model, self.weights))
+        return EncoderSpec(self.family, *parts)
+
+    @property
+    def short(self) -> str:
+        """The spec with paths cut to their last part: the same wherever the files lie."""
+        model, weights = (Path(p).absolute().name if is_path(p) else p for p in (self.model, self.weights))
+        return f"{self.family}{':' + model if model else ''}{'@' + weights if weights else ''}"
+
+    def __str__(self) -> str:
+        return f"{self.family}{':' + self.model if self.model else ''}{'@' + self.weights if self.weights else ''}"
+
+
+def is_path(text: str) -> bool:
+    """Whether part of a spec is a local path: it exists, or is written like one."""
+    return bool(text) and (text.startswith((".", "/", "~")) or Path(text).exists())
+
+
+class Tower(ABC):
+    """One modality's frozen encoder.
+
+    A sample passes ``prepare`` (CPU, called from several threads at once), then a batch of prepared samples
+    ``encode``. A row's features do not depend on the rest of its batch.
+    """
+
+    modality: str  # "image" or "text"
+    width: int  # D of the pooled view
+    views: tuple[str, ...] = ("pooled", "tokens")
+    ragged: bool = False  # whether samples differ in their number of tokens
+
+    @property
+    @abstractmethod
+    def provenance(self) -> Mapping[str, str]:
+        """What the features depend on: weights, preprocessing, tokenizer, pooling, library; never a path."""
+
+    @abstractmethod
+    def prepare(self, sample: Any) -> Any:
+        """Turn one RGB image or one text into what ``encode`` takes."""
+
+    def length(self, prepared: Any) -> int:
+        """The cost of a prepared sample in tokens; batches are made of samples of like length."""
+        return 0
+
+    @abstractmethod
+    def encode(self, batch: Sequence[Any]) -> Features:
+        """Encode B prepared samples: ``pooled`` (B, D), and ``tokens`` (B, T, D), or a list of (T_i, D) if ragged."""
+
+
+def weights_digest(module: "torch.nn.Module") -> str:
+    """Hash a model's parameters and buffers, names and shapes included: the same from a hub or from a file."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(array.shape)}{array.dtype}".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().data if array.numel() else b"")
+    return digest.hexdigest()
+
+
+def to_numpy(tensor: "torch.Tensor") -> np.ndarray:
+    """Bring features to the CPU as float32."""
+    return tensor.detach().float().cpu().numpy()

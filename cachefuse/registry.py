@@ -1,0 +1,28 @@
+"""Registries are plain dictionaries from a name to an object, or to "module:attribute" where importing it is costly."""
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from cachefuse.errors import UnknownNameError
+
+
+def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
+    """Return ``table[name]``, importing it first if the entry is a "module:attribute" string.
+
+    Raises UnknownNameError with the choices, closest first in a suggestion, if the name is not there.
+    """
+    if name not in table:
+        close = difflib.get_close_matches(name, table, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UnknownNameError(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(sorted(table))}")
+    return resolve(table[name])
+
+
+def resolve(entry: Any) -> Any:
+    """Import what a "module:attribute" string names; anything else is returned as it is."""
+    if not isinstance(entry, str):
+        return entry
+    module, _, attribute = entry.partition(":")
+    return getattr(importlib.import_module(module), attribute)
