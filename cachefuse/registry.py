@@ -7,6 +7,17 @@ from typing import Any
 
 from cachefuse.errors import UnknownNameError
 
+# Named here rather than beside their code, so that listing the choices does not import torch.
+ACTIVATIONS = {"gelu": "torch.nn:GELU", "leaky_relu": "torch.nn:LeakyReLU", "relu": "torch.nn:ReLU"}
+HEADS = {"gmlp": "cachefuse.heads:GatedMLP", "linear": "cachefuse.heads:Linear", "mlp": "cachefuse.heads:MLP"}
+LOSSES = {
+    "asl": "cachefuse.losses:asl",
+    "bce": "cachefuse.losses:bce",
+    "ce": "cachefuse.losses:cross_entropy",
+    "focal": "cachefuse.losses:focal",
+}
+OPTIMIZERS = {"adam": "torch.optim:Adam", "adamw": "torch.optim:AdamW", "sgd": "cachefuse.training.loop:NesterovSGD"}
+
 
 def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
     """Return ``table[name]``, importing it first if the entry is a "module:attribute" string.

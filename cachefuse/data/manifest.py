@@ -91,7 +91,12 @@ class Manifest(Strict):
     @model_validator(mode="after")
     def _build_reader(self) -> "Manifest":
         options = {key: value for key, value in self.reader.items() if key != "kind"}
-        self._reader = lookup(READERS, self.reader["kind"], "reader")(**options)
+        try:
+            self._reader = lookup(READERS, self.reader["kind"], "reader")(**options)
+        except ValidationError as error:
+            # The reader's options are checked by its own model: here their keys lie under "reader".
+            problems = [{**problem, "loc": ("reader", *problem["loc"])} for problem in error.errors()]
+            raise ValidationError.from_exception_data(error.title, problems) from None
         return self
 
     def open_reader(self) -> Reader:
@@ -119,9 +124,7 @@ def parse_manifest(text: str, origin: str) -> Manifest:
 def _problems(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        # A reader's own options are checked by its own model: their keys lie under "reader".
-        path = (("reader",) if error.title.endswith("Reader") else ()) + problem["loc"]
-        key = ".".join(str(part) for part in path) or "manifest"
+        key = ".".join(str(part) for part in problem["loc"]) or "manifest"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown key"

@@ -1,18 +1,12 @@
 """What an encoder is: a family opens a spec to one tower a modality; a tower turns samples into features."""
 
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from cachefuse.errors import EncoderError
-
-if TYPE_CHECKING:
-    import torch
 
 Features = dict[str, Any]  # view -> (B, D) or (B, T, D) float32 array, or for ragged tokens a list of B (T_i, D) arrays
 
@@ -82,22 +76,8 @@ class Tower(ABC):
         return 0
 
     @abstractmethod
-    def encode(self, batch: Sequence[Any]) -> Features:
-        """Encode B prepared samples: ``pooled`` (B, D), and ``tokens`` (B, T, D), or a list of (T_i, D) if ragged."""
+    def encode(self, batch: Sequence[Any], views: Collection[str]) -> Features:
+        """Encode B prepared samples to the views asked for, so that no token nobody wants is copied.
 
-
-def weights_digest(module: "torch.nn.Module") -> str:
-    """Hash a model's parameters and buffers, names and shapes included: the same from a hub or from a file."""
-    import torch
-
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(module.state_dict().items()):
-        array = tensor.detach().cpu().contiguous()
-        digest.update(f"{name}{tuple(array.shape)}{array.dtype}".encode())
-        digest.update(array.flatten().view(torch.uint8).numpy().data if array.numel() else b"")
-    return digest.hexdigest()
-
-
-def to_numpy(tensor: "torch.Tensor") -> np.ndarray:
-    """Bring features to the CPU as float32."""
-    return tensor.detach().float().cpu().numpy()
+        ``pooled`` is (B, D); ``tokens`` is (B, T, D), or a list of B (T_i, D) if ragged.
+        """

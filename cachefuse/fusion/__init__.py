@@ -1,0 +1,9 @@
+"""Fusions: from features by modality to logits. A method is one file and one line; naming them imports no torch."""
+
+FUSIONS = {
+    "concat": "cachefuse.fusion.late:ConcatFusion",
+    "image": "cachefuse.fusion.late:ImageOnly",
+    "mixed": "cachefuse.fusion.late:MixedFusion",
+    "sum": "cachefuse.fusion.late:SumFusion",
+    "text": "cachefuse.fusion.late:TextOnly",
+}

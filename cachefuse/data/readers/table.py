@@ -71,6 +71,11 @@ class TableReader(Reader):
         if samples.groups is not None and self.group:
             samples.groups += _strings(_need(self.group, columns, file, "group"))
 
+    @staticmethod
+    def places(template: str) -> set[str]:
+        """Return the columns that a column name or template refers to."""
+        return set(_PLACE.findall(template)) or {template}
+
     def _split_labels(self, value: Any) -> tuple[str, ...]:
         if isinstance(value, list | tuple):
             names = [_string(item).strip() for item in value]
@@ -92,7 +97,7 @@ class TableReader(Reader):
 
 
 def read_columns(path: Path, header: tuple[str, ...] | None = None) -> Columns:
-    """Read a csv, tsv, jsonl or parquet file as columns. Raises DataError, naming file and line, if it can't be read."""
+    """Read a csv, tsv, jsonl or parquet file as columns. Raises DataError, naming the place, if it can't be read."""
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv", ".txt"):
         delimiter = "," if suffix == ".csv" else "\t"

@@ -1,0 +1,107 @@
+"""Flickr8k: photographs with five captions each, and lists that divide them (Hodosh, Young, Hockenmaier, 2013)."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from cachefuse.data.images import FileImage
+from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.errors import DataError
+
+IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset")  # the second is spelt as in the original archive
+CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
+SPLIT_FILES = {
+    "train": "Flickr_8k.trainImages.txt",
+    "val": "Flickr_8k.devImages.txt",
+    "test": "Flickr_8k.testImages.txt",
+}
+
+
+class Flickr8kReader(Reader):
+    """Every image that a split lists, with all its captions; the id is the file's name without its extension."""
+
+    def missing(self, root: Path) -> list[str]:
+        missing = []
+        if not any((root / folder).is_dir() for folder in IMAGE_FOLDERS):
+            missing.append(f"{IMAGE_FOLDERS[0]}/")
+        if not any((root / file).is_file() for file in CAPTION_FILES):
+            missing.append(f"{CAPTION_FILES[0]} (or {CAPTION_FILES[1]})")
+        return missing
+
+    def read(self, root: Path) -> Samples:
+        folder = next(root / folder for folder in IMAGE_FOLDERS if (root / folder).is_dir())
+        captions = _read_captions(next(root / file for file in CAPTION_FILES if (root / file).is_file()))
+        files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".jpg" and path.name[0] != ".")
+        notes: list[str] = []
+        splits = _read_splits(root, notes) or dict.fromkeys(files, "train")
+        kept = [file for file in files if file in splits]
+        _note_dropped(notes, "images that are in no split", set(files) - splits.keys())
+        _note_dropped(notes, "captioned names without an image file", captions.keys() - set(files))
+        _note_dropped(notes, "names in the split lists without an image file", splits.keys() - set(files))
+        return Samples(
+            ids=[Path(file).stem for file in kept],
+            splits=[splits[file] for file in kept],
+            labels=[None] * len(kept),
+            images=[FileImage(folder / file, root) for file in kept],
+            texts=[tuple(captions.get(file, ())) for file in kept],
+            notes=notes,
+        )
+
+
+def _read_captions(path: Path) -> dict[str, list[str]]:
+    """Return each file name's captions, from `name,caption` with a header, or from `name#number<TAB>caption`."""
+    tabs = path.name != CAPTION_FILES[0]
+    separator = "\t" if tabs else ","
+    captions: dict[str, list[str]] = {}
+    for number, line in _lines(path):
+        name, found, caption = line.partition(separator)
+        if not found:
+            expected = "name#number<TAB>caption" if tabs else "name,caption"
+            raise DataError(f"{path.name} line {number}: expected {expected}. Got {line[:80]!r} instead")
+        if number == 1 and line.lower() == "image,caption":
+            continue
+        name = re.sub(r"#\d+$", "", name.strip()) if tabs else name.strip()
+        caption = caption.strip() if tabs else _unquote(caption.strip())
+        texts = captions.setdefault(name, [])
+        if caption:
+            texts.append(caption)
+    return captions
+
+
+def _unquote(caption: str) -> str:
+    # Only a caption quoted as a whole is csv quoting; any other quote mark is part of the sentence.
+    if len(caption) >= 2 and caption[0] == caption[-1] == '"':
+        return caption[1:-1].replace('""', '"').strip()
+    return caption
+
+
+def _read_splits(root: Path, notes: list[str]) -> dict[str, str]:
+    """Return each listed file name's split; none, with a note, if there are no lists."""
+    splits: dict[str, str] = {}
+    absent = []
+    for split, file in SPLIT_FILES.items():
+        path = next((p for p in (root / file, root / "Flickr8k_text" / file) if p.is_file()), None)
+        if path is None:
+            absent.append(file)
+            continue
+        for number, line in _lines(path):
+            name = line.strip()
+            if splits.setdefault(name, split) != split:
+                raise DataError(f"{file} line {number}: {name} is in the {splits[name]} split too")
+    if absent:
+        rest = "" if splits else "; all rows are in the train split"
+        notes.append(f"split lists are missing: {', '.join(absent)}{rest}")
+    return splits
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, numbered from 1."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line.rstrip("\r\n")
+
+
+def _note_dropped(notes: list[str], what: str, names: set[str]) -> None:
+    if names:
+        notes.append(f"dropped {len(names):,} {what}, such as {min(names)}")

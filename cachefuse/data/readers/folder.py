@@ -1,0 +1,61 @@
+"""A folder of images whose sub-folders are the classes."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from cachefuse.data.images import FileImage
+from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.errors import DataError
+
+EXTENSIONS = frozenset(
+    (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+)
+
+
+class FolderReader(Reader):
+    """`<split>/<class>/...` for each of ``splits``, or `<class>/...` straight under the root, all in the train split.
+
+    The class is the first folder below the split's; images that lie in the split's own folder are unlabelled.
+    The id is the path below the root, with forward slashes.
+    """
+
+    splits: dict[str, str] | None = None  # split -> sub-folder
+
+    def missing(self, root: Path) -> list[str]:
+        return [f"{folder}/" for folder in (self.splits or {"train": ""}).values() if not (root / folder).is_dir()]
+
+    def read(self, root: Path) -> Samples:
+        samples = Samples(images=[])
+        links: list[str] = []
+        for split, folder in (self.splits or {"train": "."}).items():
+            paths = sorted(_image_paths(root, folder, links))
+            if not paths:
+                raise DataError(f"{root / folder}: has no images ({', '.join(sorted(EXTENSIONS))})")
+            for path in paths:
+                parents = path.relative_to(folder).parts[:-1]
+                samples.ids.append(path.as_posix())
+                samples.splits.append(split)
+                samples.labels.append(parents[:1] or None)
+                if samples.images is not None:
+                    samples.images.append(FileImage(root / path, root))
+        if links:
+            samples.notes.append(f"skipped {len(links):,} links that leave the data folder, such as {min(links)}")
+        return samples
+
+
+def _image_paths(root: Path, folder: str, links: list[str]) -> Iterator[Path]:
+    """Yield the images at any depth below a folder, as paths relative to the root; list the links that leave it."""
+    real_root = root.resolve()
+    if not (root / folder).resolve().is_relative_to(real_root):
+        raise DataError(f"{root / folder}: lies outside the data folder {root}")
+    for parent, folders, files in os.walk(root / folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            path = Path(parent, name)
+            if name.startswith(".") or path.suffix.lower() not in EXTENSIONS:
+                continue
+            if path.is_symlink() and not path.resolve().is_relative_to(real_root):
+                links.append(str(path.relative_to(root)))
+                continue
+            yield path.relative_to(root)

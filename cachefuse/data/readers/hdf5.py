@@ -1,0 +1,133 @@
+"""HDF5 files with one dataset a column, such as the image, the text and the label of every row."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import h5py
+import numpy as np
+from PIL import Image
+from pydantic import Field, field_validator, model_validator
+
+from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.data.readers.hdf5_file import file_name, find_dataset, image_column, open_hdf5, open_shared, read_strings
+from cachefuse.errors import BadSampleError, DataError
+
+
+@dataclass(frozen=True, slots=True)
+class ArrayImage:
+    """One row of a dataset of images, (N, H, W, 3) or (N, 3, H, W); its file is opened when it is first needed."""
+
+    DTYPE: ClassVar[str] = "uint8"
+    path: Path
+    key: str
+    row: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.path}:{self.key}[{self.row}]"
+
+    def load(self) -> Image.Image:
+        try:
+            dataset = image_column(open_shared(self.path), self.key, self.DTYPE)
+            if not 0 <= self.row < len(dataset):
+                raise BadSampleError(f"there is no row {self.row}; {self.key!r} has {len(dataset):,}")
+            values = dataset[self.row]
+        except (DataError, OSError, RuntimeError, KeyError) as error:
+            raise BadSampleError(f"can't be read: {error}") from error
+        return Image.fromarray(np.ascontiguousarray(self.to_rgb(values)))
+
+    def to_rgb(self, values: np.ndarray) -> np.ndarray:
+        """Return (H, W, 3) uint8 from a row as it is stored."""
+        return values if values.shape[-1] == 3 else values.transpose(1, 2, 0)
+
+    def stamp(self) -> str:
+        try:
+            size = self.path.stat().st_size
+        except OSError:
+            size = -1
+        return f"{self.path.name}:{size}:{self.key}:{self.row}"
+
+
+class Hdf5Reader(Reader):
+    """One file a split; each option that ends in a column is the key of a dataset in every file."""
+
+    files: dict[str, str] = Field(min_length=1)  # split -> file
+    image: str | None = None
+    text: str | None = None
+    labels: str | None = None
+    label_separator: str | None = None  # left out: one label a row
+    id: str | None = None  # left out: "<split>-<row>"
+    group: str | None = None
+    encoding: str = "utf-8"
+    drop_first_sentence: bool = False
+
+    @field_validator("encoding")
+    @classmethod
+    def _encoding_exists(cls, encoding: str) -> str:
+        try:
+            b"a".decode(encoding)
+        except (LookupError, UnicodeError):
+            raise ValueError(f"unknown text encoding {encoding!r}; usual ones are utf-8 and latin-1") from None
+        return encoding
+
+    @model_validator(mode="after")
+    def _has_a_modality(self) -> "Hdf5Reader":
+        if self.image is None and self.text is None:
+            raise ValueError("must name an image or a text dataset, or both")
+        return self
+
+    def missing(self, root: Path) -> list[str]:
+        return [file for file in self.files.values() if not (root / file).is_file()]
+
+    def read(self, root: Path) -> Samples:
+        samples = Samples(
+            images=[] if self.image else None,
+            texts=[] if self.text else None,
+            groups=[] if self.group else None,
+        )
+        for split, file in self.files.items():
+            with open_hdf5(root / file) as opened:
+                self._add(samples, split, opened, root / file)
+        return samples
+
+    def _add(self, samples: Samples, split: str, file: h5py.File, path: Path) -> None:
+        n = self._count_rows(file)
+        samples.splits += [split] * n
+        samples.ids += self._column(file, self.id) if self.id else [f"{split}-{row}" for row in range(n)]
+        labels = self._column(file, self.labels) if self.labels else [""] * n
+        samples.labels += [_split_labels(value, self.label_separator) for value in labels]
+        if samples.images is not None and self.image:
+            image_column(file, self.image, ArrayImage.DTYPE)
+            samples.images += [ArrayImage(path, self.image, row) for row in range(n)]
+        if samples.texts is not None and self.text:
+            texts = self._column(file, self.text)
+            if self.drop_first_sentence:
+                texts = [without_first_sentence(text) for text in texts]
+            samples.texts += [(text,) if text else () for text in texts]
+        if samples.groups is not None and self.group:
+            samples.groups += self._column(file, self.group)
+
+    def _column(self, file: h5py.File, key: str) -> list[str]:
+        return read_strings(find_dataset(file, key), self.encoding)
+
+    def _count_rows(self, file: h5py.File) -> int:
+        keys = [key for key in (self.image, self.text, self.labels, self.id, self.group) if key]
+        counts = {key: len(find_dataset(file, key)) for key in keys}
+        if len(set(counts.values())) > 1:
+            listed = ", ".join(f"{key} has {n:,}" for key, n in counts.items())
+            raise DataError(f"{file_name(file)}: its columns must have the same number of rows, but {listed}")
+        return counts[keys[0]]
+
+
+def without_first_sentence(text: str) -> str:
+    """Return what follows the first sentence; nothing if there is only one."""
+    return "".join(re.split(r"(?<=[.!?])\s+", text, maxsplit=1)[1:])
+
+
+def _split_labels(value: str, separator: str | None) -> tuple[str, ...] | None:
+    if not value:
+        return None
+    names = [name.strip() for name in value.split(separator)] if separator else [value]
+    return tuple(dict.fromkeys(name for name in names if name))

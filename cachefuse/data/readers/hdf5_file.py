@@ -1,0 +1,135 @@
+"""Reading HDF5 that was not made here: sizes are bounded, and nothing outside the file is ever opened."""
+
+import math
+import os
+import posixpath
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+
+import h5py
+
+from cachefuse.data.images import MAX_PIXELS
+from cachefuse.errors import DataError
+
+MAX_ROWS = 50_000_000
+MAX_TEXT_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 1 << 30  # what reading a single row may have to decompress
+SLICE_BYTES = 1 << 26
+SLICE_ROWS = 1 << 16
+MAX_HOPS = 8
+
+_HANDLES: dict[tuple[int, Path], h5py.File] = {}
+_HANDLES_LOCK = threading.Lock()
+
+
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[h5py.File]:
+    """Open a file for reading. Raises DataError where it, or what is read from it inside the block, is damaged."""
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, RuntimeError, KeyError) as error:
+        raise DataError(f"{path.name}: not an HDF5 file that can be read: {error}") from error
+
+
+def open_shared(path: Path) -> h5py.File:
+    """Return this process's one handle of a file. It stays open: opening costs more than reading a row."""
+    with _HANDLES_LOCK:
+        key = (os.getpid(), path)  # a handle that was open before a fork is not the child's
+        if key not in _HANDLES:
+            _HANDLES[key] = h5py.File(path, "r")
+        return _HANDLES[key]
+
+
+def find_dataset(file: h5py.File, key: str, hops: int = MAX_HOPS) -> h5py.Dataset:
+    """Return the dataset under ``key``. Raises DataError if it is not there, or if any of it lies in another file."""
+    name = file_name(file)
+    parts = [part for part in key.split("/") if part not in ("", ".")]
+    node = file
+    for i, part in enumerate(parts):
+        # Looked at before it is followed: following an external link opens whatever file it names.
+        link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
+        if link is None:
+            where = "/".join([name, *parts[:i]])
+            raise DataError(f"{name}: has no dataset {key!r}; {where} has: {_contents(node)}")
+        if isinstance(link, h5py.SoftLink) and hops:
+            target = posixpath.join(node.name, link.path, *parts[i + 1 :])
+            return find_dataset(file, target, hops - 1)
+        if not isinstance(link, h5py.HardLink):
+            raise DataError(f"{name}: {key!r} is a link out of the file, or one that never ends; neither is followed")
+        node = node[part]
+    if not isinstance(node, h5py.Dataset):
+        raise DataError(f"{name}: {key!r} is not a dataset; it has: {_contents(node)}")
+    _check_dataset(node, name, key)
+    return node
+
+
+def _contents(node: object) -> str:
+    return (", ".join(islice(node, 20)) if isinstance(node, h5py.Group) else "") or "nothing"
+
+
+def _check_dataset(dataset: h5py.Dataset, name: str, key: str) -> None:
+    if dataset.is_virtual or dataset.external:
+        raise DataError(f"{name}: {key!r} keeps its data in other files, which are not opened")
+    if not dataset.shape:
+        raise DataError(f"{name}: {key!r} must have one row a sample. Got a single value instead")
+    if dataset.shape[0] > MAX_ROWS:
+        raise DataError(f"{name}: {key!r} has {dataset.shape[0]:,} rows, over the limit of {MAX_ROWS:,}")
+    if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
+        raise DataError(f"{name}: {key!r} is stored in chunks of over {MAX_CHUNK_BYTES:,} bytes")
+
+
+def image_column(file: h5py.File, key: str, dtype: str) -> h5py.Dataset:
+    """Return a dataset of images, (N, H, W, 3) or (N, 3, H, W). Raises DataError if it is something else."""
+    dataset = find_dataset(file, key)
+    shape = dataset.shape
+    if len(shape) != 4 or 3 not in (shape[1], shape[3]) or 0 in shape[1:] or dataset.dtype != dtype:
+        raise DataError(
+            f"{file_name(file)}: {key!r} must be {dtype} images of shape (N, H, W, 3) or (N, 3, H, W). "
+            f"Got {dataset.dtype} of shape {shape} instead"
+        )
+    if math.prod(shape[1:]) // 3 > MAX_PIXELS:
+        raise DataError(
+            f"{file_name(file)}: {key!r} has images of {shape[1:]}, over the limit of {MAX_PIXELS:,} pixels"
+        )
+    return dataset
+
+
+def read_strings(dataset: h5py.Dataset, encoding: str) -> list[str]:
+    """Read strings or whole numbers of shape (N,) or (N, 1) as N stripped strings.
+
+    A row that is not in ``encoding`` is read as latin-1, which has a character for every byte.
+    """
+    name, dtype = f"{file_name(dataset.file)}: {dataset.name.lstrip('/')!r}", dataset.dtype
+    if dtype.kind not in "Siu" and h5py.check_string_dtype(dtype) is None:
+        raise DataError(f"{name} must hold strings or whole numbers. Got {dtype} instead")
+    if dataset.shape[1:] not in ((), (1,)):
+        raise DataError(f"{name} must have shape (N,) or (N, 1). Got {dataset.shape} instead")
+    if dtype.itemsize > MAX_TEXT_BYTES:
+        raise DataError(f"{name} has strings of {dtype.itemsize:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
+    # Slices bound the memory; strings of variable length may share their bytes in the file, so they take small ones.
+    step = 256 if dtype.kind == "O" else min(SLICE_ROWS, SLICE_BYTES // dtype.itemsize)
+    strings: list[str] = []
+    for start in range(0, len(dataset), step):
+        for value in dataset[start : start + step].ravel().tolist():
+            if isinstance(value, bytes) and len(value) > MAX_TEXT_BYTES:
+                raise DataError(f"{name} row {len(strings)} has over {MAX_TEXT_BYTES:,} bytes")
+            strings.append(_decode(value, encoding).strip(" \t\r\n\0"))
+    return strings
+
+
+def _decode(value: bytes | str | int, encoding: str) -> str:
+    if not isinstance(value, bytes):
+        return str(value)
+    try:
+        return value.decode(encoding)
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+def file_name(file: h5py.File) -> str:
+    """Return the file's name without its folder, as messages show it."""
+    return Path(file.filename).name

@@ -1,0 +1,133 @@
+"""Histograms and hashed n-grams: no weights and no downloads, a baseline that works everywhere."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL
+import sklearn
+from PIL import Image
+from sklearn.feature_extraction.text import HashingVectorizer
+
+from cachefuse.encoders.base import EncoderSpec, Features, Tower
+from cachefuse.errors import EncoderError
+
+SIDE = 64  # pixels; every image is squashed to SIDE x SIDE
+HUES, GREYS, COLOUR_GRID = 8, 4, 4
+ORIENTATIONS, GRADIENT_GRID = 8, 8
+HASHED = 512  # columns for each kind of n-gram
+
+
+class ClassicImageTower(Tower):
+    """Soft colour histograms on a 4 x 4 grid and gradient orientations on an 8 x 8 grid, each square-rooted to norm 1.
+
+    The orientations are Dalal and Triggs, "Histograms of oriented gradients for human detection", 2005, unsigned.
+    """
+
+    modality = "image"
+    views = ("pooled",)
+    width = (HUES + GREYS) * COLOUR_GRID**2 + ORIENTATIONS * GRADIENT_GRID**2
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        return {
+            "family": "classic",
+            "architecture": f"colour {HUES}+{GREYS}x{COLOUR_GRID}x{COLOUR_GRID}, "
+            f"gradient {ORIENTATIONS}x{GRADIENT_GRID}x{GRADIENT_GRID}, version 1",
+            "preprocessing": f"box resize to {SIDE}",
+            "library": _version("pillow", PIL.__version__),
+        }
+
+    def prepare(self, sample: Image.Image) -> np.ndarray:
+        return np.asarray(sample.resize((SIDE, SIDE), Image.Resampling.BOX))  # (SIDE, SIDE, 3) uint8
+
+    def encode(self, batch: Sequence[np.ndarray], views: Collection[str]) -> Features:
+        pixels = np.stack(batch).astype(np.float32) / 255  # (B, SIDE, SIDE, 3)
+        parts = _colours(pixels), _gradients(pixels)
+        return {"pooled": np.concatenate([_unit(np.sqrt(part)) for part in parts], axis=1)}
+
+
+class ClassicTextTower(Tower):
+    """Hashed words and pairs of words, and hashed runs of 3 to 5 characters within words, each of norm 1."""
+
+    modality = "text"
+    views = ("pooled",)
+    width = 2 * HASHED
+
+    def __init__(self) -> None:
+        self._kinds = [
+            HashingVectorizer(analyzer=analyzer, ngram_range=ngrams, n_features=HASHED, norm="l2", dtype=np.float32)
+            for analyzer, ngrams in (("word", (1, 2)), ("char_wb", (3, 5)))
+        ]
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        return {
+            "family": "classic",
+            "architecture": f"word 1-2 and char_wb 3-5 n-grams, {HASHED} columns each",
+            "library": _version("scikit-learn", sklearn.__version__),
+        }
+
+    def prepare(self, sample: str) -> str:
+        return sample
+
+    def length(self, prepared: str) -> int:
+        return len(prepared)
+
+    def encode(self, batch: Sequence[str], views: Collection[str]) -> Features:
+        return {"pooled": np.hstack([kind.transform(batch).toarray() for kind in self._kinds])}
+
+
+def open_classic(spec: EncoderSpec, device: str) -> dict[str, Tower]:
+    """Open ``classic`` as an image and a text tower; both run on the CPU. Raises EncoderError for a model name."""
+    if spec.model or spec.weights:
+        raise EncoderError(f"classic has no models or weights: write 'classic', not {str(spec)!r}")
+    return {"image": ClassicImageTower(), "text": ClassicTextTower()}
+
+
+def _colours(pixels: np.ndarray) -> np.ndarray:
+    """Histograms of hue, weighted by colourfulness, and of lightness, weighted by its absence: (B, 12 * 16)."""
+    high, low = pixels.max(-1), pixels.min(-1)
+    chroma = high - low  # (B, SIDE, SIDE)
+    red, green, blue = np.moveaxis(pixels, -1, 0)
+    safe = np.where(chroma > 0, chroma, 1)
+    sixths = np.select(
+        [high == red, high == green],
+        [((green - blue) / safe) % 6, (blue - red) / safe + 2],
+        (red - green) / safe + 4,
+    )
+    hues = _histogram(sixths * (HUES / 6), chroma, HUES, COLOUR_GRID, circular=True)
+    greys = _histogram((high + low) / 2 * (GREYS - 1), 1 - chroma, GREYS, COLOUR_GRID, circular=False)
+    return np.concatenate([hues, greys], axis=1)
+
+
+def _gradients(pixels: np.ndarray) -> np.ndarray:
+    """Histograms of edge orientation weighted by contrast, each pixel's from its strongest channel: (B, 8 * 64)."""
+    down, right = np.gradient(pixels, axis=(1, 2))  # (B, SIDE, SIDE, 3) each
+    strength = np.hypot(down, right)
+    best = strength.argmax(-1)[..., None]
+    down, right, strength = (np.take_along_axis(part, best, -1)[..., 0] for part in (down, right, strength))
+    turns = np.arctan2(down, right) / np.pi % 1  # an edge and its reverse are the same
+    return _histogram(turns * ORIENTATIONS, strength, ORIENTATIONS, GRADIENT_GRID, circular=True)
+
+
+def _histogram(position: np.ndarray, weight: np.ndarray, bins: int, grid: int, circular: bool) -> np.ndarray:
+    """Count pixels (B, SIDE, SIDE) per cell, each shared linearly between the two bins nearest: (B, grid² * bins)."""
+    n_images, cell = len(position), SIDE // grid
+    lower = np.minimum(position.astype(np.intp), bins - 1)
+    upper = (lower + 1) % bins if circular else np.minimum(lower + 1, bins - 1)
+    share = position - lower
+    rows = np.arange(SIDE) // cell
+    cells = np.arange(n_images)[:, None, None] * grid**2 + rows[:, None] * grid + rows  # (B, SIDE, SIDE)
+    counts = np.bincount((cells * bins + lower).ravel(), (weight * (1 - share)).ravel(), n_images * grid**2 * bins)
+    counts += np.bincount((cells * bins + upper).ravel(), (weight * share).ravel(), n_images * grid**2 * bins)
+    return np.maximum(counts, 0).reshape(n_images, -1).astype(np.float32)
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    """Scale rows to norm 1; a row of zeros stays."""
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+def _version(name: str, version: Any) -> str:
+    return f"{name} {'.'.join(str(version).split('.')[:2])}"

@@ -1,0 +1,200 @@
+"""open_clip models: an image and a text tower whose pooled features share one space."""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import text_global_pool
+from PIL import Image
+from torch import Tensor, nn
+
+from cachefuse.encoders.base import EncoderSpec, Tower, is_path
+from cachefuse.encoders.frozen import (
+    FrozenTower,
+    fetch,
+    fingerprint,
+    flatten_map,
+    library,
+    local_weights,
+    opening,
+    tokenizer_fingerprint,
+    weights_digest,
+)
+from cachefuse.errors import EncoderError
+
+DEFAULT_TAG = "laion2b_s34b_b79k"
+
+
+class ClipImageTower(FrozenTower):
+    """Pooled: the projected embedding, not normalised. Tokens: the last layer's patches, normed, not projected."""
+
+    def __init__(self, model: nn.Module, device: str, provenance: Mapping[str, str]):
+        config = open_clip.get_model_preprocess_cfg(model)
+        self.transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
+        facts = {**provenance, "preprocessing": f"open_clip {fingerprint(config)}", "pooling": "projected embedding"}
+        super().__init__("image", model, device, facts)
+        if not hasattr(model.visual, "forward_intermediates"):
+            self.views = ("pooled",)
+
+    def prepare(self, sample: Image.Image) -> Tensor:
+        return self.transform(sample)  # (3, H, W)
+
+    def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
+        images = self.stack(batch)
+        if not tokens or "tokens" not in self.views:
+            return self.model.encode_image(images, normalize=False), None
+        out = self.model.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)
+        return out["image_features"], flatten_map(out["image_intermediates"][-1])
+
+
+class ClipTextTower(FrozenTower):
+    """Pooled: the projected embedding, not normalised. Tokens: the last layer's up to the end mark, not projected."""
+
+    ragged = True
+
+    def __init__(self, model: nn.Module, tokenizer: Any, device: str, provenance: Mapping[str, str]):
+        self.tokenizer = tokenizer
+        inner = getattr(tokenizer, "tokenizer", tokenizer)
+        ends = (getattr(inner, name, None) for name in ("eot_token_id", "eos_token_id", "sep_token_id"))
+        self.end = next((end for end in ends if end is not None), None)
+        # Where attention only looks back, what follows the end mark has no effect, and needs no computing.
+        self.causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
+        self.causal = self.causal and model.text_pool_type in ("argmax", "eos", "first")
+        facts = {
+            **provenance,
+            "tokenizer": tokenizer_fingerprint(inner) if inner is not tokenizer else _bpe_fingerprint(tokenizer),
+            "max_length": str(tokenizer.context_length),
+            "pooling": "projected embedding",
+        }
+        super().__init__("text", model, device, facts)
+        if not (self.causal or hasattr(getattr(model, "text", None), "forward_intermediates")):
+            self.views = ("pooled",)
+
+    def prepare(self, sample: str) -> Tensor:
+        return self.tokenizer([sample])[0]  # (context length,)
+
+    def length(self, prepared: Tensor) -> int:
+        ends = (prepared == self.end).nonzero() if self.end is not None else prepared[:0]
+        return int(ends[0]) + 1 if len(ends) else len(prepared)
+
+    def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
+        ids = torch.stack(list(batch)).to(self.device)  # (B, context length)
+        if self.causal:
+            return self._forward_causal(ids[:, : max(map(self.length, batch))])
+        if not tokens or "tokens" not in self.views:
+            return self.model.encode_text(ids, normalize=False), None
+        text: Any = self.model.text
+        out = text.forward_intermediates(ids, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        return out["text_features"], out["text_intermediates"][-1]
+
+    def _forward_causal(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``CLIP.encode_text`` does, on the longest text's T tokens instead of all the context: ids (B, T)."""
+        model: Any = self.model
+        n_tokens = ids.shape[1]
+        hidden = model.token_embedding(ids) + model.positional_embedding[:n_tokens]  # (B, T, width)
+        hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:n_tokens, :n_tokens]))
+        pooled = text_global_pool(hidden, ids, model.text_pool_type, eos_token_id=model.text_eos_id)
+        projection = model.text_projection
+        if projection is not None:
+            pooled = projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+        return pooled, hidden
+
+
+def open_clip_towers(spec: EncoderSpec, device: str) -> dict[str, Tower]:
+    """Open ``clip:name[@tag or .safetensors file]``, or a folder with open_clip_config.json, as image and text towers.
+
+    Raises EncoderError for an unknown name or tag, with those like it, and for weights that can't be had or don't fit.
+    """
+    with opening(spec), _quiet():
+        name, config, model = _from_folder(spec) if is_path(spec.model) else _from_name(spec)
+        tokenizer = open_clip.get_tokenizer(name)
+        provenance = {
+            "family": "clip",
+            "architecture": f"{type(model).__name__} {fingerprint(config)}",
+            "weights": weights_digest(model),
+            "library": library(open_clip),
+        }
+        return {
+            "image": ClipImageTower(model, device, provenance).measure(Image.new("RGB", (64, 48), "grey")),
+            "text": ClipTextTower(model, tokenizer, device, provenance).measure("a sample"),
+        }
+
+
+def _from_folder(spec: EncoderSpec) -> tuple[str, dict[str, Any], nn.Module]:
+    folder = Path(spec.model).expanduser()
+    if not folder.is_dir():
+        raise EncoderError(f"can't open {spec}: there is no folder {folder}")
+    if spec.weights:
+        raise EncoderError(f"can't open {spec}: a folder has its own weights; drop {spec.weights!r}")
+    if not (folder / "open_clip_config.json").is_file():
+        raise EncoderError(f"can't open {spec}: there is no open_clip_config.json in {folder}")
+    if not list(folder.glob("*.safetensors")):
+        raise EncoderError(f"can't open {spec}: there is no open_clip_model.safetensors in {folder}")
+    name = f"local-dir:{folder}"
+    config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
+    return name, config, open_clip.create_model(name, require_pretrained=True)
+
+
+def _from_name(spec: EncoderSpec) -> tuple[str, dict[str, Any], nn.Module]:
+    name = spec.model.replace("/", "-")
+    if name not in open_clip.list_models():
+        close = difflib.get_close_matches(name, open_clip.list_models(), n=3) or ["ViT-B-32"]
+        raise EncoderError(f"unknown open_clip model {spec.model!r}; did you mean {', '.join(close)}?")
+    path, published = local_weights(spec), {}
+    if path is None:
+        published = _published(spec, name)
+        path = _download(spec, published["hf_hub"])
+    # A tag's preprocessing and activation come with its weights: OpenAI's need QuickGELU whatever the model's name.
+    quick_gelu = bool(published.get("quick_gelu"))
+    model = open_clip.create_model(
+        name, str(path), require_pretrained=True, force_quick_gelu=quick_gelu, force_preprocess_cfg=published
+    )
+    config = open_clip.get_model_config(name)
+    return name, {**config, "quick_gelu": quick_gelu or config.get("quick_gelu", False)}, model
+
+
+def _published(spec: EncoderSpec, name: str) -> dict[str, Any]:
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if not tags:
+        raise EncoderError(f"open_clip has no weights for {name}; give a file: clip:{name}@./weights.safetensors")
+    tag = spec.weights or (DEFAULT_TAG if DEFAULT_TAG in tags else tags[0])
+    published = open_clip.get_pretrained_cfg(name, tag)
+    if not published:
+        close = difflib.get_close_matches(tag, tags, n=3) or tags[:3]
+        raise EncoderError(f"unknown weights {tag!r} for {name}; did you mean {', '.join(close)}?")
+    return published
+
+
+def _download(spec: EncoderSpec, location: str) -> Path:
+    """Download a published tag: safetensors, or where there are none what open_clip unpickles as plain tensors."""
+    repo, _, filename = location.rpartition("/")
+    stems = [Path(filename).stem] if filename else ["open_clip_model", "open_clip_pytorch_model"]
+    for names in ([f"{stem}.safetensors" for stem in stems], [f"{stem}.bin" for stem in stems]):
+        folder = fetch(spec, repo, names)
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    raise EncoderError(f"can't open {spec}: none of {', '.join(stems)} is in {repo}")
+
+
+def _bpe_fingerprint(tokenizer: Any) -> str:
+    rules = [tokenizer.encoder, list(tokenizer.bpe_ranks), tokenizer.clean_fn.__name__]
+    return f"{type(tokenizer).__name__} {fingerprint(rules)}"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep open_clip, which logs to the root logger, from giving it a handler that prints to the terminal."""
+    handler = logging.NullHandler()
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)

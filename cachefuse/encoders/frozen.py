@@ -1,0 +1,169 @@
+"""What the families built on torch share: getting weights, freezing a model, and one encode for all of them."""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from torch import Tensor, nn
+
+from cachefuse.encoders.base import EncoderSpec, Features, Tower
+from cachefuse.errors import CachefuseError, EncoderError
+
+PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
+
+
+class FrozenTower(Tower):
+    """A tower over a frozen torch model: mixed precision on CUDA, float32 on the CPU."""
+
+    def __init__(self, modality: str, model: nn.Module, device: str, provenance: Mapping[str, str]):
+        self.modality = modality
+        self.model = model.eval().requires_grad_(False).to(device)
+        self.device = torch.device(device)
+        self.half = torch.float16  # 3 more bits of mantissa than bfloat16, which is for models that overflow
+        self._provenance = dict(provenance)
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        return self._provenance
+
+    @abstractmethod
+    def forward(self, batch: Sequence[Any], tokens: bool) -> tuple[Tensor, Tensor | None]:
+        """Return pooled (B, D) and, if asked for, tokens (B, T, D), padded to the longest where ragged."""
+
+    def encode(self, batch: Sequence[Any], views: Collection[str]) -> Features:
+        cuda = self.device.type == "cuda"
+        with torch.inference_mode(), torch.autocast(self.device.type, self.half, enabled=cuda):
+            pooled, tokens = self.forward(batch, "tokens" in views)
+        features: Features = {}
+        if "pooled" in views:
+            features["pooled"] = to_numpy(pooled)
+        if "tokens" in views and tokens is not None:
+            rows = to_numpy(tokens)
+            features["tokens"] = (
+                [row[: self.length(sample)] for row, sample in zip(rows, batch, strict=True)] if self.ragged else rows
+            )
+        return features
+
+    def measure(self, sample: Any) -> "FrozenTower":
+        """Set the width from a sample, and refuse a model that can't be cached: one whose features are random."""
+        first, again = (self.encode([self.prepare(sample)], ("pooled",))["pooled"] for _ in range(2))
+        if first.ndim != 2 or not np.allclose(first, again, atol=1e-3):
+            problem = "different features each time" if first.ndim == 2 else f"features of shape {first.shape[1:]}"
+            raise EncoderError(f"{type(self.model).__name__} gives {problem} for the same {self.modality}")
+        self.width = first.shape[1]
+        return self
+
+    def stack(self, batch: Sequence[Tensor]) -> Tensor:
+        """Stack prepared images (3, H, W) to (B, 3, H, W) on the device, without waiting for the copy."""
+        images = torch.stack(list(batch))
+        if self.device.type == "cuda":
+            images = images.pin_memory()
+        return images.to(self.device, non_blocking=True)
+
+    def pad(self, batch: Sequence[Sequence[int]], value: int, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Pad token ids on the right: ids (B, T) and the mask of real ones (B, T), on the device."""
+        ids = torch.full((len(batch), length or max(map(len, batch))), value)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(batch):
+            ids[i, : len(row)] = torch.tensor(row)
+            mask[i, : len(row)] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+
+def flatten_map(features: Tensor, channels_last: bool = False) -> Tensor:
+    """Turn a feature map (B, D, H, W), or (B, H, W, D) if channels are last, into tokens (B, H * W, D)."""
+    return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """Bring features to the CPU as float32."""
+    return tensor.detach().float().cpu().numpy()
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Hash a model's parameters and buffers, names and shapes included: the same from a hub or from a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(module.state_dict().items()):
+        array = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(array.shape)}{array.dtype}".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().data if array.numel() else b"")
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Hash anything made of dictionaries, lists, strings and numbers."""
+    canonical = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hash a transformers tokenizer: its rules where it has a tokenizer.json, else its vocabulary."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return f"{type(tokenizer).__name__} {fingerprint(content)}"
+
+
+def library(module: ModuleType) -> str:
+    """Return a library's name and its major.minor version."""
+    return f"{module.__name__} {'.'.join(module.__version__.split('.')[:2])}"
+
+
+def local_weights(spec: EncoderSpec) -> Path | None:
+    """Return the .safetensors file a spec names after ``@``, or None if what stands there is a tag.
+
+    Raises EncoderError for a file that is missing or not safetensors.
+    """
+    path = Path(spec.weights).expanduser()
+    if not (spec.weights.startswith((".", "/", "~")) or path.suffix in {".safetensors", *PICKLES}):
+        return None
+    if path.suffix != ".safetensors":
+        raise EncoderError(f"{path} is not a .safetensors file; a pickle can run code: convert it with safetensors")
+    if not path.is_file():
+        raise EncoderError(f"can't open {spec}: there is no file {path}")
+    return path
+
+
+def fetch(spec: EncoderSpec, repo: str, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """Download a hub repository's files that match, or find them in the hub's cache; return their folder."""
+    try:  # the listing comes first and is not retried, so that a missing network shows at once
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:
+        offline = isinstance(error, LocalEntryNotFoundError)
+        cause = "the hub can't be reached and it is not in the hub's cache" if offline else first_line(error)
+        raise EncoderError(
+            f"can't get {spec}: tried {repo} on the Hugging Face hub ({cause}); "
+            f"what works offline: `classic`, or weights on disk such as {OFFLINE[spec.family]}"
+        ) from error
+
+
+OFFLINE = {
+    "clip": "clip:ViT-B-32@./weights.safetensors",
+    "hf": "hf:./folder",
+    "timm": "timm:vit_base_patch16_224@./weights.safetensors",
+}
+
+
+@contextmanager
+def opening(spec: EncoderSpec) -> Iterator[None]:
+    """Turn whatever a library raises on a broken or foreign model into one EncoderError line."""
+    try:
+        yield
+    except CachefuseError:
+        raise
+    except Exception as error:
+        raise EncoderError(f"can't open {spec}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, cut to a readable length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

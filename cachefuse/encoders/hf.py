@@ -1,0 +1,210 @@
+"""transformers models by hub name or local folder: text (BERT, RoBERTa, T5's encoder ...) or image (ViT, DINOv2 ...)."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor, nn
+from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils import logging as library_logging
+
+from cachefuse.encoders.base import EncoderSpec, Tower, is_path
+from cachefuse.encoders.frozen import (
+    PICKLES,
+    FrozenTower,
+    fetch,
+    fingerprint,
+    flatten_map,
+    library,
+    opening,
+    tokenizer_fingerprint,
+    weights_digest,
+)
+from cachefuse.errors import BadSampleError, EncoderError
+
+FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")  # of a hub repository: all that a model needs, no pickles
+UNUSED = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version"}
+PREFIX = ("cls_token", "distillation_token", "register_tokens")  # the tokens before the patches
+MAX_TOKENS = 512  # for models that name no limit of their own
+
+
+class HFImageTower(FrozenTower):
+    """Pooled: the class token after the last layer norm, else the mean of the tokens. Tokens: the patches only."""
+
+    def __init__(self, model: nn.Module, processor: Any, device: str, provenance: Mapping[str, str]):
+        prefix = {n.rsplit(".", 1)[-1]: p.shape[-2] for n, p in model.named_parameters() if n.endswith(PREFIX)}
+        self.class_token = "cls_token" in prefix
+        self.n_prefix = sum(prefix.values())
+        self.processor = processor
+        pooling = "class token" if self.class_token else "mean"
+        preprocessing = f"{type(processor).__name__} {fingerprint(processor.to_dict())}"
+        super().__init__("image", model, device, {**provenance, "preprocessing": preprocessing, "pooling": pooling})
+
+    def prepare(self, sample: Image.Image) -> Tensor:
+        return self.processor(images=sample, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
+
+    def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
+        hidden = self.model(pixel_values=self.stack(batch)).last_hidden_state  # (B, T, D), or (B, D, H, W) of a CNN
+        if hidden.ndim == 4:
+            patches = flatten_map(hidden)
+            return patches.float().mean(1), patches
+        patches = hidden[:, self.n_prefix :]
+        return hidden[:, 0] if self.class_token else patches.float().mean(1), patches
+
+
+class HFTextTower(FrozenTower):
+    """Pooled: the mean of the real tokens (the convention of sentence-transformers), or the first one."""
+
+    ragged = True
+
+    def __init__(self, model: nn.Module, tokenizer: Any, folder: Path, device: str, provenance: Mapping[str, str]):
+        self.tokenizer = tokenizer
+        self.max_length = _max_length(model, tokenizer, folder)
+        pooling = _read(folder / "1_Pooling" / "config.json")
+        self.first = bool(pooling.get("pooling_mode_cls_token")) or pooling.get("pooling_mode") == "cls"
+        ids = (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None), 0)
+        self.pad_id = next(i for i in ids if i is not None)
+        facts = {
+            **provenance,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "max_length": str(self.max_length),
+            "pooling": "first token" if self.first else "mean",
+        }
+        super().__init__("text", model, device, facts)
+
+    def prepare(self, sample: str) -> list[int]:
+        ids = self.tokenizer(sample, truncation=True, max_length=self.max_length, padding=False)["input_ids"]
+        if not ids:
+            raise BadSampleError("has no tokens")
+        return ids
+
+    def length(self, prepared: Sequence[int]) -> int:
+        return len(prepared)
+
+    def forward(self, batch: Sequence[Sequence[int]], tokens: bool) -> tuple[Tensor, Tensor | None]:
+        ids, mask = self.pad(batch, self.pad_id)  # (B, T)
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, D)
+        if self.first:
+            return hidden[:, 0], hidden
+        real = mask.unsqueeze(-1)  # (B, T, 1)
+        return (hidden.float() * real).sum(1) / real.sum(1), hidden
+
+
+def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
+    """Open ``hf:name[@revision]`` or ``hf:./folder`` as one tower, image or text, whichever the model is.
+
+    Raises EncoderError for a folder without safetensors, a model of both modalities, or one that needs its own code.
+    """
+    folder = _folder(spec)
+    offline = {"trust_remote_code": False, "local_files_only": True}
+    with opening(spec), _quiet():
+        config = AutoConfig.from_pretrained(folder, **offline)
+        modality = _modality(spec, config)
+        model = _load(spec, folder, config, offline)
+        settings = {key: value for key, value in config.to_dict().items() if key not in UNUSED}
+        provenance = {
+            "family": "hf",
+            "architecture": f"{type(model).__name__} {fingerprint(settings)}",
+            "weights": weights_digest(model),
+            "library": library(transformers),
+        }
+        tower: FrozenTower
+        if modality == "image":
+            processor = AutoImageProcessor.from_pretrained(folder, **offline)
+            tower = HFImageTower(model, processor, device, provenance)
+            sizes = {tuple(tower.prepare(Image.new("RGB", size)).shape) for size in ((64, 48), (48, 64))}
+            if len(sizes) > 1:
+                raise EncoderError(f"can't open {spec}: its image processor gives images of different sizes")
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
+            tower = HFTextTower(model, tokenizer, folder, device, provenance)
+        if config.dtype == torch.bfloat16 or config.is_encoder_decoder:
+            tower.half = torch.bfloat16  # trained with its range: T5's activations overflow float16
+        # Measuring also makes the tokenizer's first call, which sets its truncation: later calls only read it.
+        return {modality: tower.measure(Image.new("RGB", (64, 48), "grey") if modality == "image" else "a sample")}
+
+
+def _folder(spec: EncoderSpec) -> Path:
+    if not spec.model:
+        raise EncoderError("hf needs a model: hf:bert-base-uncased, or a local folder such as hf:./folder")
+    if not is_path(spec.model):
+        return _check(spec, fetch(spec, spec.model, FILES, spec.weights or None))
+    folder = Path(spec.model).expanduser()
+    if not folder.is_dir():
+        raise EncoderError(f"can't open {spec}: there is no folder {folder}")
+    if spec.weights:
+        raise EncoderError(f"can't open {spec}: a local folder has no revision {spec.weights!r}")
+    return _check(spec, folder)
+
+
+def _check(spec: EncoderSpec, folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise EncoderError(f"can't open {spec}: there is no config.json in {folder}")
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        found = f" but {pickles[0]}, a pickle, which can run code: convert it" if pickles else ""
+        raise EncoderError(f"can't open {spec}: it has no .safetensors weights{found}")
+    return folder
+
+
+def _modality(spec: EncoderSpec, config: Any) -> str:
+    if hasattr(config, "text_config") and hasattr(config, "vision_config"):
+        raise EncoderError(
+            f"{spec} ({config.model_type}) is an image-text model; open those with clip:, such as clip:ViT-B-32"
+        )
+    takes = getattr(MODEL_MAPPING.get(type(config), None), "main_input_name", "nothing known")
+    if takes not in ("pixel_values", "input_ids"):
+        raise EncoderError(f"{spec} ({config.model_type}) takes {takes}; expected an image or a text model")
+    return "image" if takes == "pixel_values" else "text"
+
+
+def _load(spec: EncoderSpec, folder: Path, config: Any, offline: Mapping[str, bool]) -> nn.Module:
+    """Load in float32; drop the decoder and the pooler, which features don't need and weights often lack."""
+    model, report = AutoModel.from_pretrained(
+        folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **offline
+    )
+    unused: tuple[str, ...] = ("pooler.",)
+    if hasattr(model, "encoder") and hasattr(model, "decoder"):
+        unused += ("decoder.",)
+        model = model.get_encoder()
+    elif isinstance(getattr(model, "pooler", None), nn.Module) and any(True for _ in model.pooler.parameters()):
+        model.pooler = nn.Identity()
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(unused))
+    if missing:
+        raise EncoderError(f"can't open {spec}: its weights lack {len(missing)} of the model's, such as {missing[0]}")
+    return model
+
+
+def _max_length(model: nn.Module, tokenizer: Any, folder: Path) -> int:
+    """The least of what the tokenizer, the position table and a sentence-transformers folder allow."""
+    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
+    limits.append(_read(folder / "sentence_bert_config.json").get("max_seq_length"))
+    for name, module in model.named_modules():
+        # RoBERTa's positions start after the padding's: 514 rows hold 512 tokens.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 1_000_000]
+    return min(known, default=MAX_TOKENS)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the library's progress bars and load reports off the terminal, and put things back as they were."""
+    level, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
+    library_logging.set_verbosity_error()
+    library_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(level)
+        if bars:
+            library_logging.enable_progress_bar()

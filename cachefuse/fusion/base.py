@@ -1,0 +1,38 @@
+"""What a fusion is: any number of modalities' features, some absent in some rows, to logits."""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from cachefuse.errors import ConfigError
+
+HeadBuilder = Callable[[int, int], nn.Module]  # (width, classes) -> a head from (B, width) to (B, classes)
+
+
+class Fusion(nn.Module):
+    """From features {modality: (B, D_m)} and present {modality: (B,) bool} to logits (B, C).
+
+    ``widths`` are the D_m at hand by modality; the attribute ``widths`` keeps those in use, in alphabetical order, so
+    that a model does not depend on the order they are listed in. Raises ConfigError if a modality needed is not there.
+    """
+
+    name: ClassVar[str]
+    modalities: ClassVar[tuple[str, ...] | None] = None  # None: all that are given
+
+    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
+        super().__init__()
+        used = sorted(widths) if self.modalities is None else self.modalities
+        missing = [modality for modality in used if modality not in widths]
+        if missing or not used:
+            raise ConfigError(
+                f"fusion {self.name!r} needs {' and '.join(missing) or 'some'} features; "
+                f"this store has: {', '.join(sorted(widths)) or 'none'}"
+            )
+        self.widths = {modality: widths[modality] for modality in used}
+
+
+def zero_absent(x: Tensor, present: Tensor) -> Tensor:
+    """Set the absent rows of ``x`` (B, D) to 0; ``present`` is (B,) bool."""
+    # Filled, not multiplied: whatever an absent row holds, NaN included, stays out of the logits and the gradients.
+    return x.masked_fill(~present[:, None], 0)

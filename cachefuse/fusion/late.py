@@ -1,0 +1,75 @@
+"""Late fusions of pooled features, from "Multimodal multilabel classification with CLIP" (MMC), section 3.2.
+
+A row where a modality is absent takes nothing from it: its features are set to 0, which is their mean in training since
+they arrive standardised, and where a head of its own reads them, that head's logits are left out of the sum.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from cachefuse.fusion.base import Fusion, HeadBuilder, zero_absent
+
+
+class ConcatFusion(Fusion):
+    """[x_1; ...; x_M] -> head -> logits."""
+
+    name = "concat"
+
+    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
+        super().__init__(widths, classes, head)
+        self.head = head(sum(self.widths.values()), classes)
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        x = torch.cat([zero_absent(features[m], present[m]) for m in self.widths], dim=1)  # (B, D_1 + ... + D_M)
+        return self.head(x)
+
+
+class ImageOnly(ConcatFusion):
+    """x_image -> head -> logits: the baseline that reads no text."""
+
+    name = "image"
+    modalities = ("image",)
+
+
+class TextOnly(ConcatFusion):
+    """x_text -> head -> logits: the baseline that reads no image."""
+
+    name = "text"
+    modalities = ("text",)
+
+
+class SumFusion(Fusion):
+    """head_1(x_1) + ... + head_M(x_M) -> meta-classifier -> logits.
+
+    The meta-classifier is a Linear (C to C) that starts as the identity: training begins with the plain sum.
+    """
+
+    name = "sum"
+
+    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
+        super().__init__(widths, classes, head)
+        self.heads = nn.ModuleDict({modality: head(width, classes) for modality, width in self.widths.items()})
+        self.meta = nn.Linear(classes, classes)
+        nn.init.eye_(self.meta.weight)
+        nn.init.zeros_(self.meta.bias)
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        x = {m: zero_absent(features[m], present[m]) for m in self.widths}
+        return self.meta(self.total(x, present))
+
+    def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        """Add up the heads' logits (B, C), each where its modality is present."""
+        return torch.stack([zero_absent(head(x[m]), present[m]) for m, head in self.heads.items()]).sum(0)
+
+
+class MixedFusion(SumFusion):
+    """head_cat([x_1; ...; x_M]) + head_1(x_1) + ... + head_M(x_M) -> meta-classifier -> logits."""
+
+    name = "mixed"
+
+    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
+        super().__init__(widths, classes, head)
+        self.concat = head(sum(self.widths.values()), classes)
+
+    def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self.concat(torch.cat([x[m] for m in self.widths], dim=1)) + super().total(x, present)

@@ -1,0 +1,165 @@
+"""Heads: from one vector a sample to logits; and the standardisation of features before them.
+
+Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.0)`` and maps (B, D) to (B, C).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from cachefuse.errors import ConfigError
+from cachefuse.registry import ACTIVATIONS, lookup
+
+FIT_ROWS = 4096  # rows converted to float64 at a time: tens of MB at the usual widths
+
+
+class Linear(nn.Linear):
+    """One linear layer, the linear probe; activation and dropout are for hidden layers and have no effect.
+
+    Raises ConfigError if ``layers`` are given.
+    """
+
+    def __init__(
+        self, width: int, classes: int, *, layers: tuple[int, ...] = (), activation: str = "gelu", dropout: float = 0.0
+    ):
+        if layers:
+            raise ConfigError(
+                f"head 'linear' has no hidden layers. Got {tuple(layers)} instead; head 'mlp' takes them."
+            )
+        super().__init__(width, classes)
+
+
+class MLP(nn.Module):
+    """Linear, activation and dropout for each hidden width in ``layers``, then a Linear to the classes.
+
+    Raises ConfigError for layers or dropout out of range, UnknownNameError for an unknown activation.
+    """
+
+    def __init__(
+        self, width: int, classes: int, *, layers: tuple[int, ...] = (), activation: str = "gelu", dropout: float = 0.0
+    ):
+        super().__init__()
+        _check(layers, dropout)
+        act = lookup(ACTIVATIONS, activation, "activation")
+        modules: list[nn.Module] = []
+        for hidden in layers:
+            modules += [nn.Linear(width, hidden), act(), nn.Dropout(dropout)]
+            width = hidden
+        self.layers = nn.Sequential(*modules, nn.Linear(width, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class GatedMLP(nn.Module):
+    """A gated block for each (even) hidden width in ``layers``, then a Linear to the classes.
+
+    gMLP (arXiv 2105.08050) gates along the tokens. A pooled feature has no token axis, so the gate in use here acts
+    along the channels: see ``ChannelGate``. Raises ConfigError for layers or dropout out of range, UnknownNameError for
+    an unknown activation.
+    """
+
+    def __init__(
+        self, width: int, classes: int, *, layers: tuple[int, ...] = (), activation: str = "gelu", dropout: float = 0.0
+    ):
+        super().__init__()
+        _check(layers, dropout)
+        if any(hidden % 2 for hidden in layers):
+            raise ConfigError(
+                f"head 'gmlp' splits its layers in halves: they must be even. Got {tuple(layers)} instead."
+            )
+        act = lookup(ACTIVATIONS, activation, "activation")
+        blocks = [GatedBlock(width, hidden, act(), dropout) for hidden in layers]
+        self.layers = nn.Sequential(*blocks, nn.Linear(width, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class GatedBlock(nn.Module):
+    """x + W2 s(act(W1 x)), with s a gate that halves the channels (arXiv 2105.08050, section 2)."""
+
+    def __init__(self, width: int, hidden: int, activation: nn.Module, dropout: float):
+        super().__init__()
+        self.expand = nn.Linear(width, hidden)
+        self.activation = activation
+        self.gate = ChannelGate(hidden)
+        self.dropout = nn.Dropout(dropout)
+        self.project = nn.Linear(hidden // 2, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.activation(self.expand(x))  # (B, H)
+        s = self.gate(z)  # (B, H / 2)
+        return x + self.project(self.dropout(s))  # (B, D)
+
+
+class ChannelGate(nn.Module):
+    """s(z) = u * (LN(v) W + b), with (u, v) the halves of z's channels: (B, H) to (B, H / 2).
+
+    The gating unit of arXiv 2105.08050, section 2.1, with W along the channels in place of the tokens, and its start: W
+    near 0 and b = 1, so that the gate opens as the identity on u.
+    """
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        half = hidden // 2
+        self.norm = nn.LayerNorm(half)
+        self.linear = nn.Linear(half, half)
+        nn.init.uniform_(self.linear.weight, -1e-3 / half, 1e-3 / half)
+        nn.init.ones_(self.linear.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        u, v = z.chunk(2, dim=-1)  # (B, H / 2) each
+        return u * self.linear(self.norm(v))
+
+
+class Standardize(nn.Module):
+    """Features to mean 0 and standard deviation 1 in each dimension: (B, D) in any float dtype to (B, D) float32.
+
+    The identity until ``fit``. A dead dimension, one that varies by no more than half a float16 step at its mean, has
+    nothing to tell but rounding: its scale is 0, and so is every value that comes out of it.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    @torch.no_grad()
+    def fit(self, x: Tensor, rows: Tensor | None = None) -> "Standardize":
+        """Take mean and standard deviation from ``x`` (N, D), or from its ``rows`` (n,) int64, and return self.
+
+        Works in float64 and by chunks, so that a large float16 memory map is read once and never converted whole.
+        Raises ConfigError if there are no rows or a value is not finite.
+        """
+        count = len(x if rows is None else rows)
+        if not count:
+            raise ConfigError("features to standardise have no rows")
+        chunks = x.split(FIT_ROWS) if rows is None else (x[part] for part in rows.split(FIT_ROWS))
+        total, squares = self.mean.new_zeros((2, len(self.mean)), dtype=torch.float64)
+        for chunk in chunks:
+            values = chunk.to(total)
+            total += values.sum(0)
+            squares += values.square().sum(0)
+        if not squares.isfinite().all():
+            bad = int((~squares.isfinite()).nonzero()[0])
+            raise ConfigError(f"features to standardise must be finite; dimension {bad} of {len(squares)} is not")
+        mean = total / count
+        # The difference cancels at most 7 of float64's 16 digits in a dimension that is not dead.
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        half_a_step = mean.abs().clamp(min=torch.finfo(torch.float16).tiny) * (torch.finfo(torch.float16).eps / 2)
+        self.mean.copy_(mean)
+        self.scale.copy_(torch.where(std > half_a_step, 1 / std, 0))
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) * self.scale).float()
+
+
+def _check(layers: tuple[int, ...], dropout: float) -> None:
+    if any(hidden < 1 for hidden in layers):
+        raise ConfigError(f"layers must be at least 1 wide. Got {tuple(layers)} instead.")
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"dropout must be in [0, 1). Got {dropout} instead.")

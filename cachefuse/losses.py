@@ -1,0 +1,95 @@
+"""Losses: ``loss(logits, targets, *, ..., reduction="mean")``, computed in float32 whatever the inputs' dtype.
+
+Logits and targets are (B, C); multi-class targets are one-hot, so that all losses share one signature. Every loss and
+its gradient is finite wherever the logits are. ``reduction`` is "mean", "sum" or "none".
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cachefuse.errors import ConfigError
+from cachefuse.registry import lookup
+
+REDUCTIONS = {"mean": torch.mean, "none": lambda loss: loss, "sum": torch.sum}
+
+
+def bce(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
+    """Return the binary cross-entropy, the mean over batch and classes.
+
+    Raises ConfigError if the shapes differ, UnknownNameError for an unknown reduction.
+    """
+    logits, targets = _as_float32(logits, targets)
+    return _reduce(F.binary_cross_entropy_with_logits(logits, targets, reduction="none"), reduction)
+
+
+def focal(logits: Tensor, targets: Tensor, *, gamma: float = 3.0, reduction: str = "mean") -> Tensor:
+    """Return the focal loss, -y (1 - p)^gamma log p - (1 - y) p^gamma log(1 - p), the mean over batch and classes.
+
+    arXiv 1708.02002, equation 4: no alpha weighting; gamma = 3 is the choice of "Multimodal multilabel classification
+    with CLIP". Raises as ``asl`` does.
+    """
+    return asl(logits, targets, gamma_negative=gamma, gamma_positive=gamma, clip=0.0, reduction=reduction)
+
+
+def asl(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    gamma_negative: float = 4.0,
+    gamma_positive: float = 1.0,
+    clip: float = 0.05,
+    reduction: str = "mean",
+) -> Tensor:
+    """Return the asymmetric loss, -y (1 - p)^g+ log p - (1 - y) p_m^g- log(1 - p_m), with p_m = max(p - clip, 0).
+
+    arXiv 2009.14119; equations 4 and 5 of "Multimodal multilabel classification with CLIP". The ASL authors' code sums
+    over batch and classes (``reduction="sum"``), and takes the two powers as constants in the gradient; this one is the
+    derivative of the formula.
+
+    Raises ConfigError if a gamma is negative, clip outside [0, 1) or the shapes differ, UnknownNameError for an unknown
+    reduction.
+    """
+    if min(gamma_negative, gamma_positive) < 0 or not 0 <= clip < 1:
+        raise ConfigError(
+            "gamma_negative and gamma_positive must be at least 0 and clip in [0, 1). "
+            f"Got {gamma_negative}, {gamma_positive} and {clip} instead."
+        )
+    logits, targets = _as_float32(logits, targets)
+    log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
+    # Powers are taken as exp(gamma * log): finite gradients where p underflows, and exactly 1 for gamma = 0.
+    positive = torch.exp(gamma_positive * log_not_p) * log_p
+    if clip == 0:
+        negative = torch.exp(gamma_negative * log_p) * log_not_p
+    else:
+        not_p_m = (torch.sigmoid(-logits) + clip).clamp(max=1)
+        # p_m is 0 for every easy negative, where a power below 1 has no derivative: stop just short of it.
+        p_m = (1 - not_p_m).clamp(min=torch.finfo(torch.float32).tiny)
+        negative = p_m**gamma_negative * torch.log(not_p_m)
+    return _reduce(-(targets * positive + (1 - targets) * negative), reduction)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
+    """Return the softmax cross-entropy with one-hot targets (B, C), the mean over the batch; "none" gives (B,).
+
+    ``smoothing`` moves that share of each target to all classes evenly. Raises ConfigError if it is outside [0, 1) or
+    the shapes differ, UnknownNameError for an unknown reduction.
+    """
+    if not 0 <= smoothing < 1:
+        raise ConfigError(f"smoothing must be in [0, 1). Got {smoothing} instead.")
+    logits, targets = _as_float32(logits, targets)
+    return _reduce(F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none"), reduction)
+
+
+def _as_float32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    # Shapes that differ would broadcast to a loss that looks like one.
+    if logits.ndim != 2 or logits.shape != targets.shape:
+        raise ConfigError(
+            "logits and targets must both have shape (B, C). "
+            f"Got {tuple(logits.shape)} and {tuple(targets.shape)} instead."
+        )
+    return logits.float(), targets.float()
+
+
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
+    return lookup(REDUCTIONS, reduction, "reduction")(loss)

@@ -1,0 +1,183 @@
+"""From a run to predictions: for rows of a store, or for raw images and texts through the run's own encoders."""
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cachefuse.cache.extract import BATCH_SIZE, encode_prepared, in_order, is_bad, prepare_source
+from cachefuse.cache.layout import DTYPES, provenance_key
+from cachefuse.cache.store import FeatureStore
+from cachefuse.data.readers.base import ImageSource, Samples
+from cachefuse.data.readers.table import TableReader, read_columns
+from cachefuse.data.targets import is_labelled
+from cachefuse.encoders import EncoderSpec, open_encoder
+from cachefuse.encoders.base import Tower
+from cachefuse.errors import BadSampleError, DataError, RunError
+from cachefuse.metrics import decide
+from cachefuse.runtime import n_threads, resolve_device
+from cachefuse.training.batches import FeatureTable, load_table
+from cachefuse.training.loop import predict_logits, to_scores
+from cachefuse.training.run import Run, UsedFeatures, match_features
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """n rows: ids, scores (n, C) between 0 and 1, and the labels decided on, (n, C) bool, in class order."""
+
+    ids: list[str]
+    classes: tuple[str, ...]
+    scores: np.ndarray
+    labels: np.ndarray
+
+    def names(self, row: int) -> list[str]:
+        """Return the labels of a row, in class order."""
+        return [self.classes[c] for c in np.flatnonzero(self.labels[row])]
+
+
+def predict_split(run: Run, store: FeatureStore, split: str | None = None, *, device: str = "auto") -> Predictions:
+    """Predict the rows of a split, in the store's order; by default those without labels, or else the test split.
+
+    Raises RunError if the run was trained on another store, DataError if there are no such rows.
+    """
+    table = load_table(store, match_features(run, store))
+    rows = _rows_to_predict(store, split)
+    return _predict(run, table, rows, [store.ids[row] for row in rows], device)
+
+
+def predict_samples(
+    run: Run,
+    samples: Samples,
+    *,
+    device: str = "auto",
+    max_bad: float = 1.0,
+    on_progress: Callable[[str, int, int], None] = lambda modality, done, total: None,
+) -> Predictions:
+    """Predict raw samples: they pass the run's own encoders first. What a sample lacks counts as absent.
+
+    Raises RunError if an encoder is not the one the run was trained with, BadSampleError if a sample can't be used and
+    ``max_bad`` (the share that may) is exceeded, DataError if the samples have no modality that the run reads.
+    """
+    sources: dict[str, list[ImageSource | str | None]] = {
+        "image": list(samples.images or []),
+        "text": [" ".join(texts) for texts in samples.texts or []],
+    }
+    n = len(samples.ids)
+    if not any(sources[modality] for modality in run.features):
+        raise DataError(f"run {run.name} reads {' and '.join(run.features)}; give at least one of them")
+    device = resolve_device(device)
+    features: dict[str, torch.Tensor] = {}
+    present: dict[str, torch.Tensor] = {}
+    opened: dict[str, dict[str, Tower]] = {}
+    for modality, group in run.features.items():
+        if not sources[modality]:
+            features[modality] = torch.zeros(n, sum(used.width for used in group), dtype=torch.float16)
+            present[modality] = torch.zeros(n, dtype=torch.bool)
+            continue
+        parts = []
+        for used in group:
+            towers = opened.setdefault(used.source, open_encoder(EncoderSpec.parse(used.source), device))
+            tower = _checked_tower(run, towers, modality, used)
+            values, bad = _encode(tower, sources[modality], used, device, on_progress)
+            for row, error in bad.items():
+                where = getattr(sources[modality][row], "name", samples.ids[row])
+                if len(bad) > max_bad * n:
+                    raise BadSampleError(f"{where}: {error}")
+                logger.warning("%s: %s; predicted without its %s", where, error, modality)
+            parts.append(values)
+        features[modality] = torch.from_numpy(np.concatenate(parts, axis=1))
+        present[modality] = torch.tensor([row not in bad for row in range(n)])
+    table = FeatureTable(
+        features=features,
+        present=present,
+        targets=torch.zeros(n, len(run.classes), dtype=torch.uint8),
+        labelled=np.zeros(n, bool),
+        splits=np.array([""] * n),
+    )
+    return _predict(run, table, np.arange(n), samples.ids, device)
+
+
+def read_input(path: Path, run: Run) -> Samples:
+    """Read new samples from a table, by the dataset's own columns or else by columns id, image and text.
+
+    Image paths are relative to the table's folder. Raises DataError if there is no image or text column.
+    """
+    columns = read_columns(path)
+    reader = run.manifest.open_reader()
+    fields: dict[str, str] = {}
+    for key in ("id", "image", "text"):
+        declared = getattr(reader, key, None) if isinstance(reader, TableReader) else None
+        if declared and TableReader.places(declared) <= columns.keys():
+            fields[key] = declared
+        elif key in columns:
+            fields[key] = key
+    if not {"image", "text"} & fields.keys():
+        raise DataError(f"{path}: needs a column image or text; its columns are: {', '.join(columns)}")
+    return TableReader(files={"input": path.name}, **fields).read(path.parent)
+
+
+def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
+    known = ", ".join(np.unique(store.splits).tolist())
+    if split is not None:
+        rows = np.flatnonzero(store.splits == split)
+        if not len(rows):
+            raise DataError(f"{store.dataset} has no rows in split {split!r}; its splits are: {known}")
+        return rows
+    rows = np.flatnonzero(~is_labelled(store.targets))
+    rows = rows if len(rows) else np.flatnonzero(store.splits == "test")
+    if not len(rows):
+        raise DataError(f"every row of {store.dataset} is labelled and none is in a test split; name one of: {known}")
+    return rows
+
+
+def _predict(run: Run, table: FeatureTable, rows: np.ndarray, ids: list[str], device: str) -> Predictions:
+    device = resolve_device(device)
+    model, table = run.model.to(device), table.to(device)
+    logits = predict_logits(model, table, torch.from_numpy(rows).to(device))
+    scores = to_scores(logits, run.loss).numpy()
+    labels = decide(scores, run.task, min_labels=run.manifest.min_labels)
+    return Predictions(ids, run.classes, scores, labels)
+
+
+def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: UsedFeatures) -> Tower:
+    tower = towers.get(modality)
+    if tower is None or provenance_key({**tower.provenance, "dtype": used.dtype}) != used.key:
+        raise RunError(
+            f"run {run.name} was trained with other weights or preprocessing than {used.source} has now; "
+            f"bring them back, or extract and train again"
+        )
+    return tower
+
+
+def _encode(
+    tower: Tower,
+    sources: Sequence[ImageSource | str | None],
+    used: UsedFeatures,
+    device: str,
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[np.ndarray, dict[int, BadSampleError]]:
+    """Return pooled features (n, D) in the store's dtype, and the rows that can't be used."""
+    values = np.zeros((len(sources), used.width), DTYPES[used.dtype])
+    bad: dict[int, BadSampleError] = {}
+    size = BATCH_SIZE[device.partition(":")[0]]
+    with ThreadPoolExecutor(n_threads()) as pool:
+        prepared = in_order(pool, lambda row: prepare_source(tower, sources[row]), range(len(sources)), 4 * size)
+        window = []
+        for row, item in enumerate(prepared):
+            window.append(item)
+            if is_bad(item):
+                bad[row] = item
+            if len(window) == size or row == len(sources) - 1:
+                first = row + 1 - len(window)
+                for i, value in enumerate(encode_prepared(tower, window, ("pooled",), size)["pooled"]):
+                    if value is not None:
+                        values[first + i] = value
+                window = []
+                on_progress(tower.modality, row + 1, len(sources))
+    return values, bad

@@ -1,0 +1,97 @@
+"""Where things run and where they are kept: devices, seeds, files, the workspace."""
+
+import json
+import os
+import random
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachefuse.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder that commands share: raw data, feature stores, runs."""
+
+    root: Path = Path("workspace")
+
+    def data(self, dataset: str) -> Path:
+        return self.root / "data" / dataset
+
+    def store(self, dataset: str) -> Path:
+        return self.root / "cache" / f"{dataset}.zarr"
+
+    @property
+    def stores(self) -> list[Path]:
+        return sorted((self.root / "cache").glob("*.zarr"))
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+
+def resolve_device(name: str = "auto") -> str:
+    """Return "cpu" or a CUDA device. Raises ConfigError if CUDA is asked for and absent."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"unknown device {name!r}; choose from: auto, cpu, cuda, cuda:0") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise ConfigError(f"device {name!r} was asked for, but there is none here; use --device cpu or auto")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {name!r} is not supported; choose from: auto, cpu, cuda, cuda:0")
+    return str(device)
+
+
+def n_threads() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def slug(text: str) -> str:
+    """Turn any text into one safe folder name."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.") or "unnamed"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, even through a power cut."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(value: Any) -> str:
+    """Serialise for people and machines alike: indented, in order, without NaN (which JSON does not have)."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value

@@ -1,0 +1,105 @@
+"""Features as tensors, and batches as index tensors: no per-sample Dataset stands between them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefuse.cache.store import Features, FeatureStore
+from cachefuse.data.targets import is_labelled
+from cachefuse.errors import CacheError, ConfigError
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """N rows of features {modality: (N, D_m)} with presence {modality: (N,) bool}, and targets (N, C) of 0 and 1.
+
+    Features keep the store's dtype; a batch is converted when it is used. ``labelled`` is (N,) bool.
+    """
+
+    features: dict[str, Tensor]
+    present: dict[str, Tensor]
+    targets: Tensor
+    labelled: np.ndarray
+    splits: np.ndarray
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {modality: x.shape[1] for modality, x in self.features.items()}
+
+    def rows(self, split: str) -> Tensor:
+        """Return the labelled rows of a split, (n,) int64."""
+        return torch.from_numpy(np.flatnonzero(self.labelled & (self.splits == split)))
+
+    def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the features and presence of some rows, (B, D_m) and (B,) each."""
+        features = {modality: x.index_select(0, rows) for modality, x in self.features.items()}
+        return features, {modality: x.index_select(0, rows) for modality, x in self.present.items()}
+
+    def to(self, device: str) -> "FeatureTable":
+        move = lambda table: {name: x.to(device) for name, x in table.items()}  # noqa: E731
+        return FeatureTable(
+            move(self.features), move(self.present), self.targets.to(device), self.labelled, self.splits
+        )
+
+
+def select_features(store: FeatureStore, encoders: Sequence[str] = ()) -> dict[str, list[Features]]:
+    """Return the pooled features to use, by modality: those of the named encoders, or all that are complete.
+
+    An encoder may be named by its spec or any part of it that fits one alone. Raises CacheError or ConfigError.
+    """
+    stored = [features for features in store.features() if "pooled" in features.views]
+    if not stored:
+        raise CacheError(f"{store.path} holds no pooled features; run cachefuse extract first")
+    if encoders:
+        stored = [features for name in encoders for features in _find(stored, name)]
+    else:
+        whole = [features for features in stored if not len(features.missing_rows("pooled"))]
+        stored = whole or stored  # if none is whole, reading says how to go on
+    chosen: dict[str, list[Features]] = {}
+    for features in stored:
+        if store.items(features.modality) is not None:
+            raise ConfigError(f"{store.dataset} has several {features.modality}s a sample; a head needs one")
+        if features not in chosen.setdefault(features.modality, []):
+            chosen[features.modality].append(features)
+    return dict(sorted(chosen.items()))
+
+
+def _find(stored: Sequence[Features], name: str) -> list[Features]:
+    names = sorted({features.encoder for features in stored})
+    exact = [full for full in names if full == name or name in {f.source for f in stored if f.encoder == full}]
+    found = exact or [full for full in names if name.rstrip("/").split("/")[-1] in full]
+    if len(found) != 1:
+        problem = "fits several" if found else "is not in this store"
+        raise ConfigError(f"encoder {name!r} {problem}; choose from: {', '.join(names)}")
+    return [features for features in stored if features.encoder == found[0]]
+
+
+def load_table(store: FeatureStore, chosen: Mapping[str, Sequence[Features]]) -> FeatureTable:
+    """Read features into memory; several encoders of one modality are concatenated along their width."""
+    features = {m: torch.from_numpy(np.concatenate([f.read() for f in group], axis=1)) for m, group in chosen.items()}
+    return FeatureTable(
+        features=features,
+        present={modality: torch.from_numpy(store.present(modality)) for modality in chosen},
+        targets=torch.from_numpy(multi_hot(store.targets, len(store.classes))),
+        labelled=is_labelled(store.targets),
+        splits=store.splits,
+    )
+
+
+def multi_hot(targets: np.ndarray, n_classes: int) -> np.ndarray:
+    """Return (N, C) uint8 targets; unlabelled rows are all 0."""
+    if targets.ndim == 2:
+        return (targets > 0).astype(np.uint8)
+    return (targets[:, None] == np.arange(n_classes)).astype(np.uint8)
+
+
+def shuffled_batches(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the rows in batches, in a new random order; all at once, in order, if ``batch_size`` is 0."""
+    if batch_size == 0 or batch_size >= len(rows):
+        yield rows
+        return
+    order = rows[torch.randperm(len(rows), generator=generator)]
+    yield from order.split(batch_size)

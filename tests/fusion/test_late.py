@@ -1,0 +1,99 @@
+import pytest
+import torch
+from torch import nn
+
+from cachefuse.errors import ConfigError
+from cachefuse.fusion.late import ConcatFusion, ImageOnly, MixedFusion, SumFusion, TextOnly
+from cachefuse.heads import Linear
+
+WIDTHS = {"text": 3, "image": 2}
+
+
+@pytest.fixture
+def features():
+    generator = torch.Generator().manual_seed(0)
+    return {m: torch.randn(5, width, generator=generator) for m, width in WIDTHS.items()}
+
+
+@pytest.fixture
+def present():
+    return {m: torch.ones(5, dtype=torch.bool) for m in WIDTHS}
+
+
+def test_concat_reads_both_side_by_side(features, present):
+    fusion = ConcatFusion(WIDTHS, 4, Linear)
+    expected = fusion.head(torch.cat([features["image"], features["text"]], dim=1))
+    assert torch.equal(fusion(features, present), expected)
+
+
+@pytest.mark.parametrize(("kind", "modality"), [(ImageOnly, "image"), (TextOnly, "text")])
+def test_one_modality_alone(kind, modality, features, present):
+    fusion = kind(WIDTHS, 4, Linear)
+    assert fusion.widths == {modality: WIDTHS[modality]}
+    expected = fusion.head(features[modality])
+    assert torch.equal(fusion(features, present), expected)
+    assert torch.equal(fusion({modality: features[modality]}, {modality: present[modality]}), expected)
+
+
+def test_sum_starts_as_the_plain_sum(features, present):
+    fusion = SumFusion(WIDTHS, 4, Linear)
+    expected = fusion.heads["image"](features["image"]) + fusion.heads["text"](features["text"])
+    torch.testing.assert_close(fusion(features, present), expected)
+
+
+def test_mixed_adds_the_concatenation(features, present):
+    fusion = MixedFusion(WIDTHS, 4, Linear)
+    joined = fusion.concat(torch.cat([features["image"], features["text"]], dim=1))
+    alone = fusion.heads["image"](features["image"]) + fusion.heads["text"](features["text"])
+    torch.testing.assert_close(fusion(features, present), joined + alone)
+
+
+def test_sum_without_an_image_is_the_text_alone(features, present):
+    fusion = SumFusion(WIDTHS, 4, Linear)
+    nn.init.normal_(fusion.meta.weight)
+    nn.init.normal_(fusion.meta.bias)
+    present["image"][:] = False
+    torch.testing.assert_close(fusion(features, present), fusion.meta(fusion.heads["text"](features["text"])))
+
+
+def test_absence_is_by_row(features, present):
+    fusion = SumFusion(WIDTHS, 4, Linear)
+    whole = fusion(features, present)
+    present["image"][2] = False
+    partial = fusion(features, present)
+    torch.testing.assert_close(partial[2], fusion.heads["text"](features["text"])[2])
+    assert torch.equal(partial[[0, 1, 3, 4]], whole[[0, 1, 3, 4]])
+
+
+def test_concat_takes_an_absent_row_for_the_training_mean(features, present):
+    fusion = ConcatFusion(WIDTHS, 4, Linear)
+    present["text"][:] = False
+    zeroed = {**features, "text": torch.zeros(5, 3)}
+    everywhere = {m: torch.ones(5, dtype=torch.bool) for m in WIDTHS}
+    assert torch.equal(fusion(features, present), fusion(zeroed, everywhere))
+
+
+def test_the_order_of_modalities_does_not_matter(features, present):
+    for kind in (ConcatFusion, SumFusion, MixedFusion):
+        torch.manual_seed(0)
+        one = kind(WIDTHS, 4, Linear)
+        torch.manual_seed(0)
+        other = kind(dict(reversed(WIDTHS.items())), 4, Linear)
+        assert torch.equal(one(features, present), other(dict(reversed(features.items())), present))
+
+
+@pytest.mark.parametrize("kind", [ConcatFusion, SumFusion, MixedFusion])
+def test_any_number_of_modalities(kind):
+    for modalities in (["text"], ["image", "text"], ["audio", "image", "text", "video"]):
+        fusion = kind(dict.fromkeys(modalities, 3), 4, Linear)
+        x = {m: torch.randn(5, 3) for m in modalities}
+        assert fusion(x, {m: torch.ones(5, dtype=torch.bool) for m in modalities}).shape == (5, 4)
+
+
+def test_a_modality_that_is_not_there():
+    with pytest.raises(ConfigError, match="fusion 'image' needs image features; this store has: text"):
+        ImageOnly({"text": 3}, 4, Linear)
+    with pytest.raises(ConfigError, match="fusion 'text' needs text features; this store has: audio, image"):
+        TextOnly({"image": 3, "audio": 2}, 4, Linear)
+    with pytest.raises(ConfigError, match="fusion 'sum' needs some features; this store has: none"):
+        SumFusion({}, 4, Linear)

@@ -1,0 +1,156 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cachefuse.errors import ConfigError, UnknownNameError
+from cachefuse.heads import FIT_ROWS, MLP, ChannelGate, GatedBlock, GatedMLP, Linear, Standardize
+from cachefuse.registry import ACTIVATIONS, HEADS, lookup
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_maps_width_to_classes(name):
+    head = lookup(HEADS, name, "head")(6, 3)
+    assert head(torch.randn(4, 6)).shape == (4, 3)
+    assert head(torch.randn(0, 6)).shape == (0, 3)
+
+
+def test_linear_is_a_linear_layer():
+    head = Linear(6, 3)
+    x = torch.randn(4, 6)
+    torch.testing.assert_close(head(x), x @ head.weight.T + head.bias)
+    with pytest.raises(ConfigError, match=r"head 'linear' has no hidden layers. Got \(8,\) instead"):
+        Linear(6, 3, layers=(8,))
+
+
+def test_mlp_is_linear_activation_dropout():
+    head = MLP(6, 3, layers=(8, 5), activation="relu", dropout=0.4)
+    assert [type(module) for module in head.layers] == [
+        *(nn.Linear, nn.ReLU, nn.Dropout),
+        *(nn.Linear, nn.ReLU, nn.Dropout),
+        nn.Linear,
+    ]
+    assert [tuple(module.weight.shape) for module in head.layers[::3]] == [(8, 6), (5, 8), (3, 5)]
+    assert head.layers[2].p == 0.4
+
+
+def test_dropout_acts_in_training_only():
+    x = torch.randn(4, 6)
+    for kind in (MLP, GatedMLP):
+        head = kind(6, 3, layers=(64,), dropout=0.5)
+        assert not torch.equal(head(x), head(x))
+        head.eval()
+        assert torch.equal(head(x), head(x))
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations(name):
+    kind = lookup(ACTIVATIONS, name, "activation")
+    assert isinstance(MLP(6, 3, layers=(8,), activation=name).layers[1], kind)
+    assert isinstance(GatedMLP(6, 3, layers=(8,), activation=name).layers[0].activation, kind)
+
+
+def test_gate_opens_as_the_identity():
+    gate = ChannelGate(16)
+    z = 3 * torch.randn(5, 16)
+    torch.testing.assert_close(gate(z), z[:, :8], rtol=5e-3, atol=0)
+
+
+def test_gate_by_hand():
+    gate = ChannelGate(4)
+    with torch.no_grad():
+        gate.linear.weight.copy_(torch.tensor([[1.0, 0.0], [2.0, 3.0]]))
+    # LN([5, 9]) = [-1, 1], so W LN(v) + b = [-1, 2 * -1 + 3 * 1] + 1 = [0, 2].
+    torch.testing.assert_close(gate(torch.tensor([[7.0, 4, 5, 9]])), torch.tensor([[0.0, 8]]), rtol=1e-5, atol=1e-5)
+
+
+def test_gated_block_has_a_residual():
+    block = GatedBlock(6, 8, nn.GELU(), dropout=0.0)
+    nn.init.zeros_(block.project.weight)
+    nn.init.zeros_(block.project.bias)
+    x = torch.randn(4, 6)
+    assert torch.equal(block(x), x)
+
+
+def test_gated_mlp_has_a_block_for_each_layer():
+    head = GatedMLP(6, 3, layers=(8, 4))
+    assert [type(module) for module in head.layers] == [GatedBlock, GatedBlock, nn.Linear]
+    assert [block.expand.out_features for block in head.layers[:2]] == [8, 4]
+    with pytest.raises(ConfigError, match=r"splits its layers in halves: they must be even. Got \(8, 5\) instead"):
+        GatedMLP(6, 3, layers=(8, 5))
+
+
+@pytest.mark.parametrize("kind", [MLP, GatedMLP])
+def test_options_out_of_range(kind):
+    with pytest.raises(ConfigError, match=r"layers must be at least 1 wide. Got \(8, 0\) instead"):
+        kind(6, 3, layers=(8, 0))
+    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\). Got 1 instead"):
+        kind(6, 3, layers=(8,), dropout=1)
+    with pytest.raises(UnknownNameError, match=r"unknown activation 'gelo' \(did you mean 'gelu'\?\)"):
+        kind(6, 3, layers=(8,), activation="gelo")
+
+
+class TestStandardize:
+    def test_is_the_identity_before_fit(self):
+        x = torch.randn(4, 6)
+        assert torch.equal(Standardize(6)(x), x)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_against_numpy_over_several_chunks(self, dtype):
+        generator = torch.Generator().manual_seed(0)
+        x = (torch.randn(2 * FIT_ROWS + 17, 3, generator=generator) * torch.tensor([1, 0.1, 30])).to(dtype)
+        x += torch.tensor([0, 2, -50], dtype=dtype)
+        standardize = Standardize(3).fit(x)
+        exact = x.double().numpy()
+        np.testing.assert_allclose(standardize.mean, exact.mean(0), rtol=1e-6, atol=1e-7)
+        np.testing.assert_allclose(standardize.scale, 1 / exact.std(0), rtol=1e-6)
+        z = standardize(x)
+        np.testing.assert_allclose(z.mean(0), 0, atol=1e-4)
+        np.testing.assert_allclose(z.std(0), 1, rtol=1e-3)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+    def test_any_precision_comes_out_as_float32(self, dtype):
+        assert Standardize(2).fit(torch.randn(9, 2, dtype=dtype))(torch.ones(3, 2, dtype=dtype)).dtype == torch.float32
+
+    def test_is_exact_just_above_dead(self):
+        # A mean of 1700 standard deviations, where a sum of squares cancels most.
+        x = 1700 + torch.randn(FIT_ROWS + 5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        np.testing.assert_allclose(Standardize(1).fit(x).scale, 1 / x.numpy().std(0), rtol=1e-6)
+
+    def test_rows(self):
+        x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+        x[7] = torch.nan  # an absent row
+        rows = torch.tensor([i for i in range(20) if i != 7])
+        chosen, copied = Standardize(3).fit(x, rows), Standardize(3).fit(x[rows])
+        assert torch.equal(chosen.mean, copied.mean)
+        assert torch.equal(chosen.scale, copied.scale)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    @pytest.mark.parametrize("value", [0.0, 0.1, -3.3, 1e-7, 6e4])
+    def test_dead_dimensions_give_exactly_0(self, dtype, value):
+        x = torch.full((FIT_ROWS + 3, 2), value, dtype=dtype)
+        x[:, 1] = torch.linspace(-1, 1, len(x))
+        z = Standardize(2).fit(x)(x)
+        assert z[:, 0].count_nonzero() == 0
+        assert z[:, 1].std().item() == pytest.approx(1, rel=1e-3)
+
+    def test_a_constant_that_rounds_both_ways_is_dead(self):
+        one = torch.tensor(0.1, dtype=torch.float16)
+        next_up = torch.nextafter(one, torch.tensor(1.0, dtype=torch.float16))
+        for flips in (1, 500):
+            x = one.repeat(1000, 1)
+            x[:flips] = next_up
+            assert Standardize(1).fit(x)(x).count_nonzero() == 0
+
+    def test_a_small_dimension_is_alive(self):
+        x = torch.tensor([[1e-4], [-1e-4], [3e-4]]).half()
+        assert Standardize(1).fit(x)(x).std(correction=0).item() == pytest.approx(1, rel=1e-3)
+
+    def test_errors(self):
+        with pytest.raises(ConfigError, match="features to standardise have no rows"):
+            Standardize(2).fit(torch.zeros(0, 2))
+        with pytest.raises(ConfigError, match="features to standardise have no rows"):
+            Standardize(2).fit(torch.zeros(3, 2), torch.zeros(0, dtype=torch.int64))
+        for bad in (torch.nan, torch.inf):
+            with pytest.raises(ConfigError, match="must be finite; dimension 1 of 2 is not"):
+                Standardize(2).fit(torch.tensor([[0.0, 1], [1, bad]]))
