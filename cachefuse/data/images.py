@@ -13,8 +13,8 @@ from cachefuse.errors import BadSampleError
 
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 29
-# Formats whose decoders only decode: EPS, for one, would run Ghostscript.
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+# Formats whose decoders only decode: EPS, for one, would run Ghostscript. MPO, of some cameras, opens as JPEG.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
 from cachefuse.data.readers import READERS
 from cachefuse.data.readers.base import Reader
@@ -95,7 +96,10 @@ class Manifest(Strict):
             self._reader = lookup(READERS, self.reader["kind"], "reader")(**options)
         except ValidationError as error:
             # The reader's options are checked by its own model: here their keys lie under "reader".
-            problems = [{**problem, "loc": ("reader", *problem["loc"])} for problem in error.errors()]
+            problems = [
+                InitErrorDetails(type=p["type"], loc=("reader", *p["loc"]), input=p["input"], ctx=p.get("ctx", {}))
+                for p in error.errors()
+            ]
             raise ValidationError.from_exception_data(error.title, problems) from None
         return self
 

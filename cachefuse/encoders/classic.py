@@ -15,6 +15,7 @@ from cachefuse.errors import EncoderError
 SIDE = 64  # pixels; every image is squashed to SIDE x SIDE
 HUES, GREYS, COLOUR_GRID = 8, 4, 4
 ORIENTATIONS, GRADIENT_GRID = 8, 8
+CHUNK = 4
 HASHED = 512  # columns for each kind of n-gram
 
 
@@ -42,9 +43,8 @@ class ClassicImageTower(Tower):
         return np.asarray(sample.resize((SIDE, SIDE), Image.Resampling.BOX))  # (SIDE, SIDE, 3) uint8
 
     def encode(self, batch: Sequence[np.ndarray], views: Collection[str]) -> Features:
-        pixels = np.stack(batch).astype(np.float32) / 255  # (B, SIDE, SIDE, 3)
-        parts = _colours(pixels), _gradients(pixels)
-        return {"pooled": np.concatenate([_unit(np.sqrt(part)) for part in parts], axis=1)}
+        # A few images at a time stay in the processor's cache.
+        return {"pooled": np.concatenate([_histograms(batch[i : i + CHUNK]) for i in range(0, len(batch), CHUNK)])}
 
 
 class ClassicTextTower(Tower):
@@ -85,11 +85,16 @@ def open_classic(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     return {"image": ClassicImageTower(), "text": ClassicTextTower()}
 
 
+def _histograms(batch: Sequence[np.ndarray]) -> np.ndarray:
+    pixels = np.stack(batch).astype(np.float32) / 255  # (B, SIDE, SIDE, 3)
+    return np.concatenate([_unit(np.sqrt(part)) for part in (_colours(pixels), _gradients(pixels))], axis=1)
+
+
 def _colours(pixels: np.ndarray) -> np.ndarray:
     """Histograms of hue, weighted by colourfulness, and of lightness, weighted by its absence: (B, 12 * 16)."""
-    high, low = pixels.max(-1), pixels.min(-1)
-    chroma = high - low  # (B, SIDE, SIDE)
     red, green, blue = np.moveaxis(pixels, -1, 0)
+    high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
+    chroma = high - low  # (B, SIDE, SIDE)
     safe = np.where(chroma > 0, chroma, 1)
     sixths = np.select(
         [high == red, high == green],
@@ -121,7 +126,7 @@ def _histogram(position: np.ndarray, weight: np.ndarray, bins: int, grid: int, c
     cells = np.arange(n_images)[:, None, None] * grid**2 + rows[:, None] * grid + rows  # (B, SIDE, SIDE)
     counts = np.bincount((cells * bins + lower).ravel(), (weight * (1 - share)).ravel(), n_images * grid**2 * bins)
     counts += np.bincount((cells * bins + upper).ravel(), (weight * share).ravel(), n_images * grid**2 * bins)
-    return np.maximum(counts, 0).reshape(n_images, -1).astype(np.float32)
+    return counts.reshape(n_images, -1).astype(np.float32)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

@@ -167,8 +167,7 @@ def _published(spec: EncoderSpec, name: str) -> dict[str, Any]:
     tag = spec.weights or (DEFAULT_TAG if DEFAULT_TAG in tags else tags[0])
     published = open_clip.get_pretrained_cfg(name, tag)
     if not published:
-        close = difflib.get_close_matches(tag, tags, n=3) or tags[:3]
-        raise EncoderError(f"unknown weights {tag!r} for {name}; did you mean {', '.join(close)}?")
+        raise EncoderError(f"unknown weights {tag!r} for {name}; choose from: {', '.join(tags)}")
     return published
 
 

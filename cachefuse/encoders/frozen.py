@@ -138,18 +138,12 @@ def fetch(spec: EncoderSpec, repo: str, patterns: Sequence[str], revision: str |
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
         offline = isinstance(error, LocalEntryNotFoundError)
-        cause = "the hub can't be reached and it is not in the hub's cache" if offline else first_line(error)
+        cause = "the hub can't be reached and it is not in the hub's cache" if offline else brief(error)
+        local = "hf:./folder" if spec.family == "hf" else f"{spec.family}:{spec.model}@./weights.safetensors"
         raise EncoderError(
             f"can't get {spec}: tried {repo} on the Hugging Face hub ({cause}); "
-            f"what works offline: `classic`, or weights on disk such as {OFFLINE[spec.family]}"
+            f"what works offline: `classic`, or weights on disk such as {local}"
         ) from error
-
-
-OFFLINE = {
-    "clip": "clip:ViT-B-32@./weights.safetensors",
-    "hf": "hf:./folder",
-    "timm": "timm:vit_base_patch16_224@./weights.safetensors",
-}
 
 
 @contextmanager
@@ -160,10 +154,10 @@ def opening(spec: EncoderSpec) -> Iterator[None]:
     except CachefuseError:
         raise
     except Exception as error:
-        raise EncoderError(f"can't open {spec}: {first_line(error)}") from error
+        raise EncoderError(f"can't open {spec}: {brief(error)}") from error
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, cut to a readable length."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+def brief(error: Exception) -> str:
+    """Return an error's message on one line, cut to a readable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:300] + " ..."

@@ -1,4 +1,4 @@
-"""transformers models by hub name or local folder: text (BERT, RoBERTa, T5's encoder ...) or image (ViT, DINOv2 ...)."""
+"""transformers models by hub name or local folder: text (BERT, T5's encoder ...) or image (ViT, DINOv2 ...)."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -105,6 +105,8 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     with opening(spec), _quiet():
         config = AutoConfig.from_pretrained(folder, **offline)
         modality = _modality(spec, config)
+        # Models trained with bfloat16's range overflow float16, and so do T5's activations.
+        wide = config.is_encoder_decoder or str(config.dtype) in ("torch.bfloat16", "bfloat16")
         model = _load(spec, folder, config, offline)
         settings = {key: value for key, value in config.to_dict().items() if key not in UNUSED}
         provenance = {
@@ -123,8 +125,8 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
             tower = HFTextTower(model, tokenizer, folder, device, provenance)
-        if config.dtype == torch.bfloat16 or config.is_encoder_decoder:
-            tower.half = torch.bfloat16  # trained with its range: T5's activations overflow float16
+        if wide:
+            tower.half = torch.bfloat16
         # Measuring also makes the tokenizer's first call, which sets its truncation: later calls only read it.
         return {modality: tower.measure(Image.new("RGB", (64, 48), "grey") if modality == "image" else "a sample")}
 

@@ -69,7 +69,7 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             "family": "timm",
             "architecture": default.architecture,
             "weights": weights_digest(model),
-            "pooling": f"the model's own ({getattr(model, 'global_pool', '') or 'head'})",
+            "pooling": "the model's own, before its classifier",
             "library": library(timm),
         }
         return {"image": TimmTower(model, device, provenance).measure(Image.new("RGB", (64, 48), "grey"))}

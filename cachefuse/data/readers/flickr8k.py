@@ -70,9 +70,8 @@ def _read_captions(path: Path) -> dict[str, list[str]]:
 
 def _unquote(caption: str) -> str:
     # Only a caption quoted as a whole is csv quoting; any other quote mark is part of the sentence.
-    if len(caption) >= 2 and caption[0] == caption[-1] == '"':
-        return caption[1:-1].replace('""', '"').strip()
-    return caption
+    quoted = re.fullmatch(r'"((?:[^"]|"")*)"', caption)
+    return quoted[1].replace('""', '"').strip() if quoted else caption
 
 
 def _read_splits(root: Path, notes: list[str]) -> dict[str, str]:

@@ -51,7 +51,7 @@ class ArrayImage:
 
 
 class Hdf5Reader(Reader):
-    """One file a split; each option that ends in a column is the key of a dataset in every file."""
+    """One file a split; image, text, labels, id and group are the keys of datasets, the same in every file."""
 
     files: dict[str, str] = Field(min_length=1)  # split -> file
     image: str | None = None

@@ -213,7 +213,7 @@ def _read_genres(file: h5py.File, name: str, samples: Samples) -> list[tuple[str
 def _read_split_attribute(file: h5py.File, name: str, n: int) -> list[str]:
     """Return each row's split, "" where it has none, from the array of row ranges that the fuel library writes."""
     table = file.attrs.get("split")
-    dtype = getattr(table, "dtype", np.dtype(object))
+    dtype: Any = getattr(table, "dtype", np.dtype(object))
     kinds = {field: dtype[field].base.kind for field in dtype.names or ()}
     if [kinds.get(field) for field in ("split", "source", "start", "stop")] != ["S", "S", "i", "i"]:
         raise DataError(f"{name}: attribute split must be an array of split, source, start and stop")

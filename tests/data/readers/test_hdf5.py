@@ -247,7 +247,7 @@ def test_soft_link_through_an_external_link_is_refused(tmp_path):
 def test_images_over_the_pixel_limit_are_refused_unread(tmp_path):
     shape = (2, 20_000, 20_000, 3)
     replace_column(tmp_path, "pixels", lambda f, key: f.create_dataset(key, shape, "u1", chunks=(1, 100, 100, 3)))
-    with pytest.raises(DataError, match="'pixels' has images of .* over the limit of 100,000,000 pixels"):
+    with pytest.raises(DataError, match=r"'pixels' has images of .* over the limit of 100,000,000 pixels"):
         load(tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_rows_and_files_that_are_not_there_are_bad_samples(tmp_path):
     path = tmp_path / "train.h5"
     with pytest.raises(BadSampleError, match="there is no row 2; 'pixels' has 2"):
         ArrayImage(path, "pixels", 2).load()
-    with pytest.raises(BadSampleError, match="can't be read: .*'nothing'"):
+    with pytest.raises(BadSampleError, match=r"can't be read: .*'nothing'"):
         ArrayImage(path, "nothing", 0).load()
     absent = ArrayImage(tmp_path / "absent.h5", "pixels", 0)
     with pytest.raises(BadSampleError, match="can't be read"):

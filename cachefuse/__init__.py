@@ -1,0 +1,71 @@
+"""cachefuse: encode images and texts once with frozen encoders, then train fusion heads over the cache in minutes.
+
+    dataset = cachefuse.load_dataset(cachefuse.load_manifest("shapes")[0], Path("data"))
+    cachefuse.extract(dataset, ["classic"], Path("shapes.zarr"))
+    run = cachefuse.train_head(cachefuse.FeatureStore(Path("shapes.zarr")), cachefuse.TrainConfig(fusion="sum"))
+
+Names are imported when they are first used, so that importing cachefuse costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from cachefuse.registry import resolve
+
+if TYPE_CHECKING:
+    from cachefuse.cache.extract import extract
+    from cachefuse.cache.store import FeatureStore
+    from cachefuse.data.dataset import Dataset, load_dataset
+    from cachefuse.data.manifest import Manifest, builtin_manifests, load_manifest
+    from cachefuse.encoders import open_encoder
+    from cachefuse.predict import Predictions, predict_samples, predict_split, read_input
+    from cachefuse.submission import write_submission
+    from cachefuse.training.config import TrainConfig
+    from cachefuse.training.run import Run, find_run
+    from cachefuse.training.train import train_head
+
+__version__ = "0.1.0"
+
+_API = {
+    "Dataset": "cachefuse.data.dataset:Dataset",
+    "FeatureStore": "cachefuse.cache.store:FeatureStore",
+    "Manifest": "cachefuse.data.manifest:Manifest",
+    "Predictions": "cachefuse.predict:Predictions",
+    "Run": "cachefuse.training.run:Run",
+    "TrainConfig": "cachefuse.training.config:TrainConfig",
+    "builtin_manifests": "cachefuse.data.manifest:builtin_manifests",
+    "extract": "cachefuse.cache.extract:extract",
+    "find_run": "cachefuse.training.run:find_run",
+    "load_dataset": "cachefuse.data.dataset:load_dataset",
+    "load_manifest": "cachefuse.data.manifest:load_manifest",
+    "open_encoder": "cachefuse.encoders:open_encoder",
+    "predict_samples": "cachefuse.predict:predict_samples",
+    "predict_split": "cachefuse.predict:predict_split",
+    "read_input": "cachefuse.predict:read_input",
+    "train_head": "cachefuse.training.train:train_head",
+    "write_submission": "cachefuse.submission:write_submission",
+}
+__all__ = [
+    "Dataset",
+    "FeatureStore",
+    "Manifest",
+    "Predictions",
+    "Run",
+    "TrainConfig",
+    "builtin_manifests",
+    "extract",
+    "find_run",
+    "load_dataset",
+    "load_manifest",
+    "open_encoder",
+    "predict_samples",
+    "predict_split",
+    "read_input",
+    "train_head",
+    "write_submission",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _API:
+        return resolve(_API[name])
+    raise AttributeError(f"module 'cachefuse' has no attribute {name!r}")

@@ -1,0 +1,59 @@
+"""The `cachefuse` program: commands, and how errors and interruptions end."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from cachefuse.errors import CachefuseError
+from cachefuse_cli.datasets import datasets
+from cachefuse_cli.demo import demo
+from cachefuse_cli.encoders import encoders
+from cachefuse_cli.extract import extract
+from cachefuse_cli.predict import predict
+from cachefuse_cli.train_head import train_head
+
+app = typer.Typer(
+    name="cachefuse",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: cachefuse demo",
+)
+for command in (demo, extract, train_head, predict, datasets, encoders):
+    app.command()(command)
+
+
+def _version(show: bool) -> None:
+    if show:
+        from importlib.metadata import version
+
+        print(version("cachefuse"))
+        raise typer.Exit()
+
+
+@app.callback()
+def cachefuse(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    """Encode images and texts once with frozen encoders, then train fusion heads over the cache in minutes."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the program and exit: 0; 1 with one clear line; 2 for usage; 130 when interrupted."""
+    given = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in given
+    given = [arg for arg in given if arg != "--debug"]
+    try:
+        app(given, prog_name="cachefuse")
+    except (CachefuseError, OSError, MemoryError) as error:
+        if debug:
+            raise
+        from cachefuse_cli import render
+
+        render.error(error)
+        sys.exit(1)

@@ -1,0 +1,56 @@
+"""`cachefuse demo`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.options import WORKSPACE, Json, Seed, Workspace
+
+FUSIONS = ("image", "text", "concat", "sum", "mixed")
+
+
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The submission.")] = Path(
+        "submission.csv"
+    ),
+    seed: Seed = 0,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """The whole of cachefuse in a minute, without any download: make data, extract, train, compare, submit."""
+    from cachefuse_cli import render
+
+    with render.interruptible("run cachefuse demo again: what was extracted is kept"):
+        with render.status("loading torch"):
+            from cachefuse.cache.extract import extract
+            from cachefuse.cache.store import FeatureStore
+            from cachefuse.data.dataset import load_dataset
+            from cachefuse.data.manifest import load_manifest
+            from cachefuse.predict import predict_split
+            from cachefuse.runtime import Workspace as WorkspacePaths
+            from cachefuse.submission import write_submission
+            from cachefuse.training.config import TrainConfig
+            from cachefuse.training.train import train_head
+
+            paths = WorkspacePaths(workspace)
+            manifest, _ = load_manifest("shapes")
+            dataset = load_dataset(manifest, paths.data("shapes"))
+        render.dataset_line(dataset)
+        with render.ExtractProgress() as progress:
+            report = extract(dataset, ["classic"], paths.store("shapes"), on_progress=progress.update)
+        store = FeatureStore(paths.store("shapes"))
+        runs = []
+        for fusion in FUSIONS:
+            config = TrainConfig(fusion=fusion, seed=seed)
+            with render.TrainProgress(config.epochs, manifest.reported_metrics) as training:
+                runs.append(train_head(store, config, on_epoch=training.update))
+            runs[-1].save(paths.runs)
+        metric = manifest.reported_metrics[0]
+        best = max(runs, key=lambda run: run.metrics["val"][metric])
+        predictions = predict_split(best, store)
+        written = write_submission(predictions, manifest, output)
+    if json:
+        render.print_json({"runs": [render.run_dict(run) for run in runs], "best": best.name, "output": str(written)})
+        return
+    render.demo_report(runs, report.store, best, predictions, written)

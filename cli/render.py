@@ -1,0 +1,371 @@
+"""Everything that people see: tables to stdout; progress and messages to stderr. The only file that knows Rich."""
+
+import logging
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from cachefuse.cache.extract import ExtractReport
+    from cachefuse.cache.extract import Progress as ExtractState
+    from cachefuse.data.dataset import Dataset
+    from cachefuse.encoders import Family
+    from cachefuse.predict import Predictions
+    from cachefuse.training.loop import Epoch
+    from cachefuse.training.run import Run
+
+TITLES = {
+    "micro_f1": "micro-F1", "macro_f1": "macro-F1", "samples_f1": "samples-F1", "weighted_f1": "weighted-F1",
+    "macro_ap": "macro-AP", "micro_ap": "micro-AP", "accuracy": "accuracy",
+}  # fmt: skip
+MAX_CLASSES = 30
+
+
+def out() -> Console:
+    """Results. Wide enough where it is piped to a file, since no terminal cuts it there."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def err() -> Console:
+    """Progress and messages."""
+    return Console(stderr=True, highlight=False)
+
+
+class _NoteHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def error(problem: BaseException) -> None:
+    """Print an error: its first line in red, further lines (how to go on) plain."""
+    message = str(problem) or type(problem).__name__
+    if isinstance(problem, MemoryError):
+        message = "out of memory; try a smaller --batch-size or --limit"
+    first, _, rest = message.partition("\n")
+    console = err()
+    console.print(Text.assemble(("error: ", "bold red"), (first, "red")), soft_wrap=True)
+    if rest:
+        console.print(Text(rest), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Print a message that is not a result."""
+    err().print(Text.assemble(("note: ", "yellow"), message), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print a result for machines."""
+    from cachefuse.runtime import to_json
+
+    sys.stdout.write(to_json(value) + "\n")
+
+
+@contextmanager
+def status(message: str) -> Iterator[None]:
+    """Show a spinner while something without a known length goes on; log messages appear as notes."""
+    logger = logging.getLogger("cachefuse")
+    if not logger.handlers:
+        logger.addHandler(_NoteHandler())
+        logger.propagate = False
+    console = err()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{message} ..."):
+        yield
+
+
+@contextmanager
+def interruptible(how_to_go_on: str) -> Iterator[None]:
+    """Turn Ctrl-C into exit code 130 and a line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(f"interrupted; {how_to_go_on}")
+        raise typer.Exit(130) from None
+
+
+class _Rate(ProgressColumn):
+    """Samples a second, over the rows computed in this call."""
+
+    def render(self, task: Task) -> Text:
+        begun = task.fields.get("begun", 0)
+        elapsed = task.finished_time or task.elapsed
+        done = task.completed - begun
+        return Text(f"{done / elapsed:7.1f}/s" if elapsed and done else "", style="green")
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    console = err()
+    return Progress(SpinnerColumn(), *columns, console=console, disable=not console.is_terminal)
+
+
+class ExtractProgress:
+    """A bar for each encoder and modality: rows, samples a second, remaining time."""
+
+    def __init__(self) -> None:
+        self._progress = _progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            _Rate(),
+            TimeRemainingColumn(),
+        )
+        self._tasks: dict[tuple[str, str], Any] = {}
+
+    def __enter__(self) -> "ExtractProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, state: "ExtractState") -> None:
+        key = (state.encoder, state.modality)
+        if key not in self._tasks:
+            self._tasks[key] = self._progress.add_task(
+                escape(f"{_shorten(state.encoder, 28)} {state.modality}"),
+                total=state.total, completed=state.begun, begun=state.begun,
+            )  # fmt: skip
+            if state.begun:
+                note(
+                    f"{state.encoder} {state.modality}: {state.begun:,} rows are there already; going on with the rest"
+                )
+        self._progress.update(self._tasks[key], completed=state.done)
+
+
+class EncodeProgress(ExtractProgress):
+    """The same for new samples at prediction, which have no store."""
+
+    def update(self, modality: str, done: int, total: int) -> None:  # type: ignore[override]
+        if (modality, "") not in self._tasks:
+            self._tasks[(modality, "")] = self._progress.add_task(f"encoding {modality}", total=total)
+        self._progress.update(self._tasks[(modality, "")], completed=done)
+
+
+class TrainProgress:
+    """One bar of epochs with the loss and the best validation score."""
+
+    def __init__(self, epochs: int, metrics: Sequence[str]) -> None:
+        self._metric = TITLES.get(metrics[0], metrics[0]) if metrics else "score"
+        self._progress = _progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}{task.fields[state]}"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._progress.add_task("training", total=epochs, state="")
+
+    def __enter__(self) -> "TrainProgress":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, epoch: "Epoch") -> None:
+        score = "" if epoch.score is None else f"  val {self._metric} {epoch.score:.3f}"
+        self._progress.update(self._task, completed=epoch.epoch, state=f"  loss {epoch.loss:.4f}{score}")
+
+
+def dataset_line(dataset: "Dataset") -> None:
+    """Say which dataset was read."""
+    err().print(
+        Text.assemble(
+            ("dataset ", "dim"), (dataset.name, "bold"),
+            f": {len(dataset):,} samples ({split_counts(dataset.splits.tolist())}); {', '.join(dataset.modalities)}",
+        ),
+        soft_wrap=True,
+    )  # fmt: skip
+
+
+def split_counts(splits: Sequence[str]) -> str:
+    """Return "train 2,425, val 632, test 620"."""
+    usual = ["train", "val", "test"]
+    names = sorted(set(splits), key=lambda name: (usual.index(name) if name in usual else len(usual), name))
+    return ", ".join(f"{name} {splits.count(name):,}" for name in names)
+
+
+def run_line(run: "Run") -> None:
+    """Say which run was taken."""
+    used = ", ".join(f"{used.encoder} ({modality})" for modality, group in run.features.items() for used in group)
+    err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {run.config.fusion} of {used}"), soft_wrap=True)
+
+
+def extract_dict(report: "ExtractReport") -> dict[str, Any]:
+    return {
+        "store": str(report.store),
+        "features": [
+            {"encoder": encoder, "modality": modality, "rows": rows, "computed": report.computed[(encoder, modality)]}
+            for (encoder, modality), rows in report.rows.items()
+        ],
+        "bad": [vars(line) for line in report.bad],
+    }
+
+
+def extract_report(report: "ExtractReport") -> None:
+    """What is in the store now, what was computed, which samples are bad, and what to do next."""
+    console = out()
+    table = _table("encoder", "modality", "rows", "computed now", numbers=2)
+    for (encoder, modality), rows in report.rows.items():
+        computed = report.computed[(encoder, modality)]
+        table.add_row(escape(encoder), modality, f"{rows:,}", f"{computed:,}" if computed else "0, all there")
+    console.print(table)
+    if not any(report.computed.values()):
+        console.print("Nothing to compute: every feature was there already.")
+    if report.bad:
+        console.print(f"{len(report.bad):,} samples can't be used as they are (kept, and marked absent):")
+        for line in report.bad[:10]:
+            where = f" ({line.source})" if line.source else ""
+            console.print(Text(f"  {line.id} {line.modality}: {line.reason}{where}"), soft_wrap=True)
+        if len(report.bad) > 10:
+            console.print(Text(f"  ... all of them in {report.store / 'samples' / 'bad.jsonl'}"), soft_wrap=True)
+    console.print(Text.assemble(("store ", "dim"), str(report.store)), soft_wrap=True)
+    console.print(Text.assemble(("next  ", "dim"), "cachefuse train-head"), soft_wrap=True)
+
+
+def run_dict(run: "Run") -> dict[str, Any]:
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "dataset": run.dataset,
+        "classes": list(run.classes),
+        "rows": run.rows,
+        "metrics": run.metrics,
+        "per_class": run.per_class,
+        "best_epoch": run.history.best_epoch,
+        "parameters": run.n_parameters,
+        "size_mb": run.size_mb,
+        "seconds": run.seconds,
+    }
+
+
+def run_report(run: "Run") -> None:
+    """Metrics a split, figures a class on the split that counts, the model's size and time, and what to do next."""
+    console = out()
+    run_line(run)
+    names = list(next(iter(run.metrics.values())))
+    table = _table("split", "rows", *(TITLES.get(name, name) for name in names), numbers=len(names) + 1)
+    for split, metrics in run.metrics.items():
+        table.add_row(split, f"{run.rows[split]:,}", *(_figure(metrics[name]) for name in names))
+    console.print(table)
+    if len(run.metrics) > 1:
+        _per_class(console, run, list(run.metrics)[1])
+    epochs = len(run.history.epochs)
+    console.print(
+        f"{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s; "
+        f"weights of epoch {run.history.best_epoch} of {epochs}"
+    )
+    console.print(Text.assemble(("run   ", "dim"), str(run.path)), soft_wrap=True)
+    console.print(Text.assemble(("next  ", "dim"), "cachefuse predict"), soft_wrap=True)
+
+
+def _per_class(console: Console, run: "Run", split: str) -> None:
+    figures = run.per_class[split]
+    order = range(len(run.classes))
+    title = f"classes on {split}"
+    if len(run.classes) > MAX_CLASSES:
+        order = sorted(order, key=lambda c: (figures["f1"][c], c))[:MAX_CLASSES]
+        title += f", the {MAX_CLASSES} lowest F1 of {len(run.classes)}"
+    table = _table("class", "rows", "precision", "recall", "F1", "AP", numbers=5, title=title)
+    for c in order:
+        values = (_figure(figures[name][c]) for name in ("precision", "recall", "f1", "ap"))
+        table.add_row(escape(run.classes[c]), f"{figures['support'][c]:,.0f}", *values)
+    console.print(table)
+
+
+def submission_report(predictions: "Predictions", path: Path, *, checked: Path | None) -> None:
+    """How many rows went where."""
+    n = predictions.labels.sum()
+    against = f", checked against {checked.name}" if checked else ""
+    out().print(
+        Text(f"{len(predictions.ids):,} rows, {n:,} labels ({n / max(1, len(predictions.ids)):.2f} a row){against}")
+    )
+    out().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
+
+
+def prediction(predictions: "Predictions", *, as_json: bool) -> None:
+    """One new sample's labels and its likeliest classes."""
+    scores, chosen = predictions.scores[0], predictions.labels[0]
+    order = sorted(range(len(scores)), key=lambda c: -scores[c])
+    if as_json:
+        ranked = {predictions.classes[c]: float(scores[c]) for c in order}
+        print_json({"labels": predictions.names(0), "scores": ranked})
+        return
+    table = _table("class", "score", "label", numbers=1)
+    for c in order[: max(10, int(chosen.sum()))]:
+        table.add_row(escape(predictions.classes[c]), f"{scores[c]:.3f}", "[green]yes[/]" if chosen[c] else "")
+    out().print(table)
+
+
+def datasets(rows: Sequence[dict[str, Any]]) -> None:
+    """The built-in datasets, and how to bring one's own."""
+    table = _table("dataset", "task", "size", "splits", "data")
+    for row in rows:
+        size = "made here" if row["builtin"] else f"{sum(row['rows'].values()):,}"
+        here = "[green]built in[/]" if row["builtin"] else ("[green]yes[/]" if row["data"] else "[dim]no[/]")
+        splits = row["splits"] or ["train", "val", "test"]
+        table.add_row(f"[bold]{row['name']}[/]", row["task"], size, ", ".join(splits), here)
+    out().print(table)
+    out().print("Your own: cachefuse extract --dataset ./mine.toml (the README shows one)")
+
+
+def encoders(families: "dict[str, Family]", default: str) -> None:
+    """The encoder families with an example each."""
+    table = _table("family", "encodes", "example")
+    for name, family in families.items():
+        table.add_row(f"[bold]{name}[/]", family.modalities, escape(family.example))
+        table.add_row("", "", f"[dim]{escape(family.about)}[/]")
+    out().print(table)
+    out().print(f"The default is {default}. Weights come from the model hubs, or from local files.", soft_wrap=True)
+
+
+def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "Predictions", written: Path) -> None:
+    """The demo's runs side by side on the validation split, the best of each column standing out."""
+    console = out()
+    names = list(best.metrics["val"])
+    top = {name: max(run.metrics["val"][name] for run in runs) for name in names}
+    title = f"{best.dataset}: validation, {best.rows['val']:,} samples the heads never saw"
+    table = _table(
+        "fusion", *(TITLES.get(name, name) for name in names), "seconds", numbers=len(names) + 1, title=title
+    )
+    for run in runs:
+        values = [(run.metrics["val"][name], top[name]) for name in names]
+        cells = (
+            f"[bold green]{value:.3f}[/]" if value == best_value else f"{value:.3f}" for value, best_value in values
+        )
+        table.add_row(run.config.fusion, *cells, f"{run.seconds:.1f}")
+    console.print(table)
+    console.print(
+        "Some classes show only in the image, some only in the text, some only in both together:\nfusion sees them all."
+    )
+    console.print(Text.assemble(("store ", "dim"), str(store)), soft_wrap=True)
+    console.print(Text.assemble(("runs  ", "dim"), str(best.path.parent if best.path else "")), soft_wrap=True)
+    console.print(Text.assemble(("wrote ", "dim"), f"{written} ({len(predictions.ids):,} rows, by {best.name})"))
+    console.print(Text.assemble(("next  ", "dim"), "cachefuse datasets, cachefuse encoders, cachefuse extract --help"))
+
+
+def _table(*columns: str, numbers: int = 0, title: str | None = None) -> Table:
+    """A table whose last ``numbers`` columns are figures."""
+    table = Table(title=title, title_justify="left", title_style="dim", header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i >= len(columns) - numbers else "left", overflow="fold")
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,152 @@
+"""Small models with random weights, saved as users' folders and files are: one way to open each kind of encoder."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from cachefuse.encoders import open_encoder
+from cachefuse.encoders.base import Tower
+
+WORDS = ("the", "a", "red", "blue", "circle", "square", "big", "small", "left", "right")
+
+
+def save_tokenizer(folder: Path) -> int:
+    """Save a word-level tokenizer with BERT's special tokens; return its vocabulary's size."""
+    vocab = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder)
+    return len(vocab)
+
+
+def save_bert(folder: Path) -> str:
+    size = save_tokenizer(folder)
+    config = transformers.BertConfig(
+        vocab_size=size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=40,
+    )
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def save_t5(folder: Path) -> str:
+    size = save_tokenizer(folder)
+    config = transformers.T5Config(
+        vocab_size=size, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
+    transformers.T5Model(config).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+def save_processor(folder: Path) -> None:
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+
+
+def save_vit(folder: Path) -> str:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=32, patch_size=8
+    )
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    save_processor(folder)
+    return f"hf:{folder}"
+
+
+def save_resnet(folder: Path) -> str:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    transformers.ResNetModel(config).save_pretrained(folder)
+    save_processor(folder)
+    return f"hf:{folder}"
+
+
+CLIP_CONFIG = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+def save_clip(folder: Path, **more: object) -> str:
+    config = {**CLIP_CONFIG, **more}
+    kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
+    save_file(kind(**config).state_dict(), folder / "open_clip_model.safetensors")
+    settings = {"model_cfg": {**CLIP_CONFIG, **more}, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (folder / "open_clip_config.json").write_text(json.dumps(settings))
+    return f"clip:{folder}"
+
+
+def save_custom_clip(folder: Path) -> str:
+    return save_clip(folder, custom_text=True)
+
+
+def save_timm(name: str) -> Callable[[Path], str]:
+    def save(folder: Path) -> str:
+        save_file(timm.create_model(name).state_dict(), folder / "weights.safetensors")
+        return f"timm:{name}@{folder}/weights.safetensors"
+
+    return save
+
+
+MAKERS: dict[str, Callable[[Path], str]] = {
+    "classic": lambda folder: "classic",
+    "clip": save_clip,
+    "clip-custom-text": save_custom_clip,
+    "hf-bert": save_bert,
+    "hf-t5": save_t5,
+    "hf-vit": save_vit,
+    "hf-resnet": save_resnet,
+    "timm-vit": save_timm("test_vit"),
+    "timm-cnn": save_timm("test_resnet"),
+}
+
+
+@dataclass
+class Case:
+    """An encoder on disk: its name in MAKERS, its folder, its spec, and its towers, open."""
+
+    name: str
+    folder: Path
+    spec: str
+    towers: dict[str, Tower]
+
+
+@pytest.fixture(scope="session")
+def makers() -> dict[str, Callable[[Path], str]]:
+    return MAKERS
+
+
+@pytest.fixture(scope="session", params=MAKERS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    spec = MAKERS[request.param](folder)
+    return Case(request.param, folder, spec, open_encoder(spec))
+
+
+@pytest.fixture(scope="session")
+def samples() -> dict[str, list]:
+    """Six images of different shapes and six texts of different lengths."""
+    rng = np.random.default_rng(0)
+    sizes = ((40, 60), (300, 200), (64, 64), (33, 90), (128, 100), (224, 224))
+    return {
+        "image": [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes],
+        "text": [" ".join(rng.choice(WORDS, n)) for n in (1, 2, 3, 5, 9, 80)],
+    }

@@ -1,0 +1,110 @@
+"""What every encoder promises, checked on one or more models of each family."""
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from cachefuse.encoders import FAMILIES, open_encoder
+
+# Batches of another size or padding change the order of sums, not more: float32 rounding on values around 1.
+ROUNDING = 2e-5
+
+
+def test_every_family_has_a_case(makers):
+    assert {name.partition("-")[0] for name in makers} == set(FAMILIES)
+
+
+def encode(tower, samples, views=None):
+    batch = [tower.prepare(sample) for sample in samples[tower.modality]]
+    return tower.encode(batch, views or tower.views)
+
+
+def test_shapes_and_types(case, samples):
+    for modality, tower in case.towers.items():
+        assert tower.modality == modality
+        features = encode(tower, samples)
+        assert set(features) == set(tower.views)
+        assert features["pooled"].shape == (6, tower.width)
+        assert features["pooled"].dtype == np.float32
+        assert np.isfinite(features["pooled"]).all()
+        if "tokens" not in tower.views:
+            continue
+        tokens = features["tokens"]
+        lengths = [tower.length(tower.prepare(sample)) for sample in samples[modality]]
+        assert [len(row) for row in tokens] == (lengths if tower.ragged else [tokens.shape[1]] * 6)
+        assert len({row.shape[1] for row in tokens}) == 1
+        assert all(row.dtype == np.float32 for row in tokens)
+
+
+def test_only_the_views_asked_for_come_and_are_the_same(case, samples):
+    for tower in case.towers.values():
+        both = encode(tower, samples)
+        for view in tower.views:
+            alone = encode(tower, samples, (view,))
+            assert list(alone) == [view]
+            for one, other in zip(alone[view], both[view], strict=True):
+                np.testing.assert_allclose(one, other, atol=ROUNDING)
+
+
+def test_samples_differ_and_encoding_again_gives_the_same(case, samples):
+    again = open_encoder(case.spec)
+    for modality, tower in case.towers.items():
+        pooled = encode(tower, samples, ("pooled",))["pooled"]
+        assert len(np.unique(pooled.round(4), axis=0)) == 6
+        np.testing.assert_array_equal(pooled, encode(again[modality], samples, ("pooled",))["pooled"])
+
+
+def test_a_row_does_not_depend_on_its_batch(case, samples):
+    for modality, tower in case.towers.items():
+        together = encode(tower, samples)
+        for i, sample in enumerate(samples[modality]):
+            alone = tower.encode([tower.prepare(sample)], tower.views)
+            for view in tower.views:
+                np.testing.assert_allclose(alone[view][0], together[view][i], atol=ROUNDING)
+
+
+def test_prepare_is_safe_in_threads(case, samples):
+    for modality, tower in case.towers.items():
+        expected = [np.asarray(tower.prepare(sample)) for sample in samples[modality]]
+        with ThreadPoolExecutor(8) as pool:
+            prepared = list(pool.map(tower.prepare, samples[modality] * 16))
+        for i, one in enumerate(prepared):
+            np.testing.assert_array_equal(one, expected[i % 6])
+
+
+def test_provenance_names_no_path_and_survives_a_move(case, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(case.folder, moved)
+    towers = open_encoder(case.spec.replace(str(case.folder), str(moved)))
+    for modality, tower in case.towers.items():
+        assert all(isinstance(text, str) for item in tower.provenance.items() for text in item)
+        assert "/" not in "".join(tower.provenance.values())
+        assert dict(towers[modality].provenance) == dict(tower.provenance)
+
+
+def test_provenance_sees_one_weight_change(case, tmp_path):
+    if case.name == "classic":
+        pytest.skip("has no weights")
+    moved = tmp_path / "moved"
+    shutil.copytree(case.folder, moved)
+    (path,) = moved.glob("*.safetensors")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    weights = load_file(path)
+    largest = max((name for name in weights if not name.startswith("decoder.")), key=lambda name: weights[name].numel())
+    weights[largest].view(-1)[0] += 0.1
+    save_file(weights, path, metadata)
+    for modality, tower in open_encoder(case.spec.replace(str(case.folder), str(moved))).items():
+        assert tower.provenance["weights"] != case.towers[modality].provenance["weights"]
+
+
+def test_models_are_frozen(case):
+    for tower in case.towers.values():
+        model = getattr(tower, "model", None)
+        if model is not None:
+            assert not model.training
+            assert not any(parameter.requires_grad for parameter in model.parameters())
