@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,8 +43,9 @@ class Predictions:
 
 
 def predict_split(run: Run, store: FeatureStore, split: str | None = None, *, device: str = "auto") -> Predictions:
-    """Predict the rows of a split, in the store's order; by default those without labels, or else the test split.
+    """Predict the rows of a split, in the store's order.
 
+    By default those of the splits that have no labels at all; else those without labels; else the test split.
     Raises RunError if the run was trained on another store, DataError if there are no such rows.
     """
     table = load_table(store, match_features(run, store))
@@ -74,23 +76,24 @@ def predict_samples(
     device = resolve_device(device)
     features: dict[str, torch.Tensor] = {}
     present: dict[str, torch.Tensor] = {}
-    opened: dict[str, dict[str, Tower]] = {}
+    needed = [used.source for modality, group in run.features.items() if sources[modality] for used in group]
+    opened = {source: open_encoder(EncoderSpec.parse(source), device) for source in dict.fromkeys(needed)}
     for modality, group in run.features.items():
         if not sources[modality]:
             features[modality] = torch.zeros(n, sum(used.width for used in group), dtype=torch.float16)
             present[modality] = torch.zeros(n, dtype=torch.bool)
             continue
-        parts = []
+        parts, bad = [], {}
         for used in group:
-            towers = opened.setdefault(used.source, open_encoder(EncoderSpec.parse(used.source), device))
-            tower = _checked_tower(run, towers, modality, used)
-            values, bad = _encode(tower, sources[modality], used, device, on_progress)
-            for row, error in bad.items():
-                where = getattr(sources[modality][row], "name", samples.ids[row])
-                if len(bad) > max_bad * n:
-                    raise BadSampleError(f"{where}: {error}")
-                logger.warning("%s: %s; predicted without its %s", where, error, modality)
+            tower = _checked_tower(run, opened[used.source], modality, used)
+            values, unusable = _encode(tower, sources[modality], used, device, on_progress)
             parts.append(values)
+            bad.update(unusable)
+        for row, error in bad.items():
+            where = getattr(sources[modality][row], "name", samples.ids[row])
+            if len(bad) > max_bad * n:
+                raise BadSampleError(f"{where}: {error}")
+            logger.warning("%s: %s; predicted without its %s", where, error, modality)
         features[modality] = torch.from_numpy(np.concatenate(parts, axis=1))
         present[modality] = torch.tensor([row not in bad for row in range(n)])
     table = FeatureTable(
@@ -106,11 +109,14 @@ def predict_samples(
 def read_input(path: Path, run: Run) -> Samples:
     """Read new samples from a table, by the dataset's own columns or else by columns id, image and text.
 
-    Image paths are relative to the table's folder. Raises DataError if there is no image or text column.
+    Image paths are relative to the table's folder. Raises DataError if there is no such file, or no image or text
+    column in it.
     """
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
     columns = read_columns(path)
     reader = run.manifest.open_reader()
-    fields: dict[str, str] = {}
+    fields: dict[str, Any] = {}
     for key in ("id", "image", "text"):
         declared = getattr(reader, key, None) if isinstance(reader, TableReader) else None
         if declared and TableReader.places(declared) <= columns.keys():
@@ -129,11 +135,12 @@ def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
         if not len(rows):
             raise DataError(f"{store.dataset} has no rows in split {split!r}; its splits are: {known}")
         return rows
-    rows = np.flatnonzero(~is_labelled(store.targets))
-    rows = rows if len(rows) else np.flatnonzero(store.splits == "test")
-    if not len(rows):
-        raise DataError(f"every row of {store.dataset} is labelled and none is in a test split; name one of: {known}")
-    return rows
+    labelled = is_labelled(store.targets)
+    # A training row that happens to have no label is none of those to submit.
+    for chosen in (~np.isin(store.splits, store.splits[labelled]), ~labelled, store.splits == "test"):
+        if chosen.any():
+            return np.flatnonzero(chosen)
+    raise DataError(f"every row of {store.dataset} is labelled and none is in a test split; name one of: {known}")
 
 
 def _predict(run: Run, table: FeatureTable, rows: np.ndarray, ids: list[str], device: str) -> Predictions:

@@ -1,6 +1,7 @@
 """Where things run and where they are kept: devices, seeds, files, the workspace."""
 
 import json
+import math
 import os
 import random
 import re
@@ -83,7 +84,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def to_json(value: Any) -> str:
-    """Serialise for people and machines alike: indented, in order, without NaN (which JSON does not have)."""
+    """Serialise for people and machines alike: indented, in order; NaN and infinity, which JSON lacks, as null."""
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
@@ -92,6 +93,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -30,6 +30,8 @@ def write_submission(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([columns.id, columns.labels])
     writer.writerows([sample, columns.separator.join(rows[sample])] for sample in order)
+    if path.is_dir():
+        raise SubmissionError(f"can't write {path}: it is a folder")
     if not path.parent.is_dir():
         raise SubmissionError(f"can't write {path}: there is no folder {path.parent}")
     write_atomically(path, text.getvalue().encode("utf-8"))

@@ -45,6 +45,8 @@ def demo(
             config = TrainConfig(fusion=fusion, seed=seed)
             with render.TrainProgress(config.epochs, manifest.reported_metrics) as training:
                 runs.append(train_head(store, config, on_epoch=training.update))
+            if runs[-1].history.interrupted:
+                raise KeyboardInterrupt
             runs[-1].save(paths.runs)
         metric = manifest.reported_metrics[0]
         best = max(runs, key=lambda run: run.metrics["val"][metric])

@@ -6,12 +6,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -53,14 +62,19 @@ def error(problem: BaseException) -> None:
         message = "out of memory; try a smaller --batch-size or --limit"
     first, _, rest = message.partition("\n")
     console = err()
-    console.print(Text.assemble(("error: ", "bold red"), (first, "red")), soft_wrap=True)
+    _print_message(console, Text.assemble(("error: ", "bold red"), (first, "red")))
     if rest:
         console.print(Text(rest), soft_wrap=True)
 
 
+def _print_message(console: Console, text: Text) -> None:
+    """Print on one line where programs read it, and broken between words where people do."""
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
 def note(message: str) -> None:
     """Print a message that is not a result."""
-    err().print(Text.assemble(("note: ", "yellow"), message), soft_wrap=True)
+    _print_message(err(), Text.assemble(("note: ", "yellow"), message))
 
 
 def print_json(value: Any) -> None:
@@ -110,8 +124,8 @@ def _progress(*columns: ProgressColumn) -> Progress:
     return Progress(SpinnerColumn(), *columns, console=console, disable=not console.is_terminal)
 
 
-class ExtractProgress:
-    """A bar for each encoder and modality: rows, samples a second, remaining time."""
+class _RowBars:
+    """A bar for each kind of rows: rows, samples a second, remaining time."""
 
     def __init__(self) -> None:
         self._progress = _progress(
@@ -121,36 +135,35 @@ class ExtractProgress:
             _Rate(),
             TimeRemainingColumn(),
         )
-        self._tasks: dict[tuple[str, str], Any] = {}
+        self._tasks: dict[str, TaskID] = {}
 
-    def __enter__(self) -> "ExtractProgress":
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def _show(self, name: str, done: int, total: int, begun: int = 0) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(escape(name), total=total, completed=begun, begun=begun)
+        self._progress.update(self._tasks[name], completed=done)
+
+
+class ExtractProgress(_RowBars):
+    """A bar for each encoder and modality."""
+
     def update(self, state: "ExtractState") -> None:
-        key = (state.encoder, state.modality)
-        if key not in self._tasks:
-            self._tasks[key] = self._progress.add_task(
-                escape(f"{_shorten(state.encoder, 28)} {state.modality}"),
-                total=state.total, completed=state.begun, begun=state.begun,
-            )  # fmt: skip
-            if state.begun:
-                note(
-                    f"{state.encoder} {state.modality}: {state.begun:,} rows are there already; going on with the rest"
-                )
-        self._progress.update(self._tasks[key], completed=state.done)
+        if state.begun and state.done == state.begun:
+            note(f"{state.encoder} {state.modality}: {state.begun:,} rows are there already; going on with the rest")
+        self._show(f"{_shorten(state.encoder, 28)} {state.modality}", state.done, state.total, state.begun)
 
 
-class EncodeProgress(ExtractProgress):
-    """The same for new samples at prediction, which have no store."""
+class EncodeProgress(_RowBars):
+    """A bar for each modality of new samples at prediction, which have no store."""
 
-    def update(self, modality: str, done: int, total: int) -> None:  # type: ignore[override]
-        if (modality, "") not in self._tasks:
-            self._tasks[(modality, "")] = self._progress.add_task(f"encoding {modality}", total=total)
-        self._progress.update(self._tasks[(modality, "")], completed=done)
+    def update(self, modality: str, done: int, total: int) -> None:
+        self._show(f"encoding {modality}", done, total)
 
 
 class TrainProgress:
@@ -272,7 +285,7 @@ def run_report(run: "Run") -> None:
 
 def _per_class(console: Console, run: "Run", split: str) -> None:
     figures = run.per_class[split]
-    order = range(len(run.classes))
+    order = list(range(len(run.classes)))
     title = f"classes on {split}"
     if len(run.classes) > MAX_CLASSES:
         order = sorted(order, key=lambda c: (figures["f1"][c], c))[:MAX_CLASSES]
@@ -327,7 +340,7 @@ def encoders(families: "dict[str, Family]", default: str) -> None:
         table.add_row(f"[bold]{name}[/]", family.modalities, escape(family.example))
         table.add_row("", "", f"[dim]{escape(family.about)}[/]")
     out().print(table)
-    out().print(f"The default is {default}. Weights come from the model hubs, or from local files.", soft_wrap=True)
+    out().print(f"The default is {default}. Weights come from the model hubs, or from local files.")
 
 
 def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "Predictions", written: Path) -> None:
@@ -351,7 +364,9 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
     )
     console.print(Text.assemble(("store ", "dim"), str(store)), soft_wrap=True)
     console.print(Text.assemble(("runs  ", "dim"), str(best.path.parent if best.path else "")), soft_wrap=True)
-    console.print(Text.assemble(("wrote ", "dim"), f"{written} ({len(predictions.ids):,} rows, by {best.name})"))
+    console.print(
+        Text.assemble(("wrote ", "dim"), f"{written} ({len(predictions.ids):,} rows, by {best.name})"), soft_wrap=True
+    )
     console.print(Text.assemble(("next  ", "dim"), "cachefuse datasets, cachefuse encoders, cachefuse extract --help"))
 
 

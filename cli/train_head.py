@@ -116,6 +116,6 @@ def _parse_batch_size(text: str) -> int:
 
     if text == "all":
         return 0
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"batch-size must be a whole number of at least 1, or all. Got {text!r} instead")
     return int(text)

@@ -3,20 +3,25 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 
+from cachefuse.cache.features import BlockWriter, Features
 from cachefuse.cache.layout import DTYPES
-from cachefuse.cache.store import BadSample, BlockWriter, Features, FeatureStore, text_offsets
+from cachefuse.cache.samples import text_offsets
+from cachefuse.cache.store import BadSample, FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, CacheError, ConfigError, EncoderError
-from cachefuse.runtime import n_threads, resolve_device
+from cachefuse.runtime import n_threads, resolve_device, slug
 
 VIEWS = ("pooled", "tokens")
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
@@ -64,26 +69,39 @@ def extract(
     _check(encoders, views, batch_size, dtype, max_bad)
     device = resolve_device(device)
     batch_size = batch_size or BATCH_SIZE[device.partition(":")[0]]
-    plan = [(EncoderSpec.parse(text), open_encoder(text, device)) for text in dict.fromkeys(encoders)]
+    specs = dict.fromkeys(EncoderSpec.parse(text).absolute() for text in encoders)
+    plan = [(spec, open_encoder(spec, device)) for spec in specs]
     _check_plan(plan, dataset, views)
-    store = FeatureStore.for_dataset(store_path, dataset)
-    report = ExtractReport(store_path)
-    for spec, towers in plan:
-        for modality in dataset.modalities:
-            if modality not in towers:
-                continue
-            tower = towers[modality]
-            features = store.require_features(
-                spec.short,
-                modality,
-                {**tower.provenance, "dtype": dtype},
-                str(spec.absolute()),
-            )
-            job = _Job(dataset, store, features, tower, tuple(views), batch_size, max_bad)
-            report.computed[(spec.short, modality)] = job.run(on_progress)
-            report.rows[(spec.short, modality)] = features.n_rows
+    with _only_writer(store_path):
+        store = FeatureStore.for_dataset(store_path, dataset)
+        report = ExtractReport(store_path)
+        for spec, towers in plan:
+            for modality in dataset.modalities:
+                if modality not in towers:
+                    continue
+                tower = towers[modality]
+                provenance = {**tower.provenance, "dtype": dtype}
+                features = store.require_features(spec.short, modality, provenance, str(spec))
+                job = _Job(dataset, store, features, tower, tuple(views), batch_size, max_bad)
+                report.computed[(spec.short, modality)] = job.run(on_progress)
+                report.rows[(spec.short, modality)] = features.n_rows
     report.bad = store.ledger()
     return report
+
+
+@contextmanager
+def _only_writer(store_path: Path) -> Iterator[None]:
+    """Hold the store's lock, which ends with the process however that ends."""
+    store_path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(store_path.with_name(f".{store_path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise CacheError(f"another extract is writing to {store_path}; wait until it has ended") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check(encoders: Sequence[str], views: Sequence[str], batch_size: int | None, dtype: str, max_bad: float) -> None:
@@ -107,14 +125,16 @@ def _check_plan(plan: Sequence[tuple[EncoderSpec, dict[str, Tower]]], dataset: D
                 f"encoder {spec} encodes {' and '.join(towers)}, but {dataset.name} has only "
                 f"{' and '.join(dataset.modalities) or 'labels'}"
             )
-        for tower in towers.values():
+        for modality in sorted(set(towers) & set(dataset.modalities)):
             for view in views:
-                if view not in tower.views:
-                    raise ConfigError(f"encoder {spec} has no {view} view; choose from: {', '.join(tower.views)}")
+                if view not in towers[modality].views:
+                    known = ", ".join(towers[modality].views)
+                    raise ConfigError(f"encoder {spec} has no {view} view of {modality}; choose from: {known}")
     shorts = [spec.short for spec, _ in plan]
-    for short in shorts:
-        if shorts.count(short) > 1:
-            raise ConfigError(f"two encoders are both called {short}; rename one of the folders")
+    folders = [slug(short) for short in shorts]
+    for short, folder in zip(shorts, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise ConfigError(f"two encoders would both be kept as {short}; rename one, or use another --workspace")
 
 
 @dataclass
@@ -131,57 +151,86 @@ class _Job:
 
     def run(self, on_progress: Callable[[Progress], None]) -> int:
         """Compute the rows that are missing and return how many those are."""
-        missing = {view: self.features.missing_rows(view) for view in self.views}
-        rows = np.unique(np.concatenate(list(missing.values())))
-        if not len(rows):
+        needed = {view: np.zeros(self.features.n_rows, bool) for view in self.views}
+        for view, mask in needed.items():
+            mask[self.features.missing_rows(view)] = True
+        pending = np.logical_or.reduce(list(needed.values()))  # (n_rows,)
+        n_pending = int(pending.sum())
+        if not n_pending:
             return 0
-        writers = {
-            view: BlockWriter(self.features, view, ragged=self.tower.ragged and view == "tokens") for view in self.views
-        }
-        needs = {view: np.isin(rows, missing[view]) for view in self.views}
-        # Texts are encoded among others of like length: a window is what may be sorted and put back in order.
-        window = self.batch_size * (WINDOW_BATCHES if self.tower.modality == "text" else 1)
-        sources = item_sources(self.dataset, self.tower.modality)
-        done = begun = self.features.n_rows - len(rows)
+        ragged = {view: self.tower.ragged and view == "tokens" for view in self.views}
+        writers = {view: BlockWriter(self.features, view, ragged=ragged[view]) for view in self.views}
+        begun = self.features.n_rows - n_pending
+        progress = Progress(self.features.encoder, self.modality, begun, self.features.n_rows, begun)
+        on_progress(progress)
+        windows = self._windows(pending)
+        with self._prepare(chain.from_iterable(windows)) as prepared:
+            for rows in windows:
+                items = list(islice(prepared, len(rows)))
+                self._note_bad(rows, items)
+                encoded = encode_prepared(self.tower, items, self.views, self.batch_size)
+                here = slice(rows.start, rows.stop)
+                for view, writer in writers.items():
+                    wanted = np.flatnonzero(needed[view][here])
+                    writer.add(wanted + rows.start, [encoded[view][i] for i in wanted])
+                progress = replace(progress, done=progress.done + int(pending[here].sum()))
+                on_progress(progress)
+        if any(view not in self.features.views for view in self.views):
+            raise CacheError(f"no sample of {self.dataset.name} has a usable {self.modality}")
+        return n_pending
+
+    @property
+    def modality(self) -> str:
+        return self.tower.modality
+
+    @cached_property
+    def sources(self) -> list[Any]:
+        return item_sources(self.dataset, self.modality)
+
+    @cached_property
+    def owners(self) -> np.ndarray:
+        return item_owners(self.dataset, self.modality)
+
+    @contextmanager
+    def _prepare(self, rows: Iterable[int]) -> Iterator[Iterator[Any]]:
+        """Prepare rows in threads, two windows ahead of the encoder."""
+        sources = self.sources
         with ThreadPoolExecutor(n_threads(), thread_name_prefix="prepare") as pool:
-            prepared = in_order(pool, lambda row: prepare_source(self.tower, sources[row]), rows.tolist(), 2 * window)
             try:
-                for start in range(0, len(rows), window):
-                    on_progress(Progress(self.features.encoder, self.tower.modality, done, self.features.n_rows, begun))
-                    here = slice(start, start + window)
-                    encoded = self._encode(rows[here], list(islice(prepared, window)))
-                    for view, writer in writers.items():
-                        values = [encoded[view][i] for i in np.flatnonzero(needs[view][here])]
-                        writer.add(rows[here][needs[view][here]], values)
-                    done += len(rows[here])
+                yield in_order(pool, lambda row: prepare_source(self.tower, sources[row]), rows, 2 * self._window)
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
-        on_progress(Progress(self.features.encoder, self.tower.modality, done, self.features.n_rows, begun))
-        if any(view not in self.features.views for view in self.views):
-            raise CacheError(f"no sample of {self.dataset.name} has a usable {self.tower.modality}")
-        return len(rows)
+                self.store.update_present(self.modality)
 
-    def _encode(self, rows: np.ndarray, prepared: list[Any]) -> dict[str, list[np.ndarray | None]]:
-        """Encode a window of rows, listing those that can't be used."""
-        self._note_bad([(int(row), item) for row, item in zip(rows, prepared, strict=True) if is_bad(item)])
-        return encode_prepared(self.tower, prepared, self.views, self.batch_size)
+    @property
+    def _window(self) -> int:
+        """Rows prepared and encoded together. Texts are sorted by length in it, and put back in order."""
+        return self.batch_size * (WINDOW_BATCHES if self.tower.modality == "text" else 1)
 
-    def _note_bad(self, bad: list[tuple[int, BadSampleError]]) -> None:
+    def _windows(self, pending: np.ndarray) -> list[range]:
+        """Return the windows with pending rows. They lie where they always lie and are encoded whole, so that a
+        resumed run makes the same batches, and with them the same bytes, as one that was never interrupted."""
+        size = self._window
+        numbers = np.unique(np.flatnonzero(pending) // size).tolist()
+        return [range(number * size, min((number + 1) * size, len(pending))) for number in numbers]
+
+    def _note_bad(self, rows: range, items: Sequence[Any]) -> None:
+        """List the samples that can't be used. Raises CacheError if they are too many by now."""
+        bad = [
+            BadSample(
+                self.dataset.ids[self.owners[row]], self.modality, getattr(self.sources[row], "name", ""), str(item)
+            )
+            for row, item in zip(rows, items, strict=True)
+            if is_bad(item)
+        ]
         if not bad:
             return
-        modality = self.tower.modality
-        owners = item_owners(self.dataset, modality)
-        sources = item_sources(self.dataset, modality)
-        lines = [
-            BadSample(self.dataset.ids[owners[row]], modality, getattr(sources[row], "name", ""), str(error))
-            for row, error in bad
-        ]
-        self.store.mark_bad(lines)
-        n_bad = sum(line.modality == modality for line in self.store.ledger())
+        self.store.mark_bad(bad)
+        n_bad = self.store.n_bad[self.modality]
         if n_bad > self.max_bad * len(self.dataset):
             raise CacheError(
-                f"{n_bad:,} of {len(self.dataset):,} samples have no usable {modality}, over the limit of "
-                f"{self.max_bad:.0%} (--max-bad); the last: {lines[-1].id} {lines[-1].reason}"
+                f"{n_bad:,} of {len(self.dataset):,} samples have no usable {self.modality}, over the limit of "
+                f"{self.max_bad:.0%} (--max-bad); the last: {bad[-1].id} {bad[-1].reason}"
             )
 
 
@@ -195,7 +244,9 @@ def prepare_source(tower: Tower, source: Any) -> Any:
     try:
         if not source:
             raise BadSampleError(f"has no {tower.modality}")
-        return tower.prepare(source if isinstance(source, str) else source.load())
+        if isinstance(source, str):
+            return tower.prepare(source.encode("utf-8", "replace").decode())  # half a surrogate pair becomes "?"
+        return tower.prepare(source.load())
     except BadSampleError as error:
         return error
 

@@ -8,13 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from cachefuse.data.manifest import Manifest
+from cachefuse.data.manifest import HashSplit, Manifest
 from cachefuse.data.readers.base import ImageSource, Samples
 from cachefuse.data.splits import apply_hash_splits
-from cachefuse.data.targets import encode_labels, find_classes
+from cachefuse.data.targets import encode_labels, find_classes, is_labelled
 from cachefuse.errors import DataError, MissingDataError
 
 logger = logging.getLogger(__name__)
+
+# Held out where neither the data nor the manifest gives rows to validate on.
+DEFAULT_SPLITS = {"val": HashSplit.model_validate({"from": "train", "fraction": 0.1})}
+MIN_ROWS_TO_SPLIT = 20
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Dataset:
         return digests
 
     def limit(self, n: int) -> "Dataset":
-        """Return the first ``n`` samples as they are spread over the splits, under a name of its own.
+        """Return about ``n`` samples, the first ones of each split in its proportion, under a name of its own.
 
         A limited dataset has its own store, so that a trial never mixes with the whole.
         """
@@ -92,18 +96,24 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
     notes = [*samples.notes, *_count_notes(samples, manifest)]
     for note in notes:
         logger.warning("%s: %s", manifest.name, note)
-    splits = apply_hash_splits(manifest.splits, samples)
     classes = manifest.classes or samples.classes or find_classes(samples.labels)
     if manifest.task == "retrieval":
         classes = ()
     elif not classes:
         raise DataError(f"{manifest.name}: no row has a label, so there are no classes to learn")
+    targets = encode_labels(samples, classes, manifest.task, manifest.min_labels)
+    splits = apply_hash_splits(manifest.splits, samples)
+    if _lacks_validation(manifest, samples, targets):
+        splits = apply_hash_splits(DEFAULT_SPLITS, samples)
+        note = f"held out {splits.count('val'):,} of {samples.splits.count('train'):,} train rows as val"
+        notes.append(note)
+        logger.info("%s: %s", manifest.name, note)
     return Dataset(
         manifest=manifest,
         classes=classes,
         ids=samples.ids,
         splits=np.array(splits),
-        targets=encode_labels(samples, classes, manifest.task, manifest.min_labels),
+        targets=targets,
         images=samples.images,
         texts=samples.texts,
         notes=tuple(notes),
@@ -111,9 +121,18 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
     )
 
 
+def _lacks_validation(manifest: Manifest, samples: Samples, targets: np.ndarray) -> bool:
+    """Return whether all labelled rows are for training, and are enough to hold some out."""
+    if manifest.splits or manifest.task == "retrieval" or samples.splits.count("train") < MIN_ROWS_TO_SPLIT:
+        return False
+    return bool(np.all(np.array(samples.splits)[is_labelled(targets)] == "train"))
+
+
 def _check_ids(samples: Samples, manifest: Manifest) -> None:
     if not samples.ids:
         raise DataError(f"{manifest.name}: the raw data has no rows")
+    if "" in samples.ids:
+        raise DataError(f"{manifest.name}: row {samples.ids.index('') + 1} has an empty id")
     repeated = [f"{sample} ({n} times)" for sample, n in Counter(samples.ids).most_common(3) if n > 1]
     if repeated:
         raise DataError(f"{manifest.name}: each id must occur once, but found {', '.join(repeated)}")

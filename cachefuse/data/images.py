@@ -2,6 +2,7 @@
 
 import io
 import os
+import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,10 @@ MAX_BYTES = 1 << 29
 # Formats whose decoders only decode: EPS, for one, would run Ghostscript. MPO, of some cameras, opens as JPEG.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 
+# Pillow's advice on odd metadata, and on sizes between its limit and this one, is not for the user. Set once:
+# warnings.catch_warnings around each image would not be safe in threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
 
 @dataclass(frozen=True, slots=True)
 class FileImage:
@@ -29,16 +34,22 @@ class FileImage:
         return str(self.path)
 
     def load(self) -> Image.Image:
-        if self.root is not None and not os.path.abspath(self.path).startswith(os.path.abspath(self.root) + os.sep):
+        path = Path(os.path.abspath(self.path))  # without "..", which could go up from where a link leads
+        if self.root is not None and not path.is_relative_to(os.path.abspath(self.root)):
             raise BadSampleError("lies outside the data folder")
         try:
-            if self.path.stat().st_size > MAX_BYTES:
+            status = path.stat()
+            if stat.S_ISDIR(status.st_mode):
+                raise BadSampleError("is a folder, not an image")
+            if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+                raise BadSampleError("is not a regular file")
+            if status.st_size > MAX_BYTES:
                 raise BadSampleError(f"is larger than {MAX_BYTES:,} bytes")
-            data = self.path.read_bytes()
+            data = path.read_bytes()
+        except BadSampleError:
+            raise
         except FileNotFoundError:
             raise BadSampleError("no such file") from None
-        except IsADirectoryError:
-            raise BadSampleError("is a folder, not an image") from None
         except (OSError, ValueError) as error:
             raise BadSampleError(f"can't be read: {getattr(error, 'strerror', None) or error}") from error
         return decode(data)
@@ -60,22 +71,20 @@ def decode(data: bytes) -> Image.Image:
         raise BadSampleError("the file is empty")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be off: it hides truncated images")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise BadSampleError(f"has {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS:,}")
-                image.load()
-                return to_rgb(image)
-        except BadSampleError:
-            raise
-        except Image.DecompressionBombError:
-            raise BadSampleError(f"is over the limit of {MAX_PIXELS:,} pixels") from None
-        except Image.UnidentifiedImageError:
-            raise BadSampleError("is not an image, or not of a supported format") from None
-        except Exception as error:  # decoders of damaged files raise nearly anything
-            raise BadSampleError(f"can't be decoded: {error}") from error
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise BadSampleError(f"has {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS:,}")
+            image.load()
+            return to_rgb(image)
+    except BadSampleError:
+        raise
+    except Image.DecompressionBombError:
+        raise BadSampleError(f"is over the limit of {MAX_PIXELS:,} pixels") from None
+    except Image.UnidentifiedImageError:
+        raise BadSampleError("is not an image, or not of a supported format") from None
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        raise BadSampleError(f"can't be decoded: {str(error) or type(error).__name__}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -1,18 +1,18 @@
 """A dataset described as data: one TOML file, typed and checked; each problem is named with its file and key."""
 
 import tomllib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cachefuse.data.readers import READERS
 from cachefuse.data.readers.base import Reader
-from cachefuse.errors import CachefuseError, ManifestError
+from cachefuse.errors import ManifestError, UnknownNameError
 from cachefuse.registry import lookup
 
 Task = Literal["multilabel", "multiclass", "retrieval"]
@@ -60,24 +60,28 @@ class Manifest(Strict):
     licence: str = ""
     get: str = ""  # how to get the data
     layout: str = ""  # the folder layout expected
-    _reader: Reader = PrivateAttr()
 
     @field_validator("classes")
     @classmethod
     def _classes_differ(cls, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if classes is not None:
-            repeated = sorted({c for c in classes if classes.count(c) > 1})
-            if repeated:
-                raise ValueError(f"listed twice: {', '.join(repeated)}")
-            if not classes:
-                raise ValueError("must name at least one class, or be left out")
-        return classes
+        if classes is None:
+            return None
+        names = Counter(name.strip() for name in classes)  # labels are read without the spaces around them
+        repeated = sorted(name for name, n in names.items() if n > 1)
+        if repeated:
+            raise ValueError(f"listed twice: {', '.join(repeated)}")
+        if not names:
+            raise ValueError("must name at least one class, or be left out")
+        if "" in names:
+            raise ValueError("a class must have a name")
+        return tuple(names)
 
     @field_validator("reader")
     @classmethod
-    def _reader_has_kind(cls, reader: dict[str, Any]) -> dict[str, Any]:
+    def _reader_opens(cls, reader: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(reader.get("kind"), str):
             raise ValueError(f"needs a kind; choose from: {', '.join(sorted(READERS))}")
+        _open_reader(reader)
         return reader
 
     @field_validator("metrics")
@@ -86,26 +90,12 @@ class Manifest(Strict):
         from cachefuse.metrics import METRICS
 
         for name in metrics:
-            lookup(METRICS, name, "metric")
+            _known(METRICS, name, "metric")
         return metrics
-
-    @model_validator(mode="after")
-    def _build_reader(self) -> "Manifest":
-        options = {key: value for key, value in self.reader.items() if key != "kind"}
-        try:
-            self._reader = lookup(READERS, self.reader["kind"], "reader")(**options)
-        except ValidationError as error:
-            # The reader's options are checked by its own model: here their keys lie under "reader".
-            problems = [
-                InitErrorDetails(type=p["type"], loc=("reader", *p["loc"]), input=p["input"], ctx=p.get("ctx", {}))
-                for p in error.errors()
-            ]
-            raise ValidationError.from_exception_data(error.title, problems) from None
-        return self
 
     def open_reader(self) -> Reader:
         """Return the reader with this manifest's options."""
-        return self._reader
+        return _open_reader(self.reader)
 
     @property
     def reported_metrics(self) -> tuple[str, ...]:
@@ -113,16 +103,28 @@ class Manifest(Strict):
         return self.metrics or DEFAULT_METRICS[self.task]
 
 
+def _open_reader(reader: Mapping[str, Any]) -> Reader:
+    options = {key: value for key, value in reader.items() if key != "kind"}
+    return _known(READERS, reader["kind"], "reader")(**options)
+
+
+def _known(table: Mapping[str, Any], name: str, kind: str) -> Any:
+    try:
+        return lookup(table, name, kind)
+    except UnknownNameError as error:
+        raise ValueError(str(error)) from None  # which the validation puts beside the key
+
+
 def parse_manifest(text: str, origin: str) -> Manifest:
     """Parse a manifest's TOML. Raises ManifestError naming ``origin`` and each offending key."""
     try:
-        return Manifest.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
+        content = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{origin}: not valid TOML: {error}") from error
+    try:
+        return Manifest.model_validate(content)
     except ValidationError as error:
         raise ManifestError(f"{origin}: {_problems(error)}") from error
-    except CachefuseError as error:
-        raise ManifestError(f"{origin}: {error}") from error
 
 
 def _problems(error: ValidationError) -> str:
@@ -155,7 +157,7 @@ def load_manifest(name: str) -> tuple[Manifest, Path | None]:
         if path.stat().st_size > MAX_BYTES:
             raise ManifestError(f"{name}: larger than {MAX_BYTES} bytes, which no manifest is")
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise ManifestError(f"{name}: not UTF-8 text: {error}") from error
         return parse_manifest(text, name), path.absolute().parent

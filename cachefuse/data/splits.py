@@ -22,7 +22,8 @@ def apply_hash_splits(rules: "Mapping[str, HashSplit]", samples: Samples) -> lis
     A row's fate depends on its id (or group) alone: added rows never move the others.
     """
     splits = list(samples.splits)
-    keys = samples.groups or samples.ids
+    groups = samples.groups or samples.ids
+    keys = [group or sample for group, sample in zip(groups, samples.ids, strict=True)]
     for name, rule in rules.items():
         rows = [i for i, split in enumerate(splits) if split == rule.source]
         if not rows:

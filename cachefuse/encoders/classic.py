@@ -20,21 +20,22 @@ HASHED = 512  # columns for each kind of n-gram
 
 
 class ClassicImageTower(Tower):
-    """Soft colour histograms on a 4 x 4 grid and gradient orientations on an 8 x 8 grid, each square-rooted to norm 1.
+    """Soft colour histograms on a 4 x 4 grid, gradient orientations on an 8 x 8 grid, and both over the whole image.
 
-    The orientations are Dalal and Triggs, "Histograms of oriented gradients for human detection", 2005, unsigned.
+    Each of the four is square-rooted and of norm 1. The orientations are unsigned, as in Dalal and Triggs,
+    "Histograms of oriented gradients for human detection", 2005.
     """
 
     modality = "image"
     views = ("pooled",)
-    width = (HUES + GREYS) * COLOUR_GRID**2 + ORIENTATIONS * GRADIENT_GRID**2
+    width = (HUES + GREYS) * (COLOUR_GRID**2 + 1) + ORIENTATIONS * (GRADIENT_GRID**2 + 1)
 
     @property
     def provenance(self) -> Mapping[str, str]:
         return {
             "family": "classic",
-            "architecture": f"colour {HUES}+{GREYS}x{COLOUR_GRID}x{COLOUR_GRID}, "
-            f"gradient {ORIENTATIONS}x{GRADIENT_GRID}x{GRADIENT_GRID}, version 1",
+            "architecture": f"colour {HUES}+{GREYS} on {COLOUR_GRID} x {COLOUR_GRID} and whole, "
+            f"gradient {ORIENTATIONS} on {GRADIENT_GRID} x {GRADIENT_GRID} and whole",
             "preprocessing": f"box resize to {SIDE}",
             "library": _version("pillow", PIL.__version__),
         }
@@ -87,11 +88,13 @@ def open_classic(spec: EncoderSpec, device: str) -> dict[str, Tower]:
 
 def _histograms(batch: Sequence[np.ndarray]) -> np.ndarray:
     pixels = np.stack(batch).astype(np.float32) / 255  # (B, SIDE, SIDE, 3)
-    return np.concatenate([_unit(np.sqrt(part)) for part in (_colours(pixels), _gradients(pixels))], axis=1)
+    cells = _colours(pixels), _gradients(pixels)  # (B, cells, bins) each
+    whole = [part.sum(1, keepdims=True) for part in cells]
+    return np.concatenate([_unit(np.sqrt(part.reshape(len(batch), -1))) for part in (*cells, *whole)], axis=1)
 
 
 def _colours(pixels: np.ndarray) -> np.ndarray:
-    """Histograms of hue, weighted by colourfulness, and of lightness, weighted by its absence: (B, 12 * 16)."""
+    """Histograms of hue, weighted by colourfulness, and of lightness, weighted by its absence: (B, 16, 12)."""
     red, green, blue = np.moveaxis(pixels, -1, 0)
     high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
     chroma = high - low  # (B, SIDE, SIDE)
@@ -103,11 +106,11 @@ def _colours(pixels: np.ndarray) -> np.ndarray:
     )
     hues = _histogram(sixths * (HUES / 6), chroma, HUES, COLOUR_GRID, circular=True)
     greys = _histogram((high + low) / 2 * (GREYS - 1), 1 - chroma, GREYS, COLOUR_GRID, circular=False)
-    return np.concatenate([hues, greys], axis=1)
+    return np.concatenate([hues, greys], axis=2)
 
 
 def _gradients(pixels: np.ndarray) -> np.ndarray:
-    """Histograms of edge orientation weighted by contrast, each pixel's from its strongest channel: (B, 8 * 64)."""
+    """Histograms of edge orientation weighted by contrast, each pixel's from its strongest channel: (B, 64, 8)."""
     down, right = np.gradient(pixels, axis=(1, 2))  # (B, SIDE, SIDE, 3) each
     strength = np.hypot(down, right)
     best = strength.argmax(-1)[..., None]
@@ -117,7 +120,7 @@ def _gradients(pixels: np.ndarray) -> np.ndarray:
 
 
 def _histogram(position: np.ndarray, weight: np.ndarray, bins: int, grid: int, circular: bool) -> np.ndarray:
-    """Count pixels (B, SIDE, SIDE) per cell, each shared linearly between the two bins nearest: (B, grid² * bins)."""
+    """Count pixels (B, SIDE, SIDE) per cell, each shared linearly between the two bins nearest: (B, grid², bins)."""
     n_images, cell = len(position), SIDE // grid
     lower = np.minimum(position.astype(np.intp), bins - 1)
     upper = (lower + 1) % bins if circular else np.minimum(lower + 1, bins - 1)
@@ -126,7 +129,7 @@ def _histogram(position: np.ndarray, weight: np.ndarray, bins: int, grid: int, c
     cells = np.arange(n_images)[:, None, None] * grid**2 + rows[:, None] * grid + rows  # (B, SIDE, SIDE)
     counts = np.bincount((cells * bins + lower).ravel(), (weight * (1 - share)).ravel(), n_images * grid**2 * bins)
     counts += np.bincount((cells * bins + upper).ravel(), (weight * share).ravel(), n_images * grid**2 * bins)
-    return counts.reshape(n_images, -1).astype(np.float32)
+    return counts.reshape(n_images, grid**2, bins).astype(np.float32)
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:

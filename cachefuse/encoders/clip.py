@@ -40,17 +40,17 @@ class ClipImageTower(FrozenTower):
         self.transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
         facts = {**provenance, "preprocessing": f"open_clip {fingerprint(config)}", "pooling": "projected embedding"}
         super().__init__("image", model, device, facts)
-        if not hasattr(model.visual, "forward_intermediates"):
-            self.views = ("pooled",)
 
     def prepare(self, sample: Image.Image) -> Tensor:
         return self.transform(sample)  # (3, H, W)
 
     def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
         images = self.stack(batch)
-        if not tokens or "tokens" not in self.views:
+        if not tokens or not hasattr(self.model.visual, "forward_intermediates"):
             return self.model.encode_image(images, normalize=False), None
-        out = self.model.visual.forward_intermediates(images, indices=1, normalize_intermediates=True)
+        # CoCa's last norm belongs to its attention pooling, and does not fit the patches.
+        normed = getattr(self.model.visual, "attn_pool", None) is None
+        out = self.model.visual.forward_intermediates(images, indices=1, normalize_intermediates=normed)
         return out["image_features"], flatten_map(out["image_intermediates"][-1])
 
 
@@ -74,8 +74,6 @@ class ClipTextTower(FrozenTower):
             "pooling": "projected embedding",
         }
         super().__init__("text", model, device, facts)
-        if not (self.causal or hasattr(getattr(model, "text", None), "forward_intermediates")):
-            self.views = ("pooled",)
 
     def prepare(self, sample: str) -> Tensor:
         return self.tokenizer([sample])[0]  # (context length,)
@@ -88,16 +86,14 @@ class ClipTextTower(FrozenTower):
         ids = torch.stack(list(batch)).to(self.device)  # (B, context length)
         if self.causal:
             return self._forward_causal(ids[:, : max(map(self.length, batch))])
-        if not tokens or "tokens" not in self.views:
+        if not tokens or not hasattr(self.model.text, "forward_intermediates"):
             return self.model.encode_text(ids, normalize=False), None
-        text: Any = self.model.text
-        out = text.forward_intermediates(ids, indices=1, normalize_intermediates=True, output_fmt="NLC")
+        out = self.model.text.forward_intermediates(ids, indices=1, normalize_intermediates=True, output_fmt="NLC")
         return out["text_features"], out["text_intermediates"][-1]
 
     def _forward_causal(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """What ``CLIP.encode_text`` does, on the longest text's T tokens instead of all the context: ids (B, T)."""
-        model: Any = self.model
-        n_tokens = ids.shape[1]
+        model, n_tokens = self.model, ids.shape[1]
         hidden = model.token_embedding(ids) + model.positional_embedding[:n_tokens]  # (B, T, width)
         hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:n_tokens, :n_tokens]))
         pooled = text_global_pool(hidden, ids, model.text_pool_type, eos_token_id=model.text_eos_id)
@@ -122,8 +118,8 @@ def open_clip_towers(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             "library": library(open_clip),
         }
         return {
-            "image": ClipImageTower(model, device, provenance).measure(Image.new("RGB", (64, 48), "grey")),
-            "text": ClipTextTower(model, tokenizer, device, provenance).measure("a sample"),
+            "image": ClipImageTower(model, device, provenance).measure(),
+            "text": ClipTextTower(model, tokenizer, device, provenance).measure(),
         }
 
 

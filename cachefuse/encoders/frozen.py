@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Features, Tower
@@ -26,7 +27,7 @@ class FrozenTower(Tower):
 
     def __init__(self, modality: str, model: nn.Module, device: str, provenance: Mapping[str, str]):
         self.modality = modality
-        self.model = model.eval().requires_grad_(False).to(device)
+        self.model: Any = model.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
         self.half = torch.float16  # 3 more bits of mantissa than bfloat16, which is for models that overflow
         self._provenance = dict(provenance)
@@ -37,7 +38,7 @@ class FrozenTower(Tower):
 
     @abstractmethod
     def forward(self, batch: Sequence[Any], tokens: bool) -> tuple[Tensor, Tensor | None]:
-        """Return pooled (B, D) and, if asked for, tokens (B, T, D), padded to the longest where ragged."""
+        """Return pooled (B, D) and tokens (B, T, D), padded to the longest where ragged; None if it has none."""
 
     def encode(self, batch: Sequence[Any], views: Collection[str]) -> Features:
         cuda = self.device.type == "cuda"
@@ -53,13 +54,16 @@ class FrozenTower(Tower):
             )
         return features
 
-    def measure(self, sample: Any) -> "FrozenTower":
-        """Set the width from a sample, and refuse a model that can't be cached: one whose features are random."""
-        first, again = (self.encode([self.prepare(sample)], ("pooled",))["pooled"] for _ in range(2))
-        if first.ndim != 2 or not np.allclose(first, again, atol=1e-3):
-            problem = "different features each time" if first.ndim == 2 else f"features of shape {first.shape[1:]}"
-            raise EncoderError(f"{type(self.model).__name__} gives {problem} for the same {self.modality}")
-        self.width = first.shape[1]
+    def measure(self) -> "FrozenTower":
+        """Set the width and the views from one sample; refuse a model that can't be cached: its features are random."""
+        sample = self.prepare(Image.linear_gradient("L").convert("RGB") if self.modality == "image" else "a sample")
+        features = self.encode([sample], self.views)
+        first, again = features["pooled"], self.encode([sample], ("pooled",))["pooled"]
+        if first.ndim != 2:
+            raise EncoderError(f"{type(self.model).__name__} gives features of shape {first.shape}; expected (B, D)")
+        if not np.allclose(first, again, rtol=0, atol=1e-3 * np.abs(first).max()):
+            raise EncoderError(f"{type(self.model).__name__} gives other features each time for the same sample")
+        self.width, self.views = first.shape[1], tuple(features)
         return self
 
     def stack(self, batch: Sequence[Tensor]) -> Tensor:
@@ -68,15 +72,6 @@ class FrozenTower(Tower):
         if self.device.type == "cuda":
             images = images.pin_memory()
         return images.to(self.device, non_blocking=True)
-
-    def pad(self, batch: Sequence[Sequence[int]], value: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Pad token ids on the right: ids (B, T) and the mask of real ones (B, T), on the device."""
-        ids = torch.full((len(batch), length or max(map(len, batch))), value)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(batch):
-            ids[i, : len(row)] = torch.tensor(row)
-            mask[i, : len(row)] = 1
-        return ids.to(self.device), mask.to(self.device)
 
 
 def flatten_map(features: Tensor, channels_last: bool = False) -> Tensor:

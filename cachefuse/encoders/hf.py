@@ -10,6 +10,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging as library_logging
 
@@ -87,7 +88,9 @@ class HFTextTower(FrozenTower):
         return len(prepared)
 
     def forward(self, batch: Sequence[Sequence[int]], tokens: bool) -> tuple[Tensor, Tensor | None]:
-        ids, mask = self.pad(batch, self.pad_id)  # (B, T)
+        ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True, padding_value=self.pad_id)  # (B, T)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in batch])
+        ids, mask = ids.to(self.device), mask.long().to(self.device)
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, D)
         if self.first:
             return hidden[:, 0], hidden
@@ -128,7 +131,7 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         if wide:
             tower.half = torch.bfloat16
         # Measuring also makes the tokenizer's first call, which sets its truncation: later calls only read it.
-        return {modality: tower.measure(Image.new("RGB", (64, 48), "grey") if modality == "image" else "a sample")}
+        return {modality: tower.measure()}
 
 
 def _folder(spec: EncoderSpec) -> Path:

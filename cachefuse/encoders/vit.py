@@ -37,10 +37,9 @@ class TimmTower(FrozenTower):
         return self.transform(sample)  # (3, H, W)
 
     def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
-        features: Any = self.model.forward_features(self.stack(batch))
+        features = self.model.forward_features(self.stack(batch))
         pooled = self.model.forward_head(features, pre_logits=True)  # (B, D)
         if not isinstance(features, Tensor):  # a few models keep several scales, which are no one grid
-            self.views = ("pooled",)
             return pooled, None
         if features.ndim == 4:
             return pooled, flatten_map(features, channels_last=getattr(self.model, "output_fmt", "NCHW") == "NHWC")
@@ -54,7 +53,7 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     """
     _check_name(spec)
     with opening(spec):
-        default = timm.get_pretrained_cfg(spec.model)
+        default: Any = timm.get_pretrained_cfg(spec.model)
         path = local_weights(spec)
         n_classes = default.num_classes
         if path is None:
@@ -63,7 +62,9 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             n_classes = _n_classes(path, default.classifier)
         # Weights load strictly when the number of classes agrees; the classifier goes afterwards.
         overlay = {"file": str(path), "custom_load": False, "num_classes": n_classes}
-        model = timm.create_model(spec.model, pretrained=True, num_classes=n_classes, pretrained_cfg_overlay=overlay)
+        model: Any = timm.create_model(
+            spec.model, pretrained=True, num_classes=n_classes, pretrained_cfg_overlay=overlay
+        )
         model.reset_classifier(0)
         provenance = {
             "family": "timm",
@@ -72,7 +73,7 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             "pooling": "the model's own, before its classifier",
             "library": library(timm),
         }
-        return {"image": TimmTower(model, device, provenance).measure(Image.new("RGB", (64, 48), "grey"))}
+        return {"image": TimmTower(model, device, provenance).measure()}
 
 
 def _check_name(spec: EncoderSpec) -> None:

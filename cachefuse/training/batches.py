@@ -1,7 +1,9 @@
 """Features as tensors, and batches as index tensors: no per-sample Dataset stands between them."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,7 +11,10 @@ from torch import Tensor
 
 from cachefuse.cache.store import Features, FeatureStore
 from cachefuse.data.targets import is_labelled
+from cachefuse.encoders.base import EncoderSpec, is_path
 from cachefuse.errors import CacheError, ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,20 @@ class FeatureTable:
         return features, {modality: x.index_select(0, rows) for modality, x in self.present.items()}
 
     def to(self, device: str) -> "FeatureTable":
-        move = lambda table: {name: x.to(device) for name, x in table.items()}  # noqa: E731
-        return FeatureTable(
-            move(self.features), move(self.present), self.targets.to(device), self.labelled, self.splits
+        """Return the same rows with their tensors on a device."""
+        return replace(
+            self,
+            features={modality: x.to(device) for modality, x in self.features.items()},
+            present={modality: x.to(device) for modality, x in self.present.items()},
+            targets=self.targets.to(device),
         )
 
 
 def select_features(store: FeatureStore, encoders: Sequence[str] = ()) -> dict[str, list[Features]]:
     """Return the pooled features to use, by modality: those of the named encoders, or all that are complete.
 
-    An encoder may be named by its spec or any part of it that fits one alone. Raises CacheError or ConfigError.
+    An encoder may be named by its spec, its file or folder, or any part of it that fits one alone. Raises CacheError
+    if there are no features, ConfigError for a name that fits none or several.
     """
     stored = [features for features in store.features() if "pooled" in features.views]
     if not stored:
@@ -57,6 +66,13 @@ def select_features(store: FeatureStore, encoders: Sequence[str] = ()) -> dict[s
         stored = [features for name in encoders for features in _find(stored, name)]
     else:
         whole = [features for features in stored if not len(features.missing_rows("pooled"))]
+        for features in stored if whole else ():
+            if features not in whole:
+                logger.warning(
+                    "%s (%s) is left out: it lacks rows; run the same cachefuse extract again to go on",
+                    features.encoder,
+                    features.modality,
+                )
         stored = whole or stored  # if none is whole, reading says how to go on
     chosen: dict[str, list[Features]] = {}
     for features in stored:
@@ -69,8 +85,9 @@ def select_features(store: FeatureStore, encoders: Sequence[str] = ()) -> dict[s
 
 def _find(stored: Sequence[Features], name: str) -> list[Features]:
     names = sorted({features.encoder for features in stored})
-    exact = [full for full in names if full == name or name in {f.source for f in stored if f.encoder == full}]
-    found = exact or [full for full in names if name.rstrip("/").split("/")[-1] in full]
+    short = Path(name).name if is_path(name) else EncoderSpec.parse(name).short
+    exact = {f.encoder for f in stored if f.encoder == short or f.source == name}
+    found = sorted(exact) or [full for full in names if short in full]
     if len(found) != 1:
         problem = "fits several" if found else "is not in this store"
         raise ConfigError(f"encoder {name!r} {problem}; choose from: {', '.join(names)}")

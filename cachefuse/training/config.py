@@ -1,6 +1,5 @@
 """The settings of one training, checked once."""
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -8,6 +7,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
 from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, lookup
 
+MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
 TASK_LOSS = {"multilabel": "bce", "multiclass": "ce"}
 
 
@@ -40,12 +40,12 @@ class TrainConfig:
         lookup(OPTIMIZERS, self.optimizer, "optimizer")
         if self.loss is not None:
             lookup(LOSSES, self.loss, "loss")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ConfigError(f"lr must be above 0. Got {self.lr} instead")
+        if not 0 < self.lr <= MAX_RATE:
+            raise ConfigError(f"lr must be above 0 and at most {MAX_RATE:g}. Got {self.lr} instead")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"dropout must be at least 0 and below 1. Got {self.dropout} instead")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            raise ConfigError(f"weight-decay must be at least 0. Got {self.weight_decay} instead")
+        if not 0 <= self.weight_decay <= MAX_RATE:
+            raise ConfigError(f"weight-decay must be between 0 and {MAX_RATE:g}. Got {self.weight_decay} instead")
         if self.epochs < 1:
             raise ConfigError(f"epochs must be at least 1. Got {self.epochs} instead")
         if self.batch_size < 0:

@@ -1,6 +1,7 @@
 """The training loop: one function that reads from top to bottom."""
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from cachefuse.errors import TrainingError
 from cachefuse.training.batches import FeatureTable, shuffled_batches
 
 EVAL_ROWS = 8192
-DIVERGED = 2.0  # a best epoch whose loss is this many times the untrained model's has learnt nothing
+DIVERGED = 10.0  # a loss this many times that of logits 0 is no longer one of a model that learns
 
 
 class NesterovSGD(torch.optim.SGD):
@@ -61,7 +62,8 @@ def fit(
     Raises TrainingError if training diverges. Ctrl-C ends training at the best epoch so far, if there is one.
     """
     history = History()
-    best_score, best_state, first_loss = float("-inf"), None, None
+    best_score: float | None = None
+    best_state: dict[str, Tensor] = {}
     try:
         for epoch in range(1, epochs + 1):
             model.train()
@@ -74,36 +76,51 @@ def fit(
                 value.backward()
                 optimizer.step()
                 total += value.item() * len(rows)
-                first_loss = value.item() if first_loss is None else first_loss
             mean_loss = total / len(train_rows)
-            if not mean_loss < float("inf"):
-                raise TrainingError(f"training diverged in epoch {epoch}: the loss is {mean_loss}")
+            if not math.isfinite(mean_loss):
+                raise TrainingError(f"training diverged in epoch {epoch}: the loss is {mean_loss}; take a lower lr")
             epoch_score = score(model) if score else None
-            better = patience == 0 or epoch_score is None or epoch_score > best_score
-            if better:
-                best_score, history.best_epoch = epoch_score if epoch_score is not None else best_score, epoch
-                best_state = copy.deepcopy(model.state_dict()) if patience and score else None
+            better = patience == 0 or epoch == 1 or _is_better(epoch_score, best_score)
             history.epochs.append(Epoch(epoch, mean_loss, epoch_score, better))
+            if better:
+                history.best_epoch, best_score, best_state = epoch, epoch_score, copy.deepcopy(model.state_dict())
             on_epoch(history.epochs[-1])
             if patience and epoch - history.best_epoch >= patience:
                 break
     except KeyboardInterrupt:
-        if not history.epochs:
+        if not history.best_epoch:
             raise
         history.interrupted = True
-    if best_state is not None:
-        model.load_state_dict(best_state)
-    best = history.epochs[history.best_epoch - 1]
-    if first_loss is not None and best.loss > DIVERGED * max(first_loss, 1e-12):
-        raise TrainingError(f"training diverged: the loss went from {first_loss:.4g} to {best.loss:.4g}")
+    model.load_state_dict(best_state)
+    _check_learnt(model, loss, table, train_rows)
     return history
+
+
+def _is_better(score: float | None, best: float | None) -> bool:
+    """Whether a score beats the best so far; where there is none to tell by (None or NaN), a later epoch does."""
+    return score is None or best is None or not score <= best
+
+
+def _check_learnt(
+    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], table: FeatureTable, rows: Tensor
+) -> None:
+    logits = predict_logits(model, table, rows)  # (n, C)
+    targets = table.targets[rows].cpu()
+    reached, blank = (loss(x, targets).item() for x in (logits, torch.zeros_like(logits)))
+    if reached > DIVERGED * blank:
+        raise TrainingError(
+            f"training diverged: the loss is {reached:.4g}, where logits of 0 give {blank:.4g}; take a lower lr"
+        )
 
 
 @torch.inference_mode()
 def predict_logits(model: nn.Module, table: FeatureTable, rows: Tensor) -> Tensor:
-    """Return the logits (n, C) of some rows, float32, on the CPU."""
+    """Return the logits (n, C) of some rows, float32, on the CPU. Raises TrainingError if any is not finite."""
     model.eval()
-    return torch.cat([model(*table.batch(part)).float().cpu() for part in rows.split(EVAL_ROWS)])
+    logits = torch.cat([model(*table.batch(part)).float().cpu() for part in rows.split(EVAL_ROWS)])
+    if not logits.isfinite().all():
+        raise TrainingError("the model's logits are not finite: its training diverged; take a lower lr")
+    return logits
 
 
 def to_scores(logits: Tensor, loss: str) -> Tensor:

@@ -7,21 +7,23 @@ history.json        loss and score of each epoch
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cachefuse.cache.store import Features, FeatureStore
 from cachefuse.data.manifest import Manifest
-from cachefuse.errors import CachefuseError, RunError
+from cachefuse.errors import RunError
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.model import FusionModel
 from cachefuse.registry import HEADS, lookup
@@ -42,6 +44,26 @@ class UsedFeatures:
     key: str
     dtype: str
     width: int
+
+
+# JSON has no NaN: a figure that is not defined is null there.
+Figure = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
+
+
+class _Description(BaseModel):
+    """The part of run.json that is read back."""
+
+    dataset: str
+    created: str
+    manifest: Manifest
+    classes: tuple[str, ...]
+    config: dict[str, Any]
+    features: dict[str, tuple[UsedFeatures, ...]]
+    rows: dict[str, int]
+    metrics: dict[str, dict[str, Figure]]
+    per_class: dict[str, dict[str, list[Figure]]]
+    split_digest: str
+    seconds: float
 
 
 @dataclass
@@ -94,16 +116,14 @@ class Run:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
             save_file(tensors, folder / "model.safetensors")
             write_atomically(folder / "history.json", to_json(asdict(self.history)).encode())
-            self.path = _next_free(runs, self.name)
-            self.name = self.path.name
             write_atomically(folder / "run.json", to_json(self._to_dict()).encode())
-            folder.rename(self.path)
+            self.path = _move_to_free(folder, runs / slug(self.name))
+        self.name = self.path.name
         return self.path
 
     def _to_dict(self) -> dict[str, Any]:
         return {
             "format": FORMAT,
-            "name": self.name,
             "created": self.created,
             "dataset": self.dataset,
             "manifest": self.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),
@@ -126,41 +146,35 @@ class Run:
     def load(cls, path: Path) -> "Run":
         """Open a run directory. Raises RunError, naming the file, if it is incomplete or was edited into nonsense."""
         values = _read_json(path / "run.json")
-        history = _read_json(path / "history.json")
-        try:
-            if values["format"] != FORMAT:
-                raise RunError(f"{path}: run of another version (format {values['format']}, not {FORMAT})")
-            features = {
-                modality: tuple(UsedFeatures(**used) for used in group)
-                for modality, group in values["features"].items()
-            }
-            config = TrainConfig.from_dict(values["config"])
-            classes = tuple(values["classes"])
-            widths = {modality: sum(used.width for used in group) for modality, group in features.items()}
-            model = build_model(config, widths, len(classes))
-            run = cls(
-                name=path.name,
-                dataset=values["dataset"],
-                manifest=Manifest.model_validate(values["manifest"]),
-                classes=classes,
-                config=config,
-                features=features,
-                model=model,
-                history=History(best_epoch=history["best_epoch"], interrupted=history["interrupted"]),
-                rows=values["rows"],
-                metrics=values["metrics"],
-                per_class=values["per_class"],
-                split_digest=values["split_digest"],
-                seconds=values["seconds"],
-                created=values["created"],
-                path=path,
-            )
-        except RunError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, CachefuseError) as error:
-            raise RunError(f"{path / 'run.json'}: not a run's description: {error}") from error
+        if values.get("format") != FORMAT:
+            raise RunError(f"{path}: run of another version (format {values.get('format')}, not {FORMAT})")
+        with _describing(path / "run.json"):
+            about = _Description.model_validate(values)
+            config = TrainConfig.from_dict(about.config)
+            config.resolve_loss(about.manifest.task)
+            widths = {modality: sum(used.width for used in group) for modality, group in about.features.items()}
+            model = build_model(config, widths, len(about.classes))
+        values = _read_json(path / "history.json")
+        with _describing(path / "history.json"):
+            history = TypeAdapter(History).validate_python(values)
         _load_weights(model, path / "model.safetensors")
-        return run
+        return cls(
+            name=path.resolve().name,
+            dataset=about.dataset,
+            manifest=about.manifest,
+            classes=about.classes,
+            config=config,
+            features=about.features,
+            model=model,
+            history=history,
+            rows=about.rows,
+            metrics=about.metrics,
+            per_class=about.per_class,
+            split_digest=about.split_digest,
+            seconds=about.seconds,
+            created=about.created,
+            path=path,
+        )
 
 
 def build_model(config: TrainConfig, widths: Mapping[str, int], n_classes: int) -> FusionModel:
@@ -225,6 +239,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def _describing(path: Path) -> Iterator[None]:
+    """Turn whatever an edited file leads to, in torch as well, into one line that names it."""
+    try:
+        yield
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise RunError(f"{path}: not a run's description: {key}: {problem['msg']}") from error
+    except Exception as error:
+        raise RunError(f"{path}: not a run's description: {error}") from error
+
+
 def _load_weights(model: nn.Module, path: Path) -> None:
     try:
         model.load_state_dict(load_file(path))
@@ -235,9 +262,15 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise RunError(f"{path}: the weights don't fit the run's settings: {reason}") from error
 
 
-def _next_free(runs: Path, name: str) -> Path:
-    """Return the first of name-1, name-2, ... that is not taken."""
+def _move_to_free(folder: Path, name: Path) -> Path:
+    """Move a folder to the first of name-1, name-2, ... that is free; another process may take one at any moment."""
     number = 1
-    while (runs / f"{slug(name)}-{number}").exists():
+    while True:
+        path = name.with_name(f"{name.name}-{number}")
+        try:
+            if not path.exists():
+                return folder.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
         number += 1
-    return runs / f"{slug(name)}-{number}"

@@ -44,14 +44,10 @@ def train_head(
     model = build_model(
         config, {m: sum(f.views["pooled"].row_shape[0] for f in g) for m, g in chosen.items()}, len(classes)
     )
-    chosen = {modality: chosen[modality] for modality in model.standardize}
+    chosen = {modality: chosen[modality] for modality in model.widths}
     table = load_table(store, chosen)
     train_rows = _training_rows(store, table)
-    for modality, standardize in model.standardize.items():
-        here = train_rows[table.present[modality][train_rows]]
-        if not len(here):
-            raise DataError(f"no training row of {store.dataset} has a usable {modality}")
-        standardize.fit(table.features[modality], here)
+    model.fit_statistics(table.features, table.present, train_rows)
     model, table = model.to(device), table.to(device)
     score = partial(_score, table=table, loss=loss_name, store=store) if len(table.rows(VAL)) else None
     history = fit(

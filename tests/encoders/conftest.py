@@ -150,3 +150,10 @@ def samples() -> dict[str, list]:
         "image": [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in sizes],
         "text": [" ".join(rng.choice(WORDS, n)) for n in (1, 2, 3, 5, 9, 80)],
     }
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's library with an empty cache and a hub that refuses connections, so that the network has no say."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")

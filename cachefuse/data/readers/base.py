@@ -44,6 +44,11 @@ class Samples:
     notes: list[str] = field(default_factory=list)
 
 
+def well_formed(text: str) -> str:
+    """Return text as it can be encoded: JSON may hold half of a surrogate pair, which becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
 class Reader(BaseModel, ABC):
     """Options as fields, unknown keys refused. Reading is pure: it never writes into the data folder."""
 

@@ -9,80 +9,91 @@ from cachefuse.errors import DataError
 csv.field_size_limit(1 << 26)  # long plots are longer than the module's 128 KiB
 
 
-def read_csv(text: str, delimiter: str, origin: str) -> list[list[str]]:
-    """Return the records of csv text, header included, each as long as the first.
+def read_csv(text: str, delimiter: str, origin: str, n_fields: int | None = None) -> list[list[str]]:
+    """Return the records of csv text, each of ``n_fields`` fields, or of as many as the first one (the header) has.
 
     Text with quotes inside quoted fields that are not doubled (``"a "stop" sign"``) is read too, and keeps them.
-    Raises DataError, naming the line, if neither reading gives every record the header's number of fields.
+    Raises DataError, naming the line, if neither reading gives every record that number of fields.
     """
+    rows = _read_standard(text, delimiter, n_fields)
+    if rows is not None:
+        return rows
     text = text.replace("\r\n", "\n").replace("\r", "\n")
-    rows = _read_standard(text, delimiter)
-    return rows if rows is not None else _read_unescaped(text, delimiter, origin)
+    if n_fields is None:
+        first_line = text.lstrip("\n").partition("\n")[0]
+        n_fields = len(next(csv.reader([first_line], delimiter=delimiter)))
+    rows = _read_lines(text, n_fields) if delimiter == "\t" else None
+    return rows if rows is not None else _read_unescaped(text, delimiter, origin, n_fields)
 
 
-def _read_standard(text: str, delimiter: str) -> list[list[str]] | None:
+def _read_standard(text: str, delimiter: str, n_fields: int | None) -> list[list[str]] | None:
     try:
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True) if row]
     except csv.Error:
         return None
-    return rows if all(len(row) == len(rows[0]) for row in rows) else None
+    return rows if all(len(row) == (n_fields or len(rows[0])) for row in rows) else None
 
 
-def _read_unescaped(text: str, delimiter: str, origin: str) -> list[list[str]]:
-    """Parse records of a known number of fields, where a quote ends a field only if a field can end there."""
-    first_line = text[: text.find("\n")] if "\n" in text else text
-    n_fields = len(next(csv.reader([first_line], delimiter=delimiter), []))
-    field = rf'(?:"[^"\n]*"|[^"{re.escape(delimiter)}\n]*)'
-    record_start = re.compile(rf"(?:{field}{re.escape(delimiter)}){{{n_fields - 1}}}|\s*\Z")
-    rows, position = [], 0
+def _read_lines(text: str, n_fields: int) -> list[list[str]] | None:
+    """Read lines of tabs, which prose does not contain: where the fields come out even, quote marks are text."""
+    rows = [line.split("\t") for line in text.split("\n") if line.strip(" ")]
+    if any(len(row) != n_fields for row in rows):
+        return None
+    return [[_undouble(field[1:-1]) if re.fullmatch('".*"', field) else field for field in row] for row in rows]
+
+
+def _read_unescaped(text: str, delimiter: str, origin: str, n_fields: int) -> list[list[str]]:
+    """Parse records of a known number of fields, where a quote ends a field only if a field can end there.
+
+    A last field without quotes around it is the rest of its line, delimiters included.
+    """
+    comma = re.escape(delimiter)
+    # In prose a comma after a quote is followed by a space, between fields it is not.
+    closing = re.compile(rf'"{comma}(?! )')
+    before_last = rf'(?>"[^\n]*?{closing.pattern}|[^"{comma}\n]*{comma}){{{n_fields - 1}}}'
+    closing_last = re.compile(rf'"[ \t]*(?:\Z|\n(?=[ \n]*(?:{before_last}|\Z)))')
+    quoted_record = re.compile(rf'\n{before_last}"(?=[^\n])')
+    rows: list[list[str]] = []
+    position, limit = 0, -1
     while position < len(text):
-        if text[position] == "\n":
-            position += 1
+        if not text[position : _end_of_line(text, position)].strip(" "):
+            position = _end_of_line(text, position) + 1
             continue
-        row = []
-        for column in range(n_fields):
-            last = column == n_fields - 1
-            if text.startswith('"', position):
-                end = _closing_quote(text, position + 1, delimiter, record_start if last else None)
+        # A record ends before a line that can only be another one: then an opening quote without its pair is text.
+        if limit < position:
+            following = quoted_record.search(text, position)
+            limit = following.start() if following else len(text)
+        row: list[str] = []
+        while len(row) < n_fields:
+            last = len(row) == n_fields - 1
+            quoted = text.startswith('"', position)
+            closed = (closing_last if last else closing).search(text, position + 1, limit) if quoted else None
+            if closed:
+                row.append(_undouble(text[position + 1 : closed.start()]))
+                position = closed.end()
+                continue
+            if quoted and limit == len(text):
+                raise DataError(f"{origin} line {_line(text, position)}: a quoted field never ends")
+            end = _end_of_line(text, position)
+            if not last:
+                end = text.find(delimiter, position, end)
                 if end < 0:
-                    raise DataError(f"{origin} line {_line(text, position)}: a quoted field never ends")
-                row.append(_undouble(text[position + 1 : end]))
-                position = end + 2
-            else:
-                end = text.find("\n", position)
-                end = len(text) if end < 0 else end
-                if not last:
-                    end = text.find(delimiter, position, end)
-                    if end < 0:
-                        raise DataError(
-                            f"{origin} line {_line(text, position)}: has {column + 1} fields instead of {n_fields}"
-                        )
-                row.append(text[position:end])
-                position = end + 1
+                    n = len(row) + 1
+                    raise DataError(f"{origin} line {_line(text, position)}: has {n} fields instead of {n_fields}")
+            row.append(text[position:end])
+            position = end + 1
         rows.append(row)
     return rows
-
-
-def _closing_quote(text: str, start: int, delimiter: str, record_start: re.Pattern[str] | None) -> int:
-    """Return where a quoted field that began before ``start`` ends; ``record_start`` is given for a last field.
-
-    In prose a comma after a quote is followed by a space, between fields it is not.
-    """
-    quote = text.find('"', start)
-    while quote >= 0:
-        after = text[quote + 1 : quote + 2]
-        if record_start is None:
-            if after == delimiter and text[quote + 2 : quote + 3] not in (" ", "\t"):
-                return quote
-        elif after == "" or (after == "\n" and record_start.match(text, quote + 2)):
-            return quote
-        quote = text.find('"', quote + 1)
-    return -1
 
 
 def _undouble(value: str) -> str:
     """Undo the standard's doubling where every inner quote is doubled; elsewhere quotes are text."""
     return value if '"' in value.replace('""', "") else value.replace('""', '"')
+
+
+def _end_of_line(text: str, position: int) -> int:
+    end = text.find("\n", position)
+    return len(text) if end < 0 else end
 
 
 def _line(text: str, position: int) -> int:

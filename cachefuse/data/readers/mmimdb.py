@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import ImageSource, Reader, Samples
+from cachefuse.data.readers.base import ImageSource, Reader, Samples, well_formed
 from cachefuse.data.readers.hdf5 import ArrayImage
 from cachefuse.data.readers.hdf5_file import find_dataset, image_column, open_hdf5, read_strings
 from cachefuse.errors import DataError
@@ -166,7 +166,7 @@ def _read_film(path: Path) -> dict[str, Any] | None:
 
 def _strings(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    return [item.strip() for item in values if isinstance(item, str)]
+    return [well_formed(item).strip() for item in values if isinstance(item, str)]
 
 
 def _longest_plot(content: dict[str, Any]) -> str:

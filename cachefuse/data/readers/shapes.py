@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import Field
 
-from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.data.readers.base import ImageSource, Reader, Samples
 
 SIDE = 96
 FORMS = ("circle", "square", "triangle", "star")  # only in the image
@@ -81,7 +81,9 @@ class ShapesReader(Reader):
 
     def read(self, root: Path) -> Samples:
         rng = np.random.default_rng(self.seed)
-        images, texts, labels = [], [], []
+        images: list[ImageSource | None] = []
+        texts: list[tuple[str, ...]] = []
+        labels: list[tuple[str, ...] | None] = []
         for i in range(self.train + self.test):
             form, material = str(rng.choice(FORMS)), str(rng.choice(MATERIALS))
             large = bool(rng.random() < 0.5)

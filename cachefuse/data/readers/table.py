@@ -1,5 +1,6 @@
 """Tables: csv, tsv, jsonl and parquet files, one row a sample."""
 
+import codecs
 import json
 import re
 from collections.abc import Iterable
@@ -9,11 +10,12 @@ from typing import Any
 from pydantic import Field
 
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.data.readers.base import Reader, Samples, well_formed
 from cachefuse.data.readers.csv_text import read_csv
 from cachefuse.errors import DataError
 
 Columns = dict[str, list[Any]]
+TEXT_ERRORS = "cachefuse-cp1252"
 _PLACE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -21,7 +23,8 @@ class TableReader(Reader):
     """One file a split, or one file with a column that names the split.
 
     id, image and text are each a column, or a template over columns: ``image = "photos/{ImageID}.jpg"``.
-    A file without the labels column is unlabelled.
+    A text column of lists (of parquet and jsonl) gives several texts a sample.
+    A file without the labels column is unlabelled, and so is a row where it is null.
     """
 
     files: dict[str, str] = Field(min_length=1)  # split -> file
@@ -30,7 +33,7 @@ class TableReader(Reader):
     text: str | None = None
     labels: str | None = None
     separator: str | None = None  # between several labels of a row; left out: one label a row
-    split: str | None = None  # a column that overrides the file's split
+    split: str | None = None  # a column that overrides the file's split where it is not empty
     group: str | None = None
     header: tuple[str, ...] | None = None  # column names, for files that have none
 
@@ -53,7 +56,8 @@ class TableReader(Reader):
     def _add(self, samples: Samples, split: str, columns: Columns, root: Path) -> None:
         file = self.files[split]
         n = len(next(iter(columns.values()), []))
-        splits = _strings(_need(self.split, columns, file, "split")) if self.split else [split] * n
+        named = _strings(_need(self.split, columns, file, "split")) if self.split else [""] * n
+        splits = [name.strip() or split for name in named]
         columns = {**columns, "split": columns.get("split", splits)}
         first = len(samples.ids)
         samples.splits += splits
@@ -66,8 +70,8 @@ class TableReader(Reader):
             paths = self._fill(self.image, columns, file, "image")
             samples.images += [FileImage(root / path, root) if path.strip() else None for path in paths]
         if samples.texts is not None and self.text:
-            texts = self._fill(self.text, columns, file, "text")
-            samples.texts += [(text,) if text.strip() else () for text in texts]
+            texts = columns.get(self.text) or self._fill(self.text, columns, file, "text")
+            samples.texts += [tuple(text for text in _strings(_as_list(value)) if text.strip()) for value in texts]
         if samples.groups is not None and self.group:
             samples.groups += _strings(_need(self.group, columns, file, "group"))
 
@@ -76,13 +80,13 @@ class TableReader(Reader):
         """Return the columns that a column name or template refers to."""
         return set(_PLACE.findall(template)) or {template}
 
-    def _split_labels(self, value: Any) -> tuple[str, ...]:
-        if isinstance(value, list | tuple):
-            names = [_string(item).strip() for item in value]
-        else:
-            text = _string(value)
-            names = [name.strip() for name in (text.split(self.separator) if self.separator else [text])]
-        return tuple(dict.fromkeys(name for name in names if name))
+    def _split_labels(self, value: Any) -> tuple[str, ...] | None:
+        if _is_null(value):
+            return None
+        names = _strings(_as_list(value))
+        if self.separator and not isinstance(value, list):
+            names = names[0].split(self.separator)
+        return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
     def _fill(self, template: str, columns: Columns, file: str, key: str) -> list[str]:
         """Return a column's values, or a template's with each ``{column}`` replaced (nothing else is interpreted)."""
@@ -111,15 +115,14 @@ def read_columns(path: Path, header: tuple[str, ...] | None = None) -> Columns:
 
 def _read_delimited(path: Path, delimiter: str, header: tuple[str, ...] | None) -> Columns:
     text = _decode(path)
-    prefix = delimiter.join(header) + "\n" if header else ""
-    rows = read_csv(prefix + text, delimiter, path.name)
+    rows = read_csv(text, delimiter, path.name, len(header) if header else None)
     if not rows:
         raise DataError(f"{path.name}: the file is empty")
-    names = [name.strip() for name in rows[0]]
+    names = [name.strip() for name in header or rows.pop(0)]
     repeated = {name for name in names if names.count(name) > 1}
     if repeated:
         raise DataError(f"{path.name}: column {sorted(repeated)[0]!r} occurs twice")
-    values = list(zip(*rows[1:], strict=True)) or [()] * len(names)
+    values = list(zip(*rows, strict=True)) or [()] * len(names)
     return {name: list(column) for name, column in zip(names, values, strict=True)}
 
 
@@ -127,27 +130,35 @@ def _decode(path: Path) -> str:
     data = path.read_bytes()
     if b"\0" in data[: 1 << 16]:
         raise DataError(f"{path.name}: is not a text file")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return data.decode("cp1252", errors="replace")
+    return data.decode("utf-8-sig", errors=TEXT_ERRORS)
+
+
+def _decode_as_cp1252(error: UnicodeError) -> tuple[str, int]:
+    """Decode the bytes that are not UTF-8 as the old Windows encoding, and only those: files are found with both."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return error.object[error.start : error.end].decode("cp1252", errors="replace"), error.end
+
+
+codecs.register_error(TEXT_ERRORS, _decode_as_cp1252)
 
 
 def _read_jsonl(path: Path) -> Columns:
     columns: Columns = {}
     n = 0
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
+    with path.open(encoding="utf-8-sig", errors=TEXT_ERRORS) as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path.name} line {number}: not valid JSON: {error}") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path.name} line {number}: must be a JSON object. Got {type(row).__name__} instead")
-            for name in row.keys() - columns.keys():
-                columns[name] = [None] * n
+            for name in row:
+                if name not in columns:
+                    columns[name] = [None] * n
             for name, column in columns.items():
                 column.append(row.get(name))
             n += 1
@@ -177,9 +188,17 @@ def _strings(values: Iterable[Any]) -> list[str]:
     return [_string(value) for value in values]
 
 
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or value != value  # an empty cell of a numeric parquet column is NaN
+
+
 def _string(value: Any) -> str:
-    if value is None or value != value:  # an empty cell of a numeric parquet column is NaN
+    if _is_null(value):
         return ""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
-    return str(value)
+    return well_formed(str(value))

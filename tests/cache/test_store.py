@@ -1,0 +1,373 @@
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import zarr
+
+from cachefuse.cache.extract import extract
+from cachefuse.cache.journal import append_lines, read_lines
+from cachefuse.cache.store import BadSample, FeatureStore
+from cachefuse.data.dataset import Dataset
+from cachefuse.errors import CacheError
+from cachefuse.runtime import Workspace
+
+
+def run(dataset, store_path, *encoders, **options):
+    return extract(dataset, encoders or ["toy"], store_path, device="cpu", **options)
+
+
+def pooled(store_path, modality="image", encoder="toy"):
+    return FeatureStore(store_path).open_features(encoder, modality).read()
+
+
+def head(dataset: Dataset, n: int) -> Dataset:
+    return replace(
+        dataset,
+        ids=dataset.ids[:n],
+        splits=dataset.splits[:n],
+        targets=dataset.targets[:n],
+        images=dataset.images[:n],
+        texts=dataset.texts[:n],
+    )
+
+
+# What is there is not computed again
+
+
+def test_a_second_extract_computes_nothing(shapes, store_path, toy, tools):
+    report = run(shapes, store_path)
+    assert report.computed == {("toy", "image"): 80, ("toy", "text"): 80}
+    before = tools.files(store_path)
+    toy.batches.clear()
+    report = run(shapes, store_path)
+    assert report.computed == {("toy", "image"): 0, ("toy", "text"): 0}
+    assert report.rows == {("toy", "image"): 80, ("toy", "text"): 80}
+    assert toy.batches == []
+    assert tools.files(store_path) == before
+
+
+def test_another_encoder_is_added(shapes, store_path, toy):
+    run(shapes, store_path)
+    toy.batches.clear()
+    report = run(shapes, store_path, "classic", "toy")
+    assert report.computed[("classic", "image")] == 80
+    assert toy.batches == []
+
+
+def test_tokens_are_added_to_pooled_alone(shapes, store_path, toy):
+    run(shapes, store_path)
+    before = pooled(store_path)
+    toy.batches.clear()
+    run(shapes, store_path, views=("pooled", "tokens"))
+    assert toy.n_encoded == 160
+    np.testing.assert_array_equal(pooled(store_path), before)
+    toy.batches.clear()
+    run(shapes, store_path, views=("tokens",))
+    assert toy.batches == []
+
+
+def test_views_asked_for_together_are_encoded_in_one_pass(shapes, store_path, toy):
+    run(shapes, store_path, views=("pooled", "tokens"), batch_size=16)
+    assert {views for _, _, views in toy.batches} == {("pooled", "tokens")}
+    assert toy.n_encoded == toy.prepared == 160
+
+
+def test_appended_rows_are_computed_with_the_last_block_only(shapes, store_path, toy, tools):
+    grown = tools.make_shapes(test=90)
+    small = head(grown, 80)
+    run(small, store_path, views=("pooled", "tokens"), batch_size=16)
+    before = FeatureStore(store_path).open_features("toy", "text").read("tokens")
+    first = {m: pooled(store_path, m) for m in ("image", "text")}
+    toy.batches.clear()
+    report = run(grown, store_path, views=("pooled", "tokens"), batch_size=16)
+    assert report.computed == {("toy", "image"): 150 - 64, ("toy", "text"): 150 - 64}
+    assert sum(len(batch) for modality, batch, _ in toy.batches if modality == "image") == 150 - 64
+    after = FeatureStore(store_path).open_features("toy", "text").read("tokens")
+    for old, new in zip(before, after, strict=False):
+        np.testing.assert_array_equal(old, new)
+    for modality, rows in first.items():
+        np.testing.assert_array_equal(pooled(store_path, modality)[:80], rows)
+    fresh = store_path.with_name("fresh.zarr")
+    run(grown, fresh, views=("pooled", "tokens"))
+    for modality in ("image", "text"):
+        np.testing.assert_array_equal(pooled(store_path, modality), pooled(fresh, modality))
+    for grown_tokens, tokens in zip(
+        after, FeatureStore(fresh).open_features("toy", "text").read("tokens"), strict=True
+    ):
+        np.testing.assert_array_equal(grown_tokens, tokens)
+
+
+def test_before_appended_rows_are_computed_reading_says_so(shapes, store_path, toy, tools):
+    run(shapes, store_path)
+    FeatureStore.for_dataset(store_path, tools.make_shapes(test=25))
+    with pytest.raises(CacheError, match=r"toy \(image, pooled\) has 64 of 85 rows; .* again to go on"):
+        pooled(store_path)
+
+
+def test_labels_and_splits_change_without_computing(shapes, store_path, toy):
+    run(shapes, store_path)
+    toy.batches.clear()
+    targets = shapes.targets.copy()
+    targets[0] = 1 - targets[0]
+    splits = np.array(["holdout", *shapes.splits[1:]])
+    classes = tuple(name.upper() for name in shapes.classes)
+    run(replace(shapes, targets=targets, splits=splits, classes=classes), store_path)
+    assert toy.batches == []
+    store = FeatureStore(store_path)
+    np.testing.assert_array_equal(store.targets, targets)
+    assert store.splits.tolist() == splits.tolist()
+    assert store.classes == classes
+    narrower = replace(shapes, targets=targets[:, :3], classes=shapes.classes[:3])
+    run(narrower, store_path)
+    np.testing.assert_array_equal(FeatureStore(store_path).targets, targets[:, :3])
+
+
+def test_a_store_knows_its_dataset(shapes, store_path):
+    store = FeatureStore.for_dataset(store_path, shapes)
+    assert len(store) == 80
+    assert store.dataset == "small"
+    assert store.manifest == shapes.manifest
+    assert store.classes == shapes.classes
+    assert store.features() == []
+    assert store.open_features("toy", "image") is None
+    assert not store.present("sound").any()
+
+
+# What does not belong to the store is refused
+
+
+def test_removed_rows_are_refused(shapes, store_path):
+    FeatureStore.for_dataset(store_path, shapes)
+    with pytest.raises(CacheError, match=r"row 80 was '00079' and is gone; rows may only be appended"):
+        FeatureStore.for_dataset(store_path, head(shapes, 79))
+
+
+def test_reordered_rows_are_refused(shapes, store_path):
+    FeatureStore.for_dataset(store_path, shapes)
+    order = ["00001", "00000", *shapes.ids[2:]]
+    with pytest.raises(CacheError, match=r"row 1 was '00000' and is now '00001'"):
+        FeatureStore.for_dataset(store_path, replace(shapes, ids=order))
+
+
+def test_changed_texts_are_refused(shapes, store_path):
+    FeatureStore.for_dataset(store_path, shapes)
+    texts = [(f"{text[0]}!",) if i in (3, 5) else text for i, text in enumerate(shapes.texts)]
+    with pytest.raises(CacheError, match=r"2 samples changed since .*: 00003, 00005\. Use another --workspace"):
+        FeatureStore.for_dataset(store_path, replace(shapes, texts=texts))
+
+
+def test_several_texts_where_all_had_one_are_refused(shapes, store_path, tools):
+    FeatureStore.for_dataset(store_path, shapes)
+    grown = tools.make_shapes(test=21)
+    with pytest.raises(CacheError, match="several texts where all had one"):
+        FeatureStore.for_dataset(store_path, replace(grown, texts=[*grown.texts[:-1], ("one", "two")]))
+
+
+def test_features_made_differently_under_one_name_are_refused(shapes, store_path, toy):
+    run(shapes, store_path)
+    toy.version = "2"
+    with pytest.raises(CacheError, match=r"holds toy image features that were made differently: weights \(1 there, 2"):
+        run(shapes, store_path)
+    toy.version = "1"
+    with pytest.raises(CacheError, match=r"dtype \(float16 there, float32 here\); use another --workspace, or delete"):
+        run(shapes, store_path, dtype="float32")
+
+
+def test_a_moved_or_copied_store_is_complete(shapes, store_path, toy, tmp_path):
+    run(shapes, store_path)
+    values = pooled(store_path)
+    moved = tmp_path / "elsewhere" / "other.zarr"
+    shutil.copytree(store_path, tmp_path / "copy.zarr")
+    moved.parent.mkdir()
+    store_path.rename(moved)
+    toy.batches.clear()
+    for path in (moved, tmp_path / "copy.zarr"):
+        assert not any(run(shapes, path).computed.values())
+        np.testing.assert_array_equal(pooled(path), values)
+    assert toy.batches == []
+
+
+def test_a_store_of_another_version_is_refused(shapes, store_path):
+    FeatureStore.for_dataset(store_path, shapes)
+    group = zarr.open_group(store_path, mode="a")
+    group.attrs["cachefuse"] = {**group.attrs["cachefuse"], "format": 99}
+    for open_store in (lambda: FeatureStore(store_path), lambda: FeatureStore.for_dataset(store_path, shapes)):
+        with pytest.raises(CacheError, match=r"not a feature store of this version \(format 99, not 1\)"):
+            open_store()
+
+
+def test_a_foreign_group_is_refused(store_path):
+    zarr.create_group(store_path)
+    with pytest.raises(CacheError, match="format None, not 1"):
+        FeatureStore(store_path)
+
+
+def test_a_missing_store_says_what_to_do(store_path):
+    with pytest.raises(CacheError, match=r"no feature store at .*; run cachefuse extract first"):
+        FeatureStore(store_path)
+
+
+# Never trust a fill value
+
+
+def test_a_view_that_was_not_extracted_says_how_to_make_it(shapes, store_path, toy):
+    run(shapes, store_path)
+    features = FeatureStore(store_path).open_features("toy", "image")
+    with pytest.raises(CacheError, match=r"no tokens view .* extract --dataset small --encoder toy --views tokens"):
+        features.read("tokens")
+
+
+@pytest.mark.parametrize("damage", ["gone", "short", "empty"])
+@pytest.mark.parametrize(
+    ("modality", "name"),
+    [
+        ("image", "pooled/c/0/0"),
+        ("image", "tokens/c/0/0/0"),
+        ("text", "tokens/block-000000/c/0/0"),
+        ("text", "offsets/c/0/0"),
+    ],
+)
+def test_a_damaged_block_is_computed_again_and_never_read(shapes, store_path, toy, tools, modality, name, damage):
+    run(shapes, store_path, views=("pooled", "tokens"))
+    before = tools.files(store_path)
+    file = store_path / "features" / "toy" / modality / name
+    data = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-5] if damage == "short" else b"")
+    view = "pooled" if name.startswith("pooled") else "tokens"
+    with pytest.raises(CacheError, match="has 16 of 80 rows"):
+        FeatureStore(store_path).open_features("toy", modality).read(view)
+    assert run(shapes, store_path, views=("pooled", "tokens")).computed[("toy", modality)] == 64
+    after = tools.files(store_path)
+    journal = f"features/toy/{modality}/journal.jsonl"
+    assert after.pop(journal) != before.pop(journal)
+    assert after == before
+
+
+def test_a_damaged_shard_that_the_journal_lacks_is_no_obstacle(shapes, store_path, toy):
+    run(shapes, store_path)
+    values = pooled(store_path)
+    folder = store_path / "features" / "toy" / "image"
+    (folder / "journal.jsonl").unlink()
+    shard = folder / "pooled" / "c" / "0" / "0"
+    shard.write_bytes(b"torn" * 50)
+    run(shapes, store_path)
+    np.testing.assert_array_equal(pooled(store_path), values)
+
+
+def test_a_view_that_was_deleted_is_made_again(shapes, store_path, toy):
+    run(shapes, store_path, views=("pooled", "tokens"))
+    values = pooled(store_path)
+    shutil.rmtree(store_path / "features" / "toy" / "image" / "pooled")
+    assert run(shapes, store_path, views=("pooled", "tokens")).computed[("toy", "image")] == 80
+    np.testing.assert_array_equal(pooled(store_path), values)
+
+
+# The journal and the ledger
+
+
+def test_a_torn_last_line_costs_that_block_alone(shapes, store_path, toy, tools):
+    run(shapes, store_path)
+    before = tools.files(store_path)
+    journal = store_path / "features" / "toy" / "image" / "journal.jsonl"
+    journal.write_bytes(journal.read_bytes()[:-7])
+    assert run(shapes, store_path).computed == {("toy", "image"): 16, ("toy", "text"): 0}
+    lines = journal.read_bytes().splitlines()
+    assert [json.loads(lines[i])["block"] for i in (0, 2)] == [0, 1]
+    assert run(shapes, store_path).computed == {("toy", "image"): 0, ("toy", "text"): 0}
+    assert tools.files(store_path).keys() == before.keys()
+
+
+def test_lines_survive_any_text_and_a_torn_line(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    assert list(read_lines(path)) == []
+    lines = [{"a": "naïve\u2028\n\r"}, {"a": "\ud800 alone"}, {"a": "last"}]
+    append_lines(path, lines[:2])
+    path.write_bytes(path.read_bytes() + b'{"a": "tor')
+    append_lines(path, lines[2:])
+    append_lines(path, [])
+    assert list(read_lines(path)) == lines
+
+
+def test_the_ledger_lists_a_sample_once(shapes, store_path):
+    store = FeatureStore.for_dataset(store_path, shapes)
+    bad = BadSample("00003", "image", "a.png", "is damaged")
+    store.mark_bad([bad, replace(bad, reason="again")])
+    store.mark_bad([bad, replace(bad, modality="text")])
+    assert [(line.id, line.modality) for line in store.ledger()] == [("00003", "image"), ("00003", "text")]
+    assert store.n_bad == {"image": 1, "text": 1}
+    assert FeatureStore(store_path).ledger() == store.ledger()
+    store.update_present("image")
+    np.testing.assert_array_equal(np.flatnonzero(~FeatureStore(store_path).present("image")), [3])
+
+
+def test_presence_follows_the_ledger_even_if_a_kill_came_between(shapes, store_path):
+    FeatureStore.for_dataset(store_path, shapes).mark_bad([BadSample("00003", "image", "a.png", "is damaged")])
+    assert FeatureStore(store_path).present("image").all()
+    FeatureStore.for_dataset(store_path, shapes)
+    np.testing.assert_array_equal(np.flatnonzero(~FeatureStore(store_path).present("image")), [3])
+    assert len(FeatureStore(store_path).ledger()) == 1
+
+
+# Killed while the store or its samples were being made
+
+
+def test_what_a_killed_process_left_is_swept_and_is_no_store(shapes, store_path, toy):
+    left = store_path.parent / f".{store_path.name}.abc123" / store_path.name
+    left.mkdir(parents=True)
+    (left / "zarr.json").write_text("{")
+    assert Workspace(store_path.parents[1]).stores == []
+    run(shapes, store_path)
+    partial = store_path / "features" / "toy" / "image" / "pooled" / "c" / "0" / "0.12ab.partial"
+    partial.write_bytes(b"half")
+    run(shapes, store_path)
+    assert not left.parent.exists()
+    assert not partial.exists()
+    assert Workspace(store_path.parents[1]).stores == [store_path]
+
+
+def test_an_update_of_the_samples_is_whole_or_not_at_all(shapes, store_path, monkeypatch):
+    FeatureStore.for_dataset(store_path, shapes).mark_bad([BadSample("00003", "image", "a.png", "is damaged")])
+    changed = replace(shapes, splits=np.array(["holdout"] * 80))
+    real = os.replace
+
+    def killed_at(name):
+        def replace_or_die(source, target):
+            if source == store_path / name:
+                raise KeyboardInterrupt
+            real(source, target)
+
+        return replace_or_die
+
+    monkeypatch.setattr("os.replace", killed_at("samples"))
+    with pytest.raises(KeyboardInterrupt):
+        FeatureStore.for_dataset(store_path, changed)
+    assert FeatureStore(store_path).splits.tolist() == shapes.splits.tolist()
+    monkeypatch.setattr("os.replace", killed_at(".samples.new"))
+    with pytest.raises(KeyboardInterrupt):
+        FeatureStore.for_dataset(store_path, changed)
+    monkeypatch.undo()
+    with pytest.raises(CacheError, match="being updated when it was interrupted; run cachefuse extract again"):
+        FeatureStore(store_path)
+    store = FeatureStore.for_dataset(store_path, changed)
+    assert set(store.splits.tolist()) == {"holdout"}
+    assert len(store.ledger()) == 1
+    assert not [path for path in store_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_kill_between_making_an_array_and_noting_it_is_no_obstacle(shapes, store_path, toy, monkeypatch):
+    def killed(attributes, key, value):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("zarr.core.attributes.Attributes.__setitem__", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(shapes, store_path, views=("tokens",))
+    assert (store_path / "features" / "toy" / "image" / "tokens" / "zarr.json").is_file()
+    run(shapes, store_path, views=("tokens",))
+    assert len(FeatureStore(store_path).open_features("toy", "text").read("tokens")) == 80

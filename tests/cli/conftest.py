@@ -1,0 +1,97 @@
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from cachefuse_cli.app import main
+
+MINE = """
+name = "mine"
+task = "multilabel"
+min_labels = 1
+reader = { kind = "shapes", train = 120, test = 40 }
+splits = { val = { from = "train", fraction = 0.25 } }
+"""
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of an error."""
+        (line,) = [line for line in self.err.splitlines() if line.startswith("error: ")]
+        return line.removeprefix("error: ")
+
+
+@pytest.fixture(autouse=True)
+def restored_logging():
+    logger = logging.getLogger("cachefuse")
+    handlers, propagate = list(logger.handlers), logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = handlers, propagate
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty current folder with a manifest in it, on a terminal of 80 columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("CACHEFUSE_WORKSPACE", raising=False)
+    (tmp_path / "mine.toml").write_text(MINE)
+    return tmp_path
+
+
+@pytest.fixture
+def cachefuse(folder, capsys):
+    def run(*args):
+        with pytest.raises(SystemExit) as exit:
+            main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return Result(exit.value.code or 0, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A workspace with extracted features and one run, made once."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "mine.toml").write_text(MINE)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for args in (
+            ["extract", "--dataset", "./mine.toml", "--encoder", "classic", "--json"],
+            ["train-head", "--head", "linear", "--epochs", "3", "--json"],
+        ):
+            with pytest.raises(SystemExit) as exit:
+                main(args)
+            assert not exit.value.code
+    finally:
+        os.chdir(before)
+    return folder / "workspace"
+
+
+@pytest.fixture
+def workspace(made, folder):
+    return Path(shutil.copytree(made, folder / "workspace"))
+
+
+@pytest.fixture
+def fits():
+    def check(text, width=80, keep=()):
+        """Assert that no line is longer than ``width``, but those that hold a path."""
+        long = [
+            line for line in text.splitlines() if len(line) > width and not any(word in line for word in ("/", *keep))
+        ]
+        assert not long, "\n".join(long)
+
+    return check

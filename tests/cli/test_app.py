@@ -1,0 +1,49 @@
+import subprocess
+import sys
+
+import pytest
+
+from cachefuse import __version__
+
+COMMANDS = ("demo", "extract", "train-head", "predict", "datasets", "encoders")
+
+
+def test_help_lists_the_commands(cachefuse, fits):
+    result = cachefuse("--help")
+    assert result.code == 0
+    assert all(f" {command} " in result.out for command in COMMANDS)
+    fits(result.out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command, cachefuse, fits):
+    result = cachefuse(command, "-h")
+    assert (result.code, result.err) == (0, "")
+    assert "Usage" in result.out
+    fits(result.out)
+
+
+def test_version(cachefuse):
+    assert cachefuse("--version").out == f"{__version__}\n"
+
+
+@pytest.mark.parametrize("args", [["nope"], ["extract"], ["train-head", "--epochs", "many"], ["predict", "--nope"]])
+def test_wrong_usage_exits_with_2(args, cachefuse):
+    result = cachefuse(*args)
+    assert (result.code, result.out) == (2, "")
+    assert "Usage" in result.err
+
+
+def test_an_error_is_one_line_on_stderr(cachefuse):
+    result = cachefuse("train-head", "--dataset", "mine")
+    assert (result.code, result.out) == (1, "")
+    assert result.err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(folder):
+    script = "import sys; from cachefuse_cli.app import main; main(sys.argv[1:])"
+    command = [sys.executable, "-c", script, "train-head", "--debug"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "CacheError: no features in workspace yet" in result.stderr

@@ -1,0 +1,153 @@
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cachefuse.data.dataset import load_dataset
+from cachefuse.data.manifest import load_manifest
+
+
+def read(path):
+    with Path(path).open(newline="") as file:
+        return list(csv.reader(file))
+
+
+@pytest.fixture
+def photo(folder):
+    """The first test row's image, as a file; and its text."""
+    dataset = load_dataset(load_manifest("./mine.toml")[0], folder)
+    dataset.images[120].load().save(folder / "photo.png")
+    return folder / "photo.png", dataset.texts[120][0]
+
+
+def test_writes_a_submission_from_the_latest_run(cachefuse, workspace, folder, fits):
+    result = cachefuse("predict")
+    assert result.code == 0
+    assert "run mine-sum-linear-bce-1: sum of classic" in result.err
+    assert "40 rows, " in result.out
+    header, *rows = read("submission.csv")
+    assert header == ["id", "labels"]
+    assert [row[0] for row in rows] == [f"{i:05d}" for i in range(120, 160)]
+    fits(result.out)
+
+
+def test_as_json_with_a_split_and_an_output(cachefuse, workspace):
+    result = cachefuse("predict", "--split", "val", "-o", "val.csv", "--json")
+    assert json.loads(result.out) == {
+        "run": "mine-sum-linear-bce-1", "rows": len(read("val.csv")) - 1, "output": "val.csv",
+    }  # fmt: skip
+
+
+def test_checks_against_a_sample(cachefuse, workspace, folder):
+    cachefuse("predict")
+    header, *rows = read("submission.csv")
+    sample = folder / "sample.csv"
+    sample.write_text("\n".join(",".join(row) for row in (header, *reversed(rows))) + "\n")
+    result = cachefuse("predict", "--sample-submission", "sample.csv")
+    assert "checked against sample.csv" in result.out
+    assert read("submission.csv") == [header, *reversed(rows)]
+    sample.write_text("id,labels\n00120,\n")
+    Path("submission.csv").unlink()
+    assert cachefuse("predict", "--sample-submission", "sample.csv").error.startswith("sample.csv lacks ids")
+    assert not Path("submission.csv").exists()
+
+
+def test_predicts_one_sample_as_its_stored_features(cachefuse, workspace, photo, fits):
+    image, text = photo
+    both = json.loads(cachefuse("predict", "--image", image, "--text", text, "--json").out)
+    cachefuse("predict")
+    assert set(both["labels"]) == set(read("submission.csv")[1][1].split())
+    assert list(both["scores"].values()) == sorted(both["scores"].values(), reverse=True)
+    alone = [json.loads(cachefuse("predict", *args, "--json").out) for args in (["--image", image], ["--text", text])]
+    assert alone[0]["scores"] != alone[1]["scores"] != both["scores"]
+    table = cachefuse("predict", "--image", image)
+    assert "score" in table.out
+    fits(table.out)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--image", "gone.png"], "gone.png: no such file"),
+        (["--image", "mine.toml"], "mine.toml: is not an image, or not of a supported format"),
+        (["--image", "."], ".: is a folder, not an image"),
+        (["--text", ""], "text: has no text"),
+        (["--input", "gone.csv"], "no such file: gone.csv"),
+        (["--input", "mine.toml"], "mine.toml: unknown kind of table '.toml'"),
+        (["--split", "dev"], "mine has no rows in split 'dev'; its splits are: test, train, val"),
+        (["--run", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-sum-linear-bce-1"),
+        (["--output", "gone/s.csv"], "can't write gone/s.csv: there is no folder gone"),
+        (["--output", "workspace"], "can't write workspace: it is a folder"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+    ],
+)
+def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace, folder):
+    result = cachefuse("predict", *args)
+    assert (result.code, result.out) == (1, "")
+    assert result.error.startswith(message)
+    assert not (folder / "submission.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "args", [["--input", "a.csv", "--text", "a"], ["--split", "val", "--text", "a"], ["--split", "val", "--input", "a"]]
+)
+def test_options_that_contradict_are_wrong_usage(args, cachefuse, workspace):
+    assert cachefuse("predict", *args).code == 2
+
+
+def test_a_run_that_reads_only_text_needs_a_text(cachefuse, workspace, photo):
+    cachefuse("train-head", "--fusion", "text", "--head", "linear", "--epochs", "1")
+    assert (
+        cachefuse("predict", "--image", photo[0]).error
+        == "run mine-text-linear-bce-1 reads text; give at least one of them"
+    )
+    assert cachefuse("predict", "--image", photo[0], "--run", "mine-sum-linear-bce-1").code == 0
+    assert cachefuse("predict", "--image", photo[0], "--run", "workspace/runs/mine-sum-linear-bce-1").code == 0
+
+
+def test_new_rows_from_a_table(cachefuse, workspace, photo, folder):
+    (folder / "new.csv").write_text(f'id,image,text\n"a,1",photo.png,{photo[1]}\nb,gone.png,an oak thing\n')
+    result = cachefuse("predict", "--input", "new.csv")
+    assert result.code == 0
+    assert "note: gone.png: no such file; predicted without its image" in result.err
+    rows = read("submission.csv")
+    assert [row[0] for row in rows] == ["id", "a,1", "b"]
+    assert all(row[1] for row in rows)
+
+
+def test_says_that_there_are_no_runs_or_no_store(cachefuse, workspace):
+    shutil.move(workspace / "cache", workspace / "elsewhere")
+    assert "no feature store at workspace/cache/mine.zarr; run cachefuse extract first" in cachefuse("predict").error
+    shutil.rmtree(workspace / "runs")
+    assert cachefuse("predict").error == "no runs in workspace/runs; train one with cachefuse train-head"
+
+
+def test_names_the_broken_file_of_a_run(cachefuse, workspace):
+    path = workspace / "runs" / "mine-sum-linear-bce-1" / "run.json"
+    path.write_text(path.read_text()[:-20])
+    assert cachefuse("predict").error.startswith("workspace/runs/mine-sum-linear-bce-1/run.json: can't be read: ")
+
+
+def test_an_interrupt_writes_nothing(cachefuse, workspace, folder, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cachefuse.predict.predict_split", stop)
+    result = cachefuse("predict")
+    assert result.code == 130
+    assert "note: interrupted; nothing was written; run the same command again" in result.err
+    assert not (folder / "submission.csv").exists()
+
+
+def test_long_class_names_and_many_classes_fit_the_terminal(fits, capsys, monkeypatch):
+    from cachefuse.predict import Predictions
+    from cachefuse_cli import render
+
+    monkeypatch.setenv("COLUMNS", "80")
+    names = tuple(f"a very long class name that goes on and on, number {c}, and on and on and on" for c in range(40))
+    scores = np.linspace(0, 1, 40)[None]
+    render.prediction(Predictions(["x"], names, scores, scores > 0.9), as_json=False)
+    fits(capsys.readouterr().out)

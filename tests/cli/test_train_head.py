@@ -1,0 +1,144 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+QUICK = ("--head", "linear", "--epochs", "2")
+
+
+def test_trains_on_what_was_extracted_last(cachefuse, workspace, fits):
+    result = cachefuse("train-head", *QUICK)
+    assert (result.code, result.err) == (0, "run mine-sum-linear-bce-2: sum of classic (image), classic (text)\n")
+    assert "micro-F1" in result.out
+    assert "classes on val" in result.out
+    assert "next  cachefuse predict" in result.out
+    fits(result.out)
+
+
+def test_as_json(cachefuse, workspace):
+    result = cachefuse("train-head", *QUICK, "--fusion", "mixed", "--loss", "asl", "--json")
+    run = json.loads(result.out)
+    assert run["run"] == "mine-mixed-linear-asl-1"
+    assert (workspace / "runs" / run["run"] / "run.json").is_file()
+    assert set(run["metrics"]) == {"train", "val"}
+    assert len(run["per_class"]["val"]["f1"]) == len(run["classes"]) == 11
+
+
+def test_finds_the_dataset_by_its_manifest(cachefuse, workspace):
+    assert cachefuse("train-head", *QUICK, "--dataset", "./mine.toml", "--batch-size", "all").code == 0
+    assert cachefuse("train-head", *QUICK, "--dataset", "mine", "--encoder", "classic", "--layers", "").code == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["--fusion", "smu"],
+            "unknown fusion 'smu' (did you mean 'sum'?); choose from: concat, image, mixed, sum, text",
+        ),
+        (["--head", "ml"], "unknown head 'ml'"),
+        (["--loss", "bc"], "unknown loss 'bc'"),
+        (["--loss", "ce"], "loss 'ce' is for one label a row; a multi-label task takes asl, bce or focal"),
+        (["--activation", "rel"], "unknown activation 'rel'"),
+        (["--optimizer", "adan"], "unknown optimizer 'adan'"),
+        (["--encoder", "bert"], "encoder 'bert' is not in this store; choose from: classic"),
+        (["--dataset", "other"], "no features of other in workspace; make them with cachefuse extract --dataset other"),
+        (["--lr", "0"], "lr must be above 0"),
+        (["--lr", "1e39"], "lr must be above 0 and at most 1e+06. Got 1e+39 instead"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--batch-size", "0"], "batch-size must be a whole number of at least 1, or all. Got '0' instead"),
+        (["--batch-size", "²"], "batch-size must be a whole number of at least 1, or all. Got '²' instead"),
+        (["--layers", "8,x"], "layers must be whole numbers such as 2048,512. Got '8,x' instead"),
+        (["--layers", "8"], "head 'linear' has no hidden layers. Got (8,) instead; head 'mlp' takes them."),
+        (["--seed", "-1"], "seed must be between 0 and 2^63 - 1"),
+        (["--device", "gpu"], "unknown device 'gpu'"),
+        (["--lr", "1e6", "--optimizer", "sgd"], "training diverged"),
+    ],
+)
+def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):
+    before = sorted((workspace / "runs").iterdir())
+    result = cachefuse("train-head", *QUICK, *args)
+    assert (result.code, result.out) == (1, "")
+    assert result.error.startswith(message)
+    assert sorted((workspace / "runs").iterdir()) == before
+
+
+def test_says_where_to_start(cachefuse):
+    result = cachefuse("train-head")
+    assert result.error == "no features in workspace yet; start with cachefuse extract --dataset NAME"
+
+
+def test_says_that_features_are_incomplete(cachefuse, workspace):
+    shutil.rmtree(workspace / "cache" / "mine.zarr" / "features" / "classic" / "image" / "pooled" / "c")
+    result = cachefuse("train-head", *QUICK)
+    assert result.code == 0
+    assert "note: classic (image) is left out: it lacks rows; run the same cachefuse extract again" in result.err
+    assert "sum of classic (text)" in result.err
+    shutil.rmtree(workspace / "cache" / "mine.zarr" / "features" / "classic" / "text" / "pooled" / "c")
+    assert "run the same cachefuse extract again to go on" in cachefuse("train-head", *QUICK).error
+
+
+def interrupt_after(epochs, monkeypatch):
+    import cachefuse_cli.render as render
+
+    real = render.TrainProgress.update
+
+    def update(self, epoch):
+        real(self, epoch)
+        if epoch.epoch == epochs:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(render.TrainProgress, "update", update)
+
+
+def test_an_interrupt_keeps_a_usable_run(cachefuse, workspace, monkeypatch):
+    interrupt_after(2, monkeypatch)
+    result = cachefuse("train-head", "--head", "linear", "--json")
+    assert result.code == 130
+    run = json.loads(result.out)
+    assert f"note: interrupted: kept epoch {run['best_epoch']}, the best so far; predict uses it" in result.err
+    assert f"run {run['run']}" in cachefuse("predict").err
+
+
+def test_an_interrupt_before_the_first_epoch_writes_nothing(cachefuse, workspace, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cachefuse.training.train.load_table", stop)
+    result = cachefuse("train-head", *QUICK)
+    assert (result.code, result.out) == (130, "")
+    assert "note: interrupted; nothing was written; run the same command again" in result.err
+    assert len(list((workspace / "runs").iterdir())) == 1
+
+
+SIGNALLED = """
+import sys
+from cachefuse_cli import app, render
+real = render.TrainProgress.update
+def update(self, epoch):
+    real(self, epoch)
+    print("epoch", epoch.epoch, file=sys.stderr, flush=True)
+render.TrainProgress.update = update
+app.main(["train-head", "--epochs", "1000000", "--patience", "0", "--layers", "8", "--json"])
+"""
+
+
+def test_sigint_in_a_real_process(workspace, folder):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SIGNALLED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    try:
+        assert process.stderr.readline() == "epoch 1\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted: kept epoch" in err
+    assert (workspace / "runs" / json.loads(out)["run"] / "run.json").is_file()

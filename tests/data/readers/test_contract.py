@@ -1,0 +1,164 @@
+"""What every reader keeps to, on a miniature of the data that it reads."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from cachefuse.data.manifest import parse_manifest
+from cachefuse.data.readers import READERS
+from cachefuse.data.readers.base import Reader
+from cachefuse.errors import BadSampleError, ManifestError
+from cachefuse.registry import lookup
+
+
+def save(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 3), (200, 100, 50)).save(path)
+
+
+def write_flickr8k(root):
+    for i in range(4):
+        save(root / f"Images/{i}.jpg")
+    (root / "captions.txt").write_text("image,caption\n" + "".join(f"{i}.jpg,a dog\n{i}.jpg,a cat\n" for i in range(4)))
+
+
+def write_folder(root):
+    for i in range(4):
+        save(root / f"{'ab'[i % 2]}/{i}.jpg")
+
+
+def write_hdf5(root):
+    with h5py.File(root / "train.h5", "w") as file:
+        file["image"] = np.zeros((4, 3, 4, 3), np.uint8)
+        file["text"] = np.array(["a", "b", "", "d"], "S1")
+        file["label"] = np.array(["x", "y", "x", ""], "S1")
+
+
+def write_mmimdb(root):
+    ids = [f"{i:07d}" for i in range(4)]
+    (root / "split.json").write_text(json.dumps({"train": ids[:2], "dev": ids[2:3], "test": ids[3:]}))
+    for film in ids:
+        save(root / f"dataset/{film}.jpeg")
+        (root / f"dataset/{film}.json").write_text(json.dumps({"genres": ["Drama"], "plot": ["a plot"]}))
+
+
+def write_shapes(root):
+    pass
+
+
+def write_table(root):
+    for i in range(3):
+        save(root / f"{i}.jpg")
+    (root / "train.csv").write_text('id,text,label\n0,a,x\n1,"a "b" c",y z\n2,,\n')
+    (root / "test.csv").write_text("id,text\n3,d\n")
+
+
+# For each reader: how to write its miniature, its options, the number of rows.
+MINIATURES = {
+    "flickr8k": (write_flickr8k, {}, 4),
+    "folder": (write_folder, {}, 4),
+    "hdf5": (write_hdf5, {"files": {"train": "train.h5"}, "image": "image", "text": "text", "labels": "label"}, 4),
+    "mmimdb": (write_mmimdb, {}, 4),
+    "shapes": (write_shapes, {"train": 3, "test": 1}, 4),
+    "table": (
+        write_table,
+        {
+            "files": {"train": "train.csv", "test": "test.csv"},
+            "id": "id",
+            "image": "{id}.jpg",
+            "text": "text",
+            "labels": "label",
+            "separator": " ",
+        },
+        4,
+    ),
+}
+
+
+@pytest.fixture(params=sorted(READERS))
+def mini(request, tmp_path):
+    """Return a reader, the folder of its miniature, and the number of rows there."""
+    assert request.param in MINIATURES, f"add a miniature for the reader {request.param!r}"
+    write, options, n = MINIATURES[request.param]
+    write(tmp_path)
+    return lookup(READERS, request.param, "reader")(**options), tmp_path, n
+
+
+def contents(root):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in root.rglob("*") if path.is_file()}
+
+
+def test_lists_are_parallel(mini):
+    reader, root, n = mini
+    samples = reader.read(root)
+    columns = [samples.ids, samples.splits, samples.labels, samples.images, samples.texts, samples.groups]
+    assert {len(column) for column in columns if column is not None} == {n}
+    assert samples.images is not None or samples.texts is not None
+
+
+def test_values_are_of_the_documented_types(mini):
+    reader, root, n = mini
+    samples = reader.read(root)
+    assert len(set(samples.ids)) == n
+    assert all(isinstance(value, str) and value for value in samples.ids + samples.splits)
+    for names in samples.labels:
+        assert names is None or (isinstance(names, tuple) and all(isinstance(name, str) and name for name in names))
+    for texts in samples.texts or []:
+        assert isinstance(texts, tuple)
+        assert all(isinstance(text, str) and text.strip() for text in texts)
+    assert samples.classes is None or isinstance(samples.classes, tuple)
+    assert all(isinstance(note, str) for note in samples.notes)
+
+
+def test_reading_is_pure_and_repeatable(mini):
+    reader, root, _ = mini
+    before = contents(root)
+    first, second = reader.read(root), reader.read(root)
+    for source in first.images or []:
+        source.stamp()
+    assert first == second
+    assert contents(root) == before
+
+
+def test_images_are_rgb_or_bad_samples(mini):
+    reader, root, _ = mini
+    loaded = 0
+    for source in reader.read(root).images or []:
+        assert source.name
+        assert source.stamp() == source.stamp()
+        try:
+            image = source.load()
+        except BadSampleError:
+            continue
+        assert image.mode == "RGB"
+        assert min(image.size) > 0
+        loaded += 1
+    assert loaded >= 3
+
+
+def test_missing_files_are_listed(mini, tmp_path_factory):
+    reader, root, _ = mini
+    assert reader.missing(root) == []
+    if reader.__class__.__name__ == "ShapesReader":
+        return
+    nowhere = tmp_path_factory.mktemp("empty") / "nowhere"
+    missing = reader.missing(nowhere)
+    assert missing
+    assert all(isinstance(name, str) and name for name in missing)
+    assert not nowhere.exists()
+
+
+def test_readers_are_frozen_and_refuse_unknown_options(mini):
+    reader, _, _ = mini
+    assert isinstance(reader, Reader)
+    kind = next(name for name in READERS if type(reader) is lookup(READERS, name, "reader"))
+    text = f'name = "mini"\ntask = "retrieval"\n[reader]\nkind = "{kind}"\nno_such_option = 1\n'
+    with pytest.raises(ManifestError, match=r"reader\.no_such_option: unknown key"):
+        parse_manifest(text, "mini.toml")
+
+
+def test_readers_are_in_alphabetical_order():
+    assert list(READERS) == sorted(READERS)

@@ -1,0 +1,219 @@
+import json
+import math
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from cachefuse.data.readers.table import TableReader, read_columns
+from cachefuse.errors import DataError
+
+
+def write(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def write_jsonl(path, *rows):
+    return write(path, "\n".join(map(json.dumps, rows)))
+
+
+def write_parquet(path, **columns):
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def read(folder, **options):
+    return TableReader(files={"train": next(folder.iterdir()).name}, **options).read(folder)
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        "id,text\n1,é\n".encode(),
+        "id,text\n1,é\n".encode("utf-8-sig"),
+        "id,text\r\n1,é\r\n".encode(),
+        "id,text\n1,é\n".encode("cp1252"),
+        b" id , text\n1,\xc3\xa9",
+    ],
+)
+def test_csv_from_any_system(tmp_path, encoded):
+    assert read_columns(write(tmp_path / "a.csv", encoded)) == {"id": ["1"], "text": ["é"]}
+
+
+def test_one_wrong_byte_spoils_no_other(tmp_path):
+    path = write(tmp_path / "a.csv", "id,text\n1,crème brûlée\n2,".encode() + b"caf\xe9 \x81\n")
+    assert read_columns(path)["text"] == ["crème brûlée", "café \ufffd"]
+    path = write(tmp_path / "a.jsonl", '{"text": "crème '.encode() + b'caf\xe9"}')
+    assert read_columns(path)["text"] == ["crème café"]
+
+
+def test_tabs(tmp_path):
+    for name in ("a.tsv", "a.txt", "a.TSV"):
+        assert read_columns(write(tmp_path / name, 'id\ttext\n1\t"Go", he said\n')) == {
+            "id": ["1"],
+            "text": ['"Go", he said'],
+        }
+
+
+def test_header_for_files_that_have_none(tmp_path):
+    path = write(tmp_path / "a.csv", "1,x\n2,y\n")
+    assert read_columns(path, ("id", "text")) == {"id": ["1", "2"], "text": ["x", "y"]}
+    with pytest.raises(DataError, match=r"^a\.csv line 1: has 2 fields instead of 3$"):
+        read_columns(path, ("id", "text", "label"))
+
+
+def test_header_only(tmp_path):
+    assert read_columns(write(tmp_path / "a.csv", "id,text\n")) == {"id": [], "text": []}
+
+
+def test_jsonl(tmp_path):
+    path = write(tmp_path / "a.jsonl", '\ufeff{"id": 1, "text": "x\u2028y"}\r\n\n{"id": 2.0, "label": ["a"]}\n')
+    assert read_columns(path) == {"id": [1, 2.0], "text": ["x\u2028y", None], "label": [None, ["a"]]}
+    assert list(read_columns(path)) == ["id", "text", "label"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "", r"^a\.csv: the file is empty$"),
+        ("a.csv", "\n\n", r"^a\.csv: the file is empty$"),
+        ("a.csv", b"\x89PNG\r\n\x00\x00", r"^a\.csv: is not a text file$"),
+        ("a.csv", "id,text\n1,x\n".encode("utf-16"), r"^a\.csv: is not a text file$"),
+        ("a.csv", "id,text,id\n1,x,2\n", r"^a\.csv: column 'id' occurs twice$"),
+        ("a.csv", "id,text\n1,x\n2\n", r"^a\.csv line 3: has 1 fields instead of 2$"),
+        ("a.jsonl", "", r"^a\.jsonl: the file is empty$"),
+        ("a.jsonl", '{"id": 1}\n\n{"id": 2', r"^a\.jsonl line 3: not valid JSON: "),
+        ("a.jsonl", '{"id": 1}\n[1]\n', r"^a\.jsonl line 2: must be a JSON object\. Got list instead$"),
+        ("a.jsonl", "[" * 100_000, r"^a\.jsonl line 1: not valid JSON: "),
+        ("a.jsonl", '{"id": ' + "1" * 10_000 + "}", r"^a\.jsonl line 1: not valid JSON: "),
+        ("a.parquet", "id,text\n", r"^a\.parquet: not a parquet file that can be read: "),
+        ("a.parquet", "", r"^a\.parquet: not a parquet file that can be read: "),
+        ("a.xlsx", "", r"^a\.xlsx: unknown kind of table '\.xlsx'; choose from: \.csv, \.tsv, \.jsonl, \.parquet$"),
+        ("a", "", r"^a: unknown kind of table ''; choose from: "),
+    ],
+)
+def test_files_that_can_not_be_read(tmp_path, name, content, message):
+    with pytest.raises(DataError, match=message):
+        read_columns(write(tmp_path / name, content))
+
+
+def test_columns_and_templates(tmp_path):
+    write(tmp_path / "a.csv", "id,name,caption\n1,cat,A cat.\n2,dog,\n")
+    samples = read(tmp_path, id="{split}/{id}", image="{name}/{id}.jpg", text="{name}: {caption}")
+    assert samples.ids == ["train/1", "train/2"]
+    assert [source.path.relative_to(tmp_path).as_posix() for source in samples.images] == ["cat/1.jpg", "dog/2.jpg"]
+    assert samples.texts == [("cat: A cat.",), ("dog: ",)]
+    assert samples.labels == [None, None]
+
+
+@pytest.mark.parametrize("value", ["{__class__}", "{0}", "{id.__class__}", "{name!r}", "{}", "%s", "=1+1", "{{id}}"])
+def test_nothing_in_the_data_is_interpreted(tmp_path, value):
+    write(tmp_path / "a.csv", f"id,text\n1,{value}\n")
+    assert read(tmp_path, text="{id} {text}").texts == [(f"1 {value}",)]
+
+
+@pytest.mark.parametrize("place", ["__class__", "0", "id.__class__", "id!r", "", "id:>10", "nothing"])
+def test_templates_name_columns_and_nothing_else(tmp_path, place):
+    write(tmp_path / "a.csv", "id,text\n1,x\n")
+    for key in ("id", "image", "text"):
+        message = rf"^a\.csv: has no column '{place}', which reader\.{key} names; its columns are: id, text"
+        with pytest.raises(DataError, match=message):
+            read(tmp_path, **{key: f"{{{place}}}"})
+
+
+@pytest.mark.parametrize("key", ["id", "image", "text", "labels", "split", "group"])
+def test_column_that_is_not_there(tmp_path, key):
+    write(tmp_path / "a.csv", "id,text\n1,x\n")
+    message = rf"^a\.csv: has no column 'other', which reader\.{key} names; its columns are: id, text"
+    with pytest.raises(DataError, match=message):
+        read(tmp_path, **{key: "other"})
+
+
+def test_ids_by_default_are_row_numbers_over_all_files(tmp_path):
+    write(tmp_path / "a.csv", "text\nx\ny\n")
+    write(tmp_path / "b.csv", "text\nz\n")
+    samples = TableReader(files={"train": "a.csv", "test": "b.csv"}, text="text").read(tmp_path)
+    assert samples.ids == ["0", "1", "2"]
+    assert samples.splits == ["train", "train", "test"]
+
+
+def test_split_column_overrides_the_file_where_it_is_not_empty(tmp_path):
+    write(tmp_path / "a.csv", "id,part\n1,val\n2, test \n3,\n")
+    samples = read(tmp_path, id="{split}-{id}", split="part")
+    assert samples.splits == ["val", "test", "train"]
+    assert samples.ids == ["val-1", "test-2", "train-3"]
+
+
+def test_blank_cells_are_absent(tmp_path):
+    write(tmp_path / "a.csv", "image,text,label\n,x,a\na.png, ,\n")
+    samples = read(tmp_path, image="image", text="text", labels="label")
+    assert samples.images[0] is None
+    assert samples.images[1] is not None
+    assert samples.texts == [("x",), ()]
+    assert samples.labels == [("a",), ()]
+
+
+@pytest.mark.parametrize(
+    ("cell", "separator", "labels"),
+    [
+        ("17 3", " ", ("17", "3")),
+        ("  17   3 ", " ", ("17", "3")),
+        ("3 3", " ", ("3",)),
+        ("a b | c", "|", ("a b", "c")),
+        (" a b ", None, ("a b",)),
+        ("", " ", ()),
+    ],
+)
+def test_labels_of_a_cell(tmp_path, cell, separator, labels):
+    write(tmp_path / "a.csv", f"label,x\n{cell},\n")
+    assert read(tmp_path, labels="label", separator=separator).labels == [labels]
+
+
+def test_file_without_the_labels_column_is_unlabelled(tmp_path):
+    write(tmp_path / "a.csv", "id,label\n1,a\n")
+    write(tmp_path / "b.csv", "id\n2\n")
+    samples = TableReader(files={"train": "a.csv", "test": "b.csv"}, id="id", labels="label").read(tmp_path)
+    assert samples.labels == [("a",), None]
+
+
+def test_typed_values(tmp_path):
+    write_parquet(
+        tmp_path / "a.parquet",
+        id=[1, 2, None, 4],
+        score=[1.0, 2.5, math.nan, None],
+        labels=[["a", "b"], [], None, [" a ", "a", ""]],
+        captions=[["one", "two"], [" ", "x"], None, []],
+    )
+    samples = read(tmp_path, id="{id}/{score}", text="captions", labels="labels", separator=" ")
+    assert samples.ids == ["1/1", "2/2.5", "/", "4/"]
+    assert samples.texts == [("one", "two"), ("x",), (), ()]
+    assert samples.labels == [("a", "b"), (), None, ("a",)]
+    assert read(tmp_path, labels="score").labels == [("1",), ("2.5",), None, None]
+
+
+def test_missing_keys_of_jsonl_are_unlabelled(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", {"id": 1, "label": 0}, {"id": 2, "label": None}, {"id": 3}, {"label": True})
+    samples = read(tmp_path, id="id", labels="label")
+    assert samples.ids == ["1", "2", "3", ""]
+    assert samples.labels == [("0",), None, None, ("True",)]
+
+
+def test_half_a_surrogate_pair_is_no_text(tmp_path):
+    write(tmp_path / "a.jsonl", '{"id": "1\\ud800", "text": "x \\ud83d\\ude00 y\\udc00", "label": "\\ud800"}')
+    samples = read(tmp_path, id="id", text="text", labels="label")
+    assert samples.ids == ["1?"]
+    assert samples.texts == [("x 😀 y?",)]
+    assert samples.labels == [("?",)]
+
+
+def test_missing_files(tmp_path):
+    write(tmp_path / "a.csv", "id\n1\n")
+    (tmp_path / "folder.csv").mkdir()
+    reader = TableReader(files={"train": "a.csv", "val": "folder.csv", "test": "sub/b.csv"})
+    assert reader.missing(tmp_path) == ["folder.csv", "sub/b.csv"]
+
+
+def test_places():
+    assert TableReader.places("Caption") == {"Caption"}
+    assert TableReader.places("data/{a}/{b}.jpg") == {"a", "b"}

@@ -1,0 +1,216 @@
+import logging
+
+import pytest
+from PIL import Image
+
+from cachefuse.data.dataset import load_dataset
+from cachefuse.data.manifest import builtin_manifests, parse_manifest
+from cachefuse.errors import DataError, MissingDataError
+
+MANIFEST = """
+name = "mine"
+task = "multiclass"
+{options}
+
+[reader]
+kind = "table"
+files = {{ train = "train.csv"{files} }}
+id = "id"
+image = "photos/{{id}}.png"
+text = "text"
+labels = "label"
+separator = "|"
+{reader}
+"""
+
+
+def write(folder, n=6, file="train.csv", first=0, label="ab"):
+    (folder / "photos").mkdir(exist_ok=True)
+    lines = ["id,text,label"]
+    for i in range(first, first + n):
+        Image.new("RGB", (3 + i, 2), (i, 0, 0)).save(folder / f"photos/{i:03d}.png")
+        lines.append(f"{i:03d},text {i},{label[i % 2] if label else ''}")
+    (folder / file).write_text("\n".join(lines) + "\n")
+
+
+def load(folder, options="", files="", reader=""):
+    return load_dataset(
+        parse_manifest(MANIFEST.format(options=options, files=files, reader=reader), "mine.toml"), folder
+    )
+
+
+def test_a_dataset(tmp_path):
+    write(tmp_path)
+    dataset = load(tmp_path)
+    assert len(dataset) == 6
+    assert dataset.name == "mine"
+    assert dataset.ids[0] == "000"
+    assert dataset.classes == ("a", "b")
+    assert dataset.targets.tolist() == [0, 1] * 3
+    assert dataset.splits.tolist() == ["train"] * 6
+    assert dataset.modalities == ("image", "text")
+    assert dataset.images[2].load().size == (5, 2)
+    assert dataset.notes == ()
+
+
+def test_digests_change_with_the_text_or_the_size_of_the_image(tmp_path):
+    write(tmp_path)
+    digests = load(tmp_path).digests()
+    assert len(set(digests)) == 6
+
+    write(tmp_path, n=8)  # the same files again, and two more
+    assert load(tmp_path).digests()[:6] == digests
+
+    text = (tmp_path / "train.csv").read_text()
+    (tmp_path / "train.csv").write_text(text.replace("text 1", "another").replace("002,text 2,a", "002,text 2,b"))
+    with (tmp_path / "photos/003.png").open("ab") as file:
+        file.write(b"\0")
+    (tmp_path / "photos/004.png").unlink()
+    changed = load(tmp_path).digests()
+    assert [i for i in range(6) if changed[i] != digests[i]] == [1, 3, 4]
+
+
+def test_digests_do_not_change_when_the_data_moves(tmp_path):
+    (tmp_path / "here").mkdir()
+    write(tmp_path / "here")
+    digests = load(tmp_path / "here").digests()
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert load(tmp_path / "there").digests() == digests
+
+
+def test_limit(tmp_path):
+    write(tmp_path, n=60)
+    write(tmp_path, n=30, file="test.csv", first=60, label="")
+    dataset = load(tmp_path, files=', test = "test.csv"', options="splits.val = { from = 'train', fraction = 0.5 }")
+    limited = dataset.limit(9)
+    assert 7 <= len(limited) <= 11
+    assert limited.name == "mine-limit9"
+    assert set(limited.splits) == {"train", "val", "test"}
+    assert (limited.splits == "test").sum() == 3
+    rows = [dataset.ids.index(sample) for sample in limited.ids]
+    assert rows == sorted(rows)
+    assert limited.targets.tolist() == dataset.targets[rows].tolist()
+    assert limited.splits.tolist() == dataset.splits[rows].tolist()
+    assert limited.texts == [dataset.texts[row] for row in rows]
+    assert limited.images == [dataset.images[row] for row in rows]
+    assert limited.digests() == [dataset.digests()[row] for row in rows]
+    assert dataset.limit(90) is dataset
+    assert set(dataset.limit(1).splits) == {"train", "val", "test"}
+
+
+def test_limit_without_images(tmp_path):
+    (tmp_path / "train.csv").write_text("id,text,label\n1,x,a\n2,y,b\n3,z,b\n")
+    text = MANIFEST.replace('image = "photos/{{id}}.png"\n', "").format(options="", files="", reader="")
+    dataset = load_dataset(parse_manifest(text, "mine.toml"), tmp_path)
+    assert dataset.modalities == ("text",)
+    assert dataset.limit(2).images is None
+    assert len(set(dataset.digests())) == 3
+
+
+def test_a_tenth_is_held_out_where_nothing_else_is_for_validation(tmp_path, caplog):
+    write(tmp_path, n=200)
+    with caplog.at_level(logging.INFO):
+        dataset = load(tmp_path)
+    n_val = dataset.splits.tolist().count("val")
+    assert 10 <= n_val <= 30
+    note = f"held out {n_val} of 200 train rows as val"
+    assert dataset.notes == (note,)
+    assert [(record.levelname, record.message) for record in caplog.records] == [("INFO", f"mine: {note}")]
+
+    declared = load(tmp_path, options="splits.val = { from = 'train', fraction = 0.1 }")
+    assert declared.splits.tolist() == dataset.splits.tolist()
+    assert declared.notes == ()
+
+
+def test_unlabelled_test_rows_do_not_validate(tmp_path):
+    write(tmp_path, n=200)
+    write(tmp_path, n=10, file="test.csv", first=200, label="")
+    dataset = load(tmp_path, files=', test = "test.csv"')
+    assert set(dataset.splits) == {"train", "val", "test"}
+    assert dataset.splits.tolist()[200:] == ["test"] * 10
+
+
+def test_held_out_groups_stay_together(tmp_path):
+    write(tmp_path, n=100)
+    text = (tmp_path / "train.csv").read_text()
+    (tmp_path / "train.csv").write_text(text.replace("text 1", "one product").replace("text 2", "another"))
+    dataset = load(tmp_path, reader='group = "label"')
+    assert len(set(zip(dataset.targets.tolist(), dataset.splits.tolist(), strict=True))) == 2
+
+
+@pytest.mark.parametrize("case", ["few", "labelled test", "other splits", "retrieval"])
+def test_nothing_is_held_out(tmp_path, case):
+    write(tmp_path, n=19 if case == "few" else 100)
+    write(tmp_path, n=50, file="test.csv", first=100)
+    options = {"other splits": "splits.dev = { from = 'train', fraction = 0.5 }", "retrieval": "task = 'retrieval'"}
+    text = MANIFEST.format(
+        options=options.get(case, ""), files=', test = "test.csv"' if case == "labelled test" else "", reader=""
+    )
+    if case == "retrieval":
+        text = text.replace('task = "multiclass"\n', "")
+    dataset = load_dataset(parse_manifest(text, "mine.toml"), tmp_path)
+    assert "val" not in dataset.splits
+    assert dataset.notes == ()
+
+
+def test_published_counts_are_a_warning(tmp_path, caplog):
+    write(tmp_path)
+    dataset = load(tmp_path, options="rows = { train = 6000, test = 10 }")
+    assert dataset.notes == (
+        "has 6 train rows where the published dataset has 6,000; going on with these",
+        "has 0 test rows where the published dataset has 10; going on with these",
+    )
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+
+
+@pytest.mark.parametrize("manifest", [m for m in builtin_manifests() if m.get], ids=lambda manifest: manifest.name)
+def test_absent_raw_data(tmp_path, manifest):
+    with pytest.raises(MissingDataError, match=f"^no raw data for {manifest.name} in ") as caught:
+        load_dataset(manifest, tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    assert f"get it: {manifest.get.strip()}" in message
+    assert f"licence: {manifest.licence}" in message
+    assert "expected layout:\n  " in message
+    assert all(f"  {line}" in message for line in manifest.layout.strip().splitlines())
+    assert message.endswith("put it there, or say where it is with --data-dir DIR")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("id,text\n1,x\n", "^train.csv: has no column 'label', which reader.labels names; its columns are: id, text$"),
+        ("key,text,label\n1,x,a\n", "^train.csv: has no column 'id', which reader.id names; its columns are: key, "),
+        ("id,label\n1,a\n", "^train.csv: has no column 'text', which reader.text names"),
+        ("id,text,label\n1,x,a\n2,y,b\n1,z,b\n", r"^mine: each id must occur once, but found 1 \(2 times\)$"),
+        ("id,text,label\n1,x,a\n,y,b\n", "^mine: row 2 has an empty id$"),
+        ("id,text,label\n1,x,a|b\n", "^row '1' has 2 labels; a multi-class row must have one$"),
+        ("id,text,label\n", "^mine: the raw data has no rows$"),
+        ("", "^train.csv: the file is empty$"),
+        ("id,text,label\n1,x,\n2,y, \n", "^mine: no row has a label, so there are no classes to learn$"),
+        ("id,id,label\n1,x,a\n", "^train.csv: column 'id' occurs twice$"),
+    ],
+)
+def test_data_that_contradicts_the_manifest(tmp_path, text, message):
+    (tmp_path / "train.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path)
+
+
+def test_label_that_is_no_class(tmp_path):
+    write(tmp_path)
+    with pytest.raises(DataError, match=r"^row '001' has label 'b', which is not a class; the classes are: a, c$"):
+        load(tmp_path, options='classes = ["a", "c"]')
+
+
+def test_hash_split_from_a_split_without_rows(tmp_path):
+    write(tmp_path)
+    with pytest.raises(
+        DataError, match=r"^splits\.val: takes rows from 'test', which has none; the splits are: train$"
+    ):
+        load(tmp_path, options="splits.val = { from = 'test', fraction = 0.5 }")
+
+
+def test_spaces_around_labels_and_classes(tmp_path):
+    (tmp_path / "train.csv").write_text("id,text,label\n1,x, a \n2,y,b\t\n")
+    assert load(tmp_path, options='classes = ["b ", " a"]').targets.tolist() == [1, 0]

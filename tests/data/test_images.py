@@ -1,0 +1,272 @@
+import contextlib
+import io
+import os
+import struct
+import threading
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile
+
+from cachefuse.data import images
+from cachefuse.data.images import FileImage, decode
+from cachefuse.errors import BadSampleError
+
+
+def encode(image, kind="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(data):
+    image = decode(data)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+def png_claiming(width, height):
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+NOISE = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM"])
+def test_lossless_formats_come_back_pixel_for_pixel(kind):
+    np.testing.assert_array_equal(pixels(encode(Image.fromarray(NOISE), kind)), NOISE)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF"])
+def test_lossy_formats(kind):
+    assert np.abs(pixels(encode(Image.new("RGB", (32, 24), (200, 100, 50)), kind)) - [200.0, 100, 50]).max() < 8
+
+
+def test_cmyk_is_converted_to_its_colours():
+    red = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
+    assert np.abs(pixels(encode(red, "JPEG", quality=95))[8, 8] - [255.0, 0, 0]).max() < 12
+    np.testing.assert_array_equal(pixels(encode(red, "TIFF"))[0, 0], [255, 0, 0])
+
+
+@pytest.mark.parametrize("transparency", [0, b"\x00"])
+def test_transparent_palette_colour_is_white(transparency):
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    np.testing.assert_array_equal(pixels(encode(image, transparency=transparency))[0], [[255, 255, 255], [0, 0, 255]])
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+        ("RGBA", (0, 0, 0, 127), (128, 128, 128)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("LA", (7, 255), (7, 7, 7)),
+        ("L", 9, (9, 9, 9)),
+        ("1", 1, (255, 255, 255)),
+        ("1", 0, (0, 0, 0)),
+    ],
+)
+def test_modes(mode, colour, expected):
+    np.testing.assert_array_equal(pixels(encode(Image.new(mode, (3, 2), colour)))[0, 0], expected)
+
+
+def test_transparent_colour_of_an_image_without_a_palette_is_white():
+    image = Image.new("RGB", (2, 1), (10, 20, 30))
+    image.putpixel((1, 0), (1, 2, 3))
+    np.testing.assert_array_equal(pixels(encode(image, transparency=(10, 20, 30)))[0], [[255] * 3, [1, 2, 3]])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_is_scaled(kind):
+    values = np.array([[0, 257, 32768, 65535]], np.uint16)
+    np.testing.assert_array_equal(pixels(encode(Image.fromarray(values), kind))[0, :, 0], [0, 1, 128, 255])
+
+
+def test_grey_floats_are_scaled_and_what_is_no_number_is_black():
+    values = np.array([[0.0, 0.5, 1.0, np.nan]], np.float32)
+    np.testing.assert_array_equal(pixels(encode(Image.fromarray(values), "TIFF"))[0, :, 0], [0, 128, 255, 0])
+
+
+def test_first_frame_of_an_animation():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    np.testing.assert_array_equal(pixels(data)[0, 0], [255, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "^the file is empty$"),
+        (b"<html>404 Not Found</html>", "^is not an image, or not of a supported format$"),
+        (b"\xff\xd8\xff", "^is not an image, or not of a supported format$"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not of a supported format"),
+        (encode(Image.fromarray(NOISE), "EPS"), "not of a supported format"),
+        (encode(Image.fromarray(NOISE), "PDF"), "not of a supported format"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "^can't be decoded: |not of a supported format"),
+        (png_claiming(60_000, 60_000), r"over the limit of 100,000,000 pixels$"),
+        (png_claiming(12_000, 10_000), r"^has 12000 x 10000 pixels, over the limit of 100,000,000$"),
+        (png_claiming(0, 5), "^can't be decoded: |not of a supported format"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_what_is_no_image(data, message):
+    with pytest.raises(BadSampleError, match=message):
+        decode(data)
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "TIFF"])
+def test_truncated_at_any_place(kind):
+    data = encode(Image.fromarray(NOISE), kind)
+    for end in range(1, len(data) // 2, 61):
+        with pytest.raises(BadSampleError, match=r"^can't be decoded: .|^is not an image|over the limit"):
+            decode(data[:end])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_files_are_bad_samples_or_images():
+    rng = np.random.default_rng(1)
+    for kind in ("GIF", "JPEG", "PNG", "TIFF", "WEBP"):
+        data = np.frombuffer(encode(Image.fromarray(NOISE), kind), np.uint8)
+        for _ in range(30):
+            damaged = data.copy()
+            damaged[rng.integers(0, len(data), 8)] = rng.integers(0, 256, 8)
+            with contextlib.suppress(BadSampleError):
+                decode(damaged.tobytes())
+
+
+def test_pixel_limit(monkeypatch):
+    data = encode(Image.new("RGB", (10, 11)))
+    monkeypatch.setattr(images, "MAX_PIXELS", 110)
+    assert decode(data).size == (10, 11)
+    monkeypatch.setattr(images, "MAX_PIXELS", 109)
+    with pytest.raises(BadSampleError, match=r"^has 10 x 11 pixels, over the limit of 109$"):
+        decode(data)
+
+
+def test_truncated_images_must_not_be_hidden(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(RuntimeError, match="LOAD_TRUNCATED_IMAGES must be off"):
+        decode(encode(Image.new("RGB", (1, 1))))
+
+
+def test_decoding_in_threads_leaves_the_warning_filters_alone():
+    before = list(warnings.filters)
+    data = encode(Image.fromarray(NOISE))
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(decode, [data] * 200))
+    assert warnings.filters == before
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "root"
+    (folder / "data").mkdir(parents=True)
+    Image.fromarray(NOISE).save(folder / "data/a.png")
+    Image.new("RGB", (2, 2)).save(tmp_path / "secret.png")
+    return folder
+
+
+def test_file(root):
+    source = FileImage(root / "data/a.png", root)
+    np.testing.assert_array_equal(np.asarray(source.load()), NOISE)
+    assert source.name == str(root / "data/a.png")
+    assert FileImage(root / "data/a.png").load().size == (32, 24)
+
+
+@pytest.mark.parametrize("path", ["data/../data/a.png", "./data/a.png", "link.png", "folder/a.png"])
+def test_other_ways_to_a_file_under_the_root(root, path):
+    (root / "link.png").symlink_to("data/a.png")
+    (root / "folder").symlink_to("data")
+    assert FileImage(root / path, root).load().size == (32, 24)
+
+
+def test_roots_that_end_in_a_slash_or_are_relative(root, monkeypatch):
+    monkeypatch.chdir(root)
+    for folder in (Path(), Path("/"), Path(f"{root}/")):
+        path = folder / "data/a.png" if folder != Path("/") else root / "data/a.png"
+        assert FileImage(path, folder).load().size == (32, 24)
+
+
+def test_linked_folder_of_the_users_own(root, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.fromarray(NOISE).save(tmp_path / "elsewhere/b.png")
+    (root / "photos").symlink_to(tmp_path / "elsewhere")
+    assert FileImage(root / "photos/b.png", root).load().size == (32, 24)
+    with pytest.raises(BadSampleError, match=r"^no such file$"):  # ".." does not go up from where the link leads
+        FileImage(root / "photos/../secret.png", root).load()
+
+
+@pytest.mark.parametrize("path", ["../secret.png", "data/../../secret.png", "../root2/x.png", "/etc/hostname", "", "."])
+def test_paths_out_of_the_root(root, path):
+    (root.parent / "root2").mkdir()
+    with pytest.raises(BadSampleError, match=r"^lies outside the data folder$|^is a folder, not an image$"):
+        FileImage(root / path, root).load()
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("data/none.png", "^no such file$"),
+        ("data", "^is a folder, not an image$"),
+        ("data/a.png/b.png", "^can't be read: Not a directory$"),
+        ("data/a\0.png", "^can't be read: embedded null byte$|^can't be read: stat: embedded null"),
+        ("data/" + "x" * 300, "^can't be read: File name too long$"),
+        ("data/\ud800.png", "^can't be read: .*surrogates not allowed$|^no such file$"),
+        ("loop", "^can't be read: Too many levels of symbolic links$"),
+    ],
+)
+def test_files_that_can_not_be_read(root, path, message):
+    (root / "loop").symlink_to("loop")
+    source = FileImage(root / path, root)
+    with pytest.raises(BadSampleError, match=message):
+        source.load()
+    assert source.stamp()
+
+
+def test_pipes_and_devices_are_not_waited_for(root):
+    os.mkfifo(root / "data/pipe.png")
+    (root / "data/zero.png").symlink_to("/dev/zero")
+    errors = []
+
+    def load(path):
+        try:
+            FileImage(path, root).load()
+        except BadSampleError as error:
+            errors.append(str(error))
+
+    for path in (root / "data/pipe.png", root / "data/zero.png"):
+        thread = threading.Thread(target=load, args=(path,), daemon=True)
+        thread.start()
+        thread.join(timeout=5)
+        assert not thread.is_alive()
+    assert errors == ["is not a regular file"] * 2
+
+
+def test_giant_file(root, monkeypatch):
+    monkeypatch.setattr(images, "MAX_BYTES", 100)
+    with pytest.raises(BadSampleError, match=r"^is larger than 100 bytes$"):
+        FileImage(root / "data/a.png", root).load()
+
+
+def test_stamp_is_the_name_and_the_size(root):
+    source = FileImage(root / "data/a.png", root)
+    stamp = source.stamp()
+    assert stamp == f"a.png:{(root / 'data/a.png').stat().st_size}"
+    os.utime(root / "data/a.png", (0, 0))
+    assert source.stamp() == stamp
+    with (root / "data/a.png").open("ab") as file:
+        file.write(b"more")
+    assert source.stamp() != stamp
+    (root / "data/a.png").unlink()
+    assert source.stamp() == "a.png:-1"

@@ -1,0 +1,207 @@
+import json
+import pickle
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+from cachefuse.data import manifest as module
+from cachefuse.data.dataset import load_dataset
+from cachefuse.data.manifest import builtin_manifests, load_manifest, parse_manifest
+from cachefuse.errors import ManifestError, UnknownNameError
+
+HEAD = 'name = "mine"\ntask = "multiclass"\n'
+TABLE = '[reader]\nkind = "table"\nfiles = { train = "train.csv" }\nid = "id"\ntext = "text"\nlabels = "label"\n'
+ROWS = [{"id": f"{i}", "text": f"text {i}", "label": "ab"[i % 2]} for i in range(4)]
+
+
+def write_csv(folder):
+    lines = [",".join(ROWS[0]), *(",".join(row.values()) for row in ROWS)]
+    (folder / "train.csv").write_text("\n".join(lines))
+
+
+def write_jsonl(folder):
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+
+
+def write_parquet(folder):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), folder / "train.parquet")
+
+
+def write_images(folder):
+    for i, row in enumerate(ROWS):
+        path = folder / "photos" / row["label"] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 2)).save(path)
+
+
+def write_hdf5(folder):
+    with h5py.File(folder / "train.h5", "w") as file:
+        for key in ROWS[0]:
+            file[key] = np.array([row[key] for row in ROWS], "S9")
+
+
+@pytest.mark.parametrize(
+    ("write", "reader"),
+    [
+        (write_csv, TABLE),
+        (write_jsonl, TABLE.replace(".csv", ".jsonl")),
+        (write_parquet, TABLE.replace(".csv", ".parquet")),
+        (write_images, '[reader]\nkind = "folder"\nsplits = { train = "photos" }\n'),
+        (write_hdf5, TABLE.replace(".csv", ".h5").replace('"table"', '"hdf5"')),
+    ],
+)
+def test_a_users_own_data_in_a_few_lines(tmp_path, write, reader):
+    write(tmp_path)
+    (tmp_path / "mine.toml").write_text(HEAD + reader)
+    manifest, folder = load_manifest(str(tmp_path / "mine.toml"))
+    assert folder == tmp_path
+    dataset = load_dataset(manifest, folder)
+    assert len(dataset) == 4
+    assert dataset.classes == ("a", "b")
+    assert sorted(dataset.targets) == [0, 0, 1, 1]
+    assert dataset.splits.tolist() == ["train"] * 4
+    if dataset.texts is not None:
+        assert dataset.ids == ["0", "1", "2", "3"]
+        assert dataset.texts[3] == ("text 3",)
+
+
+def test_builtin_manifests_say_what_a_user_needs():
+    manifests = list(builtin_manifests())
+    names = [manifest.name for manifest in manifests]
+    assert names == sorted(names)
+    assert {"comp5329", "fashiongen", "flickr8k", "food101", "mmimdb", "shapes"} <= set(names)
+    for manifest in manifests:
+        assert manifest.title
+        assert manifest.licence
+        loaded, folder = load_manifest(manifest.name)
+        assert loaded == manifest
+        assert folder is None
+        if manifest.reader["kind"] != "shapes":
+            assert manifest.get
+            assert manifest.layout
+            assert manifest.rows
+
+
+def test_manifests_are_found_in_a_checkout_that_is_not_installed(monkeypatch):
+    def not_installed(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(module.resources, "files", not_installed)
+    assert load_manifest("shapes")[0].name == "shapes"
+
+
+def test_a_manifest_survives_pickle_and_json():
+    manifest = parse_manifest(HEAD + TABLE + '[splits]\nval = { from = "train", fraction = 0.5 }\n', "x.toml")
+    assert pickle.loads(pickle.dumps(manifest)) == manifest
+    content = json.loads(manifest.model_dump_json(by_alias=True))
+    assert type(manifest).model_validate(content) == manifest
+    assert manifest.open_reader() == pickle.loads(pickle.dumps(manifest)).open_reader()
+
+
+def test_reported_metrics():
+    assert parse_manifest(HEAD + TABLE, "x.toml").reported_metrics == ("accuracy", "macro_f1", "macro_ap")
+    assert parse_manifest(HEAD + 'metrics = ["macro_f1"]\n' + TABLE, "x.toml").reported_metrics == ("macro_f1",)
+
+
+def test_classes_are_names_without_the_spaces_around_them():
+    assert parse_manifest(HEAD + 'classes = [" cat ", "guinea pig"]\n' + TABLE, "x.toml").classes == (
+        "cat",
+        "guinea pig",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "name: field required; task: field required; reader: field required"),
+        (HEAD + TABLE.replace("text =", "caption ="), "reader.caption: unknown key"),
+        (HEAD + "colour = 1\n" + TABLE, "colour: unknown key"),
+        (HEAD + 'min_labels = "many"\n' + TABLE, "min_labels: input should be a valid integer"),
+        (HEAD + "min_labels = -1\n" + TABLE, "min_labels: input should be greater than or equal to 0"),
+        (HEAD + "classes = [1, 2]\n" + TABLE, "classes.0: input should be a valid string"),
+        (HEAD + 'classes = "cat"\n' + TABLE, "classes: input should be a valid tuple"),
+        (HEAD + "classes = []\n" + TABLE, "classes: must name at least one class, or be left out"),
+        (HEAD + 'classes = ["cat", " "]\n' + TABLE, "classes: a class must have a name"),
+        (HEAD + 'classes = ["cat", "dog", "cat "]\n' + TABLE, "classes: listed twice: cat"),
+        (HEAD + 'metrics = ["f1"]\n' + TABLE, "metrics: unknown metric 'f1'.* choose from: accuracy, "),
+        (HEAD.replace("multiclass", "ranking") + TABLE, "task: input should be 'multilabel', 'multiclass' or 'retr"),
+        (HEAD.replace("mine", "../mine") + TABLE, "name: string should match pattern"),
+        (HEAD.replace("mine", "..") + TABLE, "name: string should match pattern"),
+        (HEAD + "reader = 3", "reader: input should be a valid dictionary"),
+        (HEAD + "[reader]\nfiles = {}", "reader: needs a kind; choose from: flickr8k, folder, hdf5, "),
+        (HEAD + "[reader]\nkind = 3", "reader: needs a kind; choose from: "),
+        (
+            HEAD + '[reader]\nkind = "tabel"',
+            r"reader: unknown reader 'tabel' \(did you mean 'table'\?\); choose from: ",
+        ),
+        (HEAD + '[reader]\nkind = "table"', "reader.files: field required"),
+        (HEAD + '[reader]\nkind = "table"\nfiles = {}', "reader.files: dictionary should have at least 1 item"),
+        (HEAD + '[reader]\nkind = "hdf5"\nfiles = { train = "a.h5" }', "reader: must name an image or a text dataset"),
+        (HEAD + TABLE + "[splits]\nval = { fraction = 0.1 }", "splits.val.from: field required"),
+        (
+            HEAD + TABLE + '[splits]\nval = { from = "train", fraction = 1.5 }',
+            "splits.val.fraction: input should be less ",
+        ),
+        (HEAD + TABLE + "[submission]\nid = 3", "submission.id: input should be a valid string"),
+        ("name = ", "not valid TOML: Invalid value"),
+        ("name = 'a'\nname = 'b'", "not valid TOML: Cannot overwrite"),
+        ("a = " + "[" * 100_000, "not valid TOML: "),
+        ("a = " + "1" * 10_000, "not valid TOML: "),
+        ("a = '\0'", "not valid TOML: "),
+    ],
+)
+def test_each_problem_is_named_with_file_and_key(text, message):
+    with pytest.raises(ManifestError, match=rf"^mine\.toml: {message}"):
+        parse_manifest(text, "mine.toml")
+
+
+def test_all_problems_are_named_at_once():
+    text = 'name = "mine"\ntask = "sorting"\nmetrics = ["f1"]\ncolour = 1\n' + TABLE.replace("text =", "caption =")
+    with pytest.raises(ManifestError) as caught:
+        parse_manifest(text, "mine.toml")
+    for part in (
+        "mine.toml: ",
+        "task: ",
+        "metrics: unknown metric",
+        "colour: unknown key",
+        "reader.caption: unknown key",
+    ):
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_manifest(tmp_path):
+    path = tmp_path / "mine.toml"
+    with pytest.raises(ManifestError, match=r"mine\.toml: no such manifest file$"):
+        load_manifest(str(path))
+    with pytest.raises(ManifestError, match=r"no such manifest file$"):
+        load_manifest(f"{tmp_path}/")
+    path.write_bytes(HEAD.encode() + b"title = '\xff'\n")
+    with pytest.raises(ManifestError, match=r"mine\.toml: not UTF-8 text: .*0xff"):
+        load_manifest(str(path))
+    path.write_bytes(b"#" * (module.MAX_BYTES + 1))
+    with pytest.raises(ManifestError, match=r"mine\.toml: larger than 1048576 bytes, which no manifest is$"):
+        load_manifest(str(path))
+
+
+@pytest.mark.parametrize("encoded", [(HEAD + TABLE).encode("utf-8-sig"), (HEAD + TABLE).replace("\n", "\r\n").encode()])
+def test_manifests_from_other_editors(tmp_path, encoded):
+    (tmp_path / "mine.toml").write_bytes(encoded)
+    assert load_manifest(str(tmp_path / "mine.toml"))[0].name == "mine"
+
+
+def test_folder_of_a_relative_manifest_is_absolute(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text(HEAD + TABLE)
+    monkeypatch.chdir(tmp_path)
+    assert load_manifest("mine.toml")[1] == Path.cwd()
+
+
+@pytest.mark.parametrize(("name", "hint"), [("shape", r" \(did you mean 'shapes'\?\)"), ("", "")])
+def test_unknown_dataset(name, hint):
+    with pytest.raises(UnknownNameError, match=f"^unknown dataset '{name}'{hint}; choose from: comp5329, "):
+        load_manifest(name)

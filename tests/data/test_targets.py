@@ -1,0 +1,75 @@
+import numpy as np
+import pytest
+
+from cachefuse.data.readers.base import Samples
+from cachefuse.data.targets import encode_labels, find_classes, is_labelled
+from cachefuse.errors import DataError
+
+
+def samples(*labels):
+    return Samples(ids=[f"s{i}" for i in range(len(labels))], splits=["train"] * len(labels), labels=list(labels))
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([("10", "9"), ("1",), None], ("1", "9", "10")),
+        ([("10", "9"), ("x",)], ("10", "9", "x")),
+        ([("01",), ("1",)], ("01", "1")),
+        ([("²",), ("1",)], ("1", "²")),
+        ([("9" * 5000,), ("1",)], ("1", "9" * 5000)),
+        ([("-1",), ("1",)], ("-1", "1")),
+        ([("b", "a"), (), ("a",)], ("a", "b")),
+        ([None, ()], ()),
+        ([], ()),
+    ],
+)
+def test_classes_that_occur(labels, classes):
+    assert find_classes(labels) == classes
+
+
+def test_multilabel():
+    targets = encode_labels(samples(("b",), ("c", "a"), (), None), ("a", "b", "c"), "multilabel")
+    assert targets.dtype == np.int8
+    assert targets.tolist() == [[0, 1, 0], [1, 0, 1], [0, 0, 0], [-1, -1, -1]]
+    assert is_labelled(targets).tolist() == [True, True, True, False]
+
+
+def test_a_row_without_a_label_is_unlabelled_where_each_must_have_one():
+    targets = encode_labels(samples(("b",), (), None), ("a", "b"), "multilabel", min_labels=1)
+    assert targets.tolist() == [[0, 1], [-1, -1], [-1, -1]]
+    assert encode_labels(samples(("b",), (), None), ("a", "b"), "multiclass").tolist() == [1, -1, -1]
+
+
+def test_multiclass():
+    targets = encode_labels(samples(("b",), None, ("a",)), ("a", "b"), "multiclass")
+    assert targets.dtype == np.int32
+    assert targets.tolist() == [1, -1, 0]
+    assert is_labelled(targets).tolist() == [True, False, True]
+
+
+def test_retrieval_has_no_targets():
+    targets = encode_labels(samples(("x",), None), (), "retrieval")
+    assert targets.tolist() == [-1, -1]
+    assert not is_labelled(targets).any()
+
+
+def test_no_rows():
+    assert encode_labels(samples(), ("a", "b"), "multilabel").shape == (0, 2)
+    assert encode_labels(samples(), ("a", "b"), "multiclass").shape == (0,)
+
+
+@pytest.mark.parametrize("task", ["multilabel", "multiclass"])
+def test_label_that_is_no_class(task):
+    with pytest.raises(DataError, match=r"^row 's1' has label 'cow', which is not a class; the classes are: cat, dog$"):
+        encode_labels(samples(("cat",), ("cow",)), ("cat", "dog"), task)
+
+
+def test_long_lists_of_classes_are_cut():
+    with pytest.raises(DataError, match=r"28, 29 \.\.\.$"):
+        encode_labels(samples(("x",)), tuple(map(str, range(100))), "multiclass")
+
+
+def test_several_labels_in_a_multiclass_row():
+    with pytest.raises(DataError, match=r"^row 's0' has 2 labels; a multi-class row must have one$"):
+        encode_labels(samples(("cat", "dog")), ("cat", "dog"), "multiclass")

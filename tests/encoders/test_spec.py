@@ -1,0 +1,54 @@
+import pytest
+
+from cachefuse.encoders import DEFAULT_ENCODER, FAMILIES, EncoderSpec, open_encoder
+from cachefuse.errors import EncoderError, UnknownNameError
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("classic", ("classic", "", "")),
+        ("clip:ViT-B-32@laion2b_s34b_b79k", ("clip", "ViT-B-32", "laion2b_s34b_b79k")),
+        ("hf:org/name@v1.0", ("hf", "org/name", "v1.0")),
+        ("timm:resnet18@./w.safetensors", ("timm", "resnet18", "./w.safetensors")),
+        (" hf:bert-base-uncased ", ("hf", "bert-base-uncased", "")),
+    ],
+)
+def test_parse_splits_family_model_and_weights(text, expected):
+    spec = EncoderSpec.parse(text)
+    assert (spec.family, spec.model, spec.weights) == expected
+    assert str(spec) == text.strip()
+
+
+def test_at_sign_in_a_folder_that_exists_belongs_to_the_folder(tmp_path):
+    folder = tmp_path / "me@home"
+    folder.mkdir()
+    assert EncoderSpec.parse(f"hf:{folder}") == EncoderSpec("hf", str(folder))
+
+
+def test_short_is_the_same_wherever_the_files_lie(tmp_path, monkeypatch):
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    shorts = {EncoderSpec.parse(text).short for text in ("hf:model", "hf:./model", f"hf:{tmp_path}/model")}
+    assert shorts == {"hf:model"}
+
+
+def test_absolute_opens_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    spec = EncoderSpec.parse("timm:resnet18@./w.safetensors").absolute()
+    assert spec == EncoderSpec("timm", "resnet18", str(tmp_path / "w.safetensors"))
+
+
+def test_the_default_and_the_examples_name_known_families():
+    assert EncoderSpec.parse(DEFAULT_ENCODER).family in FAMILIES
+    assert [EncoderSpec.parse(family.example).family for family in FAMILIES.values()] == list(FAMILIES)
+
+
+def test_unknown_family_suggests():
+    with pytest.raises(UnknownNameError, match=r"unknown encoder family 'clap' \(did you mean 'clip'"):
+        open_encoder("clap:ViT-B-32")
+
+
+def test_a_spec_needs_a_family():
+    with pytest.raises(EncoderError, match="must look like family:model"):
+        open_encoder(":ViT-B-32")

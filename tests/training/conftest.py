@@ -1,0 +1,90 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cachefuse.cache.extract import extract
+from cachefuse.cache.store import FeatureStore
+from cachefuse.data.dataset import Dataset, load_dataset
+from cachefuse.data.images import FileImage
+from cachefuse.data.manifest import parse_manifest
+
+SHAPES = """
+name = "mine"
+task = "multilabel"
+min_labels = 1
+reader = { kind = "shapes", train = 240, test = 60 }
+splits = { val = { from = "train", fraction = 0.25 } }
+"""
+
+
+@pytest.fixture(scope="session")
+def extracted(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shapes") / "mine.zarr"
+    extract(load_dataset(parse_manifest(SHAPES, "mine.toml"), Path()), ["classic"], path, device="cpu")
+    return path
+
+
+@pytest.fixture
+def store(extracted, tmp_path):
+    """A copy of the small shapes store that a test may spoil."""
+    return FeatureStore(shutil.copytree(extracted, tmp_path / "mine.zarr"))
+
+
+@pytest.fixture
+def add_features():
+    def add(store, encoder, modality, values, source=None, blocks=None):
+        """Write features (N, D) under a made-up encoder, only some blocks if given."""
+        provenance = {"dtype": np.asarray(values).dtype.name, "family": "made up"}
+        features = store.require_features(encoder, modality, provenance, source or encoder)
+        features.begin("pooled", values.shape[1:])
+        for block in features.pending("pooled") if blocks is None else blocks:
+            features.write("pooled", block, list(values[features.rows_of("pooled", block)]))
+        return features
+
+    return add
+
+
+@pytest.fixture
+def make_store(tmp_path, add_features):
+    def make(features, targets, splits, *, task="multilabel", absent=None, metrics=(), name="made"):
+        """A store of features {modality: (N, D)}, with ``absent`` {modality: rows}."""
+        absent = absent or {}
+        n, n_classes = len(targets), targets.shape[1] if targets.ndim == 2 else targets.max(initial=1) + 1
+        manifest = parse_manifest(
+            f'name = "{name}"\ntask = "{task}"\nmetrics = {list(metrics)}\nreader = {{ kind = "shapes" }}', "made.toml"
+        )
+        images = [None if row in absent.get("image", ()) else FileImage(Path(f"{row}.png")) for row in range(n)]
+        texts = [() if row in absent.get("text", ()) else (f"text {row}",) for row in range(n)]
+        dataset = Dataset(
+            manifest=manifest,
+            classes=tuple(f"class {c}" for c in range(n_classes)),
+            ids=[f"row{row}" for row in range(n)],
+            splits=np.array(splits),
+            targets=targets,
+            images=images if "image" in features else None,
+            texts=texts if "text" in features else None,
+            name=name,
+        )
+        store = FeatureStore.for_dataset(tmp_path / f"{name}.zarr", dataset)
+        for modality, values in features.items():
+            add_features(store, "toy", modality, values)
+        return store
+
+    return make
+
+
+@pytest.fixture
+def toy_store(make_store):
+    """60 rows that a linear head can learn: 40 train, 12 val, 8 unlabelled test."""
+
+    def make(task="multilabel", seed=0, **options):
+        rng = np.random.default_rng(seed)
+        x = {"image": rng.normal(size=(60, 6)).astype(np.float16), "text": rng.normal(size=(60, 5)).astype(np.float16)}
+        signal = np.concatenate([x["image"], x["text"]], axis=1).astype(np.float32) @ rng.normal(size=(11, 3))
+        targets = (signal > 0).astype(np.int8) if task == "multilabel" else signal.argmax(1).astype(np.int32)
+        targets[52:] = -1
+        return make_store(x, targets, ["train"] * 40 + ["val"] * 12 + ["test"] * 8, task=task, **options)
+
+    return make

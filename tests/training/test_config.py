@@ -1,0 +1,69 @@
+import pytest
+
+from cachefuse.errors import ConfigError, UnknownNameError
+from cachefuse.training.config import TrainConfig
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("lr", 0.0, r"lr must be above 0 and at most 1e\+06\. Got 0\.0 instead"),
+        ("lr", -1.0, r"lr must be above 0 and at most 1e\+06\. Got -1\.0 instead"),
+        ("lr", 1e39, r"lr must be above 0 and at most 1e\+06\. Got 1e\+39 instead"),
+        ("lr", float("nan"), r"lr must be above 0 and at most 1e\+06\. Got nan instead"),
+        ("dropout", 1.0, r"dropout must be at least 0 and below 1\. Got 1\.0 instead"),
+        ("dropout", -0.1, r"dropout must be at least 0 and below 1\. Got -0\.1 instead"),
+        ("dropout", float("nan"), r"dropout must be at least 0 and below 1\. Got nan instead"),
+        ("weight_decay", -1.0, r"weight-decay must be between 0 and 1e\+06\. Got -1\.0 instead"),
+        ("weight_decay", float("inf"), r"weight-decay must be between 0 and 1e\+06\. Got inf instead"),
+        ("epochs", 0, r"epochs must be at least 1\. Got 0 instead"),
+        ("batch_size", -1, r"batch-size must be at least 1, or all\. Got -1 instead"),
+        ("patience", -1, r"patience must be at least 0\. Got -1 instead"),
+        ("seed", -1, r"seed must be between 0 and 2\^63 - 1\. Got -1 instead"),
+        ("seed", 2**63, r"seed must be between 0 and 2\^63 - 1\. Got 9223372036854775808 instead"),
+    ],
+)
+def test_refuses_settings_out_of_range(setting, value, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**{setting: value})
+
+
+@pytest.mark.parametrize("setting", ["fusion", "head", "loss", "activation", "optimizer"])
+def test_refuses_unknown_names(setting):
+    with pytest.raises(UnknownNameError, match=f"unknown {setting} 'smu'.*; choose from: "):
+        TrainConfig(**{setting: "smu"})
+
+
+def test_takes_the_tasks_loss_unless_told():
+    assert TrainConfig().resolve_loss("multilabel") == "bce"
+    assert TrainConfig().resolve_loss("multiclass") == "ce"
+    assert TrainConfig(loss="asl").resolve_loss("multiclass") == "asl"
+
+
+def test_refuses_a_softmax_for_several_labels_a_row():
+    with pytest.raises(
+        ConfigError, match="loss 'ce' is for one label a row; a multi-label task takes asl, bce or focal"
+    ):
+        TrainConfig(loss="ce").resolve_loss("multilabel")
+
+
+def test_refuses_a_task_without_labels():
+    with pytest.raises(ConfigError, match="a retrieval dataset has no labels, so there is no head to train on it"):
+        TrainConfig().resolve_loss("retrieval")
+
+
+def test_a_linear_head_has_no_hidden_layers_by_default():
+    assert TrainConfig(head="linear").head_options()["layers"] == ()
+    assert TrainConfig(head="mlp").head_options()["layers"] == (512,)
+    assert TrainConfig(head="mlp", layers=()).head_options()["layers"] == ()
+
+
+def test_comes_back_from_a_dictionary():
+    config = TrainConfig(fusion="mixed", layers=(8, 4), loss="asl", seed=3)
+    assert TrainConfig.from_dict({**config.to_dict(), "layers": [8, 4]}) == config
+    assert TrainConfig.from_dict({"layers": None}) == TrainConfig()
+
+
+def test_refuses_keys_that_are_no_settings():
+    with pytest.raises(ConfigError, match="unknown settings: fuse, rate"):
+        TrainConfig.from_dict({"rate": 1, "fuse": 2, "lr": 0.1})

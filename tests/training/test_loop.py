@@ -1,0 +1,199 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cachefuse.errors import TrainingError
+from cachefuse.losses import bce
+from cachefuse.training.batches import FeatureTable
+from cachefuse.training.loop import NesterovSGD, fit, predict_logits, to_scores
+
+
+class Probe(nn.Module):
+    """A linear model of one modality."""
+
+    def __init__(self, width, classes):
+        super().__init__()
+        self.linear = nn.Linear(width, classes)
+
+    def forward(self, features, present):
+        return self.linear(features["image"].float())
+
+
+def table_of(x, y):
+    n = len(x)
+    return FeatureTable(
+        {"image": torch.tensor(x)}, {"image": torch.ones(n, dtype=torch.bool)}, torch.tensor(y), np.ones(n, bool), None
+    )
+
+
+@pytest.fixture
+def table():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(40, 5)).astype(np.float32)
+    return table_of(x, (x @ rng.normal(size=(5, 3)) > 0).astype(np.uint8))
+
+
+def train(table, *, scores=None, lr=0.1, optimizer=torch.optim.SGD, loss=bce, **options):
+    """Fit a probe; ``scores`` are what validation says after each epoch."""
+    torch.manual_seed(0)
+    model = Probe(table.features["image"].shape[1], table.targets.shape[1])
+    given = iter(scores or ())
+    settings = {"epochs": 6, "batch_size": 0, "patience": 3, "generator": torch.Generator().manual_seed(0), **options}
+    history = fit(
+        model,
+        loss,
+        optimizer(model.parameters(), lr=lr),
+        table,
+        torch.arange(len(table.targets)),
+        score=(lambda model: next(given)) if scores else None,
+        **settings,
+    )
+    return model, history
+
+
+def weights(model):
+    return model.linear.weight.detach().numpy().copy()
+
+
+def test_full_batch_gradient_descent_equals_arithmetic(table):
+    torch.manual_seed(0)
+    start = Probe(5, 3).linear
+    w, b = start.weight.detach().double().numpy(), start.bias.detach().double().numpy()
+    x, y = table.features["image"].double().numpy(), table.targets.double().numpy()
+    losses = []
+    for _ in range(6):
+        z = x @ w.T + b
+        losses.append(np.mean(np.logaddexp(0, z) - y * z))
+        gradient = (1 / (1 + np.exp(-z)) - y) / y.size
+        w, b = w - 0.1 * gradient.T @ x, b - 0.1 * gradient.sum(0)
+    model, history = train(table)
+    np.testing.assert_allclose(weights(model), w, atol=1e-6)
+    np.testing.assert_allclose(model.linear.bias.detach(), b, atol=1e-6)
+    np.testing.assert_allclose([epoch.loss for epoch in history.epochs], losses, atol=1e-6)
+
+
+def test_the_loss_of_an_epoch_weighs_a_short_batch_by_its_rows(table):
+    _, full = train(table, lr=1e-9, epochs=1)
+    _, parts = train(table, lr=1e-9, epochs=1, batch_size=12)
+    assert parts.epochs[0].loss == pytest.approx(full.epochs[0].loss, abs=1e-6)
+
+
+def test_nesterov_is_torchs(table):
+    ours, _ = train(table, optimizer=NesterovSGD)
+    theirs, _ = train(table, optimizer=lambda params, lr: torch.optim.SGD(params, lr, momentum=0.9, nesterov=True))
+    assert np.array_equal(weights(ours), weights(theirs))
+
+
+def test_restores_the_best_epochs_weights(table):
+    best, _ = train(table, epochs=2)
+    model, history = train(table, scores=[0.1, 0.5, 0.5, 0.4, 0.2, 0.3], patience=10)
+    assert [epoch.best for epoch in history.epochs] == [True, True, False, False, False, False]
+    assert history.best_epoch == 2
+    assert np.array_equal(weights(model), weights(best))
+
+
+def test_stops_after_patience_epochs_without_a_better_score(table):
+    _, history = train(table, scores=[0.1, 0.5, 0.4, 0.3, 0.5, 0.9])
+    assert (len(history.epochs), history.best_epoch) == (5, 2)
+
+
+def test_without_patience_the_last_epoch_stays(table):
+    last, _ = train(table)
+    model, history = train(table, scores=[0.9, 0.5, 0.4, 0.3, 0.2, 0.1], patience=0)
+    assert (len(history.epochs), history.best_epoch) == (6, 6)
+    assert np.array_equal(weights(model), weights(last))
+
+
+def test_without_validation_trains_all_epochs(table):
+    _, history = train(table, patience=2)
+    assert (len(history.epochs), history.best_epoch) == (6, 6)
+    assert {epoch.score for epoch in history.epochs} == {None}
+
+
+def test_a_score_that_is_not_defined_counts_as_none(table):
+    _, history = train(table, scores=[math.nan] * 6, patience=2)
+    assert (len(history.epochs), history.best_epoch) == (6, 6)
+
+
+def test_training_that_diverges_to_nan_is_an_error(table):
+    huge = table_of(np.full((4, 5), 1e30, np.float32), np.ones((4, 3), np.uint8))
+    with pytest.raises(TrainingError, match=r"training diverged in epoch \d: the loss is (nan|inf); take a lower lr"):
+        train(huge, lr=1e30, loss=lambda logits, targets: logits.square().mean())
+
+
+def test_weights_that_diverge_in_the_last_step_are_an_error(table):
+    with pytest.raises(TrainingError, match="the model's logits are not finite: its training diverged; take a lower"):
+        train(table, lr=3e38, epochs=1, loss=lambda logits, targets: 100 * bce(logits, targets))
+
+
+def test_a_model_far_worse_than_saying_nothing_is_an_error(table):
+    with pytest.raises(TrainingError, match=r"training diverged: the loss is .*, where logits of 0 give 0\.6931; take"):
+        train(table, lr=1e6, epochs=1)
+
+
+def test_a_first_batch_that_happens_to_be_easy_is_no_divergence():
+    x = np.array([[8.0], [-1.0], [-1.0], [-1.0]], np.float32)
+    table = table_of(x, np.array([[1], [1], [0], [1]], np.uint8))
+    model = Probe(1, 1)
+    nn.init.constant_(model.linear.weight, 1.0)
+    nn.init.zeros_(model.linear.bias)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    history = fit(
+        model, bce, optimizer, table, torch.arange(4),
+        score=None, epochs=1, batch_size=0, patience=0, generator=torch.Generator(),
+    )  # fmt: skip
+    assert history.epochs[0].loss > 0.5
+
+
+def interrupt_in(epoch):
+    def on_epoch(done):
+        if done.epoch == epoch:
+            raise KeyboardInterrupt
+
+    return on_epoch
+
+
+def test_an_interrupt_keeps_the_best_epoch_so_far(table):
+    best, _ = train(table, epochs=2)
+    model, history = train(table, scores=[0.1, 0.5, 0.4, 0.9], patience=10, on_epoch=interrupt_in(3))
+    assert history.interrupted
+    assert (len(history.epochs), history.best_epoch) == (3, 2)
+    assert np.array_equal(weights(model), weights(best))
+
+
+def test_an_interrupt_in_the_middle_of_an_epoch_keeps_the_last_whole_one(table):
+    whole, _ = train(table, epochs=1, batch_size=10)
+    batches = iter(range(100))
+
+    def loss(logits, targets):
+        if torch.is_grad_enabled() and next(batches) == 6:
+            raise KeyboardInterrupt
+        return bce(logits, targets)
+
+    model, history = train(table, batch_size=10, loss=loss)
+    assert (history.interrupted, len(history.epochs), history.best_epoch) == (True, 1, 1)
+    assert np.array_equal(weights(model), weights(whole))
+
+
+def test_an_interrupt_before_the_first_epoch_is_over_is_passed_on(table):
+    def loss(logits, targets):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(table, loss=loss)
+
+
+def test_logits_come_in_order_without_dropout(table):
+    model = nn.Sequential()
+    model.forward = lambda features, present: nn.functional.dropout(features["image"], 0.5, model.training)
+    rows = torch.tensor([3, 1, 2])
+    assert torch.equal(predict_logits(model.train(), table, rows), table.features["image"][rows])
+
+
+def test_scores_are_probabilities():
+    logits = torch.tensor([[0.0, 2.0], [100.0, -100.0]])
+    assert torch.equal(to_scores(logits, "bce"), logits.sigmoid())
+    assert to_scores(logits, "ce").sum(1).tolist() == pytest.approx([1, 1])

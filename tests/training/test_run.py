@@ -1,0 +1,280 @@
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cachefuse.errors import RunError
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.run import Run, find_run, match_features
+from cachefuse.training.train import train_head
+
+QUICK = TrainConfig(head="linear", epochs=2)
+
+
+@pytest.fixture
+def trained(toy_store):
+    return train_head(toy_store(), QUICK)
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    return trained.save(tmp_path / "runs")
+
+
+def edit(path, change):
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def test_comes_back_as_it_was(trained, saved):
+    run = Run.load(saved)
+    for name in ("name", "dataset", "manifest", "classes", "features", "rows", "metrics", "per_class", "split_digest"):
+        assert getattr(run, name) == getattr(trained, name), name
+    assert (run.history, run.created, run.path) == (trained.history, trained.created, saved)
+    assert run.config == TrainConfig(head="linear", epochs=2, loss="bce")
+    assert (run.task, run.loss) == ("multilabel", "bce")
+    state = trained.model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in run.model.state_dict().items())
+
+
+def test_a_figure_that_is_not_defined_is_null_in_the_file_and_nan_in_python(make_store, tmp_path):
+    x = {"image": np.eye(4, dtype=np.float16)}
+    y = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], np.int8)
+    path = train_head(make_store(x, y, ["train", "train", "val", "val"]), QUICK).save(tmp_path / "runs")
+    assert json.loads((path / "run.json").read_text())["per_class"]["val"]["ap"][1] is None
+    assert np.isnan(Run.load(path).per_class["val"]["ap"][1])
+
+
+def test_counts_parameters_and_size(trained):
+    assert trained.n_parameters == (6 * 3 + 3) + (5 * 3 + 3) + (3 * 3 + 3)
+    assert trained.size_mb == pytest.approx(4 * (trained.n_parameters + 2 * 11) / 1e6)
+
+
+def test_names_count_up_and_the_latest_is_by_date(trained, tmp_path):
+    runs = tmp_path / "runs"
+    paths = [train_head(match_store(trained, tmp_path), QUICK).save(runs) for _ in range(3)]
+    assert [path.name for path in paths] == [f"made-sum-linear-bce-{n}" for n in (1, 2, 3)]
+    assert find_run(runs) == paths[2]
+    edit(paths[0] / "run.json", lambda values: values.update(created="2999-01-01T00:00:00"))
+    assert find_run(runs) == paths[0]
+
+
+def match_store(trained, tmp_path):
+    from cachefuse.cache.store import FeatureStore
+
+    return FeatureStore(tmp_path / f"{trained.dataset}.zarr")
+
+
+def test_runs_saved_at_once_all_find_a_name(trained, tmp_path):
+    from copy import copy
+
+    runs, copies = tmp_path / "runs", [copy(trained) for _ in range(6)]
+    threads = [threading.Thread(target=run.save, args=(runs,)) for run in copies]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(run.name for run in copies) == [f"made-sum-linear-bce-{n}" for n in range(1, 7)]
+    assert all((run.path / "run.json").is_file() for run in copies)
+    assert sorted(path.name for path in runs.iterdir()) == sorted(run.name for run in copies)
+
+
+def test_finds_a_run_by_name_or_path(saved, tmp_path, monkeypatch):
+    assert find_run(saved.parent, saved.name) == saved
+    assert find_run(tmp_path / "elsewhere", str(saved)) == saved
+    monkeypatch.chdir(saved)
+    assert Run.load(find_run(tmp_path / "elsewhere", ".")).name == saved.name
+
+
+def test_says_which_runs_there_are(saved, tmp_path):
+    with pytest.raises(RunError, match=r"no run 'nope' in .*; the runs are: made-sum-linear-bce-1"):
+        find_run(saved.parent, "nope")
+    with pytest.raises(RunError, match=r"no run 'nope' in .*; the runs are: none yet"):
+        find_run(tmp_path, "nope")
+    with pytest.raises(RunError, match=r"no runs in .*; train one with cachefuse train-head"):
+        find_run(tmp_path / "elsewhere")
+
+
+def test_a_failed_save_leaves_nothing(trained, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("cachefuse.training.run.write_atomically", fail)
+    with pytest.raises(OSError, match="disk full"):
+        trained.save(tmp_path / "runs")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from cachefuse.training import run as module
+real = module.write_atomically
+def write(path, data):
+    real(path, data)
+    if path.name == "run.json":
+        os.kill(os.getpid(), signal.SIGKILL)
+module.write_atomically = write
+module.Run.load(Path(sys.argv[1])).save(Path(sys.argv[2]))
+"""
+
+
+def test_a_kill_in_save_leaves_no_run(saved, tmp_path):
+    runs = tmp_path / "killed"
+    process = subprocess.run([sys.executable, "-c", KILLED, saved, runs], env=os.environ, check=False)
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(RunError, match="no runs in"):
+        find_run(runs)
+    path = Run.load(saved).save(runs)
+    assert find_run(runs) == path
+
+
+@pytest.mark.parametrize("file", ["run.json", "history.json", "model.safetensors"])
+def test_names_a_file_that_is_missing(saved, file):
+    (saved / file).unlink()
+    with pytest.raises(RunError, match=rf"{file} is not there: .* is not a"):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize("file", ["run.json", "history.json", "model.safetensors"])
+@pytest.mark.parametrize("size", [0, 0.5, 0.99])
+def test_names_a_file_that_is_cut_short(saved, file, size):
+    path = saved / file
+    path.write_bytes(path.read_bytes()[: int(size * path.stat().st_size)])
+    with pytest.raises(RunError, match=f"{file}: (can't be read|the weights don't fit)"):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("file", ["run.json", "history.json"])
+def test_names_a_file_that_is_no_json_object(saved, file, content):
+    (saved / file).write_bytes(content)
+    with pytest.raises(RunError, match=f"{file}: (can't be read|must hold a JSON object)"):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("config", {"fuse": 1}, "unknown settings: fuse"),
+        ("config", {"fusion": "smu"}, "unknown fusion 'smu'"),
+        ("config", {"fusion": ["sum"]}, ""),
+        ("config", {"epochs": "many"}, ""),
+        ("config", {"dropout": None}, ""),
+        ("config", {"head": "mlp", "layers": [-1]}, "layers must be at least 1 wide"),
+        ("config", {"head": "mlp", "layers": [10**13]}, ""),
+        ("config", {"head": "mlp", "layers": ["a"]}, ""),
+        ("config", {"loss": "ce"}, "loss 'ce' is for one label a row"),
+        ("config", 5, "config: "),
+        ("classes", "abc", "classes: "),
+        ("classes", [1, 2, 3], "classes.0: "),
+        ("classes", None, "classes: "),
+        ("dataset", 5, "dataset: "),
+        ("created", 5, "created: "),
+        ("seconds", "long", "seconds: "),
+        ("rows", {"val": "many"}, "rows.val: "),
+        ("metrics", {"val": 1}, "metrics.val: "),
+        ("manifest", {}, "manifest.name: "),
+        ("manifest", {"name": "a", "task": "retrieval", "reader": {"kind": "shapes"}}, "a retrieval dataset has no"),
+        ("manifest", {"name": "../a", "task": "multilabel", "reader": {"kind": "shapes"}}, "manifest.name: "),
+        ("manifest", {"name": "a", "task": "multilabel", "reader": {"kind": "os"}}, "unknown reader 'os'"),
+        ("features", {"image": [{"encoder": "toy"}]}, "features.image.0.source: "),
+        ("features", {"image": [], "text": 5}, "features.text: "),
+        ("features", {}, "fusion 'sum' needs some features"),
+    ],
+)
+def test_refuses_a_description_edited_into_nonsense(saved, key, value, message):
+    edit(saved / "run.json", lambda values: values.update({key: value}))
+    with pytest.raises(RunError, match=f"run.json: not a run's description: .*{message}"):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize("width", [-1, 0, "wide", None, 10**13])
+def test_refuses_a_width_edited_into_nonsense(saved, width):
+    edit(saved / "run.json", lambda values: values["features"]["image"][0].update(width=width))
+    with pytest.raises(RunError, match=r"(run\.json|model\.safetensors): "):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize("key", ["dataset", "manifest", "classes", "config", "features", "rows", "metrics", "created"])
+def test_names_a_key_that_is_missing(saved, key):
+    edit(saved / "run.json", lambda values: values.pop(key))
+    with pytest.raises(RunError, match=rf"run\.json: not a run's description: {key}: Field required"):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize("history", [{"epochs": 5}, {"epochs": [{"epoch": 1}]}, {"best_epoch": "first"}])
+def test_names_a_history_edited_into_nonsense(saved, history):
+    edit(saved / "history.json", lambda values: values.update(history))
+    with pytest.raises(RunError, match=r"history\.json: not a run's description: "):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize("version", [2, "1", None])
+def test_refuses_a_run_of_another_version(saved, version):
+    edit(saved / "run.json", lambda values: values.update(format=version))
+    with pytest.raises(RunError, match=rf"run of another version \(format {version}, not 1\)"):
+        Run.load(saved)
+
+
+def test_refuses_weights_of_another_shape_or_name(saved):
+    weights = load_file(saved / "model.safetensors")
+    for tensors in ({**weights, "extra": torch.zeros(1)}, {k: v[:-1].clone() for k, v in weights.items()}, {}):
+        save_file(tensors, saved / "model.safetensors")
+        with pytest.raises(RunError, match=r"model\.safetensors: the weights don't fit the run's settings: "):
+            Run.load(saved)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bombed",)
+
+
+def test_never_unpickles(saved, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (saved / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(RunError, match=r"model\.safetensors: the weights don't fit"):
+        Run.load(saved)
+    assert not (tmp_path / "bombed").exists()
+
+
+def test_what_a_run_says_names_no_place_to_write(saved, tmp_path):
+    edit(saved / "run.json", lambda values: values.update(name="../../escaped", dataset="../../escaped"))
+    run = Run.load(saved)
+    assert run.name == saved.name
+    assert run.save(tmp_path / "copies").parent == tmp_path / "copies"
+    assert not list(tmp_path.parent.glob("*escaped*"))
+
+
+def test_refuses_a_store_with_other_classes(saved, make_store):
+    y = np.array([[1, 0], [0, 1]], np.int8)
+    other = make_store({"image": np.eye(2, 6, dtype=np.float16)}, y, ["train", "val"], name="other")
+    with pytest.raises(RunError, match=r"was trained on other classes than .* has now; train again"):
+        match_features(Run.load(saved), other)
+
+
+def test_refuses_a_store_without_the_encoder(saved, trained, tmp_path):
+    store = match_store(trained, tmp_path)
+    shutil.rmtree(store.path / "features" / "toy" / "text")
+    with pytest.raises(RunError, match=r"was trained on toy \(text\), which .* lacks"):
+        match_features(Run.load(saved), store)
+
+
+def test_refuses_a_store_made_differently(saved, trained, tmp_path, add_features):
+    store = match_store(trained, tmp_path)
+    shutil.rmtree(store.path / "features" / "toy" / "text")
+    add_features(store, "toy", "text", np.zeros((60, 5), np.float32))
+    with pytest.raises(
+        RunError, match=r"was trained on another store: its toy \(text\) features were made differently"
+    ):
+        match_features(Run.load(saved), store)
