@@ -360,7 +360,7 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
         table.add_row(run.config.fusion, *cells, f"{run.seconds:.1f}")
     console.print(table)
     console.print(
-        "Some classes show only in the image, some only in the text, some only in both together:\nfusion sees them all."
+        "Some classes show only in the image, some only in the text, some only in both:\nfusion sees them all."
     )
     console.print(Text.assemble(("store ", "dim"), str(store)), soft_wrap=True)
     console.print(Text.assemble(("runs  ", "dim"), str(best.path.parent if best.path else "")), soft_wrap=True)

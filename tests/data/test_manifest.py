@@ -205,3 +205,11 @@ def test_folder_of_a_relative_manifest_is_absolute(tmp_path, monkeypatch):
 def test_unknown_dataset(name, hint):
     with pytest.raises(UnknownNameError, match=f"^unknown dataset '{name}'{hint}; choose from: comp5329, "):
         load_manifest(name)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd.csv", "../other.csv", "a/../../b.csv"])
+@pytest.mark.parametrize("reader", ['kind = "table"\nfiles', 'kind = "hdf5"\nfiles', 'kind = "folder"\nsplits'])
+def test_a_manifest_cannot_name_files_outside_the_data_folder(reader: str, path: str) -> None:
+    text = f'name = "mine"\ntask = "multiclass"\n[reader]\n{reader} = {{ train = "{path}" }}\n'
+    with pytest.raises(ManifestError, match=r"reader\.(files|splits)\.train: must be a path inside the data folder"):
+        parse_manifest(text, "mine.toml")

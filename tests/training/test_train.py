@@ -151,13 +151,12 @@ def test_a_large_learning_rate_that_learns_nothing_is_said_to_diverge(head, loss
         train_head(store, TrainConfig(head=head, loss=loss, layers=(64,), lr=0.3, epochs=1))
 
 
-@pytest.mark.parametrize("fusion", ["sum", "mixed"])
 @pytest.mark.parametrize("loss", ["asl", "bce", "focal"])
 @pytest.mark.parametrize("settings", [{"lr": 1e-6, "epochs": 1}, {"lr": 1e-3, "epochs": 1, "batch_size": 4}])
-def test_a_run_that_has_barely_begun_has_not_diverged(fusion, loss, settings, toy_store):
+def test_a_run_that_has_barely_begun_has_not_diverged(loss, settings, toy_store):
     store = toy_store()
-    for seed in range(3):
-        train_head(store, TrainConfig(fusion=fusion, head="gmlp", layers=(16,), loss=loss, seed=seed, **settings))
+    for seed in range(2):
+        train_head(store, TrainConfig(fusion="mixed", head="gmlp", layers=(16,), loss=loss, seed=seed, **settings))
 
 
 @pytest.mark.parametrize(("task", "loss"), [("multilabel", "asl"), ("multilabel", "bce"), ("multiclass", "ce")])

@@ -1,12 +1,21 @@
-"""What every reader shares: its options are its fields, `read` gives the samples, `expected` the files it needs."""
+"""What every reader shares: its options are its fields, `read` gives the samples, `missing` the files it lacks."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
+from pathlib import Path, PurePath
+from typing import Annotated, Protocol
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+
+def _inside(path: str) -> str:
+    if PurePath(path).is_absolute() or ".." in PurePath(path).parts:
+        raise ValueError(f"must be a path inside the data folder. Got {path!r} instead")
+    return path
+
+
+InsidePath = Annotated[str, AfterValidator(_inside)]  # a manifest may come from anyone: it can't name files elsewhere
 
 
 class ImageSource(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.data.readers.base import InsidePath, Reader, Samples
 from cachefuse.errors import DataError
 
 EXTENSIONS = frozenset(
@@ -20,7 +20,7 @@ class FolderReader(Reader):
     The id is the path below the root, with forward slashes.
     """
 
-    splits: dict[str, str] | None = None  # split -> sub-folder
+    splits: dict[str, InsidePath] | None = None  # split -> sub-folder
 
     def missing(self, root: Path) -> list[str]:
         return [f"{folder}/" for folder in (self.splits or {"train": ""}).values() if not (root / folder).is_dir()]

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
-from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.data.readers.base import InsidePath, Reader, Samples
 from cachefuse.data.readers.hdf5_file import file_name, find_dataset, image_column, open_hdf5, open_shared, read_strings
 from cachefuse.errors import BadSampleError, DataError
 
@@ -53,7 +53,7 @@ class ArrayImage:
 class Hdf5Reader(Reader):
     """One file a split; image, text, labels, id and group are the keys of datasets, the same in every file."""
 
-    files: dict[str, str] = Field(min_length=1)  # split -> file
+    files: dict[str, InsidePath] = Field(min_length=1)  # split -> file
     image: str | None = None
     text: str | None = None
     labels: str | None = None

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import Reader, Samples, well_formed
+from cachefuse.data.readers.base import InsidePath, Reader, Samples, well_formed
 from cachefuse.data.readers.csv_text import read_csv
 from cachefuse.errors import DataError
 
@@ -27,7 +27,7 @@ class TableReader(Reader):
     A file without the labels column is unlabelled, and so is a row where it is null.
     """
 
-    files: dict[str, str] = Field(min_length=1)  # split -> file
+    files: dict[str, InsidePath] = Field(min_length=1)  # split -> file
     id: str | None = None  # left out: the row's number
     image: str | None = None
     text: str | None = None

@@ -67,14 +67,13 @@ def test_nothing_outside_the_root_is_read(tmp_path):
     assert "skipped 1 links that leave the data folder, such as cat/2.jpg" in dataset.notes
 
 
-@pytest.mark.parametrize("folder", ["../outside", "link"])
-def test_split_folder_outside_the_root(tmp_path, folder):
+def test_split_folder_that_is_a_link_out_of_the_root(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     save(tmp_path / "outside/cat/1.jpg")
     (root / "link").symlink_to(tmp_path / "outside")
     with pytest.raises(DataError, match="lies outside the data folder"):
-        load(root, f'splits = {{ train = "{folder}" }}\n')
+        load(root, 'splits = { train = "link" }\n')
 
 
 def test_folder_without_images(tmp_path):
