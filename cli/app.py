@@ -50,8 +50,9 @@ def main(args: Sequence[str] | None = None) -> None:
     given = [arg for arg in given if arg != "--debug"]
     try:
         app(given, prog_name="cachefuse")
-    except (CachefuseError, OSError, MemoryError) as error:
-        if debug:
+    except Exception as error:
+        told = isinstance(error, CachefuseError | OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if debug or not told:
             raise
         from cachefuse_cli import render
 

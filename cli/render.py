@@ -58,7 +58,7 @@ class _NoteHandler(logging.Handler):
 def error(problem: BaseException) -> None:
     """Print an error: its first line in red, further lines (how to go on) plain."""
     message = str(problem) or type(problem).__name__
-    if isinstance(problem, MemoryError):
+    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":  # torch's own, on CUDA
         message = "out of memory; try a smaller --batch-size or --limit"
     first, _, rest = message.partition("\n")
     console = err()
@@ -109,6 +109,13 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+class _Rows(ProgressColumn):
+    """Rows done of all; nothing where their number is not known yet."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}")
+
+
 class _Rate(ProgressColumn):
     """Samples a second, over the rows computed in this call."""
 
@@ -131,7 +138,7 @@ class _RowBars:
         self._progress = _progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            _Rows(),
             _Rate(),
             TimeRemainingColumn(),
         )
@@ -151,9 +158,14 @@ class _RowBars:
 
 
 class ExtractProgress(_RowBars):
-    """A bar for each encoder and modality."""
+    """A bar for each encoder and modality, once the encoders are open."""
+
+    def __enter__(self) -> Self:
+        self._opening = self._progress.add_task("opening the encoders", total=None)
+        return super().__enter__()
 
     def update(self, state: "ExtractState") -> None:
+        self._progress.update(self._opening, visible=False)
         if state.begun and state.done == state.begun:
             note(f"{state.encoder} {state.modality}: {state.begun:,} rows are there already; going on with the rest")
         self._show(f"{_shorten(state.encoder, 28)} {state.modality}", state.done, state.total, state.begun)

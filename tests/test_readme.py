@@ -61,6 +61,14 @@ def test_every_other_command_runs_as_written(tmp_path: Path) -> None:
     assert len(submission) == 1 + 620
 
 
+def test_the_python_example_runs_as_written(tmp_path: Path) -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "'micro_f1': 0.9" in done.stdout
+    assert len((tmp_path / "submission.csv").read_text().splitlines()) == 1 + 600
+
+
 def make_photos(folder: Path) -> None:
     """The photos that the README's own-data example speaks of."""
     (folder / "photos").mkdir()

@@ -96,7 +96,10 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
 
 def load_table(store: FeatureStore, chosen: Mapping[str, Sequence[Features]]) -> FeatureTable:
     """Read features into memory; several encoders of one modality are concatenated along their width."""
-    features = {m: torch.from_numpy(np.concatenate([f.read() for f in group], axis=1)) for m, group in chosen.items()}
+    features = {}
+    for modality, group in chosen.items():
+        parts = [torch.from_numpy(part.read()) for part in group]
+        features[modality] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return FeatureTable(
         features=features,
         present={modality: torch.from_numpy(store.present(modality)) for modality in chosen},

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -153,7 +154,8 @@ class Run:
             config = TrainConfig.from_dict(about.config)
             config.resolve_loss(about.manifest.task)
             widths = {modality: sum(used.width for used in group) for modality, group in about.features.items()}
-            model = build_model(config, widths, len(about.classes))
+            with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
+                model = build_model(config, widths, len(about.classes))
         values = _read_json(path / "history.json")
         with _describing(path / "history.json"):
             history = TypeAdapter(History).validate_python(values)
@@ -254,7 +256,8 @@ def _describing(path: Path) -> Iterator[None]:
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(load_file(path), assign=True)
+        model.float()
     except FileNotFoundError:
         raise RunError(f"{path} is not there: {path.parent} is not a whole run") from None
     except (SafetensorError, RuntimeError, OSError) as error:

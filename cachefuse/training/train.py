@@ -32,8 +32,9 @@ def train_head(
 ) -> Run:
     """Train one head on a store's ``train`` rows and measure it on every labelled split; nothing is written.
 
-    Early stopping watches the dataset's first metric on ``val``, where there are such rows. Raises ConfigError for
-    settings that don't fit the dataset, DataError without training rows, TrainingError if training diverges.
+    ``encoders`` name the features to use, by default all that the store has. Early stopping watches the dataset's first
+    metric on ``val``, where there are such rows. Raises ConfigError for settings that don't fit the dataset or a
+    modality that no training row has, DataError without training rows, TrainingError if training diverges.
     """
     begun = time.perf_counter()
     manifest, classes = store.manifest, store.classes
