@@ -6,6 +6,7 @@ from cachefuse_cli.options import WORKSPACE, DataDir, Json, Workspace
 def datasets(workspace: Workspace = WORKSPACE, data_dir: DataDir = None, json: Json = False) -> None:
     """List the built-in datasets: task, size, splits, and whether the raw data is there."""
     from cachefuse.data.manifest import builtin_manifests
+    from cachefuse.data.splits import ordered_splits
     from cachefuse.runtime import Workspace as WorkspacePaths
     from cachefuse_cli import render
     from cachefuse_cli.options import data_root
@@ -20,7 +21,7 @@ def datasets(workspace: Workspace = WORKSPACE, data_dir: DataDir = None, json: J
                 "task": manifest.task,
                 "classes": len(manifest.classes or ()) or None,
                 "rows": manifest.rows,
-                "splits": [*manifest.rows, *manifest.splits],
+                "splits": ordered_splits([*manifest.rows, *manifest.splits]),
                 "builtin": manifest.reader["kind"] == "shapes",
                 "data": not manifest.open_reader().missing(root),
                 "data_dir": str(root),

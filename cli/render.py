@@ -216,9 +216,9 @@ def dataset_line(dataset: "Dataset") -> None:
 
 def split_counts(splits: Sequence[str]) -> str:
     """Return "train 2,425, val 632, test 620"."""
-    usual = ["train", "val", "test"]
-    names = sorted(set(splits), key=lambda name: (usual.index(name) if name in usual else len(usual), name))
-    return ", ".join(f"{name} {splits.count(name):,}" for name in names)
+    from cachefuse.data.splits import ordered_splits
+
+    return ", ".join(f"{name} {splits.count(name):,}" for name in ordered_splits(splits))
 
 
 def run_line(run: "Run") -> None:
@@ -336,11 +336,11 @@ def prediction(predictions: "Predictions", *, as_json: bool) -> None:
 def datasets(rows: Sequence[dict[str, Any]]) -> None:
     """The built-in datasets, and how to bring one's own."""
     table = _table("dataset", "task", "size", "splits", "data")
+    table.columns[2].justify = "right"
     for row in rows:
-        size = "made here" if row["builtin"] else f"{sum(row['rows'].values()):,}"
         here = "[green]built in[/]" if row["builtin"] else ("[green]yes[/]" if row["data"] else "[dim]no[/]")
-        splits = row["splits"] or ["train", "val", "test"]
-        table.add_row(f"[bold]{row['name']}[/]", row["task"], size, ", ".join(splits), here)
+        size = f"{sum(row['rows'].values()):,}"
+        table.add_row(f"[bold]{row['name']}[/]", row["task"], size, ", ".join(row["splits"]), here)
     out().print(table)
     out().print("Your own: cachefuse extract --dataset ./mine.toml (the README shows one)")
 

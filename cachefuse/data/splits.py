@@ -1,7 +1,7 @@
 """Splits: given by the data, or made by a stable hash of each row's id."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from cachefuse.data.readers.base import Samples
@@ -9,6 +9,14 @@ from cachefuse.errors import DataError
 
 if TYPE_CHECKING:
     from cachefuse.data.manifest import HashSplit
+
+
+USUAL = ("train", "val", "test")
+
+
+def ordered_splits(names: Iterable[str]) -> list[str]:
+    """Return split names once each: train, val and test first, then others by name."""
+    return sorted(set(names), key=lambda name: (USUAL.index(name) if name in USUAL else len(USUAL), name))
 
 
 def hash_unit(key: str) -> float:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.cache.store import FeatureStore
+from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import DataError
 from cachefuse.metrics import METRICS, decide, per_class
 from cachefuse.registry import LOSSES, OPTIMIZERS, lookup
@@ -66,8 +67,8 @@ def train_head(
         generator=torch.Generator().manual_seed(config.seed),
         on_epoch=on_epoch,
     )
-    splits = [split for split in np.unique(store.splits).tolist() if len(table.rows(split))]
-    measured = {split: _measure(model, table, split, loss_name, store) for split in sorted(splits, key=_split_order)}
+    splits = [split for split in ordered_splits(store.splits.tolist()) if len(table.rows(split))]
+    measured = {split: _measure(model, table, split, loss_name, store) for split in splits}
     return Run(
         name=f"{store.dataset}-{config.fusion}-{config.head}-{loss_name}",
         dataset=store.dataset,
@@ -88,14 +89,10 @@ def train_head(
 def _training_rows(store: FeatureStore, table: FeatureTable) -> Tensor:
     rows = table.rows(TRAIN)
     if not len(rows):
-        have = {split: len(table.rows(split)) for split in np.unique(store.splits).tolist()}
+        have = {split: len(table.rows(split)) for split in ordered_splits(store.splits.tolist())}
         labelled = ", ".join(f"{split} has {n:,} labelled rows" for split, n in have.items())
         raise DataError(f"{store.dataset} has no labelled rows in its {TRAIN!r} split ({labelled})")
     return rows
-
-
-def _split_order(split: str) -> tuple[int, str]:
-    return (("train", "val", "test").index(split) if split in ("train", "val", "test") else 3, split)
 
 
 def _decided(
