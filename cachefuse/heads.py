@@ -1,7 +1,10 @@
 """Heads: from one vector a sample to logits; and the standardisation of features before them.
 
 Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.0)`` and maps (B, D) to (B, C).
+Its ``default_layers`` are what training takes where none are asked for.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ class Linear(nn.Linear):
     Raises ConfigError if ``layers`` are given.
     """
 
+    default_layers: ClassVar[tuple[int, ...]] = ()
+
     def __init__(
         self, width: int, classes: int, *, layers: tuple[int, ...] = (), activation: str = "gelu", dropout: float = 0.0
     ):
@@ -33,6 +38,8 @@ class MLP(nn.Module):
 
     Raises ConfigError for layers or dropout out of range, UnknownNameError for an unknown activation.
     """
+
+    default_layers: ClassVar[tuple[int, ...]] = (512,)
 
     def __init__(
         self, width: int, classes: int, *, layers: tuple[int, ...] = (), activation: str = "gelu", dropout: float = 0.0
@@ -57,6 +64,8 @@ class GatedMLP(nn.Module):
     along the channels: see ``ChannelGate``. Raises ConfigError for layers or dropout out of range, UnknownNameError for
     an unknown activation.
     """
+
+    default_layers: ClassVar[tuple[int, ...]] = (512,)
 
     def __init__(
         self, width: int, classes: int, *, layers: tuple[int, ...] = (), activation: str = "gelu", dropout: float = 0.0

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachefuse.cache.extract import BATCH_SIZE, encode_prepared, in_order, is_bad, prepare_source
+from cachefuse.cache.extract import BATCH_SIZE, encode_prepared, is_bad, prepare_in_order
 from cachefuse.cache.layout import DTYPES, provenance_key
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.readers.base import ImageSource, Samples
@@ -20,7 +19,7 @@ from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.metrics import decide
-from cachefuse.runtime import n_threads, resolve_device
+from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable, load_table
 from cachefuse.training.loop import predict_logits, to_scores
 from cachefuse.training.run import Run, UsedFeatures, match_features
@@ -89,13 +88,16 @@ def predict_samples(
             values, unusable = _encode(tower, sources[modality], used, device, on_progress)
             parts.append(values)
             bad.update(unusable)
-        for row, error in bad.items():
-            where = getattr(sources[modality][row], "name", samples.ids[row])
+        if bad:
+            row, error = next(iter(bad.items()))
+            first = f"{getattr(sources[modality][row], 'name', samples.ids[row])}: {error}"
             if len(bad) > max_bad * n:
-                raise BadSampleError(f"{where}: {error}")
-            logger.warning("%s: %s; predicted without its %s", where, error, modality)
+                raise BadSampleError(first)
+            logger.warning("%s of %s samples predicted without their %s; the first: %s", len(bad), n, modality, first)
         features[modality] = torch.from_numpy(np.concatenate(parts, axis=1))
         present[modality] = torch.tensor([row not in bad for row in range(n)])
+    if not any(mask.any() for mask in present.values()):
+        raise DataError(f"no sample has a usable {' or '.join(run.features)}, which run {run.name} reads")
     table = FeatureTable(
         features=features,
         present=present,
@@ -173,8 +175,7 @@ def _encode(
     values = np.zeros((len(sources), used.width), DTYPES[used.dtype])
     bad: dict[int, BadSampleError] = {}
     size = BATCH_SIZE[device.partition(":")[0]]
-    with ThreadPoolExecutor(n_threads()) as pool:
-        prepared = in_order(pool, lambda row: prepare_source(tower, sources[row]), range(len(sources)), 4 * size)
+    with prepare_in_order(tower, sources, range(len(sources)), 4 * size) as prepared:
         window = []
         for row, item in enumerate(prepared):
             window.append(item)
@@ -184,7 +185,10 @@ def _encode(
                 first = row + 1 - len(window)
                 for i, value in enumerate(encode_prepared(tower, window, ("pooled",), size)["pooled"]):
                     if value is not None:
-                        values[first + i] = value
+                        with np.errstate(over="ignore"):
+                            values[first + i] = value
+                        if not np.isfinite(values[first + i]).all():
+                            bad[first + i] = BadSampleError(f"its features are not finite in {used.dtype}")
                 window = []
                 on_progress(tower.modality, row + 1, len(sources))
     return values, bad

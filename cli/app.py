@@ -51,10 +51,10 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         app(given, prog_name="cachefuse")
     except Exception as error:
-        told = isinstance(error, CachefuseError | OSError | MemoryError) or type(error).__name__ == "OutOfMemoryError"
-        if debug or not told:
-            raise
         from cachefuse_cli import render
 
+        told = isinstance(error, CachefuseError | OSError) or render.out_of_memory(error)
+        if debug or not told:
+            raise
         render.error(error)
         sys.exit(1)

@@ -47,9 +47,11 @@ def demo(
                 runs.append(train_head(store, config, on_epoch=training.update))
             if runs[-1].history.interrupted:
                 raise KeyboardInterrupt
-            runs[-1].save(paths.runs)
         metric = manifest.reported_metrics[0]
-        best = max(runs, key=lambda run: run.metrics["val"][metric])
+        ranked = sorted(runs, key=lambda run: run.metrics["val"][metric])
+        for run in ranked:  # the best one last, so that predict takes it
+            run.save(paths.runs)
+        best = ranked[-1]
         predictions = predict_split(best, store)
         written = write_submission(predictions, manifest, output)
     if json:

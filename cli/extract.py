@@ -62,4 +62,4 @@ def extract(
     if json:
         render.print_json(render.extract_dict(report))
     else:
-        render.extract_report(report)
+        render.extract_report(report, trainable=manifest.task != "retrieval")

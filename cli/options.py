@@ -1,5 +1,6 @@
 """Options that several commands share, under the same words."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,8 @@ if TYPE_CHECKING:
     from cachefuse.cache.store import FeatureStore
     from cachefuse.data.manifest import Manifest
     from cachefuse.runtime import Workspace as WorkspacePaths
+
+logger = logging.getLogger("cachefuse.cli")
 
 Workspace = Annotated[
     Path,
@@ -47,7 +50,12 @@ def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
                 f"(extracted here: {known})"
             )
         return FeatureStore(paths.store(name))
-    stores = [FeatureStore(path) for path in paths.stores]
+    stores = []
+    for path in paths.stores:
+        try:
+            stores.append(FeatureStore(path))
+        except CacheError as error:
+            logger.warning("passed over: %s", error)
     if not stores:
         raise CacheError(f"no features in {workspace} yet; start with cachefuse extract --dataset NAME")
     return max(stores, key=lambda store: store.extracted)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cachefuse.predict import Predictions
     from cachefuse.training.run import Run
 
-SUBMISSION = Path("submission.csv")
+SUBMISSION, PREDICTIONS = Path("submission.csv"), Path("predictions.csv")
 
 
 def predict(
@@ -19,7 +19,16 @@ def predict(
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="Rows to predict.", show_default="those without labels")
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The submission.")] = SUBMISSION,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write.",
+            show_default="submission.csv, with --input predictions.csv",
+        ),
+    ] = None,
     sample_submission: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Check against the competition's sample; keep its order.")
     ] = None,
@@ -37,6 +46,8 @@ def predict(
 
     if input is not None and (image is not None or text is not None):
         raise typer.BadParameter("take either --input, or --image and --text")
+    if (image is not None or text is not None) and (output is not None or sample_submission is not None):
+        raise typer.BadParameter("--image and --text print their labels; --output and --sample-submission don't apply")
     if (input is not None or image is not None or text is not None) and split is not None:
         raise typer.BadParameter("--split names rows of the store; it does not go with --input, --image or --text")
     with render.interruptible("nothing was written; run the same command again"):
@@ -53,7 +64,8 @@ def predict(
             render.prediction(predictions, as_json=json)
             return
         predictions = _predict_many(opened, paths.store(opened.dataset), input, split, device)
-        written = write_submission(predictions, opened.manifest, output, sample_submission)
+        target = output or (SUBMISSION if input is None else PREDICTIONS)
+        written = write_submission(predictions, opened.manifest, target, sample_submission)
     if json:
         render.print_json({"run": opened.name, "rows": len(predictions.ids), "output": str(written)})
     else:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,11 +39,13 @@ TITLES = {
     "macro_ap": "macro-AP", "micro_ap": "micro-AP", "accuracy": "accuracy",
 }  # fmt: skip
 MAX_CLASSES = 30
+PIPED_WIDTH = 200
 
 
 def out() -> Console:
-    """Results. Wide enough where it is piped to a file, since no terminal cuts it there."""
-    return Console(highlight=False, soft_wrap=False)
+    """Results. Wide where they are piped to a file or a program, since no terminal cuts them there."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=PIPED_WIDTH if piped else None)
 
 
 def err() -> Console:
@@ -58,13 +61,19 @@ class _NoteHandler(logging.Handler):
 def error(problem: BaseException) -> None:
     """Print an error: its first line in red, further lines (how to go on) plain."""
     message = str(problem) or type(problem).__name__
-    if isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError":  # torch's own, on CUDA
-        message = "out of memory; try a smaller --batch-size or --limit"
+    if out_of_memory(problem):
+        message = "out of memory; try a smaller --batch-size, --layers or --limit"
     first, _, rest = message.partition("\n")
     console = err()
     _print_message(console, Text.assemble(("error: ", "bold red"), (first, "red")))
     if rest:
         console.print(Text(rest), soft_wrap=True)
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether memory ran out: Python's, or torch's on CUDA or on the CPU."""
+    torch_cpu = isinstance(problem, RuntimeError) and "allocate memory" in str(problem)
+    return isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError" or torch_cpu
 
 
 def _print_message(console: Console, text: Text) -> None:
@@ -238,7 +247,7 @@ def extract_dict(report: "ExtractReport") -> dict[str, Any]:
     }
 
 
-def extract_report(report: "ExtractReport") -> None:
+def extract_report(report: "ExtractReport", *, trainable: bool) -> None:
     """What is in the store now, what was computed, which samples are bad, and what to do next."""
     console = out()
     table = _table("encoder", "modality", "rows", "computed now", numbers=2)
@@ -256,7 +265,8 @@ def extract_report(report: "ExtractReport") -> None:
         if len(report.bad) > 10:
             console.print(Text(f"  ... all of them in {report.store / 'samples' / 'bad.jsonl'}"), soft_wrap=True)
     console.print(Text.assemble(("store ", "dim"), str(report.store)), soft_wrap=True)
-    console.print(Text.assemble(("next  ", "dim"), "cachefuse train-head"), soft_wrap=True)
+    if trainable:
+        console.print(Text.assemble(("next  ", "dim"), "cachefuse train-head"), soft_wrap=True)
 
 
 def run_dict(run: "Run") -> dict[str, Any]:
@@ -284,8 +294,7 @@ def run_report(run: "Run") -> None:
     for split, metrics in run.metrics.items():
         table.add_row(split, f"{run.rows[split]:,}", *(_figure(metrics[name]) for name in names))
     console.print(table)
-    if len(run.metrics) > 1:
-        _per_class(console, run, list(run.metrics)[1])
+    _per_class(console, run, list(run.metrics)[:2][-1])
     epochs = len(run.history.epochs)
     console.print(
         f"{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s; "

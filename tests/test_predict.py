@@ -156,8 +156,9 @@ def test_a_bad_sample_is_predicted_without_it_and_noted(run, dataset, tmp_path, 
     samples.texts[2] = ()
     with caplog.at_level(logging.WARNING, logger="cachefuse"):
         found = predict_samples(run, samples)
-    assert "gone.png: no such file; predicted without its image" in caplog.text
-    assert "00002: has no text; predicted without its text" in caplog.text
+    assert "1 of 3 samples predicted without their image; the first: " in caplog.text
+    assert "gone.png: no such file" in caplog.text
+    assert "1 of 3 samples predicted without their text; the first: 00002: has no text" in caplog.text
     np.testing.assert_allclose(
         found.scores[1], predict_samples(run, samples_of(dataset, [1], image=False)).scores[0], atol=1e-6
     )
@@ -226,4 +227,4 @@ def test_new_rows_may_not_name_files_outside_their_folder(run, tmp_path, caplog)
     (folder / "new.csv").write_text("image,text\n../secret.png,an oak thing\n")
     with caplog.at_level(logging.WARNING, logger="cachefuse"):
         predict_samples(run, read_input(folder / "new.csv", run))
-    assert "lies outside the data folder; predicted without its image" in caplog.text
+    assert "secret.png: lies outside the data folder" in caplog.text

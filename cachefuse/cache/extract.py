@@ -83,7 +83,10 @@ def extract(
                 provenance = {**tower.provenance, "dtype": dtype}
                 features = store.require_features(spec.short, modality, provenance, str(spec))
                 job = _Job(dataset, store, features, tower, tuple(views), batch_size, max_bad)
-                report.computed[(spec.short, modality)] = job.run(on_progress)
+                try:
+                    report.computed[(spec.short, modality)] = job.run(on_progress)
+                finally:
+                    store.update_present(modality)
                 report.rows[(spec.short, modality)] = features.n_rows
     report.bad = store.ledger()
     return report
@@ -164,7 +167,7 @@ class _Job:
         progress = Progress(self.features.encoder, self.modality, begun, self.features.n_rows, begun)
         on_progress(progress)
         windows = self._windows(pending)
-        with self._prepare(chain.from_iterable(windows)) as prepared:
+        with prepare_in_order(self.tower, self.sources, chain.from_iterable(windows), 2 * self._window) as prepared:
             for rows in windows:
                 items = list(islice(prepared, len(rows)))
                 self._note_bad(rows, items)
@@ -190,17 +193,6 @@ class _Job:
     @cached_property
     def owners(self) -> np.ndarray:
         return item_owners(self.dataset, self.modality)
-
-    @contextmanager
-    def _prepare(self, rows: Iterable[int]) -> Iterator[Iterator[Any]]:
-        """Prepare rows in threads, two windows ahead of the encoder."""
-        sources = self.sources
-        with ThreadPoolExecutor(n_threads(), thread_name_prefix="prepare") as pool:
-            try:
-                yield in_order(pool, lambda row: prepare_source(self.tower, sources[row]), rows, 2 * self._window)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.store.update_present(self.modality)
 
     @property
     def _window(self) -> int:
@@ -249,6 +241,16 @@ def prepare_source(tower: Tower, source: Any) -> Any:
         return tower.prepare(source.load())
     except BadSampleError as error:
         return error
+
+
+@contextmanager
+def prepare_in_order(tower: Tower, sources: Sequence[Any], rows: Iterable[int], ahead: int) -> Iterator[Iterator[Any]]:
+    """Prepare some rows' sources in threads, in order, at most ``ahead`` before they are taken."""
+    with ThreadPoolExecutor(n_threads(), thread_name_prefix="prepare") as pool:
+        try:
+            yield in_order(pool, lambda row: prepare_source(tower, sources[row]), rows, ahead)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def encode_prepared(

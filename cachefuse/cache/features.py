@@ -58,6 +58,11 @@ class Features:
             (line["view"], line["block"]): (line["rows"], line.get("bytes")) for line in read_lines(path / JOURNAL)
         }
 
+    @property
+    def n_written(self) -> int:
+        """The number of blocks in the journal, of all views."""
+        return len(self._done)
+
     def rows_of(self, view: str, block: int) -> range:
         """Return the rows of a block."""
         size = self.views[view].block_rows
@@ -157,7 +162,8 @@ class Features:
         with np.errstate(over="ignore"):
             whole = [bool(np.isfinite(x.astype(DTYPES[self.provenance["dtype"]])).all()) for x in values]
         row, value = rows[whole.index(False)], values[whole.index(False)]
-        cause = "overflow float16; use --dtype float32" if np.isfinite(value).all() else "are NaN or infinite"
+        overflow = bool(np.isfinite(value).all())
+        cause = "overflow float16; use --dtype float32" if overflow else "are NaN or infinite; try --device cpu"
         offsets = self.store.items(self.modality)
         sample = row if offsets is None else int(np.searchsorted(offsets, row, side="right")) - 1
         return f"{self.encoder}: {self.modality} {view} features of sample {self.store.ids[sample]} {cause}"

@@ -57,7 +57,10 @@ class FeatureStore:
         if not (path / "zarr.json").is_file():
             raise CacheError(f"no feature store at {path}; run cachefuse extract first")
         self.path = path
-        self._root = _open_group(path)
+        try:
+            self._root = _open_group(path)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CacheError(f"{path} is damaged: its zarr.json can't be read: {error}") from error
         self._meta: dict[str, Any] = dict(self._root.attrs.get("cachefuse", {}))
         if self._meta.get("format") != FORMAT:
             raise CacheError(
@@ -151,6 +154,9 @@ class FeatureStore:
         Raises CacheError, listing the fields that differ, if they were made by something else under the same name.
         """
         features = self.open_features(encoder, modality)
+        if features is not None and features.key != provenance_key(provenance) and not features.n_written:
+            shutil.rmtree(features.path)  # an attempt that wrote nothing stands in nobody's way
+            features = None
         if features is None:
             path = self.path / "features" / slug(encoder) / modality
             meta = {

@@ -122,10 +122,10 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
 
 
 def _lacks_validation(manifest: Manifest, samples: Samples, targets: np.ndarray) -> bool:
-    """Return whether all labelled rows are for training, and are enough to hold some out."""
+    """Return whether no labelled row is in val, and those to train on are enough to hold some out."""
     if manifest.splits or manifest.task == "retrieval" or samples.splits.count("train") < MIN_ROWS_TO_SPLIT:
         return False
-    return bool(np.all(np.array(samples.splits)[is_labelled(targets)] == "train"))
+    return not np.any(np.array(samples.splits)[is_labelled(targets)] == "val")
 
 
 def _check_ids(samples: Samples, manifest: Manifest) -> None:

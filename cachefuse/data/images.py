@@ -1,5 +1,6 @@
 """Images from untrusted files to RGB: bounded in pixels and formats, every failure a BadSampleError with its reason."""
 
+import errno
 import io
 import os
 import stat
@@ -14,6 +15,8 @@ from cachefuse.errors import BadSampleError
 
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 29
+# The machine's trouble, not the image's: a disk or mount that fails must stop a run, not mark samples absent for good.
+FAILURES = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
 # Formats whose decoders only decode: EPS, for one, would run Ghostscript. MPO, of some cameras, opens as JPEG.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 
@@ -51,6 +54,8 @@ class FileImage:
         except FileNotFoundError:
             raise BadSampleError("no such file") from None
         except (OSError, ValueError) as error:
+            if getattr(error, "errno", None) in FAILURES:
+                raise
             raise BadSampleError(f"can't be read: {getattr(error, 'strerror', None) or error}") from error
         return decode(data)
 

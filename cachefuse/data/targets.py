@@ -21,7 +21,7 @@ def find_classes(labels: Iterable[tuple[str, ...] | None]) -> tuple[str, ...]:
 def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_labels: int = 0) -> np.ndarray:
     """Return targets: (N, C) int8 for multi-label, (N,) int32 for multi-class, -1 in unlabelled rows.
 
-    A row with no label is unlabelled if the task gives each row at least one.
+    A row with no label is unlabelled if the task gives each row at least one, or if no row of its split has any.
 
     Raises DataError, naming the row, for a label that is not a class, or several labels in a multi-class row.
     """
@@ -30,8 +30,9 @@ def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_lab
     if task == "retrieval":
         return np.full((n,), UNLABELLED, np.int32)
     targets = np.full((n, len(classes)), UNLABELLED, np.int8) if task == "multilabel" else np.full(n, -1, np.int32)
-    for i, labels in enumerate(samples.labels):
-        if labels is None or (not labels and (min_labels or task == "multiclass")):
+    with_labels = {split for split, labels in zip(samples.splits, samples.labels, strict=True) if labels}
+    for i, (split, labels) in enumerate(zip(samples.splits, samples.labels, strict=True)):
+        if labels is None or (not labels and (min_labels or task == "multiclass" or split not in with_labels)):
             continue
         unknown = [name for name in labels if name not in index]
         if unknown:

@@ -8,6 +8,8 @@ from typing import Any
 
 from cachefuse.errors import EncoderError
 
+PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}  # weights in these can run code when they are loaded
+
 Features = dict[str, Any]  # view -> (B, D) or (B, T, D) float32 array, or for ragged tokens a list of B (T_i, D) arrays
 
 
@@ -25,29 +27,38 @@ class EncoderSpec:
         family, _, rest = text.strip().partition(":")
         if not family:
             raise EncoderError(f"encoder {text!r} must look like family:model or family:model@weights")
-        if Path(rest).exists():
+        if Path(rest).expanduser().exists():
             return cls(family, rest)
         model, _, weights = rest.partition("@")
         return cls(family, model, weights)
 
     def absolute(self) -> "EncoderSpec":
         """The same encoder with local paths made absolute, so that it can be opened from any folder."""
-        parts = (str(Path(part).absolute()) if is_path(part) else part for part in (self.model, self.weights))
-        return EncoderSpec(self.family, *parts)
+        model, weights = (str(path) if path else part for part, path in self._local_parts())
+        return EncoderSpec(self.family, model, weights)
 
     @property
     def short(self) -> str:
         """The spec with paths cut to their last part: the same wherever the files lie."""
-        model, weights = (Path(p).absolute().name if is_path(p) else p for p in (self.model, self.weights))
+        model, weights = (path.name if path else part for part, path in self._local_parts())
         return f"{self.family}{':' + model if model else ''}{'@' + weights if weights else ''}"
+
+    def _local_parts(self) -> list[tuple[str, Path | None]]:
+        local = ((self.model, is_path(self.model)), (self.weights, is_weights_file(self.weights)))
+        return [(part, Path(part).expanduser().absolute() if here else None) for part, here in local]
 
     def __str__(self) -> str:
         return f"{self.family}{':' + self.model if self.model else ''}{'@' + self.weights if self.weights else ''}"
 
 
 def is_path(text: str) -> bool:
-    """Whether part of a spec is a local path: it exists, or is written like one."""
+    """Whether a spec's model is a local path: it exists, or is written like one."""
     return bool(text) and (text.startswith((".", "/", "~")) or Path(text).exists())
+
+
+def is_weights_file(text: str) -> bool:
+    """Whether a spec's weights are a file: written like a path, or named like one. A tag never is."""
+    return text.startswith((".", "/", "~")) or Path(text).suffix in {".safetensors", *PICKLES}
 
 
 class Tower(ABC):

@@ -131,7 +131,8 @@ def _from_folder(spec: EncoderSpec) -> tuple[str, dict[str, Any], nn.Module]:
         raise EncoderError(f"can't open {spec}: a folder has its own weights; drop {spec.weights!r}")
     if not (folder / "open_clip_config.json").is_file():
         raise EncoderError(f"can't open {spec}: there is no open_clip_config.json in {folder}")
-    if not list(folder.glob("*.safetensors")):
+    # open_clip would take a pickle before a .safetensors file of another name.
+    if not any((folder / f"{stem}.safetensors").is_file() for stem in ("open_clip_model", "open_clip_pytorch_model")):
         raise EncoderError(f"can't open {spec}: there is no open_clip_model.safetensors in {folder}")
     name = f"local-dir:{folder}"
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]

@@ -16,10 +16,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from torch import Tensor, nn
 
-from cachefuse.encoders.base import EncoderSpec, Features, Tower
+from cachefuse.encoders.base import EncoderSpec, Features, Tower, is_weights_file
 from cachefuse.errors import CachefuseError, EncoderError
-
-PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}
 
 
 class FrozenTower(Tower):
@@ -117,9 +115,9 @@ def local_weights(spec: EncoderSpec) -> Path | None:
 
     Raises EncoderError for a file that is missing or not safetensors.
     """
-    path = Path(spec.weights).expanduser()
-    if not (spec.weights.startswith((".", "/", "~")) or path.suffix in {".safetensors", *PICKLES}):
+    if not is_weights_file(spec.weights):
         return None
+    path = Path(spec.weights).expanduser()
     if path.suffix != ".safetensors":
         raise EncoderError(f"{path} is not a .safetensors file; a pickle can run code: convert it with safetensors")
     if not path.is_file():

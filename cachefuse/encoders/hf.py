@@ -14,9 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging as library_logging
 
-from cachefuse.encoders.base import EncoderSpec, Tower, is_path
+from cachefuse.encoders.base import PICKLES, EncoderSpec, Tower, is_path
 from cachefuse.encoders.frozen import (
-    PICKLES,
     FrozenTower,
     fetch,
     fingerprint,

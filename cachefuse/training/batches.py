@@ -30,10 +30,6 @@ class FeatureTable:
     labelled: np.ndarray
     splits: np.ndarray
 
-    @property
-    def widths(self) -> dict[str, int]:
-        return {modality: x.shape[1] for modality, x in self.features.items()}
-
     def rows(self, split: str) -> Tensor:
         """Return the labelled rows of a split, (n,) int64."""
         return torch.from_numpy(np.flatnonzero(self.labelled & (self.splits == split)))
@@ -76,8 +72,6 @@ def select_features(store: FeatureStore, encoders: Sequence[str] = ()) -> dict[s
         stored = whole or stored  # if none is whole, reading says how to go on
     chosen: dict[str, list[Features]] = {}
     for features in stored:
-        if store.items(features.modality) is not None:
-            raise ConfigError(f"{store.dataset} has several {features.modality}s a sample; a head needs one")
         if features not in chosen.setdefault(features.modality, []):
             chosen[features.modality].append(features)
     return dict(sorted(chosen.items()))
@@ -95,9 +89,14 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
 
 
 def load_table(store: FeatureStore, chosen: Mapping[str, Sequence[Features]]) -> FeatureTable:
-    """Read features into memory; several encoders of one modality are concatenated along their width."""
+    """Read features into memory; several encoders of one modality are concatenated along their width.
+
+    Raises ConfigError if samples have several items of a modality (captions), CacheError if rows are missing.
+    """
     features = {}
     for modality, group in chosen.items():
+        if store.items(modality) is not None:
+            raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
         parts = [torch.from_numpy(part.read()) for part in group]
         features[modality] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     return FeatureTable(

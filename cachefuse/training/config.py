@@ -65,7 +65,7 @@ class TrainConfig:
 
     def head_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the head; a linear head has no hidden layers to speak of."""
-        layers = self.layers if self.layers is not None else DEFAULT_LAYERS[self.head]
+        layers = self.layers if self.layers is not None else lookup(HEADS, self.head, "head").default_layers
         return {"layers": layers, "activation": self.activation, "dropout": self.dropout}
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,6 +79,3 @@ class TrainConfig:
             raise ConfigError(f"unknown settings: {', '.join(unknown)}")
         layers = values.get("layers")
         return cls(**{**values, "layers": None if layers is None else tuple(layers)})
-
-
-DEFAULT_LAYERS: dict[str, tuple[int, ...]] = {"linear": (), "mlp": (512,), "gmlp": (512,)}

@@ -6,6 +6,7 @@ history.json        loss and score of each epoch
 """
 
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from cachefuse.registry import HEADS, lookup
 from cachefuse.runtime import slug, to_json, write_atomically
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import History
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 VERSIONS = ("cachefuse", "torch", "numpy", "scikit-learn", "zarr")
@@ -223,7 +226,12 @@ def find_run(runs: Path, name: str | None = None) -> Path:
                 return path
         known = ", ".join(sorted(path.parent.name for path in runs.glob("*/run.json"))) or "none yet"
         raise RunError(f"no run {name!r} in {runs}; the runs are: {known}")
-    made = [(str(_read_json(path).get("created", "")), path.parent) for path in runs.glob("[!.]*/run.json")]
+    made = []
+    for path in runs.glob("*/run.json"):
+        try:
+            made.append((str(_read_json(path).get("created", "")), path.parent))
+        except RunError as error:
+            logger.warning("passed over: %s", error)
     if not made:
         raise RunError(f"no runs in {runs}; train one with cachefuse train-head")
     return max(made)[1]

@@ -1,4 +1,7 @@
+import io
 import json
+
+from PIL import Image
 
 
 def test_extracts_then_computes_nothing(cachefuse, fits):
@@ -17,3 +20,62 @@ def test_says_what_is_unknown(cachefuse):
     )
     assert cachefuse("extract", "--dataset", "shapes", "--encoder", "clasic").error.startswith("unknown encoder family")
     assert cachefuse("extract", "--dataset", "./no.toml").error == "./no.toml: no such manifest file"
+
+
+def test_a_trial_store_of_its_own(cachefuse, folder):
+    result = cachefuse("extract", "--dataset", "./mine.toml", "--encoder", "classic", "--limit", "40")
+    assert "dataset mine-limit40: 40 samples" in result.err
+    assert (folder / "workspace/cache/mine-limit40.zarr").is_dir()
+    assert not (folder / "workspace/cache/mine.zarr").exists()
+    assert cachefuse("train-head", "--head", "linear", "--epochs", "1").code == 0
+
+
+def test_what_does_not_go_together_is_one_line(cachefuse):
+    extract = ("extract", "--dataset", "./mine.toml", "--encoder", "classic")
+    assert cachefuse(*extract, "--views", "tokens").error.startswith("encoder classic has no tokens view")
+    assert cachefuse(*extract, "--views", "pooled,all").error == "unknown view 'all'; choose from: pooled, tokens"
+    assert cachefuse(*extract, "--dtype", "int4").error == "unknown dtype 'int4'; choose from: float16, float32"
+    assert cachefuse(*extract, "--max-bad", "2").error.startswith("max-bad must be between 0 and 1")
+    assert cachefuse(*extract, "--dtype", "float32").code == 0
+    assert "dtype (float32 there, float16 here)" in cachefuse(*extract).error
+
+
+BAD = {
+    "missing.jpg": (None, "no such file"),
+    "empty.jpg": (b"", "the file is empty"),
+    "text.jpg": (b"not an image at all", "is not an image, or not of a supported format"),
+    "../../outside.jpg": (None, "lies outside the data folder"),
+}
+
+
+def test_bad_images_are_counted_and_listed_and_good_ones_of_any_kind_used(cachefuse, folder, fits):
+    photos = folder / "data" / "photos"
+    photos.mkdir(parents=True)
+    noise = Image.effect_noise((24, 24), 80)
+    noise.convert("CMYK").save(photos / "cmyk.jpg")
+    noise.convert("P").save(photos / "palette.png", transparency=0)
+    Image.new("I;16", (24, 24), 40000).save(photos / "deep.png")
+    noise.save(photos / "moving.gif", save_all=True, append_images=[noise.rotate(90)])
+    for name, (content, _) in BAD.items():
+        if content is not None:
+            (photos / name).write_bytes(content)
+    whole = io.BytesIO()
+    noise.save(whole, "JPEG")
+    (photos / "cut.jpg").write_bytes(whole.getvalue()[:-60])
+    good = ["cmyk.jpg", "palette.png", "deep.png", "moving.gif"]
+    rows = [f"{name},a caption,{i % 2}" for i, name in enumerate([*good, *BAD, "cut.jpg"])]
+    (folder / "data/train.csv").write_text("\n".join(["file,text,label", *rows]))
+    (folder / "bad.toml").write_text(
+        'name = "bad"\ntask = "multiclass"\n[reader]\nkind = "table"\nfiles = { train = "train.csv" }\n'
+        'id = "file"\nimage = "photos/{file}"\ntext = "text"\nlabels = "label"\n'
+    )
+    extract = ("extract", "--dataset", "./bad.toml", "--data-dir", folder / "data", "--encoder", "classic")
+    assert "over the limit of 5% (--max-bad)" in cachefuse(*extract).error
+    result = cachefuse(*extract, "--max-bad", "0.6")
+    assert result.code == 0
+    assert "5 samples can't be used as they are (kept, and marked absent):" in result.out
+    assert "cut.jpg image: can't be decoded: " in result.out
+    for name, (_, reason) in BAD.items():
+        assert f"  {name} image: {reason}" in result.out
+    assert not any(f"  {name} image" in result.out for name in good)
+    fits(result.out)

@@ -112,8 +112,8 @@ def test_new_rows_from_a_table(cachefuse, workspace, photo, folder):
     (folder / "new.csv").write_text(f'id,image,text\n"a,1",photo.png,{photo[1]}\nb,gone.png,an oak thing\n')
     result = cachefuse("predict", "--input", "new.csv")
     assert result.code == 0
-    assert "note: gone.png: no such file; predicted without its image" in result.err
-    rows = read("submission.csv")
+    assert "note: 1 of 2 samples predicted without their image; the first: gone.png: no such file" in result.err
+    rows = read("predictions.csv")
     assert [row[0] for row in rows] == ["id", "a,1", "b"]
     assert all(row[1] for row in rows)
 
@@ -128,7 +128,24 @@ def test_says_that_there_are_no_runs_or_no_store(cachefuse, workspace):
 def test_names_the_broken_file_of_a_run(cachefuse, workspace):
     path = workspace / "runs" / "mine-sum-linear-bce-1" / "run.json"
     path.write_text(path.read_text()[:-20])
-    assert cachefuse("predict").error.startswith("workspace/runs/mine-sum-linear-bce-1/run.json: can't be read: ")
+    broken = "workspace/runs/mine-sum-linear-bce-1/run.json: can't be read: "
+    assert cachefuse("predict", "--run", "mine-sum-linear-bce-1").error.startswith(broken)
+    latest = cachefuse("predict")
+    assert f"note: passed over: {broken}" in latest.err
+    assert latest.error == "no runs in workspace/runs; train one with cachefuse train-head"
+
+
+def test_one_sample_is_printed_not_written(cachefuse, workspace, folder):
+    result = cachefuse("predict", "--text", "an oak thing", "--output", "x.csv")
+    assert result.code == 2
+    assert "--output and" in result.err
+    assert not (folder / "x.csv").exists()
+
+
+def test_new_rows_that_none_of_can_be_used(cachefuse, workspace, folder):
+    (folder / "new.csv").write_text("id,image,text\na,gone.png,\nb,,\n")
+    assert cachefuse("predict", "--input", "new.csv").error.startswith("no sample has a usable image or text")
+    assert not (folder / "predictions.csv").exists()
 
 
 def test_an_interrupt_writes_nothing(cachefuse, workspace, folder, monkeypatch):

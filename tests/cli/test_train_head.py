@@ -142,3 +142,19 @@ def test_sigint_in_a_real_process(workspace, folder):
     assert process.returncode == 130
     assert "interrupted: kept epoch" in err
     assert (workspace / "runs" / json.loads(out)["run"] / "run.json").is_file()
+
+
+def test_a_damaged_store_of_another_dataset_is_passed_over(cachefuse, workspace):
+    damaged = workspace / "cache" / "other.zarr"
+    damaged.mkdir()
+    (damaged / "zarr.json").write_text("{")
+    result = cachefuse("train-head", "--head", "linear", "--epochs", "1")
+    assert result.code == 0
+    assert "note: passed over: workspace/cache/other.zarr is damaged: its zarr.json can't be read" in result.err
+    assert "other.zarr is damaged" in cachefuse("train-head", "--dataset", "other").error
+
+
+def test_more_than_fits_in_memory_is_one_line(cachefuse, workspace):
+    result = cachefuse("train-head", "--layers", "100000000000")
+    assert result.error == "out of memory; try a smaller --batch-size, --layers or --limit"
+    assert len(list((workspace / "runs").iterdir())) == 1

@@ -138,19 +138,27 @@ def test_held_out_groups_stay_together(tmp_path):
     assert len(set(zip(dataset.targets.tolist(), dataset.splits.tolist(), strict=True))) == 2
 
 
-@pytest.mark.parametrize("case", ["few", "labelled test", "other splits", "retrieval"])
+@pytest.mark.parametrize("case", ["few", "labelled val", "other splits", "retrieval"])
 def test_nothing_is_held_out(tmp_path, case):
     write(tmp_path, n=19 if case == "few" else 100)
     write(tmp_path, n=50, file="test.csv", first=100)
     options = {"other splits": "splits.dev = { from = 'train', fraction = 0.5 }", "retrieval": "task = 'retrieval'"}
     text = MANIFEST.format(
-        options=options.get(case, ""), files=', test = "test.csv"' if case == "labelled test" else "", reader=""
+        options=options.get(case, ""), files=', val = "test.csv"' if case == "labelled val" else "", reader=""
     )
     if case == "retrieval":
         text = text.replace('task = "multiclass"\n', "")
     dataset = load_dataset(parse_manifest(text, "mine.toml"), tmp_path)
-    assert "val" not in dataset.splits
+    assert dataset.splits.tolist().count("val") == (50 if case == "labelled val" else 0)
     assert dataset.notes == ()
+
+
+def test_a_labelled_test_split_is_not_for_validation(tmp_path):
+    write(tmp_path, n=200)
+    write(tmp_path, n=20, file="test.csv", first=200)
+    dataset = load(tmp_path, files=', test = "test.csv"')
+    assert dataset.splits.tolist()[200:] == ["test"] * 20
+    assert "val" in dataset.splits[:200]
 
 
 def test_published_counts_are_a_warning(tmp_path, caplog):

@@ -73,3 +73,9 @@ def test_long_lists_of_classes_are_cut():
 def test_several_labels_in_a_multiclass_row():
     with pytest.raises(DataError, match=r"^row 's0' has 2 labels; a multi-class row must have one$"):
         encode_labels(samples(("cat", "dog")), ("cat", "dog"), "multiclass")
+
+
+def test_a_split_whose_labels_are_all_empty_is_unlabelled():
+    rows = samples(("x",), (), (), ())
+    rows.splits = ["train", "train", "test", "test"]
+    assert encode_labels(rows, ("x",), "multilabel").tolist() == [[1], [0], [-1], [-1]]

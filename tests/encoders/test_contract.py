@@ -4,6 +4,8 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -15,6 +17,16 @@ ROUNDING = 2e-5
 
 def test_every_family_has_a_case(makers):
     assert {name.partition("-")[0] for name in makers} == set(FAMILIES)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_mixed_precision_on_cuda_changes_little(case, samples):
+    """Half precision rounds at about 1e-3: the direction of every feature stays."""
+    for modality, tower in open_encoder(case.spec, "cuda").items():
+        ours, reference = (encode(x, samples, ("pooled",))["pooled"] for x in (tower, case.towers[modality]))
+        cosine = (ours * reference).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(reference, axis=1)
+        assert cosine.min() > 0.999
 
 
 def encode(tower, samples, views=None):

@@ -52,3 +52,17 @@ def test_unknown_family_suggests():
 def test_a_spec_needs_a_family():
     with pytest.raises(EncoderError, match="must look like family:model"):
         open_encoder(":ViT-B-32")
+
+
+def test_a_home_folder_is_found_where_the_shell_does_not_expand_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").mkdir()
+    spec = EncoderSpec.parse("hf:~/model")
+    assert (str(spec.absolute()), spec.short) == (f"hf:{tmp_path}/model", "hf:model")
+    assert str(EncoderSpec.parse("clip:B@~/w.safetensors").absolute()) == f"clip:B@{tmp_path}/w.safetensors"
+
+
+def test_a_tag_is_a_tag_whatever_lies_in_the_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "openai").mkdir()
+    assert str(EncoderSpec.parse("clip:ViT-B-32@openai").absolute()) == "clip:ViT-B-32@openai"

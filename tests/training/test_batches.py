@@ -106,7 +106,8 @@ def test_concatenates_encoders_of_one_modality(store, add_features):
     chosen = select_features(store)
     table = load_table(store, chosen)
     width = chosen["text"][0].views["pooled"].row_shape[0]
-    assert table.widths == {"image": chosen["image"][0].views["pooled"].row_shape[0], "text": width + 4}
+    assert table.features["image"].shape[1] == chosen["image"][0].views["pooled"].row_shape[0]
+    assert table.features["text"].shape[1] == width + 4
     assert np.array_equal(table.features["text"][:, width:].numpy(), extra)
     assert np.array_equal(table.features["text"][:, :width].numpy(), chosen["text"][0].read())
 

@@ -187,7 +187,7 @@ def test_refuses_a_dataset_without_labelled_training_rows(make_store):
     x = {"text": np.eye(4, dtype=np.float16)}
     y = np.array([[-1, -1], [-1, -1], [1, 0], [0, 1]], np.int8)
     store = make_store(x, y, ["train", "train", "test", "test"])
-    message = r"made has no labelled rows in its 'train' split \(test has 2 labelled rows, train has 0 labelled rows\)"
+    message = r"made has no labelled rows in its 'train' split \(train has 0 labelled rows, test has 2 labelled rows\)"
     with pytest.raises(DataError, match=message):
         train_head(store, quick())
 
@@ -226,3 +226,15 @@ def test_trains_alike_on_cuda(toy_store):
     np.testing.assert_allclose(
         predict_split(there, store, "val", device="cuda").scores, predict_split(here, store, "val").scores, atol=1e-3
     )
+
+
+def test_captions_do_not_stand_in_the_way_of_the_image(make_store, monkeypatch):
+    store = make_store(
+        {"image": np.eye(4, dtype=np.float16), "text": np.eye(4, dtype=np.float16)},
+        np.array([[0, 1], [1, 0], [1, 0], [0, 1]], np.int8),
+        ["train"] * 4,
+    )
+    monkeypatch.setattr(store, "items", lambda modality: np.arange(5) if modality == "text" else None)
+    assert train_head(store, TrainConfig(fusion="image", head="linear", epochs=1)).metrics["train"]
+    with pytest.raises(ConfigError, match="made has several texts a sample, and a head reads one"):
+        train_head(store, TrainConfig(fusion="sum", head="linear", epochs=1))
