@@ -32,18 +32,19 @@ def demo(
             from cachefuse.submission import write_submission
             from cachefuse.training.config import TrainConfig
             from cachefuse.training.train import train_head
+            from cachefuse_cli.progress import ExtractProgress, TrainProgress
 
             paths = WorkspacePaths(workspace)
             manifest, _ = load_manifest("shapes")
             dataset = load_dataset(manifest, paths.data("shapes"))
         render.dataset_line(dataset)
-        with render.ExtractProgress() as progress:
+        with ExtractProgress() as progress:
             report = extract(dataset, ["classic"], paths.store("shapes"), on_progress=progress.update)
         store = FeatureStore(paths.store("shapes"))
         runs = []
         for fusion in FUSIONS:
             config = TrainConfig(fusion=fusion, seed=seed)
-            with render.TrainProgress(config.epochs, manifest.reported_metrics) as training:
+            with TrainProgress(config.epochs, manifest.reported_metrics) as training:
                 runs.append(train_head(store, config, on_epoch=training.update))
             if runs[-1].history.interrupted:
                 raise KeyboardInterrupt

@@ -47,7 +47,8 @@ def extract(
         with render.status("loading torch and the encoders"):
             from cachefuse.cache.extract import extract as run_extract
             from cachefuse.encoders import DEFAULT_ENCODER
-        with render.ExtractProgress() as progress:
+            from cachefuse_cli.progress import ExtractProgress
+        with ExtractProgress() as progress:
             report = run_extract(
                 loaded,
                 encoder or [DEFAULT_ENCODER],

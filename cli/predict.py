@@ -88,10 +88,10 @@ def _predict_one(run: "Run", image: Path | None, text: str | None, device: str) 
 def _predict_many(run: "Run", store: Path, table: Path | None, split: str | None, device: str) -> "Predictions":
     from cachefuse.cache.store import FeatureStore
     from cachefuse.predict import predict_samples, predict_split, read_input
-    from cachefuse_cli import render
+    from cachefuse_cli.progress import EncodeProgress
 
     if table is None:
         return predict_split(run, FeatureStore(store), split, device=device)
     samples = read_input(table, run)
-    with render.EncodeProgress() as progress:
+    with EncodeProgress() as progress:
         return predict_samples(run, samples, device=device, on_progress=progress.update)

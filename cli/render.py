@@ -1,4 +1,4 @@
-"""Everything that people see: tables to stdout; progress and messages to stderr. The only file that knows Rich."""
+"""Everything that people see: tables to stdout; messages to stderr. With progress.py, all of Rich."""
 
 import logging
 import math
@@ -7,31 +7,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
     from cachefuse.cache.extract import ExtractReport
-    from cachefuse.cache.extract import Progress as ExtractState
     from cachefuse.data.dataset import Dataset
     from cachefuse.encoders import Family
     from cachefuse.predict import Predictions
-    from cachefuse.training.loop import Epoch
     from cachefuse.training.run import Run
 
 TITLES = {
@@ -116,100 +104,6 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
     except KeyboardInterrupt:
         note(f"interrupted; {how_to_go_on}")
         raise typer.Exit(130) from None
-
-
-class _Rows(ProgressColumn):
-    """Rows done of all; nothing where their number is not known yet."""
-
-    def render(self, task: Task) -> Text:
-        return Text("" if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}")
-
-
-class _Rate(ProgressColumn):
-    """Samples a second, over the rows computed in this call."""
-
-    def render(self, task: Task) -> Text:
-        begun = task.fields.get("begun", 0)
-        elapsed = task.finished_time or task.elapsed
-        done = task.completed - begun
-        return Text(f"{done / elapsed:7.1f}/s" if elapsed and done else "", style="green")
-
-
-def _progress(*columns: ProgressColumn) -> Progress:
-    console = err()
-    return Progress(SpinnerColumn(), *columns, console=console, disable=not console.is_terminal)
-
-
-class _RowBars:
-    """A bar for each kind of rows: rows, samples a second, remaining time."""
-
-    def __init__(self) -> None:
-        self._progress = _progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            _Rows(),
-            _Rate(),
-            TimeRemainingColumn(),
-        )
-        self._tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def _show(self, name: str, done: int, total: int, begun: int = 0) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(escape(name), total=total, completed=begun, begun=begun)
-        self._progress.update(self._tasks[name], completed=done)
-
-
-class ExtractProgress(_RowBars):
-    """A bar for each encoder and modality, once the encoders are open."""
-
-    def __enter__(self) -> Self:
-        self._opening = self._progress.add_task("opening the encoders", total=None)
-        return super().__enter__()
-
-    def update(self, state: "ExtractState") -> None:
-        self._progress.update(self._opening, visible=False)
-        if state.begun and state.done == state.begun:
-            note(f"{state.encoder} {state.modality}: {state.begun:,} rows are there already; going on with the rest")
-        self._show(f"{_shorten(state.encoder, 28)} {state.modality}", state.done, state.total, state.begun)
-
-
-class EncodeProgress(_RowBars):
-    """A bar for each modality of new samples at prediction, which have no store."""
-
-    def update(self, modality: str, done: int, total: int) -> None:
-        self._show(f"encoding {modality}", done, total)
-
-
-class TrainProgress:
-    """One bar of epochs with the loss and the best validation score."""
-
-    def __init__(self, epochs: int, metrics: Sequence[str]) -> None:
-        self._metric = TITLES.get(metrics[0], metrics[0]) if metrics else "score"
-        self._progress = _progress(
-            TextColumn("training"),
-            BarColumn(bar_width=None),
-            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}{task.fields[state]}"),
-            TimeRemainingColumn(),
-        )
-        self._task = self._progress.add_task("training", total=epochs, state="")
-
-    def __enter__(self) -> "TrainProgress":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, epoch: "Epoch") -> None:
-        score = "" if epoch.score is None else f"  val {self._metric} {epoch.score:.3f}"
-        self._progress.update(self._task, completed=epoch.epoch, state=f"  loss {epoch.loss:.4f}{score}")
 
 
 def dataset_line(dataset: "Dataset") -> None:
@@ -401,7 +295,3 @@ def _table(*columns: str, numbers: int = 0, title: str | None = None) -> Table:
 
 def _figure(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.3f}"
-
-
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 1] + "…"

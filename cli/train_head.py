@@ -71,6 +71,7 @@ def train_head(
             from cachefuse.training.config import TrainConfig
             from cachefuse.training.train import train_head as run_train_head
             from cachefuse_cli.options import open_store
+            from cachefuse_cli.progress import TrainProgress
 
             config = TrainConfig(
                 fusion=fusion,
@@ -88,7 +89,7 @@ def train_head(
                 seed=seed,
             )
             store = open_store(workspace, dataset)
-        with render.TrainProgress(epochs, store.manifest.reported_metrics) as progress:
+        with TrainProgress(epochs, store.manifest.reported_metrics) as progress:
             run = run_train_head(store, config, encoders=encoder or (), device=device, on_epoch=progress.update)
         run.save(WorkspacePaths(workspace).runs)
     if json:

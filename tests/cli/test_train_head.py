@@ -84,16 +84,16 @@ def test_says_that_features_are_incomplete(cachefuse, workspace):
 
 
 def interrupt_after(epochs, monkeypatch):
-    import cachefuse_cli.render as render
+    import cachefuse_cli.progress as progress
 
-    real = render.TrainProgress.update
+    real = progress.TrainProgress.update
 
     def update(self, epoch):
         real(self, epoch)
         if epoch.epoch == epochs:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(render.TrainProgress, "update", update)
+    monkeypatch.setattr(progress.TrainProgress, "update", update)
 
 
 def test_an_interrupt_keeps_a_usable_run(cachefuse, workspace, monkeypatch):
@@ -118,12 +118,12 @@ def test_an_interrupt_before_the_first_epoch_writes_nothing(cachefuse, workspace
 
 SIGNALLED = """
 import sys
-from cachefuse_cli import app, render
-real = render.TrainProgress.update
+from cachefuse_cli import app, progress
+real = progress.TrainProgress.update
 def update(self, epoch):
     real(self, epoch)
     print("epoch", epoch.epoch, file=sys.stderr, flush=True)
-render.TrainProgress.update = update
+progress.TrainProgress.update = update
 app.main(["train-head", "--epochs", "1000000", "--patience", "0", "--layers", "8", "--json"])
 """
 
