@@ -49,6 +49,8 @@ class _NoteHandler(logging.Handler):
 def error(problem: BaseException) -> None:
     """Print an error: its first line in red, further lines (how to go on) plain."""
     message = str(problem) or type(problem).__name__
+    if isinstance(problem, OSError) and problem.strerror and problem.filename:
+        message = f"{problem.filename}: {problem.strerror}"
     if out_of_memory(problem):
         message = "out of memory; try a smaller --batch-size, --layers or --limit"
     first, _, rest = message.partition("\n")

@@ -79,3 +79,8 @@ def test_bad_images_are_counted_and_listed_and_good_ones_of_any_kind_used(cachef
         assert f"  {name} image: {reason}" in result.out
     assert not any(f"  {name} image" in result.out for name in good)
     fits(result.out)
+
+
+def test_a_workspace_that_is_a_file_is_one_plain_line(cachefuse, folder):
+    result = cachefuse("extract", "--dataset", "./mine.toml", "--encoder", "classic", "--workspace", "mine.toml")
+    assert (result.code, result.error) == (1, "mine.toml/cache: Not a directory")
