@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from cachefuse.cache.rows import Columns
 from cachefuse.errors import ConfigError
 from cachefuse.registry import ACTIVATIONS, lookup
 
@@ -137,16 +138,17 @@ class Standardize(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     @torch.no_grad()
-    def fit(self, x: Tensor, rows: Tensor | None = None) -> "Standardize":
-        """Take mean and standard deviation from ``x`` (N, D), or from its ``rows`` (n,) int64, and return self.
+    def fit(self, x: Columns, rows: Tensor | None = None) -> "Standardize":
+        """Take mean and standard deviation from ``x`` (N, D), or its ``rows`` (n,) int64, and return self.
 
         Works in float64 and by chunks, so that a large float16 memory map is read once and never converted whole.
         Raises ConfigError if there are no rows or a value is not finite.
         """
-        count = len(x if rows is None else rows)
+        count = x.shape[0] if rows is None else len(rows)
         if not count:
             raise ConfigError("features to standardise have no rows")
-        chunks = x.split(FIT_ROWS) if rows is None else (x[part] for part in rows.split(FIT_ROWS))
+        rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows
+        chunks = (x.index_select(0, part) for part in rows.split(FIT_ROWS))
         total, squares = self.mean.new_zeros((2, len(self.mean)), dtype=torch.float64)
         for chunk in chunks:
             values = chunk.to(total)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachefuse.cache.extract import BATCH_SIZE, encode_prepared, is_bad, prepare_in_order
 from cachefuse.cache.layout import DTYPES, provenance_key
+from cachefuse.cache.pipeline import encode_prepared, is_bad, prepare_in_order
+from cachefuse.cache.request import BATCH_SIZE
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.readers.base import ImageSource, Samples
 from cachefuse.data.readers.table import TableReader, read_columns

@@ -1,18 +1,20 @@
-"""One encoder's features of one modality in a store: views written and read a block of rows at a time."""
+"""One encoder's features of one modality in a store: which rows of its views are there, and how to read them."""
 
+import json
 import math
-import os
-import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import zarr
 
 from cachefuse.cache.journal import append_lines, read_lines
-from cachefuse.cache.layout import DTYPES, block_rows, chunk_rows
+from cachefuse.cache.layout import DTYPES, block_rows, checksum, provenance_key, seal, unseal
+from cachefuse.cache.opening import open_rows
+from cachefuse.cache.rows import Rows
+from cachefuse.cache.views import OFFSETS, View, declare_group
 from cachefuse.errors import CacheError
 
 if TYPE_CHECKING:
@@ -22,238 +24,203 @@ JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
-class View:
-    """How one view is stored: a row's shape, rows a block, and whether rows differ in their number of tokens."""
+class Written:
+    """A block as the journal has it: rows, (bytes, CRC-32C) of each of its files by array, rows that are outdated.
 
-    row_shape: tuple[int, ...]
-    block_rows: int
-    ragged: bool
+    ``cosine`` of quantised rows to those in float16: mean and least.
+    """
 
-    @property
-    def empty(self) -> np.ndarray:
-        """The row of a sample without this modality: zeros, or no tokens."""
-        return np.zeros((0, self.row_shape[-1]) if self.ragged else self.row_shape, np.float32)
+    rows: int
+    files: Mapping[str, tuple[int, int]]
+    stale: frozenset[int] = frozenset()
+    cosine: tuple[float, float] | None = None
 
 
 class Features:
-    """One encoder's features of one modality: views (pooled, tokens) written and read a block of rows at a time."""
+    """One encoder's features of one modality: views (pooled, tokens) of N rows, kept in blocks.
+
+    A row is there if the journal says so, and a block is what the journal says only if its checksum fits.
+    """
 
     def __init__(self, store: "FeatureStore", path: Path) -> None:
         self.store = store
         self.path = path
-        attributes: Any = zarr.open_group(path, mode="r").attrs
-        self._meta: dict[str, Any] = dict(attributes["cachefuse"])
+        try:
+            declared = json.loads((path / "zarr.json").read_bytes())
+            self._meta = unseal(declared["attributes"]["cachefuse"], path / "zarr.json")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CacheError(f"{path}/zarr.json is damaged; delete {path} to extract these features again") from error
         self.encoder: str = self._meta["encoder"]
         self.modality: str = self._meta["modality"]
         self.source: str = self._meta["source"]
         self.key: str = self._meta["key"]
         self.provenance: dict[str, str] = self._meta["provenance"]
         self.n_rows = store.n_items(self.modality)
-        self.views = {
-            name: View(tuple(view["row_shape"]), view["block_rows"], view["ragged"])
-            for name, view in self._meta["views"].items()
-            if (path / name / "zarr.json").is_file()
-        }
-        self._done = {
-            (line["view"], line["block"]): (line["rows"], line.get("bytes")) for line in read_lines(path / JOURNAL)
-        }
+        views = (View(**{**view, "row_shape": tuple(view["row_shape"])}) for view in self._meta["views"])
+        self.views = {view.name: view for view in views}
+
+    @classmethod
+    def create(cls, store: "FeatureStore", path: Path, encoder: str, source: str, modality: str,
+               provenance: Mapping[str, str]) -> "Features":  # fmt: skip
+        """Make the group of features that are new; ``source`` opens the encoder."""
+        key = provenance_key(provenance)
+        about = {"encoder": encoder, "modality": modality, "source": source, "key": key}
+        declare_group(store.path / "features")
+        declare_group(path.parent)
+        declare_group(path, {"cachefuse": seal({**about, "provenance": dict(provenance), "views": []})})
+        return cls(store, path)
+
+    def is_made_by(self, provenance: Mapping[str, str]) -> bool:
+        """Whether these are the features that an encoder of this provenance makes."""
+        return self.key == provenance_key(provenance)
+
+    @cached_property
+    def _written(self) -> dict[tuple[str, int], Written]:
+        found: dict[tuple[str, int], Written] = {}
+        for line in read_lines(self.path / JOURNAL):
+            place = line["view"], line["block"]
+            if "stale" in line:
+                old = found.get(place, Written(0, {}))
+                found[place] = Written(old.rows, old.files, old.stale | set(line["stale"]), old.cosine)
+            else:
+                files = {name: (size, crc) for name, (size, crc) in line["files"].items()}
+                cosine = line.get("cosine")
+                found[place] = Written(line["rows"], files, frozenset(), cosine and (cosine[0], cosine[1]))
+        return found
 
     @property
     def n_written(self) -> int:
         """The number of blocks in the journal, of all views."""
-        return len(self._done)
+        return len(self._written)
+
+    def written(self, view: str, block: int) -> Written | None:
+        """Return what the journal has of a block."""
+        return self._written.get((view, block))
+
+    def note_written(self, view: str, block: int, written: Written) -> None:
+        """Add a block to the journal; from here on it counts."""
+        line: dict[str, Any] = {"view": view, "block": block, "rows": written.rows, "files": dict(written.files)}
+        if written.cosine:
+            line["cosine"] = written.cosine
+        append_lines(self.path / JOURNAL, [line])
+        self._written[(view, block)] = written
+
+    def forget(self, view: str, rows: Iterable[int]) -> None:
+        """Note in the journal that some rows are outdated, so that they are computed again, and not read before."""
+        blocks: dict[int, list[int]] = {}
+        for row in rows:
+            blocks.setdefault(row // self.views[view].block_rows, []).append(row)
+        lines = [{"view": view, "block": block, "stale": stale} for block, stale in blocks.items()]
+        append_lines(self.path / JOURNAL, lines)
+        del self._written
+
+    def n_blocks(self, view: str) -> int:
+        """Return how many blocks a view has when it is whole."""
+        return -(-self.n_rows // self.views[view].block_rows)
 
     def rows_of(self, view: str, block: int) -> range:
         """Return the rows of a block."""
         size = self.views[view].block_rows
         return range(block * size, min((block + 1) * size, self.n_rows))
 
+    def files(self, view: str, block: int) -> dict[str, Path]:
+        """Return where a block lies, by array."""
+        return self.views[view].files(self.path, block)
+
+    def is_whole(self, view: str, block: int) -> bool:
+        """Whether a block is in the journal with all of its rows, and its files are there in their full size."""
+        written = self.written(view, block)
+        if written is None or written.stale or written.rows != len(self.rows_of(view, block)):
+            return False
+        return self._sizes_fit(view, block, written) or self.views[view].is_foreign(self.path, block)
+
     def pending(self, view: str) -> list[int]:
-        """Return the blocks of a view that are not whole in the journal, or whose files are gone or cut short."""
-        n_blocks = -(-self.n_rows // self.views[view].block_rows)
-        return [block for block in range(n_blocks) if not self._is_done(view, block)]
+        """Return the blocks of a view that are not whole."""
+        return [block for block in range(self.n_blocks(view)) if not self.is_whole(view, block)]
 
     def missing_rows(self, view: str) -> np.ndarray:
-        """Return the rows of a view that are still to be computed: those of its pending blocks."""
+        """Return the rows of a view that are still to be computed."""
         if view not in self.views:
             return np.arange(self.n_rows)
-        return np.array([row for block in self.pending(view) for row in self.rows_of(view, block)], np.int64)
+        missing = [self.missing_rows_of(view, block) for block in self.pending(view)]
+        return np.concatenate(missing) if missing else np.empty(0, np.int64)
 
-    def _is_done(self, view: str, block: int) -> bool:
-        whole = len(self.rows_of(view, block)), _total_size(self._files(view, block))
-        return self._done.get((view, block)) == whole
+    def missing_rows_of(self, view: str, block: int) -> np.ndarray:
+        """Return the rows of a block that are not written, or outdated; all of them if what is there is damaged."""
+        rows, written = np.array(self.rows_of(view, block)), self.written(view, block)
+        if written is None or self.stored(view, block) is None:
+            return rows
+        kept = (rows < rows[0] + written.rows) & ~np.isin(rows, list(written.stale))
+        return rows[~kept]
 
-    def _files(self, view: str, block: int) -> list[Path]:
-        """Return where a block lies: one shard, or for ragged tokens their flat rows and their offsets."""
-        if self.views[view].ragged:
-            flat = self.path / view / _block_name(block) / "c" / "0" / "0"
-            return [flat, self.path / "offsets" / "c" / str(block) / "0"]
-        return [self.path.joinpath(view, "c", str(block), *("0" for _ in self.views[view].row_shape))]
+    def stored(self, view: str, block: int) -> dict[str, np.ndarray] | None:
+        """Return a block's arrays as they are stored, offsets included; None if any of it is not as it was written."""
+        about, written, files = self.views[view], self.written(view, block), self.files(view, block)
+        if written is None or not self._sizes_fit(view, block, written):
+            return None
+        arrays = {}
+        n_rows = written.rows
+        if about.ragged:
+            arrays[OFFSETS] = np.fromfile(files[OFFSETS], "<i8")
+            n_rows = int(arrays[OFFSETS][-1])
+        for name, (shape, dtype) in about.arrays.items():
+            size = n_rows * math.prod(shape) * dtype.itemsize
+            if not 0 <= size <= files[name].stat().st_size:
+                return None
+            arrays[name] = np.memmap(files[name], dtype, "r", shape=(n_rows, *shape)) if size else np.empty(
+                (n_rows, *shape), dtype
+            )  # fmt: skip
+        return arrays if all(checksum(array) == written.files[name][1] for name, array in arrays.items()) else None
 
-    def begin(self, view: str, row_shape: tuple[int, ...], *, ragged: bool = False) -> None:
-        """Make a view's arrays: rows of (D,), (T, D), or where ragged (T_i, D) with T_i near the given T."""
-        dtype = np.dtype(DTYPES[self.provenance["dtype"]])
-        size = block_rows(self.n_rows, math.prod(row_shape) * dtype.itemsize)
-        group: Any = zarr.open_group(self.path, mode="a")
-        if ragged:
-            group.create_group(view, overwrite=True)
-            shape = (-(-self.n_rows // size), size + 1)
-            group.create_array(
-                "offsets", shape=shape, chunks=(1, size + 1), dtype="<i8", compressors=None, overwrite=True
-            )
-        else:
-            group.create_array(
-                view,
-                shape=(self.n_rows, *row_shape),
-                shards=(size, *row_shape),
-                chunks=(chunk_rows(size), *row_shape),
-                dtype=dtype,
-                compressors=None,
-                fill_value=0,
-                overwrite=True,
-            )
-        self.views[view] = View(row_shape, size, ragged)
-        self._meta["views"] = {name: vars(view) for name, view in self.views.items()}
-        group.attrs["cachefuse"] = self._meta
+    def begin(self, view: View) -> None:
+        """Add a view that is new."""
+        self.views[view.name] = view
+        self._meta["views"] = [vars(view) for view in self.views.values()]
+        declare_group(self.path, {"cachefuse": seal(self._meta)})
 
-    def write(self, view: str, block: int, values: Sequence[np.ndarray]) -> None:
-        """Write one block of a view, a row a value, then note it in the journal."""
-        rows = self.rows_of(view, block)
-        if len(values) != len(rows):
-            raise ValueError(f"block {block} has {len(rows)} rows. Got {len(values)} instead")
-        flat = np.concatenate(values) if self.views[view].ragged else np.stack(values)
-        with np.errstate(over="ignore"):
-            data = np.ascontiguousarray(flat, dtype=DTYPES[self.provenance["dtype"]])
-        if not np.isfinite(data).all():
-            raise CacheError(self._not_finite(view, rows, values))
-        files = self._files(view, block)
-        for file in files:
-            file.unlink(missing_ok=True)  # Zarr would merge a shard that is there, and fail if it is damaged
-        group: Any = zarr.open_group(self.path, mode="a")
-        with zarr.config.set({"array.write_empty_chunks": True}):
-            if self.views[view].ragged:
-                self._write_ragged(group, view, block, data, [len(value) for value in values])
-            else:
-                array = _grow(group[view], self.n_rows)
-                array[rows.start : rows.stop] = data
-        for file in files:
-            _to_disk(file)
-        done = len(rows), _total_size(files)
-        line = {"view": view, "block": block, "rows": done[0], "bytes": done[1], "crc32": zlib.crc32(data.data)}
-        append_lines(self.path / JOURNAL, [line])
-        self._done[(view, block)] = done
+    def new_view(self, name: str, row_shape: tuple[int, ...], *, ragged: bool, dtype: str) -> View:
+        """Return how a view of rows (D,), (T, D), or where ragged (T_i, D) with T_i near the given T, is to be kept."""
+        row_bytes = math.prod(row_shape) * np.dtype(DTYPES[dtype]).itemsize
+        return View(name, row_shape, block_rows(self.n_rows, row_bytes), ragged, dtype)
 
-    def _write_ragged(self, group: Any, view: str, block: int, data: np.ndarray, lengths: list[int]) -> None:
-        """Write flat rows without padding, one array a block, and the block's offsets (rows + 1)."""
-        stored = data if len(data) else np.zeros((1, data.shape[1]), data.dtype)  # Zarr has no chunks of zero rows
-        shape = stored.shape
-        array = group[view].create_array(
-            _block_name(block), shape=shape, chunks=shape, dtype=data.dtype, compressors=None, overwrite=True
-        )
-        array[:] = stored
-        size = self.views[view].block_rows
-        line = np.full(size + 1, len(data), np.int64)
-        line[: len(lengths) + 1] = np.concatenate([[0], np.cumsum(lengths)])
-        offsets = _grow(group["offsets"], -(-self.n_rows // size))
-        offsets[block] = line
+    def rows(self, view: str = "pooled", *, whole: bool = True) -> Rows:
+        """Return a view's rows, to be read as they are asked for.
 
-    def _not_finite(self, view: str, rows: range, values: Sequence[np.ndarray]) -> str:
-        """Say which sample has features that can't be stored, and why."""
-        with np.errstate(over="ignore"):
-            whole = [bool(np.isfinite(x.astype(DTYPES[self.provenance["dtype"]])).all()) for x in values]
-        row, value = rows[whole.index(False)], values[whole.index(False)]
-        overflow = bool(np.isfinite(value).all())
-        cause = "overflow float16; use --dtype float32" if overflow else "are NaN or infinite; try --device cpu"
-        offsets = self.store.items(self.modality)
-        sample = row if offsets is None else int(np.searchsorted(offsets, row, side="right")) - 1
-        return f"{self.encoder}: {self.modality} {view} features of sample {self.store.ids[sample]} {cause}"
-
-    def read(self, view: str = "pooled", rows: slice | np.ndarray | None = None) -> Any:
-        """Return rows of a view: (n, D), (n, T, D), or for ragged tokens a list of n (T_i, D) arrays.
-
-        Raises CacheError if any block is missing, saying how to go on: nothing is read that was not written.
+        Raises CacheError if any row is missing, saying how to go on; with ``whole`` False the blocks that are finished
+        can be read while others are not. Nothing is read that was not written.
         """
-        missing = len(self.missing_rows(view))
-        if missing:
-            if view not in self.views:
-                raise CacheError(
-                    f"{self.store.path} has no {view} view of {self.encoder} ({self.modality}); make it with "
-                    f"cachefuse extract --dataset {self.store.dataset} --encoder {self.source} --views {view}"
-                )
+        if view not in self.views:
             raise CacheError(
-                f"{self.encoder} ({self.modality}, {view}) has {self.n_rows - missing:,} of {self.n_rows:,} rows; "
-                f"run the same cachefuse extract again to go on"
+                f"{self.store.path} has no {view} view of {self.encoder} ({self.modality}); make it with "
+                f"cachefuse extract --dataset {self.store.dataset} --encoder {self.source} --views {view}"
             )
-        group: Any = zarr.open_group(self.path, mode="r")
-        if self.views[view].ragged:
-            every = np.arange(self.n_rows)
-            return self._read_ragged(group, view, every if rows is None else every[rows])
-        array = group[view]
-        if rows is None:
-            return array[:]
-        return array[rows] if isinstance(rows, slice) else array.oindex[rows]
+        pending = self.pending(view)
+        if pending and whole:
+            raise CacheError(self._not_whole(view, pending))
+        there = np.ones(self.n_blocks(view), bool)
+        there[pending] = False
+        return open_rows(self, view, there)
 
-    def _read_ragged(self, group: Any, view: str, rows: np.ndarray) -> list[np.ndarray]:
-        """Read each block once, in order, and hand its rows out."""
-        size = self.views[view].block_rows
-        found: dict[int, np.ndarray] = {}
-        for block in np.unique(rows // size).tolist():
-            flat, offsets = group[f"{view}/{_block_name(block)}"][:], group["offsets"][block]
-            for row in rows[rows // size == block].tolist():
-                start, stop = offsets[row - block * size : row - block * size + 2]
-                found[row] = flat[start:stop]
-        return [found[row] for row in rows.tolist()]
+    def read(self, view: str = "pooled", rows: int | slice | np.ndarray | None = None) -> Any:
+        """Return rows of a view: (n, D), (n, T, D), or for ragged tokens a list of n (T_i, D) arrays; see ``rows``."""
+        return self.rows(view)[slice(None) if rows is None else rows]
 
+    def name(self, view: str) -> str:
+        """Return what messages call a view."""
+        return f"{self.encoder} ({self.modality}, {view})"
 
-class BlockWriter:
-    """Collects the missing rows of one view, in order, and writes each block as it fills."""
+    def _not_whole(self, view: str, pending: list[int]) -> str:
+        n_missing = sum(len(self.missing_rows_of(view, block)) for block in pending)
+        lost = [block for block in pending if self.written(view, block) and self.stored(view, block) is None]
+        damage = f", and block {lost[0]} is damaged: it is gone, cut short or changed" if lost else ""
+        return (
+            f"{self.name(view)} has {self.n_rows - n_missing:,} of {self.n_rows:,} rows{damage}; "
+            f"run the same cachefuse extract again to go on"
+        )
 
-    def __init__(self, features: Features, view: str, *, ragged: bool) -> None:
-        self.features = features
-        self.view = view
-        self.ragged = ragged
-        self._waiting: list[tuple[int, np.ndarray | None]] = []
-
-    def add(self, rows: np.ndarray, values: Sequence[np.ndarray | None]) -> None:
-        """Take the next rows, (D,) or (T, D) each; None, for a sample that can't be encoded, becomes zeros."""
-        self._waiting.extend(zip(rows.tolist(), values, strict=True))
-        if self.view not in self.features.views:
-            shapes = [value.shape for value in values if value is not None]
-            if not shapes:
-                return  # the width is not known yet
-            mean = tuple(max(1, round(length)) for length in np.mean(shapes, axis=0).tolist())
-            self.features.begin(self.view, mean, ragged=self.ragged)
-        view = self.features.views[self.view]
-        while self._waiting:
-            block = self._waiting[0][0] // view.block_rows
-            n = len(self.features.rows_of(self.view, block))
-            if len(self._waiting) < n:
-                return
-            block_values = [view.empty if value is None else value for _, value in self._waiting[:n]]
-            self.features.write(self.view, block, block_values)
-            del self._waiting[:n]
-
-
-def _block_name(block: int) -> str:
-    return f"block-{block:06d}"
-
-
-def _grow(array: Any, rows: int) -> Any:
-    """Lengthen an array along axis 0 if rows were appended to its samples."""
-    if array.shape[0] != rows:
-        array.resize((rows, *array.shape[1:]))
-    return array
-
-
-def _total_size(files: Sequence[Path]) -> int:
-    """Return the size of some files in bytes, or -1 if any is missing."""
-    try:
-        return sum(file.stat().st_size for file in files)
-    except FileNotFoundError:
-        return -1
-
-
-def _to_disk(file: Path) -> None:
-    """Have a file on the disk before going on."""
-    with file.open("rb+") as opened:
-        os.fsync(opened.fileno())
+    def _sizes_fit(self, view: str, block: int, written: Written) -> bool:
+        try:
+            sizes = {name: file.stat().st_size for name, file in self.files(view, block).items()}
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return sizes == {name: size for name, (size, _) in written.files.items()}

@@ -1,18 +1,25 @@
-"""How a store is laid out: names, block sizes and the provenance key."""
+"""How a store is laid out: names, block sizes, checksums and the provenance key."""
 
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import Any
 
-FORMAT = 1  # of the store; a reader refuses what it does not know
+import google_crc32c
+import numpy as np
+
+from cachefuse.errors import CacheError
+
+FORMAT = 2  # of the store; a reader refuses what it does not know
 BLOCK_BYTES = 32 << 20  # the most that one block of a view holds
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 64, 4096
 CHUNKS_PER_BLOCK = 16
-DTYPES = {"float16": "<f2", "float32": "<f4"}
+DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "|i1"}
+PIECE = 1 << 18  # bytes copied at a time for a checksum: they stay in the processor's cache
 
 
 def block_rows(n_rows: int, row_bytes: int) -> int:
-    """Return how many rows make a block: a power of two, so that a block's bytes fill whole pages.
+    """Return how many rows make a block: a power of two, so that blocks of different views begin at the same rows.
 
     A block is what a resumed extraction may have to do again, so a small dataset has small ones.
     """
@@ -21,17 +28,36 @@ def block_rows(n_rows: int, row_bytes: int) -> int:
     return 1 << (min(fitting, wanted).bit_length() - 1)
 
 
-def chunk_rows(rows: int) -> int:
-    """Return the rows of one inner chunk of a block (a shard)."""
-    return max(1, rows // CHUNKS_PER_BLOCK)
+def checksum(data: np.ndarray | bytes, value: int = 0) -> int:
+    """Return the CRC-32C of some bytes, going on from that of the bytes before them."""
+    view = data if isinstance(data, bytes) else np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+    for start in range(0, len(view), PIECE):
+        value = google_crc32c.extend(value, bytes(view[start : start + PIECE]))
+    return value
 
 
 def provenance_key(provenance: Mapping[str, str]) -> str:
     """Hash what the features depend on. Same key: the same features."""
-    canonical = json.dumps(dict(sorted(provenance.items())), ensure_ascii=False)
-    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(_canonical(provenance), digest_size=16).hexdigest()
 
 
 def differing_fields(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
     """Return the provenance fields that differ, sorted."""
     return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+
+
+def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values for a JSON file with their checksum, so that a changed byte does not pass as something else."""
+    return {**values, "checksum": checksum(_canonical(values))}
+
+
+def unseal(sealed: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """Return sealed values without their checksum. Raises CacheError, naming where they are from, if it is wrong."""
+    values = {key: value for key, value in sealed.items() if key != "checksum"}
+    if sealed.get("checksum") != checksum(_canonical(values)):
+        raise CacheError(f"{where} is damaged: its checksum does not fit")
+    return values
+
+
+def _canonical(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, sort_keys=True, ensure_ascii=False).encode("utf-8", "backslashreplace")

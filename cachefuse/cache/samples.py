@@ -2,17 +2,23 @@
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import CacheError
+from cachefuse.runtime import sync_folder
 
 LEDGER = "bad.jsonl"
+CHUNK_ROWS = 1 << 16  # read and written at a time, so that a million ids never stand in memory twice
+IDENTITY = ("id", "digest", "stamp")
+
+Columns = dict[str, np.ndarray]
 
 
 def text_offsets(dataset: Dataset) -> np.ndarray | None:
@@ -22,91 +28,119 @@ def text_offsets(dataset: Dataset) -> np.ndarray | None:
     return np.concatenate([[0], np.cumsum([len(texts) for texts in dataset.texts])]).astype(np.int64)
 
 
-def sample_columns(dataset: Dataset, digests: list[str], bad: Collection[tuple[str, str]]) -> dict[str, np.ndarray]:
-    """Return the group's arrays by name; ``bad`` are the (modality, id) that the ledger lists."""
+def sample_columns(dataset: Dataset) -> Columns:
+    """Return the group's arrays by name, all but the digests; a modality is present where a sample has a source."""
     columns = {
-        "id": _strings(dataset.ids),
-        "split": _strings(dataset.splits),
+        "id": strings(dataset.ids),
+        "split": strings(dataset.splits),
         "target": dataset.targets,
-        "digest": _strings(digests),
+        "stamp": strings(dataset.stamps()),
     }
     for modality in dataset.modalities:
         sources = (dataset.images if modality == "image" else dataset.texts) or ()
-        usable = [(modality, sample) not in bad for sample in dataset.ids]
-        columns[f"present/{modality}"] = np.array([bool(source) for source in sources]) & usable
+        columns[f"present/{modality}"] = np.array([bool(source) for source in sources])
     offsets = text_offsets(dataset)
     if offsets is not None:
         columns["items/text"] = offsets
     return columns
 
 
-def check_same_rows(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Raise CacheError, naming rows, if those of the store at ``path`` are gone, moved or changed."""
-    samples = zarr.open_group(path / "samples", mode="r")
-    old, new = _values(samples, "id").tolist(), columns["id"].tolist()
-    if new[: len(old)] != old:
-        row = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), len(new))
+def read_columns(path: Path) -> tuple[Columns, tuple[int, ...]]:
+    """Return the arrays of the store at ``path`` that can be read, and the rows at which samples were appended."""
+    folder = path / "samples"
+    columns: Columns = {}
+    appended: tuple[int, ...] = ()
+    for file in folder.rglob("zarr.json"):
+        try:  # whatever zarr-python raises on files that were cut short or changed
+            node: Any = zarr.open(file.parent, mode="r")
+            if isinstance(node, zarr.Array):
+                columns[str(file.parent.relative_to(folder))] = np.asarray(node[:])
+            elif file.parent == folder:
+                appended = tuple(int(row) for row in node.attrs["appended_at"])
+        except Exception:
+            continue
+    return columns, appended
+
+
+def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
+    """Raise CacheError, naming rows, if those of the store at ``path`` are gone or moved."""
+    before, now = old["id"], new["id"]
+    n = min(len(before), len(now))
+    differ = np.flatnonzero(before[:n] != now[:n])
+    if len(differ) or len(before) > len(now):
+        row = int(differ[0]) if len(differ) else len(now)
         raise CacheError(
-            f"{path} was made from other rows: row {row + 1} was {old[row]!r}"
-            + (f" and is now {new[row]!r}" if row < len(new) else " and is gone")
+            f"{path} was made from other rows: row {row + 1} was {before[row]!r}"
+            + (f" and is now {now[row]!r}" if row < len(now) else " and is gone")
             + "; rows may only be appended. Use another --workspace, or delete the store to extract again"
         )
-    stored = _values(samples, "digest").tolist()
-    changed = [sample for sample, a, b in zip(old, stored, columns["digest"].tolist(), strict=False) if a != b]
-    if changed:
-        raise CacheError(
-            f"{len(changed):,} samples changed since {path} was made: {', '.join(changed[:3])}"
-            f"{', ...' if len(changed) > 3 else ''}. Use another --workspace, or delete the store to extract again"
-        )
-    if ("items/text" in columns) != ("items/text" in samples):
+    if ("items/text" in new) != ("items/text" in old):
         raise CacheError(
             f"{path}: some samples now have several texts where all had one, or the reverse. "
             f"Use another --workspace, or delete the store to extract again"
         )
+    if "items/text" in old and not np.array_equal(new["items/text"][: len(old["items/text"])], old["items/text"]):
+        raise CacheError(
+            f"{path}: some samples now have another number of texts. "
+            f"Use another --workspace, or delete the store to extract again"
+        )
 
 
-def write_samples(folder: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Write the group anew."""
-    group = zarr.open_group(folder, mode="w")
+def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: tuple[int, ...] = ()) -> None:
+    """Write the group anew and have it on the disk; every chunk has a checksum that any Zarr reader verifies."""
+    group = zarr.open_group(folder, mode="w", attributes={"appended_at": list(appended)})
     with zarr.config.set({"array.write_empty_chunks": True}):
         for name, values in columns.items():
-            array = group.create_array(name, shape=values.shape, chunks=values.shape, dtype=values.dtype)
+            chunks = (min(max(1, len(values)), CHUNK_ROWS), *values.shape[1:])
+            array = group.create_array(
+                name, shape=values.shape, chunks=chunks, dtype=values.dtype, compressors=[ZstdCodec(), Crc32cCodec()]
+            )
             array[:] = values
+    sync_tree(folder)
 
 
-def update_samples(path: Path, columns: Mapping[str, np.ndarray]) -> None:
-    """Bring the group of the store at ``path`` up to date by putting a whole new one in its place."""
+def replace_samples(
+    path: Path, columns: Mapping[str, np.ndarray], appended: tuple[int, ...], ledger: Path | None
+) -> None:
+    """Put a whole new group in the place of the one of the store at ``path``, with a ledger."""
     folder, new, old = path / "samples", path / ".samples.new", path / ".samples.old"
-    if _is_same(zarr.open_group(folder, mode="r"), columns):
-        return
-    write_samples(new, columns)
-    if (folder / LEDGER).is_file():
-        shutil.copy2(folder / LEDGER, new / LEDGER)
-    os.replace(folder, old)
+    write_samples(new, columns, appended)
+    if ledger is not None:
+        shutil.copy2(ledger, new / LEDGER)
+        sync_tree(new)
+    if folder.exists():
+        os.replace(folder, old)
     os.replace(new, folder)
-    shutil.rmtree(old)
+    sync_folder(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def finish_update(path: Path) -> None:
-    """Complete an update that was killed: without the old group the new one is whole and only has to take its place."""
+def finish_replacing(path: Path) -> None:
+    """Complete what was killed: without the old group the new one is whole and only has to take its place."""
     folder, new, old = path / "samples", path / ".samples.new", path / ".samples.old"
-    if not folder.exists():
+    if not folder.exists() and new.exists():
         os.replace(new, folder)
     for left in (new, old):
         shutil.rmtree(left, ignore_errors=True)
 
 
-def _is_same(group: zarr.Group, columns: Mapping[str, np.ndarray]) -> bool:
-    for name, values in columns.items():
-        stored = _values(group, name) if name in group else None
-        if stored is None or stored.dtype != values.dtype or not np.array_equal(stored, values):
-            return False
-    return True
+def same_columns(old: Columns, new: Columns) -> bool:
+    """Whether the store has these columns already."""
+    return old.keys() == new.keys() and all(
+        old[name].dtype == values.dtype and np.array_equal(old[name], values) for name, values in new.items()
+    )
 
 
-def _values(group: Any, name: str) -> np.ndarray:
-    return np.asarray(group[name][:])
+def sync_tree(folder: Path) -> None:
+    """Have every file under a folder on the disk, and their names."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
 
 
-def _strings(values: list[str] | np.ndarray) -> np.ndarray:
+def strings(values: list[str] | np.ndarray) -> np.ndarray:
+    """Return strings (N,) of any length."""
     return np.array(values).astype(np.dtypes.StringDType())

@@ -1,36 +1,29 @@
 """The feature store: one Zarr v3 group a dataset, rows aligned across encoders and modalities.
 
-    samples/{id, split, target, digest, present/<modality>, items/<modality>}
-    features/<encoder>/<modality>/{pooled, tokens, offsets, journal.jsonl}
+    samples/{id, split, target, digest, stamp, present/<modality>, items/<modality>}
+    features/<encoder>/<modality>/{pooled, tokens, scales, offsets, journal.jsonl}
 
 A block of rows is the unit of work, of resume and of a file. A row exists if the journal says so: a shard that is
 absent would read as zeros, so nothing is read that the journal does not list.
 """
 
-import os
+import json
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 
-from cachefuse.cache.features import Features
+from cachefuse.cache import update
+from cachefuse.cache.features import JOURNAL, Features
 from cachefuse.cache.journal import append_lines, read_lines
-from cachefuse.cache.layout import FORMAT, differing_fields, provenance_key
-from cachefuse.cache.samples import (
-    LEDGER,
-    check_same_rows,
-    finish_update,
-    sample_columns,
-    update_samples,
-    write_samples,
-)
+from cachefuse.cache.layout import FORMAT, differing_fields, provenance_key, unseal
+from cachefuse.cache.samples import LEDGER
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import CacheError
@@ -50,7 +43,8 @@ class BadSample:
 class FeatureStore:
     """A dataset's samples and every feature extracted from them.
 
-    Open an existing store with ``FeatureStore(path)``; make or update one with ``FeatureStore.for_dataset``.
+    Open an existing store with ``FeatureStore(path)``, which reads nothing before it is asked for; make or update one
+    with ``FeatureStore.for_dataset``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,49 +52,64 @@ class FeatureStore:
             raise CacheError(f"no feature store at {path}; run cachefuse extract first")
         self.path = path
         try:
-            self._root = _open_group(path)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"{path} is damaged: its zarr.json can't be read: {error}") from error
-        self._meta: dict[str, Any] = dict(self._root.attrs.get("cachefuse", {}))
-        if self._meta.get("format") != FORMAT:
-            raise CacheError(
-                f"{path} is not a feature store of this version (format {self._meta.get('format')}, not {FORMAT})"
-            )
-        samples = self._root.get("samples")
-        if samples is None:
+            declared: Any = json.loads((path / "zarr.json").read_bytes())
+            meta = declared.get("attributes", {}).get("cachefuse", {})
+            found = meta.get("format")
+        except (ValueError, AttributeError) as error:
+            raise CacheError(f"{path} is damaged: its zarr.json can't be read; run cachefuse extract again") from error
+        if found != FORMAT:
+            raise CacheError(f"{path} is not a feature store of this version (format {found}, not {FORMAT})")
+        self._meta = unseal(meta, path / "zarr.json")
+        if not (path / "samples").is_dir():
             raise CacheError(f"{path} was being updated when it was interrupted; run cachefuse extract again to go on")
-        self.ids: list[str] = [str(value) for value in samples["id"][:]]
-        self.splits = np.array([str(value) for value in samples["split"][:]])
-        self.targets: np.ndarray = samples["target"][:]
-        ledger = (BadSample(**line) for line in read_lines(path / "samples" / LEDGER))
-        self._bad = {(line.modality, line.id): line for line in ledger}
+        self._bad: dict[tuple[str, str], BadSample] = {}
+        for line in read_lines(path / "samples" / LEDGER):
+            self._bad[(line["modality"], line["id"])] = BadSample(**line)
+        self._bad = {place: line for place, line in self._bad.items() if line.reason}
         self.n_bad = Counter(modality for modality, _ in self._bad)
 
     @classmethod
-    def for_dataset(cls, path: Path, dataset: Dataset) -> "FeatureStore":
+    def for_dataset(
+        cls,
+        path: Path,
+        dataset: Dataset,
+        *,
+        refresh: bool = False,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> "FeatureStore":
         """Open or make the store of a dataset, and bring its samples, splits and targets up to date.
 
-        Rows are only ever appended: raises CacheError, naming rows, if stored rows are gone, moved or changed.
+        Rows are only ever appended: raises CacheError, naming rows, if stored rows are gone or moved, or if the content
+        of some changed; with ``refresh`` those are marked outdated, and extract computes them again. Content is read
+        (``on_progress`` hears how much) only where a source's name, size or time is not what it was.
         """
-        digests = dataset.digests()
-        _sweep(path)
-        if (path / "zarr.json").is_file():
-            finish_update(path)
-            columns = sample_columns(dataset, digests, cls(path)._bad)
-            check_same_rows(path, columns)
-            update_samples(path, columns)
-            _open_group(path, "a").attrs["cachefuse"] = _describe(dataset)
-        else:  # made beside its place, so that a store is whole from the moment it is there
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
-                new = Path(temporary) / path.name
-                zarr.create_group(new, attributes={"cachefuse": _describe(dataset)})
-                write_samples(new / "samples", sample_columns(dataset, digests, ()))
-                os.replace(new, path)
+        update.sweep(path)
+        if not (path / "zarr.json").is_file():
+            update.create(path, dataset, on_progress)
+            return cls(path)
+        update.finish(path, dataset)
+        store = cls(path)
+        update.update(store, dataset, refresh, on_progress)
+        update.describe(path, dataset)
         return cls(path)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return int(self._array("id").shape[0])
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        """(N,) strings."""
+        return self._column("id")
+
+    @cached_property
+    def splits(self) -> np.ndarray:
+        """(N,) strings."""
+        return self._column("split")
+
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """(N, C) int8 for multi-label, (N,) int32 for multi-class; -1 where unlabelled."""
+        return self._column("target")
 
     @property
     def dataset(self) -> str:
@@ -119,65 +128,81 @@ class FeatureStore:
     def manifest(self) -> Manifest:
         return Manifest.model_validate(self._meta["manifest"])
 
+    @cached_property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that the dataset has."""
+        return tuple(sorted(path.name for path in (self.path / "samples" / "present").iterdir() if path.is_dir()))
+
     def present(self, modality: str) -> np.ndarray:
         """Return (N,) bool: which samples have this modality."""
-        column = self._root["samples"].get(f"present/{modality}")
-        return np.zeros(len(self), bool) if column is None else column[:]
+        return self._column(f"present/{modality}") if modality in self.modalities else np.zeros(len(self), bool)
 
     def items(self, modality: str) -> np.ndarray | None:
         """Return (N + 1,) offsets of each sample's items where a sample has several (captions), else None."""
-        offsets = self._root["samples"].get(f"items/{modality}")
-        return None if offsets is None else offsets[:]
+        path = self.path / "samples" / "items" / modality
+        return self._column(f"items/{modality}") if path.is_dir() else None
 
     def n_items(self, modality: str) -> int:
         """Return the number of rows in this modality's features."""
         offsets = self.items(modality)
         return len(self) if offsets is None else int(offsets[-1])
 
+    def sample_of(self, modality: str, row: int) -> str:
+        """Return the id of the sample that a row of a modality's features belongs to."""
+        offsets = self.items(modality)
+        return str(self.ids[row if offsets is None else int(np.searchsorted(offsets, row, side="right")) - 1])
+
+    def appended_at(self, modality: str) -> tuple[int, ...]:
+        """Return the feature rows at which samples were appended to a store that was there, ascending."""
+        attributes: Any = zarr.open_group(self.path / "samples", mode="r").attrs
+        offsets = self.items(modality)
+        return tuple(int(row if offsets is None else offsets[row]) for row in attributes["appended_at"])
+
     def features(self) -> "list[Features]":
         """Return what has been extracted, sorted by encoder and modality."""
-        found = []
-        for encoder in sorted((self.path / "features").glob("*")):
-            for group in sorted(encoder.glob("*")):
-                if (group / "zarr.json").is_file():
-                    found.append(Features(self, group))
-        return found
+        groups = (
+            group for encoder in sorted((self.path / "features").glob("*")) for group in sorted(encoder.glob("*"))
+        )
+        found = (self._open_group(group) for group in groups)
+        return [features for features in found if features is not None]
 
     def open_features(self, encoder: str, modality: str) -> "Features | None":
         """Return one encoder's features of one modality, or None; ``encoder`` is a spec's short form."""
-        path = self.path / "features" / slug(encoder) / modality
-        return Features(self, path) if (path / "zarr.json").is_file() else None
+        return self._open_group(self._features_path(encoder, modality))
 
-    def require_features(self, encoder: str, modality: str, provenance: Mapping[str, str], source: str) -> "Features":
+    def _open_group(self, path: Path) -> "Features | None":
+        if not (path / "zarr.json").is_file():
+            return None
+        try:
+            return Features(self, path)
+        except CacheError:
+            if any(True for _ in read_lines(path / JOURNAL)):
+                raise
+            return None  # cut short before anything was written to it: as good as not there
+
+    def require_features(
+        self, encoder: str, modality: str, provenance: Mapping[str, str], source: str, dtypes: Mapping[str, str]
+    ) -> "Features":
         """Open one encoder's features of one modality, making them if they are new; ``source`` opens the encoder.
 
-        Raises CacheError, listing the fields that differ, if they were made by something else under the same name.
+        Raises CacheError, listing the fields that differ, if they were made by something else under the same name, or
+        if views are there in other dtypes than ``dtypes`` (by view).
         """
         features = self.open_features(encoder, modality)
-        if features is not None and features.key != provenance_key(provenance) and not features.n_written:
-            shutil.rmtree(features.path)  # an attempt that wrote nothing stands in nobody's way
-            features = None
-        if features is None:
-            path = self.path / "features" / slug(encoder) / modality
-            meta = {
-                "encoder": encoder,
-                "modality": modality,
-                "source": source,
-                "key": provenance_key(provenance),
-                "provenance": dict(provenance),
-                "views": {},
-            }
-            root = _open_group(self.path, "a")
-            root.create_group(f"features/{slug(encoder)}/{modality}", attributes={"cachefuse": meta})
-            return Features(self, path)
-        if features.key != provenance_key(provenance):
-            fields = ", ".join(
-                f"{field} ({features.provenance.get(field)} there, {provenance.get(field)} here)"
-                for field in differing_fields(features.provenance, provenance)
-            )
+        if features is None or (features.key != provenance_key(provenance) and not features.n_written):
+            path = self._features_path(encoder, modality)
+            shutil.rmtree(path, ignore_errors=True)  # an attempt that wrote nothing stands in nobody's way
+            return Features.create(self, path, encoder, source, modality, provenance)
+        stored = {name: view.dtype for name, view in features.views.items()}
+        mixed = [name for name in stored if "int8" in (stored[name], dtypes.get(name)) and name in dtypes]
+        old = {**features.provenance, **{f"dtype of {name}": stored[name] for name in mixed}}
+        new = {**provenance, **{f"dtype of {name}": dtypes[name] for name in mixed}}
+        fields = differing_fields(old, new)
+        differing = [f"{field} ({old.get(field)} there, {new.get(field)} here)" for field in fields]
+        if differing:
             raise CacheError(
-                f"{self.path} holds {features.encoder} {modality} features that were made differently: {fields}; "
-                f"use another --workspace, or delete {features.path} to extract them again"
+                f"{self.path} holds {features.encoder} {modality} features that were made differently: "
+                f"{', '.join(differing)}; use another --workspace, or delete {features.path} to extract them again"
             )
         return features
 
@@ -189,35 +214,40 @@ class FeatureStore:
             self._bad.update(new)
             self.n_bad.update(modality for modality, _ in new)
 
+    def forgive(self, samples: Collection[str]) -> None:
+        """Take samples off the ledger, by lines that give no reason: their sources have changed."""
+        found = [place for place in self._bad if place[1] in samples]
+        lines = [{**vars(self._bad.pop(place)), "reason": ""} for place in found]
+        append_lines(self.path / "samples" / LEDGER, lines)
+        self.n_bad.subtract(modality for modality, _ in found)
+
     def update_present(self, modality: str) -> None:
         """Mark a modality absent where the ledger lists it."""
-        bad = np.array([(modality, sample) in self._bad for sample in self.ids])
+        bad = np.array([(modality, sample) in self._bad for sample in self.ids], bool)
         present = self.present(modality)
         if (present & bad).any():
-            _open_group(self.path, "a")["samples"][f"present/{modality}"][:] = present & ~bad
+            group: Any = zarr.open_group(self.path / "samples", mode="a")
+            group[f"present/{modality}"][:] = present & ~bad
 
     def ledger(self) -> list[BadSample]:
         """Return the samples that had to do without a modality."""
         return list(self._bad.values())
 
+    def _features_path(self, encoder: str, modality: str) -> Path:
+        return self.path / "features" / slug(encoder) / modality
 
-def _describe(dataset: Dataset) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "dataset": dataset.name,
-        "manifest": dataset.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),
-        "classes": list(dataset.classes),
-        "extracted": datetime.now(UTC).isoformat(timespec="milliseconds"),
-    }
+    def _array(self, name: str) -> Any:
+        try:
+            return zarr.open_array(self.path / "samples" / name, mode="r")
+        except Exception as error:  # whatever zarr-python raises on metadata that was cut short or changed
+            raise self._damaged(name, error) from error
 
+    def _column(self, name: str) -> np.ndarray:
+        array = self._array(name)
+        try:
+            return np.asarray(array[:])
+        except Exception as error:  # the same of its chunks, each of which has a checksum
+            raise self._damaged(name, error) from error
 
-def _sweep(path: Path) -> None:
-    """Remove what a killed process may have left of a store that it was making, or of a file that it was writing."""
-    for folder in path.parent.glob(f".{path.name}.*/"):
-        shutil.rmtree(folder, ignore_errors=True)
-    for file in path.rglob("*.partial"):
-        file.unlink(missing_ok=True)
-
-
-def _open_group(path: Path, mode: Any = "r") -> Any:
-    return zarr.open_group(path, mode=mode)
+    def _damaged(self, name: str, error: Exception) -> CacheError:
+        return CacheError(f"{self.path}/samples/{name} is damaged ({error}); run the same cachefuse extract again")

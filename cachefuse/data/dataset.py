@@ -1,24 +1,29 @@
 """A dataset as the pipeline sees it: ids, splits, images, texts and targets, in manifest order."""
 
-import hashlib
 import logging
 from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from cachefuse.data.digests import hash_parts
 from cachefuse.data.manifest import HashSplit, Manifest
 from cachefuse.data.readers.base import ImageSource, Samples
 from cachefuse.data.splits import apply_hash_splits
 from cachefuse.data.targets import encode_labels, find_classes, is_labelled
 from cachefuse.errors import DataError, MissingDataError
+from cachefuse.runtime import n_threads
 
 logger = logging.getLogger(__name__)
 
 # Held out where neither the data nor the manifest gives rows to validate on.
 DEFAULT_SPLITS = {"val": HashSplit.model_validate({"from": "train", "fraction": 0.1})}
 MIN_ROWS_TO_SPLIT = 20
+BATCH = 32  # rows hashed by a thread at a time: one by one, handing small images over takes longer than hashing them
+WINDOW = 4096  # rows that wait for threads at a time, however many there are in all
 
 
 @dataclass(frozen=True)
@@ -46,17 +51,42 @@ class Dataset:
         """The modalities that this copy of the data has."""
         return tuple(m for m, column in (("image", self.images), ("text", self.texts)) if column is not None)
 
-    def digests(self) -> list[str]:
-        """One digest a sample over its texts and its image's name and size; changes when the source does."""
-        digests = []
-        for i in range(len(self)):
-            digest = hashlib.blake2b(digest_size=8)
-            for text in self.texts[i] if self.texts else ():
-                digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-            image = self.images[i] if self.images else None
-            digest.update(image.stamp().encode("utf-8", "surrogatepass") if image else b"\1")
-            digests.append(digest.hexdigest())
+    def stamps(self) -> list[str]:
+        """Return N fingerprints of 16 characters, over each sample's texts and its image's stamp; reads no image.
+
+        A sample whose stamp is what it was has the digest that it had.
+        """
+        return self._fingerprints(range(len(self)), lambda image: image.stamp())
+
+    def digests(
+        self,
+        rows: Sequence[int] | None = None,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[str]:
+        """Return 16 characters a row, all rows by default, over the sample's texts and its image's content.
+
+        Images are read and hashed in threads. ``on_progress`` gets the rows done and their total every so often.
+        """
+        rows = range(len(self)) if rows is None else rows
+        digests: list[str] = []
+        with ThreadPoolExecutor(n_threads(), thread_name_prefix="digest") as pool:
+            run = map if self.images is None else pool.map
+            for start in range(0, len(rows), WINDOW):
+                window = rows[start : start + WINDOW]
+                batches = [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
+                for hashed in run(lambda batch: self._fingerprints(batch, lambda image: image.digest()), batches):
+                    digests += hashed
+                    on_progress(len(digests), len(rows))
         return digests
+
+    def _fingerprints(self, rows: Sequence[int], of_image: Callable[[ImageSource], str]) -> list[str]:
+        fingerprints = []
+        for row in rows:
+            texts = self.texts[row] if self.texts is not None else ()
+            image = self.images[row] if self.images is not None else None
+            # The image comes last and is never empty where there is one, so no text can stand for it.
+            fingerprints.append(hash_parts(*texts, f"image:{of_image(image)}" if image is not None else ""))
+        return fingerprints
 
     def limit(self, n: int) -> "Dataset":
         """Return about ``n`` samples, the first ones of each split in its proportion, under a name of its own.

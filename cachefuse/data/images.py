@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFile
 
+from cachefuse.data.digests import hash_parts
 from cachefuse.errors import BadSampleError
 
 MAX_PIXELS = 100_000_000
@@ -37,34 +38,71 @@ class FileImage:
         return str(self.path)
 
     def load(self) -> Image.Image:
-        path = Path(os.path.abspath(self.path))  # without "..", which could go up from where a link leads
-        if self.root is not None and not path.is_relative_to(os.path.abspath(self.root)):
-            raise BadSampleError("lies outside the data folder")
-        try:
-            status = path.stat()
-            if stat.S_ISDIR(status.st_mode):
-                raise BadSampleError("is a folder, not an image")
-            if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-                raise BadSampleError("is not a regular file")
-            if status.st_size > MAX_BYTES:
-                raise BadSampleError(f"is larger than {MAX_BYTES:,} bytes")
-            data = path.read_bytes()
-        except BadSampleError:
-            raise
-        except FileNotFoundError:
-            raise BadSampleError("no such file") from None
-        except (OSError, ValueError) as error:
-            if getattr(error, "errno", None) in FAILURES:
-                raise
-            raise BadSampleError(f"can't be read: {getattr(error, 'strerror', None) or error}") from error
-        return decode(data)
+        return decode(read_file(self._locate()[0]))
 
     def stamp(self) -> str:
         try:
-            size = self.path.stat().st_size
-        except (OSError, ValueError):
-            size = -1
-        return f"{self.path.name}:{size}"
+            path, place = self._locate()
+        except BadSampleError as error:
+            return f"{self.path.name}:{error}"
+        return f"{place}:{file_stamp(path)}"
+
+    def digest(self) -> str:
+        try:
+            return hash_parts("file", read_file(self._locate()[0]))
+        except BadSampleError as error:
+            return hash_parts("unusable", str(error))
+
+    def _locate(self) -> tuple[str, str]:
+        """Return the absolute path and, from the root on, the relative one. Raises BadSampleError outside the root."""
+        path = os.path.abspath(self.path)  # without "..", which could go up from where a link leads
+        if self.root is None:
+            return path, self.path.name
+        root = os.path.join(os.path.abspath(self.root), "")
+        if not os.path.join(path, "").startswith(root):
+            raise BadSampleError("lies outside the data folder")
+        return path, path[len(root) :]
+
+
+def read_file(path: str) -> bytes:
+    """Return a file's bytes. Raises BadSampleError with the reason if it can't be read, OSError if a disk failed."""
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise BadSampleError("is a folder, not an image")
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+            raise BadSampleError("is not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise BadSampleError(f"is larger than {MAX_BYTES:,} bytes")
+        with open(path, "rb") as file:
+            return file.read()
+    except BadSampleError:
+        raise
+    except (OSError, ValueError) as error:
+        raise BadSampleError(_explain(error)) from error
+
+
+def file_stamp(path: str | Path) -> str:
+    """Return what tells without reading a file that it may have changed. Raises OSError if the machine fails.
+
+    Its kind, size in bytes, time of change, and whether it may be read, which changes no time; or why it has none.
+    """
+    try:
+        status = os.stat(path)
+        readable = os.access(path, os.R_OK)
+    except (OSError, ValueError) as error:
+        return _explain(error)
+    return f"{stat.S_IFMT(status.st_mode):o}:{status.st_size}:{status.st_mtime_ns}:{readable:d}"
+
+
+def _explain(error: OSError | ValueError) -> str:
+    """Return why a file can't be read, in the same words wherever it lies. Raises the error if the machine failed."""
+    if getattr(error, "errno", None) in FAILURES:
+        raise error
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    words = getattr(error, "strerror", None) or getattr(error, "reason", None) or error
+    return f"can't be read: {words}"
 
 
 def decode(data: bytes) -> Image.Image:

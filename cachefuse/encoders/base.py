@@ -70,6 +70,7 @@ class Tower(ABC):
 
     modality: str  # "image" or "text"
     width: int  # D of the pooled view
+    token_shape: tuple[int, int] | None = None  # (T, D) of the token view; if ragged, T is that of one short text
     views: tuple[str, ...] = ("pooled", "tokens")
     ragged: bool = False  # whether samples differ in their number of tokens
 

@@ -12,7 +12,6 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import text_global_pool
-from PIL import Image
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower, is_path
@@ -27,22 +26,20 @@ from cachefuse.encoders.frozen import (
     tokenizer_fingerprint,
     weights_digest,
 )
+from cachefuse.encoders.images import ImageTower, split_compose
 from cachefuse.errors import EncoderError
 
 DEFAULT_TAG = "laion2b_s34b_b79k"
 
 
-class ClipImageTower(FrozenTower):
+class ClipImageTower(ImageTower):
     """Pooled: the projected embedding, not normalised. Tokens: the last layer's patches, normed, not projected."""
 
     def __init__(self, model: nn.Module, device: str, provenance: Mapping[str, str]):
         config = open_clip.get_model_preprocess_cfg(model)
-        self.transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
+        transform = image_transform_v2(PreprocessCfg(**config), is_train=False)
         facts = {**provenance, "preprocessing": f"open_clip {fingerprint(config)}", "pooling": "projected embedding"}
-        super().__init__("image", model, device, facts)
-
-    def prepare(self, sample: Image.Image) -> Tensor:
-        return self.transform(sample)  # (3, H, W)
+        super().__init__(model, device, facts, transform, split_compose(transform))
 
     def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
         images = self.stack(batch)

@@ -53,7 +53,7 @@ class FrozenTower(Tower):
         return features
 
     def measure(self) -> "FrozenTower":
-        """Set the width and the views from one sample; refuse a model that can't be cached: its features are random."""
+        """Set the width, views and token shape from one sample; refuse a model whose features are random."""
         sample = self.prepare(Image.linear_gradient("L").convert("RGB") if self.modality == "image" else "a sample")
         features = self.encode([sample], self.views)
         first, again = features["pooled"], self.encode([sample], ("pooled",))["pooled"]
@@ -62,14 +62,8 @@ class FrozenTower(Tower):
         if not np.allclose(first, again, rtol=0, atol=1e-3 * np.abs(first).max()):
             raise EncoderError(f"{type(self.model).__name__} gives other features each time for the same sample")
         self.width, self.views = first.shape[1], tuple(features)
+        self.token_shape = features["tokens"][0].shape if "tokens" in features else None
         return self
-
-    def stack(self, batch: Sequence[Tensor]) -> Tensor:
-        """Stack prepared images (3, H, W) to (B, 3, H, W) on the device, without waiting for the copy."""
-        images = torch.stack(list(batch))
-        if self.device.type == "cuda":
-            images = images.pin_memory()
-        return images.to(self.device, non_blocking=True)
 
 
 def flatten_map(features: Tensor, channels_last: bool = False) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from cachefuse.encoders.frozen import (
     tokenizer_fingerprint,
     weights_digest,
 )
+from cachefuse.encoders.images import ImageTower, Split
 from cachefuse.errors import BadSampleError, EncoderError
 
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")  # of a hub repository: all that a model needs, no pickles
@@ -33,20 +35,17 @@ PREFIX = ("cls_token", "distillation_token", "register_tokens")  # the tokens be
 MAX_TOKENS = 512  # for models that name no limit of their own
 
 
-class HFImageTower(FrozenTower):
+class HFImageTower(ImageTower):
     """Pooled: the class token after the last layer norm, else the mean of the tokens. Tokens: the patches only."""
 
     def __init__(self, model: nn.Module, processor: Any, device: str, provenance: Mapping[str, str]):
         prefix = {n.rsplit(".", 1)[-1]: p.shape[-2] for n, p in model.named_parameters() if n.endswith(PREFIX)}
         self.class_token = "cls_token" in prefix
         self.n_prefix = sum(prefix.values())
-        self.processor = processor
         pooling = "class token" if self.class_token else "mean"
         preprocessing = f"{type(processor).__name__} {fingerprint(processor.to_dict())}"
-        super().__init__("image", model, device, {**provenance, "preprocessing": preprocessing, "pooling": pooling})
-
-    def prepare(self, sample: Image.Image) -> Tensor:
-        return self.processor(images=sample, return_tensors="pt")["pixel_values"][0]  # (3, H, W)
+        facts = {**provenance, "preprocessing": preprocessing, "pooling": pooling}
+        super().__init__(model, device, facts, partial(_process, processor), _split_processor(processor))
 
     def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
         hidden = self.model(pixel_values=self.stack(batch)).last_hidden_state  # (B, T, D), or (B, D, H, W) of a CNN
@@ -182,6 +181,19 @@ def _load(spec: EncoderSpec, folder: Path, config: Any, offline: Mapping[str, bo
     if missing:
         raise EncoderError(f"can't open {spec}: its weights lack {len(missing)} of the model's, such as {missing[0]}")
     return model
+
+
+def _process(processor: Any, image: Image.Image, **options: bool) -> Tensor:
+    return processor(images=image, return_tensors="pt", **options)["pixel_values"][0]  # (3, H, W)
+
+
+def _split_processor(processor: Any) -> Split:
+    """Leave scaling and normalising out. What a few processors do in another order shows when the split is tried."""
+    resize = partial(_process, processor, do_rescale=False, do_normalize=False)
+    white = 1 / processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
+    normalizes = getattr(processor, "do_normalize", False)  # processors around timm's transforms have no such options
+    mean, std = (processor.image_mean, processor.image_std) if normalizes else (0.0, 1.0)
+    return Split(resize, white, mean, std)
 
 
 def _max_length(model: nn.Module, tokenizer: Any, folder: Path) -> int:

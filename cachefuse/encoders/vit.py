@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from PIL import Image
 from safetensors import safe_open
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower
 from cachefuse.encoders.frozen import (
-    FrozenTower,
     fetch,
     fingerprint,
     flatten_map,
@@ -22,19 +20,18 @@ from cachefuse.encoders.frozen import (
     opening,
     weights_digest,
 )
+from cachefuse.encoders.images import ImageTower, split_compose
 from cachefuse.errors import EncoderError
 
 
-class TimmTower(FrozenTower):
+class TimmTower(ImageTower):
     """Pooled: what the classifier would see. Tokens: patches without class and register tokens, or the feature map."""
 
     def __init__(self, model: nn.Module, device: str, provenance: Mapping[str, str]):
         data = resolve_model_data_config(model)
-        self.transform = create_transform(**data, is_training=False)
-        super().__init__("image", model, device, {**provenance, "preprocessing": f"timm {fingerprint(data)}"})
-
-    def prepare(self, sample: Image.Image) -> Tensor:
-        return self.transform(sample)  # (3, H, W)
+        transform = create_transform(**data, is_training=False)
+        facts = {**provenance, "preprocessing": f"timm {fingerprint(data)}"}
+        super().__init__(model, device, facts, transform, split_compose(transform))
 
     def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
         features = self.model.forward_features(self.stack(batch))

@@ -1,9 +1,11 @@
 """The whole trained model: features as they are stored, standardised, fused to logits."""
 
+from collections.abc import Mapping
 from typing import cast
 
 from torch import Tensor, nn
 
+from cachefuse.cache.rows import Columns
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.base import Fusion
 from cachefuse.heads import Standardize
@@ -25,7 +27,7 @@ class FusionModel(nn.Module):
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         return self.fusion({m: standardize(features[m]) for m, standardize in self.standardize.items()}, present)
 
-    def fit_statistics(self, features: dict[str, Tensor], present: dict[str, Tensor], rows: Tensor) -> None:
+    def fit_statistics(self, features: Mapping[str, Columns], present: dict[str, Tensor], rows: Tensor) -> None:
         """Take each modality's mean and standard deviation over the rows (n,) int64 where it is present.
 
         Raises ConfigError if a modality is present in none of them, or a value is not finite.

@@ -1,4 +1,4 @@
-"""Features as tensors, and batches as index tensors: no per-sample Dataset stands between them."""
+"""Features as they are stored, and batches as index tensors: no per-sample Dataset stands between them."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,22 +9,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefuse.cache.store import Features, FeatureStore
+from cachefuse.cache.features import Features
+from cachefuse.cache.rows import SHUFFLE_BYTES, Columns, JoinedRows, block_shuffle
+from cachefuse.cache.store import FeatureStore
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_path
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.runtime import available_memory
 
 logger = logging.getLogger(__name__)
+
+SHARE_OF_MEMORY = 0.7  # that features may take before they count as too large for it
 
 
 @dataclass(frozen=True)
 class FeatureTable:
     """N rows of features {modality: (N, D_m)} with presence {modality: (N,) bool}, and targets (N, C) of 0 and 1.
 
-    Features keep the store's dtype; a batch is converted when it is used. ``labelled`` is (N,) bool.
+    Features keep the store's dtype, and stay in its files until a batch takes them. ``labelled`` is (N,) bool.
     """
 
-    features: dict[str, Tensor]
+    features: Mapping[str, Columns]
     present: dict[str, Tensor]
     targets: Tensor
     labelled: np.ndarray
@@ -36,14 +41,32 @@ class FeatureTable:
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the features and presence of some rows, (B, D_m) and (B,) each."""
-        features = {modality: x.index_select(0, rows) for modality, x in self.features.items()}
+        features = {m: x.index_select(0, rows.to(x.device)).to(rows.device) for m, x in self.features.items()}
         return features, {modality: x.index_select(0, rows) for modality, x in self.present.items()}
 
+    def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Return rows in a new random order: any, or where memory does not hold the features, a few blocks' at a time.
+
+        The latter reads the disk in large pieces, once an epoch; the former a page for every row.
+        """
+        mapped = [x for x in self.features.values() if not isinstance(x, Tensor)]
+        n_bytes = sum(x.nbytes for x in mapped)
+        if n_bytes <= SHARE_OF_MEMORY * available_memory():
+            return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+        size = max(x.block_rows for x in mapped)
+        at_once = max(1, SHUFFLE_BYTES * len(self.labelled) // (n_bytes * size))
+        return block_shuffle(rows.cpu(), size, at_once, generator).to(rows.device)
+
     def to(self, device: str) -> "FeatureTable":
-        """Return the same rows with their tensors on a device."""
+        """Return the same rows with their tensors on a device; there, features go along where it has room for them."""
+        features = dict(self.features)
+        for modality, x in features.items():
+            on_cuda = torch.device(device).type == "cuda"
+            if not on_cuda or x.nbytes <= SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
+                features[modality] = x.to(device)
         return replace(
             self,
-            features={modality: x.to(device) for modality, x in self.features.items()},
+            features=features,
             present={modality: x.to(device) for modality, x in self.present.items()},
             targets=self.targets.to(device),
         )
@@ -89,16 +112,16 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
 
 
 def load_table(store: FeatureStore, chosen: Mapping[str, Sequence[Features]]) -> FeatureTable:
-    """Read features into memory; several encoders of one modality are concatenated along their width.
+    """Open features; several encoders of one modality are concatenated along their width.
 
     Raises ConfigError if samples have several items of a modality (captions), CacheError if rows are missing.
     """
-    features = {}
+    features: dict[str, Columns] = {}
     for modality, group in chosen.items():
         if store.items(modality) is not None:
             raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
-        parts = [torch.from_numpy(part.read()) for part in group]
-        features[modality] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        parts = [part.rows() for part in group]
+        features[modality] = parts[0] if len(parts) == 1 else JoinedRows(parts)
     return FeatureTable(
         features=features,
         present={modality: torch.from_numpy(store.present(modality)) for modality in chosen},
@@ -115,10 +138,11 @@ def multi_hot(targets: np.ndarray, n_classes: int) -> np.ndarray:
     return (targets[:, None] == np.arange(n_classes)).astype(np.uint8)
 
 
-def shuffled_batches(rows: Tensor, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the rows in batches, in a new random order; all at once, in order, if ``batch_size`` is 0."""
+def shuffled_batches(
+    table: FeatureTable, rows: Tensor, batch_size: int, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """Yield a table's rows in batches, in a new random order; all at once, in order, if ``batch_size`` is 0."""
     if batch_size == 0 or batch_size >= len(rows):
         yield rows
         return
-    order = rows[torch.randperm(len(rows), generator=generator)]
-    yield from order.split(batch_size)
+    yield from table.order(rows, generator).split(batch_size)

@@ -68,7 +68,7 @@ def fit(
         for epoch in range(1, epochs + 1):
             model.train()
             total = 0.0
-            for rows in shuffled_batches(train_rows, batch_size, generator):
+            for rows in shuffled_batches(table, train_rows, batch_size, generator):
                 features, present = table.batch(rows)  # (B, D_m), (B,)
                 logits = model(features, present)  # (B, C)
                 value = loss(logits, table.targets[rows])

@@ -67,7 +67,7 @@ def train_head(
         generator=torch.Generator().manual_seed(config.seed),
         on_epoch=on_epoch,
     )
-    splits = [split for split in ordered_splits(store.splits.tolist()) if len(table.rows(split))]
+    splits = [split for split in ordered_splits(store.splits) if len(table.rows(split))]
     measured = {split: _measure(model, table, split, loss_name, store) for split in splits}
     return Run(
         name=f"{store.dataset}-{config.fusion}-{config.head}-{loss_name}",
@@ -89,7 +89,7 @@ def train_head(
 def _training_rows(store: FeatureStore, table: FeatureTable) -> Tensor:
     rows = table.rows(TRAIN)
     if not len(rows):
-        have = {split: len(table.rows(split)) for split in ordered_splits(store.splits.tolist())}
+        have = {split: len(table.rows(split)) for split in ordered_splits(store.splits)}
         labelled = ", ".join(f"{split} has {n:,} labelled rows" for split, n in have.items())
         raise DataError(f"{store.dataset} has no labelled rows in its {TRAIN!r} split ({labelled})")
     return rows
@@ -122,6 +122,6 @@ def _measure(
 def _split_digest(store: FeatureStore) -> str:
     """Hash which id is in which split, so that two runs can tell whether they were measured on the same rows."""
     digest = hashlib.blake2b(digest_size=8)
-    for sample, split in zip(store.ids, store.splits.tolist(), strict=True):
+    for sample, split in zip(store.ids, store.splits, strict=True):
         digest.update(f"{sample}\0{split}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()

@@ -139,6 +139,9 @@ class FakeImage:
     def stamp(self) -> str:
         return f"{self.number}"
 
+    def digest(self) -> str:
+        return f"{self.number}"
+
 
 def make_dataset(shapes: Dataset, images=None, texts=None, **changes) -> Dataset:
     """The rows of ``shapes`` with other images and texts, as many as there are."""

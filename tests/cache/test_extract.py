@@ -10,8 +10,9 @@ import filelock
 import numpy as np
 import pytest
 
-from cachefuse.cache.extract import encode_prepared, extract, in_order, item_sources, prepare_source
+from cachefuse.cache.extract import extract
 from cachefuse.cache.features import Features
+from cachefuse.cache.pipeline import encode_prepared, in_order, item_sources, prepare_source
 from cachefuse.cache.store import FeatureStore
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError, EncoderError, UnknownNameError

@@ -4,15 +4,16 @@ import numpy as np
 import pytest
 import zarr
 
-from cachefuse.cache.extract import extract, prepare_source
+from cachefuse.cache.extract import extract
 from cachefuse.cache.layout import (
     BLOCK_BYTES,
     MAX_BLOCK_ROWS,
     block_rows,
-    chunk_rows,
     differing_fields,
     provenance_key,
 )
+from cachefuse.cache.pipeline import prepare_source
+from cachefuse.cache.shard import chunk_rows
 from cachefuse.cache.store import FeatureStore
 from cachefuse.encoders import open_encoder
 

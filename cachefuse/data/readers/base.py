@@ -29,7 +29,10 @@ class ImageSource(Protocol):
         """Return the image as RGB. Raises BadSampleError with the reason if it can't be used."""
 
     def stamp(self) -> str:
-        """A cheap fingerprint of the source (name and size in bytes), without decoding it."""
+        """What tells without reading that the content may have changed: a file's name, size and time of change."""
+
+    def digest(self) -> str:
+        """A hash of the content, or of why it can't be read, wherever it lies. Raises OSError if the machine failed."""
 
 
 @dataclass

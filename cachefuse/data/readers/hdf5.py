@@ -10,6 +10,8 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
+from cachefuse.data.digests import hash_parts
+from cachefuse.data.images import FAILURES, file_stamp
 from cachefuse.data.readers.base import InsidePath, Reader, Samples
 from cachefuse.data.readers.hdf5_file import file_name, find_dataset, image_column, open_hdf5, open_shared, read_strings
 from cachefuse.errors import BadSampleError, DataError
@@ -29,25 +31,33 @@ class ArrayImage:
         return f"{self.path}:{self.key}[{self.row}]"
 
     def load(self) -> Image.Image:
-        try:
-            dataset = image_column(open_shared(self.path), self.key, self.DTYPE)
-            if not 0 <= self.row < len(dataset):
-                raise BadSampleError(f"there is no row {self.row}; {self.key!r} has {len(dataset):,}")
-            values = dataset[self.row]
-        except (DataError, OSError, RuntimeError, KeyError) as error:
-            raise BadSampleError(f"can't be read: {error}") from error
-        return Image.fromarray(np.ascontiguousarray(self.to_rgb(values)))
+        return Image.fromarray(np.ascontiguousarray(self.to_rgb(self._read())))
 
     def to_rgb(self, values: np.ndarray) -> np.ndarray:
         """Return (H, W, 3) uint8 from a row as it is stored."""
         return values if values.shape[-1] == 3 else values.transpose(1, 2, 0)
 
     def stamp(self) -> str:
+        return f"{self.path.name}:{file_stamp(self.path)}:{self.key}:{self.row}"
+
+    def digest(self) -> str:
         try:
-            size = self.path.stat().st_size
-        except OSError:
-            size = -1
-        return f"{self.path.name}:{size}:{self.key}:{self.row}"
+            values = self._read()
+        except BadSampleError:  # its reason would not do: h5py's name paths, addresses and times
+            return hash_parts("unusable", "can't be read")
+        return hash_parts("array", values.dtype.str, str(values.shape), values.tobytes())
+
+    def _read(self) -> np.ndarray:
+        """Return the row as it is stored. Raises BadSampleError if it can't be read, OSError if the machine fails."""
+        try:
+            dataset = image_column(open_shared(self.path), self.key, self.DTYPE)
+            if not 0 <= self.row < len(dataset):
+                raise BadSampleError(f"there is no row {self.row}; {self.key!r} has {len(dataset):,}")
+            return dataset[self.row]
+        except (DataError, OSError, RuntimeError, KeyError) as error:
+            if getattr(error, "errno", None) in FAILURES:
+                raise
+            raise BadSampleError(f"can't be read: {error}") from error
 
 
 class Hdf5Reader(Reader):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import h5py
 
-from cachefuse.data.images import MAX_PIXELS
+from cachefuse.data.images import MAX_PIXELS, file_stamp
 from cachefuse.errors import DataError
 
 MAX_ROWS = 50_000_000
@@ -21,7 +21,7 @@ SLICE_BYTES = 1 << 26
 SLICE_ROWS = 1 << 16
 MAX_HOPS = 8
 
-_HANDLES: dict[tuple[int, Path], h5py.File] = {}
+_HANDLES: dict[tuple[int, Path], tuple[str, h5py.File]] = {}
 _HANDLES_LOCK = threading.Lock()
 
 
@@ -36,12 +36,18 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
 
 
 def open_shared(path: Path) -> h5py.File:
-    """Return this process's one handle of a file. It stays open: opening costs more than reading a row."""
+    """Return this process's one handle of a file, a new one once the file has changed.
+
+    It stays open: opening costs more than reading a row.
+    """
+    stamp = file_stamp(path)
     with _HANDLES_LOCK:
         key = (os.getpid(), path)  # a handle that was open before a fork is not the child's
-        if key not in _HANDLES:
-            _HANDLES[key] = h5py.File(path, "r")
-        return _HANDLES[key]
+        if key not in _HANDLES or _HANDLES[key][0] != stamp:
+            # Closed first: HDF5 would share what it keeps of the old content with a second handle.
+            _HANDLES.pop(key, None)
+            _HANDLES[key] = stamp, h5py.File(path, "r")
+        return _HANDLES[key][1]
 
 
 def find_dataset(file: h5py.File, key: str, hops: int = MAX_HOPS) -> h5py.Dataset:

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import Field
 
+from cachefuse.data.digests import hash_parts
 from cachefuse.data.readers.base import ImageSource, Reader, Samples
 
 SIDE = 96
@@ -59,6 +60,9 @@ class ShapeImage:
 
     def stamp(self) -> str:
         return f"{self.seed}:{self.form}:{self.large}"
+
+    def digest(self) -> str:
+        return hash_parts("drawing", self.stamp())
 
 
 def _outline(form: str, centre: np.ndarray, radius: float, tilt: float) -> list[tuple[float, float]]:

@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
-from cachefuse.data.readers.shapes import CLASSES, SIDE, ShapesReader, joint_classes
+from cachefuse.data.readers.shapes import CLASSES, SIDE, ShapeImage, ShapesReader, joint_classes
 
 ROOT = Path("no folder is needed")
 
@@ -23,7 +23,15 @@ def test_the_same_seed_gives_the_same_samples(samples):
         np.testing.assert_array_equal(np.asarray(one.load()), np.asarray(other.load()))
     other = ShapesReader(train=300, test=40, seed=1).read(ROOT)
     assert other.texts != samples.texts
-    assert not {source.stamp() for source in other.images} & {source.stamp() for source in samples.images}
+    for one, another in ((samples, other), (other, samples)):
+        digests = {source.digest() for source in one.images}
+        assert len(digests) == 340
+        assert digests.isdisjoint(source.digest() for source in another.images)
+
+
+def test_each_drawing_parameter_is_in_the_digest():
+    sources = [ShapeImage(*values) for values in ((1, "star", True), (1, "star", False), (1, "circle", True))]
+    assert len({source.digest() for source in sources}) == len({source.stamp() for source in sources}) == 3
 
 
 def test_more_rows_change_no_others(samples):

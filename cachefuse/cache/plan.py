@@ -1,0 +1,161 @@
+"""What an extraction will take: rows, bytes, seconds, and whether the disk has room."""
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cachefuse.cache.layout import DTYPES
+from cachefuse.cache.pipeline import encode_prepared, is_bad, item_sources, prepare_in_order, prepare_source
+from cachefuse.cache.request import Request, open_request
+from cachefuse.cache.store import FeatureStore
+from cachefuse.data.dataset import Dataset
+from cachefuse.encoders.base import Tower
+from cachefuse.errors import CacheError
+
+MEASURED_TEXTS = 64  # that show how many tokens texts have
+PROBE_BATCHES = 4  # encoded to tell the time, after one that is not counted
+ROOM_TO_LEAVE = 64 << 20
+
+
+@dataclass(frozen=True)
+class PlannedView:
+    """One view to make: all of its rows, those still to be computed, and the bytes that a row takes (a mean)."""
+
+    encoder: str
+    modality: str
+    view: str
+    dtype: str
+    rows: int
+    pending: int
+    row_bytes: float
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes that are still to be written."""
+        return round(self.pending * self.row_bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an extraction would do; ``seconds`` by (encoder, modality), ``free`` the bytes that the disk has."""
+
+    store: Path
+    views: tuple[PlannedView, ...]
+    seconds: dict[tuple[str, str], float]
+    free: int
+
+    @property
+    def n_bytes(self) -> int:
+        """The bytes that are still to be written."""
+        return sum(view.n_bytes for view in self.views)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the disk has room for them."""
+        return self.n_bytes + ROOM_TO_LEAVE <= self.free
+
+
+def plan(
+    dataset: Dataset,
+    encoders: Sequence[str],
+    store_path: Path,
+    *,
+    views: Sequence[str] = ("pooled",),
+    device: str = "auto",
+    batch_size: int | None = None,
+    dtype: str = "float16",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Plan:
+    """Say what ``extract`` with the same arguments would take; nothing is written.
+
+    The time is that of a few batches, measured now, as a share of the rows that are missing.
+    """
+    request = open_request(dataset, encoders, views, device, batch_size, dtype)
+    store = FeatureStore(store_path) if (store_path / "zarr.json").is_file() else None
+    planned, seconds = [], {}
+    for i, (spec, tower) in enumerate(request.towers):
+        on_progress(i, len(request.towers))
+        sources = item_sources(dataset, tower.modality)
+        missing = {view: _missing(store, spec.short, request, tower, view, len(sources)) for view in request.dtypes}
+        for view, kind in request.dtypes.items():
+            n_bytes = row_bytes(tower, sources, view, kind)
+            n_missing = int(missing[view].sum())
+            planned.append(PlannedView(spec.short, tower.modality, view, kind, len(sources), n_missing, n_bytes))
+        pending = int(np.logical_or.reduce(list(missing.values())).sum())
+        seconds[(spec.short, tower.modality)] = pending * _seconds_a_row(tower, sources, request) if pending else 0.0
+    on_progress(len(request.towers), len(request.towers))
+    return Plan(store_path, tuple(planned), seconds, free_bytes(store_path))
+
+
+def row_bytes(tower: Tower, sources: Sequence[Any], view: str, dtype: str) -> float:
+    """Return the bytes that a row takes; of tokens that differ in number, by the lengths of some of the texts."""
+    if view == "pooled":
+        return float(tower.width * np.dtype(DTYPES[dtype]).itemsize)
+    if tower.token_shape is None:
+        return 0.0  # not known before the first sample
+    n_tokens, width = tower.token_shape
+    token_bytes = width * np.dtype(DTYPES[dtype]).itemsize + (2 if dtype == "int8" else 0)
+    if not tower.ragged:
+        return float(n_tokens * token_bytes)
+    step = max(1, len(sources) // MEASURED_TEXTS)
+    prepared = [prepare_source(tower, source) for source in sources[::step][:MEASURED_TEXTS]]
+    lengths = [0 if is_bad(item) else tower.length(item) for item in prepared]
+    return float(np.mean(lengths) * token_bytes) if lengths else 0.0
+
+
+def check_room(store_path: Path, n_bytes: int) -> None:
+    """Raise CacheError if the disk has no room for so many bytes, before any of them is written."""
+    free = free_bytes(store_path)
+    if n_bytes + ROOM_TO_LEAVE > free:
+        raise CacheError(
+            f"the features take {_size(n_bytes)} and the disk has {_size(free)} free at {store_path.parent}; "
+            f"free some, use another --workspace, fewer --views, or --dtype int8 for tokens"
+        )
+
+
+def free_bytes(store_path: Path) -> int:
+    """Return the bytes that are free where a store is, or will be."""
+    there = next(folder for folder in (store_path, *store_path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+def _missing(
+    store: FeatureStore | None, encoder: str, request: Request, tower: Tower, view: str, n_rows: int
+) -> np.ndarray:
+    """Return which rows extract would compute, (n_rows,) bool."""
+    missing = np.ones(n_rows, bool)
+    features = store.open_features(encoder, tower.modality) if store else None
+    if features is not None and features.is_made_by(request.provenance(tower)):
+        there = min(features.n_rows, n_rows)
+        missing[:there] = False
+        rows = features.missing_rows(view)
+        missing[rows[rows < n_rows]] = True
+    return missing
+
+
+def _seconds_a_row(tower: Tower, sources: Sequence[Any], request: Request) -> float:
+    """Encode a few batches, spread over the dataset, as extract would, and return the seconds that a row takes."""
+    size = request.batch_size
+    n = min(len(sources), (1 + PROBE_BATCHES) * size)
+    rows = np.linspace(0, len(sources) - 1, n).round().astype(int).tolist()
+    with prepare_in_order(tower, sources, rows, 2 * size) as prepared:
+        first = list(islice(prepared, size)) if n > size else []
+        encode_prepared(tower, first, tuple(request.dtypes), size)
+        begun = time.perf_counter()
+        rest = list(prepared) if tower.modality == "text" else []
+        while rest or (rest := list(islice(prepared, size))):
+            encode_prepared(tower, rest, tuple(request.dtypes), size)
+            rest = []
+        return (time.perf_counter() - begun) / (n - len(first))
+
+
+def _size(n_bytes: float) -> str:
+    unit = min(4, int(math.log(max(1, n_bytes), 1000)))
+    return f"{n_bytes / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"

@@ -1,0 +1,143 @@
+"""Bringing a store's samples up to date with its dataset: rows appended, labels and splits anew, changed rows found."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from cachefuse.cache.layout import FORMAT, seal
+from cachefuse.cache.samples import (
+    IDENTITY,
+    LEDGER,
+    Columns,
+    check_same_rows,
+    finish_replacing,
+    read_columns,
+    replace_samples,
+    same_columns,
+    sample_columns,
+    strings,
+    write_samples,
+)
+from cachefuse.cache.views import declare_group
+from cachefuse.data.dataset import Dataset
+from cachefuse.errors import CacheError
+from cachefuse.runtime import make_folder, sync_folder
+
+if TYPE_CHECKING:
+    from cachefuse.cache.store import FeatureStore
+
+OnProgress = Callable[[int, int], None]
+
+
+def create(path: Path, dataset: Dataset, on_progress: OnProgress) -> None:
+    """Make a store beside its place, so that it is whole from the moment it is there."""
+    columns = sample_columns(dataset)
+    columns["digest"] = strings(dataset.digests(on_progress=on_progress))
+    make_folder(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        new = Path(temporary) / path.name
+        describe(new, dataset)
+        write_samples(new / "samples", columns)
+        os.replace(new, path)
+        sync_folder(path.parent)
+
+
+def update(store: "FeatureStore", dataset: Dataset, refresh: bool, on_progress: OnProgress) -> None:
+    """Bring the samples group up to date.
+
+    Raises CacheError, naming rows, if stored rows are gone or moved, or without ``refresh`` if some changed.
+    """
+    new, (old, appended) = sample_columns(dataset), read_columns(store.path)
+    unreadable = [name for name in IDENTITY if name not in old]
+    if unreadable and any(features.n_written for features in store.features()):
+        raise CacheError(
+            f"{store.path}/samples is damaged ({', '.join(unreadable)}): which row is whose can't be told any more; "
+            f"delete the store to extract again"
+        )
+    if unreadable:  # nothing was computed yet: nothing depends on what was there
+        old, appended = {}, ()
+    else:
+        check_same_rows(store.path, old, new)
+    n = len(old.get("id", ()))
+    suspects = np.arange(len(dataset))
+    if n:
+        suspects = np.concatenate([np.flatnonzero(new["stamp"][:n] != old["stamp"]), suspects[n:]])
+    digests = strings([""] * len(dataset))
+    digests[:n] = old.get("digest", digests[:n])
+    digests[suspects] = strings(dataset.digests(suspects.tolist(), on_progress=on_progress))
+    new["digest"] = digests
+    changed = np.flatnonzero(digests[:n] != old["digest"]) if n else np.empty(0, np.int64)
+    names = new["id"][changed].tolist()
+    if names and not refresh:
+        raise CacheError(
+            f"{len(names):,} samples changed since {store.path} was made: {', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}; add --refresh to compute them again, or use another --workspace"
+        )
+    if names:
+        _forget(store, new, changed)
+        store.forgive(set(names))
+    _mark_present(store, old, new, changed)
+    if not same_columns(old, new):
+        appended = (*appended, n) if 0 < n < len(dataset) else appended
+        ledger = store.path / "samples" / LEDGER
+        replace_samples(store.path, new, appended, ledger if ledger.is_file() else None)
+
+
+def _forget(store: "FeatureStore", new: Columns, changed: np.ndarray) -> None:
+    """Mark what was computed from samples that changed as outdated, whichever encoder it is from."""
+    for features in store.features():
+        offsets = new.get(f"items/{features.modality}")
+        rows = changed
+        if offsets is not None:
+            rows = np.concatenate([np.arange(offsets[sample], offsets[sample + 1]) for sample in changed])
+        for view in features.views:
+            features.forget(view, rows.tolist())
+
+
+def _mark_present(store: "FeatureStore", old: Columns, new: Columns, changed: np.ndarray) -> None:
+    """Keep absent what was found to be unusable, by the ledger or by the column that was there."""
+    bad = {(line.modality, line.id) for line in store.ledger()}
+    for name in [name for name in new if name.startswith("present/")]:
+        modality = name.removeprefix("present/")
+        before = old.get(name, np.empty(0, bool))
+        usable = np.array([(modality, sample) not in bad for sample in new["id"]], bool)
+        usable[: len(before)] &= before
+        usable[changed] = True
+        new[name] &= usable
+
+
+def describe(path: Path, dataset: Dataset) -> None:
+    """Write what a store says of its dataset, and when."""
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "dataset": dataset.name,
+        "manifest": dataset.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+        "classes": list(dataset.classes),
+        "extracted": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+    declare_group(path, {"cachefuse": seal(about)})
+
+
+def finish(path: Path, dataset: Dataset) -> None:
+    """Complete an update that was killed, and write anew a description that was cut short."""
+    finish_replacing(path)
+    try:
+        json.loads((path / "zarr.json").read_bytes())
+    except ValueError:
+        describe(path, dataset)
+
+
+def sweep(path: Path) -> None:
+    """Remove what a killed process may have left of a store that it was making, or of a file that it was writing."""
+    for folder in path.parent.glob(f".{path.name}.*/"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for pattern in ("*.partial", ".*.tmp"):
+        for file in path.rglob(pattern):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,191 @@
+"""Writing a view as a stream: rows go to a shard's temporary file as they come, and a full block to the journal."""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from cachefuse.cache.features import Features, Written
+from cachefuse.cache.layout import DTYPES, checksum
+from cachefuse.cache.rows import quantise
+from cachefuse.cache.shard import ShardWriter
+from cachefuse.cache.views import OFFSETS, View, block_name, declare_shards
+from cachefuse.errors import CacheError
+from cachefuse.runtime import make_folder, write_atomically
+
+Values = Sequence[np.ndarray | None]
+
+
+class ViewWriter:
+    """Takes the missing rows of one view, in order, and finishes each block as its last one comes.
+
+    Rows of a block that are there already are kept: they are copied, and the new ones put between or after them.
+    Use it as a context manager: a block that is not finished leaves nothing behind.
+    """
+
+    def __init__(self, features: Features, view: str, *, ragged: bool, dtype: str) -> None:
+        self.features = features
+        self.view = view
+        self._ragged = ragged
+        self._dtype = dtype
+        self._unshaped: list[tuple[int, np.ndarray | None]] = []  # rows before the first that shows its width
+        self._block: _BlockWriter | None = None
+        if view in features.views:
+            features.views[view].declare(features.path, features.n_rows)
+
+    def add(self, rows: np.ndarray, values: Values) -> None:
+        """Take rows (D,) or (T, D) by number, ascending; None, for a sample that can't be encoded, becomes zeros.
+
+        Raises CacheError, naming the sample, for values that are not finite in the view's dtype.
+        """
+        pairs = [*self._unshaped, *zip(rows.tolist(), values, strict=True)]
+        if self.view not in self.features.views:
+            shapes = [value.shape for _, value in pairs if value is not None]
+            if not shapes:
+                self._unshaped = pairs
+                return
+            self._begin(shapes)
+        self._unshaped = []
+        size = self.features.views[self.view].block_rows
+        while pairs:
+            block = pairs[0][0] // size
+            n = sum(row // size == block for row, _ in pairs)
+            self._add_to(block, pairs[:n])
+            del pairs[:n]
+
+    def _begin(self, shapes: list[tuple[int, ...]]) -> None:
+        mean = tuple(max(1, round(length)) for length in np.mean(shapes, axis=0).tolist())
+        view = self.features.new_view(self.view, mean, ragged=self._ragged, dtype=self._dtype)
+        view.declare(self.features.path, self.features.n_rows)
+        self.features.begin(view)
+
+    def _add_to(self, block: int, pairs: list[tuple[int, np.ndarray | None]]) -> None:
+        if self._block is None:
+            self._block = _BlockWriter(self.features, self.features.views[self.view], block)
+        self._block.add([row for row, _ in pairs], [value for _, value in pairs])
+        if self._block.is_complete:
+            self._block.finish()
+            self._block = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._block is not None:
+            self._block.close()
+
+
+class _BlockWriter:
+    """One block on its way to the disk: a stream for each of its arrays."""
+
+    def __init__(self, features: Features, view: View, block: int) -> None:
+        self.features, self.view, self.block = features, view, block
+        self._rows = features.rows_of(view.name, block)
+        self._missing = set(features.missing_rows_of(view.name, block).tolist())
+        self._kept = features.stored(view.name, block) if len(self._missing) < len(self._rows) else None
+        self._next = self._rows.start
+        self._lengths: list[int] = []
+        self._cosines: list[np.ndarray] = []
+        self._open = ExitStack()
+        self._shards = {
+            name: self._open.enter_context(ShardWriter(features.path / name / f".{block_name(block)}.partial"))
+            for name in view.arrays
+        }
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row that was missing has come."""
+        return not self._missing
+
+    def add(self, rows: list[int], values: Values) -> None:
+        """Take rows of this block, ascending."""
+        start = 0
+        for i, row in enumerate(rows):
+            if row != self._next + i - start:  # rows that are kept lie between
+                self._append(rows[start:i], values[start:i])
+                self._keep(row)
+                start = i
+        self._append(rows[start:], values[start:])
+        self._missing.difference_update(rows)
+
+    def finish(self) -> None:
+        """Keep the rest, have every file on the disk, and note the block in the journal."""
+        self._keep(self._rows.stop)
+        files, paths = {}, self.features.files(self.view.name, self.block)
+        for name, (shape, dtype) in self.view.arrays.items():
+            shard, row_bytes = self._shards[name], math.prod(shape) * dtype.itemsize
+            if self.view.ragged:
+                folder = self.features.path / name / block_name(self.block)
+                declare_shards(folder, shard.n_rows, shard.n_rows, shape, dtype)
+            rows = shard.n_rows if self.view.ragged else self.view.block_rows
+            files[name] = shard.finish(paths[name], rows, row_bytes), shard.crc
+        if self.view.ragged:
+            offsets = np.full(self.view.block_rows + 1, sum(self._lengths), np.int64)
+            offsets[: len(self._lengths) + 1] = np.cumsum([0, *self._lengths])
+            make_folder(paths[OFFSETS].parent)
+            write_atomically(paths[OFFSETS], offsets.astype("<i8").tobytes())
+            files[OFFSETS] = offsets.nbytes, checksum(offsets.astype("<i8"))
+        self._open.close()
+        cosines = np.concatenate(self._cosines) if self._cosines else np.ones(0)
+        cosine = (float(cosines.mean()), float(cosines.min())) if len(cosines) else None
+        self.features.note_written(self.view.name, self.block, Written(len(self._rows), files, cosine=cosine))
+
+    def close(self) -> None:
+        """Remove what was not finished."""
+        self._open.close()
+
+    def _append(self, rows: list[int], values: Values) -> None:
+        """Append the next rows, computed now, in the dtype they are kept in."""
+        if not rows:
+            return
+        given = [self.view.empty if value is None else value for value in values]
+        flat = np.concatenate(given) if self.view.ragged else np.stack(given)
+        dtype = "float16" if self.view.dtype == "int8" else self.view.dtype
+        with np.errstate(over="ignore"):
+            data = np.ascontiguousarray(flat, dtype=DTYPES[dtype])
+        if not np.isfinite(data).all():
+            raise CacheError(self._not_finite(rows, given, dtype))
+        self._lengths += [len(value) for value in given] if self.view.ragged else []
+        self._next = rows[-1] + 1
+        if self.view.dtype == "int8":
+            quantised, scales = quantise(data)
+            self._cosines.append(_cosines(data, quantised))
+            self._shards["scales"].append(scales)
+            data = quantised
+        self._shards[self.view.name].append(data)
+
+    def _keep(self, stop: int) -> None:
+        """Append the rows from the next up to ``stop`` as they were."""
+        if stop <= self._next:
+            return
+        assert self._kept is not None, "rows come in order, and none is left out"
+        here = slice(self._next - self._rows.start, stop - self._rows.start)
+        if self.view.ragged:
+            offsets = self._kept[OFFSETS][here.start : here.stop + 1]
+            self._lengths += np.diff(offsets).tolist()
+            here = slice(int(offsets[0]), int(offsets[-1]))
+        for name, shard in self._shards.items():
+            shard.append(np.ascontiguousarray(self._kept[name][here]))
+        self._next = stop
+
+    def _not_finite(self, rows: list[int], values: list[np.ndarray], dtype: str) -> str:
+        """Say which sample has features that can't be stored, and why."""
+        with np.errstate(over="ignore"):
+            whole = [bool(np.isfinite(value.astype(DTYPES[dtype])).all()) for value in values]
+        row, value = rows[whole.index(False)], values[whole.index(False)]
+        overflow = bool(np.isfinite(value).all())
+        cause = "overflow float16; use --dtype float32" if overflow else "are NaN or infinite; try --device cpu"
+        sample = self.features.store.sample_of(self.features.modality, row)
+        return f"{self.features.encoder}: {self.features.modality} {self.view.name} features of sample {sample} {cause}"
+
+
+def _cosines(values: np.ndarray, quantised: np.ndarray) -> np.ndarray:
+    """Return each row's cosine to its quantised self, of those that are not zero; the scale plays no part in it."""
+    x, y = values.astype(np.float32), quantised.astype(np.float32)
+    norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
+    return ((x * y).sum(-1) / np.where(norms > 0, norms, 1))[x.any(-1)]
