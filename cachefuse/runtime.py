@@ -112,6 +112,12 @@ def sync_folder(path: Path) -> None:
         os.close(opened)
 
 
+def format_bytes(n_bytes: float) -> str:
+    """Return "3.07 GB": three digits, in powers of 1,000."""
+    unit = min(4, int(math.log10(max(1, n_bytes)) / 3 + 1e-9))
+    return f"{n_bytes / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
+
+
 def to_json(value: Any) -> str:
     """Serialise for people and machines alike: indented, in order; NaN and infinity, which JSON lacks, as null."""
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)

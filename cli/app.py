@@ -11,8 +11,11 @@ from cachefuse_cli.datasets import datasets
 from cachefuse_cli.demo import demo
 from cachefuse_cli.encoders import encoders
 from cachefuse_cli.extract import extract
+from cachefuse_cli.inspect import inspect
+from cachefuse_cli.plan import plan
 from cachefuse_cli.predict import predict
 from cachefuse_cli.train_head import train_head
+from cachefuse_cli.verify import verify
 
 app = typer.Typer(
     name="cachefuse",
@@ -23,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: cachefuse demo",
 )
-for command in (demo, extract, train_head, predict, datasets, encoders):
+for command in (demo, extract, train_head, predict, plan, inspect, verify, datasets, encoders):
     app.command()(command)
 
 

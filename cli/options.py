@@ -8,6 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from cachefuse.cache.store import FeatureStore
+    from cachefuse.data.dataset import Dataset
     from cachefuse.data.manifest import Manifest
     from cachefuse.runtime import Workspace as WorkspacePaths
 
@@ -22,6 +23,21 @@ DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", metavar="DIR", help="The raw data.", show_default="<workspace>/data/<dataset>"),
 ]
+DatasetName = Annotated[
+    str, typer.Option("--dataset", metavar="NAME", help="A built-in dataset, or a manifest: ./mine.toml.")
+]
+StoreName = Annotated[
+    str | None,
+    typer.Option("--dataset", metavar="NAME", help="Whose features.", show_default="the one extracted last"),
+]
+Views = Annotated[str, typer.Option("--views", metavar="LIST", help="pooled, tokens, or pooled,tokens.")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", metavar="N", help="Samples at a time.", show_default="32, on CUDA 256")
+]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="float16, float32, or int8 for tokens.")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", metavar="N", min=1, help="Only N samples, in a store of their own.")
+]
 Encoders = Annotated[
     list[str] | None,
     typer.Option("--encoder", metavar="SPEC", help="family:model[@weights]; may be given several times."),
@@ -32,6 +48,11 @@ Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same 
 RunName = Annotated[
     str | None, typer.Option("--run", metavar="NAME", help="A run's name or folder.", show_default="the latest")
 ]
+
+
+def split_list(text: str) -> tuple[str, ...]:
+    """Return the parts of an option that lists names with commas."""
+    return tuple(part.strip() for part in text.split(","))
 
 
 def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
@@ -59,6 +80,35 @@ def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
     if not stores:
         raise CacheError(f"no features in {workspace} yet; start with cachefuse extract --dataset NAME")
     return max(stores, key=lambda store: store.extracted)
+
+
+def open_dataset(name: str, workspace: Path, data_dir: Path | None, limit: int | None = None) -> "Dataset":
+    """Read a dataset by its name or its manifest's file, and say which it is."""
+    from cachefuse_cli import render
+
+    with render.status("reading the dataset"):
+        from cachefuse.data.dataset import load_dataset
+        from cachefuse.data.manifest import load_manifest
+        from cachefuse.runtime import Workspace as WorkspacePaths
+
+        manifest, folder = load_manifest(name)
+        dataset = load_dataset(manifest, data_root(WorkspacePaths(workspace), manifest, folder, data_dir))
+        if limit is not None:
+            dataset = dataset.limit(limit)
+    render.dataset_line(dataset)
+    return dataset
+
+
+def reopen_dataset(store: "FeatureStore", name: str | None, workspace: Path, data_dir: Path | None) -> "Dataset":
+    """Read the dataset that a store was made from; a manifest's file says where its raw data is."""
+    from cachefuse.data.dataset import load_dataset
+    from cachefuse.data.manifest import load_manifest
+    from cachefuse.runtime import Workspace as WorkspacePaths
+
+    manifest, folder = load_manifest(name) if name and name.endswith(".toml") else (store.manifest, None)
+    dataset = load_dataset(manifest, data_root(WorkspacePaths(workspace), manifest, folder, data_dir))
+    limited = store.dataset.removeprefix(f"{manifest.name}-limit")
+    return dataset.limit(int(limited)) if limited.isdigit() else dataset
 
 
 def dataset_name(dataset: str) -> str:

@@ -30,6 +30,13 @@ class _Rows(ProgressColumn):
         return Text("" if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}")
 
 
+class _Slowest(ProgressColumn):
+    """The stage that holds the others up."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("slowest", ""), style="dim")
+
+
 class _Rate(ProgressColumn):
     """Samples a second, over the rows computed in this call."""
 
@@ -54,7 +61,8 @@ class _RowBars:
             BarColumn(bar_width=None),
             _Rows(),
             _Rate(),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            _Slowest(),
         )
         self._tasks: dict[str, TaskID] = {}
 
@@ -65,10 +73,10 @@ class _RowBars:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def _show(self, name: str, done: int, total: int, begun: int = 0) -> None:
+    def _show(self, name: str, done: int, total: int, begun: int = 0, slowest: str = "") -> None:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(escape(name), total=total, completed=begun, begun=begun)
-        self._progress.update(self._tasks[name], completed=done)
+        self._progress.update(self._tasks[name], completed=done, slowest=slowest)
 
 
 class ExtractProgress(_RowBars):
@@ -80,9 +88,20 @@ class ExtractProgress(_RowBars):
 
     def update(self, state: "ExtractState") -> None:
         self._progress.update(self._opening, visible=False)
+        if not state.encoder:
+            self._show("comparing content", state.done, state.total)
+            return
         if state.begun and state.done == state.begun:
             note(f"{state.encoder} {state.modality}: {state.begun:,} rows are there already; going on with the rest")
-        self._show(f"{_shorten(state.encoder, 28)} {state.modality}", state.done, state.total, state.begun)
+        name = f"{_shorten(state.encoder, 20)} {state.modality}"
+        self._show(name, state.done, state.total, state.begun, state.bottleneck)
+
+
+class VerifyProgress(_RowBars):
+    """A bar of blocks."""
+
+    def update(self, done: int, total: int) -> None:
+        self._show("verifying blocks", done, total)
 
 
 class EncodeProgress(_RowBars):

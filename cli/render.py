@@ -1,5 +1,6 @@
 """Everything that people see: tables to stdout; messages to stderr. With progress.py, all of Rich."""
 
+import errno
 import logging
 import math
 import os
@@ -51,13 +52,15 @@ def error(problem: BaseException) -> None:
     message = str(problem) or type(problem).__name__
     if isinstance(problem, OSError) and problem.strerror and problem.filename:
         message = f"{problem.filename}: {problem.strerror}"
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = "the disk is full; free some room and run the same command again: what was finished is kept"
     if out_of_memory(problem):
         message = "out of memory; try a smaller --batch-size, --layers or --limit"
     first, _, rest = message.partition("\n")
     console = err()
     _print_message(console, Text.assemble(("error: ", "bold red"), (first, "red")))
-    if rest:
-        console.print(Text(rest), soft_wrap=True)
+    for line in (*rest.splitlines(), *getattr(problem, "__notes__", ())):
+        console.print(Text(line), soft_wrap=True)
 
 
 def out_of_memory(problem: BaseException) -> bool:
@@ -146,7 +149,7 @@ def extract_dict(report: "ExtractReport") -> dict[str, Any]:
 def extract_report(report: "ExtractReport", *, trainable: bool) -> None:
     """What is in the store now, what was computed, which samples are bad, and what to do next."""
     console = out()
-    table = _table("encoder", "modality", "rows", "computed now", numbers=2)
+    table = new_table("encoder", "modality", "rows", "computed now", numbers=2)
     for (encoder, modality), rows in report.rows.items():
         computed = report.computed[(encoder, modality)]
         table.add_row(escape(encoder), modality, f"{rows:,}", f"{computed:,}" if computed else "0, all there")
@@ -186,7 +189,7 @@ def run_report(run: "Run") -> None:
     console = out()
     run_line(run)
     names = list(next(iter(run.metrics.values())))
-    table = _table("split", "rows", *(TITLES.get(name, name) for name in names), numbers=len(names) + 1)
+    table = new_table("split", "rows", *(TITLES.get(name, name) for name in names), numbers=len(names) + 1)
     for split, metrics in run.metrics.items():
         table.add_row(split, f"{run.rows[split]:,}", *(_figure(metrics[name]) for name in names))
     console.print(table)
@@ -207,7 +210,7 @@ def _per_class(console: Console, run: "Run", split: str) -> None:
     if len(run.classes) > MAX_CLASSES:
         order = sorted(order, key=lambda c: (figures["f1"][c], c))[:MAX_CLASSES]
         title += f", the {MAX_CLASSES} lowest F1 of {len(run.classes)}"
-    table = _table("class", "rows", "precision", "recall", "F1", "AP", numbers=5, title=title)
+    table = new_table("class", "rows", "precision", "recall", "F1", "AP", numbers=5, title=title)
     for c in order:
         values = (_figure(figures[name][c]) for name in ("precision", "recall", "f1", "ap"))
         table.add_row(escape(run.classes[c]), f"{figures['support'][c]:,.0f}", *values)
@@ -232,7 +235,7 @@ def prediction(predictions: "Predictions", *, as_json: bool) -> None:
         ranked = {predictions.classes[c]: float(scores[c]) for c in order}
         print_json({"labels": predictions.names(0), "scores": ranked})
         return
-    table = _table("class", "score", "label", numbers=1)
+    table = new_table("class", "score", "label", numbers=1)
     for c in order[: max(10, int(chosen.sum()))]:
         table.add_row(escape(predictions.classes[c]), f"{scores[c]:.3f}", "[green]yes[/]" if chosen[c] else "")
     out().print(table)
@@ -240,7 +243,7 @@ def prediction(predictions: "Predictions", *, as_json: bool) -> None:
 
 def datasets(rows: Sequence[dict[str, Any]]) -> None:
     """The built-in datasets, and how to bring one's own."""
-    table = _table("dataset", "task", "size", "splits", "data")
+    table = new_table("dataset", "task", "size", "splits", "data")
     table.columns[2].justify = "right"
     for row in rows:
         here = "[green]built in[/]" if row["builtin"] else ("[green]yes[/]" if row["data"] else "[dim]no[/]")
@@ -252,7 +255,7 @@ def datasets(rows: Sequence[dict[str, Any]]) -> None:
 
 def encoders(families: "dict[str, Family]", default: str) -> None:
     """The encoder families with an example each."""
-    table = _table("family", "encodes", "example")
+    table = new_table("family", "encodes", "example")
     for name, family in families.items():
         table.add_row(f"[bold]{name}[/]", family.modalities, escape(family.example))
         table.add_row("", "", f"[dim]{escape(family.about)}[/]")
@@ -266,7 +269,7 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
     names = list(best.metrics["val"])
     top = {name: max(run.metrics["val"][name] for run in runs) for name in names}
     title = f"{best.dataset}: validation, {best.rows['val']:,} samples the heads never saw"
-    table = _table(
+    table = new_table(
         "fusion", *(TITLES.get(name, name) for name in names), "seconds", numbers=len(names) + 1, title=title
     )
     for run in runs:
@@ -287,7 +290,7 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
     console.print(Text.assemble(("next  ", "dim"), "cachefuse datasets, cachefuse encoders, cachefuse extract --help"))
 
 
-def _table(*columns: str, numbers: int = 0, title: str | None = None) -> Table:
+def new_table(*columns: str, numbers: int = 0, title: str | None = None) -> Table:
     """A table whose last ``numbers`` columns are figures."""
     table = Table(title=title, title_justify="left", title_style="dim", header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):

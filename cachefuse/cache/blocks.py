@@ -58,7 +58,7 @@ class Blocks(ABC):
         if file is None:
             raise CacheError(f"{self.name}: block {block} is not there; run the same cachefuse extract again to go on")
         if checksum(self._data(block, file)) != file.crc:
-            raise damaged(self.name, block, file.path, "its checksum does not fit")
+            raise DamagedBlockError(self.name, block, file.path, "its checksum does not fit")
         self._unchecked[block] = False
         self._n_unchecked -= 1
 
@@ -69,9 +69,12 @@ class Blocks(ABC):
     def _data(self, block: int, file: BlockFile | None) -> np.ndarray: ...
 
 
-def damaged(name: str, block: int, path: Path, why: str) -> CacheError:
-    """The error of a block that is not what was written."""
-    return CacheError(f"{name}: block {block} is damaged ({path}: {why}); run cachefuse verify --repair")
+class DamagedBlockError(CacheError):
+    """A block that is not what was written."""
+
+    def __init__(self, name: str, block: int, path: Path, why: str) -> None:
+        super().__init__(f"{name}: block {block} is damaged ({path}: {why}); run cachefuse verify --repair")
+        self.why = why
 
 
 class MappedBlocks(Blocks):
@@ -118,4 +121,4 @@ class ZarrBlocks(Blocks):
         try:
             return self._read(block, slice(0, file.n_rows))
         except Exception as error:  # whatever a codec raises on bytes that are not its own
-            raise damaged(self.name, block, file.path, str(error)) from error
+            raise DamagedBlockError(self.name, block, file.path, str(error)) from error

@@ -1,6 +1,7 @@
 """One encoder's features of one modality in a store: which rows of its views are there, and how to read them."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from cachefuse.errors import CacheError
 
 if TYPE_CHECKING:
     from cachefuse.cache.store import FeatureStore
+
+logger = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 
@@ -112,7 +115,7 @@ class Features:
             blocks.setdefault(row // self.views[view].block_rows, []).append(row)
         lines = [{"view": view, "block": block, "stale": stale} for block, stale in blocks.items()]
         append_lines(self.path / JOURNAL, lines)
-        del self._written
+        self.__dict__.pop("_written", None)
 
     def n_blocks(self, view: str) -> int:
         """Return how many blocks a view has when it is whole."""
@@ -199,7 +202,11 @@ class Features:
             raise CacheError(self._not_whole(view, pending))
         there = np.ones(self.n_blocks(view), bool)
         there[pending] = False
-        return open_rows(self, view, there)
+        rows = open_rows(self, view, there)
+        if not rows.mapped:
+            place = self.path / view
+            logger.warning("%s is laid out in another way than cachefuse writes; zarr-python reads it, slower", place)
+        return rows
 
     def read(self, view: str = "pooled", rows: int | slice | np.ndarray | None = None) -> Any:
         """Return rows of a view: (n, D), (n, T, D), or for ragged tokens a list of n (T_i, D) arrays; see ``rows``."""

@@ -1,6 +1,5 @@
 """Opening a view: its blocks mapped where they lie as cachefuse writes them, else read by zarr-python."""
 
-import logging
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import zarr
 
-from cachefuse.cache.blocks import BlockFile, Blocks, MappedBlocks, ReadBlock, ZarrBlocks, damaged
+from cachefuse.cache.blocks import BlockFile, Blocks, DamagedBlockError, MappedBlocks, ReadBlock, ZarrBlocks
 from cachefuse.cache.layout import checksum
 from cachefuse.cache.mapped import AVAILABLE
 from cachefuse.cache.rows import RaggedRows, Rows
@@ -17,8 +16,6 @@ from cachefuse.cache.views import OFFSETS, View, block_name
 
 if TYPE_CHECKING:
     from cachefuse.cache.features import Features
-
-logger = logging.getLogger(__name__)
 
 
 def open_rows(features: "Features", view: str, there: np.ndarray) -> Rows:
@@ -35,11 +32,6 @@ def open_rows(features: "Features", view: str, there: np.ndarray) -> Rows:
     files = {name: _block_files(features, about, name, blocks, len(there), offsets) for name in about.arrays}
     if not foreign:
         foreign = not all(_is_in_order(features, about, name, files[name]) for name in about.arrays)
-    if foreign:
-        logger.warning(
-            "%s is laid out in another way than cachefuse writes, and is read by zarr-python, more slowly",
-            features.path / view,
-        )
     arrays = [_open(features, about, name, files[name], foreign) for name in about.arrays]
     if offsets is not None:
         return RaggedRows(arrays[0], offsets, n_rows, about.block_rows, *arrays[1:])
@@ -55,7 +47,9 @@ def _offsets(features: "Features", view: View, blocks: list[int], n_blocks: int,
         values = np.fromfile(file, "<i8") if array is None else np.asarray(array[block])
         fits = values.shape == offsets[block].shape and values[0] == 0 and (np.diff(values) >= 0).all()
         if not fits or written is None or checksum(values) != written.files[OFFSETS][1]:
-            raise damaged(features.name(view.name), block, file, "its offsets are not those that were written")
+            raise DamagedBlockError(
+                features.name(view.name), block, file, "its offsets are not those that were written"
+            )
         offsets[block] = values
     return offsets
 
@@ -83,7 +77,9 @@ def _is_in_order(features: "Features", view: View, name: str, files: list[BlockF
             fits = file.path.stat().st_size == shard_bytes(rows, row_bytes)
             states.add(check_index(file.path, rows, row_bytes) if fits else "damaged")
             if "damaged" in states:
-                raise damaged(features.name(view.name), block, file.path, "its index is not that of a whole shard")
+                raise DamagedBlockError(
+                    features.name(view.name), block, file.path, "its index is not that of a whole shard"
+                )
     return "foreign" not in states
 
 

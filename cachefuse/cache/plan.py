@@ -1,6 +1,5 @@
 """What an extraction will take: rows, bytes, seconds, and whether the disk has room."""
 
-import math
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import CacheError
+from cachefuse.runtime import format_bytes
 
 MEASURED_TEXTS = 64  # that show how many tokens texts have
 PROBE_BATCHES = 4  # encoded to tell the time, after one that is not counted
@@ -115,7 +115,7 @@ def check_room(store_path: Path, n_bytes: int) -> None:
     free = free_bytes(store_path)
     if n_bytes + ROOM_TO_LEAVE > free:
         raise CacheError(
-            f"the features take {_size(n_bytes)} and the disk has {_size(free)} free at {store_path.parent}; "
+            f"the features take {format_bytes(n_bytes)} and {store_path.parent} has {format_bytes(free)} free; "
             f"free some, use another --workspace, fewer --views, or --dtype int8 for tokens"
         )
 
@@ -154,8 +154,3 @@ def _seconds_a_row(tower: Tower, sources: Sequence[Any], request: Request) -> fl
             encode_prepared(tower, rest, tuple(request.dtypes), size)
             rest = []
         return (time.perf_counter() - begun) / (n - len(first))
-
-
-def _size(n_bytes: float) -> str:
-    unit = min(4, int(math.log(max(1, n_bytes), 1000)))
-    return f"{n_bytes / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"

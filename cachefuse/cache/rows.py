@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefuse.cache.blocks import Blocks
+from cachefuse.cache.blocks import Blocks, MappedBlocks
 
 SHUFFLE_BYTES = 256 << 20  # of the blocks whose rows are shuffled together
 
@@ -31,6 +31,11 @@ class Rows:
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    @property
+    def mapped(self) -> bool:
+        """Whether memory maps serve them; zarr-python does, more slowly, where another program laid them out."""
+        return isinstance(self._values, MappedBlocks)
 
     @property
     def nbytes(self) -> int:

@@ -1,0 +1,55 @@
+"""`cachefuse plan`."""
+
+from cachefuse_cli.options import (
+    WORKSPACE,
+    BatchSize,
+    DataDir,
+    DatasetName,
+    Device,
+    Dtype,
+    Encoders,
+    Json,
+    Limit,
+    Views,
+    Workspace,
+    open_dataset,
+    split_list,
+)
+
+
+def plan(
+    dataset: DatasetName,
+    encoder: Encoders = None,
+    data_dir: DataDir = None,
+    views: Views = "pooled",
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    dtype: Dtype = "float16",
+    limit: Limit = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Say what the same extract would take, in bytes and in time by a few batches encoded now; nothing is written."""
+    from cachefuse_cli import render
+
+    with render.interruptible("nothing was written"):
+        loaded = open_dataset(dataset, workspace, data_dir, limit)
+        with render.status("opening the encoders and encoding a few batches"):
+            from cachefuse.cache.plan import plan as make_plan
+            from cachefuse.encoders import DEFAULT_ENCODER
+            from cachefuse.runtime import Workspace as WorkspacePaths
+            from cachefuse_cli import store_tables
+
+            made = make_plan(
+                loaded,
+                encoder or [DEFAULT_ENCODER],
+                WorkspacePaths(workspace).store(loaded.name),
+                views=split_list(views),
+                device=device,
+                batch_size=batch_size,
+                dtype=dtype,
+            )
+    if json:
+        render.print_json(store_tables.plan_dict(made))
+    else:
+        store_tables.plan_report(made)
