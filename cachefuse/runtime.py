@@ -115,7 +115,7 @@ def sync_folder(path: Path) -> None:
 def format_bytes(n_bytes: float) -> str:
     """Return "3.07 GB": three digits, in powers of 1,000."""
     unit = min(4, int(math.log10(max(1, n_bytes)) / 3 + 1e-9))
-    return f"{n_bytes / 1000**unit:.3g} {('bytes', 'kB', 'MB', 'GB', 'TB')[unit]}"
+    return f"{n_bytes / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def to_json(value: Any) -> str:

@@ -89,7 +89,7 @@ class ExtractProgress(_RowBars):
     def update(self, state: "ExtractState") -> None:
         self._progress.update(self._opening, visible=False)
         if not state.encoder:
-            self._show("comparing content", state.done, state.total)
+            self._show("hashing content", state.done, state.total)
             return
         if state.begun and state.done == state.begun:
             note(f"{state.encoder} {state.modality}: {state.begun:,} rows are there already; going on with the rest")

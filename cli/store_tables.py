@@ -37,7 +37,7 @@ def inspect_report(found: "Inspection") -> None:
             console.print(Text.assemble((f"  {field:<14}", "dim"), value), soft_wrap=True)
     console.print()
     if found.bad:
-        console.print(f"{len(found.bad):,} bad samples; cachefuse inspect --bad lists them")
+        console.print(f"{len(found.bad):,} bad sample{'s' * (len(found.bad) > 1)}; cachefuse inspect --bad lists them")
     console.print(Text.assemble(("store ", "dim"), str(found.path)), soft_wrap=True)
 
 
@@ -88,12 +88,17 @@ def plan_report(plan: "Plan") -> None:
         names = escape(view.encoder), view.modality, view.view
         views.add_row(*names, f"{view.rows:,}", f"{view.pending:,}", *sizes, time)
     console.print(views)
-    total = f"{format_bytes(plan.n_bytes)} to write, {format_bytes(plan.free)} free; "
-    room = "[green]the disk has room[/]" if plan.fits else "[bold red]the disk has no room for that[/]"
-    console.print(f"{total}{room}; about {_duration(sum(plan.seconds.values()))}")
+    if any(view.pending for view in plan.views):
+        total = f"{format_bytes(plan.n_bytes)} to write, {format_bytes(plan.free)} free; "
+        room = "[green]the disk has room[/]" if plan.fits else "[bold red]the disk has no room for that[/]"
+        console.print(f"{total}{room}; about {_duration(sum(plan.seconds.values()))}")
+        step = "cachefuse extract, with the same options"
+    else:
+        console.print("Nothing to compute: every feature is there already.")
+        step = "cachefuse train-head"
     console.print(Text.assemble(("store ", "dim"), str(plan.store)), soft_wrap=True)
-    if plan.fits and plan.n_bytes:
-        console.print(Text.assemble(("next  ", "dim"), "cachefuse extract, with the same options"))
+    if plan.fits:
+        console.print(Text.assemble(("next  ", "dim"), step))
 
 
 def plan_dict(plan: "Plan") -> dict[str, Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import filelock
 
 from cachefuse.errors import CacheError
-from cachefuse.runtime import make_folder, to_json, write_atomically
+from cachefuse.runtime import make_folder, to_json
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def only_writer(store_path: Path) -> Iterator[None]:
         ) from None
     try:
         started = datetime.now().astimezone().isoformat(" ", timespec="seconds")
-        write_atomically(about, to_json({"pid": os.getpid(), "host": socket.gethostname(), "since": started}).encode())
+        about.write_text(to_json({"pid": os.getpid(), "host": socket.gethostname(), "since": started}), "utf-8")
         yield
     finally:
         about.unlink(missing_ok=True)

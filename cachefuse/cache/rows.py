@@ -26,8 +26,8 @@ class Rows:
         self.block_rows = block_rows
         self._values = values
         self._scales = scales
-        dtype = values.dtype if scales is None else scales.dtype
-        self.dtype: torch.dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        self._dtype = values.dtype if scales is None else scales.dtype
+        self.dtype: torch.dtype = torch.from_numpy(np.empty(0, self._dtype)).dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -93,15 +93,17 @@ class Rows:
 
     def _span(self, start: int, stop: int) -> np.ndarray:
         """Return the rows [start, stop), copied from each block in turn."""
-        parts, size = [], self.block_rows
+        size, whole = self.block_rows, np.empty((max(0, stop - start), *self.shape[1:]), self._dtype)
         for block in range(start // size, -(-stop // size) if stop > start else 0):
             inside = slice(max(0, start - block * size), stop - block * size)
-            rows = torch.from_numpy(np.array(self._values.data(block)[inside]))
-            if self._scales is not None:
-                rows = _dequantise(rows, torch.from_numpy(np.array(self._scales.data(block)[inside])))
-            parts.append(rows)
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, *self.shape[1:])
-        return whole.to(self.dtype).numpy()
+            out = whole[max(0, block * size - start) :][: size - inside.start]
+            values = self._values.data(block)[inside]
+            if self._scales is None:
+                out[:] = values
+            else:
+                quantised = (torch.from_numpy(np.array(x)) for x in (values, self._scales.data(block)[inside]))
+                _dequantise(*quantised, torch.from_numpy(out))
+        return whole
 
 
 class RaggedRows(Rows):
@@ -205,6 +207,7 @@ def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     most = np.abs(values).max(axis=-1, initial=0).astype(np.float32) / 127
     scales = most.astype("<f2")
     scales = np.where(scales < most, np.nextafter(scales, np.float16(np.inf)), scales)  # so that nothing is cut off
+    scales = np.minimum(scales, np.float16(65504 / 127 - 0.5))  # so that 127 of them are no infinity
     divisor = np.where(scales > 0, scales, 1).astype(np.float32)[..., None]
     return np.rint(values / divisor).astype("|i1"), scales
 
@@ -216,11 +219,13 @@ def _dequantise(values: Tensor, scales: Tensor, out: Tensor | None = None) -> Te
 def _row_numbers(key: Any, n_rows: int) -> np.ndarray:
     """Return the row numbers that a key stands for: () for one row, else (n,); negative ones count from the end."""
     if isinstance(key, slice):
-        return np.arange(n_rows)[key]
+        return np.arange(*key.indices(n_rows))
     key = np.asarray(key)
     if key.dtype == bool:
         if key.shape != (n_rows,):
             raise IndexError(f"a mask must have shape ({n_rows},). Got {key.shape} instead")
         return np.flatnonzero(key)
+    if key.size and key.dtype.kind not in "iu":
+        raise IndexError(f"rows are numbered by integers. Got {key.dtype} instead")
     key = key.astype(np.int64)
     return np.where(key < 0, key + n_rows, key)

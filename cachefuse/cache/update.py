@@ -77,7 +77,7 @@ def update(store: "FeatureStore", dataset: Dataset, refresh: bool, on_progress: 
     names = new["id"][changed].tolist()
     if names and not refresh:
         raise CacheError(
-            f"{len(names):,} samples changed since {store.path} was made: {', '.join(names[:3])}"
+            f"{len(names):,} sample{'s' * (len(names) > 1)} changed since {store.path} was made: {', '.join(names[:3])}"
             f"{', ...' if len(names) > 3 else ''}; add --refresh to compute them again, or use another --workspace"
         )
     if names:

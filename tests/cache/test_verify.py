@@ -1,0 +1,181 @@
+"""Verification finds every kind of damage and names its block; repair computes those blocks again and no others."""
+
+import numpy as np
+import pytest
+import zarr
+
+from cachefuse.cache.extract import extract
+from cachefuse.cache.layout import checksum
+from cachefuse.cache.store import FeatureStore
+from cachefuse.cache.verify import Damage, repair, verify
+from cachefuse.errors import CacheError
+
+VIEWS = ("pooled", "tokens")
+
+
+@pytest.fixture
+def store(shapes, store_path, toy):
+    extract(shapes, ["toy"], store_path, views=VIEWS, device="cpu", batch_size=8)
+    return FeatureStore(store_path)
+
+
+def flip(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 4
+    path.write_bytes(data)
+
+
+def places(found):
+    return [(damage.modality, damage.view, damage.block) for damage in found.damage]
+
+
+def test_a_whole_store_is_sound(store):
+    seen = []
+    found = verify(store, on_progress=lambda done, total: seen.append((done, total)))
+    assert found.damage == ()
+    assert [(view.modality, view.view, view.finished, view.blocks) for view in found.views] == [
+        (modality, view, 2, 2) for modality in ("image", "text") for view in VIEWS
+    ]
+    assert seen == [(i, 8) for i in range(1, 9)]
+    for view in found.views:
+        names = {view.view, "offsets"} if (view.view, view.modality) == ("tokens", "text") else {view.view}
+        folders = [store.path / "features" / "toy" / view.modality / name for name in names]
+        files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+        assert view.n_bytes == sum(path.stat().st_size for path in files if path.name != "zarr.json")
+
+
+@pytest.mark.parametrize(
+    ("modality", "view", "file", "place", "reason"),
+    [
+        ("image", "pooled", "pooled/c/1/0", 3, "its checksum does not fit"),
+        ("image", "pooled", "pooled/c/1/0", -1, "its index is not that of a whole shard"),
+        ("image", "pooled", "pooled/c/1/0", -20, "its index is not that of a whole shard"),
+        ("image", "tokens", "tokens/c/1/0/0", 40, "its checksum does not fit"),
+        ("text", "tokens", "tokens/block-000001/c/0/0", 9, "its checksum does not fit"),
+        ("text", "tokens", "offsets/c/1/0", 16, "its offsets are not those"),
+        ("text", "tokens", "tokens/block-000001/zarr.json", 0, "zarr.json can't be read by Zarr"),
+    ],
+)
+def test_a_flipped_bit_is_found_named_and_mended(shapes, store, tools, toy, modality, view, file, place, reason):
+    before = tools.files(store.path)
+    flip(store.path / "features" / "toy" / modality / file, place)
+    found = verify(store)
+    assert places(found) == [(modality, view, 1)]
+    assert reason in found.damage[0].reason
+    toy.batches.clear()
+    repair(store, found, shapes, device="cpu")
+    assert {kind for kind, _, _ in toy.batches} == {modality}
+    assert verify(FeatureStore(store.path)).damage == ()
+    after = tools.files(store.path)
+    journal = f"features/toy/{modality}/journal.jsonl"
+    assert after.pop(journal).startswith(before.pop(journal))
+    assert after == before
+
+
+def test_a_file_that_is_gone_or_cut_short_is_found(shapes, store, toy):
+    folder = store.path / "features" / "toy" / "image"
+    (folder / "pooled" / "c" / "0" / "0").unlink()
+    shard = folder / "tokens" / "c" / "1" / "0" / "0"
+    shard.write_bytes(shard.read_bytes()[:-40])
+    found = verify(store)
+    assert places(found) == [("image", "pooled", 0), ("image", "tokens", 1)]
+    assert {damage.reason for damage in found.damage} == {"it is gone, cut short or changed"}
+    repair(store, found, shapes, device="cpu")
+    assert verify(FeatureStore(store.path)).damage == ()
+
+
+def test_an_array_without_metadata_is_found_and_mended(shapes, store, toy):
+    file = store.path / "features" / "toy" / "image" / "pooled" / "zarr.json"
+    data = file.read_bytes()
+    file.write_bytes(b"")
+    values = store.open_features("toy", "image").read()  # our own reader does without it
+    found = verify(store)
+    assert places(found) == [("image", "pooled", None)]
+    toy.batches.clear()
+    repair(store, found, shapes, device="cpu")
+    assert toy.batches == []
+    assert file.read_bytes() == data
+    np.testing.assert_array_equal(zarr.open_array(file.parent, mode="r")[:], values)
+
+
+@pytest.mark.parametrize("name", ["target", "split", "present/image"])
+def test_damaged_samples_are_found_and_mended(shapes, store, name):
+    expected = FeatureStore(store.path)._column(name)
+    (chunk,) = [path for path in (store.path / "samples" / name / "c").rglob("*") if path.is_file()]
+    flip(chunk, 12)
+    found = verify(FeatureStore(store.path))
+    assert found.damage == (Damage("", "", f"samples/{name}", None, "it can't be read, or its checksum does not fit"),)
+    repair(FeatureStore(store.path), found, shapes, device="cpu")
+    assert verify(FeatureStore(store.path)).damage == ()
+    np.testing.assert_array_equal(FeatureStore(store.path)._column(name), expected)
+
+
+def test_damaged_ids_can_t_be_mended_and_say_so(shapes, store):
+    (chunk,) = [path for path in (store.path / "samples" / "id" / "c").rglob("*") if path.is_file()]
+    flip(chunk, 12)
+    found = verify(FeatureStore(store.path))
+    assert places(found) == [("", "samples/id", None)]
+    with pytest.raises(
+        CacheError, match=r"damaged \(id\): which row is whose can't be told any more; delete"
+    ):
+        repair(FeatureStore(store.path), found, shapes, device="cpu")
+
+
+def test_blocks_that_were_never_finished_are_no_damage(shapes, store_path, toy):
+    def interrupt(batch):
+        if len(toy.batches) == 9:
+            raise KeyboardInterrupt
+
+    toy.on_encode = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        extract(shapes, ["toy"], store_path, device="cpu", batch_size=8)
+    found = verify(FeatureStore(store_path))
+    assert found.damage == ()
+    assert [(view.finished, view.blocks) for view in found.views] == [(1, 2)]
+
+
+def test_rows_of_zeros_count_where_their_sample_is_present(shapes, store_path, toy, tools):
+    images = [None if i in (2, 70) else tools.FakeImage(i) for i in range(80)]
+    toy.change = lambda rows: rows * (rows[0, 0] not in (11, 12))  # two images whose features are zero
+    extract(tools.make_dataset(shapes, images=images), ["toy"], store_path, views=VIEWS, device="cpu")
+    pooled = FeatureStore(store_path).open_features("toy", "image").read()
+    zero = int((~pooled.any(axis=1)).sum())
+    assert zero > 2
+    assert [view.zero for view in verify(FeatureStore(store_path)).views] == [zero - 2] * 2
+
+
+def test_values_that_are_not_finite_are_damage(store):
+    """Nothing writes such values; a checksum that fits them is made here."""
+    features = store.open_features("toy", "image")
+    shard = features.path / "pooled" / "c" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[0:4] = np.array([np.nan, np.inf], "<f2").tobytes()
+    shard.write_bytes(data)
+    written = features.written("pooled", 0)
+    size, _ = written.files["pooled"]
+    files = {"pooled": (size, checksum(bytes(data[: 64 * 4 * 2])))}
+    features.note_written("pooled", 0, type(written)(64, files))
+    found = verify(FeatureStore(store.path))
+    assert [damage.reason for damage in found.damage] == ["it holds 1 NaN and 1 infinite values"]
+    assert (found.views[0].nan, found.views[0].inf) == (1, 1)
+
+
+def test_quantised_tokens_report_their_cosine_and_are_repaired_as_they_were(shapes, store_path, toy, tools):
+    extract(shapes, ["toy"], store_path, views=VIEWS, dtype="int8", device="cpu", batch_size=8)
+    before = tools.files(store_path)
+    store = FeatureStore(store_path)
+    flip(store_path / "features" / "toy" / "text" / "scales" / "block-000000" / "c" / "0", 5)
+    found = verify(store)
+    assert places(found) == [("text", "tokens", 0)]
+    repair(store, found, shapes, device="cpu")
+    found = verify(FeatureStore(store_path))
+    assert found.damage == ()
+    for view in found.views:
+        if view.view == "pooled":
+            assert view.cosine is None
+        else:
+            mean, least = view.cosine
+            assert 0.999 < least <= mean <= 1.0001
+    after = tools.files(store_path)
+    for name in before:
+        assert name.endswith("journal.jsonl") or after[name] == before[name]
