@@ -34,7 +34,7 @@ def test_what_does_not_go_together_is_one_line(cachefuse):
     extract = ("extract", "--dataset", "./mine.toml", "--encoder", "classic")
     assert cachefuse(*extract, "--views", "tokens").error.startswith("encoder classic has no tokens view")
     assert cachefuse(*extract, "--views", "pooled,all").error == "unknown view 'all'; choose from: pooled, tokens"
-    assert cachefuse(*extract, "--dtype", "int4").error == "unknown dtype 'int4'; choose from: float16, float32"
+    assert cachefuse(*extract, "--dtype", "int4").error == "unknown dtype 'int4'; choose from: float16, float32, int8"
     assert cachefuse(*extract, "--max-bad", "2").error.startswith("max-bad must be between 0 and 1")
     assert cachefuse(*extract, "--dtype", "float32").code == 0
     assert "dtype (float32 there, float16 here)" in cachefuse(*extract).error

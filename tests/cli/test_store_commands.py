@@ -34,7 +34,7 @@ def test_inspect_shows_arrays_progress_and_provenance(cachefuse, workspace, fits
     result = cachefuse("inspect")
     assert result.code == 0
     assert "dataset mine: 160 samples (train 87, val 33, test 40)" in result.out
-    assert "classic  image     pooled  160 x 724    float16   279 kB   all" in result.out
+    assert "classic  image     pooled  160 x 724    float16  279 kB   all" in result.out
     assert "classic (image) was made by" in result.out
     fits(result.out, keep=("architecture",))
     found = json.loads(cachefuse("inspect", "--json").out)
