@@ -13,7 +13,11 @@ from cachefuse.registry import resolve
 
 if TYPE_CHECKING:
     from cachefuse.cache.extract import extract
+    from cachefuse.cache.features import Features
+    from cachefuse.cache.inspection import inspect_store
+    from cachefuse.cache.plan import plan
     from cachefuse.cache.store import FeatureStore
+    from cachefuse.cache.verify import repair, verify
     from cachefuse.data.dataset import Dataset, load_dataset
     from cachefuse.data.manifest import Manifest, builtin_manifests, load_manifest
     from cachefuse.encoders import open_encoder
@@ -28,6 +32,7 @@ __version__ = "0.1.0"
 _API = {
     "Dataset": "cachefuse.data.dataset:Dataset",
     "FeatureStore": "cachefuse.cache.store:FeatureStore",
+    "Features": "cachefuse.cache.features:Features",
     "Manifest": "cachefuse.data.manifest:Manifest",
     "Predictions": "cachefuse.predict:Predictions",
     "Run": "cachefuse.training.run:Run",
@@ -35,18 +40,23 @@ _API = {
     "builtin_manifests": "cachefuse.data.manifest:builtin_manifests",
     "extract": "cachefuse.cache.extract:extract",
     "find_run": "cachefuse.training.run:find_run",
+    "inspect_store": "cachefuse.cache.inspection:inspect_store",
     "load_dataset": "cachefuse.data.dataset:load_dataset",
     "load_manifest": "cachefuse.data.manifest:load_manifest",
     "open_encoder": "cachefuse.encoders:open_encoder",
+    "plan": "cachefuse.cache.plan:plan",
     "predict_samples": "cachefuse.predict:predict_samples",
     "predict_split": "cachefuse.predict:predict_split",
     "read_input": "cachefuse.predict:read_input",
+    "repair": "cachefuse.cache.verify:repair",
     "train_head": "cachefuse.training.train:train_head",
+    "verify": "cachefuse.cache.verify:verify",
     "write_submission": "cachefuse.submission:write_submission",
 }
 __all__ = [
     "Dataset",
     "FeatureStore",
+    "Features",
     "Manifest",
     "Predictions",
     "Run",
@@ -54,13 +64,17 @@ __all__ = [
     "builtin_manifests",
     "extract",
     "find_run",
+    "inspect_store",
     "load_dataset",
     "load_manifest",
     "open_encoder",
+    "plan",
     "predict_samples",
     "predict_split",
     "read_input",
+    "repair",
     "train_head",
+    "verify",
     "write_submission",
 ]
 

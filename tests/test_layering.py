@@ -26,7 +26,10 @@ LAYERS = (
     "predict",
     "submission",
 )
-HEAVY = {"PIL", "h5py", "numpy", "open_clip", "pyarrow", "pydantic", "sklearn", "timm", "torch", "transformers", "zarr"}
+HEAVY = {
+    "PIL", "h5py", "numpy", "open_clip", "pyarrow", "pydantic", "sklearn", "timm", "torch", "torchvision", "transformers",
+    "zarr",
+}  # fmt: skip
 
 
 def name_of(path):

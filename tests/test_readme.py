@@ -71,12 +71,18 @@ def test_every_other_command_runs_as_written(tmp_path: Path) -> None:
     assert len(submission) == 1 + 620
 
 
-def test_the_python_example_runs_as_written(tmp_path: Path) -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "'micro_f1': 0.9" in done.stdout
+def test_the_python_examples_run_as_written(tmp_path: Path) -> None:
+    printed = []
+    for example in re.findall(r"```python\n(.*?)```", README, flags=re.S):
+        done = subprocess.run(
+            [sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    training, reading = printed
+    assert "'micro_f1': 0.9" in training
     assert len((tmp_path / "submission.csv").read_text().splitlines()) == 1 + 600
+    assert reading.splitlines() == ["0", "(3000, 724) (10, 724) (518, 724)", "()"]
 
 
 def write_examples(folder: Path) -> None:

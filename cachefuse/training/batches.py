@@ -15,11 +15,11 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_path
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.runtime import available_memory
+from cachefuse.runtime import total_memory
 
 logger = logging.getLogger(__name__)
 
-SHARE_OF_MEMORY = 0.7  # that features may take before they count as too large for it
+SHARE_OF_MEMORY = 0.5  # that features may take before they count as too large for it
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class FeatureTable:
     def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Return rows in a new random order: any, or where memory does not hold the features, a few blocks' at a time.
 
-        The latter reads the disk in large pieces, once an epoch; the former a page for every row.
+        The latter reads the disk in large pieces, once an epoch; the former a page for every row. Which it is depends
+        on the machine's memory, not on what is free now: the same seed gives the same order.
         """
         mapped = [x for x in self.features.values() if not isinstance(x, Tensor)]
         n_bytes = sum(x.nbytes for x in mapped)
-        if n_bytes <= SHARE_OF_MEMORY * available_memory():
+        if n_bytes <= SHARE_OF_MEMORY * total_memory():
             return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
         size = max(x.block_rows for x in mapped)
         at_once = max(1, SHUFFLE_BYTES * len(self.labelled) // (n_bytes * size))

@@ -157,6 +157,29 @@ def test_batches_shuffle_every_row_once_and_anew(table):
     assert torch.equal(torch.cat(first), torch.cat(again))
 
 
+def test_what_memory_does_not_hold_is_shuffled_a_few_blocks_at_a_time(make_store, monkeypatch):
+    rng = np.random.default_rng(0)
+    features = {name: rng.normal(size=(1000, 6)).astype(np.float16) for name in ("image", "text")}
+    store = make_store(features, np.ones((1000, 2), np.int8), ["train"] * 1000)
+    table = load_table(store, select_features(store))
+    monkeypatch.setattr("cachefuse.training.batches.total_memory", lambda: 1000 * 24 * 2 - 1)
+    monkeypatch.setattr(
+        "cachefuse.training.batches.SHUFFLE_BYTES", 64 * 24 * 2
+    )  # two blocks of 64 rows, both modalities
+    order, again = (table.order(table.rows("train"), torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(order, again)
+    assert torch.equal(order.sort().values, torch.arange(1000))
+    block = order // 64
+    assert max(len(part.unique()) for part in block.split(64)) <= 4
+    assert (
+        len({tuple(part.tolist()) for part in order.split(64)} & {tuple(range(i, i + 64)) for i in range(0, 1000, 64)})
+        == 0
+    )
+    monkeypatch.setattr("cachefuse.training.batches.total_memory", lambda: 1000 * 24 * 2)
+    whole = table.order(table.rows("train"), torch.Generator().manual_seed(0))
+    assert max(len(part.unique()) for part in (whole // 64).split(64)) > 8
+
+
 @pytest.mark.parametrize("batch_size", [0, 10, 11])
 def test_a_full_batch_is_all_rows_in_order(table, batch_size):
     rows = torch.arange(10)
