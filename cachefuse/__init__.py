@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cachefuse.registry import resolve
 
 if TYPE_CHECKING:
+    from cachefuse.bench.store import bench_store
     from cachefuse.cache.extract import extract
     from cachefuse.cache.features import Features
     from cachefuse.cache.inspection import inspect_store
@@ -37,6 +38,7 @@ _API = {
     "Predictions": "cachefuse.predict:Predictions",
     "Run": "cachefuse.training.run:Run",
     "TrainConfig": "cachefuse.training.config:TrainConfig",
+    "bench_store": "cachefuse.bench.store:bench_store",
     "builtin_manifests": "cachefuse.data.manifest:builtin_manifests",
     "extract": "cachefuse.cache.extract:extract",
     "find_run": "cachefuse.training.run:find_run",
@@ -61,6 +63,7 @@ __all__ = [
     "Predictions",
     "Run",
     "TrainConfig",
+    "bench_store",
     "builtin_manifests",
     "extract",
     "find_run",

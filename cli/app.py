@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cachefuse.errors import CachefuseError
+from cachefuse_cli.bench import bench
 from cachefuse_cli.datasets import datasets
 from cachefuse_cli.demo import demo
 from cachefuse_cli.encoders import encoders
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 for command in (demo, extract, train_head, predict, plan, inspect, verify, datasets, encoders):
     app.command()(command)
+app.add_typer(bench)
 
 
 def _version(show: bool) -> None:

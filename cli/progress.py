@@ -12,6 +12,7 @@ from rich.progress import (
     Task,
     TaskID,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.text import Text
@@ -134,6 +135,27 @@ class TrainProgress:
     def update(self, epoch: "Epoch") -> None:
         score = "" if epoch.score is None else f"  val {self._metric} {epoch.score:.3f}"
         self._progress.update(self._task, completed=epoch.epoch, state=f"  loss {epoch.loss:.4f}{score}")
+
+
+class BenchProgress:
+    """One bar of measurements, with the name of the one under way."""
+
+    def __init__(self) -> None:
+        count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
+        self._progress = _progress(
+            TextColumn("measuring {task.description}"), BarColumn(bar_width=None), count, TimeElapsedColumn()
+        )
+        self._task = self._progress.add_task("", total=1)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
 
 
 def _shorten(text: str, width: int) -> str:

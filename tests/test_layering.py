@@ -25,6 +25,7 @@ LAYERS = (
     "training",
     "predict",
     "submission",
+    "bench",
 )
 HEAVY = {
     "PIL", "h5py", "numpy", "open_clip", "pyarrow", "pydantic", "sklearn", "timm", "torch", "torchvision", "transformers",

@@ -51,7 +51,7 @@ class Features:
         try:
             declared = json.loads((path / "zarr.json").read_bytes())
             self._meta = unseal(declared["attributes"]["cachefuse"], path / "zarr.json")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, CacheError) as error:
             raise CacheError(f"{path}/zarr.json is damaged; delete {path} to extract these features again") from error
         self.encoder: str = self._meta["encoder"]
         self.modality: str = self._meta["modality"]
@@ -59,8 +59,7 @@ class Features:
         self.key: str = self._meta["key"]
         self.provenance: dict[str, str] = self._meta["provenance"]
         self.n_rows = store.n_items(self.modality)
-        views = (View(**{**view, "row_shape": tuple(view["row_shape"])}) for view in self._meta["views"])
-        self.views = {view.name: view for view in views}
+        self.views = {view.name: view for view in map(View.from_dict, self._meta["views"])}
 
     @classmethod
     def create(cls, store: "FeatureStore", path: Path, encoder: str, source: str, modality: str,
@@ -114,7 +113,7 @@ class Features:
         for row in rows:
             blocks.setdefault(row // self.views[view].block_rows, []).append(row)
         lines = [{"view": view, "block": block, "stale": stale} for block, stale in blocks.items()]
-        append_lines(self.path / JOURNAL, lines)
+        append_lines(self.path / JOURNAL, [*lines, *lines])  # were the only one damaged, outdated rows would count
         self.__dict__.pop("_written", None)
 
     def n_blocks(self, view: str) -> int:
@@ -145,7 +144,10 @@ class Features:
         """Return the rows of a view that are still to be computed."""
         if view not in self.views:
             return np.arange(self.n_rows)
-        missing = [self.missing_rows_of(view, block) for block in self.pending(view)]
+        blocks = set(self.pending(view))
+        if blocks:  # writing one in our layout makes those in another one unreadable
+            blocks |= {block for block in range(self.n_blocks(view)) if self.views[view].is_foreign(self.path, block)}
+        missing = [self.missing_rows_of(view, block) for block in sorted(blocks)]
         return np.concatenate(missing) if missing else np.empty(0, np.int64)
 
     def missing_rows_of(self, view: str, block: int) -> np.ndarray:

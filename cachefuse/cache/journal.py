@@ -15,6 +15,8 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Append lines and have them on the disk before going on; a torn last line is closed off first."""
     text = "".join(json.dumps(seal(line), ensure_ascii=False) + "\n" for line in lines)
     data = text.encode("utf-8", "backslashreplace")
+    if not data:
+        return
     with path.open("ab+") as file:
         begun = file.tell()
         if begun:

@@ -41,10 +41,13 @@ def open_rows(features: "Features", view: str, there: np.ndarray) -> Rows:
 def _offsets(features: "Features", view: View, blocks: list[int], n_blocks: int, foreign: bool) -> np.ndarray:
     """Return (n_blocks, block_rows + 1) offsets; zeros where a block is not there."""
     offsets = np.zeros((n_blocks, view.block_rows + 1), np.int64)
-    array: Any = zarr.open_array(features.path / OFFSETS, mode="r") if foreign else None
     for block in blocks:
         file, written = view.files(features.path, block)[OFFSETS], features.written(view.name, block)
-        values = np.fromfile(file, "<i8") if array is None else np.asarray(array[block])
+        try:
+            array: Any = zarr.open_array(features.path / OFFSETS, mode="r") if foreign else None
+            values = np.fromfile(file, "<i8") if array is None else np.asarray(array[block])
+        except Exception as error:  # whatever zarr-python raises on what was changed
+            raise DamagedBlockError(features.name(view.name), block, file, str(error)) from error
         fits = values.shape == offsets[block].shape and values[0] == 0 and (np.diff(values) >= 0).all()
         if not fits or written is None or checksum(values) != written.files[OFFSETS][1]:
             raise DamagedBlockError(

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cachefuse.cache.layout import DTYPES
+from cachefuse.cache.layout import DTYPES, VIEWS
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.runtime import resolve_device, slug
 
-VIEWS = ("pooled", "tokens")
 BATCH_SIZE = {"cpu": 32, "cuda": 256}
 
 

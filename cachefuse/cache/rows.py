@@ -88,6 +88,7 @@ class Rows:
             low, high = (int(value) for value in index.aminmax())
             if low < 0 or high >= len(self):  # what lies between the files is not mapped
                 raise IndexError(f"row {low if low < 0 else high} is not one of {len(self):,} rows")
+        index = index.to(torch.int64)
         block = index // self.block_rows
         return block, index - block * self.block_rows
 
@@ -101,8 +102,8 @@ class Rows:
             if self._scales is None:
                 out[:] = values
             else:
-                quantised = (torch.from_numpy(np.array(x)) for x in (values, self._scales.data(block)[inside]))
-                _dequantise(*quantised, torch.from_numpy(out))
+                scales = torch.from_numpy(np.array(self._scales.data(block)[inside]))
+                _dequantise(torch.from_numpy(np.array(values)), scales, torch.from_numpy(out))
         return whole
 
 

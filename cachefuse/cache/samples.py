@@ -1,8 +1,10 @@
 """The samples group of a store: ids, splits, targets and presence, aligned with every feature."""
 
+import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from cachefuse.cache.layout import checksum, seal, unseal
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import CacheError
 from cachefuse.runtime import sync_folder
@@ -45,21 +48,43 @@ def sample_columns(dataset: Dataset) -> Columns:
     return columns
 
 
-def read_columns(path: Path) -> tuple[Columns, tuple[int, ...]]:
+def read_column(path: Path, name: str) -> np.ndarray:
+    """Return an array of the store at ``path``. Raises whatever zarr-python does where files were cut short or changed,
+    and ValueError where all reads well and is not what was written: a chunk that is gone would read as zeros."""
+    array: Any = zarr.open_array(path / "samples" / name, mode="r")
+    values = np.asarray(array[:])
+    if array.attrs["checksum"] != column_checksum(values):
+        raise ValueError("its checksum does not fit")
+    return values
+
+
+def read_columns(path: Path) -> tuple[Columns, list[int] | None]:
     """Return the arrays of the store at ``path`` that can be read, and the rows at which samples were appended."""
     folder = path / "samples"
     columns: Columns = {}
-    appended: tuple[int, ...] = ()
+    appended = None
     for file in folder.rglob("zarr.json"):
-        try:  # whatever zarr-python raises on files that were cut short or changed
-            node: Any = zarr.open(file.parent, mode="r")
-            if isinstance(node, zarr.Array):
-                columns[str(file.parent.relative_to(folder))] = np.asarray(node[:])
-            elif file.parent == folder:
-                appended = tuple(int(row) for row in node.attrs["appended_at"])
-        except Exception:
-            continue
+        name = str(file.parent.relative_to(folder))
+        with suppress(Exception):
+            columns[name] = read_column(path, name)
+    with suppress(CacheError):
+        appended = read_about(path)["appended_at"]
     return columns, appended
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Return the number of samples of the store at ``path``, ``rows``, and those at which some were ``appended_at``."""
+    file = path / "samples" / "zarr.json"
+    try:
+        return unseal(json.loads(file.read_bytes())["attributes"], file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CacheError(f"{file} is damaged ({error}); run the same cachefuse extract again") from error
+
+
+def column_checksum(values: np.ndarray) -> int:
+    """Return the CRC-32C of an array's shape and values."""
+    data = "\0".join(values.tolist()).encode() if values.dtype.kind == "T" else values
+    return checksum(data, checksum(str(values.shape).encode()))
 
 
 def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
@@ -86,21 +111,28 @@ def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
         )
 
 
-def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: tuple[int, ...] = ()) -> None:
-    """Write the group anew and have it on the disk; every chunk has a checksum that any Zarr reader verifies."""
-    group = zarr.open_group(folder, mode="w", attributes={"appended_at": list(appended)})
+def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int] = ()) -> None:
+    """Write the group anew and have it on the disk; every chunk has a checksum that any Zarr reader verifies, and every
+    array one of its own, for what its metadata might come to say."""
+    about = {"rows": len(columns["id"]), "appended_at": list(appended)}
+    group = zarr.open_group(folder, mode="w", attributes=seal(about))
     with zarr.config.set({"array.write_empty_chunks": True}):
         for name, values in columns.items():
             chunks = (min(max(1, len(values)), CHUNK_ROWS), *values.shape[1:])
             array = group.create_array(
-                name, shape=values.shape, chunks=chunks, dtype=values.dtype, compressors=[ZstdCodec(), Crc32cCodec()]
+                name,
+                shape=values.shape,
+                chunks=chunks,
+                dtype=values.dtype,
+                compressors=[ZstdCodec(), Crc32cCodec()],
+                attributes={"checksum": column_checksum(values)},
             )
             array[:] = values
     sync_tree(folder)
 
 
 def replace_samples(
-    path: Path, columns: Mapping[str, np.ndarray], appended: tuple[int, ...], ledger: Path | None
+    path: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int], ledger: Path | None
 ) -> None:
     """Put a whole new group in the place of the one of the store at ``path``, with a ledger."""
     folder, new, old = path / "samples", path / ".samples.new", path / ".samples.old"

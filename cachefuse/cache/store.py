@@ -23,7 +23,7 @@ from cachefuse.cache import update
 from cachefuse.cache.features import JOURNAL, Features
 from cachefuse.cache.journal import append_lines, read_lines
 from cachefuse.cache.layout import FORMAT, differing_fields, provenance_key, unseal
-from cachefuse.cache.samples import LEDGER
+from cachefuse.cache.samples import LEDGER, column_checksum, read_about, read_column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import CacheError
@@ -84,7 +84,7 @@ class FeatureStore:
         (``on_progress`` hears how much) only where a source's name, size or time is not what it was.
         """
         update.sweep(path)
-        if not (path / "zarr.json").is_file():
+        if not (path / "zarr.json").is_file() and not (path / "samples").is_dir():
             update.create(path, dataset, on_progress)
             return cls(path)
         update.finish(path, dataset)
@@ -94,7 +94,7 @@ class FeatureStore:
         return cls(path)
 
     def __len__(self) -> int:
-        return int(self._array("id").shape[0])
+        return int(read_about(self.path)["rows"])
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -154,9 +154,8 @@ class FeatureStore:
 
     def appended_at(self, modality: str) -> tuple[int, ...]:
         """Return the feature rows at which samples were appended to a store that was there, ascending."""
-        attributes: Any = zarr.open_group(self.path / "samples", mode="r").attrs
         offsets = self.items(modality)
-        return tuple(int(row if offsets is None else offsets[row]) for row in attributes["appended_at"])
+        return tuple(int(row if offsets is None else offsets[row]) for row in read_about(self.path)["appended_at"])
 
     def features(self) -> "list[Features]":
         """Return what has been extracted, sorted by encoder and modality."""
@@ -226,8 +225,9 @@ class FeatureStore:
         bad = np.array([(modality, sample) in self._bad for sample in self.ids], bool)
         present = self.present(modality)
         if (present & bad).any():
-            group: Any = zarr.open_group(self.path / "samples", mode="a")
-            group[f"present/{modality}"][:] = present & ~bad
+            array: Any = zarr.open_array(self.path / "samples" / "present" / modality, mode="r+")
+            array[:] = present & ~bad
+            array.attrs["checksum"] = column_checksum(present & ~bad)
 
     def ledger(self) -> list[BadSample]:
         """Return the samples that had to do without a modality."""
@@ -236,18 +236,10 @@ class FeatureStore:
     def _features_path(self, encoder: str, modality: str) -> Path:
         return self.path / "features" / slug(encoder) / modality
 
-    def _array(self, name: str) -> Any:
-        try:
-            return zarr.open_array(self.path / "samples" / name, mode="r")
-        except Exception as error:  # whatever zarr-python raises on metadata that was cut short or changed
-            raise self._damaged(name, error) from error
-
     def _column(self, name: str) -> np.ndarray:
-        array = self._array(name)
         try:
-            return np.asarray(array[:])
-        except Exception as error:  # the same of its chunks, each of which has a checksum
-            raise self._damaged(name, error) from error
-
-    def _damaged(self, name: str, error: Exception) -> CacheError:
-        return CacheError(f"{self.path}/samples/{name} is damaged ({error}); run the same cachefuse extract again")
+            return read_column(self.path, name)
+        except Exception as error:  # whatever zarr-python raises on files that were cut short or changed
+            raise CacheError(
+                f"{self.path}/samples/{name} is damaged ({error}); run the same cachefuse extract again"
+            ) from error

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cachefuse.cache.layout import FORMAT, seal
+from cachefuse.cache.layout import FORMAT, seal, unseal
 from cachefuse.cache.samples import (
     IDENTITY,
     LEDGER,
@@ -62,7 +62,7 @@ def update(store: "FeatureStore", dataset: Dataset, refresh: bool, on_progress: 
             f"delete the store to extract again"
         )
     if unreadable:  # nothing was computed yet: nothing depends on what was there
-        old, appended = {}, ()
+        old, appended = {}, []
     else:
         check_same_rows(store.path, old, new)
     n = len(old.get("id", ()))
@@ -84,8 +84,8 @@ def update(store: "FeatureStore", dataset: Dataset, refresh: bool, on_progress: 
         _forget(store, new, changed)
         store.forgive(set(names))
     _mark_present(store, old, new, changed)
-    if not same_columns(old, new):
-        appended = (*appended, n) if 0 < n < len(dataset) else appended
+    if appended is None or not same_columns(old, new):
+        appended = [*(appended or []), *([n] if 0 < n < len(dataset) else [])]
         ledger = store.path / "samples" / LEDGER
         replace_samples(store.path, new, appended, ledger if ledger.is_file() else None)
 
@@ -126,12 +126,16 @@ def describe(path: Path, dataset: Dataset) -> None:
 
 
 def finish(path: Path, dataset: Dataset) -> None:
-    """Complete an update that was killed, and write anew a description that was cut short."""
+    """Complete an update that was killed, and write anew a description that was cut short or changed."""
     finish_replacing(path)
     try:
-        json.loads((path / "zarr.json").read_bytes())
-    except ValueError:
+        about = json.loads((path / "zarr.json").read_bytes())["attributes"]["cachefuse"]
+        if about["format"] == FORMAT:
+            unseal(about, path)
+    except (FileNotFoundError, ValueError, CacheError):
         describe(path, dataset)
+    except (KeyError, TypeError):  # it is not ours
+        return
 
 
 def sweep(path: Path) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cachefuse.cache.layout import DTYPES
+from cachefuse.cache.layout import DTYPES, MAX_BLOCK_ROWS, VIEWS
 from cachefuse.cache.shard import INDEX_CODECS, chunk_rows, padded_rows
+from cachefuse.errors import CacheError
 from cachefuse.runtime import make_folder, write_atomically
 
 OFFSETS = "offsets"
@@ -29,6 +30,20 @@ class View:
     block_rows: int
     ragged: bool
     dtype: str
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "View":
+        """Return the view that a store describes, which may come from anyone: a name is no path, sizes are bounded."""
+        try:
+            view = cls(**{**values, "row_shape": tuple(values["row_shape"])})
+            sizes = (*view.row_shape, view.block_rows)
+            sound = view.name in VIEWS and view.dtype in DTYPES and 1 <= len(view.row_shape) <= 2
+            sound = sound and all(type(n) is int and n >= 1 for n in sizes) and view.block_rows <= MAX_BLOCK_ROWS
+        except (TypeError, KeyError):
+            sound = False
+        if not sound:
+            raise CacheError(f"not a view that cachefuse makes: {values}")
+        return view
 
     @property
     def empty(self) -> np.ndarray:
@@ -69,10 +84,11 @@ class View:
     def is_foreign(self, group: Path, block: int) -> bool:
         """Whether another program laid out a block's arrays: compressed, unsharded, or in shards of another size.
 
-        Metadata that is gone or can't be parsed says nothing; ``declare`` writes it again.
+        Metadata that is gone or can't be opened says nothing; ``declare`` writes it again.
         """
         folders = [group / name / block_name(block) if self.ragged else group / name for name in self.arrays]
-        return not all(_is_ours(folder, None if self.ragged else self.block_rows) for folder in folders)
+        rows = None if self.ragged else self.block_rows
+        return any(not _is_ours(folder, rows) and _can_be_opened(folder) for folder in folders)
 
 
 def declare_shards(folder: Path, n_rows: int, rows: int, row_shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -121,6 +137,14 @@ def _is_ours(folder: Path, block_rows: int | None) -> bool:
         )
     except (ValueError, KeyError, TypeError, IndexError):
         return False
+
+
+def _can_be_opened(folder: Path) -> bool:
+    try:
+        zarr.open_array(folder, mode="r")
+    except Exception:  # whatever zarr-python raises on metadata that was cut short or changed
+        return False
+    return True
 
 
 def block_name(block: int) -> str:

@@ -91,11 +91,12 @@ class _BlockWriter:
         self._next = self._rows.start
         self._lengths: list[int] = []
         self._cosines: list[np.ndarray] = []
-        self._open = ExitStack()
-        self._shards = {
-            name: self._open.enter_context(ShardWriter(features.path / name / f".{block_name(block)}.partial"))
-            for name in view.arrays
-        }
+        with ExitStack() as opened:  # if the second can't be opened, the first is closed
+            self._shards = {
+                name: opened.enter_context(ShardWriter(features.path / name / f".{block_name(block)}.partial"))
+                for name in view.arrays
+            }
+            self._open = opened.pop_all()
 
     @property
     def is_complete(self) -> bool:

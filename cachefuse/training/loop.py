@@ -13,6 +13,7 @@ from cachefuse.errors import TrainingError
 from cachefuse.training.batches import FeatureTable, shuffled_batches
 
 EVAL_ROWS = 8192
+CHECKED_ROWS = 100_000  # of the training rows that what was learnt is measured on, however many there are
 DIVERGED = 10.0  # a loss this many times that of logits 0 is no longer one of a model that learns
 
 
@@ -104,6 +105,7 @@ def _is_better(score: float | None, best: float | None) -> bool:
 def _check_learnt(
     model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], table: FeatureTable, rows: Tensor
 ) -> None:
+    rows = spread(rows, CHECKED_ROWS)
     logits = predict_logits(model, table, rows)  # (n, C)
     targets = table.targets[rows].cpu()
     reached, blank = (loss(x, targets).item() for x in (logits, torch.zeros_like(logits)))
@@ -111,6 +113,13 @@ def _check_learnt(
         raise TrainingError(
             f"training diverged: the loss is {reached:.4g}, where logits of 0 give {blank:.4g}; take a lower lr"
         )
+
+
+def spread(rows: Tensor, most: int) -> Tensor:
+    """Return rows (n,) as they are, or ``most`` of them, evenly spread."""
+    if len(rows) <= most:
+        return rows
+    return rows[torch.arange(most, device=rows.device) * len(rows) // most]
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from cachefuse.registry import LOSSES, OPTIMIZERS, lookup
 from cachefuse.runtime import resolve_device, seed_everything
 from cachefuse.training.batches import FeatureTable, load_table, select_features
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.loop import Epoch, fit, predict_logits, to_scores
+from cachefuse.training.loop import CHECKED_ROWS, Epoch, fit, predict_logits, spread, to_scores
 from cachefuse.training.run import Run, build_model, used_features
 
 TRAIN, VAL = "train", "val"
@@ -32,6 +32,8 @@ def train_head(
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Run:
     """Train one head on a store's ``train`` rows and measure it on every labelled split; nothing is written.
+
+    Of ``train`` itself at most 100,000 rows, evenly spread, are measured.
 
     ``encoders`` name the features to use, by default all that the store has. Early stopping watches the dataset's first
     metric on ``val``, where there are such rows. Raises ConfigError for settings that don't fit the dataset or a
@@ -98,8 +100,10 @@ def _training_rows(store: FeatureStore, table: FeatureTable) -> Tensor:
 def _decided(
     model: nn.Module, table: FeatureTable, split: str, loss: str, store: FeatureStore
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return targets, scores and predictions of a split, all (n, C)."""
+    """Return targets, scores and predictions of a split, all (n, C); of train, which may be large, of some rows."""
     rows = table.rows(split)
+    if split == TRAIN:
+        rows = spread(rows, CHECKED_ROWS)
     device = table.targets.device
     scores = to_scores(predict_logits(model, table, rows.to(device)), loss).numpy()
     targets = table.targets[rows.to(device)].cpu().numpy()

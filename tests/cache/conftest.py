@@ -157,10 +157,28 @@ def make_dataset(shapes: Dataset, images=None, texts=None, **changes) -> Dataset
     )
 
 
+def head(dataset: Dataset, n: int) -> Dataset:
+    """The first ``n`` samples."""
+    return replace(
+        dataset,
+        ids=dataset.ids[:n],
+        splits=dataset.splits[:n],
+        targets=dataset.targets[:n],
+        images=dataset.images[:n],
+        texts=dataset.texts[:n],
+    )
+
+
 @pytest.fixture
 def tools() -> SimpleNamespace:
     return SimpleNamespace(
-        make_shapes=make_shapes, make_dataset=make_dataset, FakeImage=FakeImage, files=files, read=read
+        SHAPES=SHAPES,
+        make_shapes=make_shapes,
+        make_dataset=make_dataset,
+        FakeImage=FakeImage,
+        files=files,
+        head=head,
+        read=read,
     )
 
 

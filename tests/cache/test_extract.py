@@ -1,6 +1,6 @@
 import errno
-import json
 import logging
+import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from cachefuse.cache.extract import extract
-from cachefuse.cache.features import Features
+from cachefuse.cache.lock import only_writer
 from cachefuse.cache.pipeline import encode_prepared, in_order, item_sources, prepare_source
+from cachefuse.cache.shard import ShardWriter
 from cachefuse.cache.store import FeatureStore
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError, EncoderError, UnknownNameError
@@ -73,16 +74,28 @@ def test_an_incomplete_view_is_not_read(shapes, store_path, toy):
         open_toy(store_path).read()
 
 
-def test_a_full_disk_is_an_error_and_the_next_run_goes_on(shapes, store_path, toy, monkeypatch):
-    real = Features.write
+def test_finished_blocks_of_an_incomplete_view_can_be_read(shapes, store_path, toy):
+    run(shapes, store_path)
+    values = open_toy(store_path).read()
+    (store_path / "features" / "toy" / "image" / "pooled" / "c" / "0" / "0").unlink()
+    rows = open_toy(store_path).rows(whole=False)
+    np.testing.assert_array_equal(rows[64:], values[64:])
+    np.testing.assert_array_equal(rows[[79, 64]], values[[79, 64]])
+    for key in (0, slice(60, 70), [79, 63]):
+        with pytest.raises(CacheError, match=r"toy \(image, pooled\): block 0 is not there; run the same"):
+            rows[key]
 
-    def write(features, view, block, values):
-        if block == 1:
+
+def test_a_full_disk_is_an_error_and_the_next_run_goes_on(shapes, store_path, toy, monkeypatch):
+    real = ShardWriter.finish
+
+    def finish(shard, path, *about):
+        if path.parent.name == "1":
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(features, view, block, values)
+        return real(shard, path, *about)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Features, "write", write)
+        patch.setattr(ShardWriter, "finish", finish)
         with pytest.raises(OSError, match="No space left on device"):
             run(shapes, store_path)
     assert run(shapes, store_path).computed == {("toy", "image"): 16, ("toy", "text"): 80}
@@ -94,13 +107,27 @@ def test_an_error_in_a_thread_stops_the_run_and_leaves_the_store_usable(shapes, 
             raise ZeroDivisionError("the encoder is broken")
 
     toy.on_prepare = fail
-    with caplog.at_level(logging.DEBUG), pytest.raises(ZeroDivisionError, match="the encoder is broken"):
+    message = r"can't prepare the image of sample \d{5}.*: ZeroDivisionError: the encoder is broken"
+    with caplog.at_level(logging.DEBUG), pytest.raises(EncoderError, match=message):
         run(shapes, store_path, batch_size=8)
     assert "broken" not in caplog.text
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prepare")]
     toy.on_prepare = lambda sample: None
     run(shapes, store_path, batch_size=8)
     assert open_toy(store_path).read().shape == (80, 4)
+
+
+def test_an_error_of_the_machine_keeps_its_type_and_says_which_sample(shapes, store_path, toy, tools):
+    def fail(sample):
+        if sample.getpixel((0, 0))[0] == 7:
+            raise OSError(errno.EIO, "Input/output error")
+
+    toy.on_prepare = fail
+    dataset = tools.make_dataset(shapes, images=[tools.FakeImage(i) for i in range(20)])
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        run(dataset, store_path, batch_size=8)
+    assert caught.value.errno == errno.EIO
+    assert caught.value.__notes__ == ["while preparing the image of sample row-7 (pictures/7.png)"]
 
 
 def test_a_second_writer_is_refused(shapes, store_path, toy):
@@ -113,13 +140,24 @@ def test_a_second_writer_is_refused(shapes, store_path, toy):
     run(shapes, store_path)
 
 
+def test_a_second_writer_is_told_which_process_writes_and_since_when(shapes, store_path):
+    since = r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    with only_writer(store_path), pytest.raises(CacheError, match=rf"another extract \(process {os.getpid()}, {since}"):
+        run(shapes, store_path)
+    assert {path.name for path in store_path.parent.iterdir()} == {".small.zarr.lock"}
+
+
 def test_progress_counts_rows_from_where_it_begins(shapes, store_path, toy):
     seen = []
     run(shapes, store_path, batch_size=32, on_progress=seen.append)
     assert [(p.modality, p.done, p.total, p.begun) for p in seen] == [
+        *(("", done, 80, 0) for done in (32, 64, 80)),  # the samples' content was hashed
         *(("image", done, 80, 0) for done in (0, 32, 64, 80)),
         *(("text", done, 80, 0) for done in (0, 80)),
     ]
+    assert {p.encoder for p in seen} == {"", "toy"}
+    assert {p.bottleneck for p in seen if p.done == p.begun} <= {""}
+    assert {p.bottleneck for p in seen if p.encoder and p.done > p.begun} <= {"reading", "encoding", "writing"}
     seen.clear()
     (store_path / "features" / "toy" / "image" / "pooled" / "c" / "1" / "0").unlink()
     run(shapes, store_path, batch_size=32, on_progress=seen.append)
@@ -209,104 +247,6 @@ def test_images_are_prepared_at_most_two_windows_ahead(shapes, store_path, toy):
     assert 4 < max(ahead) <= 12  # the batch being encoded, and two windows of one batch
 
 
-# Bad samples
-
-
-def bad_at(tools, n, bad):
-    return [None if bad.get(i) == "none" else tools.FakeImage(i, bad.get(i, "")) for i in range(n)]
-
-
-def test_each_bad_sample_keeps_its_row_and_is_listed(shapes, store_path, toy, tools):
-    bad = {3: "is damaged", 64: "none", 99: "no such file"}
-    texts = [("",) if i == 5 else () if i == 6 else (f"text {i}",) for i in range(100)]
-    dataset = tools.make_dataset(shapes, images=bad_at(tools, 100, bad), texts=texts)
-    report = run(dataset, store_path, views=("pooled", "tokens"), batch_size=8)
-    expected = [
-        ("row-3", "image", "pictures/3.png", "is damaged"),
-        ("row-64", "image", "", "has no image"),
-        ("row-99", "image", "pictures/99.png", "no such file"),
-        ("row-5", "text", "", "has no text"),
-        ("row-6", "text", "", "has no text"),
-    ]
-    assert [tuple(vars(line).values()) for line in report.bad] == expected
-    lines = (store_path / "samples" / "bad.jsonl").read_text().splitlines()
-    assert [tuple(json.loads(line).values()) for line in lines] == expected
-    store = FeatureStore(store_path)
-    for modality, absent in (("image", [3, 64, 99]), ("text", [5, 6])):
-        np.testing.assert_array_equal(np.flatnonzero(~store.present(modality)), absent)
-        features = store.open_features("toy", modality)
-        pooled, tokens = features.read(), features.read("tokens")
-        np.testing.assert_array_equal(np.flatnonzero((pooled == 0).all(1)), absent)
-        for row in range(100):
-            assert len(tokens[row]) == (3 if modality == "image" else 0 if row in absent else 2)
-            np.testing.assert_array_equal(tokens[row].sum(0), pooled[row])
-
-
-def test_bad_samples_count_once_over_encoders_and_resumed_runs(shapes, store_path, toy, tools):
-    dataset = tools.make_dataset(shapes, images=bad_at(tools, 100, {3: "is damaged", 70: "is damaged"}))
-
-    def interrupt(batch):
-        if len(toy.batches) == 10:
-            raise KeyboardInterrupt
-
-    toy.on_encode = interrupt
-    with pytest.raises(KeyboardInterrupt):
-        run(dataset, store_path, batch_size=8)
-    np.testing.assert_array_equal(np.flatnonzero(~FeatureStore(store_path).present("image")), [3, 70])
-    toy.on_encode = lambda batch: None
-    report = run(dataset, store_path, "toy", "classic", batch_size=8, max_bad=0.02)
-    assert [line.id for line in report.bad] == ["row-3", "row-70"]
-
-
-def test_too_many_bad_samples_are_an_error_that_names_the_last(shapes, store_path, toy, tools):
-    dataset = tools.make_dataset(shapes, images=bad_at(tools, 100, dict.fromkeys(range(0, 60, 10), "is damaged")))
-    with pytest.raises(
-        CacheError,
-        match=r"6 of 100 samples have no usable image, over the limit of 5% \(--max-bad\); the last: row-50 is damaged",
-    ):
-        run(dataset, store_path, batch_size=8)
-    assert len(run(dataset, store_path, max_bad=0.06).bad) == 6
-
-
-def test_no_usable_sample_at_all(shapes, store_path, toy, tools):
-    dataset = tools.make_dataset(shapes, images=[None] * 10)
-    with pytest.raises(CacheError, match="no sample of small has a usable image"):
-        run(dataset, store_path, max_bad=1)
-    with pytest.raises(CacheError, match="no pooled view"):
-        open_toy(store_path).read()
-
-
-def test_the_first_windows_may_be_all_bad(shapes, store_path, toy, tools):
-    dataset = tools.make_dataset(shapes, images=bad_at(tools, 100, dict.fromkeys(range(70), "is damaged")))
-    run(dataset, store_path, views=("pooled", "tokens"), batch_size=8, max_bad=1)
-    for view in ("pooled", "tokens"):
-        values = open_toy(store_path).read(view)
-        assert not values[:70].any()
-        assert values[70:].reshape(30, -1).any(1).all()
-
-
-def test_a_ragged_block_without_any_token(shapes, store_path, toy, tools):
-    dataset = tools.make_dataset(shapes, texts=[("",)] * 64 + [("one two",)] * 2 + [("",)] * 64)
-    run(dataset, store_path, views=("tokens",), batch_size=8, max_bad=1)
-    tokens = open_toy(store_path, "text").read("tokens")
-    assert [rows.shape for rows in tokens] == [(0, 4)] * 64 + [(2, 4)] * 2 + [(0, 4)] * 64
-
-
-def test_several_bad_texts_of_a_sample_are_one_line(shapes, store_path, toy, tools):
-    texts = [("", "", "a") if i == 4 else ("b", "c") for i in range(40)]
-    report = run(tools.make_dataset(shapes, texts=texts), store_path)
-    assert [(line.id, line.modality) for line in report.bad] == [("row-4", "text")]
-
-
-def test_many_bad_samples_take_linear_time(shapes, store_path, toy, tools):
-    n = 4_000
-    dataset = tools.make_dataset(shapes, images=[None] * (n - 1) + [tools.FakeImage(1)])
-    begun = time.perf_counter()
-    report = run(dataset, store_path, batch_size=4, max_bad=1)
-    assert len(report.bad) == n - 1
-    assert time.perf_counter() - begun < 20
-
-
 # Features that can't be stored
 
 
@@ -338,7 +278,8 @@ def test_features_too_large_for_float16_are_an_error_that_names_the_sample(shape
         ({"encoders": []}, "extract needs at least one encoder"),
         ({"views": ("patches",)}, "unknown view 'patches'; choose from: pooled, tokens"),
         ({"views": ()}, "unknown view ''; choose from"),
-        ({"dtype": "int8"}, "unknown dtype 'int8'; choose from: float16, float32"),
+        ({"dtype": "int4"}, "unknown dtype 'int4'; choose from: float16, float32, int8"),
+        ({"dtype": "int8"}, "dtype int8 is for tokens; add --views tokens, or pooled,tokens"),
         ({"batch_size": 0}, "batch size must be at least 1. Got 0 instead"),
         ({"max_bad": 1.5}, "max-bad must be between 0 and 1. Got 1.5 instead"),
         ({"max_bad": float("nan")}, "max-bad must be between 0 and 1. Got nan instead"),
@@ -348,7 +289,7 @@ def test_features_too_large_for_float16_are_an_error_that_names_the_sample(shape
 def test_wrong_settings(shapes, store_path, options, message):
     with pytest.raises(ConfigError, match=message):
         extract(shapes, options.pop("encoders", ["classic"]), store_path, device="cpu", **options)
-    assert not store_path.parent.exists()
+    assert not store_path.exists()
 
 
 def test_an_unknown_encoder(shapes, store_path):

@@ -58,9 +58,7 @@ def test_a_plan_checks_what_is_asked_for(shapes, store_path):
 def test_extract_stops_before_it_starts_where_the_disk_has_no_room(shapes, store_path, toy, monkeypatch):
     free = SimpleNamespace(free=ROOM_TO_LEAVE + 80 * 4 * 2 * 2 - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(
-        CacheError, match=r"the features take 1\.28 kB and .*cache has 67\.1 MB free; free some"
-    ):
+    with pytest.raises(CacheError, match=r"the features take 1\.28 kB and .*cache has 67\.1 MB free; free some"):
         extract(shapes, ["toy"], store_path, device="cpu")
     assert toy.batches == []
     assert not plan(shapes, ["toy"], store_path, device="cpu").fits

@@ -8,9 +8,9 @@ import pytest
 import zarr
 
 from cachefuse.cache.extract import extract
+from cachefuse.cache.features import Features
 from cachefuse.cache.journal import append_lines, read_lines
 from cachefuse.cache.store import BadSample, FeatureStore
-from cachefuse.data.dataset import Dataset
 from cachefuse.errors import CacheError
 from cachefuse.runtime import Workspace
 
@@ -21,17 +21,6 @@ def run(dataset, store_path, *encoders, **options):
 
 def pooled(store_path, modality="image", encoder="toy"):
     return FeatureStore(store_path).open_features(encoder, modality).read()
-
-
-def head(dataset: Dataset, n: int) -> Dataset:
-    return replace(
-        dataset,
-        ids=dataset.ids[:n],
-        splits=dataset.splits[:n],
-        targets=dataset.targets[:n],
-        images=dataset.images[:n],
-        texts=dataset.texts[:n],
-    )
 
 
 # What is there is not computed again
@@ -75,16 +64,16 @@ def test_views_asked_for_together_are_encoded_in_one_pass(shapes, store_path, to
     assert toy.n_encoded == toy.prepared == 160
 
 
-def test_appended_rows_are_computed_with_the_last_block_only(shapes, store_path, toy, tools):
+def test_appended_rows_alone_are_computed(shapes, store_path, toy, tools):
     grown = tools.make_shapes(test=90)
-    small = head(grown, 80)
+    small = tools.head(grown, 80)
     run(small, store_path, views=("pooled", "tokens"), batch_size=16)
     before = FeatureStore(store_path).open_features("toy", "text").read("tokens")
     first = {m: pooled(store_path, m) for m in ("image", "text")}
     toy.batches.clear()
     report = run(grown, store_path, views=("pooled", "tokens"), batch_size=16)
-    assert report.computed == {("toy", "image"): 150 - 64, ("toy", "text"): 150 - 64}
-    assert sum(len(batch) for modality, batch, _ in toy.batches if modality == "image") == 150 - 64
+    assert report.computed == {("toy", "image"): 70, ("toy", "text"): 70}
+    assert toy.n_encoded == 2 * 70
     after = FeatureStore(store_path).open_features("toy", "text").read("tokens")
     for old, new in zip(before, after, strict=False):
         np.testing.assert_array_equal(old, new)
@@ -103,7 +92,7 @@ def test_appended_rows_are_computed_with_the_last_block_only(shapes, store_path,
 def test_before_appended_rows_are_computed_reading_says_so(shapes, store_path, toy, tools):
     run(shapes, store_path)
     FeatureStore.for_dataset(store_path, tools.make_shapes(test=25))
-    with pytest.raises(CacheError, match=r"toy \(image, pooled\) has 64 of 85 rows; .* again to go on"):
+    with pytest.raises(CacheError, match=r"toy \(image, pooled\) has 80 of 85 rows; .* again to go on"):
         pooled(store_path)
 
 
@@ -139,10 +128,10 @@ def test_a_store_knows_its_dataset(shapes, store_path):
 # What does not belong to the store is refused
 
 
-def test_removed_rows_are_refused(shapes, store_path):
+def test_removed_rows_are_refused(shapes, store_path, tools):
     FeatureStore.for_dataset(store_path, shapes)
     with pytest.raises(CacheError, match=r"row 80 was '00079' and is gone; rows may only be appended"):
-        FeatureStore.for_dataset(store_path, head(shapes, 79))
+        FeatureStore.for_dataset(store_path, tools.head(shapes, 79))
 
 
 def test_reordered_rows_are_refused(shapes, store_path):
@@ -155,7 +144,7 @@ def test_reordered_rows_are_refused(shapes, store_path):
 def test_changed_texts_are_refused(shapes, store_path):
     FeatureStore.for_dataset(store_path, shapes)
     texts = [(f"{text[0]}!",) if i in (3, 5) else text for i, text in enumerate(shapes.texts)]
-    with pytest.raises(CacheError, match=r"2 samples changed since .*: 00003, 00005\. Use another --workspace"):
+    with pytest.raises(CacheError, match=r"2 samples changed since .*: 00003, 00005; add --refresh to comp"):
         FeatureStore.for_dataset(store_path, replace(shapes, texts=texts))
 
 
@@ -195,13 +184,13 @@ def test_a_store_of_another_version_is_refused(shapes, store_path):
     group = zarr.open_group(store_path, mode="a")
     group.attrs["cachefuse"] = {**group.attrs["cachefuse"], "format": 99}
     for open_store in (lambda: FeatureStore(store_path), lambda: FeatureStore.for_dataset(store_path, shapes)):
-        with pytest.raises(CacheError, match=r"not a feature store of this version \(format 99, not 1\)"):
+        with pytest.raises(CacheError, match=r"not a feature store of this version \(format 99, not 2\)"):
             open_store()
 
 
 def test_a_foreign_group_is_refused(store_path):
     zarr.create_group(store_path)
-    with pytest.raises(CacheError, match="format None, not 1"):
+    with pytest.raises(CacheError, match="format None, not 2"):
         FeatureStore(store_path)
 
 
@@ -361,11 +350,11 @@ def test_an_update_of_the_samples_is_whole_or_not_at_all(shapes, store_path, mon
 
 
 def test_a_kill_between_making_an_array_and_noting_it_is_no_obstacle(shapes, store_path, toy, monkeypatch):
-    def killed(attributes, key, value):
+    def killed(features, view):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("zarr.core.attributes.Attributes.__setitem__", killed)
+        patch.setattr(Features, "begin", killed)
         with pytest.raises(KeyboardInterrupt):
             run(shapes, store_path, views=("tokens",))
     assert (store_path / "features" / "toy" / "image" / "tokens" / "zarr.json").is_file()

@@ -115,9 +115,7 @@ def test_damaged_ids_can_t_be_mended_and_say_so(shapes, store):
     flip(chunk, 12)
     found = verify(FeatureStore(store.path))
     assert places(found) == [("", "samples/id", None)]
-    with pytest.raises(
-        CacheError, match=r"damaged \(id\): which row is whose can't be told any more; delete"
-    ):
+    with pytest.raises(CacheError, match=r"damaged \(id\): which row is whose can't be told any more; delete"):
         repair(FeatureStore(store.path), found, shapes, device="cpu")
 
 

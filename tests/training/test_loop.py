@@ -8,7 +8,7 @@ from torch import nn
 from cachefuse.errors import TrainingError
 from cachefuse.losses import bce
 from cachefuse.training.batches import FeatureTable
-from cachefuse.training.loop import NesterovSGD, fit, predict_logits, to_scores
+from cachefuse.training.loop import NesterovSGD, fit, predict_logits, spread, to_scores
 
 
 class Probe(nn.Module):
@@ -197,3 +197,10 @@ def test_scores_are_probabilities():
     logits = torch.tensor([[0.0, 2.0], [100.0, -100.0]])
     assert torch.equal(to_scores(logits, "bce"), logits.sigmoid())
     assert to_scores(logits, "ce").sum(1).tolist() == pytest.approx([1, 1])
+
+
+def test_rows_are_measured_evenly_where_they_are_many():
+    rows = torch.arange(100, 1100)
+    assert torch.equal(spread(rows, 1000), rows)
+    assert spread(rows, 4).tolist() == [100, 350, 600, 850]
+    assert len(spread(rows, 999).unique()) == 999

@@ -1,0 +1,150 @@
+"""The pipeline around an encoder, against the encoder alone; weights are random, which costs the same arithmetic."""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from cachefuse.bench.base import Bench
+from cachefuse.bench.timing import BenchRow, by_turns, rates, timed
+from cachefuse.cache.extract import WINDOW_BATCHES, Progress, extract
+from cachefuse.cache.pipeline import encode_prepared
+from cachefuse.data.dataset import Dataset
+from cachefuse.data.images import FileImage
+from cachefuse.data.manifest import parse_manifest
+from cachefuse.encoders import open_encoder
+
+BATCH = 32
+IMAGE_FILES = 64  # written; a dataset of more samples has each of them several times
+IMAGE_SIZE = (400, 300)
+MAX_TOKENS = 256
+MEAN_TOKENS, SPREAD = 100, 0.6  # of movie plots: a log-normal
+
+
+def extract_images(bench: Bench) -> BenchRow:
+    """`extract` from JPEG files, once the encoder is open, over the encoder's forward alone on tensors that are ready.
+
+    Reading and decoding, resizing and normalising, the store and its syncs are on our side only.
+    """
+    on_cuda = bench.device.startswith("cuda")
+    n_images = bench.sizes.images_on_cuda if on_cuda else bench.sizes.images
+    dataset = make_images(bench.folder / "images", n_images)
+    spec = save_clip(bench.folder / "clip", bench.sizes.image_layers)
+    tower: Any = open_encoder(spec, bench.device)["image"]
+    ready = tower.stack([tower.prepare(image.load()) for image in (dataset.images or [])[:BATCH] if image])
+
+    def ours() -> float:
+        begun: list[float] = []
+
+        def on_progress(progress: Progress) -> None:
+            if progress.encoder and not begun:  # the encoder is open, and the samples are known
+                begun.append(time.perf_counter())
+
+        path = bench.folder / "images.zarr"
+        extract(dataset, [spec], path, device=bench.device, batch_size=BATCH, on_progress=on_progress)
+        seconds = time.perf_counter() - begun[0]
+        shutil.rmtree(path)
+        return seconds
+
+    def baseline() -> None:
+        with torch.inference_mode(), torch.autocast(tower.device.type, tower.half, enabled=on_cuda):
+            for start in range(0, n_images, BATCH):
+                tower.model.encode_image(ready[: n_images - start], normalize=False)
+        if on_cuda:
+            torch.cuda.synchronize(tower.device)
+
+    baseline()
+    pairs = by_turns(ours, timed(baseline), bench.sizes.pairs)
+    goal = None if on_cuda else 0.92  # a GPU waits for the decoding
+    return rates(pairs, n_images, "extract", "extract ViT-B-32 / its forward", "images/s", goal=goal)
+
+
+def encode_texts(bench: Bench) -> BenchRow:
+    """Texts as `extract` encodes them, in batches of like length, over all of them padded to the most tokens."""
+    tower: Any = open_encoder(save_bert(bench.folder / "bert", bench.sizes.text_layers), bench.device)["text"]
+    lengths = bench.generator.lognormal(math.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD, bench.sizes.texts)
+    prepared = [tower.prepare("word " * max(1, int(length))) for length in lengths]  # cut at MAX_TOKENS
+    ids = torch.full((len(prepared), MAX_TOKENS), tower.pad_id)  # (N, T)
+    for row, tokens in zip(ids, prepared, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    mask = torch.arange(MAX_TOKENS) < torch.tensor([[len(tokens)] for tokens in prepared])
+
+    def ours() -> None:
+        for start in range(0, len(prepared), WINDOW_BATCHES * BATCH):
+            encode_prepared(tower, prepared[start : start + WINDOW_BATCHES * BATCH], ("pooled",), BATCH)
+
+    def baseline() -> None:
+        with torch.inference_mode(), torch.autocast(tower.device.type, tower.half, enabled=tower.device.type == "cuda"):
+            for part, real in zip(ids.split(BATCH), mask.split(BATCH), strict=True):
+                real = real.to(tower.device).long()
+                hidden = tower.model(input_ids=part.to(tower.device), attention_mask=real).last_hidden_state
+                ((hidden.float() * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)).cpu()
+
+    encode_prepared(tower, prepared[:BATCH], ("pooled",), BATCH)
+    pairs = by_turns(timed(ours), timed(baseline), bench.sizes.pairs)
+    return rates(pairs, len(prepared), "text", f"texts by length / padded to {MAX_TOKENS}", "texts/s", goal=2.0)
+
+
+def make_images(folder: Path, n: int) -> Dataset:
+    """Write JPEG files, smooth with some grain as photos are, and return a dataset of ``n`` images over them."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    files = [folder / f"{i:03d}.jpg" for i in range(min(n, IMAGE_FILES))]
+    for file in files:
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), np.uint8))
+        smooth = np.asarray(coarse.resize(IMAGE_SIZE, Image.Resampling.BICUBIC))  # (H, W, 3)
+        pixels = smooth + rng.normal(0, 6, (*smooth.shape[:2], 1))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, quality=90)
+    return Dataset(
+        manifest=parse_manifest('name = "images"\ntask = "retrieval"\nreader = { kind = "folder" }', "images.toml"),
+        classes=(),
+        ids=[f"{i:06d}" for i in range(n)],
+        splits=np.repeat("train", n),
+        targets=np.full(n, -1, np.int32),
+        images=[FileImage(files[i % len(files)]) for i in range(n)],
+        texts=None,
+        name="images",
+    )
+
+
+def save_clip(folder: Path, layers: int) -> str:
+    """Save a CLIP with the image tower of ViT-B-32, or fewer of its layers, and the least of a text tower."""
+    config: dict[str, Any] = open_clip.get_model_config("ViT-B-32")
+    config["vision_cfg"]["layers"] = layers
+    config["text_cfg"] |= {"width": 64, "heads": 1, "layers": 1}
+    folder.mkdir()
+    save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    return f"clip:{folder}"
+
+
+def save_bert(folder: Path, layers: int) -> str:
+    """Save a BERT of MiniLM's size, or of fewer layers, with a tokenizer of one word."""
+    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "word": 4}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends: Any = [("[CLS]", 2), ("[SEP]", 3)]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=len(vocab),
+        hidden_size=384,
+        num_hidden_layers=layers,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        max_position_embeddings=MAX_TOKENS,
+    )
+    config.save_pretrained(folder)
+    save_file(transformers.BertModel(config, add_pooling_layer=False).state_dict(), folder / "model.safetensors")
+    return f"hf:{folder}"

@@ -1,0 +1,80 @@
+"""`cachefuse bench store`: from a disk's blocks to a trained head, how far from this machine's limits."""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cachefuse.bench.base import Bench, Sizes
+from cachefuse.bench.encoding import encode_texts, extract_images
+from cachefuse.bench.process import extract_memory, open_store, train_memory
+from cachefuse.bench.storage import gather, gather_zarr, read_all, write
+from cachefuse.bench.timing import BenchRow
+from cachefuse.errors import CacheError
+from cachefuse.runtime import resolve_device
+
+ROOM_TO_LEAVE = 1 << 30
+OnProgress = Callable[[str, int, int], None]  # (what is measured now, how many before it, of how many)
+
+MEASUREMENTS: dict[str, Callable[[Bench], BenchRow]] = {
+    "random reads": gather,
+    "random reads by zarr-python": gather_zarr,
+    "reading all rows": read_all,
+    "writing": write,
+    "opening": open_store,
+    "extracting images": extract_images,
+    "encoding texts": encode_texts,
+}
+OF_MEMORY: dict[str, Callable[[Bench], BenchRow]] = {
+    "memory of training": train_memory,
+    "memory of extracting": extract_memory,
+}
+
+
+def bench_store(
+    folder: Path,
+    *,
+    device: str = "auto",
+    memory: bool = False,
+    sizes: Sizes | None = None,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> list[BenchRow]:
+    """Measure reads, writes and extraction, on the disk that ``folder`` is on; what is written there is removed again.
+
+    ``memory`` also measures what training and extracting take of it, over gigabytes of features. Raises CacheError if
+    the disk has no room for them, ConfigError for a device that is not there.
+    """
+    sizes, device = sizes or Sizes(), resolve_device(device)
+    measurements = {**MEASUREMENTS, **(OF_MEMORY if memory else {})}
+    rows: list[BenchRow] = []
+    with _temporary(folder) as temporary:
+        _check_room(temporary, sizes.n_bytes(memory))
+        bench = Bench(temporary, device, sizes)
+        for what, measure in measurements.items():
+            on_progress(what, len(rows), len(measurements))
+            rows.append(measure(bench))
+    return rows
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """Make a folder inside another, and remove it at the end whatever happens; with those above it that were made."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".bench-") as temporary:
+            yield Path(temporary)
+    finally:
+        with suppress(OSError):  # something else was put there
+            for path in made:
+                path.rmdir()
+
+
+def _check_room(folder: Path, n_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if n_bytes + ROOM_TO_LEAVE > free:
+        raise CacheError(
+            f"measuring takes {n_bytes / 1e9:.1f} GB, and the disk of {folder.parent} has {free / 1e9:.1f} GB free; "
+            f"free some, or measure another disk with --workspace"
+        )

@@ -1,0 +1,70 @@
+import json
+
+import pytest
+
+from cachefuse.bench import store
+from cachefuse.bench.base import Sizes
+from cachefuse.bench.timing import BenchRow
+from cachefuse_cli.bench_tables import store_report
+
+TINY = Sizes(
+    pairs=1, gather_pairs=1, disk_pairs=1, width=16,
+    rows=5000, open_rows=5000, images=8, image_layers=1, texts=3, text_layers=1
+)  # fmt: skip
+NAMES = ["gather", "gather_zarr", "read_all", "write", "open", "extract", "text"]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(store, "Sizes", lambda: TINY)
+
+
+def test_measures_the_store(cachefuse, tiny, folder):
+    result = cachefuse("bench", "store", "--device", "cpu", "--json")
+    assert (result.code, result.err) == (0, "")  # whether or not such small sizes meet the goals
+    found = json.loads(result.out)
+    assert list(found) == ["machine", "rows"]
+    assert [row["name"] for row in found["rows"]] == NAMES
+    assert list(found["rows"][0]) == [
+        "name", "what", "unit", "ours", "baseline", "ratio", "goal", "at_most", "note", "met"
+    ]  # fmt: skip
+    assert not (folder / "workspace").exists()
+
+
+def test_an_interrupted_measurement_leaves_nothing(cachefuse, tiny, folder, monkeypatch):
+    def interrupt(bench):
+        assert bench.features.n_rows
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "MEASUREMENTS", {"waiting": interrupt})
+    result = cachefuse("bench", "store", "--device", "cpu")
+    assert result.code == 130
+    assert "interrupted; nothing was kept" in result.err
+    assert not (folder / "workspace").exists()
+
+
+def test_the_table_fits(folder, capsys, fits):
+    rows = [
+        BenchRow("gather", "random rows / raw memory map", "MB/s", 17_300.0, 17_500.0, 0.99, goal=0.8),
+        BenchRow("gather_zarr", "random rows / zarr-python", "MB/s", 17_300.0, 16.2, 208.75, goal=100),
+        BenchRow("read_all", "all rows / a copy of a raw map", "MB/s", 2_789.8, 3_005.1, 0.93, note="7,000 MB/s first"),
+        BenchRow("open", "open 1,000,000 rows, first batch", "s", 0.354, goal=0.5, at_most=True),
+        BenchRow("extract", "extract ViT-B-32 / its forward", "images/s", 18.36, 25.9, 0.71, goal=0.92),
+        BenchRow("memory_train", "train on 4,000,000 rows / a quarter", "GB", 0.81, 0.4, 2.0, goal=1.5, at_most=True),
+        BenchRow("memory_extract", "extract 100,000 rows / a quarter", "GB", None, goal=1.5, at_most=True, note="why"),
+    ]
+    machine = {"cpu": "Intel(R) Xeon(R) Platinum 8480C Processor", "cores": 2, "torch": "2.9.1+cpu", "device": "cpu"}
+    store_report(machine, rows)
+    text = capsys.readouterr().out
+    fits(text)
+    assert (text.count("✓"), text.count("✗")) == (4, 1)
+    assert "18.4 images/s" in text
+    assert "≤ 0.5 s" in text
+    assert "2 cores; torch 2.9.1+cpu" in text
+
+
+def test_help_fits(cachefuse, fits):
+    for args in (("bench", "--help"), ("bench", "store", "--help")):
+        result = cachefuse(*args)
+        assert result.code == 0
+        fits(result.out)
