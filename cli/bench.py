@@ -18,7 +18,7 @@ def store(
     memory: Annotated[
         bool,
         typer.Option(
-            "--memory", help="Also measure memory over 6 GB of features: needs 9 GB of disk, takes some 10 minutes."
+            "--memory", help="Also measure memory over 6 GB of features: needs 10 GB of disk, takes some 10 minutes."
         ),
     ] = False,
     device: Device = "auto",

@@ -12,6 +12,7 @@ import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
+from cachefuse.cache.journal import append_lines
 from cachefuse.cache.layout import checksum, seal, unseal
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import CacheError
@@ -83,8 +84,11 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def column_checksum(values: np.ndarray) -> int:
     """Return the CRC-32C of an array's shape and values."""
-    data = "\0".join(values.tolist()).encode() if values.dtype.kind == "T" else values
-    return checksum(data, checksum(str(values.shape).encode()))
+    value = checksum(str(values.shape).encode())
+    for start in range(0, len(values), CHUNK_ROWS):
+        part = values[start : start + CHUNK_ROWS]
+        value = checksum("\0".join((*part.tolist(), "")).encode() if values.dtype.kind == "T" else part, value)
+    return value
 
 
 def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
@@ -132,14 +136,12 @@ def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Seq
 
 
 def replace_samples(
-    path: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int], ledger: Path | None
+    path: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int], ledger: Sequence[dict[str, Any]]
 ) -> None:
-    """Put a whole new group in the place of the one of the store at ``path``, with a ledger."""
+    """Put a whole new group, with the lines of a ledger, in the place of the one of the store at ``path``."""
     folder, new, old = path / "samples", path / ".samples.new", path / ".samples.old"
     write_samples(new, columns, appended)
-    if ledger is not None:
-        shutil.copy2(ledger, new / LEDGER)
-        sync_tree(new)
+    append_lines(new / LEDGER, ledger)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)

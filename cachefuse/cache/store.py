@@ -10,7 +10,7 @@ absent would read as zeros, so nothing is read that the journal does not list.
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,7 +65,6 @@ class FeatureStore:
         self._bad: dict[tuple[str, str], BadSample] = {}
         for line in read_lines(path / "samples" / LEDGER):
             self._bad[(line["modality"], line["id"])] = BadSample(**line)
-        self._bad = {place: line for place, line in self._bad.items() if line.reason}
         self.n_bad = Counter(modality for modality, _ in self._bad)
 
     @classmethod
@@ -212,13 +211,6 @@ class FeatureStore:
             append_lines(self.path / "samples" / LEDGER, [vars(line) for line in new.values()])
             self._bad.update(new)
             self.n_bad.update(modality for modality, _ in new)
-
-    def forgive(self, samples: Collection[str]) -> None:
-        """Take samples off the ledger, by lines that give no reason: their sources have changed."""
-        found = [place for place in self._bad if place[1] in samples]
-        lines = [{**vars(self._bad.pop(place)), "reason": ""} for place in found]
-        append_lines(self.path / "samples" / LEDGER, lines)
-        self.n_bad.subtract(modality for modality, _ in found)
 
     def update_present(self, modality: str) -> None:
         """Mark a modality absent where the ledger lists it."""

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,6 @@ import numpy as np
 from cachefuse.cache.layout import FORMAT, seal, unseal
 from cachefuse.cache.samples import (
     IDENTITY,
-    LEDGER,
     Columns,
     check_same_rows,
     finish_replacing,
@@ -82,12 +81,12 @@ def update(store: "FeatureStore", dataset: Dataset, refresh: bool, on_progress: 
         )
     if names:
         _forget(store, new, changed)
-        store.forgive(set(names))
-    _mark_present(store, old, new, changed)
+    fresh = set(names)  # whatever was wrong with them may be mended
+    ledger = [vars(line) for line in store.ledger() if line.id not in fresh]
+    _mark_present(ledger, old, new, changed)
     if appended is None or not same_columns(old, new):
         appended = [*(appended or []), *([n] if 0 < n < len(dataset) else [])]
-        ledger = store.path / "samples" / LEDGER
-        replace_samples(store.path, new, appended, ledger if ledger.is_file() else None)
+        replace_samples(store.path, new, appended, ledger)
 
 
 def _forget(store: "FeatureStore", new: Columns, changed: np.ndarray) -> None:
@@ -101,9 +100,9 @@ def _forget(store: "FeatureStore", new: Columns, changed: np.ndarray) -> None:
             features.forget(view, rows.tolist())
 
 
-def _mark_present(store: "FeatureStore", old: Columns, new: Columns, changed: np.ndarray) -> None:
+def _mark_present(ledger: Sequence[dict[str, Any]], old: Columns, new: Columns, changed: np.ndarray) -> None:
     """Keep absent what was found to be unusable, by the ledger or by the column that was there."""
-    bad = {(line.modality, line.id) for line in store.ledger()}
+    bad = {(line["modality"], line["id"]) for line in ledger}
     for name in [name for name in new if name.startswith("present/")]:
         modality = name.removeprefix("present/")
         before = old.get(name, np.empty(0, bool))
