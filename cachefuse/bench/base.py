@@ -31,7 +31,7 @@ class Sizes:
     width: int = 768
     rows: int = 200_000
     open_rows: int = 1_000_000
-    images: int = 128
+    images: int = 192
     images_on_cuda: int = 8192
     image_layers: int = 12  # of ViT-B-32
     texts: int = 256

@@ -53,7 +53,9 @@ class ImageTower(FrozenTower):
             self._use(Split(whole))
 
     def prepare(self, sample: Image.Image) -> Tensor:
-        return self.resize(sample).contiguous()  # (3, H, W); in the threads, so that stacking is a plain copy
+        # (3, H, W); contiguous, so that stacking is a plain copy. By NumPy: torch's copy would begin an OpenMP team in
+        # each thread, and with more of those than there are cores the encoder's own slows down.
+        return torch.from_numpy(np.ascontiguousarray(self.resize(sample).numpy()))
 
     def stack(self, batch: Sequence[Tensor]) -> Tensor:
         """Stack prepared images (3, H, W) to (B, 3, H, W) on the device, float32 and normalised, without waiting."""

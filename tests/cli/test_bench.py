@@ -9,7 +9,7 @@ from cachefuse_cli.bench_tables import store_report
 
 TINY = Sizes(
     pairs=1, gather_pairs=1, disk_pairs=1, width=16,
-    rows=5000, open_rows=5000, images=8, image_layers=1, texts=3, text_layers=1
+    rows=5000, open_rows=5000, images=40, image_layers=1, texts=3, text_layers=1
 )  # fmt: skip
 NAMES = ["gather", "gather_zarr", "read_all", "write", "open", "extract", "text"]
 
