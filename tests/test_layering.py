@@ -28,8 +28,8 @@ LAYERS = (
     "bench",
 )
 HEAVY = {
-    "PIL", "h5py", "numpy", "open_clip", "pyarrow", "pydantic", "sklearn", "timm", "torch", "torchvision", "transformers",
-    "zarr",
+    "PIL", "h5py", "numpy", "open_clip", "pyarrow", "pydantic", "sklearn", "timm", "torch", "torchvision",
+    "transformers", "zarr",
 }  # fmt: skip
 
 

@@ -36,13 +36,13 @@ class Blocks(ABC):
         self._unchecked = np.ones(len(self.files), bool)
         self._n_unchecked = len(self.files)
 
-    def take(self, block: Tensor, row: Tensor, out: Tensor | None = None) -> Tensor:
+    def take(self, block: np.ndarray, row: np.ndarray, out: Tensor | None = None) -> Tensor:
         """Return the rows (B, *row_shape) at (block, row), int64 (B,) each, written to ``out`` where that is given.
 
         Raises CacheError, naming the block, if one is not there or is damaged.
         """
         if self._n_unchecked:
-            for number in np.unique(block.numpy()).tolist():
+            for number in np.unique(block).tolist():
                 self._check(number)
         return self._take(block, row, out)
 
@@ -63,7 +63,7 @@ class Blocks(ABC):
         self._n_unchecked -= 1
 
     @abstractmethod
-    def _take(self, block: Tensor, row: Tensor, out: Tensor | None) -> Tensor: ...
+    def _take(self, block: np.ndarray, row: np.ndarray, out: Tensor | None) -> Tensor: ...
 
     @abstractmethod
     def _data(self, block: int, file: BlockFile | None) -> np.ndarray: ...
@@ -85,8 +85,8 @@ class MappedBlocks(Blocks):
         most = max((file.n_rows for file in self.files if file), default=0)
         self._mapped = MappedFiles([file.path if file else None for file in self.files], most, row_shape, dtype)
 
-    def _take(self, block: Tensor, row: Tensor, out: Tensor | None) -> Tensor:
-        position = block * self._mapped.stride + row
+    def _take(self, block: np.ndarray, row: np.ndarray, out: Tensor | None) -> Tensor:
+        position = torch.from_numpy(block * self._mapped.stride + row)
         return torch.index_select(self._mapped.rows, 0, position, out=out)
 
     def _data(self, block: int, file: BlockFile | None) -> np.ndarray:
@@ -108,11 +108,11 @@ class ZarrBlocks(Blocks):
         super().__init__(name, files, row_shape, dtype)
         self._read = read
 
-    def _take(self, block: Tensor, row: Tensor, out: Tensor | None) -> Tensor:
+    def _take(self, block: np.ndarray, row: np.ndarray, out: Tensor | None) -> Tensor:
         out = torch.from_numpy(np.empty((len(row), *self.row_shape), self.dtype)) if out is None else out
-        for number in block.unique().tolist():
+        for number in np.unique(block).tolist():
             here = block == number
-            out[here] = torch.from_numpy(self._read(number, row[here].numpy()))
+            out[torch.from_numpy(here)] = torch.from_numpy(self._read(number, row[here]))
         return out
 
     def _data(self, block: int, file: BlockFile | None) -> np.ndarray:

@@ -38,7 +38,8 @@ class View:
             view = cls(**{**values, "row_shape": tuple(values["row_shape"])})
             sizes = (*view.row_shape, view.block_rows)
             sound = view.name in VIEWS and view.dtype in DTYPES and 1 <= len(view.row_shape) <= 2
-            sound = sound and all(type(n) is int and n >= 1 for n in sizes) and view.block_rows <= MAX_BLOCK_ROWS
+            sound = sound and all(type(n) is int and n >= 1 for n in sizes)
+            sound = sound and view.block_rows <= MAX_BLOCK_ROWS and view.block_rows.bit_count() == 1
         except (TypeError, KeyError):
             sound = False
         if not sound:
