@@ -8,6 +8,7 @@ import pytest
 import zarr
 
 from cachefuse.cache.extract import extract
+from cachefuse.cache.samples import column_checksum
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.images import FileImage
@@ -94,6 +95,7 @@ def test_predicts_a_split_by_name(run, store):
 def relabel(store, targets):
     array = zarr.open_group(store.path, mode="a")["samples"]["target"]
     array[:] = targets
+    array.attrs["checksum"] = column_checksum(targets)
     return FeatureStore(store.path)
 
 

@@ -81,8 +81,8 @@ def encode_texts(bench: Bench) -> BenchRow:
     mask = torch.arange(MAX_TOKENS) < torch.tensor([[len(tokens)] for tokens in prepared])
 
     def ours() -> None:
-        for start in range(0, len(prepared), WINDOW_BATCHES * BATCH):
-            encode_prepared(tower, prepared[start : start + WINDOW_BATCHES * BATCH], ("pooled",), BATCH)
+        for start in range(0, len(prepared), WINDOW_BATCHES["pooled"] * BATCH):
+            encode_prepared(tower, prepared[start : start + WINDOW_BATCHES["pooled"] * BATCH], ("pooled",), BATCH)
 
     def baseline() -> None:
         with torch.inference_mode(), torch.autocast(tower.device.type, tower.half, enabled=tower.device.type == "cuda"):

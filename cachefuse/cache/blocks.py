@@ -41,10 +41,14 @@ class Blocks(ABC):
 
         Raises CacheError, naming the block, if one is not there or is damaged.
         """
+        self.check(block)
+        return self._take(block, row, out)
+
+    def check(self, block: np.ndarray) -> None:
+        """Raise CacheError, naming it, if one of some blocks (B,) is not there or is damaged."""
         if self._n_unchecked:
             for number in np.unique(block).tolist():
                 self._check(number)
-        return self._take(block, row, out)
 
     def data(self, block: int) -> np.ndarray:
         """Return all rows of a block, read-only. Raises CacheError if it is not there or is damaged."""

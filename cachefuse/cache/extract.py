@@ -30,7 +30,7 @@ from cachefuse.encoders import EncoderSpec
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import CacheError, ConfigError
 
-WINDOW_BATCHES = 16
+WINDOW_BATCHES = {"pooled": 16, "tokens": 4}  # of texts; tokens of many long ones would fill the memory
 
 
 @dataclass(frozen=True)
@@ -92,16 +92,21 @@ def extract(
             on_progress(Progress("", "", done, total, 0))
 
         store = FeatureStore.for_dataset(store_path, dataset, refresh=refresh, on_progress=on_digest)
-        jobs = [make_job(request, store, spec, tower, max_bad) for spec, tower in request.towers]
-        check_room(store_path, round(sum(job.n_bytes for job in jobs)))
-        report = ExtractReport(store_path)
-        for job in jobs:
-            name = (job.features.encoder, job.features.modality)
-            try:
-                report.computed[name] = job.run(on_progress)
-            finally:
-                store.update_present(job.features.modality)
-            report.rows[name] = job.features.n_rows
+        return extract_into(store, request, max_bad, on_progress)
+
+
+def extract_into(store: FeatureStore, request: Request, max_bad: float, on_progress: OnProgress) -> ExtractReport:
+    """Compute what a store lacks of what is asked for; its lock is held, and its samples are up to date."""
+    jobs = [make_job(request, store, spec, tower, max_bad) for spec, tower in request.towers]
+    check_room(store.path, round(sum(job.n_bytes for job in jobs)))
+    report = ExtractReport(store.path)
+    for job in jobs:
+        name = (job.features.encoder, job.features.modality)
+        try:
+            report.computed[name] = job.run(on_progress)
+        finally:
+            store.update_present(job.features.modality)
+        report.rows[name] = job.features.n_rows
     report.bad = store.ledger()
     return report
 
@@ -164,6 +169,7 @@ class Job:
                     ViewWriter(self.features, view, ragged=self.tower.ragged and view == "tokens", dtype=dtype)
                 )
                 for view, dtype in self.dtypes.items()
+                if self.needed[view].any()
             }
             write = stack.enter_context(in_background(lambda writer, rows, values: writer.add(rows, values)))
             rows = chain.from_iterable(windows)
@@ -190,7 +196,8 @@ class Job:
     @property
     def _window(self) -> int:
         """Rows prepared and encoded together. Texts are sorted by length in it, and put back in order."""
-        return self.batch_size * (WINDOW_BATCHES if self.tower.modality == "text" else 1)
+        n_batches = min(WINDOW_BATCHES[view] for view in self.dtypes)
+        return self.batch_size * (n_batches if self.tower.modality == "text" else 1)
 
     def _windows(self) -> list[range]:
         """Return the windows with pending rows. They lie where they always lie and are encoded whole, so that a

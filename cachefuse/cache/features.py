@@ -51,7 +51,7 @@ class Features:
         try:
             declared = json.loads((path / "zarr.json").read_bytes())
             self._meta = unseal(declared["attributes"]["cachefuse"], path / "zarr.json")
-        except (ValueError, KeyError, TypeError, CacheError) as error:
+        except (OSError, ValueError, KeyError, TypeError, CacheError) as error:
             raise CacheError(f"{path}/zarr.json is damaged; delete {path} to extract these features again") from error
         self.encoder: str = self._meta["encoder"]
         self.modality: str = self._meta["modality"]
@@ -72,10 +72,6 @@ class Features:
         declare_group(path, {"cachefuse": seal({**about, "provenance": dict(provenance), "views": []})})
         return cls(store, path)
 
-    def is_made_by(self, provenance: Mapping[str, str]) -> bool:
-        """Whether these are the features that an encoder of this provenance makes."""
-        return self.key == provenance_key(provenance)
-
     @cached_property
     def _written(self) -> dict[tuple[str, int], Written]:
         found: dict[tuple[str, int], Written] = {}
@@ -93,7 +89,7 @@ class Features:
     @property
     def n_written(self) -> int:
         """The number of blocks in the journal, of all views."""
-        return len(self._written)
+        return sum(bool(written.files) for written in self._written.values())
 
     def written(self, view: str, block: int) -> Written | None:
         """Return what the journal has of a block."""

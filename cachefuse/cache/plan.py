@@ -59,7 +59,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the disk has room for them."""
-        return self.n_bytes + ROOM_TO_LEAVE <= self.free
+        return not self.n_bytes or self.n_bytes + ROOM_TO_LEAVE <= self.free
 
 
 def plan(
@@ -113,7 +113,7 @@ def row_bytes(tower: Tower, sources: Sequence[Any], view: str, dtype: str) -> fl
 def check_room(store_path: Path, n_bytes: int) -> None:
     """Raise CacheError if the disk has no room for so many bytes, before any of them is written."""
     free = free_bytes(store_path)
-    if n_bytes + ROOM_TO_LEAVE > free:
+    if n_bytes and n_bytes + ROOM_TO_LEAVE > free:
         raise CacheError(
             f"the features take {format_bytes(n_bytes)} and {store_path.parent} has {format_bytes(free)} free; "
             f"free some, use another --workspace, fewer --views, or --dtype int8 for tokens"
@@ -132,7 +132,8 @@ def _missing(
     """Return which rows extract would compute, (n_rows,) bool."""
     missing = np.ones(n_rows, bool)
     features = store.open_features(encoder, tower.modality) if store else None
-    if features is not None and features.is_made_by(request.provenance(tower)):
+    if features is not None and store is not None and features.n_written:
+        store.check_same(features, request.provenance(tower), request.dtypes)
         there = min(features.n_rows, n_rows)
         missing[:there] = False
         rows = features.missing_rows(view)

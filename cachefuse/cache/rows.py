@@ -85,6 +85,8 @@ class Rows:
 
     def _locate(self, index: Tensor) -> tuple[np.ndarray, np.ndarray]:
         """Return each row's block and its place in it, (B,) int64 each."""
+        if index.dtype not in (torch.int64, torch.int32):
+            raise IndexError(f"row numbers must be int64. Got {index.dtype} instead")
         rows = index.numpy().astype(np.int64, copy=False)  # by NumPy: half of torch's time on so few numbers
         if len(rows):
             low, high = rows.min(), rows.max()
@@ -155,6 +157,7 @@ class RaggedRows(Rows):
     def _flat(self, index: Tensor) -> tuple[Tensor, np.ndarray]:
         """Return the tokens of some rows one after the other, (sum T_i, D), and their numbers (B,)."""
         block, row = self._locate(index)
+        self._values.check(block)  # where one is not there, its offsets say nothing
         begin = self._offsets[block, row]
         lengths = self._offsets[block, row + 1] - begin
         first = lengths.cumsum() - lengths  # where each row's tokens begin in what comes back
@@ -220,6 +223,8 @@ def _row_numbers(key: Any, n_rows: int) -> np.ndarray:
     """Return the row numbers that a key stands for: () for one row, else (n,); negative ones count from the end."""
     if isinstance(key, slice):
         return np.arange(*key.indices(n_rows))
+    if isinstance(key, tuple):
+        raise IndexError(f"rows have one number each; take parts of what comes back. Got {key} instead")
     key = np.asarray(key)
     if key.dtype == bool:
         if key.shape != (n_rows,):
@@ -228,4 +233,7 @@ def _row_numbers(key: Any, n_rows: int) -> np.ndarray:
     if key.size and key.dtype.kind not in "iu":
         raise IndexError(f"rows are numbered by integers. Got {key.dtype} instead")
     key = key.astype(np.int64)
+    wrong = (key < -n_rows) | (key >= n_rows)
+    if wrong.any():
+        raise IndexError(f"row {key[wrong].flat[0]} is not one of {n_rows:,} rows")
     return np.where(key < 0, key + n_rows, key)

@@ -74,7 +74,7 @@ def read_columns(path: Path) -> tuple[Columns, list[int] | None]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Return the number of samples of the store at ``path``, ``rows``, and those at which some were ``appended_at``."""
+    """Return what the store at ``path`` says of its samples: ``rows``, those ``appended_at`` a time, ``columns``."""
     file = path / "samples" / "zarr.json"
     try:
         return unseal(json.loads(file.read_bytes())["attributes"], file)
@@ -93,7 +93,8 @@ def column_checksum(values: np.ndarray) -> int:
 
 def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
     """Raise CacheError, naming rows, if those of the store at ``path`` are gone or moved."""
-    before, now = old["id"], new["id"]
+    now = new["id"]
+    before = old.get("id", now)  # where they can't be read any more, the digests tell
     n = min(len(before), len(now))
     differ = np.flatnonzero(before[:n] != now[:n])
     if len(differ) or len(before) > len(now):
@@ -103,7 +104,7 @@ def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
             + (f" and is now {now[row]!r}" if row < len(now) else " and is gone")
             + "; rows may only be appended. Use another --workspace, or delete the store to extract again"
         )
-    if ("items/text" in new) != ("items/text" in old):
+    if ("items/text" in new) != (path / "samples" / "items" / "text").is_dir():
         raise CacheError(
             f"{path}: some samples now have several texts where all had one, or the reverse. "
             f"Use another --workspace, or delete the store to extract again"
@@ -118,7 +119,7 @@ def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
 def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int] = ()) -> None:
     """Write the group anew and have it on the disk; every chunk has a checksum that any Zarr reader verifies, and every
     array one of its own, for what its metadata might come to say."""
-    about = {"rows": len(columns["id"]), "appended_at": list(appended)}
+    about = {"rows": len(columns["id"]), "appended_at": list(appended), "columns": sorted(columns)}
     group = zarr.open_group(folder, mode="w", attributes=seal(about))
     with zarr.config.set({"array.write_empty_chunks": True}):
         for name, values in columns.items():

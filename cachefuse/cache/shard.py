@@ -74,13 +74,11 @@ class ShardWriter:
         self.n_rows = 0
         self.crc = 0  # of the rows, without padding
         self._temporary = temporary
-        self._row_bytes = 0
         self._unsynced = 0
         self._file: BinaryIO = temporary.open("wb")
 
     def append(self, rows: np.ndarray) -> None:
         """Append rows (n, ...); little-endian, and contiguous."""
-        self._row_bytes = rows[0].nbytes if len(rows) else self._row_bytes
         self.crc = checksum(rows, self.crc)
         self.n_rows += len(rows)
         self._file.write(rows.data if rows.size else b"")

@@ -83,6 +83,7 @@ class FeatureStore:
         (``on_progress`` hears how much) only where a source's name, size or time is not what it was.
         """
         update.sweep(path)
+        update.finish_replacing(path)
         if not (path / "zarr.json").is_file() and not (path / "samples").is_dir():
             update.create(path, dataset, on_progress)
             return cls(path)
@@ -130,7 +131,8 @@ class FeatureStore:
     @cached_property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that the dataset has."""
-        return tuple(sorted(path.name for path in (self.path / "samples" / "present").iterdir() if path.is_dir()))
+        names = read_about(self.path)["columns"]
+        return tuple(sorted(name.removeprefix("present/") for name in names if name.startswith("present/")))
 
     def present(self, modality: str) -> np.ndarray:
         """Return (N,) bool: which samples have this modality."""
@@ -138,8 +140,8 @@ class FeatureStore:
 
     def items(self, modality: str) -> np.ndarray | None:
         """Return (N + 1,) offsets of each sample's items where a sample has several (captions), else None."""
-        path = self.path / "samples" / "items" / modality
-        return self._column(f"items/{modality}") if path.is_dir() else None
+        name = f"items/{modality}"
+        return self._column(name) if name in read_about(self.path)["columns"] else None
 
     def n_items(self, modality: str) -> int:
         """Return the number of rows in this modality's features."""
@@ -158,18 +160,20 @@ class FeatureStore:
 
     def features(self) -> "list[Features]":
         """Return what has been extracted, sorted by encoder and modality."""
-        groups = (
-            group for encoder in sorted((self.path / "features").glob("*")) for group in sorted(encoder.glob("*"))
-        )
-        found = (self._open_group(group) for group in groups)
+        found = (self.open_group(group) for group in self.feature_paths())
         return [features for features in found if features is not None]
+
+    def feature_paths(self) -> list[Path]:
+        """Return the folders of what has been extracted, sorted; one that is damaged can't be opened."""
+        return sorted(path for path in self.path.glob("features/*/*") if path.is_dir())
 
     def open_features(self, encoder: str, modality: str) -> "Features | None":
         """Return one encoder's features of one modality, or None; ``encoder`` is a spec's short form."""
-        return self._open_group(self._features_path(encoder, modality))
+        return self.open_group(self._features_path(encoder, modality))
 
-    def _open_group(self, path: Path) -> "Features | None":
-        if not (path / "zarr.json").is_file():
+    def open_group(self, path: Path) -> "Features | None":
+        """Return the features in a folder, or None if nothing was written there. Raises CacheError for damage."""
+        if not path.is_dir():
             return None
         try:
             return Features(self, path)
@@ -191,6 +195,11 @@ class FeatureStore:
             path = self._features_path(encoder, modality)
             shutil.rmtree(path, ignore_errors=True)  # an attempt that wrote nothing stands in nobody's way
             return Features.create(self, path, encoder, source, modality, provenance)
+        self.check_same(features, provenance, dtypes)
+        return features
+
+    def check_same(self, features: "Features", provenance: Mapping[str, str], dtypes: Mapping[str, str]) -> None:
+        """Raise CacheError, listing the fields that differ, if features were not made by what is asked for."""
         stored = {name: view.dtype for name, view in features.views.items()}
         mixed = [name for name in stored if "int8" in (stored[name], dtypes.get(name)) and name in dtypes]
         old = {**features.provenance, **{f"dtype of {name}": stored[name] for name in mixed}}
@@ -199,10 +208,9 @@ class FeatureStore:
         differing = [f"{field} ({old.get(field)} there, {new.get(field)} here)" for field in fields]
         if differing:
             raise CacheError(
-                f"{self.path} holds {features.encoder} {modality} features that were made differently: "
+                f"{self.path} holds {features.encoder} {features.modality} features that were made differently: "
                 f"{', '.join(differing)}; use another --workspace, or delete {features.path} to extract them again"
             )
-        return features
 
     def mark_bad(self, bad: Sequence[BadSample]) -> None:
         """Note samples in the ledger, each once; ``update_present`` then marks their modality absent."""

@@ -54,25 +54,24 @@ def update(store: "FeatureStore", dataset: Dataset, refresh: bool, on_progress: 
     Raises CacheError, naming rows, if stored rows are gone or moved, or without ``refresh`` if some changed.
     """
     new, (old, appended) = sample_columns(dataset), read_columns(store.path)
-    unreadable = [name for name in IDENTITY if name not in old]
-    if unreadable and any(features.n_written for features in store.features()):
-        raise CacheError(
-            f"{store.path}/samples is damaged ({', '.join(unreadable)}): which row is whose can't be told any more; "
-            f"delete the store to extract again"
-        )
-    if unreadable:  # nothing was computed yet: nothing depends on what was there
-        old, appended = {}, []
+    if "digest" not in old and not {"id", "stamp"} <= old.keys():
+        if any(features.n_written for features in store.features()):
+            raise _lost(store, old)
+        old, appended = {}, []  # nothing was computed yet: nothing depends on what was there
     else:
         check_same_rows(store.path, old, new)
-    n = len(old.get("id", ()))
-    suspects = np.arange(len(dataset))
-    if n:
-        suspects = np.concatenate([np.flatnonzero(new["stamp"][:n] != old["stamp"]), suspects[n:]])
+    n = next((len(old[name]) for name in IDENTITY if name in old), 0)
+    same = np.zeros(len(dataset), bool)  # whose name, size and time are what they were
+    if {"id", "stamp"} <= old.keys():
+        same[:n] = new["stamp"][:n] == old["stamp"]
     digests = strings([""] * len(dataset))
     digests[:n] = old.get("digest", digests[:n])
+    suspects = np.flatnonzero(~same) if "digest" in old else np.arange(len(dataset))
     digests[suspects] = strings(dataset.digests(suspects.tolist(), on_progress=on_progress))
     new["digest"] = digests
-    changed = np.flatnonzero(digests[:n] != old["digest"]) if n else np.empty(0, np.int64)
+    changed = np.flatnonzero(digests[:n] != old["digest"] if "digest" in old else ~same[:n])
+    if len(changed) and "id" not in old:
+        raise _lost(store, old)
     names = new["id"][changed].tolist()
     if names and not refresh:
         raise CacheError(
@@ -87,6 +86,14 @@ def update(store: "FeatureStore", dataset: Dataset, refresh: bool, on_progress: 
     if appended is None or not same_columns(old, new):
         appended = [*(appended or []), *([n] if 0 < n < len(dataset) else [])]
         replace_samples(store.path, new, appended, ledger)
+
+
+def _lost(store: "FeatureStore", old: Columns) -> CacheError:
+    lost = ", ".join(name for name in IDENTITY if name not in old)
+    return CacheError(
+        f"{store.path}/samples is damaged ({lost}): which row is whose can't be told any more; "
+        f"delete the store to extract again"
+    )
 
 
 def _forget(store: "FeatureStore", new: Columns, changed: np.ndarray) -> None:

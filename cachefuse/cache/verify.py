@@ -1,7 +1,7 @@
 """Reading all of a store against its checksums, and computing again the blocks that are not what was written."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,12 @@ import numpy as np
 import zarr
 
 from cachefuse.cache.blocks import DamagedBlockError
-from cachefuse.cache.extract import OnProgress, extract
+from cachefuse.cache.extract import OnProgress, extract_into
 from cachefuse.cache.features import Features
 from cachefuse.cache.lock import only_writer
 from cachefuse.cache.opening import open_rows
-from cachefuse.cache.samples import IDENTITY, read_columns
+from cachefuse.cache.request import open_request
+from cachefuse.cache.samples import IDENTITY, read_about, read_columns
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.views import block_name
 from cachefuse.data.dataset import Dataset
@@ -65,7 +66,13 @@ def verify(store: FeatureStore, *, on_progress: Callable[[int, int], None] = lam
     ``on_progress`` hears of the blocks done, of all. Blocks that were never finished are no damage.
     """
     damage = list(_check_samples(store))
-    groups = [(features, view) for features in store.features() for view in features.views]
+    opened = []
+    for path in store.feature_paths():
+        try:
+            opened.append(store.open_group(path))
+        except CacheError as error:
+            damage.append(Damage("", "", str(path.relative_to(store.path)), None, str(error)))
+    groups = [(features, view) for features in opened if features is not None for view in features.views]
     total, done, views = sum(features.n_blocks(view) for features, view in groups), 0, []
     for features, view in groups:
         check = _Check(features, view)
@@ -90,20 +97,21 @@ def repair(
 
     Raises CacheError where that can't be: samples whose ids are damaged, encoders that are not what they were.
     """
-    runs: dict[tuple[str, str], set[str]] = {}
     with only_writer(store.path):
-        for features in store.features():
+        store = FeatureStore.for_dataset(store.path, dataset)
+        for path in sorted({(damage.encoder, damage.modality, damage.view) for damage in found.damage}):
+            features = store.open_features(*path[:2]) if path[0] else None
+            if features is None:
+                continue
+            view = features.views[path[2]]
+            request = open_request(dataset, [features.source], [view.name], device, None, view.dtype)
+            towers = tuple(place for place in request.towers if place[1].modality == features.modality)
+            view.declare(features.path, features.n_rows)
             for damage in found.damage:
-                if (damage.encoder, damage.modality) == (features.encoder, features.modality):
-                    view = features.views[damage.view]
-                    view.declare(features.path, features.n_rows)
-                    runs.setdefault((features.source, view.dtype), set()).add(damage.view)
-                    if damage.block is not None:
-                        features.forget(damage.view, features.rows_of(damage.view, damage.block))
-        if found.damage and not runs:  # of the samples alone
-            FeatureStore.for_dataset(store.path, dataset)
-    for (source, dtype), views in runs.items():
-        extract(dataset, [source], store.path, views=sorted(views), dtype=dtype, device=device, on_progress=on_progress)
+                if (damage.encoder, damage.modality, damage.view) == path and damage.block is not None:
+                    features.forget(view.name, features.rows_of(view.name, damage.block))
+            # However many samples are bad, the ledger has them already.
+            extract_into(store, replace(request, towers=towers), 1.0, on_progress)
 
 
 class _Check:
@@ -186,8 +194,11 @@ class _Check:
 def _check_samples(store: FeatureStore) -> Iterator[Damage]:
     """Read every array of the samples; each chunk has a checksum, and each array must have a row a sample."""
     there, _ = read_columns(store.path)
-    names = {*IDENTITY, "split", "target"}
-    names |= {str(path.parent.relative_to(store.path / "samples")) for path in store.path.glob("samples/*/*/zarr.json")}
+    try:
+        names = set(read_about(store.path)["columns"])
+    except CacheError:
+        yield Damage("", "", "samples", None, "its zarr.json can't be read, or its checksum does not fit")
+        names = {*IDENTITY, "split", "target"}
     for name in sorted(names - there.keys()):
         yield Damage("", "", f"samples/{name}", None, "it can't be read, or its checksum does not fit")
     lengths = {name: len(values) - name.startswith("items/") for name, values in there.items()}

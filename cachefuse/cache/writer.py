@@ -87,7 +87,8 @@ class _BlockWriter:
         self.features, self.view, self.block = features, view, block
         self._rows = features.rows_of(view.name, block)
         self._missing = set(features.missing_rows_of(view.name, block).tolist())
-        self._kept = features.stored(view.name, block) if len(self._missing) < len(self._rows) else None
+        self._n_new = len(self._missing)
+        self._kept = features.stored(view.name, block) if self._n_new < len(self._rows) else None
         self._next = self._rows.start
         self._lengths: list[int] = []
         self._cosines: list[np.ndarray] = []
@@ -132,13 +133,23 @@ class _BlockWriter:
             write_atomically(paths[OFFSETS], offsets.astype("<i8").tobytes())
             files[OFFSETS] = offsets.nbytes, checksum(offsets.astype("<i8"))
         self._open.close()
-        cosines = np.concatenate(self._cosines) if self._cosines else np.ones(0)
-        cosine = (float(cosines.mean()), float(cosines.min())) if len(cosines) else None
-        self.features.note_written(self.view.name, self.block, Written(len(self._rows), files, cosine=cosine))
+        self.features.note_written(self.view.name, self.block, Written(len(self._rows), files, cosine=self._cosine()))
 
     def close(self) -> None:
         """Remove what was not finished."""
         self._open.close()
+
+    def _cosine(self) -> tuple[float, float] | None:
+        """Mean and least over all rows of the block: the new ones, and those that were kept by what the journal has."""
+        cosines = np.concatenate([*self._cosines, np.empty(0)])
+        parts = [(self._n_new, float(cosines.mean()), float(cosines.min()))] if len(cosines) else []
+        written = self.features.written(self.view.name, self.block)
+        if self._kept is not None and written is not None and written.cosine is not None:
+            parts.append((len(self._rows) - self._n_new, *written.cosine))
+        if not parts:
+            return None
+        rows = sum(n for n, _, _ in parts)
+        return sum(n * mean for n, mean, _ in parts) / rows, min(least for *_, least in parts)
 
     def _append(self, rows: list[int], values: Values) -> None:
         """Append the next rows, computed now, in the dtype they are kept in."""

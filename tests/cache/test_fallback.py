@@ -135,3 +135,16 @@ def test_a_store_in_another_layout_can_be_added_to(tools, store_path, toy, layou
     for place in VIEWS:
         for one, two in zip(read(store_path, *place), read(fresh, *place), strict=True):
             np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_view_is_added_beside_one_in_another_layout_which_stays_as_it_is(shapes, store_path, toy, layout):
+    extract(shapes, ["toy"], store_path, device="cpu")
+    LAYOUTS[layout](store_path)
+    before = {m: FeatureStore(store_path).open_features("toy", m).read() for m in ("image", "text")}
+    make(shapes, store_path)
+    for modality, values in before.items():
+        features = FeatureStore(store_path).open_features("toy", modality)
+        np.testing.assert_array_equal(features.read(), values)
+        assert len(features.read("tokens")) == 80
+        assert not features.rows().mapped

@@ -50,6 +50,12 @@ def test_what_is_there_is_not_planned_again(shapes, store_path, toy, tools):
     assert [view.pending for view in other.views] == [80, 80]
 
 
+def test_a_plan_refuses_what_extract_would_refuse(shapes, store_path, toy):
+    extract(shapes, ["toy"], store_path, views=("tokens",), device="cpu")
+    with pytest.raises(CacheError, match=r"dtype of tokens \(float16 there, int8 here\)"):
+        plan(shapes, ["toy"], store_path, views=("tokens",), dtype="int8", device="cpu")
+
+
 def test_a_plan_checks_what_is_asked_for(shapes, store_path):
     with pytest.raises(ConfigError, match="encoder classic has no tokens view of image"):
         plan(shapes, ["classic"], store_path, views=("tokens",), device="cpu")

@@ -353,3 +353,14 @@ def test_ragged_rows_are_shuffled_beside_their_numbers(ragged, tokens):
             np.testing.assert_array_equal(padded[row][mask[row]], tokens[number])
             seen.append(number)
     assert sorted(seen) == list(range(50))
+
+
+def test_row_numbers_of_another_kind_are_refused(tmp_path):
+    rows = open_values(tmp_path, random_values(80, (3,)))
+    for index in (torch.ones(80, dtype=torch.bool), torch.tensor([1.5])):
+        with pytest.raises(IndexError, match="row numbers must be int64"):
+            rows.index_select(0, index)
+    with pytest.raises(IndexError, match="rows have one number each"):
+        rows[1, 2]
+    with pytest.raises(IndexError, match="row -81 is not one of 80 rows"):
+        rows[-81]

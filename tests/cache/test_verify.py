@@ -1,5 +1,8 @@
 """Verification finds every kind of damage and names its block; repair computes those blocks again and no others."""
 
+import shutil
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import zarr
@@ -98,7 +101,7 @@ def test_an_array_without_metadata_is_found_and_mended(shapes, store, toy):
     np.testing.assert_array_equal(zarr.open_array(file.parent, mode="r")[:], values)
 
 
-@pytest.mark.parametrize("name", ["target", "split", "present/image"])
+@pytest.mark.parametrize("name", ["target", "split", "present/image", "id", "digest", "stamp"])
 def test_damaged_samples_are_found_and_mended(shapes, store, name):
     expected = FeatureStore(store.path)._column(name)
     (chunk,) = [path for path in (store.path / "samples" / name / "c").rglob("*") if path.is_file()]
@@ -110,13 +113,96 @@ def test_damaged_samples_are_found_and_mended(shapes, store, name):
     np.testing.assert_array_equal(FeatureStore(store.path)._column(name), expected)
 
 
-def test_damaged_ids_can_t_be_mended_and_say_so(shapes, store):
+@pytest.mark.parametrize("lost", [("digest", "stamp"), ("id", "digest")])
+def test_samples_that_nothing_identifies_any_more_can_t_be_mended_and_say_so(shapes, store, lost):
+    for name in lost:
+        (chunk,) = [path for path in (store.path / "samples" / name / "c").rglob("*") if path.is_file()]
+        flip(chunk, 12)
+    found = verify(FeatureStore(store.path))
+    assert places(found) == [("", f"samples/{name}", None) for name in sorted(lost)]
+    with pytest.raises(CacheError, match=r"damaged \(.*\): which row is whose can't be told any more; delete"):
+        repair(FeatureStore(store.path), found, shapes, device="cpu")
+
+
+def test_without_ids_a_sample_that_changed_can_t_be_told_from_one_that_moved(shapes, store):
     (chunk,) = [path for path in (store.path / "samples" / "id" / "c").rglob("*") if path.is_file()]
     flip(chunk, 12)
+    changed = replace(shapes, texts=[("another text",), *shapes.texts[1:]])
+    with pytest.raises(CacheError, match=r"damaged \(id\): which row is whose"):
+        FeatureStore.for_dataset(store.path, changed, refresh=True)
+
+
+def test_a_column_of_samples_that_is_gone_is_damage_and_is_never_read_as_none(shapes, store):
+    shutil.rmtree(store.path / "samples" / "present" / "image")
     found = verify(FeatureStore(store.path))
-    assert places(found) == [("", "samples/id", None)]
-    with pytest.raises(CacheError, match=r"damaged \(id\): which row is whose can't be told any more; delete"):
-        repair(FeatureStore(store.path), found, shapes, device="cpu")
+    assert places(found) == [("", "samples/present/image", None)]
+    with pytest.raises(CacheError, match="samples/present/image is damaged"):
+        FeatureStore(store.path).present("image")
+    repair(FeatureStore(store.path), found, shapes, device="cpu")
+    assert FeatureStore(store.path).present("image").all()
+
+
+def test_damaged_numbers_of_captions_are_mended(shapes, store_path, toy, tools):
+    dataset = tools.make_dataset(shapes, texts=[("a b", "c")[: 1 + i % 2] for i in range(80)])
+    extract(dataset, ["toy"], store_path, device="cpu")
+    before = FeatureStore(store_path).open_features("toy", "text").read()
+    (chunk,) = [path for path in (store_path / "samples" / "items" / "text" / "c").rglob("*") if path.is_file()]
+    flip(chunk, 12)
+    found = verify(FeatureStore(store_path))
+    assert ("", "samples/items/text", None) in places(found)
+    repair(FeatureStore(store_path), found, dataset, device="cpu")
+    assert verify(FeatureStore(store_path)).damage == ()
+    np.testing.assert_array_equal(FeatureStore(store_path).open_features("toy", "text").read(), before)
+
+
+@pytest.mark.parametrize("data", [None, b"{}"])
+def test_a_group_whose_description_is_lost_is_damage_and_is_not_thrown_away(shapes, store, toy, data):
+    file = store.path / "features" / "toy" / "image" / "zarr.json"
+    file.unlink() if data is None else file.write_bytes(data)
+    found = verify(store)
+    assert places(found) == [("", "features/toy/image", None)]
+    assert [view.modality for view in found.views] == ["text", "text"]
+    toy.batches.clear()
+    with pytest.raises(CacheError, match=r"image/zarr\.json is damaged; delete .* to extract these features again"):
+        extract(shapes, ["toy"], store.path, views=VIEWS, device="cpu", batch_size=8)
+    assert toy.batches == []
+
+
+def test_repair_computes_the_damaged_view_of_the_damaged_modality_alone(shapes, store_path, toy):
+    def interrupt(batch):
+        if len(toy.batches) == 10:
+            raise KeyboardInterrupt
+
+    toy.on_encode = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        extract(shapes, ["toy"], store_path, views=VIEWS, device="cpu", batch_size=8)
+    toy.on_encode = lambda batch: None
+    flip(store_path / "features" / "toy" / "image" / "tokens" / "c" / "0" / "0" / "0", 3)
+    toy.batches.clear()
+    repair(FeatureStore(store_path), verify(FeatureStore(store_path)), shapes, device="cpu")
+    assert {(modality, views) for modality, _, views in toy.batches} == {("image", ("tokens",))}
+    assert FeatureStore(store_path).open_features("toy", "text").views == {}
+
+
+def test_a_store_with_many_bad_samples_is_repaired(shapes, store_path, toy, tools):
+    images = [tools.FakeImage(i, "is damaged" if i % 4 == 0 else "") for i in range(80)]
+    dataset = tools.make_dataset(shapes, images=images)
+    extract(dataset, ["toy"], store_path, device="cpu", max_bad=0.5)
+    flip(store_path / "features" / "toy" / "image" / "pooled" / "c" / "0" / "0", 9)
+    repair(FeatureStore(store_path), verify(FeatureStore(store_path)), dataset, device="cpu")
+    assert verify(FeatureStore(store_path)).damage == ()
+
+
+def test_the_cosine_of_a_block_is_that_of_all_its_rows_after_some_were_computed_again(shapes, store_path, toy):
+    toy.change = lambda rows: rows + np.sin(rows * 1.7)
+    extract(shapes, ["toy"], store_path, views=("tokens",), dtype="int8", device="cpu")
+    features = FeatureStore(store_path).open_features("toy", "image")
+    before = features.written("tokens", 0).cosine
+    features.forget("tokens", [5])
+    extract(shapes, ["toy"], store_path, views=("tokens",), dtype="int8", device="cpu")
+    after = FeatureStore(store_path).open_features("toy", "image").written("tokens", 0).cosine
+    assert after == pytest.approx(before, abs=1e-4)
+    assert after[1] <= before[1]
 
 
 def test_blocks_that_were_never_finished_are_no_damage(shapes, store_path, toy):
