@@ -23,7 +23,7 @@ from cachefuse.cache import update
 from cachefuse.cache.features import JOURNAL, Features
 from cachefuse.cache.journal import append_lines, read_lines
 from cachefuse.cache.layout import FORMAT, differing_fields, provenance_key, unseal
-from cachefuse.cache.samples import LEDGER, column_checksum, read_about, read_column
+from cachefuse.cache.samples import LEDGER, column_checksum, finish_replacing, read_about, read_column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import CacheError
@@ -83,11 +83,11 @@ class FeatureStore:
         (``on_progress`` hears how much) only where a source's name, size or time is not what it was.
         """
         update.sweep(path)
-        update.finish_replacing(path)
+        finish_replacing(path)
         if not (path / "zarr.json").is_file() and not (path / "samples").is_dir():
             update.create(path, dataset, on_progress)
             return cls(path)
-        update.finish(path, dataset)
+        update.mend_description(path, dataset)
         store = cls(path)
         update.update(store, dataset, refresh, on_progress)
         update.describe(path, dataset)

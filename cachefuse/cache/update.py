@@ -16,7 +16,6 @@ from cachefuse.cache.samples import (
     IDENTITY,
     Columns,
     check_same_rows,
-    finish_replacing,
     read_columns,
     replace_samples,
     same_columns,
@@ -131,9 +130,8 @@ def describe(path: Path, dataset: Dataset) -> None:
     declare_group(path, {"cachefuse": seal(about)})
 
 
-def finish(path: Path, dataset: Dataset) -> None:
-    """Complete an update that was killed, and write anew a description that was cut short or changed."""
-    finish_replacing(path)
+def mend_description(path: Path, dataset: Dataset) -> None:
+    """Write anew what a store says of its dataset if that was cut short or changed; another version's stays."""
     try:
         about = json.loads((path / "zarr.json").read_bytes())["attributes"]["cachefuse"]
         if about["format"] == FORMAT:
