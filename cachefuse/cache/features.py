@@ -4,6 +4,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -51,15 +52,15 @@ class Features:
         try:
             declared = json.loads((path / "zarr.json").read_bytes())
             self._meta = unseal(declared["attributes"]["cachefuse"], path / "zarr.json")
+            self.encoder: str = self._meta["encoder"]
+            self.modality: str = self._meta["modality"]
+            self.source: str = self._meta["source"]
+            self.key: str = self._meta["key"]
+            self.provenance: dict[str, str] = self._meta["provenance"]
+            self.views = {view.name: view for view in map(View.from_dict, self._meta["views"])}
         except (OSError, ValueError, KeyError, TypeError, CacheError) as error:
             raise CacheError(f"{path}/zarr.json is damaged; delete {path} to extract these features again") from error
-        self.encoder: str = self._meta["encoder"]
-        self.modality: str = self._meta["modality"]
-        self.source: str = self._meta["source"]
-        self.key: str = self._meta["key"]
-        self.provenance: dict[str, str] = self._meta["provenance"]
         self.n_rows = store.n_items(self.modality)
-        self.views = {view.name: view for view in map(View.from_dict, self._meta["views"])}
 
     @classmethod
     def create(cls, store: "FeatureStore", path: Path, encoder: str, source: str, modality: str,
@@ -76,14 +77,15 @@ class Features:
     def _written(self) -> dict[tuple[str, int], Written]:
         found: dict[tuple[str, int], Written] = {}
         for line in read_lines(self.path / JOURNAL):
-            place = line["view"], line["block"]
-            if "stale" in line:
-                old = found.get(place, Written(0, {}))
-                found[place] = Written(old.rows, old.files, old.stale | set(line["stale"]), old.cosine)
-            else:
-                files = {name: (size, crc) for name, (size, crc) in line["files"].items()}
-                cosine = line.get("cosine")
-                found[place] = Written(line["rows"], files, frozenset(), cosine and (cosine[0], cosine[1]))
+            with suppress(KeyError, TypeError, ValueError, AttributeError):  # a line of another shape says nothing
+                place = line["view"], line["block"]
+                if "stale" in line:
+                    old = found.get(place, Written(0, {}))
+                    found[place] = Written(old.rows, old.files, old.stale | set(line["stale"]), old.cosine)
+                else:
+                    files = {name: (size, crc) for name, (size, crc) in line["files"].items()}
+                    cosine = line.get("cosine")
+                    found[place] = Written(line["rows"], files, frozenset(), cosine and (cosine[0], cosine[1]))
         return found
 
     @property
@@ -148,11 +150,16 @@ class Features:
 
     def missing_rows_of(self, view: str, block: int) -> np.ndarray:
         """Return the rows of a block that are not written, or outdated; all of them if what is there is damaged."""
+        return self.missing_and_stored(view, block)[0]
+
+    def missing_and_stored(self, view: str, block: int) -> tuple[np.ndarray, dict[str, np.ndarray] | None]:
+        """Return a block's missing rows, and its arrays as stored, which have the others; None if all are missing."""
         rows, written = np.array(self.rows_of(view, block)), self.written(view, block)
-        if written is None or self.stored(view, block) is None:
-            return rows
+        stored = self.stored(view, block)
+        if written is None or stored is None:
+            return rows, None
         kept = (rows < rows[0] + written.rows) & ~np.isin(rows, list(written.stale))
-        return rows[~kept]
+        return rows[~kept], stored if kept.any() else None
 
     def stored(self, view: str, block: int) -> dict[str, np.ndarray] | None:
         """Return a block's arrays as they are stored, offsets included; None if any of it is not as it was written."""

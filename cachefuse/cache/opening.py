@@ -1,6 +1,7 @@
 """Opening a view: its blocks mapped where they lie as cachefuse writes them, else read by zarr-python."""
 
 import math
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +42,11 @@ def open_rows(features: "Features", view: str, there: np.ndarray) -> Rows:
 def _offsets(features: "Features", view: View, blocks: list[int], n_blocks: int, foreign: bool) -> np.ndarray:
     """Return (n_blocks, block_rows + 1) offsets; zeros where a block is not there."""
     offsets = np.zeros((n_blocks, view.block_rows + 1), np.int64)
+    read = _reader(features.path / OFFSETS, 1) if foreign and blocks else None
     for block in blocks:
         file, written = view.files(features.path, block)[OFFSETS], features.written(view.name, block)
         try:
-            array: Any = zarr.open_array(features.path / OFFSETS, mode="r") if foreign else None
-            values = np.fromfile(file, "<i8") if array is None else np.asarray(array[block])
+            values = np.fromfile(file, "<i8") if read is None else read(block, slice(0, 1))[0]
         except Exception as error:  # whatever zarr-python raises on what was changed
             raise DamagedBlockError(features.name(view.name), block, file, str(error)) from error
         fits = values.shape == offsets[block].shape and values[0] == 0 and (np.diff(values) >= 0).all()
@@ -96,13 +97,14 @@ def _open(features: "Features", view: View, name: str, files: list[BlockFile | N
 
 
 def _reader(path: Path, block_rows: int) -> ReadBlock:
-    array: Any = zarr.open_array(path, mode="r")
+    array = cache(partial(zarr.open_array, path, mode="r"))  # opened once, and where reading can say what is damaged
 
     def read(block: int, rows: slice | np.ndarray) -> np.ndarray:
+        opened: Any = array()
         first = block * block_rows
         if isinstance(rows, slice):
-            return np.asarray(array[first + rows.start : first + rows.stop])
-        return np.asarray(array.oindex[first + rows])
+            return np.asarray(opened[first + rows.start : first + rows.stop])
+        return np.asarray(opened.oindex[first + rows])
 
     return read
 

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -59,7 +59,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the disk has room for them."""
-        return not self.n_bytes or self.n_bytes + ROOM_TO_LEAVE <= self.free
+        return has_room(self.n_bytes, self.free)
 
 
 def plan(
@@ -71,7 +71,6 @@ def plan(
     device: str = "auto",
     batch_size: int | None = None,
     dtype: str = "float16",
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Plan:
     """Say what ``extract`` with the same arguments would take; nothing is written.
 
@@ -80,8 +79,7 @@ def plan(
     request = open_request(dataset, encoders, views, device, batch_size, dtype)
     store = FeatureStore(store_path) if (store_path / "zarr.json").is_file() else None
     planned, seconds = [], {}
-    for i, (spec, tower) in enumerate(request.towers):
-        on_progress(i, len(request.towers))
+    for spec, tower in request.towers:
         sources = item_sources(dataset, tower.modality)
         missing = {view: _missing(store, spec.short, request, tower, view, len(sources)) for view in request.dtypes}
         for view, kind in request.dtypes.items():
@@ -90,7 +88,6 @@ def plan(
             planned.append(PlannedView(spec.short, tower.modality, view, kind, len(sources), n_missing, n_bytes))
         pending = int(np.logical_or.reduce(list(missing.values())).sum())
         seconds[(spec.short, tower.modality)] = pending * _seconds_a_row(tower, sources, request) if pending else 0.0
-    on_progress(len(request.towers), len(request.towers))
     return Plan(store_path, tuple(planned), seconds, free_bytes(store_path))
 
 
@@ -113,11 +110,16 @@ def row_bytes(tower: Tower, sources: Sequence[Any], view: str, dtype: str) -> fl
 def check_room(store_path: Path, n_bytes: int) -> None:
     """Raise CacheError if the disk has no room for so many bytes, before any of them is written."""
     free = free_bytes(store_path)
-    if n_bytes and n_bytes + ROOM_TO_LEAVE > free:
+    if not has_room(n_bytes, free):
         raise CacheError(
             f"the features take {format_bytes(n_bytes)} and {store_path.parent} has {format_bytes(free)} free; "
             f"free some, use another --workspace, fewer --views, or --dtype int8 for tokens"
         )
+
+
+def has_room(n_bytes: int, free: int) -> bool:
+    """Whether a disk with ``free`` bytes takes so many, and keeps some for other things; nothing always fits."""
+    return not n_bytes or n_bytes + ROOM_TO_LEAVE <= free
 
 
 def free_bytes(store_path: Path) -> int:

@@ -64,7 +64,8 @@ class FeatureStore:
             raise CacheError(f"{path} was being updated when it was interrupted; run cachefuse extract again to go on")
         self._bad: dict[tuple[str, str], BadSample] = {}
         for line in read_lines(path / "samples" / LEDGER):
-            self._bad[(line["modality"], line["id"])] = BadSample(**line)
+            bad = BadSample(**{name: str(line.get(name, "")) for name in ("id", "modality", "source", "reason")})
+            self._bad[(bad.modality, bad.id)] = bad
         self.n_bad = Counter(modality for modality, _ in self._bad)
 
     @classmethod

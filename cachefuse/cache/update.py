@@ -60,6 +60,8 @@ def update(store: "FeatureStore", dataset: Dataset, refresh: bool, on_progress: 
     else:
         check_same_rows(store.path, old, new)
     n = next((len(old[name]) for name in IDENTITY if name in old), 0)
+    if n > len(dataset):  # some are gone, and without their ids none can be named
+        raise _lost(store, old)
     same = np.zeros(len(dataset), bool)  # whose name, size and time are what they were
     if {"id", "stamp"} <= old.keys():
         same[:n] = new["stamp"][:n] == old["stamp"]

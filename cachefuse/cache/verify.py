@@ -1,6 +1,7 @@
 """Reading all of a store against its checksums, and computing again the blocks that are not what was written."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from cachefuse.cache.features import Features
 from cachefuse.cache.lock import only_writer
 from cachefuse.cache.opening import open_rows
 from cachefuse.cache.request import open_request
+from cachefuse.cache.rows import Rows
 from cachefuse.cache.samples import IDENTITY, read_about, read_columns
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.views import block_name
@@ -123,6 +125,10 @@ class _Check:
         self.finished = self.n_bytes = self.nan = self.inf = self.zero = 0
         self._cosines: list[tuple[int, float, float]] = []
         self._present = _present_rows(features)
+        self._whole = np.array([features.is_whole(view, block) for block in range(features.n_blocks(view))], bool)
+        self._rows: Rows | None = None  # where an index is damaged, each block is opened by itself, to tell which it is
+        with suppress(DamagedBlockError):
+            self._rows = open_rows(features, view, self._whole)
         for name in features.views[view].arrays:
             self._check_metadata(name, None)
 
@@ -133,11 +139,9 @@ class _Check:
             return
         for name in self.features.views[self.view].arrays if self.features.views[self.view].ragged else ():
             self._check_metadata(f"{name}/{block_name(block)}", block)
-        if self.features.is_whole(self.view, block):
-            there = np.zeros(self.features.n_blocks(self.view), bool)
-            there[block] = True
+        if self._whole[block]:
             try:
-                values = open_rows(self.features, self.view, there)[_slice(self.features.rows_of(self.view, block))]
+                values = self._read(block)
             except DamagedBlockError as error:
                 self._note(block, error.why)
                 return
@@ -168,6 +172,13 @@ class _Check:
             zero=self.zero,
             cosine=cosine,
         )
+
+    def _read(self, block: int) -> Any:
+        """Return a block's rows, (n, ...) or a list of n arrays. Raises DamagedBlockError."""
+        alone = np.arange(len(self._whole)) == block
+        rows = open_rows(self.features, self.view, alone) if self._rows is None else self._rows
+        here = self.features.rows_of(self.view, block)
+        return rows[here.start : here.stop]
 
     def _count(self, block: int, values: Any) -> None:
         ragged = isinstance(values, list)
@@ -214,7 +225,3 @@ def _present_rows(features: Features) -> np.ndarray:
     except CacheError:
         return np.ones(features.n_rows, bool)
     return present if offsets is None else np.repeat(present, np.diff(offsets))
-
-
-def _slice(rows: range) -> slice:
-    return slice(rows.start, rows.stop)

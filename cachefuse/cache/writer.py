@@ -86,9 +86,8 @@ class _BlockWriter:
     def __init__(self, features: Features, view: View, block: int) -> None:
         self.features, self.view, self.block = features, view, block
         self._rows = features.rows_of(view.name, block)
-        self._missing = set(features.missing_rows_of(view.name, block).tolist())
-        self._n_new = len(self._missing)
-        self._kept = features.stored(view.name, block) if self._n_new < len(self._rows) else None
+        missing, self._kept = features.missing_and_stored(view.name, block)
+        self._missing, self._n_new = set(missing.tolist()), len(missing)
         self._next = self._rows.start
         self._lengths: list[int] = []
         self._cosines: list[np.ndarray] = []

@@ -58,6 +58,16 @@ class Toy:
     on_encode: Callable[[list[np.ndarray]], None] = lambda batch: None
     change: Callable[[np.ndarray], np.ndarray] = lambda features: features
 
+    def interrupt_after(self, n_batches: int) -> None:
+        """Have the encoding interrupted, once, when so many batches are done."""
+
+        def interrupt(batch: list[np.ndarray]) -> None:
+            if len(self.batches) == n_batches:
+                self.on_encode = lambda batch: None
+                raise KeyboardInterrupt
+
+        self.on_encode = interrupt
+
     @property
     def n_encoded(self) -> int:
         return sum(len(batch) for _, batch, _ in self.batches)

@@ -53,15 +53,10 @@ def test_each_bad_sample_keeps_its_row_and_is_listed(shapes, store_path, toy, to
 def test_bad_samples_count_once_over_encoders_and_resumed_runs(shapes, store_path, toy, tools):
     dataset = tools.make_dataset(shapes, images=bad_at(tools, 100, {3: "is damaged", 70: "is damaged"}))
 
-    def interrupt(batch):
-        if len(toy.batches) == 10:
-            raise KeyboardInterrupt
-
-    toy.on_encode = interrupt
+    toy.interrupt_after(10)
     with pytest.raises(KeyboardInterrupt):
         run(dataset, store_path, batch_size=8)
     np.testing.assert_array_equal(np.flatnonzero(~FeatureStore(store_path).present("image")), [3, 70])
-    toy.on_encode = lambda batch: None
     report = run(dataset, store_path, "toy", "classic", batch_size=8, max_bad=0.02)
     assert [line.id for line in report.bad] == ["row-3", "row-70"]
 

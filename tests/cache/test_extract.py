@@ -38,12 +38,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(shapes, store_path, toy, to
     n_undisturbed = len(toy.batches)
     toy.batches.clear()
 
-    def interrupt(batch):
-        if len(toy.batches) == n_batches:
-            toy.on_encode = lambda batch: None
-            raise KeyboardInterrupt
-
-    toy.on_encode = interrupt
+    toy.interrupt_after(n_batches)
     with pytest.raises(KeyboardInterrupt):
         run(shapes, store_path, **options)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("prepare")]
@@ -63,11 +58,7 @@ def test_a_resumed_run_makes_the_same_batches(shapes, store_path, toy):
 
 
 def test_an_incomplete_view_is_not_read(shapes, store_path, toy):
-    def interrupt(batch):
-        if len(toy.batches) == 9:
-            raise KeyboardInterrupt
-
-    toy.on_encode = interrupt
+    toy.interrupt_after(9)
     with pytest.raises(KeyboardInterrupt):
         run(shapes, store_path, batch_size=8)
     with pytest.raises(CacheError, match=r"toy \(image, pooled\) has 64 of 80 rows; run the same .* again to go on"):

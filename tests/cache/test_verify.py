@@ -8,6 +8,7 @@ import pytest
 import zarr
 
 from cachefuse.cache.extract import extract
+from cachefuse.cache.journal import append_lines
 from cachefuse.cache.layout import checksum
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.verify import Damage, repair, verify
@@ -124,6 +125,26 @@ def test_samples_that_nothing_identifies_any_more_can_t_be_mended_and_say_so(sha
         repair(FeatureStore(store.path), found, shapes, device="cpu")
 
 
+def test_without_ids_samples_that_are_gone_are_refused(shapes, store, tools):
+    (chunk,) = [path for path in (store.path / "samples" / "id" / "c").rglob("*") if path.is_file()]
+    flip(chunk, 12)
+    with pytest.raises(CacheError, match=r"damaged \(id\): which row is whose"):
+        FeatureStore.for_dataset(store.path, tools.head(shapes, 70))
+
+
+def test_lines_of_another_shape_in_the_journal_and_the_ledger_say_nothing(shapes, store):
+    folder = store.path / "features" / "toy" / "image"
+    lines = [
+        {"view": "pooled"},
+        {"view": "pooled", "block": 0, "files": 3},
+        {"block": [1], "view": "pooled", "stale": [1]},
+    ]
+    append_lines(folder / "journal.jsonl", lines)
+    append_lines(store.path / "samples" / "bad.jsonl", [{"id": 7}])
+    assert verify(FeatureStore(store.path)).damage == ()
+    assert [(line.id, line.reason) for line in FeatureStore(store.path).ledger()] == [("7", "")]
+
+
 def test_without_ids_a_sample_that_changed_can_t_be_told_from_one_that_moved(shapes, store):
     (chunk,) = [path for path in (store.path / "samples" / "id" / "c").rglob("*") if path.is_file()]
     flip(chunk, 12)
@@ -169,14 +190,9 @@ def test_a_group_whose_description_is_lost_is_damage_and_is_not_thrown_away(shap
 
 
 def test_repair_computes_the_damaged_view_of_the_damaged_modality_alone(shapes, store_path, toy):
-    def interrupt(batch):
-        if len(toy.batches) == 10:
-            raise KeyboardInterrupt
-
-    toy.on_encode = interrupt
+    toy.interrupt_after(10)
     with pytest.raises(KeyboardInterrupt):
         extract(shapes, ["toy"], store_path, views=VIEWS, device="cpu", batch_size=8)
-    toy.on_encode = lambda batch: None
     flip(store_path / "features" / "toy" / "image" / "tokens" / "c" / "0" / "0" / "0", 3)
     toy.batches.clear()
     repair(FeatureStore(store_path), verify(FeatureStore(store_path)), shapes, device="cpu")
@@ -206,11 +222,7 @@ def test_the_cosine_of_a_block_is_that_of_all_its_rows_after_some_were_computed_
 
 
 def test_blocks_that_were_never_finished_are_no_damage(shapes, store_path, toy):
-    def interrupt(batch):
-        if len(toy.batches) == 9:
-            raise KeyboardInterrupt
-
-    toy.on_encode = interrupt
+    toy.interrupt_after(9)
     with pytest.raises(KeyboardInterrupt):
         extract(shapes, ["toy"], store_path, device="cpu", batch_size=8)
     found = verify(FeatureStore(store_path))
