@@ -147,7 +147,7 @@ class Standardize(nn.Module):
         count = x.shape[0] if rows is None else len(rows)
         if not count:
             raise ConfigError("features to standardise have no rows")
-        rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows
+        rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows.to(x.device)
         chunks = (x.index_select(0, part) for part in rows.split(FIT_ROWS))
         total, squares = self.mean.new_zeros((2, len(self.mean)), dtype=torch.float64)
         for chunk in chunks:

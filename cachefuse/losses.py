@@ -1,16 +1,22 @@
-"""Losses: ``loss(logits, targets, *, ..., reduction="mean")``, computed in float32 whatever the inputs' dtype.
+"""Losses: ``loss(logits, targets, *, ..., reduction="mean")``, in float32 whatever the inputs' dtype; class weights.
 
 Logits and targets are (B, C); multi-class targets are one-hot, so that all losses share one signature. Every loss and
 its gradient is finite wherever the logits are. ``reduction`` is "mean", "sum" or "none".
 """
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from cachefuse.errors import ConfigError
-from cachefuse.registry import lookup
+from cachefuse.registry import LOSSES, lookup
 
+BETA = 0.999  # of the effective number of samples: a class counts for at most 1,000 of its rows
+CLASS_WEIGHTS = ("balanced", "effective")
 REDUCTIONS = {"mean": torch.mean, "none": lambda loss: loss, "sum": torch.sum}
 
 
@@ -79,6 +85,50 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, re
         raise ConfigError(f"smoothing must be in [0, 1). Got {smoothing} instead.")
     logits, targets = _as_float32(logits, targets)
     return _reduce(F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none"), reduction)
+
+
+def build_loss(
+    name: str, options: Mapping[str, Any], weights: Tensor | None = None
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return ``loss(logits, targets)`` with its options set, and classes weighted by ``class_weights`` where given.
+
+    Raises UnknownNameError for an unknown loss, ConfigError for an option that it does not take.
+    """
+    loss = lookup(LOSSES, name, "loss")
+    known = [key for key in inspect.signature(loss).parameters if key not in ("logits", "targets")]
+    for key in options:
+        if key not in known:
+            raise ConfigError(f"loss {name!r} has no option {key!r}; it takes: {', '.join(known)}")
+    if weights is None:
+        return lambda logits, targets: loss(logits, targets, **options)
+    reduction = options.get("reduction", "mean")
+
+    def weighted(logits: Tensor, targets: Tensor) -> Tensor:
+        each = loss(logits, targets, **{**options, "reduction": "none"})  # (B, C), or (B,) where one label is right
+        absent, present = weights.to(each.device)  # (C,) each
+        scale = torch.where(targets > 0, present, absent) if each.ndim == 2 else (targets * present).sum(1)
+        return _reduce(each * scale, reduction)
+
+    return weighted
+
+
+def class_weights(targets: Tensor, kind: str, task: str) -> Tensor:
+    """Return the weights (2, C) of each class's negatives and positives, by their numbers n in ``targets`` (N, C).
+
+    "balanced": proportional to 1 / n; "effective": to (1 - b) / (1 - b^n), with b = 0.999 (arXiv 1901.05555, equation
+    2). In multi-label each class balances its own positives and negatives, in multi-class the classes balance one
+    another. They are scaled so that a row's weight is 1 on average. Raises ConfigError for another kind.
+    """
+    if kind not in CLASS_WEIGHTS:
+        raise ConfigError(f"class weights must be one of {', '.join(CLASS_WEIGHTS)}. Got {kind!r} instead.")
+    positives = targets.sum(0, dtype=torch.float64)
+    counts = torch.stack([len(targets) - positives, positives])  # (2, C)
+    effective = counts if kind == "balanced" else (1 - BETA**counts) / (1 - BETA)
+    inverse = torch.where(counts > 0, 1 / effective.clamp(min=1), 0)
+    if task == "multiclass":
+        inverse[0] = 0  # a row weighs what its own class does
+        return (inverse * len(targets) / (inverse * counts).sum()).float()
+    return (inverse * len(targets) / (inverse * counts).sum(0)).float()
 
 
 def _as_float32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

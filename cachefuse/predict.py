@@ -1,7 +1,7 @@
 """From a run to predictions: for rows of a store, or for raw images and texts through the run's own encoders."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from cachefuse.data.targets import is_labelled
 from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, DataError, RunError
-from cachefuse.metrics import decide
+from cachefuse.registry import lookup
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable, load_table
-from cachefuse.training.loop import predict_logits, to_scores
-from cachefuse.training.run import Run, UsedFeatures, match_features
+from cachefuse.training.run import Member, Run, UsedFeatures, match_features
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +47,9 @@ def predict_split(run: Run, store: FeatureStore, split: str | None = None, *, de
     By default those of the splits that have no labels at all; else those without labels; else the test split.
     Raises RunError if the run was trained on another store, DataError if there are no such rows.
     """
-    table = load_table(store, match_features(run, store))
+    tables = StoreTables(run, store, device)
     rows = _rows_to_predict(store, split)
-    return _predict(run, table, rows, [store.ids[row] for row in rows], device)
+    return _predict(run, tables, rows, [store.ids[row] for row in rows])
 
 
 def predict_samples(
@@ -74,20 +73,18 @@ def predict_samples(
     if not any(sources[modality] for modality in run.features):
         raise DataError(f"run {run.name} reads {' and '.join(run.features)}; give at least one of them")
     device = resolve_device(device)
-    features: dict[str, torch.Tensor] = {}
+    encoded: dict[tuple[str, UsedFeatures], np.ndarray] = {}
     present: dict[str, torch.Tensor] = {}
     needed = [used.source for modality, group in run.features.items() if sources[modality] for used in group]
     opened = {source: open_encoder(EncoderSpec.parse(source), device) for source in dict.fromkeys(needed)}
     for modality, group in run.features.items():
-        if not sources[modality]:
-            features[modality] = torch.zeros(n, sum(used.width for used in group), dtype=torch.float16)
-            present[modality] = torch.zeros(n, dtype=torch.bool)
-            continue
-        parts, bad = [], {}
+        bad: dict[int, BadSampleError] = {}
         for used in group:
+            if not sources[modality]:
+                encoded[(modality, used)] = np.zeros((n, used.width), DTYPES[used.dtype])
+                continue
             tower = _checked_tower(run, opened[used.source], modality, used)
-            values, unusable = _encode(tower, sources[modality], used, device, on_progress)
-            parts.append(values)
+            encoded[(modality, used)], unusable = _encode(tower, sources[modality], used, device, on_progress)
             bad.update(unusable)
         if bad:
             row, error = next(iter(bad.items()))
@@ -95,18 +92,45 @@ def predict_samples(
             if len(bad) > max_bad * n:
                 raise BadSampleError(first)
             logger.warning("%s of %s samples predicted without their %s; the first: %s", len(bad), n, modality, first)
-        features[modality] = torch.from_numpy(np.concatenate(parts, axis=1))
-        present[modality] = torch.tensor([row not in bad for row in range(n)])
+        present[modality] = torch.tensor([bool(sources[modality]) and row not in bad for row in range(n)])
     if not any(mask.any() for mask in present.values()):
         raise DataError(f"no sample has a usable {' or '.join(run.features)}, which run {run.name} reads")
-    table = FeatureTable(
-        features=features,
-        present=present,
-        targets=torch.zeros(n, len(run.classes), dtype=torch.uint8),
-        labelled=np.zeros(n, bool),
-        splits=np.array([""] * n),
-    )
-    return _predict(run, table, np.arange(n), samples.ids, device)
+
+    def table_of(member: Member) -> FeatureTable:
+        features = {
+            modality: torch.from_numpy(np.concatenate([encoded[(modality, used)] for used in group], axis=1))
+            for modality, group in member.features.items()
+        }
+        return FeatureTable(
+            features=features,
+            present={modality: present[modality] for modality in features},
+            targets=torch.zeros(n, len(run.classes), dtype=torch.uint8),
+            labelled=np.zeros(n, bool),
+            splits=np.array([""] * n),
+        ).to(device)
+
+    return _predict(run, table_of, np.arange(n), samples.ids)
+
+
+class StoreTables:
+    """A store's features as a run's members read them; raises RunError if the run was trained on another store."""
+
+    def __init__(self, run: Run, store: FeatureStore, device: str = "auto", without: Collection[str] = ()) -> None:
+        """``without`` names modalities to take as absent; UnknownNameError for one that the run does not read."""
+        for modality in without:
+            lookup(run.features, modality, "modality")
+        self._tables: dict[Any, FeatureTable] = {}
+        for member in run.members:
+            if self._key(member) not in self._tables:
+                table = load_table(store, match_features(run, member.features, store))
+                gone = [modality for modality in table.present if modality in without]
+                self._tables[self._key(member)] = table.without(gone).to(resolve_device(device))
+
+    def __call__(self, member: Member) -> FeatureTable:
+        return self._tables[self._key(member)]
+
+    def _key(self, member: Member) -> tuple[Any, ...]:
+        return tuple(member.features.items())
 
 
 def read_input(path: Path, run: Run) -> Samples:
@@ -146,13 +170,9 @@ def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
     raise DataError(f"every row of {store.dataset} is labelled and none is in a test split; name one of: {known}")
 
 
-def _predict(run: Run, table: FeatureTable, rows: np.ndarray, ids: list[str], device: str) -> Predictions:
-    device = resolve_device(device)
-    model, table = run.model.to(device), table.to(device)
-    logits = predict_logits(model, table, torch.from_numpy(rows).to(device))
-    scores = to_scores(logits, run.loss).numpy()
-    labels = decide(scores, run.task, min_labels=run.manifest.min_labels)
-    return Predictions(ids, run.classes, scores, labels)
+def _predict(run: Run, table_of: Callable[[Member], FeatureTable], rows: np.ndarray, ids: list[str]) -> Predictions:
+    scores = run.scores(table_of, torch.from_numpy(rows))
+    return Predictions(ids, run.classes, scores, run.decide(scores))
 
 
 def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: UsedFeatures) -> Tower:

@@ -16,7 +16,17 @@ LOSSES = {
     "ce": "cachefuse.losses:cross_entropy",
     "focal": "cachefuse.losses:focal",
 }
-OPTIMIZERS = {"adam": "torch.optim:Adam", "adamw": "torch.optim:AdamW", "sgd": "cachefuse.training.loop:NesterovSGD"}
+OPTIMIZERS = {
+    "adam": "cachefuse.training.optim:adam",
+    "adamw": "cachefuse.training.optim:adamw",
+    "lbfgs": "cachefuse.training.optim:LBFGS",
+    "sgd": "cachefuse.training.optim:NesterovSGD",
+}
+SCHEDULES = {
+    "constant": "cachefuse.training.optim:constant",
+    "cosine": "cachefuse.training.optim:cosine",
+    "onecycle": "cachefuse.training.optim:onecycle",
+}
 
 
 def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:

@@ -44,9 +44,9 @@ def demo(
         runs = []
         for fusion in FUSIONS:
             config = TrainConfig(fusion=fusion, seed=seed)
-            with TrainProgress(config.epochs, manifest.reported_metrics) as training:
-                runs.append(train_head(store, config, on_epoch=training.update))
-            if runs[-1].history.interrupted:
+            with TrainProgress(manifest.reported_metrics[0]) as training:
+                runs.append(train_head(store, config, on_progress=training.update))
+            if runs[-1].interrupted:
                 raise KeyboardInterrupt
         metric = manifest.reported_metrics[0]
         ranked = sorted(runs, key=lambda run: run.metrics["val"][metric])

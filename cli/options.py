@@ -30,6 +30,10 @@ StoreName = Annotated[
     str | None,
     typer.Option("--dataset", metavar="NAME", help="Whose features.", show_default="the one extracted last"),
 ]
+UsedEncoders = Annotated[
+    list[str] | None,
+    typer.Option("--encoder", metavar="SPEC", help="Which features; repeatable.", show_default="all in the store"),
+]
 Views = Annotated[str, typer.Option("--views", metavar="LIST", help="pooled, tokens, or pooled,tokens.")]
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", metavar="N", help="Samples at a time.", show_default="32, on CUDA 256")

@@ -1,6 +1,5 @@
 """What moves while long work goes on: bars of rows and of epochs, on stderr and only on a terminal."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Self
 
 from rich.markup import escape
@@ -21,7 +20,7 @@ from cachefuse_cli.render import TITLES, err, note
 
 if TYPE_CHECKING:
     from cachefuse.cache.extract import Progress as ExtractState
-    from cachefuse.training.loop import Epoch
+    from cachefuse.training.train import Progress as TrainState
 
 
 class _Rows(ProgressColumn):
@@ -113,28 +112,37 @@ class EncodeProgress(_RowBars):
 
 
 class TrainProgress:
-    """One bar of epochs with the loss and the best validation score."""
+    """One bar over the epochs of all models, with the loss and the validation score."""
 
-    def __init__(self, epochs: int, metrics: Sequence[str]) -> None:
-        self._metric = TITLES.get(metrics[0], metrics[0]) if metrics else "score"
+    def __init__(self, metric: str) -> None:
+        self._metric = TITLES.get(metric, metric)
         self._progress = _progress(
-            TextColumn("training"),
+            TextColumn("training{task.fields[model]}"),
             BarColumn(bar_width=None),
-            TextColumn("epoch {task.completed:.0f}/{task.total:.0f}{task.fields[state]}"),
+            TextColumn("epoch {task.fields[epoch]}{task.fields[state]}"),
             TimeRemainingColumn(),
         )
-        self._task = self._progress.add_task("training", total=epochs, state="")
+        self._task = self._progress.add_task("training", total=None, model="", epoch="", state="")
 
-    def __enter__(self) -> "TrainProgress":
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def update(self, epoch: "Epoch") -> None:
+    def update(self, now: "TrainState") -> None:
+        epoch = now.epoch
         score = "" if epoch.score is None else f"  val {self._metric} {epoch.score:.3f}"
-        self._progress.update(self._task, completed=epoch.epoch, state=f"  loss {epoch.loss:.4f}{score}")
+        stage = f" {now.stage}" if now.stage else ""
+        self._progress.update(
+            self._task,
+            completed=(now.model - 1) * now.n_epochs + epoch.epoch,
+            total=now.n_models * now.n_epochs,
+            model=f" {now.model}/{now.n_models}{stage}" if now.n_models > 1 else stage,
+            epoch=f"{epoch.epoch}/{now.n_epochs}",
+            state=f"  loss {epoch.loss:.4f}{score}",
+        )
 
 
 class BenchProgress:

@@ -174,10 +174,12 @@ def run_dict(run: "Run") -> dict[str, Any]:
         "path": str(run.path),
         "dataset": run.dataset,
         "classes": list(run.classes),
-        "rows": run.rows,
+        "rows": {split: result.n_rows for split, result in run.results.items()},
         "metrics": run.metrics,
-        "per_class": run.per_class,
-        "best_epoch": run.history.best_epoch,
+        "per_class": {split: result.per_class for split, result in run.results.items()},
+        "thresholds": run.thresholds.tolist(),
+        "best_epochs": [history.best_epoch for history in run.histories],
+        "models": len(run.members),
         "parameters": run.n_parameters,
         "size_mb": run.size_mb,
         "seconds": run.seconds,
@@ -190,21 +192,28 @@ def run_report(run: "Run") -> None:
     run_line(run)
     names = list(next(iter(run.metrics.values())))
     table = new_table("split", "rows", *(TITLES.get(name, name) for name in names), numbers=len(names) + 1)
-    for split, metrics in run.metrics.items():
-        table.add_row(split, f"{run.rows[split]:,}", *(_figure(metrics[name]) for name in names))
+    for split, result in run.results.items():
+        table.add_row(split, f"{result.n_rows:,}", *(_figure(result.metrics[name]) for name in names))
     console.print(table)
-    _per_class(console, run, list(run.metrics)[:2][-1])
-    epochs = len(run.history.epochs)
-    console.print(
-        f"{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s; "
-        f"weights of epoch {run.history.best_epoch} of {epochs}"
-    )
+    _per_class(console, run, list(run.metrics)[:2][-1] if run.held is None else run.held.split)
+    models = f"{len(run.members)} models of together " if len(run.members) > 1 else ""
+    console.print(f"{models}{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s{_epochs(run)}")
+    if (run.thresholds != 0.5).any():
+        low, high = run.thresholds.min(), run.thresholds.max()
+        console.print(f"a label's score must reach {low:.3f}" + (f" to {high:.3f}, by class" if low < high else ""))
     console.print(Text.assemble(("run   ", "dim"), str(run.path)), soft_wrap=True)
     console.print(Text.assemble(("next  ", "dim"), "cachefuse predict"), soft_wrap=True)
 
 
+def _epochs(run: "Run") -> str:
+    best = [history.best_epoch for history in run.histories]
+    if len(best) == 1:
+        return f"; weights of epoch {best[0]} of {len(run.histories[0].epochs)}"
+    return f"; epochs {min(best)} to {max(best)}" if best and min(best) < max(best) else ""
+
+
 def _per_class(console: Console, run: "Run", split: str) -> None:
-    figures = run.per_class[split]
+    figures = run.results[split].per_class
     order = list(range(len(run.classes)))
     title = f"classes on {split}"
     if len(run.classes) > MAX_CLASSES:
@@ -268,7 +277,7 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
     console = out()
     names = list(best.metrics["val"])
     top = {name: max(run.metrics["val"][name] for run in runs) for name in names}
-    title = f"{best.dataset}: validation, {best.rows['val']:,} samples the heads never saw"
+    title = f"{best.dataset}: validation, {best.results['val'].n_rows:,} samples the heads never saw"
     table = new_table(
         "fusion", *(TITLES.get(name, name) for name in names), "seconds", numbers=len(names) + 1, title=title
     )

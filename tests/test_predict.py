@@ -169,7 +169,9 @@ def test_a_bad_sample_is_predicted_without_it_and_noted(run, dataset, tmp_path, 
 
 
 def test_refuses_an_encoder_that_is_not_the_trained_one(run, dataset):
-    changed = replace(run, features={"text": tuple(replace(used, key="0" * 32) for used in run.features["text"])})
+    (member,) = run.members
+    other = {"text": tuple(replace(used, key="0" * 32) for used in run.features["text"])}
+    changed = replace(run, members=[replace(member, features=other)])
     with pytest.raises(RunError, match="was trained with other weights or preprocessing than classic has now; bring"):
         predict_samples(changed, samples_of(dataset, range(1)))
 

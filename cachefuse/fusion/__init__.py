@@ -2,6 +2,7 @@
 
 FUSIONS = {
     "concat": "cachefuse.fusion.late:ConcatFusion",
+    "gated": "cachefuse.fusion.gated:GatedFusion",
     "image": "cachefuse.fusion.late:ImageOnly",
     "mixed": "cachefuse.fusion.late:MixedFusion",
     "sum": "cachefuse.fusion.late:SumFusion",

@@ -31,8 +31,15 @@ class Fusion(nn.Module):
             )
         self.widths = {modality: widths[modality] for modality in used}
 
+    def alone(self) -> "dict[str, nn.Module]":
+        """Return the heads that the staged scheme trains first, each alone against the labels; none if there is one.
+
+        Each is a module from features and presence to logits (B, C), as the fusion is.
+        """
+        return {}
+
 
 def zero_absent(x: Tensor, present: Tensor) -> Tensor:
-    """Set the absent rows of ``x`` (B, D) to 0; ``present`` is (B,) bool."""
+    """Set the absent rows of ``x`` (..., B, D) to 0; ``present`` is (B,) bool."""
     # Filled, not multiplied: whatever an absent row holds, NaN included, stays out of the logits and the gradients.
-    return x.masked_fill(~present[:, None], 0)
+    return x.masked_fill(~present.unsqueeze(-1), 0)

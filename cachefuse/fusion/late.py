@@ -20,7 +20,7 @@ class ConcatFusion(Fusion):
         self.head = head(sum(self.widths.values()), classes)
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        x = torch.cat([zero_absent(features[m], present[m]) for m in self.widths], dim=1)  # (B, D_1 + ... + D_M)
+        x = torch.cat([zero_absent(features[m], present[m]) for m in self.widths], dim=-1)  # (B, D_1 + ... + D_M)
         return self.head(x)
 
 
@@ -36,6 +36,18 @@ class TextOnly(ConcatFusion):
 
     name = "text"
     modalities = ("text",)
+
+
+class HeadAlone(nn.Module):
+    """One head of a fusion, by itself: [x_1; ...; x_n] of its modalities -> head -> logits."""
+
+    def __init__(self, head: nn.Module, widths: dict[str, int]):
+        super().__init__()
+        self.head = head
+        self.widths = widths
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self.head(torch.cat([zero_absent(features[m], present[m]) for m in self.widths], dim=-1))
 
 
 class SumFusion(Fusion):
@@ -57,6 +69,9 @@ class SumFusion(Fusion):
         x = {m: zero_absent(features[m], present[m]) for m in self.widths}
         return self.meta(self.total(x, present))
 
+    def alone(self) -> dict[str, nn.Module]:
+        return {m: HeadAlone(head, {m: self.widths[m]}) for m, head in self.heads.items()}
+
     def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Add up the heads' logits (B, C), each where its modality is present."""
         return torch.stack([zero_absent(head(x[m]), present[m]) for m, head in self.heads.items()]).sum(0)
@@ -71,5 +86,8 @@ class MixedFusion(SumFusion):
         super().__init__(widths, classes, head)
         self.concat = head(sum(self.widths.values()), classes)
 
+    def alone(self) -> dict[str, nn.Module]:
+        return {**super().alone(), "concat": HeadAlone(self.concat, self.widths)}
+
     def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.concat(torch.cat([x[m] for m in self.widths], dim=1)) + super().total(x, present)
+        return self.concat(torch.cat([x[m] for m in self.widths], dim=-1)) + super().total(x, present)

@@ -1,13 +1,14 @@
 """The whole trained model: features as they are stored, standardised, fused to logits."""
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from cachefuse.cache.rows import Columns
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.base import Fusion
+from cachefuse.fusion.late import HeadAlone
 from cachefuse.heads import Standardize
 
 
@@ -16,16 +17,28 @@ class FusionModel(nn.Module):
 
     ``widths`` are the D_m of the modalities in use. Call ``fit_statistics`` before training: the statistics are part of
     the state dict, so a saved model takes features as they are stored. Absent rows count as the training mean.
+    ``standardize`` is given where another model's statistics are to be shared.
     """
 
-    def __init__(self, fusion: Fusion):
+    def __init__(self, fusion: Fusion | HeadAlone, standardize: nn.ModuleDict | None = None):
         super().__init__()
         self.widths = fusion.widths
-        self.standardize = nn.ModuleDict({m: Standardize(width) for m, width in fusion.widths.items()})
-        self.fusion = fusion
+        if standardize is None:
+            standardize = nn.ModuleDict({m: Standardize(width) for m, width in self.widths.items()})
+        self.standardize = standardize
+        self.fusion: Any = fusion
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @property
+    def size_mb(self) -> float:
+        """The size in MB (10^6 bytes), statistics included."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values()) / 1e6
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.fusion({m: standardize(features[m]) for m, standardize in self.standardize.items()}, present)
+        return self.fusion({m: self.standardize[m](features[m]) for m in self.widths}, present)
 
     def fit_statistics(self, features: Mapping[str, Columns], present: dict[str, Tensor], rows: Tensor) -> None:
         """Take each modality's mean and standard deviation over the rows (n,) int64 where it is present.

@@ -1,13 +1,13 @@
 """Features as they are stored, and batches as index tensors: no per-sample Dataset stands between them."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cachefuse.cache.features import Features
 from cachefuse.cache.rows import SHUFFLE_BYTES, Columns, JoinedRows, block_shuffle
@@ -15,11 +15,15 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_path
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.registry import lookup
 from cachefuse.runtime import total_memory
 
 logger = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.5  # that features may take before they count as too large for it
+SHARE_AT_HAND = 1 / 16  # that their standardised copy in memory may take; larger features stay in their files
+
+LOAD_ROWS = 4096  # brought into memory at a time
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,33 @@ class FeatureTable:
         size = max(x.block_rows for x in mapped)
         at_once = max(1, SHUFFLE_BYTES * len(self.labelled) // (n_bytes * size))
         return block_shuffle(rows.cpu(), size, at_once, generator).to(rows.device)
+
+    def only(self, modalities: Iterable[str]) -> "FeatureTable":
+        """Return the same rows with some of their modalities."""
+        names = list(modalities)
+        return replace(self, features={m: self.features[m] for m in names}, present={m: self.present[m] for m in names})
+
+    def without(self, modalities: Collection[str]) -> "FeatureTable":
+        """Return the same rows as if they lacked some modalities. Raises UnknownNameError for one that is not there."""
+        for modality in modalities:
+            lookup(self.present, modality, "modality")
+        gone = {m: torch.zeros_like(x) for m, x in self.present.items() if m in modalities}
+        return replace(self, present={**self.present, **gone})
+
+    def at_hand(self, standardize: nn.ModuleDict) -> "FeatureTable | None":
+        """Return the same rows standardised, float32, in memory; None if that would take much of it."""
+        n_bytes = 4 * sum(x.shape[0] * x.shape[1] for x in self.features.values())
+        device = self.targets.device
+        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total_memory()
+        if n_bytes > SHARE_AT_HAND * memory:
+            return None
+        features = {}
+        for modality, apply in standardize.items():
+            x = self.features[modality]
+            features[modality] = torch.empty(x.shape, device=device)
+            for part in torch.arange(x.shape[0], device=x.device).split(LOAD_ROWS):
+                features[modality][part[0] : part[-1] + 1] = apply(x.index_select(0, part).to(device))
+        return replace(self, features=features)
 
     def to(self, device: str) -> "FeatureTable":
         """Return the same rows with their tensors on a device; there, features go along where it has room for them."""
@@ -140,10 +171,38 @@ def multi_hot(targets: np.ndarray, n_classes: int) -> np.ndarray:
 
 
 def shuffled_batches(
-    table: FeatureTable, rows: Tensor, batch_size: int, generator: torch.Generator
+    table: FeatureTable, rows: Tensor, batch_size: int, generator: torch.Generator, chances: Tensor | None = None
 ) -> Iterator[Tensor]:
-    """Yield a table's rows in batches, in a new random order; all at once, in order, if ``batch_size`` is 0."""
-    if batch_size == 0 or batch_size >= len(rows):
+    """Yield a table's rows in batches, in a new random order; all at once, in order, if ``batch_size`` is 0.
+
+    With ``chances`` (n,), as many rows are drawn as there are, with replacement, each by its chance.
+    """
+    if chances is not None:
+        drawn = torch.multinomial(chances, len(rows), replacement=True, generator=generator)
+        yield from rows[drawn.to(rows.device)].split(batch_size or len(rows))
+    elif batch_size == 0 or batch_size >= len(rows):
         yield rows
-        return
-    yield from table.order(rows, generator).split(batch_size)
+    else:
+        yield from table.order(rows, generator).split(batch_size)
+
+
+def balanced_chances(targets: Tensor) -> Tensor:
+    """Return each row's chance (n,) to be drawn, float64 on the CPU: the inverse of its rarest label's rows.
+
+    Rows without labels count as a class of their own. In multi-class all classes are then drawn equally often.
+    """
+    hot = targets.cpu().bool()
+    blank = ~hot.any(1)
+    counts = hot.sum(0).clamp(min=1).double()
+    rarest = torch.where(hot, counts, torch.inf).amin(1)
+    return 1 / torch.where(blank, blank.sum().double(), rarest)
+
+
+def drop_modalities(present: dict[str, Tensor], p: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Take each modality away from a row with probability ``p``, but never the last: present {modality: (B,) bool}."""
+    here = torch.stack(list(present.values()))  # (M, B)
+    kept = here & (torch.rand(here.shape, generator=generator) >= p).to(here.device)
+    one = torch.rand(here.shape, generator=generator).to(here.device).masked_fill(~here, -1).argmax(0)  # (B,)
+    spared = here & (torch.arange(len(here), device=here.device)[:, None] == one)
+    kept = torch.where(kept.any(0), kept, spared)
+    return dict(zip(present, kept, strict=True))

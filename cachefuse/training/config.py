@@ -1,36 +1,67 @@
 """The settings of one training, checked once."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
-from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, lookup
+from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, SCHEDULES, lookup
 
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
 TASK_LOSS = {"multilabel": "bce", "multiclass": "ce"}
+LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
+SCHEMES = ("joint", "staged")
+THRESHOLDS = ("none", "global", "class")
+CHOICES = {
+    "scheme": SCHEMES,
+    "class_weights": ("none", "balanced", "effective"),
+    "sampler": ("shuffle", "balanced"),
+    "thresholds": (*THRESHOLDS, "auto"),
+}
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """How a head is trained. ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows.
 
-    ``loss`` None takes the task's: bce for multi-label, ce for multi-class. ``patience`` is the epochs without a better
-    validation score after which training stops, 0 for never; the best epoch's weights are kept while it is on.
+    ``loss`` None takes the task's: bce for multi-label, ce for multi-class; ``loss_options`` are its keyword arguments.
+    ``lr`` None takes the optimizer's. ``patience`` is the epochs without a better validation score after which training
+    stops, 0 for never; the best epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None
+    for the dataset's first. ``ema`` is the decay of averaged weights, which are then the ones kept; 0 for none.
+
+    ``thresholds`` are one for all classes ("global"), one a class, or 0.5 ("none"), chosen for ``threshold_metric`` on
+    rows held out; "auto" chooses one where there are such rows. ``folds`` K trains K models, each measured on the part
+    of train and val that it has not seen; 0 takes the dataset's val. ``members`` models that differ in their seed are
+    averaged. ``refit`` trains them once more on all of train and val, when epochs and thresholds are chosen.
     """
 
     fusion: str = "sum"
+    scheme: str = "joint"
     head: str = "mlp"
-    loss: str | None = None
     layers: tuple[int, ...] | None = None
     activation: str = "gelu"
     dropout: float = 0.5
+    modality_dropout: float = 0.0
+    loss: str | None = None
+    loss_options: Mapping[str, float | str] = field(default_factory=dict)
+    class_weights: str = "none"
+    sampler: str = "shuffle"
     optimizer: str = "adam"
-    lr: float = 1e-3
+    lr: float | None = None
+    schedule: str = "constant"
     weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    ema: float = 0.0
     epochs: int = 100
     batch_size: int = 256
     patience: int = 15
+    monitor: str | None = None
+    thresholds: str = "auto"
+    threshold_metric: str | None = None
+    folds: int = 0
+    members: int = 1
+    refit: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -38,22 +69,57 @@ class TrainConfig:
         lookup(HEADS, self.head, "head")
         lookup(ACTIVATIONS, self.activation, "activation")
         lookup(OPTIMIZERS, self.optimizer, "optimizer")
+        lookup(SCHEDULES, self.schedule, "schedule")
         if self.loss is not None:
             lookup(LOSSES, self.loss, "loss")
-        if not 0 < self.lr <= MAX_RATE:
-            raise ConfigError(f"lr must be above 0 and at most {MAX_RATE:g}. Got {self.lr} instead")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout must be at least 0 and below 1. Got {self.dropout} instead")
-        if not 0 <= self.weight_decay <= MAX_RATE:
-            raise ConfigError(f"weight-decay must be between 0 and {MAX_RATE:g}. Got {self.weight_decay} instead")
-        if self.epochs < 1:
-            raise ConfigError(f"epochs must be at least 1. Got {self.epochs} instead")
-        if self.batch_size < 0:
-            raise ConfigError(f"batch-size must be at least 1, or all. Got {self.batch_size} instead")
-        if self.patience < 0:
-            raise ConfigError(f"patience must be at least 0. Got {self.patience} instead")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{_option(name)} must be one of {', '.join(choices)}. Got {getattr(self, name)!r}")
+        for name, least, most in (
+            ("lr", 0, MAX_RATE), ("weight_decay", 0, MAX_RATE), ("clip_norm", 0, MAX_RATE),
+            ("epochs", 1, 10**9), ("batch_size", 0, 10**12), ("patience", 0, 10**9), ("folds", 0, 1000),
+            ("members", 1, 1000),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise ConfigError(f"{_option(name)} must be between {least} and {most:g}. Got {value} instead")
+        for name in ("dropout", "modality_dropout", "ema"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{_option(name)} must be at least 0 and below 1. Got {getattr(self, name)} instead")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        # Imported here: listing the settings, as --help does, needs no NumPy.
+        from cachefuse.metrics import LOWER_IS_BETTER, METRICS
+        from cachefuse.training.thresholds import THRESHOLD_METRICS
+
+        if self.monitor is not None:
+            lookup(METRICS, self.monitor, "metric")
+        if self.threshold_metric is not None:
+            lookup(THRESHOLD_METRICS, self.threshold_metric, "threshold metric")
+        if self.lr == 0:
+            raise ConfigError("lr must be above 0. Got 0 instead")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed must be between 0 and 2^63 - 1. Got {self.seed} instead")
+        if self.folds == 1:
+            raise ConfigError("folds must be 0 for none, or at least 2. Got 1 instead")
+        if self.monitor in LOWER_IS_BETTER:
+            raise ConfigError(
+                f"monitor must be a metric that is higher for a better model. Got {self.monitor!r} instead"
+            )
+        if self.optimizer == "lbfgs" and self.head != "linear":
+            raise ConfigError(f"optimizer 'lbfgs' is for --head linear. Got head {self.head!r}; take adam or adamw")
+        if self.optimizer == "lbfgs" and (self.schedule != "constant" or self.sampler != "shuffle"):
+            raise ConfigError("optimizer 'lbfgs' takes all rows in each step and no schedule; leave out both")
+
+    @property
+    def learning_rate(self) -> float:
+        return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def rows_a_step(self) -> int:
+        """The batch size; 0 for all rows, which L-BFGS always takes."""
+        return 0 if self.optimizer == "lbfgs" else self.batch_size
 
     def resolve_loss(self, task: str) -> str:
         """Return the loss for a task. Raises ConfigError if it can't be trained with the one that was asked for."""
@@ -68,14 +134,21 @@ class TrainConfig:
         layers = self.layers if self.layers is not None else lookup(HEADS, self.head, "head").default_layers
         return {"layers": layers, "activation": self.activation, "dropout": self.dropout}
 
+    def with_seed(self, seed: int) -> "TrainConfig":
+        return replace(self, seed=seed)
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "TrainConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
         """Build from a run's file. Raises ConfigError for keys that are not settings."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ConfigError(f"unknown settings: {', '.join(unknown)}")
         layers = values.get("layers")
         return cls(**{**values, "layers": None if layers is None else tuple(layers)})
+
+
+def _option(name: str) -> str:
+    return name.replace("_", "-")

@@ -6,32 +6,33 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from cachefuse.errors import TrainingError
-from cachefuse.training.batches import FeatureTable, shuffled_batches
+from cachefuse.training.batches import FeatureTable, drop_modalities, shuffled_batches
+from cachefuse.training.ema import EMA
 
 EVAL_ROWS = 8192
 CHECKED_ROWS = 100_000  # of the training rows that what was learnt is measured on, however many there are
 DIVERGED = 10.0  # a loss this many times that of logits 0 is no longer one of a model that learns
 
 
-class NesterovSGD(torch.optim.SGD):
-    """SGD with Nesterov momentum 0.9."""
-
-    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
-        super().__init__(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
-
-
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to: the mean training loss and the validation score (None without a validation split)."""
+    """What one epoch came to: the mean training loss and, with validation rows, their score and their loss.
+
+    With averaged weights, which are then those kept, ``raw_score`` is that of the weights as they are.
+    """
 
     epoch: int
     loss: float
     score: float | None
     best: bool
+    val_loss: float | None = None
+    raw_score: float | None = None
 
 
 @dataclass
@@ -43,6 +44,14 @@ class History:
     interrupted: bool = False
 
 
+@dataclass(frozen=True)
+class Validation:
+    """The rows (n,) that a model is validated on, and ``score(logits (n, C))``, higher for a better model."""
+
+    rows: Tensor
+    score: Callable[[Tensor], float]
+
+
 def fit(
     model: nn.Module,
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -50,41 +59,64 @@ def fit(
     table: FeatureTable,
     train_rows: Tensor,
     *,
-    score: Callable[[nn.Module], float] | None,
     epochs: int,
     batch_size: int,
-    patience: int,
     generator: torch.Generator,
+    schedule: LRScheduler | None = None,
+    validation: Validation | None = None,
+    patience: int = 0,
+    ema: EMA | None = None,
+    clip_norm: float = 0.0,
+    chances: Tensor | None = None,
+    modality_dropout: float = 0.0,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> History:
-    """Train until ``epochs``, or ``patience`` epochs without a better ``score``; leaves the best weights in the model.
+    """Train until ``epochs``, or ``patience`` epochs without a better validation; leaves the best weights in the model.
 
-    ``score`` is higher for a better model; without it, or with ``patience`` 0, the last epoch's weights stay.
-    Raises TrainingError if training diverges. Ctrl-C ends training at the best epoch so far, if there is one.
+    Without validation, or with ``patience`` 0, the last epoch's weights stay; with ``ema`` its averaged ones. Modules
+    whose parameters are all frozen are left in evaluation mode. ``chances`` (n,) are the rows' to be drawn, where they
+    are not all equal. Raises TrainingError if training diverges. Ctrl-C ends training at the best epoch so far, if
+    there is one.
     """
     history = History()
     best_score: float | None = None
     best_state: dict[str, Tensor] = {}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    kept = model if ema is None else ema.model
     try:
         for epoch in range(1, epochs + 1):
-            model.train()
-            total = 0.0
-            for rows in shuffled_batches(table, train_rows, batch_size, generator):
+            _train_mode(model)
+            total = torch.zeros((), device=train_rows.device)
+            for rows in shuffled_batches(table, train_rows, batch_size, generator, chances):
                 features, present = table.batch(rows)  # (B, D_m), (B,)
-                logits = model(features, present)  # (B, C)
-                value = loss(logits, table.targets[rows])
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                optimizer.step()
-                total += value.item() * len(rows)
-            mean_loss = total / len(train_rows)
+                targets = table.targets[rows]  # (B, C)
+                if modality_dropout:
+                    present = drop_modalities(present, modality_dropout, generator)
+
+                def closure(features: Any = features, present: Any = present, targets: Any = targets) -> Any:
+                    logits = model(features, present)  # (B, C)
+                    value = loss(logits, targets)
+                    optimizer.zero_grad(set_to_none=True)
+                    value.backward()
+                    if clip_norm:
+                        nn.utils.clip_grad_norm_(parameters, clip_norm)
+                    return value
+
+                value: Any = optimizer.step(closure)
+                if schedule:
+                    schedule.step()
+                if ema:
+                    ema.update()
+                total += value.detach() * len(rows)
+            mean_loss = total.item() / len(train_rows)
             if not math.isfinite(mean_loss):
                 raise TrainingError(f"training diverged in epoch {epoch}: the loss is {mean_loss}; take a lower lr")
-            epoch_score = score(model) if score else None
-            better = patience == 0 or epoch == 1 or _is_better(epoch_score, best_score)
-            history.epochs.append(Epoch(epoch, mean_loss, epoch_score, better))
+            score, val_loss = _validate(kept, loss, table, validation)
+            raw_score = _validate(model, loss, table, validation)[0] if ema else None
+            better = patience == 0 or epoch == 1 or _is_better(score, best_score)
+            history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss, raw_score))
             if better:
-                history.best_epoch, best_score, best_state = epoch, epoch_score, copy.deepcopy(model.state_dict())
+                history.best_epoch, best_score, best_state = epoch, score, copy.deepcopy(kept.state_dict())
             on_epoch(history.epochs[-1])
             if patience and epoch - history.best_epoch >= patience:
                 break
@@ -95,6 +127,26 @@ def fit(
     model.load_state_dict(best_state)
     _check_learnt(model, loss, table, train_rows)
     return history
+
+
+def _train_mode(model: nn.Module) -> None:
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def _validate(
+    model: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    table: FeatureTable,
+    validation: Validation | None,
+) -> tuple[float | None, float | None]:
+    if validation is None:
+        return None, None
+    logits = predict_logits(model, table, validation.rows)  # (n, C)
+    return validation.score(logits), loss(logits, table.targets[validation.rows].cpu()).item()
 
 
 def _is_better(score: float | None, best: float | None) -> bool:
@@ -135,3 +187,10 @@ def predict_logits(model: nn.Module, table: FeatureTable, rows: Tensor) -> Tenso
 def to_scores(logits: Tensor, loss: str) -> Tensor:
     """Return probabilities (n, C): a softmax where the loss was one over the classes, else a sigmoid for each."""
     return logits.softmax(dim=1) if loss == "ce" else logits.sigmoid()
+
+
+def predict_scores(model: nn.Module, table: FeatureTable, rows: Tensor, loss: str) -> np.ndarray:
+    """Return probabilities (n, C) float32 of some rows. Raises TrainingError if any is not finite."""
+    if not len(rows):
+        return np.zeros((0, table.targets.shape[1]), np.float32)
+    return to_scores(predict_logits(model, table, rows.to(table.targets.device)), loss).numpy()

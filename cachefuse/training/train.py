@@ -1,26 +1,65 @@
-"""Stage 2: a light head over cached features, from a store to a run."""
+"""Stage 2: light heads over cached features, from a problem to trained models, and from a store to a run."""
 
-import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cachefuse.cache.store import FeatureStore
-from cachefuse.data.splits import ordered_splits
-from cachefuse.errors import DataError
-from cachefuse.metrics import METRICS, decide, per_class
-from cachefuse.registry import LOSSES, OPTIMIZERS, lookup
-from cachefuse.runtime import resolve_device, seed_everything
-from cachefuse.training.batches import FeatureTable, load_table, select_features
+from cachefuse.data.folds import stratified_folds
+from cachefuse.errors import ConfigError
+from cachefuse.fusion.model import FusionModel
+from cachefuse.losses import build_loss, class_weights
+from cachefuse.metrics import METRICS, decide
+from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
+from cachefuse.runtime import seed_everything
+from cachefuse.training.batches import balanced_chances
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.loop import CHECKED_ROWS, Epoch, fit, predict_logits, spread, to_scores
-from cachefuse.training.run import Run, build_model, used_features
+from cachefuse.training.ema import EMA
+from cachefuse.training.loop import Epoch, History, Validation, fit, predict_scores, to_scores
+from cachefuse.training.measure import HeldOut, choose_for, chooses, measure
+from cachefuse.training.problem import TRAIN, VAL, Problem, open_problem
+from cachefuse.training.run import Member, Run, UsedByModality, build_model, split_digest, used_features
 
-TRAIN, VAL = "train", "val"
+logger = logging.getLogger(__name__)
+
+STOP_PARTS = 10  # with folds, one in so many of the rows to train on says when to stop
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows to train on, to validate on while training, and to measure on: (n,) int64 each."""
+
+    train: Tensor
+    validate: Tensor
+    held: Tensor
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands: which of its models, at what stage, of how many epochs; and the epoch just done."""
+
+    model: int
+    n_models: int
+    stage: str
+    n_epochs: int
+    epoch: Epoch
+
+
+@dataclass
+class Trained:
+    """Models with their settings and fold, the histories of those that ``held`` was measured by, thresholds (C,)."""
+
+    members: list[tuple[TrainConfig, FusionModel, int | None]]
+    histories: list[History]
+    held: HeldOut | None
+    thresholds: np.ndarray
 
 
 def train_head(
@@ -29,103 +68,203 @@ def train_head(
     *,
     encoders: Sequence[str] = (),
     device: str = "auto",
-    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    max_size_mb: float | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Run:
-    """Train one head on a store's ``train`` rows and measure it on every labelled split; nothing is written.
+    """Train a head on a store's ``train`` rows and measure it on every labelled split; nothing is written.
 
-    Of ``train`` itself at most 100,000 rows, evenly spread, are measured.
+    With ``config.folds``, ``train`` and ``val`` are taken together, and each part is measured by a model that has not
+    seen it ("oof"). Of ``train`` itself at most 100,000 rows, evenly spread, are measured.
 
-    ``encoders`` name the features to use, by default all that the store has. Early stopping watches the dataset's first
-    metric on ``val``, where there are such rows. Raises ConfigError for settings that don't fit the dataset or a
-    modality that no training row has, DataError without training rows, TrainingError if training diverges.
+    ``encoders`` name the features to use, by default all that the store has. ``max_size_mb`` is the most that the
+    model may take, in 10^6 bytes. Raises ConfigError for settings that don't fit the dataset, a model that is too
+    large, or a modality that no training row has, DataError without training rows, TrainingError if training diverges.
     """
+    problem, chosen = open_problem(store, encoders, device)
+    return train_run(store, problem, used_features(chosen), config, max_size_mb=max_size_mb, on_progress=on_progress)
+
+
+def train_run(
+    store: FeatureStore,
+    problem: Problem,
+    used: UsedByModality,
+    config: TrainConfig,
+    *,
+    max_size_mb: float | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Run:
+    """Do what ``train_head`` does, with a problem that is open already."""
     begun = time.perf_counter()
-    manifest, classes = store.manifest, store.classes
-    loss_name = config.resolve_loss(manifest.task)
-    device = resolve_device(device)
-    chosen = select_features(store, encoders)
-    seed_everything(config.seed)
-    model = build_model(
-        config, {m: sum(f.views["pooled"].row_shape[0] for f in g) for m, g in chosen.items()}, len(classes)
-    )
-    chosen = {modality: chosen[modality] for modality in model.widths}
-    table = load_table(store, chosen)
-    train_rows = _training_rows(store, table)
-    model.fit_statistics(table.features, table.present, train_rows)
-    model, table = model.to(device), table.to(device)
-    score = partial(_score, table=table, loss=loss_name, store=store) if len(table.rows(VAL)) else None
-    history = fit(
-        model,
-        lookup(LOSSES, loss_name, "loss"),
-        lookup(OPTIMIZERS, config.optimizer, "optimizer")(
-            model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-        ),
-        table,
-        train_rows.to(device),
-        score=score,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        patience=config.patience,
-        generator=torch.Generator().manual_seed(config.seed),
-        on_epoch=on_epoch,
-    )
-    splits = [split for split in ordered_splits(store.splits) if len(table.rows(split))]
-    measured = {split: _measure(model, table, split, loss_name, store) for split in splits}
-    return Run(
-        name=f"{store.dataset}-{config.fusion}-{config.head}-{loss_name}",
+    config = replace(config, loss=config.resolve_loss(problem.task))
+    with torch.device("meta"):
+        untrained = build_model(config, problem.widths, len(problem.classes))
+    _check_size(untrained, config, max_size_mb)
+    problem = problem.only(list(untrained.widths))
+    trained = train_problem(problem, config, on_progress)
+    own = {modality: used[modality] for modality in untrained.widths}
+    run = Run(
+        name=f"{store.dataset}-{config.fusion}-{config.head}-{config.loss}",
         dataset=store.dataset,
-        manifest=manifest,
-        classes=classes,
+        manifest=store.manifest,
+        classes=problem.classes,
         config=config,
-        features=used_features(chosen),
-        model=model.cpu(),
-        history=history,
-        rows={split: len(table.rows(split)) for split in measured},
-        metrics={split: metrics for split, (metrics, _) in measured.items()},
-        per_class={split: figures for split, (_, figures) in measured.items()},
-        split_digest=_split_digest(store),
-        seconds=time.perf_counter() - begun,
+        members=[
+            Member(settings, own, model, 1 / len(trained.members), fold) for settings, model, fold in trained.members
+        ],
+        thresholds=trained.thresholds,
+        histories=trained.histories,
+        held=trained.held,
+        split_digest=split_digest(store),
     )
+    run.results = measure(problem, run, lambda member: problem.table)
+    run.seconds = time.perf_counter() - begun
+    return run
 
 
-def _training_rows(store: FeatureStore, table: FeatureTable) -> Tensor:
-    rows = table.rows(TRAIN)
-    if not len(rows):
-        have = {split: len(table.rows(split)) for split in ordered_splits(store.splits)}
-        labelled = ", ".join(f"{split} has {n:,} labelled rows" for split, n in have.items())
-        raise DataError(f"{store.dataset} has no labelled rows in its {TRAIN!r} split ({labelled})")
-    return rows
+def train_problem(
+    problem: Problem, config: TrainConfig, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> Trained:
+    """Train what the settings ask for: a model for each part (one, or one a fold) and seed; then refit, if asked to.
+
+    Raises ConfigError, DataError or TrainingError as ``train_head`` does.
+    """
+    config = replace(config, loss=config.resolve_loss(problem.task))
+    parts = split_parts(problem, config)
+    chooses(problem, config, sum(len(part.held) for part in parts))  # before hours of training, not after
+    _warn_of_rare_classes(problem, parts)
+    seeds = [config.with_seed(config.seed + i) for i in range(config.members)]
+    n_models = (len(parts) + config.refit) * len(seeds)
+    members: list[tuple[TrainConfig, FusionModel, int | None]] = []
+    histories, scores = [], []
+    for fold, part in enumerate(parts):
+        of_part = []
+        for own in seeds:
+            tell = partial(_tell, on_progress, len(members) + 1, n_models, config.epochs)
+            model, history = train_model(problem, own, part, on_epoch=tell)
+            if history.interrupted and n_models > 1:
+                raise KeyboardInterrupt
+            members.append((own, model, fold if config.folds else None))
+            histories.append(history)
+            of_part.append(predict_scores(model, problem.table, part.held, own.resolve_loss(problem.task)))
+        scores.append(np.stack(of_part).mean(axis=0, dtype=np.float32))
+    held = HeldOut.join("oof" if config.folds else VAL, problem, [part.held for part in parts], scores)
+    thresholds = choose_for(problem, config, held)
+    if config.refit:
+        best = round(float(np.mean([history.best_epoch for history in histories])))
+        everything = Part(problem.rows(TRAIN, VAL), *[torch.empty(0, dtype=torch.int64)] * 2)
+        done, members = len(members), []
+        for own in seeds:
+            tell = partial(_tell, on_progress, done + len(members) + 1, n_models, best)
+            members.append((own, train_model(problem, own, everything, epochs=best, on_epoch=tell)[0], None))
+    return Trained(members, histories, held, thresholds)
 
 
-def _decided(
-    model: nn.Module, table: FeatureTable, split: str, loss: str, store: FeatureStore
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return targets, scores and predictions of a split, all (n, C); of train, which may be large, of some rows."""
-    rows = table.rows(split)
-    if split == TRAIN:
-        rows = spread(rows, CHECKED_ROWS)
-    device = table.targets.device
-    scores = to_scores(predict_logits(model, table, rows.to(device)), loss).numpy()
-    targets = table.targets[rows.to(device)].cpu().numpy()
-    return targets, scores, decide(scores, store.manifest.task, min_labels=store.manifest.min_labels)
+def split_parts(problem: Problem, config: TrainConfig) -> list[Part]:
+    """Return the parts to train on: the dataset's own train and val, or K folds of both together.
+
+    With folds, where an epoch is to be chosen, a tenth of the rows to train on is kept apart for that, so that the part
+    measured has no say in it.
+    """
+    train = problem.train_rows()
+    if not config.folds:
+        val = problem.rows(VAL)
+        return [Part(train, val, val)]
+    rows = problem.rows(TRAIN, VAL)
+    fold_of = torch.from_numpy(stratified_folds(problem.targets(rows), config.folds, config.seed))
+    parts = []
+    for fold in range(config.folds):
+        held, rest = rows[fold_of == fold], rows[fold_of != fold]
+        if config.patience:
+            inner = torch.from_numpy(stratified_folds(problem.targets(rest), min(STOP_PARTS, len(rest)), config.seed))
+            parts.append(Part(rest[inner != 0], rest[inner == 0], held))
+        else:
+            parts.append(Part(rest, held, held))
+    return parts
 
 
-def _score(model: nn.Module, *, table: FeatureTable, loss: str, store: FeatureStore) -> float:
-    metric = METRICS[store.manifest.reported_metrics[0]]
-    return metric(*_decided(model, table, VAL, loss, store))
+def train_model(
+    problem: Problem,
+    config: TrainConfig,
+    part: Part,
+    *,
+    epochs: int | None = None,
+    on_epoch: Callable[[str, Epoch], None] = lambda stage, epoch: None,
+) -> tuple[FusionModel, History]:
+    """Train one model on a part's rows. ``epochs`` ends it at that one, for good, with the schedule of all."""
+    seed_everything(config.seed)
+    device, loss_name = problem.device, config.resolve_loss(problem.task)
+    model = build_model(config, problem.widths, len(problem.classes)).to(device)
+    table, rows = problem.table.only(model.widths), part.train.to(device)
+    model.fit_statistics(table.features, table.present, rows)
+    at_hand = table.at_hand(model.standardize)
+    targets = table.targets[rows]
+    weights = None if config.class_weights == "none" else class_weights(targets, config.class_weights, problem.task)
+    steps = -(-len(rows) // (config.rows_a_step or len(rows)))
+    validation = None
+    if len(part.validate):
+        name = config.monitor or problem.metrics[0]
+        validation = Validation(part.validate.to(device), partial(_score, problem, part.validate, name, loss_name))
+
+    def train(stage: str, module: Any) -> History:
+        if at_hand is None:
+            module = FusionModel(module, model.standardize)
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
+            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        return fit(
+            module,
+            build_loss(loss_name, config.loss_options, weights),
+            optimizer,
+            at_hand or table,
+            rows,
+            epochs=epochs or config.epochs,
+            batch_size=config.rows_a_step,
+            generator=torch.Generator().manual_seed(config.seed),
+            schedule=lookup(SCHEDULES, config.schedule, "schedule")(optimizer, config.epochs * steps),
+            validation=validation,
+            patience=0 if epochs else config.patience,
+            ema=EMA(module, config.ema) if config.ema else None,
+            clip_norm=config.clip_norm,
+            chances=balanced_chances(targets) if config.sampler == "balanced" else None,
+            modality_dropout=config.modality_dropout,
+            on_epoch=partial(on_epoch, stage),
+        )
+
+    for name, head in model.fusion.alone().items() if config.scheme == "staged" else ():
+        if train(name, head).interrupted:
+            raise KeyboardInterrupt
+        head.requires_grad_(False)
+    history = train("", model.fusion)
+    model.requires_grad_(True)
+    return model, history
 
 
-def _measure(
-    model: nn.Module, table: FeatureTable, split: str, loss: str, store: FeatureStore
-) -> tuple[dict[str, float], dict[str, list[float]]]:
-    decided = _decided(model, table, split, loss, store)
-    metrics = {name: METRICS[name](*decided) for name in store.manifest.reported_metrics}
-    return metrics, {name: values.tolist() for name, values in per_class(*decided).items()}
+def _score(problem: Problem, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:
+    scores = to_scores(logits, loss).numpy()
+    return METRICS[metric](problem.targets(rows), scores, decide(scores, problem.task, min_labels=problem.min_labels))
 
 
-def _split_digest(store: FeatureStore) -> str:
-    """Hash which id is in which split, so that two runs can tell whether they were measured on the same rows."""
-    digest = hashlib.blake2b(digest_size=8)
-    for sample, split in zip(store.ids, store.splits, strict=True):
-        digest.update(f"{sample}\0{split}\n".encode("utf-8", "surrogatepass"))
-    return digest.hexdigest()
+def _tell(
+    on_progress: Callable[[Progress], None], model: int, n_models: int, n_epochs: int, stage: str, epoch: Epoch
+) -> None:
+    on_progress(Progress(model, n_models, stage, n_epochs, epoch))
+
+
+def _warn_of_rare_classes(problem: Problem, parts: Sequence[Part]) -> None:
+    positives = np.min([problem.targets(part.train).sum(axis=0) for part in parts], axis=0)
+    absent = [name for name, n in zip(problem.classes, positives, strict=True) if n == 0]
+    if absent:
+        where = "the training rows" if len(parts) == 1 else "the training rows of some fold"
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        logger.warning("class %r%s never occurs in %s, so nothing can be learnt of it there", absent[0], more, where)
+
+
+def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float | None) -> None:
+    n_models = config.members * (1 if config.refit else max(1, config.folds))
+    size = n_models * model.size_mb
+    if max_size_mb is not None and size > max_size_mb:
+        raise ConfigError(
+            f"the model would take {size:.2f} MB{f' ({n_models} of them)' if n_models > 1 else ''}, and max-size-mb is "
+            f"{max_size_mb:g}; take smaller --layers, fewer --members, or --refit in place of --folds"
+        )

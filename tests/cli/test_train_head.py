@@ -39,7 +39,7 @@ def test_finds_the_dataset_by_its_manifest(cachefuse, workspace):
     [
         (
             ["--fusion", "smu"],
-            "unknown fusion 'smu' (did you mean 'sum'?); choose from: concat, image, mixed, sum, text",
+            "unknown fusion 'smu' (did you mean 'sum'?); choose from: concat, gated, image, mixed, sum, text",
         ),
         (["--head", "ml"], "unknown head 'ml'"),
         (["--loss", "bc"], "unknown loss 'bc'"),
@@ -49,8 +49,8 @@ def test_finds_the_dataset_by_its_manifest(cachefuse, workspace):
         (["--encoder", "bert"], "encoder 'bert' is not in this store; choose from: classic"),
         (["--dataset", "other"], "no features of other in workspace; make them with cachefuse extract --dataset other"),
         (["--lr", "0"], "lr must be above 0"),
-        (["--lr", "1e39"], "lr must be above 0 and at most 1e+06. Got 1e+39 instead"),
-        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--lr", "1e39"], "lr must be between 0 and 1e+06. Got 1e+39 instead"),
+        (["--epochs", "0"], "epochs must be between 1 and 1e+09"),
         (["--batch-size", "0"], "batch-size must be a whole number of at least 1, or all. Got '0' instead"),
         (["--batch-size", "²"], "batch-size must be a whole number of at least 1, or all. Got '²' instead"),
         (["--layers", "8,x"], "layers must be whole numbers such as 2048,512. Got '8,x' instead"),
@@ -88,9 +88,9 @@ def interrupt_after(epochs, monkeypatch):
 
     real = progress.TrainProgress.update
 
-    def update(self, epoch):
-        real(self, epoch)
-        if epoch.epoch == epochs:
+    def update(self, now):
+        real(self, now)
+        if now.epoch.epoch == epochs:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(progress.TrainProgress, "update", update)
@@ -101,7 +101,7 @@ def test_an_interrupt_keeps_a_usable_run(cachefuse, workspace, monkeypatch):
     result = cachefuse("train-head", "--head", "linear", "--json")
     assert result.code == 130
     run = json.loads(result.out)
-    assert f"note: interrupted: kept epoch {run['best_epoch']}, the best so far; predict uses it" in result.err
+    assert f"note: interrupted: kept epoch {run['best_epochs'][0]}, the best so far; predict uses it" in result.err
     assert f"run {run['run']}" in cachefuse("predict").err
 
 
@@ -109,7 +109,7 @@ def test_an_interrupt_before_the_first_epoch_writes_nothing(cachefuse, workspace
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cachefuse.training.train.load_table", stop)
+    monkeypatch.setattr("cachefuse.training.problem.load_table", stop)
     result = cachefuse("train-head", *QUICK)
     assert (result.code, result.out) == (130, "")
     assert "note: interrupted; nothing was written; run the same command again" in result.err
@@ -120,9 +120,9 @@ SIGNALLED = """
 import sys
 from cachefuse_cli import app, progress
 real = progress.TrainProgress.update
-def update(self, epoch):
-    real(self, epoch)
-    print("epoch", epoch.epoch, file=sys.stderr, flush=True)
+def update(self, now):
+    real(self, now)
+    print("epoch", now.epoch.epoch, file=sys.stderr, flush=True)
 progress.TrainProgress.update = update
 app.main(["train-head", "--epochs", "1000000", "--patience", "0", "--layers", "8", "--json"])
 """

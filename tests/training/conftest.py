@@ -55,7 +55,7 @@ def make_store(tmp_path, add_features):
     def make(features, targets, splits, *, task="multilabel", absent=None, metrics=(), name="made"):
         """A store of features {modality: (N, D)}, with ``absent`` {modality: rows}."""
         absent = absent or {}
-        n, n_classes = len(targets), targets.shape[1] if targets.ndim == 2 else targets.max(initial=1) + 1
+        n, n_classes = len(targets), targets.shape[1] if targets.ndim == 2 else targets.max(initial=0) + 1
         manifest = parse_manifest(
             f'name = "{name}"\ntask = "{task}"\nmetrics = {list(metrics)}\nreader = {{ kind = "shapes" }}', "made.toml"
         )

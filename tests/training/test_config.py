@@ -1,26 +1,38 @@
 import pytest
 
 from cachefuse.errors import ConfigError, UnknownNameError
+from cachefuse.registry import OPTIMIZERS
 from cachefuse.training.config import TrainConfig
 
 
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("lr", 0.0, r"lr must be above 0 and at most 1e\+06\. Got 0\.0 instead"),
-        ("lr", -1.0, r"lr must be above 0 and at most 1e\+06\. Got -1\.0 instead"),
-        ("lr", 1e39, r"lr must be above 0 and at most 1e\+06\. Got 1e\+39 instead"),
-        ("lr", float("nan"), r"lr must be above 0 and at most 1e\+06\. Got nan instead"),
+        ("lr", 0.0, r"lr must be above 0\. Got 0 instead"),
+        ("lr", -1.0, r"lr must be between 0 and 1e\+06\. Got -1\.0 instead"),
+        ("lr", 1e39, r"lr must be between 0 and 1e\+06\. Got 1e\+39 instead"),
+        ("lr", float("nan"), r"lr must be between 0 and 1e\+06\. Got nan instead"),
         ("dropout", 1.0, r"dropout must be at least 0 and below 1\. Got 1\.0 instead"),
         ("dropout", -0.1, r"dropout must be at least 0 and below 1\. Got -0\.1 instead"),
         ("dropout", float("nan"), r"dropout must be at least 0 and below 1\. Got nan instead"),
         ("weight_decay", -1.0, r"weight-decay must be between 0 and 1e\+06\. Got -1\.0 instead"),
         ("weight_decay", float("inf"), r"weight-decay must be between 0 and 1e\+06\. Got inf instead"),
-        ("epochs", 0, r"epochs must be at least 1\. Got 0 instead"),
-        ("batch_size", -1, r"batch-size must be at least 1, or all\. Got -1 instead"),
-        ("patience", -1, r"patience must be at least 0\. Got -1 instead"),
+        ("epochs", 0, r"epochs must be between 1 and 1e\+09\. Got 0 instead"),
+        ("batch_size", -1, r"batch-size must be between 0 and 1e\+12\. Got -1 instead"),
+        ("patience", -1, r"patience must be between 0 and 1e\+09\. Got -1 instead"),
         ("seed", -1, r"seed must be between 0 and 2\^63 - 1\. Got -1 instead"),
         ("seed", 2**63, r"seed must be between 0 and 2\^63 - 1\. Got 9223372036854775808 instead"),
+        ("folds", 1, r"folds must be 0 for none, or at least 2\. Got 1 instead"),
+        ("folds", -1, r"folds must be between 0 and 1000\. Got -1 instead"),
+        ("members", 0, r"members must be between 1 and 1000\. Got 0 instead"),
+        ("ema", 1.0, r"ema must be at least 0 and below 1\. Got 1\.0 instead"),
+        ("modality_dropout", 1.0, r"modality-dropout must be at least 0 and below 1\. Got 1\.0 instead"),
+        ("clip_norm", -1.0, r"clip-norm must be between 0 and 1e\+06\. Got -1\.0 instead"),
+        ("scheme", "both", r"scheme must be one of joint, staged\. Got 'both'"),
+        ("class_weights", "equal", r"class-weights must be one of none, balanced, effective\. Got 'equal'"),
+        ("sampler", "random", r"sampler must be one of shuffle, balanced\. Got 'random'"),
+        ("thresholds", "some", r"thresholds must be one of none, global, class, auto\. Got 'some'"),
+        ("monitor", "calibration_error", r"monitor must be a metric that is higher for a better model"),
     ],
 )
 def test_refuses_settings_out_of_range(setting, value, message):
@@ -28,10 +40,31 @@ def test_refuses_settings_out_of_range(setting, value, message):
         TrainConfig(**{setting: value})
 
 
-@pytest.mark.parametrize("setting", ["fusion", "head", "loss", "activation", "optimizer"])
+@pytest.mark.parametrize("setting", ["fusion", "head", "loss", "activation", "optimizer", "schedule"])
 def test_refuses_unknown_names(setting):
     with pytest.raises(UnknownNameError, match=f"unknown {setting} 'smu'.*; choose from: "):
         TrainConfig(**{setting: "smu"})
+
+
+@pytest.mark.parametrize("setting", ["monitor", "threshold_metric"])
+def test_refuses_metrics_that_do_not_exist(setting):
+    with pytest.raises(UnknownNameError, match=r"metric 'micro_f2' \(did you mean 'micro_f1'\?\); choose from: "):
+        TrainConfig(**{setting: "micro_f2"})
+
+
+@pytest.mark.parametrize("setting", [{"schedule": "cosine"}, {"sampler": "balanced"}])
+def test_lbfgs_takes_all_rows_and_a_linear_head(setting):
+    with pytest.raises(ConfigError, match=r"optimizer 'lbfgs' is for --head linear\. Got head 'mlp'"):
+        TrainConfig(optimizer="lbfgs")
+    with pytest.raises(ConfigError, match="optimizer 'lbfgs' takes all rows in each step and no schedule"):
+        TrainConfig(optimizer="lbfgs", head="linear", **setting)
+    assert TrainConfig(optimizer="lbfgs", head="linear").rows_a_step == 0
+
+
+def test_each_optimizer_has_a_rate_of_its_own():
+    rates = {name: TrainConfig(optimizer=name, head="linear").learning_rate for name in OPTIMIZERS}
+    assert rates == {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
+    assert TrainConfig(lr=0.3).learning_rate == 0.3
 
 
 def test_takes_the_tasks_loss_unless_told():

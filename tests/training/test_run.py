@@ -38,21 +38,25 @@ def edit(path, change):
 
 def test_comes_back_as_it_was(trained, saved):
     run = Run.load(saved)
-    for name in ("name", "dataset", "manifest", "classes", "features", "rows", "metrics", "per_class", "split_digest"):
+    for name in ("name", "dataset", "manifest", "classes", "features", "results", "split_digest", "sources"):
         assert getattr(run, name) == getattr(trained, name), name
-    assert (run.history, run.created, run.path) == (trained.history, trained.created, saved)
+    assert (run.histories, run.created, run.path) == (trained.histories, trained.created, saved)
     assert run.config == TrainConfig(head="linear", epochs=2, loss="bce")
-    assert (run.task, run.loss) == ("multilabel", "bce")
-    state = trained.model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in run.model.state_dict().items())
+    assert run.task == "multilabel"
+    state = trained.members[0].model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in run.members[0].model.state_dict().items())
+    assert run.thresholds.tolist() == trained.thresholds.tolist()
+    assert run.held.split == "val"
+    for name in ("rows", "parts", "scores"):
+        np.testing.assert_array_equal(getattr(run.held, name), getattr(trained.held, name))
 
 
 def test_a_figure_that_is_not_defined_is_null_in_the_file_and_nan_in_python(make_store, tmp_path):
     x = {"image": np.eye(4, dtype=np.float16)}
     y = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], np.int8)
     path = train_head(make_store(x, y, ["train", "train", "val", "val"]), QUICK).save(tmp_path / "runs")
-    assert json.loads((path / "run.json").read_text())["per_class"]["val"]["ap"][1] is None
-    assert np.isnan(Run.load(path).per_class["val"]["ap"][1])
+    assert json.loads((path / "run.json").read_text())["results"]["val"]["per_class"]["ap"][1] is None
+    assert np.isnan(Run.load(path).results["val"].per_class["ap"][1])
 
 
 def test_counts_parameters_and_size(trained):
@@ -171,9 +175,7 @@ def test_names_a_file_that_is_no_json_object(saved, file, content):
         ("config", {"fusion": ["sum"]}, ""),
         ("config", {"epochs": "many"}, ""),
         ("config", {"dropout": None}, ""),
-        ("config", {"head": "mlp", "layers": [-1]}, "layers must be at least 1 wide"),
-        ("config", {"head": "mlp", "layers": ["a"]}, ""),
-        ("config", {"loss": "ce"}, "loss 'ce' is for one label a row"),
+        ("config", {"seed": -1}, "seed must be between"),
         ("config", 5, "config: "),
         ("classes", "abc", "classes: "),
         ("classes", [1, 2, 3], "classes.0: "),
@@ -181,15 +183,17 @@ def test_names_a_file_that_is_no_json_object(saved, file, content):
         ("dataset", 5, "dataset: "),
         ("created", 5, "created: "),
         ("seconds", "long", "seconds: "),
-        ("rows", {"val": "many"}, "rows.val: "),
-        ("metrics", {"val": 1}, "metrics.val: "),
+        ("results", {"val": {"n_rows": "many"}}, "results.val.n_rows: "),
+        ("results", {"val": 1}, "results.val: "),
+        ("thresholds", [0.5], "1 thresholds for 3 classes"),
+        ("thresholds", ["high", 0.5, 0.5], "thresholds.0: "),
+        ("members", [], "members: there are none"),
+        ("members", [{}], "members.0.config: Field required"),
+        ("sources", "abc", "sources: "),
         ("manifest", {}, "manifest.name: "),
         ("manifest", {"name": "a", "task": "retrieval", "reader": {"kind": "shapes"}}, "a retrieval dataset has no"),
         ("manifest", {"name": "../a", "task": "multilabel", "reader": {"kind": "shapes"}}, "manifest.name: "),
         ("manifest", {"name": "a", "task": "multilabel", "reader": {"kind": "os"}}, "unknown reader 'os'"),
-        ("features", {"image": [{"encoder": "toy"}]}, "features.image.0.source: "),
-        ("features", {"image": [], "text": 5}, "features.text: "),
-        ("features", {}, "fusion 'sum' needs some features"),
     ],
 )
 def test_refuses_a_description_edited_into_nonsense(saved, key, value, message):
@@ -198,37 +202,75 @@ def test_refuses_a_description_edited_into_nonsense(saved, key, value, message):
         Run.load(saved)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("config", {"head": "mlp", "layers": [-1]}, "layers must be at least 1 wide"),
+        ("config", {"head": "mlp", "layers": ["a"]}, ""),
+        ("config", {"loss": "ce"}, "loss 'ce' is for one label a row"),
+        ("features", {"image": [{"encoder": "toy"}]}, "features.image.0.source: "),
+        ("features", {"image": [], "text": 5}, "features.text: "),
+        ("features", {}, "fusion 'sum' needs some features"),
+        ("weight", "all", "members.0.weight: "),
+    ],
+)
+def test_refuses_a_member_edited_into_nonsense(saved, key, value, message):
+    edit(saved / "run.json", lambda values: values["members"][0].update({key: value}))
+    with pytest.raises(RunError, match=f"run.json: not a run's description: .*{message}"):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize("change", [{"rows": 2}, {"scores": 3}, {"parts": None}])
+def test_names_held_out_scores_edited_into_nonsense(saved, change):
+    arrays = load_file(saved / "held_out.safetensors")
+    for name, n in change.items():
+        arrays[name] = arrays[name][:n] if n else arrays.pop(name)[:0]
+    save_file({name: x.clone() for name, x in arrays.items() if len(x)}, saved / "held_out.safetensors")
+    with pytest.raises(RunError, match=r"held_out\.safetensors: (rows, parts and scores don't fit|can't be read)"):
+        Run.load(saved)
+
+
+def test_without_the_held_out_scores_a_run_still_predicts(saved):
+    (saved / "held_out.safetensors").unlink()
+    run = Run.load(saved)
+    assert run.held is None
+    with pytest.raises(RunError, match="has no rows held out; train with --folds, or name a labelled --split"):
+        run.held_out_scores(lambda member: None)
+
+
 def test_a_description_of_a_huge_model_takes_no_memory(saved):
-    edit(saved / "run.json", lambda values: values["config"].update(head="mlp", layers=[10**9, 10**9]))
+    edit(saved / "run.json", lambda values: values["members"][0]["config"].update(head="mlp", layers=[10**9, 10**9]))
     with pytest.raises(RunError, match=r"model.safetensors: the weights don't fit the run's settings"):
         Run.load(saved)
 
 
 @pytest.mark.parametrize("width", [-1, 0, "wide", None, 10**13])
 def test_refuses_a_width_edited_into_nonsense(saved, width):
-    edit(saved / "run.json", lambda values: values["features"]["image"][0].update(width=width))
+    edit(saved / "run.json", lambda values: values["members"][0]["features"]["image"][0].update(width=width))
     with pytest.raises(RunError, match=r"(run\.json|model\.safetensors): "):
         Run.load(saved)
 
 
-@pytest.mark.parametrize("key", ["dataset", "manifest", "classes", "config", "features", "rows", "metrics", "created"])
+@pytest.mark.parametrize("key", ["dataset", "manifest", "classes", "config", "members", "thresholds", "results"])
 def test_names_a_key_that_is_missing(saved, key):
     edit(saved / "run.json", lambda values: values.pop(key))
     with pytest.raises(RunError, match=rf"run\.json: not a run's description: {key}: Field required"):
         Run.load(saved)
 
 
-@pytest.mark.parametrize("history", [{"epochs": 5}, {"epochs": [{"epoch": 1}]}, {"best_epoch": "first"}])
+@pytest.mark.parametrize(
+    "history", [{"histories": 5}, {"histories": [{"epochs": [{"epoch": 1}]}]}, {"histories": [{"best_epoch": "first"}]}]
+)
 def test_names_a_history_edited_into_nonsense(saved, history):
     edit(saved / "history.json", lambda values: values.update(history))
     with pytest.raises(RunError, match=r"history\.json: not a run's description: "):
         Run.load(saved)
 
 
-@pytest.mark.parametrize("version", [2, "1", None])
+@pytest.mark.parametrize("version", [1, "2", None])
 def test_refuses_a_run_of_another_version(saved, version):
     edit(saved / "run.json", lambda values: values.update(format=version))
-    with pytest.raises(RunError, match=rf"run of another version \(format {version}, not 1\)"):
+    with pytest.raises(RunError, match=rf"run of another version \(format {version}, not 2\)"):
         Run.load(saved)
 
 
@@ -261,18 +303,23 @@ def test_what_a_run_says_names_no_place_to_write(saved, tmp_path):
     assert not list(tmp_path.parent.glob("*escaped*"))
 
 
+def match(saved, store):
+    run = Run.load(saved)
+    return match_features(run, run.features, store)
+
+
 def test_refuses_a_store_with_other_classes(saved, make_store):
     y = np.array([[1, 0], [0, 1]], np.int8)
     other = make_store({"image": np.eye(2, 6, dtype=np.float16)}, y, ["train", "val"], name="other")
     with pytest.raises(RunError, match=r"was trained on other classes than .* has now; train again"):
-        match_features(Run.load(saved), other)
+        match(saved, other)
 
 
 def test_refuses_a_store_without_the_encoder(saved, trained, tmp_path):
     store = match_store(trained, tmp_path)
     shutil.rmtree(store.path / "features" / "toy" / "text")
     with pytest.raises(RunError, match=r"was trained on toy \(text\), which .* lacks"):
-        match_features(Run.load(saved), store)
+        match(saved, store)
 
 
 def test_refuses_a_store_made_differently(saved, trained, tmp_path, add_features):
@@ -282,4 +329,4 @@ def test_refuses_a_store_made_differently(saved, trained, tmp_path, add_features
     with pytest.raises(
         RunError, match=r"was trained on another store: its toy \(text\) features were made differently"
     ):
-        match_features(Run.load(saved), store)
+        match(saved, store)

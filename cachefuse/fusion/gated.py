@@ -1,0 +1,39 @@
+"""Gated late fusion: the "dynamic fusion" that "Multimodal multilabel classification with CLIP" asks for, section 5."""
+
+import torch
+from torch import Tensor, nn
+
+from cachefuse.fusion.base import Fusion, HeadBuilder, zero_absent
+from cachefuse.fusion.late import HeadAlone
+
+
+class GatedFusion(Fusion):
+    """w_1 head_1(x_1) + ... + w_M head_M(x_M) -> logits, with weights that depend on the row.
+
+    w = softmax(W [x_1; ...; x_M] + b) over the modalities that are present, so that they add up to 1; W starts at 0:
+    training begins with the plain mean.
+    """
+
+    name = "gated"
+
+    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
+        super().__init__(widths, classes, head)
+        self.heads = nn.ModuleDict({modality: head(width, classes) for modality, width in self.widths.items()})
+        self.gate = nn.Linear(sum(self.widths.values()), len(self.widths))
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def alone(self) -> dict[str, nn.Module]:
+        return {m: HeadAlone(head, {m: self.widths[m]}) for m, head in self.heads.items()}
+
+    def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        """Return how much each modality counts in each row, (B, M) in the order of ``widths``; 0 where it is absent."""
+        x = torch.cat([zero_absent(features[m], present[m]) for m in self.widths], dim=-1)  # (B, D_1 + ... + D_M)
+        here = torch.stack([present[m] for m in self.widths], dim=-1)  # (B, M)
+        scores = self.gate(x).masked_fill(~here, torch.finfo(torch.float32).min)
+        return zero_absent(scores.softmax(dim=-1), here.any(dim=-1))
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        x = {m: zero_absent(features[m], present[m]) for m in self.widths}
+        logits = torch.stack([head(x[m]) for m, head in self.heads.items()], dim=-2)  # (B, M, C)
+        return (self.weights(features, present).unsqueeze(-1) * logits).sum(-2)

@@ -1,0 +1,143 @@
+"""Classification metrics: ``metric(targets, scores, predictions) -> float``; and the step from scores to predictions.
+
+Targets (N, C) are 0 or 1 (one-hot for multi-class), scores (N, C) are higher for likelier labels, predictions (N, C)
+are bool. All C classes count, whether or not they occur. What is not defined for want of positives counts as 0, an
+average over nothing is NaN. Importing this package imports no SciPy.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from cachefuse.errors import ConfigError
+from cachefuse.metrics.base import Metric, checked, divide
+from cachefuse.metrics.calibration import calibration_error, top_calibration_error
+from cachefuse.metrics.decisions import (
+    accuracy,
+    class_counts,
+    decide,
+    macro_f1,
+    micro_f1,
+    samples_f1,
+    top5_accuracy,
+    weighted_f1,
+)
+from cachefuse.metrics.ranking import (
+    average_precision,
+    class_figures,
+    macro_ap,
+    micro_ap,
+    recall_at_p90,
+    recall_at_precision,
+)
+from cachefuse.registry import lookup
+
+__all__ = ["LOWER_IS_BETTER", "METRICS", "bootstrap_intervals", "decide", "evaluation_metrics", "per_class"]
+
+CHUNK = 1 << 23  # numbers in the largest array that a bootstrap makes
+MAX_TOGETHER = 64  # resamples
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(accuracy),
+    "calibration_error": Metric(calibration_error),
+    "exact_match": Metric(accuracy),  # what it is called in multi-label tasks
+    "macro_ap": Metric(macro_ap),
+    "macro_f1": Metric(macro_f1),
+    "micro_ap": Metric(micro_ap),
+    "micro_f1": Metric(micro_f1),
+    "recall_at_p90": Metric(recall_at_p90),
+    "samples_f1": Metric(samples_f1),
+    "top5_accuracy": Metric(top5_accuracy),
+    "top_calibration_error": Metric(top_calibration_error),
+    "weighted_f1": Metric(weighted_f1),
+}
+LOWER_IS_BETTER = frozenset({"calibration_error", "top_calibration_error"})
+
+EVALUATION_METRICS = {
+    "multiclass": (
+        "accuracy", "top5_accuracy", "macro_f1", "weighted_f1", "macro_ap", "micro_ap", "recall_at_p90",
+        "top_calibration_error",
+    ),
+    "multilabel": (
+        "micro_f1", "macro_f1", "samples_f1", "weighted_f1", "exact_match", "macro_ap", "micro_ap", "recall_at_p90",
+        "calibration_error",
+    ),
+}  # fmt: skip
+
+
+def evaluation_metrics(task: str) -> tuple[str, ...]:
+    """Return the names of the metrics that an evaluation shows, in order. Raises ConfigError for another task."""
+    if task not in EVALUATION_METRICS:
+        raise ConfigError(f"task must be 'multiclass' or 'multilabel' to evaluate. Got {task!r} instead.")
+    return EVALUATION_METRICS[task]
+
+
+def per_class(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each class's precision, recall, f1, ap, recall_at_p90 and support (its number of positives), all (C,).
+
+    The ap and recall_at_p90 are NaN for a class without positives; all but the support are NaN without samples. Raises
+    DataError as the metrics do.
+    """
+    targets, scores, predictions = checked(targets, scores, predictions)
+    once = np.ones((len(targets), 1))
+    hits, predicted, positives = (count[:, 0] for count in class_counts(targets, predictions)(once))
+    undefined = 0.0 if len(targets) else np.nan
+    return {
+        "precision": divide(hits, predicted, undefined),
+        "recall": divide(hits, positives, undefined),
+        "f1": divide(2 * hits, predicted + positives, undefined),
+        "ap": class_figures(average_precision, targets, scores)(once)[:, 0],
+        "recall_at_p90": class_figures(recall_at_precision, targets, scores)(once)[:, 0],
+        "support": targets.sum(axis=0, dtype=np.int64),
+    }
+
+
+def bootstrap_intervals(
+    targets: np.ndarray,
+    scores: np.ndarray,
+    predictions: np.ndarray,
+    names: Sequence[str],
+    n_resamples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, tuple[float, float]]:
+    """Return the interval (low, high) of each metric by the percentile bootstrap: N rows drawn with replacement.
+
+    Every metric sees the same resamples, whichever others are asked for. Those in which it is NaN are left out; its
+    interval is NaN if none is left, and with fewer than two rows. ``on_progress`` hears of the figures done, of all.
+
+    Repeated rows flatter a ranking: with few positives, recall_at_p90 and, less so, average precision tend to be higher
+    on resamples, and the interval may lie above the figure itself.
+
+    Raises UnknownNameError for an unknown metric, ConfigError for a level outside (0, 1) or no resamples, DataError as
+    the metrics do.
+    """
+    metrics: dict[str, Metric] = {name: lookup(METRICS, name, "metric") for name in names}
+    if n_resamples < 1:
+        raise ConfigError(f"n_resamples must be at least 1. Got {n_resamples} instead.")
+    if not 0 < level < 1:
+        raise ConfigError(f"level must lie between 0 and 1. Got {level} instead.")
+    n = len(targets)
+    if n < 2:
+        return dict.fromkeys(metrics, (float("nan"), float("nan")))
+    together = min(MAX_TOGETHER, max(1, CHUNK // max(n, int(targets.sum()))))
+    intervals = {}
+    for i, (name, metric) in enumerate(metrics.items()):
+        weighted = metric.weighted(targets, scores, predictions)
+        generator = np.random.default_rng(seed)
+        figures = np.empty(n_resamples)
+        for first in range(0, n_resamples, together):
+            part = figures[first : first + together]
+            part[:] = weighted(_resamples(n, len(part), generator))
+            on_progress(i * n_resamples + first + len(part), len(metrics) * n_resamples)
+        defined = figures[~np.isnan(figures)]
+        low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else (np.nan, np.nan)
+        intervals[name] = float(low), float(high)
+    return intervals
+
+
+def _resamples(n: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """Return how often each of n rows is drawn in each of R resamples of n, (n, R) float64."""
+    draws = [np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(resamples)]
+    return np.stack(draws, axis=1).astype(np.float64)

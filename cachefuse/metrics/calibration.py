@@ -1,0 +1,31 @@
+"""Metrics of how far scores are the probabilities that they claim to be; lower is better."""
+
+import numpy as np
+
+from cachefuse.errors import DataError
+from cachefuse.metrics.base import Weighted
+
+BINS = 15
+
+
+def calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the expected calibration error of all N * C scores, each as the probability that its label is there.
+
+    arXiv 1706.04599, equation 3, with 15 bins of equal width. Raises DataError if scores are not in [0, 1].
+    """
+    if scores.min() < 0 or scores.max() > 1:
+        raise DataError(f"scores must be in [0, 1] for calibration. Got {scores.min()} to {scores.max()} instead.")
+    n, classes = scores.shape
+    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], scores)  # each is (lower, upper]
+    bins += BINS * np.arange(n)[:, None]
+    gaps = np.bincount(bins.ravel(), (targets - scores.astype(np.float64)).ravel(), BINS * n).reshape(n, BINS)
+    return lambda weights: np.abs(gaps.T @ weights).sum(axis=0) / (classes * weights.sum(axis=0))
+
+
+def top_calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the expected calibration error of each sample's highest score, as the probability that its class is right.
+
+    This is the usual one for multi-class tasks. Of equal scores the first counts. Otherwise as ``calibration_error``.
+    """
+    top = scores.argmax(axis=1)[:, None]
+    return calibration_error(*(np.take_along_axis(x, top, axis=1) for x in (targets, scores, predictions)))

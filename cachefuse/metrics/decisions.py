@@ -1,0 +1,81 @@
+"""From scores to predictions, and the metrics of predictions: accuracy and F1."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cachefuse.errors import ConfigError
+from cachefuse.metrics.base import Weighted, divide, mean
+
+TOP = 5
+
+
+def decide(scores: np.ndarray, task: str, threshold: float | np.ndarray = 0.5, min_labels: int = 0) -> np.ndarray:
+    """Turn scores (N, C) into predictions (N, C) bool.
+
+    Multi-class: the class with the highest score. Multi-label: the classes whose score reaches ``threshold``, one for
+    all or (C,); a row left with fewer than ``min_labels`` takes its next highest scores as well. Ties go to the class
+    that comes first. Raises ConfigError for another task.
+    """
+    if task == "multiclass":
+        return scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1])
+    if task != "multilabel":
+        raise ConfigError(f"task must be 'multiclass' or 'multilabel' to decide on labels. Got {task!r} instead.")
+    chosen = scores >= threshold
+    best_first = np.lexsort((-scores, ~chosen))  # along the classes: the chosen, then the others, each by score
+    np.put_along_axis(chosen, best_first[:, :min_labels], True, axis=1)
+    return chosen
+
+
+def accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the share of samples with every class right (for multi-label: exact match, or subset accuracy)."""
+    return mean((targets == predictions).all(axis=1))
+
+
+def top5_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the share of samples with a label among the five highest scores; of equal ones, the last count as highest.
+
+    That order is scikit-learn's.
+    """
+    top = scores.argsort(axis=1, kind="stable")[:, -TOP:]
+    return mean(np.take_along_axis(targets, top, axis=1).any(axis=1))
+
+
+def micro_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the F1 over all N * C decisions together."""
+    counts = class_counts(targets, predictions)
+    return lambda weights: _f1(*(x.sum(axis=0) for x in counts(weights)))
+
+
+def macro_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the mean F1 of the classes."""
+    counts = class_counts(targets, predictions)
+    return lambda weights: _f1(*counts(weights)).mean(axis=0)
+
+
+def weighted_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the mean F1 of the classes, weighted by their positives."""
+    counts = class_counts(targets, predictions)
+
+    def figures(weights: np.ndarray) -> np.ndarray:
+        hits, predicted, positives = counts(weights)
+        return divide((_f1(hits, predicted, positives) * positives).sum(axis=0), positives.sum(axis=0), 0)
+
+    return figures
+
+
+def samples_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the mean F1 of the samples; a sample with no labels and none predicted counts as 0."""
+    return mean(_f1(*(x.sum(axis=1) for x in (targets & predictions, predictions, targets))))
+
+
+def class_counts(targets: np.ndarray, predictions: np.ndarray) -> Callable[[np.ndarray], list[np.ndarray]]:
+    """Return a function from weights (N, R) to true positives, predicted and actual positives, (C, R) each."""
+    from scipy.sparse import csr_array
+
+    counted = [csr_array(x.T, dtype=np.float64) for x in (targets & predictions, predictions, targets)]
+    return lambda weights: [x @ weights for x in counted]
+
+
+def _f1(hits: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    return divide(2 * hits, predicted + positives, 0)

@@ -1,0 +1,82 @@
+"""Metrics of how scores rank samples: average precision, and recall at a precision."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from cachefuse.metrics.base import Weighted, divide
+
+PRECISION = 0.9  # of recall_at_p90
+
+Figure = Callable[[np.ndarray, np.ndarray], np.ndarray]  # hits and precision (S, R), see _steps -> (R,)
+
+
+def macro_ap(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the mean average precision (mAP) of the classes with at least one positive; NaN if there are none."""
+    return _mean_of_classes(average_precision, targets, scores)
+
+
+def micro_ap(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the average precision over all N * C scores together; NaN if there are no positives."""
+    steps = _steps(targets, scores)
+    return lambda weights: average_precision(*steps(weights))
+
+
+def recall_at_p90(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the mean, over classes with at least one positive, of the highest recall at a precision of at least 0.9.
+
+    It is 0 for a class that reaches this precision at no threshold; NaN if there are no positives.
+    """
+    return _mean_of_classes(recall_at_precision, targets, scores)
+
+
+def average_precision(hits: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """Return the sum of precision over the steps of recall, (R,)."""
+    return divide((hits * precision).sum(axis=0), hits.sum(axis=0), np.nan)
+
+
+def recall_at_precision(hits: np.ndarray, precision: np.ndarray) -> np.ndarray:
+    """Return the highest recall at a precision of at least 0.9, (R,); 0 if there is none."""
+    reached = np.where(precision >= PRECISION, hits.cumsum(axis=0), 0).max(axis=0, initial=0)
+    return divide(reached, hits.sum(axis=0), np.nan)
+
+
+def class_figures(figure: Figure, targets: np.ndarray, scores: np.ndarray) -> Weighted:
+    """Return a function from weights (N, R) to a figure of each class, (C, R); NaN where it has no positives."""
+    classes = [_steps(targets[:, c : c + 1], scores[:, c : c + 1]) for c in range(targets.shape[1])]
+    return lambda weights: np.stack([figure(*steps(weights)) for steps in classes])
+
+
+def _mean_of_classes(figure: Figure, targets: np.ndarray, scores: np.ndarray) -> Weighted:
+    figures = class_figures(figure, targets, scores)
+
+    def mean(weights: np.ndarray) -> np.ndarray:
+        values = figures(weights)  # (C, R)
+        return divide(np.nansum(values, axis=0), np.isfinite(values).sum(axis=0), np.nan)
+
+    return mean
+
+
+def _steps(targets: np.ndarray, scores: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """Take the S distinct scores of positives among all N * C as thresholds: recall grows at each, and nowhere else.
+
+    Return a function from weights (N, R) to the positives that each threshold adds, from the highest on, and the
+    precision there, (S, R). Scores that are equal stand or fall together.
+    """
+    from scipy.sparse import csr_array
+
+    thresholds = np.unique(scores[targets])
+    step = len(thresholds) - np.searchsorted(thresholds, scores, side="right")  # (N, C): the first that a score reaches
+
+    def added(pairs: np.ndarray) -> csr_array:
+        """How many of the pairs (N, C) of each row the thresholds add, (S, N)."""
+        rows = np.repeat(np.arange(len(pairs), dtype=np.int32), pairs.sum(axis=1))
+        return csr_array((np.ones(len(rows)), (step[pairs], rows)), shape=(len(thresholds), len(pairs)))
+
+    positives, predicted = added(targets), added(step < len(thresholds))
+
+    def at(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        hits = positives @ weights
+        return hits, divide(hits.cumsum(axis=0), (predicted @ weights).cumsum(axis=0), 0)
+
+    return at

@@ -1,0 +1,133 @@
+"""How good models are: on rows held out, with thresholds chosen on others, and on the splits they were not made for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefuse.data.folds import stratified_folds
+from cachefuse.errors import ConfigError
+from cachefuse.metrics import METRICS, decide, per_class
+from cachefuse.training.batches import FeatureTable
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.loop import CHECKED_ROWS, spread
+from cachefuse.training.problem import TRAIN, VAL, Problem
+from cachefuse.training.thresholds import THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
+
+if TYPE_CHECKING:
+    from cachefuse.training.run import Member, Run
+
+CROSSFIT_PARTS = 5  # of a validation split: each is decided on by thresholds chosen on the others
+HALF = 0.5
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What models said of rows (n,) that they had not seen: scores (n, C) float32.
+
+    ``split`` is "val", or "oof" for all of train and val, out of fold. ``parts`` (n,) int64 divides the rows: each part
+    is decided on by thresholds chosen on the others, so that no figure sees the rows that chose its thresholds.
+    """
+
+    split: str
+    rows: np.ndarray
+    parts: np.ndarray
+    scores: np.ndarray
+
+    @classmethod
+    def join(cls, split: str, problem: Problem, rows: list[Tensor], scores: list[np.ndarray]) -> "HeldOut | None":
+        """Put the parts' rows and scores together, in the table's order; None if there are no rows."""
+        numbers = [part.numpy() for part in rows]
+        all_rows, all_scores = np.concatenate(numbers), np.concatenate(scores)
+        if not len(all_rows):
+            return None
+        if len(rows) > 1:
+            parts = np.repeat(np.arange(len(rows)), [len(part) for part in numbers])
+        elif len(all_rows) < 2:
+            parts = np.zeros(len(all_rows), np.int64)
+        else:
+            parts = stratified_folds(problem.targets(rows[0]), min(CROSSFIT_PARTS, len(all_rows)), 0)
+        order = np.argsort(all_rows, kind="stable")
+        return cls(split, all_rows[order], parts[order], all_scores[order])
+
+    def predictions(self, problem: Problem, config: TrainConfig) -> np.ndarray:
+        """Return the labels (n, C) bool that are decided on, each part by what was chosen on the others."""
+        if not chooses(problem, config, len(self.rows)):
+            return decide(self.scores, problem.task, min_labels=problem.min_labels)
+        targets = problem.targets(torch.from_numpy(self.rows))
+        metric, per = _threshold_metric(problem, config), config.thresholds == "class"
+        return crossfit_decisions(targets, self.scores, self.parts, metric, per, problem.min_labels)
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one split: metrics by name, and those of each class, (C,) by name; ``n_rows`` were measured."""
+
+    n_rows: int
+    metrics: dict[str, float]
+    per_class: dict[str, list[float]]
+
+
+def chooses(problem: Problem, config: TrainConfig, n_held: int) -> bool:
+    """Whether thresholds are chosen, on so many rows. Raises ConfigError if they were asked for and can't be."""
+    if problem.task != "multilabel":
+        if config.thresholds in ("global", "class"):
+            raise ConfigError("thresholds are for multi-label tasks; in a multi-class one the highest score decides")
+        return False
+    if n_held >= 2 or config.thresholds in ("none", "auto"):
+        return n_held >= 2 and config.thresholds != "none"
+    raise ConfigError(
+        f"{problem.name} has {n_held} labelled validation rows, too few to choose thresholds on; take --folds 5, or "
+        f"--thresholds none"
+    )
+
+
+def choose_for(problem: Problem, config: TrainConfig, held: HeldOut | None) -> np.ndarray:
+    """Return the thresholds (C,) to predict with: chosen on all rows held out, or 0.5."""
+    if held is None or not chooses(problem, config, len(held.rows)):
+        return np.full(len(problem.classes), HALF)
+    targets = problem.targets(torch.from_numpy(held.rows))
+    metric, per = _threshold_metric(problem, config), config.thresholds == "class"
+    return choose_thresholds(targets, held.scores, metric, per, problem.min_labels)
+
+
+def measure(problem: Problem, run: "Run", table_of: Callable[["Member"], FeatureTable]) -> dict[str, Result]:
+    """Return a run's figures on the rows held out, and on each labelled split that is none of them.
+
+    Of train, what its models were trained on is measured only where they are one and the same.
+    """
+    results = {}
+    whole = run.config.folds or run.config.refit
+    for split in problem.splits:
+        if split == VAL or (split == TRAIN and whole):
+            continue
+        rows = problem.rows(split)
+        rows = spread(rows, CHECKED_ROWS) if split == TRAIN else rows
+        scores = run.scores(table_of, rows)
+        results[split] = figures(problem, rows, scores, run.decide(scores))
+    if run.held is not None:
+        rows = torch.from_numpy(run.held.rows)
+        predictions = run.held.predictions(problem, run.config)
+        results[run.held.split] = figures(problem, rows, run.held.scores, predictions)
+    order = {TRAIN: 0, VAL: 1, "oof": 1}
+    return dict(sorted(results.items(), key=lambda item: order.get(item[0], 2)))
+
+
+def figures(problem: Problem, rows: Tensor, scores: np.ndarray, predictions: np.ndarray) -> Result:
+    """Return the dataset's metrics, and each class's figures, of scores and predictions (n, C) for some rows."""
+    decided = problem.targets(rows), scores, predictions
+    by_class: dict[str, Any] = per_class(*decided)
+    return Result(
+        n_rows=len(rows),
+        metrics={name: METRICS[name](*decided) for name in problem.metrics},
+        per_class={name: values.tolist() for name, values in by_class.items()},
+    )
+
+
+def _threshold_metric(problem: Problem, config: TrainConfig) -> str:
+    """Return the metric to choose thresholds for: the one asked for, or the dataset's first that is one of F1."""
+    listed = [name for name in problem.metrics if name in THRESHOLD_METRICS]
+    return config.threshold_metric or next(iter(listed), next(iter(THRESHOLD_METRICS)))

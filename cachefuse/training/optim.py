@@ -1,0 +1,62 @@
+"""Optimizers, ``optimizer(params, lr, weight_decay)``, and schedules of their rates, ``schedule(optimizer, steps)``."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+
+Parameters = Iterable[nn.Parameter]
+
+
+def adam(params: Parameters, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """Return Adam; weight decay is an L2 penalty. Its steps are one kernel each."""
+    return torch.optim.Adam(params, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def adamw(params: Parameters, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+    """Return AdamW (arXiv 1711.05101): weight decay is apart from the gradient."""
+    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+class NesterovSGD(torch.optim.SGD):
+    """SGD with Nesterov momentum 0.9."""
+
+    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
+
+
+class LBFGS(torch.optim.LBFGS):
+    """L-BFGS with line search over all rows at once, up to 20 iterations a step; weight decay is an L2 penalty."""
+
+    def __init__(self, params: Any, lr: float = 1.0, weight_decay: float = 0.0) -> None:
+        super().__init__(params, lr=lr, line_search_fn="strong_wolfe")
+        self.weight_decay = weight_decay
+
+    def step(self, closure: Any = None) -> Any:
+        def penalised() -> Tensor:
+            value = closure()
+            for parameter in self.param_groups[0]["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach(), alpha=self.weight_decay)
+                    value = value + self.weight_decay / 2 * parameter.detach().square().sum()
+            return value
+
+        return super().step(penalised)
+
+
+def constant(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """Leave the learning rate as it is."""
+    return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def cosine(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """Let the learning rate fall to 0 along half a cosine (arXiv 1608.03983, equation 5, one period)."""
+    return CosineAnnealingLR(optimizer, T_max=steps)
+
+
+def onecycle(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """Raise the learning rate to its value over the first 30% of the steps, then lower it to 0 (arXiv 1708.07120)."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, max_lr=rates, total_steps=max(2, steps + 1))

@@ -1,0 +1,95 @@
+"""What there is to learn: features, targets and how they are judged; loaded once, for many trainings."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefuse.cache.features import Features
+from cachefuse.cache.store import FeatureStore
+from cachefuse.data.splits import ordered_splits
+from cachefuse.errors import ConfigError, DataError
+from cachefuse.runtime import resolve_device
+from cachefuse.training.batches import FeatureTable, load_table, select_features
+
+logger = logging.getLogger(__name__)
+
+TRAIN, VAL = "train", "val"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A table of features and targets (N, C) on a device; ``metrics`` are those to report, the first to go by."""
+
+    name: str
+    table: FeatureTable
+    classes: tuple[str, ...]
+    task: str
+    metrics: tuple[str, ...]
+    min_labels: int = 0
+
+    @property
+    def widths(self) -> dict[str, int]:
+        return {modality: x.shape[1] for modality, x in self.table.features.items()}
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.targets.device
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that have labelled rows: train and val first."""
+        return [split for split in ordered_splits(self.table.splits) if len(self.table.rows(split))]
+
+    def rows(self, *splits: str) -> Tensor:
+        """Return the labelled rows of some splits, (n,) int64, in the table's order."""
+        return torch.cat([self.table.rows(split) for split in splits]).sort().values
+
+    def targets(self, rows: Tensor) -> np.ndarray:
+        """Return the targets (n, C) of some rows, 0 or 1."""
+        return self.table.targets[rows.to(self.device)].cpu().numpy()
+
+    def only(self, modalities: Sequence[str]) -> "Problem":
+        """Return the same problem with some of its modalities."""
+        return replace(self, table=self.table.only(modalities))
+
+    def train_rows(self) -> Tensor:
+        """Return the rows to train on. Raises DataError if there are none."""
+        rows = self.rows(TRAIN)
+        if not len(rows):
+            splits = ordered_splits(self.table.splits)
+            have = ", ".join(f"{split} has {len(self.rows(split)):,} labelled rows" for split in splits)
+            raise DataError(f"{self.name} has no labelled rows in its {TRAIN!r} split ({have})")
+        return rows
+
+
+def open_problem(
+    store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto"
+) -> tuple[Problem, dict[str, list[Features]]]:
+    """Open a store's features, by default all that are complete, and return them with the problem that they pose.
+
+    A modality of which samples have several items (captions) is left out where there is another. Raises CacheError or
+    ConfigError if the features are not there, and ConfigError if the dataset has no labels, or one class alone.
+    """
+    manifest = store.manifest
+    if manifest.task == "retrieval":
+        raise ConfigError(f"a {manifest.task} dataset has no labels, so there is no head to train on it")
+    if manifest.task == "multiclass" and len(store.classes) < 2:
+        raise ConfigError(f"{store.dataset} has one class only, {store.classes[0]!r}: there is nothing to tell apart")
+    chosen = select_features(store, encoders)
+    single = {modality: group for modality, group in chosen.items() if store.items(modality) is None}
+    for modality in chosen.keys() - single.keys() if single else ():
+        logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
+    chosen = single or chosen
+    problem = Problem(
+        name=store.dataset,
+        table=load_table(store, chosen).to(resolve_device(device)),
+        classes=store.classes,
+        task=manifest.task,
+        metrics=manifest.reported_metrics,
+        min_labels=manifest.min_labels,
+    )
+    return problem, chosen

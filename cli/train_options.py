@@ -1,0 +1,128 @@
+"""The settings of a training as options: one for each field of TrainConfig, shared by the commands that train."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from cachefuse.errors import ConfigError
+from cachefuse.fusion import FUSIONS
+from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, SCHEDULES
+from cachefuse.training.config import TrainConfig
+
+MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"
+
+
+def _choices(table: Mapping[str, str]) -> str:
+    return ", ".join(table) + "."
+
+
+def _option(kind: Any, panel: str, metavar: str, help: str, shown: str | None = None) -> Any:
+    return Annotated[kind, typer.Option(metavar=metavar, help=help, rich_help_panel=panel, show_default=shown or True)]
+
+
+OPTIONS = {
+    "fusion": _option(str, MODEL, "NAME", _choices(FUSIONS)),
+    "scheme": _option(str, MODEL, "NAME", "joint, or staged: each head alone, then what joins them."),
+    "head": _option(str, MODEL, "NAME", _choices(HEADS)),
+    "layers": _option(str | None, MODEL, "LIST", "Hidden widths: 2048,512.", "512"),
+    "activation": _option(str, MODEL, "NAME", _choices(ACTIVATIONS)),
+    "dropout": _option(float, MODEL, "P", "In hidden layers."),
+    "modality_dropout": _option(float, MODEL, "P", "Train without each modality in so many of the rows."),
+    "loss": _option(str | None, TRAINING, "NAME", _choices(LOSSES), "bce, multi-class: ce"),
+    "loss_options": _option(
+        list[str] | None, TRAINING, "KEY=X",
+        "asl: gamma_negative, gamma_positive, clip; focal: gamma; ce: smoothing; all: reduction. Repeatable.",
+    ),
+    "class_weights": _option(str, TRAINING, "NAME", "none, balanced, or effective (number of rows)."),
+    "sampler": _option(str, TRAINING, "NAME", "shuffle, or balanced: rows of rare classes more often."),
+    "optimizer": _option(str, TRAINING, "NAME", _choices(OPTIMIZERS)),
+    "lr": _option(float | None, TRAINING, "X", "Learning rate.", "1e-3, sgd: 0.05, lbfgs: 1"),
+    "schedule": _option(str, TRAINING, "NAME", _choices(SCHEDULES)),
+    "weight_decay": _option(float, TRAINING, "X", "L2 penalty; apart from the gradient in adamw."),
+    "clip_norm": _option(float, TRAINING, "X", "Clip the gradient's norm; 0: never."),
+    "ema": _option(float, TRAINING, "D", "Decay of averaged weights, such as 0.999; 0: none."),
+    "epochs": _option(int, TRAINING, "N", "At most."),
+    "batch_size": _option(str, TRAINING, "N", "Rows a step, or all."),
+    "patience": _option(int, TRAINING, "N", "Stop after N epochs without a better validation score; 0: never."),
+    "monitor": _option(str | None, TRAINING, "METRIC", "What that score is.", "the dataset's first"),
+    "thresholds": _option(str, CHOOSING, "KIND", "global, class (one a class), none (0.5), or auto."),
+    "threshold_metric": _option(
+        str | None, CHOOSING, "METRIC", "Choose them for micro_f1, macro_f1 or samples_f1.", "the dataset's first"
+    ),
+    "folds": _option(int, CHOOSING, "K", "Train K models on train and val, each measured on what it has not seen."),
+    "members": _option(int, CHOOSING, "S", "Average S models that differ in their seed."),
+    "refit": _option(bool, CHOOSING, "", "Then train on all of train and val."),
+    "seed": _option(int, CHOOSING, "N", "Same seed, same machine: same result."),
+}  # fmt: skip
+
+
+DEFAULTS = {"layers": None, "batch_size": str(TrainConfig.batch_size), "loss_options": None}
+
+
+def takes_config(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command that has a parameter ``config``, a TrainConfig, an option for each of its fields in its place."""
+    options = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY,
+            default=DEFAULTS.get(field.name, field.default), annotation=OPTIONS[field.name],
+        )
+        for field in fields(TrainConfig)
+    ]  # fmt: skip
+    own = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(command).parameters.items()
+        if name != "config"
+    ]
+
+    def with_options(**values: Any) -> None:
+        given = {option.name: values.pop(option.name) for option in options}
+        command(config=lambda: parse_config(given), **values)
+
+    with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+    vars(with_options)["__signature__"] = inspect.Signature([*options, *own])
+    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*options, *own)}
+    return with_options
+
+
+def parse_config(given: Mapping[str, Any]) -> TrainConfig:
+    """Build the settings from what the options say. Raises ConfigError for what does not parse, or does not fit."""
+    return TrainConfig(
+        **{
+            **given,
+            "layers": _parse_layers(given["layers"]),
+            "batch_size": _parse_batch_size(given["batch_size"]),
+            "loss_options": dict(_parse_option(text) for text in given["loss_options"] or ()),
+        }
+    )
+
+
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ConfigError(f"layers must be whole numbers such as 2048,512. Got {text!r} instead") from None
+
+
+def _parse_batch_size(text: str) -> int:
+    if text == "all":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"batch-size must be a whole number of at least 1, or all. Got {text!r} instead")
+    return int(text)
+
+
+def _parse_option(text: str) -> tuple[str, float | str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"loss-options are given as gamma=2. Got {text!r} instead")
+    if name == "reduction":
+        return name, value
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ConfigError(f"loss option {name} must be a number. Got {value!r} instead") from None
