@@ -1,6 +1,7 @@
-"""Heads: from one vector a sample to logits; and the standardisation of features before them.
+"""Heads: from one vector a sample, or its tokens, to logits; and the standardisation of features before them.
 
 Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.0)`` and maps (B, D) to (B, C).
+``GatedMLP`` takes tokens (B, T, D) as well, where it is told their number.
 Its ``default_layers`` are what training takes where none are asked for.
 """
 
@@ -61,15 +62,23 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """A gated block for each (even) hidden width in ``layers``, then a Linear to the classes.
 
-    gMLP (arXiv 2105.08050) gates along the tokens. A pooled feature has no token axis, so the gate in use here acts
-    along the channels: see ``ChannelGate``. Raises ConfigError for layers or dropout out of range, UnknownNameError for
-    an unknown activation.
+    gMLP (arXiv 2105.08050) gates along the tokens: with ``tokens`` T, that is what it does, on (B, T, D), and their
+    mean goes to the classes. A pooled feature has no token axis, so there the gate acts along the channels: see
+    ``SpatialGate`` and ``ChannelGate``. Raises ConfigError for layers or dropout out of range, UnknownNameError for an
+    unknown activation.
     """
 
     default_layers: ClassVar[tuple[int, ...]] = (512,)
 
     def __init__(
-        self, width: int, classes: int, *, layers: tuple[int, ...] = (), activation: str = "gelu", dropout: float = 0.0
+        self,
+        width: int,
+        classes: int,
+        *,
+        layers: tuple[int, ...] = (),
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        tokens: int | None = None,
     ):
         super().__init__()
         _check(layers, dropout)
@@ -78,21 +87,23 @@ class GatedMLP(nn.Module):
                 f"head 'gmlp' splits its layers in halves: they must be even. Got {tuple(layers)} instead."
             )
         act = lookup(ACTIVATIONS, activation, "activation")
-        blocks = [GatedBlock(width, hidden, act(), dropout) for hidden in layers]
-        self.layers = nn.Sequential(*blocks, nn.Linear(width, classes))
+        self.tokens = tokens
+        self.blocks = nn.Sequential(*(GatedBlock(width, hidden, act(), dropout, tokens) for hidden in layers))
+        self.classify = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
+        x = self.blocks(x)
+        return self.classify(x if self.tokens is None else x.mean(-2))
 
 
 class GatedBlock(nn.Module):
     """x + W2 s(act(W1 x)), with s a gate that halves the channels (arXiv 2105.08050, section 2)."""
 
-    def __init__(self, width: int, hidden: int, activation: nn.Module, dropout: float):
+    def __init__(self, width: int, hidden: int, activation: nn.Module, dropout: float, tokens: int | None = None):
         super().__init__()
         self.expand = nn.Linear(width, hidden)
         self.activation = activation
-        self.gate = ChannelGate(hidden)
+        self.gate = ChannelGate(hidden) if tokens is None else SpatialGate(hidden, tokens)
         self.dropout = nn.Dropout(dropout)
         self.project = nn.Linear(hidden // 2, width)
 
@@ -120,6 +131,24 @@ class ChannelGate(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         u, v = z.chunk(2, dim=-1)  # (B, H / 2) each
         return u * self.linear(self.norm(v))
+
+
+class SpatialGate(nn.Module):
+    """s(z) = u * (W LN(v) + b), with (u, v) the halves of z's channels: (B, T, H) to (B, T, H / 2), W along the tokens.
+
+    The gating unit of arXiv 2105.08050, equation 3, and its start: W uniform within 1e-3 / T and b = 1.
+    """
+
+    def __init__(self, hidden: int, tokens: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(hidden // 2)
+        self.linear = nn.Linear(tokens, tokens)
+        nn.init.uniform_(self.linear.weight, -1e-3 / tokens, 1e-3 / tokens)
+        nn.init.ones_(self.linear.bias)
+
+    def forward(self, z: Tensor) -> Tensor:
+        u, v = z.chunk(2, dim=-1)  # (B, T, H / 2) each
+        return u * self.linear(self.norm(v).transpose(-1, -2)).transpose(-1, -2)
 
 
 class Standardize(nn.Module):

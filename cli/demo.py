@@ -44,11 +44,11 @@ def demo(
         runs = []
         for fusion in FUSIONS:
             config = TrainConfig(fusion=fusion, seed=seed)
-            with TrainProgress(manifest.reported_metrics[0]) as training:
+            with TrainProgress(manifest.main_metric) as training:
                 runs.append(train_head(store, config, on_progress=training.update))
             if runs[-1].interrupted:
                 raise KeyboardInterrupt
-        metric = manifest.reported_metrics[0]
+        metric = manifest.main_metric
         ranked = sorted(runs, key=lambda run: run.metrics["val"][metric])
         for run in ranked:  # the best one last, so that predict takes it
             run.save(paths.runs)

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 TITLES = {
     "micro_f1": "micro-F1", "macro_f1": "macro-F1", "samples_f1": "samples-F1", "weighted_f1": "weighted-F1",
-    "macro_ap": "macro-AP", "micro_ap": "micro-AP", "accuracy": "accuracy",
+    "macro_ap": "macro-AP", "micro_ap": "micro-AP", "accuracy": "accuracy", "exact_match": "exact match",
+    "top5_accuracy": "top-5 accuracy", "recall_at_p90": "R@P90", "calibration_error": "ECE",
+    "top_calibration_error": "ECE (top)",
 }  # fmt: skip
 MAX_CLASSES = 30
 PIPED_WIDTH = 200

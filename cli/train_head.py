@@ -36,7 +36,7 @@ def train_head(
 
             settings = config()
             store = open_store(workspace, dataset)
-        with TrainProgress(settings.monitor or store.manifest.reported_metrics[0]) as progress:
+        with TrainProgress(settings.monitor or store.manifest.main_metric) as progress:
             run = run_train_head(
                 store,
                 settings,

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.heads import FIT_ROWS, MLP, ChannelGate, GatedBlock, GatedMLP, Linear, Standardize
+from cachefuse.heads import FIT_ROWS, MLP, ChannelGate, GatedBlock, GatedMLP, Linear, SpatialGate, Standardize
 from cachefuse.registry import ACTIVATIONS, HEADS, lookup
 
 
@@ -47,7 +47,7 @@ def test_dropout_acts_in_training_only():
 def test_activations(name):
     kind = lookup(ACTIVATIONS, name, "activation")
     assert isinstance(MLP(6, 3, layers=(8,), activation=name).layers[1], kind)
-    assert isinstance(GatedMLP(6, 3, layers=(8,), activation=name).layers[0].activation, kind)
+    assert isinstance(GatedMLP(6, 3, layers=(8,), activation=name).blocks[0].activation, kind)
 
 
 def test_gate_opens_as_the_identity():
@@ -74,10 +74,37 @@ def test_gated_block_has_a_residual():
 
 def test_gated_mlp_has_a_block_for_each_layer():
     head = GatedMLP(6, 3, layers=(8, 4))
-    assert [type(module) for module in head.layers] == [GatedBlock, GatedBlock, nn.Linear]
-    assert [block.expand.out_features for block in head.layers[:2]] == [8, 4]
+    assert [type(module) for module in head.children()] == [nn.Sequential, nn.Linear]
+    assert [(type(block), block.expand.out_features) for block in head.blocks] == [(GatedBlock, 8), (GatedBlock, 4)]
     with pytest.raises(ConfigError, match=r"splits its layers in halves: they must be even. Got \(8, 5\) instead"):
         GatedMLP(6, 3, layers=(8, 5))
+
+
+def test_the_spatial_gate_follows_its_equation_and_opens_as_the_identity():
+    torch.manual_seed(0)
+    gate, z = SpatialGate(8, tokens=5), torch.randn(3, 5, 8)
+    u, v = z[..., :4], z[..., 4:]
+    normed = (v - v.mean(-1, keepdim=True)) / (v.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    mixed = torch.einsum("st,btc->bsc", gate.linear.weight, normed) + gate.linear.bias[:, None]
+    torch.testing.assert_close(gate(z), u * mixed)
+    torch.testing.assert_close(gate(z), u, atol=0.02, rtol=0)
+    assert gate.linear.weight.abs().max() <= 1e-3 / 5
+
+
+def test_a_gated_head_over_tokens_mixes_them():
+    torch.manual_seed(0)
+    head = GatedMLP(6, 3, layers=(8,), tokens=5)
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    logits = head(x)
+    assert logits.shape == (2, 3)
+    logits.square().sum().backward()
+    assert all(parameter.grad.any() for parameter in head.parameters())
+    with torch.no_grad():
+        head.blocks[0].gate.linear.weight.normal_()
+        moved = head(x.flip(1))
+    assert not torch.allclose(moved, head(x), atol=1e-3)  # the gate tells tokens apart by their place
+    with pytest.raises(RuntimeError):
+        head(torch.randn(2, 4, 6))
 
 
 @pytest.mark.parametrize("kind", [MLP, GatedMLP])

@@ -6,7 +6,7 @@ import pytest
 from sklearn import metrics as sk
 
 from cachefuse.errors import ConfigError, DataError
-from cachefuse.metrics import LOWER_IS_BETTER, METRICS, decide, evaluation_metrics, per_class
+from cachefuse.metrics import LOWER_IS_BETTER, METRICS, decide, evaluation_metrics, main_metric, per_class
 
 AVERAGES = ("micro", "macro", "samples", "weighted")
 TASKS = ("multilabel", "multiclass")
@@ -350,3 +350,8 @@ class TestDecide:
     def test_unknown_task(self):
         with pytest.raises(ConfigError, match=r"'multiclass' or 'multilabel' to decide on labels\. Got 'retrieval'"):
             decide(np.zeros((1, 2)), "retrieval")
+
+
+def test_a_model_is_preferred_by_the_first_metric_that_is_higher_for_a_better_one():
+    assert main_metric(("calibration_error", "macro_ap", "micro_f1")) == "macro_ap"
+    assert main_metric(("calibration_error",)) == "accuracy"

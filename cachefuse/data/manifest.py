@@ -102,6 +102,13 @@ class Manifest(Strict):
         """The metrics to report: those listed, or the task's usual ones."""
         return self.metrics or DEFAULT_METRICS[self.task]
 
+    @property
+    def main_metric(self) -> str:
+        """The metric to prefer a model by: the first of them that is higher for a better one."""
+        from cachefuse.metrics import main_metric
+
+        return main_metric(self.reported_metrics)
+
 
 def _open_reader(reader: Mapping[str, Any]) -> Reader:
     options = {key: value for key, value in reader.items() if key != "kind"}

@@ -32,7 +32,9 @@ from cachefuse.metrics.ranking import (
 )
 from cachefuse.registry import lookup
 
-__all__ = ["LOWER_IS_BETTER", "METRICS", "bootstrap_intervals", "decide", "evaluation_metrics", "per_class"]
+__all__ = [
+    "LOWER_IS_BETTER", "METRICS", "bootstrap_intervals", "decide", "evaluation_metrics", "main_metric", "per_class",
+]  # fmt: skip
 
 CHUNK = 1 << 23  # numbers in the largest array that a bootstrap makes
 MAX_TOGETHER = 64  # resamples
@@ -63,6 +65,11 @@ EVALUATION_METRICS = {
         "calibration_error",
     ),
 }  # fmt: skip
+
+
+def main_metric(names: Sequence[str]) -> str:
+    """Return the metric to prefer a model by: the first that is higher for a better one."""
+    return next((name for name in names if name not in LOWER_IS_BETTER), "accuracy")
 
 
 def evaluation_metrics(task: str) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from cachefuse.cache.features import Features
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError
+from cachefuse.metrics import main_metric
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable, load_table, select_features
 
@@ -22,7 +23,7 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True)
 class Problem:
-    """A table of features and targets (N, C) on a device; ``metrics`` are those to report, the first to go by."""
+    """A table of features and targets (N, C) on a device; ``metrics`` are those to report."""
 
     name: str
     table: FeatureTable
@@ -34,6 +35,11 @@ class Problem:
     @property
     def widths(self) -> dict[str, int]:
         return {modality: x.shape[1] for modality, x in self.table.features.items()}
+
+    @property
+    def metric(self) -> str:
+        """The metric to prefer a model by."""
+        return main_metric(self.metrics)
 
     @property
     def device(self) -> torch.device:

@@ -38,6 +38,7 @@ from cachefuse.metrics import decide
 from cachefuse.registry import HEADS, lookup
 from cachefuse.runtime import slug, to_json, write_atomically
 from cachefuse.training.batches import FeatureTable
+from cachefuse.training.card import model_card
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import History, predict_scores
 from cachefuse.training.measure import HeldOut, Result
@@ -227,6 +228,7 @@ class Run:
             write_atomically(folder / "run.json", to_json(self._to_dict()).encode())
             self.path = _move_to_free(folder, runs / slug(self.name))
         self.name = self.path.name
+        write_atomically(self.path / "README.md", model_card(self).encode())
         return self.path
 
     def _to_dict(self) -> dict[str, Any]:

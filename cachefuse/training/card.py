@@ -1,0 +1,96 @@
+"""A run's model card: what it is, how good, on what it was trained, and how to use it; in Markdown."""
+
+import html
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cachefuse.training.run import Run
+
+MOST_CLASSES = 100
+
+
+def model_card(run: "Run") -> str:
+    """Return the text of a run's README.md; names that come from data can't break its tables or add HTML."""
+    config, n_models = run.config, len(run.members)
+    kind = f"mean of {n_models} models" if n_models > 1 else "one model"
+    lines = [
+        "---",
+        "library_name: cachefuse",
+        f"tags: [{'multi-label' if run.task == 'multilabel' else 'multi-class'}-classification, "
+        f"{', '.join(run.features)}, feature-cache]",
+        "---",
+        "",
+        f"# {_plain(run.name)}",
+        "",
+        f"A {config.fusion} fusion of {' and '.join(run.features)} features with {config.head} heads, for the "
+        f"{len(run.classes)} classes of {_plain(run.dataset)} ({run.task}). {kind.capitalize()}, {run.n_parameters:,} "
+        f"parameters, {run.size_mb:.2f} MB; trained in {run.seconds:.0f} s.",
+        "",
+        "## Figures",
+        "",
+    ]
+    if run.results:
+        names = list(next(iter(run.results.values())).metrics)
+        lines += _table(
+            ["split", "rows", *names],
+            [
+                [split, f"{result.n_rows:,}", *(f"{result.metrics[name]:.4f}" for name in names)]
+                for split, result in run.results.items()
+            ],
+        )
+    if run.held is not None:
+        unseen = {
+            "oof": "`oof` is train and val, each row scored by a model that has not seen it.",
+            "val": "`val` was not trained on; where training stops early, it says when.",
+        }.get(run.held.split, f"`{run.held.split}` was not trained on.")
+        chosen = " Each row is decided on by thresholds chosen on other rows." if (run.thresholds != 0.5).any() else ""
+        lines += ["", unseen + chosen]
+    lines += ["", "## Features", ""]
+    lines += _table(
+        ["modality", "encoder", "width", "key"],
+        [
+            [modality, _plain(used.encoder), str(used.width), f"`{used.key}`"]
+            for modality, group in run.features.items()
+            for used in group
+        ],
+    )
+    lines += ["", "It takes features with these keys and no others: new samples pass the same encoders first.", ""]
+    lines += ["## Classes", ""]
+    lines += _table(
+        ["class", "a score must reach"],
+        [
+            [_plain(name), "the highest" if run.task == "multiclass" else f"{threshold:.4f}"]
+            for name, threshold in list(zip(run.classes, run.thresholds, strict=True))[:MOST_CLASSES]
+        ],
+    )
+    if len(run.classes) > MOST_CLASSES:
+        lines += ["", f"and {len(run.classes) - MOST_CLASSES:,} more, in `run.json`"]
+    settings = {name: value for name, value in config.to_dict().items() if value not in (None, {}, 0, 0.0, "none")}
+    lines += ["", "## Settings", ""]
+    lines += _table(["setting", "value"], [[name, _plain(str(value))] for name, value in settings.items()])
+    if run.sources:
+        lines += ["", f"Made of the runs {', '.join(_plain(name) for name in run.sources)}."]
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```sh",
+        f"cachefuse predict --run {run.name}",
+        f'cachefuse predict --run {run.name} --image photo.jpg --text "what it shows"',
+        "```",
+        "",
+        "Scores are probabilities as the training rows had them: on rows of another kind they may be off. A class with "
+        "few rows has figures of little certainty (`cachefuse evaluate` gives their intervals).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _plain(text: str) -> str:
+    """Return untrusted text as one line that is neither a cell's end nor HTML nor a link."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{c}" if c in "|[]`*_\\" else c for c in escaped)

@@ -1,0 +1,47 @@
+import re
+
+import numpy as np
+import pytest
+
+from cachefuse.training.card import model_card
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.run import Run
+from cachefuse.training.train import train_head
+
+QUICK = {"head": "linear", "epochs": 2}
+
+
+@pytest.mark.parametrize("settings", [{}, {"folds": 3, "members": 2, "thresholds": "class"}, {"thresholds": "none"}])
+def test_states_the_runs_figures_features_and_thresholds(settings, toy_store, tmp_path):
+    run = train_head(toy_store(), TrainConfig(**QUICK, **settings))
+    path = run.save(tmp_path / "runs")
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert card == model_card(Run.load(path))
+    assert f"# {run.name}" in card
+    for split, result in run.results.items():
+        figures = " | ".join(f"{value:.4f}" for value in result.metrics.values())
+        assert f"| {split} | {result.n_rows:,} | {figures} |" in card
+    for group in run.features.values():
+        assert all(f"`{used.key}`" in card for used in group)
+    assert [float(x) for x in re.findall(r"\| class \d \| (\S+) \|", card)] == pytest.approx(run.thresholds, abs=1e-4)
+    assert ("thresholds chosen on other rows" in card) == bool((run.thresholds != 0.5).any())
+
+
+def test_names_from_data_cannot_break_out(toy_store):
+    run = train_head(toy_store(), TrainConfig(**QUICK))
+    run.classes = ("<img src=x onerror=alert(1)>", "a | b\n# c", "[x](http://y)`z`")
+    card = model_card(run)
+    assert "<img" not in card
+    assert "\n# c" not in card
+    assert "[x](" not in card.replace("\\[x\\](", "")
+    rows = [line for line in card.split("## Classes")[1].split("##")[0].splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 3
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
+
+
+def test_many_classes_are_cut(toy_store):
+    run = train_head(toy_store(), TrainConfig(**QUICK))
+    run.classes, run.thresholds = tuple(f"class {c}" for c in range(1000)), np.full(1000, 0.5)
+    card = model_card(run)
+    assert "and 900 more, in `run.json`" in card
+    assert len(card) < 20_000
