@@ -1,7 +1,6 @@
 """Heads: from one vector a sample, or its tokens, to logits; and the standardisation of features before them.
 
 Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.0)`` and maps (B, D) to (B, C).
-``GatedMLP`` takes tokens (B, T, D) as well, where it is told their number.
 Its ``default_layers`` are what training takes where none are asked for.
 """
 
@@ -10,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from cachefuse.cache.rows import Columns
+from cachefuse.cache.rows import Columns, TokenWidth
 from cachefuse.errors import ConfigError
 from cachefuse.registry import ACTIVATIONS, lookup
 
@@ -62,10 +61,10 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """A gated block for each (even) hidden width in ``layers``, then a Linear to the classes.
 
-    gMLP (arXiv 2105.08050) gates along the tokens: with ``tokens`` T, that is what it does, on (B, T, D), and their
-    mean goes to the classes. A pooled feature has no token axis, so there the gate acts along the channels: see
-    ``SpatialGate`` and ``ChannelGate``. Raises ConfigError for layers or dropout out of range, UnknownNameError for an
-    unknown activation.
+    gMLP (arXiv 2105.08050) gates along the tokens. Where the width is a ``TokenWidth``, of tokens side by side, that
+    is what it does, and their mean goes to the classes. A pooled feature has no token axis, so there the gate acts
+    along the channels: see ``SpatialGate`` and ``ChannelGate``. Raises ConfigError for layers or dropout out of range,
+    UnknownNameError for an unknown activation.
     """
 
     default_layers: ClassVar[tuple[int, ...]] = (512,)
@@ -78,7 +77,6 @@ class GatedMLP(nn.Module):
         layers: tuple[int, ...] = (),
         activation: str = "gelu",
         dropout: float = 0.0,
-        tokens: int | None = None,
     ):
         super().__init__()
         _check(layers, dropout)
@@ -87,13 +85,15 @@ class GatedMLP(nn.Module):
                 f"head 'gmlp' splits its layers in halves: they must be even. Got {tuple(layers)} instead."
             )
         act = lookup(ACTIVATIONS, activation, "activation")
-        self.tokens = tokens
+        self.tokens = tokens = width.n_tokens if isinstance(width, TokenWidth) else None
+        width = width // (tokens or 1)
         self.blocks = nn.Sequential(*(GatedBlock(width, hidden, act(), dropout, tokens) for hidden in layers))
         self.classify = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(x)
-        return self.classify(x if self.tokens is None else x.mean(-2))
+        if self.tokens is None:
+            return self.classify(self.blocks(x))
+        return self.classify(self.blocks(x.unflatten(-1, (self.tokens, -1))).mean(-2))
 
 
 class GatedBlock(nn.Module):

@@ -21,8 +21,8 @@ from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.registry import lookup
 from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import FeatureTable, load_table
-from cachefuse.training.run import Member, Run, UsedFeatures, match_features
+from cachefuse.training.batches import FeatureTable
+from cachefuse.training.run import Member, Run, UsedFeatures, open_table
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ class StoreTables:
         self._tables: dict[Any, FeatureTable] = {}
         for member in run.members:
             if self._key(member) not in self._tables:
-                table = load_table(store, match_features(run, member.features, store))
+                table = open_table(run, member.features, store)
                 gone = [modality for modality in table.present if modality in without]
                 self._tables[self._key(member)] = table.without(gone).to(resolve_device(device))
 
@@ -192,7 +192,7 @@ def _encode(
     device: str,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[np.ndarray, dict[int, BadSampleError]]:
-    """Return pooled features (n, D) in the store's dtype, and the rows that can't be used."""
+    """Return features (n, D) in the store's dtype, and the rows that can't be used; tokens lie side by side."""
     values = np.zeros((len(sources), used.width), DTYPES[used.dtype])
     bad: dict[int, BadSampleError] = {}
     size = BATCH_SIZE[device.partition(":")[0]]
@@ -204,10 +204,11 @@ def _encode(
                 bad[row] = item
             if len(window) == size or row == len(sources) - 1:
                 first = row + 1 - len(window)
-                for i, value in enumerate(encode_prepared(tower, window, ("pooled",), size)["pooled"]):
+                for i, value in enumerate(encode_prepared(tower, window, (used.view,), size)[used.view]):
                     if value is not None:
+                        flat = value.reshape(-1)[: used.width]  # fewer tokens leave zeros at the end
                         with np.errstate(over="ignore"):
-                            values[first + i] = value
+                            values[first + i, : len(flat)] = flat
                         if not np.isfinite(values[first + i]).all():
                             bad[first + i] = BadSampleError(f"its features are not finite in {used.dtype}")
                 window = []

@@ -24,6 +24,7 @@ def _option(kind: Any, panel: str, metavar: str, help: str, shown: str | None = 
 
 
 OPTIONS = {
+    "view": _option(str, MODEL, "NAME", "pooled, or tokens, which head gmlp gates along."),
     "fusion": _option(str, MODEL, "NAME", _choices(FUSIONS)),
     "scheme": _option(str, MODEL, "NAME", "joint, or staged: each head alone, then what joins them."),
     "head": _option(str, MODEL, "NAME", _choices(HEADS)),

@@ -3,6 +3,7 @@ import pytest
 import torch
 from torch import nn
 
+from cachefuse.cache.rows import TokenWidth
 from cachefuse.errors import ConfigError, UnknownNameError
 from cachefuse.heads import FIT_ROWS, MLP, ChannelGate, GatedBlock, GatedMLP, Linear, SpatialGate, Standardize
 from cachefuse.registry import ACTIVATIONS, HEADS, lookup
@@ -93,18 +94,18 @@ def test_the_spatial_gate_follows_its_equation_and_opens_as_the_identity():
 
 def test_a_gated_head_over_tokens_mixes_them():
     torch.manual_seed(0)
-    head = GatedMLP(6, 3, layers=(8,), tokens=5)
-    x = torch.randn(2, 5, 6, requires_grad=True)
+    head = GatedMLP(TokenWidth(30, 5), 3, layers=(8,))
+    x = torch.randn(2, 30)
     logits = head(x)
     assert logits.shape == (2, 3)
     logits.square().sum().backward()
     assert all(parameter.grad.any() for parameter in head.parameters())
     with torch.no_grad():
         head.blocks[0].gate.linear.weight.normal_()
-        moved = head(x.flip(1))
+        moved = head(x.view(2, 5, 6).flip(1).flatten(1))
     assert not torch.allclose(moved, head(x), atol=1e-3)  # the gate tells tokens apart by their place
     with pytest.raises(RuntimeError):
-        head(torch.randn(2, 4, 6))
+        head(torch.randn(2, 24))
 
 
 @pytest.mark.parametrize("kind", [MLP, GatedMLP])

@@ -189,7 +189,48 @@ class JoinedRows:
         return torch.cat([torch.as_tensor(part.to(device)) for part in self.parts], dim=1)
 
 
-Columns = Tensor | Rows | JoinedRows  # (N, D): what has index_select along its rows
+class TokenWidth(int):
+    """The width T * D of T tokens side by side, which knows their number."""
+
+    n_tokens: int
+
+    def __new__(cls, width: int, n_tokens: int) -> "TokenWidth":
+        self = super().__new__(cls, width)
+        self.n_tokens = n_tokens
+        return self
+
+
+class FlatTokens:
+    """The tokens of each sample side by side: rows (N, T, D), or ragged ones, as (N, T * D); zeros where one has fewer.
+
+    T is the longest sample's number of tokens, or ``n_tokens``: further tokens are left out.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, rows: Rows, n_tokens: int = 0) -> None:
+        self._rows = rows
+        longest = int(rows.lengths.max(initial=1)) if isinstance(rows, RaggedRows) else rows.shape[1]
+        self.n_tokens = n_tokens or longest
+        self.shape = (len(rows), TokenWidth(self.n_tokens * rows.shape[-1], self.n_tokens))
+        self.block_rows = rows.block_rows
+        self.nbytes = self.shape[0] * self.shape[1] * rows.dtype.itemsize
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Return the rows (B, T * D) at ``index`` (B,)."""
+        if isinstance(self._rows, RaggedRows):
+            tokens = self._rows.padded(index)[0]  # (B, T', D)
+        else:
+            tokens = self._rows.index_select(dim, index)
+        missing = self.n_tokens - tokens.shape[1]  # padded where there are too few, cut where there are too many
+        return torch.nn.functional.pad(tokens, (0, 0, 0, missing)).flatten(1)
+
+    def to(self, device: torch.device | str) -> "FlatTokens":
+        """Return these rows where they are: as tokens are large, batches are copied to another device, one by one."""
+        return self
+
+
+Columns = Tensor | Rows | JoinedRows | FlatTokens  # (N, D): what has index_select along its rows
 
 
 def block_shuffle(rows: Tensor, block_rows: int, blocks_at_once: int, generator: torch.Generator) -> Tensor:

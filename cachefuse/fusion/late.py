@@ -17,7 +17,8 @@ class ConcatFusion(Fusion):
 
     def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
         super().__init__(widths, classes, head)
-        self.head = head(sum(self.widths.values()), classes)
+        first, *others = self.widths.values()
+        self.head = head(first + sum(others) if others else first, classes)  # one alone may know its tokens
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         x = torch.cat([zero_absent(features[m], present[m]) for m in self.widths], dim=-1)  # (B, D_1 + ... + D_M)

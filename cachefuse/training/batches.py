@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.cache.features import Features
-from cachefuse.cache.rows import SHUFFLE_BYTES, Columns, JoinedRows, block_shuffle
+from cachefuse.cache.rows import SHUFFLE_BYTES, Columns, FlatTokens, JoinedRows, block_shuffle
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_path
@@ -104,19 +104,22 @@ class FeatureTable:
         )
 
 
-def select_features(store: FeatureStore, encoders: Sequence[str] = ()) -> dict[str, list[Features]]:
-    """Return the pooled features to use, by modality: those of the named encoders, or all that are complete.
+def select_features(
+    store: FeatureStore, encoders: Sequence[str] = (), view: str = "pooled"
+) -> dict[str, list[Features]]:
+    """Return the features to use, by modality: those of the named encoders, or all that have the whole view.
 
     An encoder may be named by its spec, its file or folder, or any part of it that fits one alone. Raises CacheError
     if there are no features, ConfigError for a name that fits none or several.
     """
-    stored = [features for features in store.features() if "pooled" in features.views]
+    stored = [features for features in store.features() if view in features.views]
     if not stored:
-        raise CacheError(f"{store.path} holds no pooled features; run cachefuse extract first")
+        how = "" if view == "pooled" else f" --views pooled,{view}"
+        raise CacheError(f"{store.path} holds no {view} features; run cachefuse extract{how} first")
     if encoders:
         stored = [features for name in encoders for features in _find(stored, name)]
     else:
-        whole = [features for features in stored if not len(features.missing_rows("pooled"))]
+        whole = [features for features in stored if not len(features.missing_rows(view))]
         for features in stored if whole else ():
             if features not in whole:
                 logger.warning(
@@ -143,17 +146,29 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
     return [features for features in stored if features.encoder == found[0]]
 
 
-def load_table(store: FeatureStore, chosen: Mapping[str, Sequence[Features]]) -> FeatureTable:
+def load_table(
+    store: FeatureStore,
+    chosen: Mapping[str, Sequence[Features]],
+    view: str = "pooled",
+    n_tokens: Mapping[str, int] | None = None,
+) -> FeatureTable:
     """Open features; several encoders of one modality are concatenated along their width.
 
-    Raises ConfigError if samples have several items of a modality (captions), CacheError if rows are missing.
+    Tokens are laid side by side, as many as the longest sample has, or ``n_tokens`` by modality. Raises ConfigError if
+    samples have several items of a modality (captions), or tokens come from several encoders, CacheError if rows are
+    missing.
     """
     features: dict[str, Columns] = {}
     for modality, group in chosen.items():
         if store.items(modality) is not None:
             raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
-        parts = [part.rows() for part in group]
-        features[modality] = parts[0] if len(parts) == 1 else JoinedRows(parts)
+        parts = [part.rows(view) for part in group]
+        if view == "pooled":
+            features[modality] = parts[0] if len(parts) == 1 else JoinedRows(parts)
+        elif len(parts) == 1:
+            features[modality] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
+        else:
+            raise ConfigError(f"{store.dataset} has {modality} tokens of several encoders; name one with --encoder")
     return FeatureTable(
         features=features,
         present={modality: torch.from_numpy(store.present(modality)) for modality in chosen},

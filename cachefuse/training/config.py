@@ -14,6 +14,7 @@ LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
 SCHEMES = ("joint", "staged")
 THRESHOLDS = ("none", "global", "class")
 CHOICES = {
+    "view": ("pooled", "tokens"),
     "scheme": SCHEMES,
     "class_weights": ("none", "balanced", "effective"),
     "sampler": ("shuffle", "balanced"),
@@ -23,8 +24,9 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained. ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows.
+    """How a head is trained, and on which view of the features.
 
+    ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows.
     ``loss`` None takes the task's: bce for multi-label, ce for multi-class; ``loss_options`` are its keyword arguments.
     ``lr`` None takes the optimizer's. ``patience`` is the epochs without a better validation score after which training
     stops, 0 for never; the best epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None
@@ -36,6 +38,7 @@ class TrainConfig:
     averaged. ``refit`` trains them once more on all of train and val, when epochs and thresholds are chosen.
     """
 
+    view: str = "pooled"
     fusion: str = "sum"
     scheme: str = "joint"
     head: str = "mlp"

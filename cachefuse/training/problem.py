@@ -73,7 +73,7 @@ class Problem:
 
 
 def open_problem(
-    store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto"
+    store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto", view: str = "pooled"
 ) -> tuple[Problem, dict[str, list[Features]]]:
     """Open a store's features, by default all that are complete, and return them with the problem that they pose.
 
@@ -85,14 +85,14 @@ def open_problem(
         raise ConfigError(f"a {manifest.task} dataset has no labels, so there is no head to train on it")
     if manifest.task == "multiclass" and len(store.classes) < 2:
         raise ConfigError(f"{store.dataset} has one class only, {store.classes[0]!r}: there is nothing to tell apart")
-    chosen = select_features(store, encoders)
+    chosen = select_features(store, encoders, view)
     single = {modality: group for modality, group in chosen.items() if store.items(modality) is None}
     for modality in chosen.keys() - single.keys() if single else ():
         logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
     chosen = single or chosen
     problem = Problem(
         name=store.dataset,
-        table=load_table(store, chosen).to(resolve_device(device)),
+        table=load_table(store, chosen, view).to(resolve_device(device)),
         classes=store.classes,
         task=manifest.task,
         metrics=manifest.reported_metrics,

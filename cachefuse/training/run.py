@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cachefuse.cache.features import Features
+from cachefuse.cache.rows import TokenWidth
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
@@ -37,7 +38,7 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import decide
 from cachefuse.registry import HEADS, lookup
 from cachefuse.runtime import slug, to_json, write_atomically
-from cachefuse.training.batches import FeatureTable
+from cachefuse.training.batches import FeatureTable, load_table
 from cachefuse.training.card import model_card
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import History, predict_scores
@@ -54,13 +55,21 @@ VERSIONS = ("cachefuse", "torch", "numpy", "scikit-learn", "zarr")
 
 @dataclass(frozen=True)
 class UsedFeatures:
-    """One encoder's pooled features that a run was trained on; ``source`` opens the encoder again."""
+    """One encoder's features that a run was trained on; ``source`` opens the encoder again.
+
+    ``tokens`` is the number of tokens that lie side by side in their width, 0 for pooled features.
+    """
 
     encoder: str
     source: str
     key: str
     dtype: str
     width: int
+    tokens: int = 0
+
+    @property
+    def view(self) -> str:
+        return "tokens" if self.tokens else "pooled"
 
 
 UsedByModality = dict[str, tuple[UsedFeatures, ...]]
@@ -270,7 +279,7 @@ class Run:
             for member in about.members:
                 settings = TrainConfig.from_dict(member.config)
                 settings.resolve_loss(about.manifest.task)
-                widths = {modality: sum(used.width for used in group) for modality, group in member.features.items()}
+                widths = {modality: _width(group) for modality, group in member.features.items()}
                 with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
                     model = build_model(settings, widths, len(about.classes))
                 members.append(Member(settings, member.features, model, member.weight, member.fold))
@@ -321,15 +330,36 @@ def build_model(config: TrainConfig, widths: Mapping[str, int], n_classes: int) 
     return FusionModel(lookup(FUSIONS, config.fusion, "fusion")(dict(widths), n_classes, head))
 
 
-def used_features(chosen: Mapping[str, Sequence[Features]]) -> UsedByModality:
-    """Describe the features that a run is trained on."""
-    return {
-        modality: tuple(
-            UsedFeatures(f.encoder, f.source, f.key, f.provenance["dtype"], f.views["pooled"].row_shape[0])
-            for f in group
+def used_features(chosen: Mapping[str, Sequence[Features]], widths: Mapping[str, int]) -> UsedByModality:
+    """Describe the features that a run is trained on, of the given widths by modality."""
+
+    def describe(f: Features, width: int) -> UsedFeatures:
+        tokens = width.n_tokens if isinstance(width, TokenWidth) else 0
+        return UsedFeatures(
+            encoder=f.encoder,
+            source=f.source,
+            key=f.key,
+            dtype=f.provenance["dtype"],
+            width=int(width) if tokens else f.views["pooled"].row_shape[0],
+            tokens=tokens,
         )
-        for modality, group in chosen.items()
-    }
+
+    return {modality: tuple(describe(f, widths[modality]) for f in group) for modality, group in chosen.items()}
+
+
+def _width(group: Sequence[UsedFeatures]) -> int:
+    """Return the width of features side by side. Raises RunError for tokens of several encoders, or not whole ones."""
+    width, tokens = sum(used.width for used in group), group[0].tokens if group else 0
+    if tokens and (len(group) > 1 or tokens < 0 or width % tokens):
+        raise RunError(f"{width} numbers a sample are not {tokens} tokens of one encoder")
+    return TokenWidth(width, tokens) if tokens else width
+
+
+def open_table(run: Run, used: UsedByModality, store: FeatureStore) -> FeatureTable:
+    """Open a store's features as a run's member reads them. Raises RunError if the store has others or none."""
+    chosen = match_features(run, used, store)
+    n_tokens = {modality: group[0].tokens for modality, group in used.items()}
+    return load_table(store, chosen, "tokens" if any(n_tokens.values()) else "pooled", n_tokens)
 
 
 def match_features(run: Run, used: UsedByModality, store: FeatureStore) -> dict[str, list[Features]]:

@@ -15,14 +15,10 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.folds import stratified_folds
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.model import FusionModel
-from cachefuse.losses import build_loss, class_weights
 from cachefuse.metrics import METRICS, decide
-from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
-from cachefuse.runtime import seed_everything
-from cachefuse.training.batches import balanced_chances
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.ema import EMA
-from cachefuse.training.loop import Epoch, History, Validation, fit, predict_scores, to_scores
+from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
+from cachefuse.training.loop import Epoch, History, Validation, predict_scores, to_scores
 from cachefuse.training.measure import HeldOut, choose_for, chooses, measure
 from cachefuse.training.problem import TRAIN, VAL, Problem, open_problem
 from cachefuse.training.run import Member, Run, UsedByModality, build_model, split_digest, used_features
@@ -80,8 +76,9 @@ def train_head(
     model may take, in 10^6 bytes. Raises ConfigError for settings that don't fit the dataset, a model that is too
     large, or a modality that no training row has, DataError without training rows, TrainingError if training diverges.
     """
-    problem, chosen = open_problem(store, encoders, device)
-    return train_run(store, problem, used_features(chosen), config, max_size_mb=max_size_mb, on_progress=on_progress)
+    problem, chosen = open_problem(store, encoders, device, config.view)
+    used = used_features(chosen, problem.widths)
+    return train_run(store, problem, used, config, max_size_mb=max_size_mb, on_progress=on_progress)
 
 
 def train_run(
@@ -191,53 +188,29 @@ def train_model(
     on_epoch: Callable[[str, Epoch], None] = lambda stage, epoch: None,
 ) -> tuple[FusionModel, History]:
     """Train one model on a part's rows. ``epochs`` ends it at that one, for good, with the schedule of all."""
-    seed_everything(config.seed)
-    device, loss_name = problem.device, config.resolve_loss(problem.task)
-    model = build_model(config, problem.widths, len(problem.classes)).to(device)
-    table, rows = problem.table.only(model.widths), part.train.to(device)
-    model.fit_statistics(table.features, table.present, rows)
-    at_hand = table.at_hand(model.standardize)
-    targets = table.targets[rows]
-    weights = None if config.class_weights == "none" else class_weights(targets, config.class_weights, problem.task)
-    steps = -(-len(rows) // (config.rows_a_step or len(rows)))
+    model = untrained_model(problem, config)
+    data = TrainingSet.prepare(problem, model, part.train)
+    loss = training_loss(problem, config, data)
     validation = None
     if len(part.validate):
-        name = config.monitor or problem.metrics[0]
-        validation = Validation(part.validate.to(device), partial(_score, problem, part.validate, name, loss_name))
+        name = config.monitor or problem.metric
+        score = partial(_score, problem, part.validate, name, config.resolve_loss(problem.task))
+        validation = Validation(part.validate.to(problem.device), score)
 
     def train(stage: str, module: Any) -> History:
-        if at_hand is None:
-            module = FusionModel(module, model.standardize)
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
-            parameters, lr=config.learning_rate, weight_decay=config.weight_decay
-        )
-        return fit(
+        return fit_module(
+            config,
+            data,
             module,
-            build_loss(loss_name, config.loss_options, weights),
-            optimizer,
-            at_hand or table,
-            rows,
+            loss,
+            [parameter for parameter in module.parameters() if parameter.requires_grad],
             epochs=epochs or config.epochs,
-            batch_size=config.rows_a_step,
-            generator=torch.Generator().manual_seed(config.seed),
-            schedule=lookup(SCHEDULES, config.schedule, "schedule")(optimizer, config.epochs * steps),
             validation=validation,
             patience=0 if epochs else config.patience,
-            ema=EMA(module, config.ema) if config.ema else None,
-            clip_norm=config.clip_norm,
-            chances=balanced_chances(targets) if config.sampler == "balanced" else None,
-            modality_dropout=config.modality_dropout,
             on_epoch=partial(on_epoch, stage),
         )
 
-    for name, head in model.fusion.alone().items() if config.scheme == "staged" else ():
-        if train(name, head).interrupted:
-            raise KeyboardInterrupt
-        head.requires_grad_(False)
-    history = train("", model.fusion)
-    model.requires_grad_(True)
-    return model, history
+    return model, fit_stages(config, model.fusion, train)
 
 
 def _score(problem: Problem, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:

@@ -144,7 +144,8 @@ def test_dead_and_constant_dimensions_do_no_harm(make_store):
     x = rng.normal(size=(30, 4)).astype(np.float16)
     x[:, 1], x[:, 2] = 0, 123.4
     x[25:, 2] = 60000  # constant in training, far off elsewhere
-    store = make_store({"image": x}, (x[:, :1] > 0).astype(np.int8), ["train"] * 20 + ["val"] * 10, metrics=["macro_ap"])
+    y = (x[:, :1] > 0).astype(np.int8)
+    store = make_store({"image": x}, y, ["train"] * 20 + ["val"] * 10, metrics=["macro_ap"])
     run = train_head(store, quick(fusion="image", epochs=20, lr=0.1))
     assert run.metrics["val"]["macro_ap"] > 0.8
 

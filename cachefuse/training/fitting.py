@@ -1,0 +1,102 @@
+"""What the training of one model and of many at once have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cachefuse.fusion.model import FusionModel
+from cachefuse.losses import build_loss, class_weights
+from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
+from cachefuse.runtime import seed_everything
+from cachefuse.training.batches import FeatureTable, balanced_chances
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.ema import EMA
+from cachefuse.training.loop import History, fit
+from cachefuse.training.problem import Problem
+from cachefuse.training.run import build_model
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What models of one part are trained on: rows (n,) of a table, and their targets (n, C).
+
+    The table is standardised already where memory allows; elsewhere ``standardize`` is still to be applied.
+    """
+
+    table: FeatureTable
+    rows: Tensor
+    targets: Tensor
+    standardize: nn.ModuleDict | None
+
+    @classmethod
+    def prepare(cls, problem: Problem, model: FusionModel, rows: Tensor) -> "TrainingSet":
+        """Take the model's statistics from its rows (n,), and bring the table to hand."""
+        table, rows = problem.table.only(model.widths), rows.to(problem.device)
+        model.fit_statistics(table.features, table.present, rows)
+        at_hand = table.at_hand(model.standardize)
+        return cls(at_hand or table, rows, table.targets[rows], model.standardize if at_hand is None else None)
+
+    def reading(self, module: Any) -> nn.Module:
+        """Return a fusion, or a head of one, as it takes the table's features."""
+        return module if self.standardize is None else FusionModel(module, self.standardize)
+
+
+def untrained_model(problem: Problem, config: TrainConfig) -> FusionModel:
+    """Build the model that the settings describe, from their seed, on the problem's device."""
+    seed_everything(config.seed)
+    return build_model(config, problem.widths, len(problem.classes)).to(problem.device)
+
+
+def training_loss(problem: Problem, config: TrainConfig, data: TrainingSet) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the settings' loss, with the class weights that they ask for."""
+    kind = config.class_weights
+    weights = None if kind == "none" else class_weights(data.targets, kind, problem.task)
+    return build_loss(config.resolve_loss(problem.task), config.loss_options, weights)
+
+
+def fit_module(
+    config: TrainConfig,
+    data: TrainingSet,
+    module: nn.Module,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    parameters: Any,
+    *,
+    epochs: int,
+    **watching: Any,
+) -> History:
+    """Train a module's parameters, or groups of them, by ``fit``; ``watching`` are its validation and callbacks."""
+    module = data.reading(module)
+    optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    steps = -(-len(data.rows) // (config.rows_a_step or len(data.rows)))
+    return fit(
+        module,
+        loss,
+        optimizer,
+        data.table,
+        data.rows,
+        epochs=epochs,
+        batch_size=config.rows_a_step,
+        generator=torch.Generator().manual_seed(config.seed),
+        schedule=lookup(SCHEDULES, config.schedule, "schedule")(optimizer, config.epochs * steps),
+        ema=EMA(module, config.ema) if config.ema else None,
+        clip_norm=config.clip_norm,
+        chances=balanced_chances(data.targets) if config.sampler == "balanced" else None,
+        modality_dropout=config.modality_dropout,
+        **watching,
+    )
+
+
+def fit_stages(config: TrainConfig, fusion: Any, train: Callable[[str, nn.Module], History]) -> History:
+    """Train a fusion in one, or if staged each of its heads alone, frozen then, before what joins them."""
+    for name, head in fusion.alone().items() if config.scheme == "staged" else ():
+        if train(name, head).interrupted:
+            raise KeyboardInterrupt
+        head.requires_grad_(False)
+    history = train("", fusion)
+    fusion.requires_grad_(True)
+    return history
