@@ -19,65 +19,90 @@ if TYPE_CHECKING:
     from cachefuse.cache.plan import plan
     from cachefuse.cache.store import FeatureStore
     from cachefuse.cache.verify import repair, verify
+    from cachefuse.classifier import FusionClassifier
     from cachefuse.data.dataset import Dataset, load_dataset
     from cachefuse.data.manifest import Manifest, builtin_manifests, load_manifest
     from cachefuse.encoders import open_encoder
+    from cachefuse.evaluation import Evaluation, evaluate
     from cachefuse.predict import Predictions, predict_samples, predict_split, read_input
+    from cachefuse.report.page import report_html, write_report
     from cachefuse.submission import write_submission
     from cachefuse.training.config import TrainConfig
-    from cachefuse.training.run import Run, find_run
+    from cachefuse.training.ensemble import ensemble
+    from cachefuse.training.feature_set import FeatureSet, FeatureView, open_features
+    from cachefuse.training.run import Run, find_run, list_runs
     from cachefuse.training.train import train_head
 
 __version__ = "0.1.0"
 
 _API = {
     "Dataset": "cachefuse.data.dataset:Dataset",
+    "FeatureSet": "cachefuse.training.feature_set:FeatureSet",
+    "Evaluation": "cachefuse.evaluation:Evaluation",
     "FeatureStore": "cachefuse.cache.store:FeatureStore",
+    "FeatureView": "cachefuse.training.feature_set:FeatureView",
     "Features": "cachefuse.cache.features:Features",
+    "FusionClassifier": "cachefuse.classifier:FusionClassifier",
     "Manifest": "cachefuse.data.manifest:Manifest",
     "Predictions": "cachefuse.predict:Predictions",
     "Run": "cachefuse.training.run:Run",
     "TrainConfig": "cachefuse.training.config:TrainConfig",
     "bench_store": "cachefuse.bench.store:bench_store",
     "builtin_manifests": "cachefuse.data.manifest:builtin_manifests",
+    "ensemble": "cachefuse.training.ensemble:ensemble",
+    "evaluate": "cachefuse.evaluation:evaluate",
     "extract": "cachefuse.cache.extract:extract",
     "find_run": "cachefuse.training.run:find_run",
     "inspect_store": "cachefuse.cache.inspection:inspect_store",
+    "list_runs": "cachefuse.training.run:list_runs",
     "load_dataset": "cachefuse.data.dataset:load_dataset",
     "load_manifest": "cachefuse.data.manifest:load_manifest",
     "open_encoder": "cachefuse.encoders:open_encoder",
+    "open_features": "cachefuse.training.feature_set:open_features",
     "plan": "cachefuse.cache.plan:plan",
     "predict_samples": "cachefuse.predict:predict_samples",
     "predict_split": "cachefuse.predict:predict_split",
     "read_input": "cachefuse.predict:read_input",
     "repair": "cachefuse.cache.verify:repair",
+    "report_html": "cachefuse.report.page:report_html",
     "train_head": "cachefuse.training.train:train_head",
     "verify": "cachefuse.cache.verify:verify",
+    "write_report": "cachefuse.report.page:write_report",
     "write_submission": "cachefuse.submission:write_submission",
 }
 __all__ = [
     "Dataset",
+    "Evaluation",
+    "FeatureSet",
     "FeatureStore",
+    "FeatureView",
     "Features",
+    "FusionClassifier",
     "Manifest",
     "Predictions",
     "Run",
     "TrainConfig",
     "bench_store",
     "builtin_manifests",
+    "ensemble",
+    "evaluate",
     "extract",
     "find_run",
     "inspect_store",
+    "list_runs",
     "load_dataset",
     "load_manifest",
     "open_encoder",
+    "open_features",
     "plan",
     "predict_samples",
     "predict_split",
     "read_input",
     "repair",
+    "report_html",
     "train_head",
     "verify",
+    "write_report",
     "write_submission",
 ]
 

@@ -1,7 +1,7 @@
 """From a run to predictions: for rows of a store, or for raw images and texts through the run's own encoders."""
 
 import logging
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from cachefuse.data.targets import is_labelled
 from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, DataError, RunError
-from cachefuse.registry import lookup
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable
-from cachefuse.training.run import Member, Run, UsedFeatures, open_table
+from cachefuse.training.run import Member, Run
+from cachefuse.training.used import StoreTables, UsedFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -110,27 +110,6 @@ def predict_samples(
         ).to(device)
 
     return _predict(run, table_of, np.arange(n), samples.ids)
-
-
-class StoreTables:
-    """A store's features as a run's members read them; raises RunError if the run was trained on another store."""
-
-    def __init__(self, run: Run, store: FeatureStore, device: str = "auto", without: Collection[str] = ()) -> None:
-        """``without`` names modalities to take as absent; UnknownNameError for one that the run does not read."""
-        for modality in without:
-            lookup(run.features, modality, "modality")
-        self._tables: dict[Any, FeatureTable] = {}
-        for member in run.members:
-            if self._key(member) not in self._tables:
-                table = open_table(run, member.features, store)
-                gone = [modality for modality in table.present if modality in without]
-                self._tables[self._key(member)] = table.without(gone).to(resolve_device(device))
-
-    def __call__(self, member: Member) -> FeatureTable:
-        return self._tables[self._key(member)]
-
-    def _key(self, member: Member) -> tuple[Any, ...]:
-        return tuple(member.features.items())
 
 
 def read_input(path: Path, run: Run) -> Samples:

@@ -11,10 +11,14 @@ from cachefuse_cli.bench import bench
 from cachefuse_cli.datasets import datasets
 from cachefuse_cli.demo import demo
 from cachefuse_cli.encoders import encoders
+from cachefuse_cli.ensemble import ensemble
+from cachefuse_cli.evaluate import evaluate
 from cachefuse_cli.extract import extract
 from cachefuse_cli.inspect import inspect
 from cachefuse_cli.plan import plan
 from cachefuse_cli.predict import predict
+from cachefuse_cli.report import report
+from cachefuse_cli.runs import runs
 from cachefuse_cli.train_head import train_head
 from cachefuse_cli.verify import verify
 
@@ -27,7 +31,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Start with: cachefuse demo",
 )
-for command in (demo, extract, train_head, predict, plan, inspect, verify, datasets, encoders):
+for command in (
+    demo,
+    extract,
+    train_head,
+    predict,
+    evaluate,
+    runs,
+    ensemble,
+    report,
+    plan,
+    inspect,
+    verify,
+    datasets,
+    encoders,
+):
     app.command()(command)
 app.add_typer(bench)
 

@@ -54,7 +54,8 @@ def predict(
         with render.status("loading the run"):
             from cachefuse.runtime import Workspace as WorkspacePaths
             from cachefuse.submission import write_submission
-            from cachefuse.training.run import Run, find_run
+            from cachefuse.training.run import Run
+            from cachefuse.training.run_files import find_run
 
             paths = WorkspacePaths(workspace)
             opened = Run.load(find_run(paths.runs, run))

@@ -134,7 +134,8 @@ def split_counts(splits: Sequence[str]) -> str:
 def run_line(run: "Run") -> None:
     """Say which run was taken."""
     used = ", ".join(f"{used.encoder} ({modality})" for modality, group in run.features.items() for used in group)
-    err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {run.config.fusion} of {used}"), soft_wrap=True)
+    kind = f"ensemble of {', '.join(run.sources)}; reads" if run.sources else f"{run.config.fusion} of"
+    err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {kind} {used}"), soft_wrap=True)
 
 
 def extract_dict(report: "ExtractReport") -> dict[str, Any]:
@@ -236,6 +237,14 @@ def submission_report(predictions: "Predictions", path: Path, *, checked: Path |
         Text(f"{len(predictions.ids):,} rows, {n:,} labels ({n / max(1, len(predictions.ids)):.2f} a row){against}")
     )
     out().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
+
+
+def page_written(path: Path) -> None:
+    """Where a page is, and how large."""
+    from cachefuse.runtime import format_bytes
+
+    size = format_bytes(path.stat().st_size)
+    out().print(Text.assemble(("wrote ", "dim"), f"{path} ({size})"), soft_wrap=True)
 
 
 def prediction(predictions: "Predictions", *, as_json: bool) -> None:

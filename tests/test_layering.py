@@ -25,7 +25,10 @@ LAYERS = (
     "training",
     "predict",
     "submission",
+    "evaluation",
+    "report",
     "bench",
+    "classifier",
 )
 HEAVY = {
     "PIL", "h5py", "numpy", "open_clip", "pyarrow", "pydantic", "sklearn", "timm", "torch", "torchvision",

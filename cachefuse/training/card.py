@@ -12,6 +12,9 @@ MOST_CLASSES = 100
 def model_card(run: "Run") -> str:
     """Return the text of a run's README.md; names that come from data can't break its tables or add HTML."""
     config, n_models = run.config, len(run.members)
+    what = f"A {config.fusion} fusion of {' and '.join(run.features)} features with {config.head} heads"
+    if run.sources:
+        what = f"An ensemble of the runs {', '.join(_plain(name) for name in run.sources)}"
     kind = f"mean of {n_models} models" if n_models > 1 else "one model"
     lines = [
         "---",
@@ -22,14 +25,12 @@ def model_card(run: "Run") -> str:
         "",
         f"# {_plain(run.name)}",
         "",
-        f"A {config.fusion} fusion of {' and '.join(run.features)} features with {config.head} heads, for the "
-        f"{len(run.classes)} classes of {_plain(run.dataset)} ({run.task}). {kind.capitalize()}, {run.n_parameters:,} "
+        f"{what}, for the {len(run.classes)} classes of {_plain(run.dataset)} ({run.task}). {kind.capitalize()}, {run.n_parameters:,} "
         f"parameters, {run.size_mb:.2f} MB; trained in {run.seconds:.0f} s.",
-        "",
-        "## Figures",
         "",
     ]
     if run.results:
+        lines += ["## Figures", ""]
         names = list(next(iter(run.results.values())).metrics)
         lines += _table(
             ["split", "rows", *names],
@@ -65,11 +66,10 @@ def model_card(run: "Run") -> str:
     )
     if len(run.classes) > MOST_CLASSES:
         lines += ["", f"and {len(run.classes) - MOST_CLASSES:,} more, in `run.json`"]
-    settings = {name: value for name, value in config.to_dict().items() if value not in (None, {}, 0, 0.0, "none")}
-    lines += ["", "## Settings", ""]
-    lines += _table(["setting", "value"], [[name, _plain(str(value))] for name, value in settings.items()])
-    if run.sources:
-        lines += ["", f"Made of the runs {', '.join(_plain(name) for name in run.sources)}."]
+    if not run.sources:
+        settings = {name: value for name, value in config.to_dict().items() if value not in (None, {}, 0, 0.0, "none")}
+        lines += ["", "## Settings", ""]
+        lines += _table(["setting", "value"], [[name, _plain(str(value))] for name, value in settings.items()])
     lines += [
         "",
         "## Use",

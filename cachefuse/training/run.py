@@ -8,28 +8,22 @@ README.md             the model card
 """
 
 import hashlib
-import json
-import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 import torch
-from pydantic import BaseModel, BeforeValidator, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from pydantic import TypeAdapter
+from safetensors.torch import save_file
 from torch import Tensor
 
-from cachefuse.cache.features import Features
-from cachefuse.cache.rows import TokenWidth
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
@@ -38,41 +32,25 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import decide
 from cachefuse.registry import HEADS, lookup
 from cachefuse.runtime import slug, to_json, write_atomically
-from cachefuse.training.batches import FeatureTable, load_table
+from cachefuse.training.batches import FeatureTable
 from cachefuse.training.card import model_card
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import History, predict_scores
 from cachefuse.training.measure import HeldOut, Result
+from cachefuse.training.run_files import (
+    FORMAT,
+    HELD_ARRAYS,
+    HELD_OUT,
+    WEIGHTS,
+    describe,
+    describing,
+    load_held_out,
+    load_weights,
+    read_json,
+)
+from cachefuse.training.used import UsedByModality, UsedFeatures, width_of
 
-logger = logging.getLogger(__name__)
-
-FORMAT = 2
-WEIGHTS, HELD_OUT = "model.safetensors", "held_out.safetensors"
-FILES = ("run.json", "history.json", WEIGHTS)  # that every run has
-HELD_ARRAYS = ("rows", "parts", "scores")
 VERSIONS = ("cachefuse", "torch", "numpy", "scikit-learn", "zarr")
-
-
-@dataclass(frozen=True)
-class UsedFeatures:
-    """One encoder's features that a run was trained on; ``source`` opens the encoder again.
-
-    ``tokens`` is the number of tokens that lie side by side in their width, 0 for pooled features.
-    """
-
-    encoder: str
-    source: str
-    key: str
-    dtype: str
-    width: int
-    tokens: int = 0
-
-    @property
-    def view(self) -> str:
-        return "tokens" if self.tokens else "pooled"
-
-
-UsedByModality = dict[str, tuple[UsedFeatures, ...]]
 
 
 @dataclass(frozen=True)
@@ -87,40 +65,6 @@ class Member:
     model: FusionModel
     weight: float
     fold: int | None = None
-
-
-# JSON has no NaN: a figure that is not defined is null there.
-Figure = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
-
-
-class _Result(BaseModel):
-    n_rows: int
-    metrics: dict[str, Figure]
-    per_class: dict[str, list[Figure]]
-
-
-class _Member(BaseModel):
-    config: dict[str, Any]
-    features: UsedByModality
-    weight: float
-    fold: int | None
-
-
-class _Description(BaseModel):
-    """The part of run.json that is read back."""
-
-    dataset: str
-    created: str
-    manifest: Manifest
-    classes: tuple[str, ...]
-    config: dict[str, Any]
-    members: list[_Member]
-    sources: tuple[str, ...]
-    thresholds: list[float]
-    results: dict[str, _Result]
-    split_digest: str
-    seconds: float
-    size_mb: float
 
 
 @dataclass
@@ -190,7 +134,7 @@ class Run:
         held, folds = self.held, [member.fold for member in self.members]
         if held is None:
             raise RunError(f"run {self.name} has no rows held out; train with --folds, or name a labelled --split")
-        if self.config.refit or self.sources:
+        if self.config.refit or (self.sources and self.config.folds):
             raise RunError(f"the models of run {self.name} have seen the rows held out; name another labelled --split")
         rows = torch.from_numpy(held.rows)
         if None in folds:
@@ -271,22 +215,21 @@ class Run:
     @classmethod
     def load(cls, path: Path) -> "Run":
         """Open a run directory. Raises RunError, naming the file, if it is incomplete or was edited into nonsense."""
-        about = _describe(path)
-        with _describing(path / "run.json"):
+        about = describe(path)
+        with describing(path / "run.json"):
             config = TrainConfig.from_dict(about.config)
-            _check_shapes(about)
             members = []
             for member in about.members:
                 settings = TrainConfig.from_dict(member.config)
                 settings.resolve_loss(about.manifest.task)
-                widths = {modality: _width(group) for modality, group in member.features.items()}
+                widths = {modality: width_of(group) for modality, group in member.features.items()}
                 with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
                     model = build_model(settings, widths, len(about.classes))
                 members.append(Member(settings, member.features, model, member.weight, member.fold))
-        values = _read_json(path / "history.json")
-        with _describing(path / "history.json"):
+        values = read_json(path / "history.json")
+        with describing(path / "history.json"):
             histories = TypeAdapter(list[History]).validate_python(values["histories"])
-        _load_weights(members, path / WEIGHTS)
+        load_weights([member.model for member in members], path / WEIGHTS)
         return cls(
             name=path.resolve().name,
             dataset=about.dataset,
@@ -296,7 +239,7 @@ class Run:
             members=members,
             thresholds=np.array(about.thresholds),
             histories=histories,
-            held=_load_held_out(path / HELD_OUT, len(about.classes)),
+            held=load_held_out(path / HELD_OUT, len(about.classes)),
             split_digest=about.split_digest,
             results={split: Result(**result.model_dump()) for split, result in about.results.items()},
             sources=about.sources,
@@ -306,79 +249,10 @@ class Run:
         )
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """What run.json says of a run: ``metrics`` are those of the ``n_rows`` held out, ``split`` says which those were.
-
-    Without such rows ``split`` is None.
-    """
-
-    name: str
-    path: Path
-    created: str
-    dataset: str
-    n_models: int
-    split: str | None
-    n_rows: int
-    metrics: dict[str, float]
-    size_mb: float
-
-
 def build_model(config: TrainConfig, widths: Mapping[str, int], n_classes: int) -> FusionModel:
     """Build the untrained model that the settings describe, for features of the given widths by modality."""
     head = partial(lookup(HEADS, config.head, "head"), **config.head_options())
     return FusionModel(lookup(FUSIONS, config.fusion, "fusion")(dict(widths), n_classes, head))
-
-
-def used_features(chosen: Mapping[str, Sequence[Features]], widths: Mapping[str, int]) -> UsedByModality:
-    """Describe the features that a run is trained on, of the given widths by modality."""
-
-    def describe(f: Features, width: int) -> UsedFeatures:
-        tokens = width.n_tokens if isinstance(width, TokenWidth) else 0
-        return UsedFeatures(
-            encoder=f.encoder,
-            source=f.source,
-            key=f.key,
-            dtype=f.provenance["dtype"],
-            width=int(width) if tokens else f.views["pooled"].row_shape[0],
-            tokens=tokens,
-        )
-
-    return {modality: tuple(describe(f, widths[modality]) for f in group) for modality, group in chosen.items()}
-
-
-def _width(group: Sequence[UsedFeatures]) -> int:
-    """Return the width of features side by side. Raises RunError for tokens of several encoders, or not whole ones."""
-    width, tokens = sum(used.width for used in group), group[0].tokens if group else 0
-    if tokens and (len(group) > 1 or tokens < 0 or width % tokens):
-        raise RunError(f"{width} numbers a sample are not {tokens} tokens of one encoder")
-    return TokenWidth(width, tokens) if tokens else width
-
-
-def open_table(run: Run, used: UsedByModality, store: FeatureStore) -> FeatureTable:
-    """Open a store's features as a run's member reads them. Raises RunError if the store has others or none."""
-    chosen = match_features(run, used, store)
-    n_tokens = {modality: group[0].tokens for modality, group in used.items()}
-    return load_table(store, chosen, "tokens" if any(n_tokens.values()) else "pooled", n_tokens)
-
-
-def match_features(run: Run, used: UsedByModality, store: FeatureStore) -> dict[str, list[Features]]:
-    """Return a store's features that a run's member reads. Raises RunError if the store has others or none."""
-    if store.classes != run.classes:
-        raise RunError(f"run {run.name} was trained on other classes than {store.path} has now; train again")
-    matched: dict[str, list[Features]] = {}
-    for modality, group in used.items():
-        for one in group:
-            features = store.open_features(one.encoder, modality)
-            if features is None:
-                raise RunError(f"run {run.name} was trained on {one.encoder} ({modality}), which {store.path} lacks")
-            if features.key != one.key:
-                raise RunError(
-                    f"run {run.name} was trained on another store: its {one.encoder} ({modality}) features were made "
-                    f"differently from those in {store.path}; train again, or take the store it was trained on"
-                )
-            matched.setdefault(modality, []).append(features)
-    return matched
 
 
 def split_digest(store: FeatureStore) -> str:
@@ -387,129 +261,6 @@ def split_digest(store: FeatureStore) -> str:
     for sample, split in zip(store.ids, store.splits, strict=True):
         digest.update(f"{sample}\0{split}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def find_run(runs: Path, name: str | None = None) -> Path:
-    """Return a run's directory: by name or path, or the one made last. Raises RunError if there is none."""
-    if name is not None:
-        for path in (runs / name, Path(name)):
-            if (path / "run.json").is_file():
-                return path
-        known = ", ".join(sorted(path.parent.name for path in runs.glob("*/run.json"))) or "none yet"
-        raise RunError(f"no run {name!r} in {runs}; the runs are: {known}")
-    made = []
-    for path in runs.glob("*/run.json"):
-        try:
-            made.append((str(_read_json(path).get("created", "")), path.parent))
-        except RunError as error:
-            logger.warning("passed over: %s", error)
-    if not made:
-        raise RunError(f"no runs in {runs}; train one with cachefuse train-head")
-    return max(made)[1]
-
-
-def list_runs(runs: Path) -> list[RunSummary]:
-    """Return the runs in a directory, the one made last first. Damaged ones are passed over, with a warning.
-
-    Reads no weights.
-    """
-    found = []
-    for path in sorted({path.parent for name in FILES for path in runs.glob(f"*/{name}")}):
-        try:
-            found.append(_summarize(path))
-        except RunError as error:
-            logger.warning("passed over: %s", error)
-    return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
-
-
-def _summarize(path: Path) -> RunSummary:
-    about = _describe(path)
-    for name in FILES:
-        if not (path / name).is_file():
-            raise RunError(f"{path / name} is not there: {path} is not a whole run")
-    split = next((split for split in ("oof", "val") if split in about.results), None)
-    return RunSummary(
-        name=path.name,
-        path=path,
-        created=about.created,
-        dataset=about.dataset,
-        n_models=len(about.members),
-        split=split,
-        n_rows=about.results[split].n_rows if split else 0,
-        metrics=about.results[split].metrics if split else {},
-        size_mb=about.size_mb,
-    )
-
-
-def _describe(path: Path) -> _Description:
-    values = _read_json(path / "run.json")
-    if values.get("format") != FORMAT:
-        raise RunError(f"{path}: run of another version (format {values.get('format')}, not {FORMAT})")
-    with _describing(path / "run.json"):
-        return _Description.model_validate(values)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise RunError(f"{path} is not there: {path.parent} is not a run, or not a whole one") from None
-    except (ValueError, OSError, RecursionError) as error:
-        raise RunError(f"{path}: can't be read: {error}") from error
-    if not isinstance(values, dict):
-        raise RunError(f"{path}: must hold a JSON object. Got {type(values).__name__} instead")
-    return values
-
-
-@contextmanager
-def _describing(path: Path) -> Iterator[None]:
-    """Turn whatever an edited file leads to, in torch as well, into one line that names it."""
-    try:
-        yield
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise RunError(f"{path}: not a run's description: {key}: {problem['msg']}") from error
-    except Exception as error:
-        raise RunError(f"{path}: not a run's description: {error}") from error
-
-
-def _check_shapes(about: _Description) -> None:
-    if len(about.thresholds) != len(about.classes):
-        raise RunError(f"{len(about.thresholds)} thresholds for {len(about.classes)} classes")
-    if not about.members or not sum(member.weight for member in about.members) > 0:
-        raise RunError("members: there are none")
-
-
-def _load_weights(members: Sequence[Member], path: Path) -> None:
-    try:
-        tensors = load_file(path)
-        for i, member in enumerate(members):
-            mine = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{i}.")}
-            member.model.load_state_dict({name.partition(".")[2]: x for name, x in mine.items()}, assign=True)
-            member.model.float()
-        if tensors:
-            raise RuntimeError(f"unexpected weights: {', '.join(sorted(tensors)[:3])}")
-    except FileNotFoundError:
-        raise RunError(f"{path} is not there: {path.parent} is not a whole run") from None
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise RunError(f"{path}: the weights don't fit the run's settings: {reason}") from error
-
-
-def _load_held_out(path: Path, n_classes: int) -> HeldOut | None:
-    """Return the scores of the rows held out, or None where none were. Raises RunError if they don't fit together."""
-    if not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            split = (file.metadata() or {}).get("split", "")
-            rows, parts, scores = (file.get_tensor(name) for name in HELD_ARRAYS)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise RunError(f"{path}: can't be read: {error}") from error
-    if rows.ndim != 1 or rows.shape != parts.shape or scores.shape != (len(rows), n_classes):
-        raise RunError(f"{path}: rows, parts and scores don't fit together, or the run's {n_classes} classes")
-    return HeldOut(split, rows, parts, scores)
 
 
 def _move_to_free(folder: Path, name: Path) -> Path:

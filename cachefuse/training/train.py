@@ -21,7 +21,8 @@ from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, trai
 from cachefuse.training.loop import Epoch, History, Validation, predict_scores, to_scores
 from cachefuse.training.measure import HeldOut, choose_for, chooses, measure
 from cachefuse.training.problem import TRAIN, VAL, Problem, open_problem
-from cachefuse.training.run import Member, Run, UsedByModality, build_model, split_digest, used_features
+from cachefuse.training.run import Member, Run, build_model, split_digest
+from cachefuse.training.used import UsedByModality, used_features
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,13 @@ from safetensors.torch import save
 
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.metrics import METRICS, decide
-from cachefuse.predict import StoreTables, predict_split
+from cachefuse.predict import predict_split
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.problem import open_problem
 from cachefuse.training.run import Run
 from cachefuse.training.thresholds import choose_thresholds
 from cachefuse.training.train import split_parts, train_head
+from cachefuse.training.used import StoreTables
 
 
 def quick(**settings):

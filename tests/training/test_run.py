@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from cachefuse.errors import RunError
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import Run, find_run, match_features
+from cachefuse.training.run import Run
+from cachefuse.training.run_files import find_run
 from cachefuse.training.train import train_head
+from cachefuse.training.used import match_features
 
 QUICK = TrainConfig(head="linear", epochs=2)
 

@@ -1,0 +1,207 @@
+"""The files of a run as they are read back, each checked; and the runs in a directory, found by their files."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import safetensors
+from pydantic import BaseModel, BeforeValidator, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from cachefuse.data.manifest import Manifest
+from cachefuse.errors import RunError
+from cachefuse.training.measure import HeldOut
+from cachefuse.training.used import UsedByModality
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 2
+WEIGHTS, HELD_OUT = "model.safetensors", "held_out.safetensors"
+FILES = ("run.json", "history.json", WEIGHTS)  # that every run has
+HELD_ARRAYS = ("rows", "parts", "scores")
+
+# JSON has no NaN: a figure that is not defined is null there.
+Figure = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
+
+
+class _Result(BaseModel):
+    n_rows: int
+    metrics: dict[str, Figure]
+    per_class: dict[str, list[Figure]]
+
+
+class _Member(BaseModel):
+    config: dict[str, Any]
+    features: UsedByModality
+    weight: float
+    fold: int | None
+
+
+class Description(BaseModel):
+    """The part of run.json that is read back."""
+
+    dataset: str
+    created: str
+    manifest: Manifest
+    classes: tuple[str, ...]
+    config: dict[str, Any]
+    members: list[_Member]
+    sources: tuple[str, ...]
+    thresholds: list[float]
+    results: dict[str, _Result]
+    split_digest: str
+    seconds: float
+    size_mb: float
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What run.json says of a run: ``metrics`` are those of the ``n_rows`` held out, ``split`` says which those were.
+
+    Without such rows ``split`` is None.
+    """
+
+    name: str
+    path: Path
+    created: str
+    dataset: str
+    n_models: int
+    split: str | None
+    n_rows: int
+    metrics: dict[str, float]
+    size_mb: float
+
+
+def find_run(runs: Path, name: str | None = None) -> Path:
+    """Return a run's directory: by name or path, or the one made last. Raises RunError if there is none."""
+    if name is not None:
+        for path in (runs / name, Path(name)):
+            if (path / "run.json").is_file():
+                return path
+        known = ", ".join(sorted(path.parent.name for path in runs.glob("*/run.json"))) or "none yet"
+        raise RunError(f"no run {name!r} in {runs}; the runs are: {known}")
+    made = []
+    for path in runs.glob("*/run.json"):
+        try:
+            made.append((str(read_json(path).get("created", "")), path.parent))
+        except RunError as error:
+            logger.warning("passed over: %s", error)
+    if not made:
+        raise RunError(f"no runs in {runs}; train one with cachefuse train-head")
+    return max(made)[1]
+
+
+def list_runs(runs: Path) -> list[RunSummary]:
+    """Return the runs in a directory, the one made last first. Damaged ones are passed over, with a warning.
+
+    Reads no weights.
+    """
+    found = []
+    for path in sorted({path.parent for name in FILES for path in runs.glob(f"*/{name}")}):
+        try:
+            found.append(_summarize(path))
+        except RunError as error:
+            logger.warning("passed over: %s", error)
+    return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
+
+
+def _summarize(path: Path) -> RunSummary:
+    about = describe(path)
+    for name in FILES:
+        if not (path / name).is_file():
+            raise RunError(f"{path / name} is not there: {path} is not a whole run")
+    split = next((split for split in ("oof", "val") if split in about.results), None)
+    return RunSummary(
+        name=path.name,
+        path=path,
+        created=about.created,
+        dataset=about.dataset,
+        n_models=len(about.members),
+        split=split,
+        n_rows=about.results[split].n_rows if split else 0,
+        metrics=about.results[split].metrics if split else {},
+        size_mb=about.size_mb,
+    )
+
+
+def describe(path: Path) -> Description:
+    """Read what a run says of itself. Raises RunError, naming the key, for what it can't say."""
+    values = read_json(path / "run.json")
+    if values.get("format") != FORMAT:
+        raise RunError(f"{path}: run of another version (format {values.get('format')}, not {FORMAT})")
+    with describing(path / "run.json"):
+        about = Description.model_validate(values)
+        _check_shapes(about)
+        return about
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object. Raises RunError if it is not there, or none."""
+    try:
+        values = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise RunError(f"{path} is not there: {path.parent} is not a run, or not a whole one") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise RunError(f"{path}: can't be read: {error}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{path}: must hold a JSON object. Got {type(values).__name__} instead")
+    return values
+
+
+@contextmanager
+def describing(path: Path) -> Iterator[None]:
+    """Turn whatever an edited file leads to, in torch as well, into one line that names it."""
+    try:
+        yield
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise RunError(f"{path}: not a run's description: {key}: {problem['msg']}") from error
+    except Exception as error:
+        raise RunError(f"{path}: not a run's description: {error}") from error
+
+
+def _check_shapes(about: Description) -> None:
+    if len(about.thresholds) != len(about.classes):
+        raise RunError(f"{len(about.thresholds)} thresholds for {len(about.classes)} classes")
+    if not about.members or not sum(member.weight for member in about.members) > 0:
+        raise RunError("members: there are none")
+
+
+def load_weights(models: Sequence[nn.Module], path: Path) -> None:
+    """Fill models, in their order, with the weights in a file. Raises RunError if they don't fit."""
+    try:
+        tensors = load_file(path)
+        for i, model in enumerate(models):
+            mine = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{i}.")}
+            model.load_state_dict({name.partition(".")[2]: x for name, x in mine.items()}, assign=True)
+            model.float()
+        if tensors:
+            raise RuntimeError(f"unexpected weights: {', '.join(sorted(tensors)[:3])}")
+    except FileNotFoundError:
+        raise RunError(f"{path} is not there: {path.parent} is not a whole run") from None
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RunError(f"{path}: the weights don't fit the run's settings: {reason}") from error
+
+
+def load_held_out(path: Path, n_classes: int) -> HeldOut | None:
+    """Return the scores of the rows held out, or None where none were. Raises RunError if they don't fit together."""
+    if not path.is_file():
+        return None
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            split = (file.metadata() or {}).get("split", "")
+            rows, parts, scores = (file.get_tensor(name) for name in HELD_ARRAYS)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunError(f"{path}: can't be read: {error}") from error
+    whole = rows.dtype.kind == parts.dtype.kind == "i" and rows.min(initial=0) >= 0
+    if not whole or rows.ndim != 1 or rows.shape != parts.shape or scores.shape != (len(rows), n_classes):
+        raise RunError(f"{path}: rows, parts and scores don't fit together, or the run's {n_classes} classes")
+    return HeldOut(split, rows, parts, scores)

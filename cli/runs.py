@@ -1,0 +1,35 @@
+"""`cachefuse runs`."""
+
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.options import WORKSPACE, Json, Workspace, dataset_name
+
+
+def runs(
+    dataset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Only its runs.", show_default="all datasets")
+    ] = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """List the runs with their metrics, the latest first."""
+    from cachefuse_cli import render
+
+    with render.status("reading the runs"):
+        from cachefuse.runtime import Workspace as WorkspacePaths
+        from cachefuse.training.run_files import list_runs
+        from cachefuse_cli import eval_tables
+
+        folder = WorkspacePaths(workspace).runs
+        found = list_runs(folder)
+        if dataset is not None:
+            name = dataset_name(dataset)
+            found = [run for run in found if run.dataset == name]
+    if json:
+        render.print_json(eval_tables.runs_dict(found))
+    elif found:
+        eval_tables.runs_report(found)
+    else:
+        render.note(f"no runs{f' of {dataset}' if dataset else ''} in {folder}; train one with cachefuse train-head")

@@ -1,0 +1,157 @@
+import json
+import math
+import re
+import shutil
+
+import pytest
+import zarr
+
+from cachefuse.cache.samples import column_checksum
+from cachefuse.cache.store import FeatureStore
+from cachefuse.evaluation import Evaluation, evaluate
+from cachefuse.training.run import Run
+from cachefuse.training.run_files import find_run
+
+
+@pytest.fixture
+def figures(workspace):
+    """What the library says of the workspace's run."""
+    return evaluate(Run.load(find_run(workspace / "runs")), FeatureStore(workspace / "cache" / "mine.zarr"))
+
+
+def row(text, name):
+    (line,) = [line for line in text.splitlines() if re.match(rf"{re.escape(name)}  ", line)]
+    return line.removeprefix(name).split()
+
+
+def test_shows_metrics_with_intervals_and_figures_by_class(cachefuse, workspace, figures, fits):
+    result = cachefuse("evaluate")
+    assert result.code == 0
+    assert "run mine-sum-linear-bce-1: sum of classic (image), classic (text)" in result.err
+    assert result.out.startswith(f"mine, val: {figures.n_rows} rows")
+    low, high = figures.intervals["micro_f1"]
+    assert row(result.out, "micro-F1") == [f"{figures.metrics['micro_f1']:.3f}", f"{low:.3f}", "-", f"{high:.3f}"]
+    assert re.search(r"^class +rows +precision +recall +F1 +AP +R@P90", result.out, flags=re.M)
+    assert row(result.out, figures.classes[0])[0] == str(int(figures.per_class["support"][0]))
+    assert "gate" not in result.out
+    fits(result.out)
+
+
+def test_json_has_all_of_it(cachefuse, workspace, figures):
+    found = json.loads(cachefuse("evaluate", "--json").out)
+    assert found["metrics"] == figures.metrics
+    assert {name: tuple(ends) for name, ends in found["intervals"].items()} == figures.intervals
+    assert (found["run"], found["split"], found["without"]) == ("mine-sum-linear-bce-1", "val", [])
+    assert found["per_class"].keys() == {"precision", "recall", "f1", "ap", "recall_at_p90", "support"}
+    assert found["caution"] is None
+    assert json.loads(cachefuse("evaluate", "--json", "--no-intervals").out)["intervals"] == {}
+
+
+def test_without_a_modality_both_are_shown(cachefuse, workspace, fits):
+    args = "evaluate", "--run", "mine-sum-linear-bce-1", "--without", "image"
+    result = cachefuse(*args)
+    found = json.loads(cachefuse(*args, "--json").out)
+    assert re.search(r"^metric +with everything +without image +difference$", result.out, flags=re.M)
+    everything, without = found["everything"]["metrics"], found["metrics"]
+    cells = row(result.out, "micro-F1")
+    assert (cells[0], cells[4]) == (f"{everything['micro_f1']:.3f}", f"{without['micro_f1']:.3f}")
+    assert cells[-1] == f"{found['difference']['micro_f1']:+.3f}"
+    assert found["difference"]["micro_f1"] == without["micro_f1"] - everything["micro_f1"] != 0
+    assert (found["without"], found["everything"]["without"]) == (["image"], [])
+    assert found["everything"] == json.loads(cachefuse("evaluate", "--json").out)
+    fits(result.out)
+    plain = cachefuse(*args, "--no-intervals")
+    assert row(plain.out, "micro-F1") == [cells[0], cells[4], cells[-1]]
+    fits(plain.out)
+
+
+def test_the_weights_of_gated_modalities(cachefuse, workspace, fits):
+    cachefuse("train-head", "--fusion", "gated", "--head", "linear", "--epochs", "5")
+    result = cachefuse("evaluate")
+    found = json.loads(cachefuse("evaluate", "--json").out)
+    weights = [f"{found['gates'][modality]:.3f}" for modality in ("image", "text")]
+    assert row(result.out, "all rows") == weights
+    assert "mean gate weights" in result.out
+    fits(result.out)
+
+
+def test_says_that_rows_were_trained_on_once(cachefuse, workspace):
+    result = cachefuse("evaluate", "--split", "train", "--without", "text", "--no-intervals")
+    assert result.code == 0
+    assert result.err.count("note: run mine-sum-linear-bce-1 was trained on train rows: its figures there do not") == 1
+    assert "mine, train: " in result.out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--split", "dev"], "mine has no rows in split 'dev'; its splits are: train, val, test"),
+        (["--split", "test"], "mine has no labels in split 'test'; those with labels are: train, val"),
+        (["--without", "audio"], "unknown modality 'audio'; choose from: image, text"),
+        (["--without", "image", "--without", "text"], "run mine-sum-linear-bce-1 reads image and text; without them"),
+        (["--run", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-sum-linear-bce-1"),
+        (["--device", "tpu"], "unknown device 'tpu'"),
+    ],
+)
+def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):
+    result = cachefuse("evaluate", *args)
+    assert (result.code, result.out) == (1, "")
+    assert result.error.startswith(message)
+
+
+def test_says_how_to_go_on_where_the_splits_have_changed(cachefuse, workspace):
+    store = workspace / "cache" / "mine.zarr"
+    splits = FeatureStore(store).splits.copy()
+    splits[0] = "val" if splits[0] == "train" else "train"
+    array = zarr.open_group(store, mode="a")["samples"]["split"]
+    array[:] = splits
+    array.attrs["checksum"] = column_checksum(splits)
+    assert cachefuse("evaluate").error.endswith("train again, or name a --split: train, val")
+    result = cachefuse("evaluate", "--split", "val", "--no-intervals")
+    assert result.code == 0
+    assert "note: samples or splits changed since run mine-sum-linear-bce-1 was trained" in result.err
+
+
+def test_says_that_there_are_no_features(cachefuse, workspace):
+    shutil.rmtree(workspace / "cache")
+    assert "no feature store at workspace/cache/mine.zarr; run cachefuse extract first" in cachefuse("evaluate").error
+
+
+def test_an_interrupt_is_told(cachefuse, workspace, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cachefuse.evaluation.bootstrap_intervals", stop)
+    result = cachefuse("evaluate")
+    assert (result.code, result.out) == (130, "")
+
+
+@pytest.mark.parametrize("without", [(), ("image", "text")])
+def test_many_classes_with_long_names_and_undefined_figures_fit_the_terminal(without, fits, capsys, monkeypatch):
+    from cachefuse_cli import eval_tables
+
+    monkeypatch.setenv("COLUMNS", "80")
+    n = 40
+    figures = {name: [0.5 + c / 100 for c in range(n)] for name in ("precision", "recall", "f1", "recall_at_p90")}
+    found = Evaluation(
+        run="a-run-1",
+        dataset="a [bold]dataset[/]",
+        split="oof",
+        without=(),
+        n_rows=12345678,
+        classes=tuple(f"a [red] very long class name that goes on and on, number {c}, and on" for c in range(n)),
+        metrics={"top_calibration_error": 0.1, "weighted_f1": math.nan},
+        intervals={"top_calibration_error": (0.05, 0.15), "weighted_f1": (math.nan, math.nan)},
+        per_class={**figures, "ap": [math.nan] * n, "support": [123456] * n},
+        gates={"image": 0.5, "text": 0.5},
+        gates_per_class={"image": [math.nan] * n, "text": [0.25] * n},
+        caution=None,
+    )
+    ablated = Evaluation(**{**vars(found), "without": without}) if without else None
+    eval_tables.evaluation_report(found, ablated)
+    out = capsys.readouterr().out
+    fits(out)
+    assert "a [bold]dataset[/], oof: 12,345,678 rows" in out
+    assert "the 30 lowest F1 of 40" in out
+    assert "number 29" in re.sub(r"\s+", " ", out)
+    assert "number 30" not in re.sub(r"\s+", " ", out)

@@ -1,0 +1,131 @@
+"""Which rows a batch draws, and which modalities it takes away from them."""
+
+import numpy as np
+import pytest
+import torch
+
+from cachefuse.training.batches import FeatureTable, balanced_chances, drop_modalities, shuffled_batches
+
+
+def table_of(n):
+    return FeatureTable({"image": torch.zeros(n, 1)}, {}, torch.zeros(n, 1), np.ones(n, bool), np.array([""] * n))
+
+
+class TestBalancedChances:
+    def test_by_hand(self):
+        """Labels 0, 1 and 2 occur four times, twice and once; two rows have none."""
+        targets = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]])
+        chances = balanced_chances(targets.to(torch.uint8))
+        assert chances.dtype == torch.float64
+        assert chances.tolist() == [1 / 4, 1 / 2, 1 / 4, 1, 1 / 2, 1 / 2, 1 / 2]
+
+    @pytest.mark.parametrize("counts", [[500, 1], [10, 10, 10], [300, 60, 7, 2]])
+    def test_in_multi_class_each_class_is_as_likely(self, counts):
+        numbers = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        chances = balanced_chances(torch.eye(len(counts), dtype=torch.uint8)[numbers])
+        of_class = torch.zeros(len(counts), dtype=torch.float64).index_add(0, numbers, chances)
+        np.testing.assert_allclose(of_class, 1, rtol=1e-12)
+
+    def test_a_class_without_rows_changes_nothing(self):
+        targets = torch.eye(3, dtype=torch.uint8)[torch.tensor([0, 0, 1])]
+        assert balanced_chances(targets).tolist() == [1 / 2, 1 / 2, 1]
+
+    @pytest.mark.parametrize("value", [0, 1])
+    def test_rows_that_are_all_alike_are_equally_likely(self, value):
+        assert balanced_chances(torch.full((4, 2), value, dtype=torch.uint8)).tolist() == [1 / 4] * 4
+
+    @pytest.mark.parametrize("batch_size", [0, 64])
+    def test_draws_follow_them(self, batch_size):
+        """Over many epochs each class comes as often as the others: within five standard deviations."""
+        numbers = torch.repeat_interleave(torch.arange(3), torch.tensor([160, 30, 10]))
+        rows = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:200]
+        class_of = torch.full((1000,), -1).index_copy(0, rows, numbers)
+        chances = balanced_chances(torch.eye(3, dtype=torch.uint8)[numbers])
+        generator = torch.Generator().manual_seed(0)
+        drawn = []
+        for _ in range(50):
+            batches = list(shuffled_batches(table_of(1000), rows, batch_size, generator, chances))
+            assert [len(batch) for batch in batches] == ([64, 64, 64, 8] if batch_size else [200])
+            drawn.append(torch.cat(batches))
+        counts = torch.bincount(class_of[torch.cat(drawn)], minlength=3)  # -1 would raise: no other row is drawn
+        assert counts.sum() == 10_000
+        deviation = (10_000 * 1 / 3 * 2 / 3) ** 0.5
+        assert (counts - 10_000 / 3).abs().max() < 5 * deviation
+        assert len(torch.cat(drawn).unique()) == 200
+
+    def test_the_same_generator_draws_the_same(self):
+        rows, chances = torch.arange(50), torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.1
+        draws = [
+            torch.cat(list(shuffled_batches(table_of(50), rows, 8, torch.Generator().manual_seed(seed), chances)))
+            for seed in (0, 0, 1)
+        ]
+        assert torch.equal(draws[0], draws[1])
+        assert not torch.equal(draws[0], draws[2])
+
+    def test_a_chance_of_zero_is_never_taken(self):
+        rows, chances = torch.arange(10, 14), torch.tensor([0.0, 1, 0, 3])
+        drawn = [torch.cat(list(shuffled_batches(table_of(20), rows, 2, torch.Generator(), chances))) for _ in range(9)]
+        assert set(torch.cat(drawn).tolist()) == {11, 13}
+
+
+class TestDropModalities:
+    @pytest.fixture
+    def present(self):
+        """40,000 rows: a fifth with everything, with all but the image, the text alone, the image alone, nothing."""
+        kind = torch.arange(40_000) % 5
+        return {
+            "audio": (kind == 0) | (kind == 1),
+            "image": (kind == 0) | (kind == 3),
+            "text": (kind == 0) | (kind == 1) | (kind == 2),
+        }
+
+    def drop(self, present, p, seed=0):
+        return drop_modalities(present, p, torch.Generator().manual_seed(seed))
+
+    @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
+    def test_never_takes_the_last_and_never_gives(self, present, p):
+        kept = self.drop(present, p)
+        assert list(kept) == list(present)
+        assert all(x.dtype == torch.bool and x.shape == (40_000,) for x in kept.values())
+        before, after = (torch.stack(list(x.values())) for x in (present, kept))
+        assert not (after & ~before).any()
+        assert torch.equal(after.any(0), before.any(0))
+
+    def test_zero_takes_nothing_and_one_leaves_one(self, present):
+        assert all(torch.equal(x, present[m]) for m, x in self.drop(present, 0.0).items())
+        left = torch.stack(list(self.drop(present, 1.0).values())).sum(0)
+        assert torch.equal(left, torch.stack(list(present.values())).any(0).long())
+
+    @pytest.mark.parametrize("p", [0.2, 0.5, 1.0])
+    def test_as_often_as_it_should(self, present, p):
+        """Of M present ones, each goes with p, unless all do and it is the one spared: 1 - p + p^M / M stay."""
+        kept = self.drop(present, p)
+        kind = torch.arange(40_000) % 5
+        for rows, n in ((kind == 0, 3), (kind == 1, 2)):
+            for modality, here in present.items():
+                if here[rows].all():
+                    expected = 1 - p + p**n / n
+                    assert kept[modality][rows].float().mean() == pytest.approx(expected, abs=0.03)
+        for rows, modality in ((kind == 2, "text"), (kind == 3, "image")):
+            assert kept[modality][rows].all()  # the only one
+
+    def test_modalities_go_independently(self, present):
+        kept = self.drop(present, 0.5)
+        rows = torch.arange(40_000) % 5 == 0
+        both = (kept["image"] & kept["text"])[rows].float().mean()
+        assert both == pytest.approx(1 / 4, abs=0.03)
+
+    def test_the_same_generator_takes_the_same_and_leaves_its_input(self, present):
+        before = {m: x.clone() for m, x in present.items()}
+        one, again, other = (self.drop(present, 0.5, seed) for seed in (0, 0, 1))
+        assert all(torch.equal(one[m], again[m]) for m in present)
+        assert not all(torch.equal(one[m], other[m]) for m in present)
+        assert all(torch.equal(present[m], before[m]) for m in present)
+
+    def test_one_modality_always_stays(self):
+        here = torch.tensor([True, False, True])
+        assert torch.equal(self.drop({"text": here}, 0.9)["text"], here)
+
+    def test_no_rows(self):
+        none = {"image": torch.zeros(0, dtype=torch.bool), "text": torch.zeros(0, dtype=torch.bool)}
+        assert {m: len(x) for m, x in self.drop(none, 0.5).items()} == {"image": 0, "text": 0}
