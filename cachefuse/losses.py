@@ -104,20 +104,22 @@ def build_loss(
     reduction = options.get("reduction", "mean")
 
     def weighted(logits: Tensor, targets: Tensor) -> Tensor:
-        each = loss(logits, targets, **{**options, "reduction": "none"})  # (B, C), or (B,) where one label is right
+        each = loss(logits, targets, **{**options, "reduction": "none"})  # (B, C), or (B,) of a softmax
+        if weights.ndim == 1:
+            of_row = (targets * weights.to(each.device)).sum(1)  # (B,)
+            return _reduce(each * (of_row if each.ndim == 1 else of_row.unsqueeze(1)), reduction)
         absent, present = weights.to(each.device)  # (C,) each
-        scale = torch.where(targets > 0, present, absent) if each.ndim == 2 else (targets * present).sum(1)
-        return _reduce(each * scale, reduction)
+        return _reduce(each * torch.where(targets > 0, present, absent), reduction)
 
     return weighted
 
 
 def class_weights(targets: Tensor, kind: str, task: str) -> Tensor:
-    """Return the weights (2, C) of each class's negatives and positives, by their numbers n in ``targets`` (N, C).
+    """Return weights by numbers n in ``targets`` (N, C): of each class's negatives and positives, (2, C), or (C,).
 
     "balanced": proportional to 1 / n; "effective": to (1 - b) / (1 - b^n), with b = 0.999 (arXiv 1901.05555, equation
-    2). In multi-label each class balances its own positives and negatives, in multi-class the classes balance one
-    another. They are scaled so that a row's weight is 1 on average. Raises ConfigError for another kind.
+    2). In multi-label each class balances its own negatives and positives. In multi-class the classes balance one
+    another, and (C,) is what a row of each weighs. The mean weight is 1. Raises ConfigError for another kind.
     """
     if kind not in CLASS_WEIGHTS:
         raise ConfigError(f"class weights must be one of {', '.join(CLASS_WEIGHTS)}. Got {kind!r} instead.")
@@ -126,7 +128,7 @@ def class_weights(targets: Tensor, kind: str, task: str) -> Tensor:
     effective = counts if kind == "balanced" else (1 - BETA**counts) / (1 - BETA)
     inverse = torch.where(counts > 0, 1 / effective.clamp(min=1), 0)
     if task == "multiclass":
-        inverse[0] = 0  # a row weighs what its own class does
+        inverse, counts = inverse[1], counts[1]
         return (inverse * len(targets) / (inverse * counts).sum()).float()
     return (inverse * len(targets) / (inverse * counts).sum(0)).float()
 

@@ -25,8 +25,8 @@ def model_card(run: "Run") -> str:
         "",
         f"# {_plain(run.name)}",
         "",
-        f"{what}, for the {len(run.classes)} classes of {_plain(run.dataset)} ({run.task}). {kind.capitalize()}, {run.n_parameters:,} "
-        f"parameters, {run.size_mb:.2f} MB; trained in {run.seconds:.0f} s.",
+        f"{what}, for the {len(run.classes)} classes of {_plain(run.dataset)} ({run.task}). {kind.capitalize()}, "
+        f"{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; trained in {run.seconds:.0f} s.",
         "",
     ]
     if run.results:

@@ -9,7 +9,13 @@ from cachefuse.fusion import FUSIONS
 from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, SCHEDULES, lookup
 
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
-TASK_LOSS = {"multilabel": "bce", "multiclass": "ce"}
+# The losses that won by cross-validation (README, "Defaults"): an ASL that spares easy negatives and cuts nothing.
+TASK_LOSS: dict[str, tuple[str, dict[str, float | str]]] = {
+    "multilabel": ("asl", {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}),
+    "multiclass": ("ce", {}),
+}
+EPOCHS, MIN_STEPS = 50, 500  # small data take more epochs, to make as many steps
+LBFGS_EPOCHS = 20  # of up to 20 iterations each
 LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
 SCHEMES = ("joint", "staged")
 THRESHOLDS = ("none", "global", "class")
@@ -26,11 +32,14 @@ CHOICES = {
 class TrainConfig:
     """How a head is trained, and on which view of the features.
 
-    ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows.
-    ``loss`` None takes the task's: bce for multi-label, ce for multi-class; ``loss_options`` are its keyword arguments.
-    ``lr`` None takes the optimizer's. ``patience`` is the epochs without a better validation score after which training
-    stops, 0 for never; the best epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None
-    for the dataset's first. ``ema`` is the decay of averaged weights, which are then the ones kept; 0 for none.
+    ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows. ``loss_options`` are the
+    loss's keyword arguments. None is resolved by ``resolve``: ``loss`` to the task's (asl with gamma_negative 3,
+    gamma_positive 0 and clip 0 for multi-label, ce for multi-class), ``lr`` to the optimizer's, ``schedule`` to cosine
+    (constant for L-BFGS), ``epochs`` to 50 or as many as make 500 steps (L-BFGS: 20).
+
+    ``patience`` is the epochs without a better validation score after which training stops, 0 for never; the best
+    epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None for the dataset's first.
+    ``ema`` is the decay of averaged weights, which are then the ones kept; 0 for none.
 
     ``thresholds`` are one for all classes ("global"), one a class, or 0.5 ("none"), chosen for ``threshold_metric`` on
     rows held out; "auto" chooses one where there are such rows. ``folds`` K trains K models, each measured on the part
@@ -43,8 +52,8 @@ class TrainConfig:
     scheme: str = "joint"
     head: str = "mlp"
     layers: tuple[int, ...] | None = None
-    activation: str = "gelu"
-    dropout: float = 0.5
+    activation: str = "relu"
+    dropout: float = 0.8
     modality_dropout: float = 0.0
     loss: str | None = None
     loss_options: Mapping[str, float | str] = field(default_factory=dict)
@@ -52,13 +61,13 @@ class TrainConfig:
     sampler: str = "shuffle"
     optimizer: str = "adam"
     lr: float | None = None
-    schedule: str = "constant"
+    schedule: str | None = None
     weight_decay: float = 0.0
     clip_norm: float = 0.0
     ema: float = 0.0
-    epochs: int = 100
+    epochs: int | None = None
     batch_size: int = 256
-    patience: int = 15
+    patience: int = 0
     monitor: str | None = None
     thresholds: str = "auto"
     threshold_metric: str | None = None
@@ -72,7 +81,8 @@ class TrainConfig:
         lookup(HEADS, self.head, "head")
         lookup(ACTIVATIONS, self.activation, "activation")
         lookup(OPTIMIZERS, self.optimizer, "optimizer")
-        lookup(SCHEDULES, self.schedule, "schedule")
+        if self.schedule is not None:
+            lookup(SCHEDULES, self.schedule, "schedule")
         if self.loss is not None:
             lookup(LOSSES, self.loss, "loss")
         for name, choices in CHOICES.items():
@@ -112,12 +122,20 @@ class TrainConfig:
             )
         if self.optimizer == "lbfgs" and self.head != "linear":
             raise ConfigError(f"optimizer 'lbfgs' is for --head linear. Got head {self.head!r}; take adam or adamw")
-        if self.optimizer == "lbfgs" and (self.schedule != "constant" or self.sampler != "shuffle"):
+        if self.loss is None and self.loss_options:
+            raise ConfigError(f"loss options ({', '.join(self.loss_options)}) are of a loss; name it with --loss")
+        if self.optimizer == "lbfgs" and (self.schedule not in (None, "constant") or self.sampler != "shuffle"):
             raise ConfigError("optimizer 'lbfgs' takes all rows in each step and no schedule; leave out both")
 
     @property
     def learning_rate(self) -> float:
         return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def n_epochs(self) -> int:
+        """The epochs at most, of settings that are resolved."""
+        assert self.epochs is not None
+        return self.epochs
 
     @property
     def rows_a_step(self) -> int:
@@ -130,7 +148,25 @@ class TrainConfig:
             raise ConfigError(f"a {task} dataset has no labels, so there is no head to train on it")
         if self.loss == "ce" and task == "multilabel":
             raise ConfigError("loss 'ce' is for one label a row; a multi-label task takes asl, bce or focal")
-        return self.loss or TASK_LOSS[task]
+        return self.loss or TASK_LOSS[task][0]
+
+    def resolve(self, task: str, n_rows: int) -> "TrainConfig":
+        """Return the same settings with none left open, for a task and so many rows to train on.
+
+        Raises ConfigError as ``resolve_loss`` does.
+        """
+        lbfgs = self.optimizer == "lbfgs"
+        steps = -(-n_rows // (self.rows_a_step or n_rows))
+        epochs = LBFGS_EPOCHS if lbfgs else max(EPOCHS, -(-MIN_STEPS // steps))
+        loss = self.resolve_loss(task)
+        return replace(
+            self,
+            loss=loss,
+            loss_options=self.loss_options if self.loss else TASK_LOSS[task][1],
+            lr=self.learning_rate,
+            schedule=self.schedule or ("constant" if lbfgs else "cosine"),
+            epochs=self.epochs or epochs,
+        )
 
     def head_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the head; a linear head has no hidden layers to speak of."""

@@ -82,7 +82,7 @@ def fit_module(
         epochs=epochs,
         batch_size=config.rows_a_step,
         generator=torch.Generator().manual_seed(config.seed),
-        schedule=lookup(SCHEDULES, config.schedule, "schedule")(optimizer, config.epochs * steps),
+        schedule=lookup(SCHEDULES, str(config.schedule), "schedule")(optimizer, config.n_epochs * steps),
         ema=EMA(module, config.ema) if config.ema else None,
         clip_norm=config.clip_norm,
         chances=balanced_chances(data.targets) if config.sampler == "balanced" else None,

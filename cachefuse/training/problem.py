@@ -15,6 +15,7 @@ from cachefuse.errors import ConfigError, DataError
 from cachefuse.metrics import main_metric
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable, load_table, select_features
+from cachefuse.training.config import TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,10 @@ class Problem:
     def targets(self, rows: Tensor) -> np.ndarray:
         """Return the targets (n, C) of some rows, 0 or 1."""
         return self.table.targets[rows.to(self.device)].cpu().numpy()
+
+    def resolve(self, config: TrainConfig) -> TrainConfig:
+        """Return settings with none left open. Raises ConfigError for a loss that is not the task's."""
+        return config.resolve(self.task, len(self.train_rows()))
 
     def only(self, modalities: Sequence[str]) -> "Problem":
         """Return the same problem with some of its modalities."""

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -93,7 +93,7 @@ def train_run(
 ) -> Run:
     """Do what ``train_head`` does, with a problem that is open already."""
     begun = time.perf_counter()
-    config = replace(config, loss=config.resolve_loss(problem.task))
+    config = problem.resolve(config)
     with torch.device("meta"):
         untrained = build_model(config, problem.widths, len(problem.classes))
     _check_size(untrained, config, max_size_mb)
@@ -126,7 +126,7 @@ def train_problem(
 
     Raises ConfigError, DataError or TrainingError as ``train_head`` does.
     """
-    config = replace(config, loss=config.resolve_loss(problem.task))
+    config = problem.resolve(config)
     parts = split_parts(problem, config)
     chooses(problem, config, sum(len(part.held) for part in parts))  # before hours of training, not after
     _warn_of_rare_classes(problem, parts)
@@ -137,7 +137,7 @@ def train_problem(
     for fold, part in enumerate(parts):
         of_part = []
         for own in seeds:
-            tell = partial(_tell, on_progress, len(members) + 1, n_models, config.epochs)
+            tell = partial(_tell, on_progress, len(members) + 1, n_models, config.n_epochs)
             model, history = train_model(problem, own, part, on_epoch=tell)
             if history.interrupted and n_models > 1:
                 raise KeyboardInterrupt
@@ -205,7 +205,7 @@ def train_model(
             module,
             loss,
             [parameter for parameter in module.parameters() if parameter.requires_grad],
-            epochs=epochs or config.epochs,
+            epochs=epochs or config.n_epochs,
             validation=validation,
             patience=0 if epochs else config.patience,
             on_epoch=partial(on_epoch, stage),

@@ -27,7 +27,7 @@ def row(text, name):
 def test_shows_metrics_with_intervals_and_figures_by_class(cachefuse, workspace, figures, fits):
     result = cachefuse("evaluate")
     assert result.code == 0
-    assert "run mine-sum-linear-bce-1: sum of classic (image), classic (text)" in result.err
+    assert "run mine-sum-linear-asl-1: sum of classic (image), classic (text)" in result.err
     assert result.out.startswith(f"mine, val: {figures.n_rows} rows")
     low, high = figures.intervals["micro_f1"]
     assert row(result.out, "micro-F1") == [f"{figures.metrics['micro_f1']:.3f}", f"{low:.3f}", "-", f"{high:.3f}"]
@@ -41,14 +41,14 @@ def test_json_has_all_of_it(cachefuse, workspace, figures):
     found = json.loads(cachefuse("evaluate", "--json").out)
     assert found["metrics"] == figures.metrics
     assert {name: tuple(ends) for name, ends in found["intervals"].items()} == figures.intervals
-    assert (found["run"], found["split"], found["without"]) == ("mine-sum-linear-bce-1", "val", [])
+    assert (found["run"], found["split"], found["without"]) == ("mine-sum-linear-asl-1", "val", [])
     assert found["per_class"].keys() == {"precision", "recall", "f1", "ap", "recall_at_p90", "support"}
     assert found["caution"] is None
     assert json.loads(cachefuse("evaluate", "--json", "--no-intervals").out)["intervals"] == {}
 
 
 def test_without_a_modality_both_are_shown(cachefuse, workspace, fits):
-    args = "evaluate", "--run", "mine-sum-linear-bce-1", "--without", "image"
+    args = "evaluate", "--run", "mine-sum-linear-asl-1", "--without", "image"
     result = cachefuse(*args)
     found = json.loads(cachefuse(*args, "--json").out)
     assert re.search(r"^metric +with everything +without image +difference$", result.out, flags=re.M)
@@ -78,7 +78,7 @@ def test_the_weights_of_gated_modalities(cachefuse, workspace, fits):
 def test_says_that_rows_were_trained_on_once(cachefuse, workspace):
     result = cachefuse("evaluate", "--split", "train", "--without", "text", "--no-intervals")
     assert result.code == 0
-    assert result.err.count("note: run mine-sum-linear-bce-1 was trained on train rows: its figures there do not") == 1
+    assert result.err.count("note: run mine-sum-linear-asl-1 was trained on train rows: its figures there do not") == 1
     assert "mine, train: " in result.out
 
 
@@ -88,8 +88,8 @@ def test_says_that_rows_were_trained_on_once(cachefuse, workspace):
         (["--split", "dev"], "mine has no rows in split 'dev'; its splits are: train, val, test"),
         (["--split", "test"], "mine has no labels in split 'test'; those with labels are: train, val"),
         (["--without", "audio"], "unknown modality 'audio'; choose from: image, text"),
-        (["--without", "image", "--without", "text"], "run mine-sum-linear-bce-1 reads image and text; without them"),
-        (["--run", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-sum-linear-bce-1"),
+        (["--without", "image", "--without", "text"], "run mine-sum-linear-asl-1 reads image and text; without them"),
+        (["--run", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-sum-linear-asl-1"),
         (["--device", "tpu"], "unknown device 'tpu'"),
     ],
 )
@@ -109,7 +109,7 @@ def test_says_how_to_go_on_where_the_splits_have_changed(cachefuse, workspace):
     assert cachefuse("evaluate").error.endswith("train again, or name a --split: train, val")
     result = cachefuse("evaluate", "--split", "val", "--no-intervals")
     assert result.code == 0
-    assert "note: samples or splits changed since run mine-sum-linear-bce-1 was trained" in result.err
+    assert "note: samples or splits changed since run mine-sum-linear-asl-1 was trained" in result.err
 
 
 def test_says_that_there_are_no_features(cachefuse, workspace):

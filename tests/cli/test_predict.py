@@ -26,7 +26,7 @@ def photo(folder):
 def test_writes_a_submission_from_the_latest_run(cachefuse, workspace, folder, fits):
     result = cachefuse("predict")
     assert result.code == 0
-    assert "run mine-sum-linear-bce-1: sum of classic" in result.err
+    assert "run mine-sum-linear-asl-1: sum of classic" in result.err
     assert "40 rows, " in result.out
     header, *rows = read("submission.csv")
     assert header == ["id", "labels"]
@@ -37,7 +37,7 @@ def test_writes_a_submission_from_the_latest_run(cachefuse, workspace, folder, f
 def test_as_json_with_a_split_and_an_output(cachefuse, workspace):
     result = cachefuse("predict", "--split", "val", "-o", "val.csv", "--json")
     assert json.loads(result.out) == {
-        "run": "mine-sum-linear-bce-1", "rows": len(read("val.csv")) - 1, "output": "val.csv",
+        "run": "mine-sum-linear-asl-1", "rows": len(read("val.csv")) - 1, "output": "val.csv",
     }  # fmt: skip
 
 
@@ -78,7 +78,7 @@ def test_predicts_one_sample_as_its_stored_features(cachefuse, workspace, photo,
         (["--input", "gone.csv"], "no such file: gone.csv"),
         (["--input", "mine.toml"], "mine.toml: unknown kind of table '.toml'"),
         (["--split", "dev"], "mine has no rows in split 'dev'; its splits are: test, train, val"),
-        (["--run", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-sum-linear-bce-1"),
+        (["--run", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-sum-linear-asl-1"),
         (["--output", "gone/s.csv"], "can't write gone/s.csv: there is no folder gone"),
         (["--output", "workspace"], "can't write workspace: it is a folder"),
         (["--device", "tpu"], "unknown device 'tpu'"),
@@ -104,8 +104,8 @@ def test_a_run_that_reads_only_text_needs_a_text(cachefuse, workspace, photo):
         cachefuse("predict", "--image", photo[0]).error
         == "run mine-text-linear-bce-1 reads text; give at least one of them"
     )
-    assert cachefuse("predict", "--image", photo[0], "--run", "mine-sum-linear-bce-1").code == 0
-    assert cachefuse("predict", "--image", photo[0], "--run", "workspace/runs/mine-sum-linear-bce-1").code == 0
+    assert cachefuse("predict", "--image", photo[0], "--run", "mine-sum-linear-asl-1").code == 0
+    assert cachefuse("predict", "--image", photo[0], "--run", "workspace/runs/mine-sum-linear-asl-1").code == 0
 
 
 def test_new_rows_from_a_table(cachefuse, workspace, photo, folder):
@@ -126,10 +126,10 @@ def test_says_that_there_are_no_runs_or_no_store(cachefuse, workspace):
 
 
 def test_names_the_broken_file_of_a_run(cachefuse, workspace):
-    path = workspace / "runs" / "mine-sum-linear-bce-1" / "run.json"
+    path = workspace / "runs" / "mine-sum-linear-asl-1" / "run.json"
     path.write_text(path.read_text()[:-20])
-    broken = "workspace/runs/mine-sum-linear-bce-1/run.json: can't be read: "
-    assert cachefuse("predict", "--run", "mine-sum-linear-bce-1").error.startswith(broken)
+    broken = "workspace/runs/mine-sum-linear-asl-1/run.json: can't be read: "
+    assert cachefuse("predict", "--run", "mine-sum-linear-asl-1").error.startswith(broken)
     latest = cachefuse("predict")
     assert f"note: passed over: {broken}" in latest.err
     assert latest.error == "no runs in workspace/runs; train one with cachefuse train-head"

@@ -20,7 +20,13 @@ image = "{id}.png"
 text = "text"
 labels = "tags"
 """
-RUN = "mine-sum-linear-bce-1"
+
+
+@pytest.fixture
+def name(workspace):
+    """The one run of the workspace."""
+    (run,) = (workspace / "runs").iterdir()
+    return run.name
 
 
 @pytest.fixture
@@ -46,27 +52,27 @@ def commands(page):
     return [shlex.split(html.unescape(text)) for text in re.findall("<pre>(.*?)</pre>", Path(page).read_text())]
 
 
-def test_writes_a_page_into_the_run(cachefuse, workspace, fits):
+def test_writes_a_page_into_the_run(cachefuse, workspace, name, fits):
     result = cachefuse("report")
-    page = workspace / "runs" / RUN / "report.html"
+    page = workspace / "runs" / name / "report.html"
     size = page.stat().st_size
     assert result.code == 0
-    assert re.fullmatch(rf"wrote workspace/runs/{RUN}/report.html \((\d+) kB\)\n", result.out)
+    assert re.fullmatch(rf"wrote workspace/runs/{name}/report.html \((\d+) kB\)\n", result.out)
     assert int(re.search(r"\((\d+) kB", result.out)[1]) == round(size / 1000)
-    assert f"run {RUN}: sum of classic" in result.err
+    assert f"run {name}: sum of classic" in result.err
     assert page.read_text().count('<img src="data:image/jpeg') == 24
     fits(result.out)
 
 
-def test_as_json_for_a_run_and_a_split(cachefuse, workspace):
-    result = cachefuse("report", "--run", RUN, "--split", "train", "--output", "r.html", "--json")
-    assert json.loads(result.out) == {"run": RUN, "output": "r.html", "bytes": Path("r.html").stat().st_size}
-    assert f"Run {RUN} was trained on train rows" in Path("r.html").read_text()
-    assert not (workspace / "runs" / RUN / "report.html").exists()
+def test_as_json_for_a_run_and_a_split(cachefuse, workspace, name):
+    result = cachefuse("report", "--run", name, "--split", "train", "--output", "r.html", "--json")
+    assert json.loads(result.out) == {"run": name, "output": "r.html", "bytes": Path("r.html").stat().st_size}
+    assert f"Run {name} was trained on train rows" in Path("r.html").read_text()
+    assert not (workspace / "runs" / name / "report.html").exists()
 
 
-def test_a_run_elsewhere_gets_its_page_there(cachefuse, workspace, folder):
-    shutil.copytree(workspace / "runs" / RUN, folder / "kept")
+def test_a_run_elsewhere_gets_its_page_there(cachefuse, workspace, name, folder):
+    shutil.copytree(workspace / "runs" / name, folder / "kept")
     assert cachefuse("report", "--run", "kept").out.startswith("wrote kept/report.html (")
     assert cachefuse("report", "--run", "kept").code == 0
 
@@ -92,7 +98,7 @@ def test_raw_data_that_is_named_must_be_there(cachefuse, photos):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--run", "nope"], f"no run 'nope' in workspace/runs; the runs are: {RUN}"),
+        (["--run", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-"),
         (["--split", "dev"], "mine has no rows in split 'dev'; its splits are: train, val, test"),
         (["--split", "test"], "mine has no labels in split 'test'; those with labels are: train, val"),
         (["--output", "gone/r.html"], "can't write gone/r.html: there is no folder gone"),
@@ -145,10 +151,10 @@ def test_its_command_trains_the_same_run_again(options, cachefuse, workspace):
     assert cachefuse(*predict[1:]).code == 0
 
 
-def test_an_ensembles_command_joins_it_again(cachefuse, workspace):
-    cachefuse("train-head", "--head", "linear", "--epochs", "2", "--seed", "1")
-    cachefuse("ensemble", RUN, f"{RUN[:-1]}2", "--thresholds", "class")
+def test_an_ensembles_command_joins_it_again(cachefuse, workspace, name):
+    cachefuse("train-head", "--head", "linear", "--epochs", "3", "--seed", "1")
+    cachefuse("ensemble", name, f"{name[:-1]}2", "--thresholds", "class")
     assert cachefuse("report", "-o", "r.html").code == 0
     (words, _) = commands("r.html")
-    assert words == ["cachefuse", "ensemble", RUN, f"{RUN[:-1]}2", "--thresholds", "class"]
+    assert words == ["cachefuse", "ensemble", name, f"{name[:-1]}2", "--thresholds", "class"]
     assert cachefuse(*words[1:]).code == 0

@@ -23,7 +23,7 @@ def edit(path, **values):
 
 def test_lists_the_latest_first_with_the_metrics_of_rows_held_out(several):
     found = list_runs(several)
-    assert [run.name for run in found] == ["mine-text-linear-bce-1", "mine-sum-linear-bce-2", "mine-sum-linear-bce-1"]
+    assert [run.name for run in found] == ["mine-text-linear-bce-1", "mine-sum-linear-asl-2", "mine-sum-linear-asl-1"]
     assert [run.split for run in found] == ["val", "oof", "val"]
     assert [run.n_models for run in found] == [1, 2, 1]
     for run in found:
@@ -65,15 +65,15 @@ def test_as_json(cachefuse, several):
 
 
 def test_only_those_of_a_dataset_and_a_table_for_each(cachefuse, several, fits):
-    edit(several / "mine-sum-linear-bce-1" / "run.json", dataset="other [x]")
+    edit(several / "mine-sum-linear-asl-1" / "run.json", dataset="other [x]")
     result = cachefuse("runs")
     assert "mine: 2 runs" in result.out
     assert "other [x]: 1 run, " in result.out
     fits(result.out)
     for dataset, names in {
-        "mine": ["mine-text-linear-bce-1", "mine-sum-linear-bce-2"],
-        "./mine.toml": ["mine-text-linear-bce-1", "mine-sum-linear-bce-2"],
-        "other [x]": ["mine-sum-linear-bce-1"],
+        "mine": ["mine-text-linear-bce-1", "mine-sum-linear-asl-2"],
+        "./mine.toml": ["mine-text-linear-bce-1", "mine-sum-linear-asl-2"],
+        "other [x]": ["mine-sum-linear-asl-1"],
         "none": [],
     }.items():
         assert [run["name"] for run in json.loads(cachefuse("runs", "--dataset", dataset, "--json").out)] == names
@@ -89,7 +89,7 @@ def test_a_run_that_held_out_nothing_is_listed_without_figures(cachefuse, severa
 
 
 def test_damaged_runs_are_named_and_passed_over(cachefuse, several, caplog):
-    names = [f"mine-sum-linear-bce-{n}" for n in range(1, 10)]
+    names = [f"mine-sum-linear-asl-{n}" for n in range(1, 10)]
     for name in names[2:]:
         shutil.copytree(several / names[0], several / name)
     (several / names[2] / "run.json").write_text("{")

@@ -13,7 +13,7 @@ QUICK = ("--head", "linear", "--epochs", "2")
 
 def test_trains_on_what_was_extracted_last(cachefuse, workspace, fits):
     result = cachefuse("train-head", *QUICK)
-    assert (result.code, result.err) == (0, "run mine-sum-linear-bce-2: sum of classic (image), classic (text)\n")
+    assert (result.code, result.err) == (0, "run mine-sum-linear-asl-2: sum of classic (image), classic (text)\n")
     assert "micro-F1" in result.out
     assert "classes on val" in result.out
     assert "next  cachefuse predict" in result.out

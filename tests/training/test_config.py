@@ -68,9 +68,33 @@ def test_each_optimizer_has_a_rate_of_its_own():
 
 
 def test_takes_the_tasks_loss_unless_told():
-    assert TrainConfig().resolve_loss("multilabel") == "bce"
+    assert TrainConfig().resolve_loss("multilabel") == "asl"
     assert TrainConfig().resolve_loss("multiclass") == "ce"
     assert TrainConfig(loss="asl").resolve_loss("multiclass") == "asl"
+
+
+def test_resolves_what_is_left_open():
+    config = TrainConfig().resolve("multilabel", 2425)
+    assert (config.loss, config.lr, config.schedule, config.epochs) == ("asl", 1e-3, "cosine", 50)
+    assert config.loss_options == {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}
+    assert config.resolve("multilabel", 10) == config  # nothing is left open any more
+    assert TrainConfig(loss="asl").resolve("multilabel", 10).loss_options == {}
+    assert TrainConfig().resolve("multiclass", 10**6).loss == "ce"
+    lbfgs = TrainConfig(head="linear", optimizer="lbfgs").resolve("multilabel", 100)
+    assert (lbfgs.lr, lbfgs.schedule, lbfgs.epochs) == (1.0, "constant", 20)
+
+
+@pytest.mark.parametrize(
+    ("settings", "n_rows", "epochs"),
+    [({}, 54, 500), ({}, 1000, 125), ({}, 10**6, 50), ({"batch_size": 0}, 10**6, 500), ({"epochs": 3}, 54, 3)],
+)
+def test_few_rows_take_more_epochs_to_make_as_many_steps(settings, n_rows, epochs):
+    assert TrainConfig(**settings).resolve("multilabel", n_rows).n_epochs == epochs
+
+
+def test_loss_options_are_of_a_loss():
+    with pytest.raises(ConfigError, match=r"loss options \(gamma\) are of a loss; name it with --loss"):
+        TrainConfig(loss_options={"gamma": 2.0})
 
 
 def test_refuses_a_softmax_for_several_labels_a_row():

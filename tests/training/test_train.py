@@ -61,7 +61,7 @@ def test_every_optimizer_learns(optimizer, toy_store):
 
 def test_lbfgs_ends_where_scikit_learn_does(toy_store):
     store = toy_store()
-    run = train_head(store, quick(fusion="image", optimizer="lbfgs", weight_decay=0.01, epochs=20, patience=0))
+    run = train_head(store, quick(fusion="image", optimizer="lbfgs", loss="bce", weight_decay=0.01))
     z = model_of(run).standardize["image"](torch.tensor(store.open_features("toy", "image").read()))[:40].numpy()
     # The mean over rows and classes, and a penalty on the biases too: scikit-learn sees those as one more column.
     z = np.concatenate([z, np.ones((40, 1))], axis=1)
@@ -75,7 +75,7 @@ def test_lbfgs_ends_where_scikit_learn_does(toy_store):
 
 def test_a_linear_probe_equals_an_independent_loop(toy_store):
     store = toy_store(absent={"image": {0, 7}})
-    run = train_head(store, quick(fusion="image", optimizer="sgd", lr=0.1, batch_size=0, epochs=4, patience=0))
+    run = train_head(store, quick(fusion="image", optimizer="sgd", lr=0.1, batch_size=0, epochs=4, loss="bce", schedule="constant"))
     x = store.open_features("toy", "image").read().astype(np.float64)[:40]
     present = np.ones(40, bool)
     present[[0, 7]] = False
