@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from cachefuse.training.config import TrainConfig
     from cachefuse.training.ensemble import ensemble
     from cachefuse.training.feature_set import FeatureSet, FeatureView, open_features
-    from cachefuse.training.run import Run, find_run, list_runs
+    from cachefuse.training.run import Run
+    from cachefuse.training.run_files import find_run, list_runs
+    from cachefuse.training.sweep import grid, sweep
     from cachefuse.training.train import train_head
 
 __version__ = "0.1.0"
@@ -52,9 +54,10 @@ _API = {
     "ensemble": "cachefuse.training.ensemble:ensemble",
     "evaluate": "cachefuse.evaluation:evaluate",
     "extract": "cachefuse.cache.extract:extract",
-    "find_run": "cachefuse.training.run:find_run",
+    "find_run": "cachefuse.training.run_files:find_run",
+    "grid": "cachefuse.training.sweep:grid",
     "inspect_store": "cachefuse.cache.inspection:inspect_store",
-    "list_runs": "cachefuse.training.run:list_runs",
+    "list_runs": "cachefuse.training.run_files:list_runs",
     "load_dataset": "cachefuse.data.dataset:load_dataset",
     "load_manifest": "cachefuse.data.manifest:load_manifest",
     "open_encoder": "cachefuse.encoders:open_encoder",
@@ -65,6 +68,7 @@ _API = {
     "read_input": "cachefuse.predict:read_input",
     "repair": "cachefuse.cache.verify:repair",
     "report_html": "cachefuse.report.page:report_html",
+    "sweep": "cachefuse.training.sweep:sweep",
     "train_head": "cachefuse.training.train:train_head",
     "verify": "cachefuse.cache.verify:verify",
     "write_report": "cachefuse.report.page:write_report",
@@ -88,6 +92,7 @@ __all__ = [
     "evaluate",
     "extract",
     "find_run",
+    "grid",
     "inspect_store",
     "list_runs",
     "load_dataset",
@@ -100,6 +105,7 @@ __all__ = [
     "read_input",
     "repair",
     "report_html",
+    "sweep",
     "train_head",
     "verify",
     "write_report",

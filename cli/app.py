@@ -19,6 +19,7 @@ from cachefuse_cli.plan import plan
 from cachefuse_cli.predict import predict
 from cachefuse_cli.report import report
 from cachefuse_cli.runs import runs
+from cachefuse_cli.sweep import sweep
 from cachefuse_cli.train_head import train_head
 from cachefuse_cli.verify import verify
 
@@ -35,6 +36,7 @@ for command in (
     demo,
     extract,
     train_head,
+    sweep,
     predict,
     evaluate,
     runs,

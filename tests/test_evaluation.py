@@ -345,7 +345,7 @@ def test_says_that_a_run_was_trained_on_the_rows(settings, split, seen, data):
     run = train_head(data.store, replace(QUICK, **settings))
     found = evaluate(run, data.store, split, n_resamples=0)
     caution = (
-        f"run made-sum-linear-bce was trained on {split} rows: its figures there do not tell how good it is on new"
+        f"run made-sum-linear-asl was trained on {split} rows: its figures there do not tell how good it is on new"
     )
     assert (found.caution or "").startswith(caution) == seen
     assert (found.caution is not None) == seen

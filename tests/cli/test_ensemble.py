@@ -14,7 +14,7 @@ from cachefuse.training.run import Run
 @pytest.fixture
 def two(cachefuse, workspace):
     cachefuse("train-head", "--head", "linear", "--epochs", "20", "--fusion", "concat", "--json")
-    return ["mine-sum-linear-asl-1", "mine-concat-linear-bce-1"]
+    return ["mine-sum-linear-asl-1", "mine-concat-linear-asl-1"]
 
 
 def test_joins_runs_and_shows_them_side_by_side(cachefuse, workspace, two, fits):
@@ -66,8 +66,8 @@ def test_rows_that_differ_are_told_and_nothing_stands_out(cachefuse, workspace, 
         (["mine-sum-linear-asl-1"], "an ensemble takes at least 2 runs. Got 1 instead"),
         (["mine-sum-linear-asl-1", "workspace/runs/mine-sum-linear-asl-1"], "run mine-sum-linear-asl-1 is given twice"),
         (["mine-sum-linear-asl-1", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-"),
-        (["mine-sum-linear-asl-1", "mine-concat-linear-bce-1", "--thresholds", "best"], "thresholds must be one of"),
-        (["mine-sum-linear-asl-1", "mine-concat-linear-bce-1", "--device", "tpu"], "unknown device 'tpu'"),
+        (["mine-sum-linear-asl-1", "mine-concat-linear-asl-1", "--thresholds", "best"], "thresholds must be one of"),
+        (["mine-sum-linear-asl-1", "mine-concat-linear-asl-1", "--device", "tpu"], "unknown device 'tpu'"),
     ],
 )
 def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace, two):

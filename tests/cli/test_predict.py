@@ -102,7 +102,7 @@ def test_a_run_that_reads_only_text_needs_a_text(cachefuse, workspace, photo):
     cachefuse("train-head", "--fusion", "text", "--head", "linear", "--epochs", "1")
     assert (
         cachefuse("predict", "--image", photo[0]).error
-        == "run mine-text-linear-bce-1 reads text; give at least one of them"
+        == "run mine-text-linear-asl-1 reads text; give at least one of them"
     )
     assert cachefuse("predict", "--image", photo[0], "--run", "mine-sum-linear-asl-1").code == 0
     assert cachefuse("predict", "--image", photo[0], "--run", "workspace/runs/mine-sum-linear-asl-1").code == 0

@@ -23,7 +23,7 @@ def edit(path, **values):
 
 def test_lists_the_latest_first_with_the_metrics_of_rows_held_out(several):
     found = list_runs(several)
-    assert [run.name for run in found] == ["mine-text-linear-bce-1", "mine-sum-linear-asl-2", "mine-sum-linear-asl-1"]
+    assert [run.name for run in found] == ["mine-text-linear-asl-1", "mine-sum-linear-asl-2", "mine-sum-linear-asl-1"]
     assert [run.split for run in found] == ["val", "oof", "val"]
     assert [run.n_models for run in found] == [1, 2, 1]
     for run in found:
@@ -48,7 +48,7 @@ def test_shows_them_as_a_table(cachefuse, several, fits):
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
     assert lines[0].strip() == "mine: 3 runs, measured on rows held out"
-    assert lines[3].startswith("mine-text-linear-bce-1 ")
+    assert lines[3].startswith("mine-text-linear-asl-1 ")
     assert re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d, 1 model, val", lines[4])
     assert re.match(r"20\d\d-\d\d-\d\d \d\d:\d\d, 2 models, oof", lines[6])
     newest = list_runs(several)[0]
@@ -61,7 +61,7 @@ def test_as_json(cachefuse, several):
     found = json.loads(cachefuse("runs", "--json").out)
     assert [run["name"] for run in found] == [run.name for run in list_runs(several)]
     assert found[0]["metrics"] == list_runs(several)[0].metrics
-    assert found[0]["path"] == "workspace/runs/mine-text-linear-bce-1"
+    assert found[0]["path"] == "workspace/runs/mine-text-linear-asl-1"
 
 
 def test_only_those_of_a_dataset_and_a_table_for_each(cachefuse, several, fits):
@@ -71,8 +71,8 @@ def test_only_those_of_a_dataset_and_a_table_for_each(cachefuse, several, fits):
     assert "other [x]: 1 run, " in result.out
     fits(result.out)
     for dataset, names in {
-        "mine": ["mine-text-linear-bce-1", "mine-sum-linear-asl-2"],
-        "./mine.toml": ["mine-text-linear-bce-1", "mine-sum-linear-asl-2"],
+        "mine": ["mine-text-linear-asl-1", "mine-sum-linear-asl-2"],
+        "./mine.toml": ["mine-text-linear-asl-1", "mine-sum-linear-asl-2"],
         "other [x]": ["mine-sum-linear-asl-1"],
         "none": [],
     }.items():
@@ -80,7 +80,7 @@ def test_only_those_of_a_dataset_and_a_table_for_each(cachefuse, several, fits):
 
 
 def test_a_run_that_held_out_nothing_is_listed_without_figures(cachefuse, several):
-    path = several / "mine-text-linear-bce-1" / "run.json"
+    path = several / "mine-text-linear-asl-1" / "run.json"
     edit(path, results={"train": json.loads(path.read_text())["results"]["train"]})
     assert (list_runs(several)[0].split, list_runs(several)[0].metrics) == (None, {})
     lines = cachefuse("runs").out.splitlines()
@@ -103,7 +103,7 @@ def test_damaged_runs_are_named_and_passed_over(cachefuse, several, caplog):
     (several / "notes" / "read.me").write_text("no run")
     with caplog.at_level(logging.WARNING):
         found = list_runs(several)
-    assert [run.name for run in found] == ["mine-text-linear-bce-1", names[1], names[0]]
+    assert [run.name for run in found] == ["mine-text-linear-asl-1", names[1], names[0]]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 7
     for message, (name, reason) in zip(

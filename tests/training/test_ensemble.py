@@ -100,7 +100,7 @@ def test_comes_back_from_its_directory_and_is_a_run_like_any_other(store, tmp_pa
     path = joined.save(tmp_path / "runs")
     assert path.name == "made-ensemble-1"
     loaded = Run.load(path)
-    assert loaded.sources == ("made-sum-linear-bce-1", "made-mixed-linear-bce-1", "made-sum-linear-bce-2")
+    assert loaded.sources == ("made-sum-linear-asl-1", "made-mixed-linear-asl-1", "made-sum-linear-asl-2")
     assert loaded.seconds == pytest.approx(sum(run.seconds for run in runs), abs=0.01)
     assert loaded.n_parameters == sum(run.n_parameters for run in runs)
     np.testing.assert_array_equal(scores_of(loaded, store), scores_of(joined, store))
@@ -148,7 +148,7 @@ def test_runs_that_held_out_other_rows_are_averaged_in_their_thresholds_too(stor
     runs = [train_head(store, QUICK), train_head(store, replace(FOLDED, thresholds="class"))]
     joined, (message,) = warned(runs, store, caplog)
     assert message == (
-        "run made-sum-linear-bce held out other rows (oof) than run made-sum-linear-bce (val): no figures of rows held "
+        "run made-sum-linear-asl held out other rows (oof) than run made-sum-linear-asl (val): no figures of rows held "
         "out, and thresholds that are the mean of the runs'"
     )
     np.testing.assert_array_equal(joined.thresholds, (runs[0].thresholds + runs[1].thresholds) / 2)
@@ -166,7 +166,7 @@ def test_other_labelled_splits_are_measured(make_store, caplog):
     store = make_store(x, y, ["train"] * 40 + ["test"] * 20)
     runs = [train_head(store, replace(QUICK, fusion="image", seed=seed)) for seed in (0, 1)]
     joined, (message,) = warned(runs, store, caplog)
-    assert message.startswith("run made-image-linear-bce held out no rows: ")
+    assert message.startswith("run made-image-linear-asl held out no rows: ")
     assert list(joined.results) == ["train", "test"]
     rows = np.arange(40, 60)
     expected = f1_score(y[rows], scores_of(joined, store, rows) >= 0.5, average="micro")
@@ -187,13 +187,13 @@ def test_a_row_that_has_lost_its_label_is_held_out_by_one_run_only(store, caplog
     before = train_head(store, QUICK)
     store = changed(store, "target", 45, -1)
     _, (message,) = warned([before, train_head(store, replace(QUICK, fusion="text"))], store, caplog)
-    assert message.startswith("run made-text-linear-bce held out other rows (val) than run made-sum-linear-bce (val): ")
+    assert message.startswith("run made-text-linear-asl held out other rows (val) than run made-sum-linear-asl (val): ")
 
 
 def test_a_store_whose_splits_changed_has_no_rows_held_out_in_common(store, caplog):
     runs = [train_head(store, replace(QUICK, seed=seed)) for seed in (0, 1)]
     joined, (message,) = warned(runs, changed(store, "split", 0, "val"), caplog)
-    assert message.startswith("samples or splits of made changed since run made-sum-linear-bce was trained: ")
+    assert message.startswith("samples or splits of made changed since run made-sum-linear-asl was trained: ")
     assert list(joined.results) == ["train"]
 
 
@@ -244,10 +244,10 @@ def test_needs_two_different_runs(store, tmp_path):
         with pytest.raises(RunError, match=f"an ensemble takes at least 2 runs. Got {len(runs)} instead"):
             ensemble(runs, store)
     other = train_head(store, replace(QUICK, seed=1))
-    with pytest.raises(RunError, match="run made-sum-linear-bce is given twice; in an ensemble each run counts once"):
+    with pytest.raises(RunError, match="run made-sum-linear-asl is given twice; in an ensemble each run counts once"):
         ensemble([run, other, run], store)
     path = run.save(tmp_path / "runs")
-    with pytest.raises(RunError, match="run made-sum-linear-bce-1 is given twice"):
+    with pytest.raises(RunError, match="run made-sum-linear-asl-1 is given twice"):
         ensemble([Run.load(path), Run.load(path.parent / ".." / "runs" / path.name)], store)
 
 

@@ -120,7 +120,7 @@ def test_a_row_of_infinity_is_not_absent(arrays):
         (lambda x: x > 0, np.float32),
         (np.asfortranarray, np.float64),
         (lambda x: x[:, ::-1], np.float64),
-        (lambda x: np.broadcast_to(x[:1], x.shape), np.float64),  # read-only
+        (lambda x: np.broadcast_to(x[:1], x.shape), np.float64),
         (torch.from_numpy, np.float64),
         (list, np.float64),
     ],
@@ -130,6 +130,13 @@ def test_takes_numbers_of_any_layout(arrays, make, dtype):
     view = FeatureView.from_arrays({"text": x})
     assert view["text"].dtype == dtype
     assert np.array_equal(view["text"], np.asarray(x).astype(dtype))
+
+
+def test_shares_the_memory_that_torch_can_write_to(arrays):
+    x = arrays["text"]
+    assert np.shares_memory(FeatureView.from_arrays(arrays).table.features["text"].numpy(), x)
+    x.flags.writeable = False  # as joblib's memory maps are, of which torch would warn
+    assert not np.shares_memory(FeatureView.from_arrays(arrays).table.features["text"].numpy(), x)
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ def make_problem(task="multilabel", absent=True, dtype=torch.float32):
 
 
 EVERYTHING = Part(torch.arange(N), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-BASE = TrainConfig(head="linear", epochs=4, patience=0, batch_size=16, lr=0.02)
+BASE = TrainConfig(
+    head="linear", epochs=4, patience=0, batch_size=16, lr=0.02, loss="bce", schedule="constant", activation="gelu"
+)
 MIXED = [
     {"lr": 0.05},
     {"loss": "asl", "weight_decay": 0.1},
@@ -128,7 +130,7 @@ def test_a_stack_leaves_its_models_alone():
     [
         (TrainConfig(layers=(8,)), TrainConfig(layers=(9,))),
         (TrainConfig(layers=(8,)), TrainConfig(layers=(8, 8))),
-        (TrainConfig(layers=(8,)), TrainConfig(layers=(8,), activation="relu")),
+        (TrainConfig(layers=(8,), activation="gelu"), TrainConfig(layers=(8,), activation="relu")),
         (TrainConfig(layers=(8,)), TrainConfig(layers=(8,), dropout=0.1)),
         (TrainConfig(head="linear"), TrainConfig(head="linear", fusion="mixed")),
     ],
