@@ -1,0 +1,98 @@
+"""The curves of a report: loss and score of each epoch, precision over recall."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cachefuse.report.charts import MAIN, SECOND, THIN, Chart, Line, line_chart, path
+from cachefuse.report.measured import Measured
+from cachefuse.report.words import metric_title
+from cachefuse.training.loop import History
+from cachefuse.training.run import Run
+
+MAX_MODELS = 50
+MAX_CLASSES = 12  # with a precision-recall curve
+MAX_STEPS = 200  # of one such curve
+
+
+@dataclass(frozen=True)
+class ClassCurve:
+    """A class's precision-recall curve in a box of 100 by 100, beside its average precision and support."""
+
+    name: str
+    path: str
+    ap: float
+    support: int
+
+
+def training_charts(run: Run) -> list[Chart]:
+    """Return charts of the loss and, with validation rows, of the score over the epochs, a line for each model."""
+    histories = [history for history in run.histories if history.epochs][:MAX_MODELS]
+    if not histories:
+        return []
+    losses, monitors = ({getattr(member.config, name) for member in run.members} for name in ("loss", "monitor"))
+    loss = losses.pop() if len(losses) == 1 else "loss"
+    metric = metric_title(monitors.pop() or run.manifest.reported_metrics[0]) if len(monitors) == 1 else "score"
+    averaged = any(epoch.raw_score is not None for history in histories for epoch in history.epochs)
+    kept = "averaged weights (EMA)" if averaged else "validation"
+    charts = [
+        _epochs_chart("Loss", loss, histories, {"loss": "training", "val_loss": kept}),
+        _epochs_chart(f"Validation {metric}", metric, histories, {"raw_score": "weights as they are", "score": kept}),
+    ]
+    return [chart for chart in charts if chart.paths]
+
+
+def _epochs_chart(title: str, y_label: str, histories: list[History], names: dict[str, str]) -> Chart:
+    """Lay out figures of each epoch, {name: what it is}; the last that there is stands out, with the epoch kept."""
+    there = [name for name in names if any(getattr(epoch, name) is not None for h in histories for epoch in h.epochs)]
+    lines, legend = [], []
+    for name in there:
+        kind = MAIN if name == there[-1] else SECOND
+        legend.append((kind, names[name]))
+        for i, history in enumerate(histories):
+            x = np.array([epoch.epoch for epoch in history.epochs], float)
+            y = np.array([getattr(epoch, name) for epoch in history.epochs], float)
+            which = f", model {i + 1}" if len(histories) > 1 else ""
+            mark = history.best_epoch - 1 if kind == MAIN and 0 < history.best_epoch <= len(y) else None
+            lines.append(Line(kind, x, y, names[name] + which, mark))
+    n_epochs = max(len(history.epochs) for history in histories)
+    about = f"{title}: {' and '.join(what for _, what in legend)} over {n_epochs:,} epochs."
+    return line_chart(lines, title=title, about=about, x_label="epoch", y_label=y_label, legend=legend)
+
+
+def precision_recall_chart(measured: Measured, classes: tuple[str, ...]) -> tuple[Chart | None, list[ClassCurve]]:
+    """Return a chart of all scores together over thin lines of the classes, and each of those by itself."""
+    targets, scores = measured.targets, measured.scores
+    support = targets.sum(axis=0)
+    shown = [c for c in np.argsort(-support, kind="stable")[:MAX_CLASSES] if support[c]]
+    if not shown:
+        return None, []
+    by_class = {c: precision_recall(targets[:, c], scores[:, c]) for c in shown}
+    lines = [Line(THIN, *by_class[c], title=classes[c]) for c in shown if len(classes) > 1]
+    lines.append(Line(MAIN, *precision_recall(targets.ravel(), scores.ravel()), title="all labels together"))
+    chart = line_chart(
+        lines,
+        title="All labels together" if len(classes) > 1 else classes[0],
+        about="Precision over recall of all labels together, and of each class.",
+        x_label="recall",
+        y_label="precision",
+        legend=[(MAIN, "all labels together")] + [(THIN, "one class each")] * (len(classes) > 1),
+        unit=True,
+    )
+    ap = measured.evaluation.per_class["ap"]
+    each = [
+        ClassCurve(classes[c], path(100 * by_class[c][0], 100 - 100 * by_class[c][1]), ap[c], int(support[c]))
+        for c in shown
+    ]
+    return chart, each
+
+
+def precision_recall(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return recall, rising, and precision (T,) at no more than 200 of the scores of positives, for (n,) of both."""
+    positives = np.sort(scores[targets])
+    places = np.linspace(0, len(positives) - 1, min(MAX_STEPS, len(positives))).round().astype(int)
+    thresholds = np.unique(positives[places])
+    hits = len(positives) - np.searchsorted(positives, thresholds)
+    reached = np.bincount(np.searchsorted(thresholds, scores, side="right"), minlength=len(thresholds) + 1)
+    predicted = reached[::-1].cumsum()[::-1][1:]  # scores that reach each threshold
+    return (hits / len(positives))[::-1], (hits / predicted)[::-1]

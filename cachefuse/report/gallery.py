@@ -1,0 +1,110 @@
+"""The worst errors of a report: the rows with the highest loss among those that are wrong, as they look and read."""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from cachefuse.data.dataset import Dataset
+from cachefuse.data.readers.base import ImageSource
+from cachefuse.errors import BadSampleError
+from cachefuse.report.measured import Measured
+
+N_EXAMPLES = 24
+SIDE = 160  # px
+QUALITY = 72
+MAX_LABELS, MAX_TEXTS = 10, 5  # shown with an example: labels of a kind, captions
+TINY = 1e-7  # float32 scores can reach 0 and 1, where the loss has no end
+FOUND, MISSED, WRONG = "found", "missed", "wrong"
+
+
+@dataclass(frozen=True)
+class Label:
+    """A label of an example: found, missed or wrong, with its score."""
+
+    name: str
+    kind: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: its labels and, where the raw data is at hand, its texts and its picture or why there is none.
+
+    ``more`` labels are not shown.
+    """
+
+    id: str
+    loss: float
+    labels: list[Label]
+    more: int
+    texts: tuple[str, ...] = ()
+    picture: str = ""
+    no_picture: str = ""
+
+
+def row_losses(targets: np.ndarray, scores: np.ndarray, task: str) -> np.ndarray:
+    """Return each row's log loss (n,) by targets (n, C) bool: its class's in multi-class, else the labels' mean."""
+    losses = -np.log(np.clip(np.where(targets, scores, 1 - scores), TINY, 1))
+    return losses[targets] if task == "multiclass" else losses.mean(axis=1, dtype=np.float64)
+
+
+def worst_examples(
+    measured: Measured,
+    classes: Sequence[str],
+    task: str,
+    ids: np.ndarray,
+    dataset: Dataset | None = None,
+) -> list[Example]:
+    """Return the wrong rows with the highest loss, worst first; ``ids`` (N,) are the store's, in its order."""
+    losses = row_losses(measured.targets, measured.scores, task)
+    wrong = np.flatnonzero((measured.targets != measured.predictions).any(axis=1))
+    worst = wrong[np.argsort(-losses[wrong], kind="stable")][:N_EXAMPLES]
+    place = {} if dataset is None else {sample: i for i, sample in enumerate(dataset.ids)}
+    examples = []
+    for i in worst.tolist():
+        sample = str(ids[measured.rows[i]])
+        labels, more = _labels(measured, classes, i)
+        texts, picture, why = _raw(dataset, place.get(sample))
+        examples.append(Example(sample, float(losses[i]), labels, more, texts, picture, why))
+    return examples
+
+
+def thumbnail(source: ImageSource) -> str:
+    """Return an image of at most 160 by 160 px as a data URI. Raises BadSampleError if it can't be read."""
+    image = source.load()
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _labels(measured: Measured, classes: Sequence[str], i: int) -> tuple[list[Label], int]:
+    true, given, scores = measured.targets[i], measured.predictions[i], measured.scores[i]
+    labels, more = [], 0
+    for kind, chosen in ((MISSED, true & ~given), (WRONG, given & ~true), (FOUND, true & given)):
+        best_first = sorted(np.flatnonzero(chosen).tolist(), key=lambda c: -scores[c])
+        labels += [Label(classes[c], kind, float(scores[c])) for c in best_first[:MAX_LABELS]]
+        more += len(best_first[MAX_LABELS:])
+    return labels, more
+
+
+def _raw(dataset: Dataset | None, row: int | None) -> tuple[tuple[str, ...], str, str]:
+    """Return a sample's texts and its picture, or why there is none."""
+    if dataset is None:
+        return (), "", ""
+    if row is None:
+        return (), "", "not in the raw data"
+    texts = dataset.texts[row][:MAX_TEXTS] if dataset.texts is not None else ()
+    if dataset.images is None:
+        return texts, "", ""
+    source = dataset.images[row]
+    if source is None:
+        return texts, "", "no image"
+    try:
+        return texts, thumbnail(source), ""
+    except BadSampleError as error:
+        return texts, "", str(error)

@@ -1,0 +1,122 @@
+"""What the report calls things, and how it writes figures."""
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from cachefuse.report.measured import Measured
+    from cachefuse.training.run import Run
+
+TITLES = {
+    "accuracy": "accuracy",
+    "calibration_error": "calibration error",
+    "exact_match": "exact match",
+    "macro_ap": "macro-AP",
+    "macro_f1": "macro-F1",
+    "micro_ap": "micro-AP",
+    "micro_f1": "micro-F1",
+    "recall_at_p90": "recall at 90% precision",
+    "samples_f1": "samples-F1",
+    "top5_accuracy": "top-5 accuracy",
+    "top_calibration_error": "calibration error",
+    "weighted_f1": "weighted-F1",
+}
+MAX_NAME = 80
+UNDEFINED, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+OUT_OF_FOLD, VAL = "oof", "val"
+HALF = 0.5  # the threshold where none is chosen
+
+
+def metric_title(name: str) -> str:
+    return TITLES.get(name, name)
+
+
+def figure(value: float | None) -> str:
+    """Write a metric with three digits, and a dash where it is not defined."""
+    return UNDEFINED if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def signed(value: float) -> str:
+    """Write a difference of metrics."""
+    return UNDEFINED if math.isnan(value) else f"{value:+.3f}".replace("-", MINUS)
+
+
+def interval(bounds: tuple[float, float]) -> str:
+    """Write the ends of an interval."""
+    return UNDEFINED if math.isnan(bounds[0]) else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+
+
+def whole(n: int) -> str:
+    return f"{n:,}"
+
+
+def count(n: int) -> str:
+    """Write a count in the little room of a heatmap's cell."""
+    return str(n) if n < 10_000 else f"{n // 1000}k" if n < 1_000_000 else f"{n // 1_000_000}M"
+
+
+def cut(text: str, most: int = MAX_NAME) -> str:
+    """Shorten a text that is too long for its place."""
+    return text if len(text) <= most else text[: most - 1].rstrip() + "…"
+
+
+def ends(text: str, most: int = 22) -> str:
+    """Shorten a name in the middle, since names may differ in their ends alone."""
+    return text if len(text) <= most else f"{text[: most - most // 2 - 1]}…{text[-(most // 2) :]}"
+
+
+FILTERS = {
+    "count": count, "cut": cut, "ends": ends, "figure": figure, "interval": interval, "metric": metric_title,
+    "signed": signed, "whole": whole,
+}  # fmt: skip
+
+
+def rows_of(measured: "Measured") -> str:
+    """Say which rows were measured, and whether the models have seen them."""
+    found = measured.evaluation
+    if found.split == OUT_OF_FOLD:
+        return f"{found.n_rows:,} rows of train and val, each judged by models that have not seen it"
+    return f"{found.n_rows:,} {found.split} rows" + (" that were not trained on" if found.caution is None else "")
+
+
+def verdict(measured: "Measured", task: str) -> str:
+    """Say in a sentence how good the predictions are."""
+    right = f"{_percent(np.mean((measured.targets == measured.predictions).all(axis=1)))}"
+    if task == "multiclass":
+        return f"The class is right for {right} of {rows_of(measured)}."
+    hits = (measured.targets & measured.predictions).sum()
+    there, given = measured.targets.sum(), measured.predictions.sum()
+    found, correct = (_percent(hits / n) if n else "none" for n in (there, given))
+    return (
+        f"On {rows_of(measured)}, {found} of the labels are found, {correct} of the predicted labels are right, and "
+        f"{right} of the rows have every label right."
+    )
+
+
+def splits_note(run: "Run") -> str:
+    """Say how the figures of each split came about."""
+    chosen = run.task == "multilabel" and bool((run.thresholds != HALF).any())
+    decided = ", and decided on by thresholds chosen on the others" if chosen else ""
+    if OUT_OF_FOLD in run.results:
+        return f"oof, out of fold, is train and val: each part is judged by models trained on the others{decided}."
+    if VAL in run.results:
+        stopped = ", but says when training stops" if run.config.patience else ""
+        return f"val is not trained on{stopped}{'; each part of it is' + decided[5:] if chosen else ''}."
+    return "The models were trained on train."
+
+
+def training_note(run: "Run", most: int) -> str:
+    """Say what the curves show."""
+    n = len(run.histories)
+    models = "One model" if n == 1 else f"{n:,} models, a line for each" + (f" of the first {most}" if n > most else "")
+    best = sorted(history.best_epoch for history in run.histories)
+    span = f"epoch {best[0]}" if best[0] == best[-1] else f"epochs {best[0]} to {best[-1]}"
+    kept = f"{models}; the dot marks the epoch whose weights were kept ({span})."
+    return f"{kept} Models trained on all rows since then are those that predict." if run.config.refit else kept
+
+
+def _percent(share: float) -> str:
+    """Write a share in whole percent, but not as all or nothing where it is not."""
+    return "> 99%" if 0.995 <= share < 1 else "< 1%" if 0 < share < 0.005 else f"{100 * share:.0f}%"
