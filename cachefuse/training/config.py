@@ -122,6 +122,11 @@ class TrainConfig:
             )
         if self.optimizer == "lbfgs" and self.head != "linear":
             raise ConfigError(f"optimizer 'lbfgs' is for --head linear. Got head {self.head!r}; take adam or adamw")
+        for name, value in self.loss_options.items():
+            if name == "reduction" and value not in ("mean", "sum"):
+                raise ConfigError(f"loss option reduction must be mean or sum to train by. Got {value!r} instead")
+            if name != "reduction" and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ConfigError(f"loss option {name} must be a number. Got {value!r} instead")
         if self.loss is None and self.loss_options:
             raise ConfigError(f"loss options ({', '.join(self.loss_options)}) are of a loss; name it with --loss")
         if self.optimizer == "lbfgs" and (self.schedule not in (None, "constant") or self.sampler != "shuffle"):

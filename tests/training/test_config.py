@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from cachefuse.errors import ConfigError, UnknownNameError
@@ -95,6 +97,19 @@ def test_few_rows_take_more_epochs_to_make_as_many_steps(settings, n_rows, epoch
 def test_loss_options_are_of_a_loss():
     with pytest.raises(ConfigError, match=r"loss options \(gamma\) are of a loss; name it with --loss"):
         TrainConfig(loss_options={"gamma": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "none"}, "loss option reduction must be mean or sum to train by. Got 'none' instead"),
+        ({"gamma": "high"}, "loss option gamma must be a number. Got 'high' instead"),
+        ({"gamma": True}, "loss option gamma must be a number. Got True instead"),
+    ],
+)
+def test_refuses_loss_options_that_nothing_can_be_trained_by(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TrainConfig(loss="focal", loss_options=options)
 
 
 def test_refuses_a_softmax_for_several_labels_a_row():

@@ -1,0 +1,220 @@
+"""Heads as a scikit-learn classifier, for its cross-validation, its searches and its pipelines."""
+
+import numbers
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.sparse import issparse
+from sklearn.base import BaseEstimator, ClassifierMixin
+from sklearn.utils import check_consistent_length, check_random_state, column_or_1d
+from sklearn.utils.multiclass import check_classification_targets, type_of_target
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from cachefuse.data.folds import stratified_folds
+from cachefuse.data.manifest import DEFAULT_METRICS
+from cachefuse.errors import DataError
+from cachefuse.metrics import decide
+from cachefuse.runtime import resolve_device
+from cachefuse.training.batches import multi_hot
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.feature_set import FeatureView
+from cachefuse.training.loop import predict_scores
+from cachefuse.training.problem import TRAIN, VAL, Problem
+from cachefuse.training.train import train_problem
+
+HELD_PARTS = 10  # one in so many rows is held out, where epochs or thresholds are chosen on it
+
+
+class FusionClassifier(ClassifierMixin, BaseEstimator):
+    """A fusion of heads over features by modality; its parameters are the settings of ``TrainConfig``.
+
+    X is a ``FeatureView`` or a dictionary of arrays {modality: (n, D_m)}; one array (n, D) counts as one modality. A
+    dictionary can't be cut into rows by cross-validation: ``FeatureView.from_arrays`` makes it one that can. A row of a
+    modality that is NaN throughout is absent. y is labels (n,) of any kind, or 0 and 1 (n, C) for multi-label.
+
+    A stratified tenth of the rows is held out to choose by, with ``patience`` an epoch and in multi-label thresholds,
+    unless these are "none" or ``folds`` hold out each part in turn; ``refit`` trains on all rows afterwards.
+    ``min_labels`` is how many labels a multi-label row has at least.
+
+    Attributes: ``classes_`` (C,), for multi-label (C, 2), 0 and 1 for each label; ``thresholds_`` (C,); ``models_`` and
+    ``histories_``, one for each fold and member; ``config_``, the settings in full; ``n_features_in_``.
+    """
+
+    def __init__(
+        self,
+        *,
+        fusion: str = TrainConfig.fusion,
+        scheme: str = TrainConfig.scheme,
+        head: str = TrainConfig.head,
+        layers: Sequence[int] | None = TrainConfig.layers,
+        activation: str = TrainConfig.activation,
+        dropout: float = TrainConfig.dropout,
+        modality_dropout: float = TrainConfig.modality_dropout,
+        loss: str | None = TrainConfig.loss,
+        loss_options: Mapping[str, float | str] | None = None,
+        class_weights: str = TrainConfig.class_weights,
+        sampler: str = TrainConfig.sampler,
+        optimizer: str = TrainConfig.optimizer,
+        lr: float | None = TrainConfig.lr,
+        schedule: str | None = TrainConfig.schedule,
+        weight_decay: float = TrainConfig.weight_decay,
+        clip_norm: float = TrainConfig.clip_norm,
+        ema: float = TrainConfig.ema,
+        epochs: int | None = TrainConfig.epochs,
+        batch_size: int = TrainConfig.batch_size,
+        patience: int = TrainConfig.patience,
+        monitor: str | None = TrainConfig.monitor,
+        thresholds: str = TrainConfig.thresholds,
+        threshold_metric: str | None = TrainConfig.threshold_metric,
+        folds: int = TrainConfig.folds,
+        members: int = TrainConfig.members,
+        refit: bool = TrainConfig.refit,
+        min_labels: int = 0,
+        random_state: int | np.random.RandomState | None = TrainConfig.seed,
+        device: str = "auto",
+    ) -> None:
+        self.fusion = fusion
+        self.scheme = scheme
+        self.head = head
+        self.layers = layers
+        self.activation = activation
+        self.dropout = dropout
+        self.modality_dropout = modality_dropout
+        self.loss = loss
+        self.loss_options = loss_options
+        self.class_weights = class_weights
+        self.sampler = sampler
+        self.optimizer = optimizer
+        self.lr = lr
+        self.schedule = schedule
+        self.weight_decay = weight_decay
+        self.clip_norm = clip_norm
+        self.ema = ema
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.patience = patience
+        self.monitor = monitor
+        self.thresholds = thresholds
+        self.threshold_metric = threshold_metric
+        self.folds = folds
+        self.members = members
+        self.refit = refit
+        self.min_labels = min_labels
+        self.random_state = random_state
+        self.device = device
+
+    def fit(self, X: Any, y: Any) -> "FusionClassifier":
+        """Train on X and y. Raises ConfigError for settings that don't fit, DataError for data that can't be used."""
+        X = self._view(X, reset=True)
+        targets, self.classes_, self._task = _encode(y)
+        check_consistent_length(X, targets)
+        config = self._config()
+        chooses = config.patience or (self._task == "multilabel" and config.thresholds != "none")
+        splits = _hold_out(targets, config.seed) if chooses else np.full(len(targets), TRAIN)
+        problem = Problem(
+            name="X",
+            table=X.to_table(torch.from_numpy(targets), splits).to(resolve_device(self.device)),
+            classes=tuple(str(c) for c in range(targets.shape[1])),
+            task=self._task,
+            metrics=DEFAULT_METRICS[self._task],
+            min_labels=self.min_labels,
+        )
+        with _random_state_kept():
+            trained = train_problem(problem, config)
+        self.config_ = trained.members[0][0]
+        self.models_ = [model.cpu() for _, model, _ in trained.members]
+        self.histories_ = trained.histories
+        self.thresholds_ = trained.thresholds
+        return self
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Return probabilities (n, C) float32, of labels that exclude one another or, for multi-label, don't."""
+        check_is_fitted(self, "models_")
+        X = self._view(X, reset=False)
+        device, loss = resolve_device(self.device), self.config_.resolve_loss(self._task)
+        table = X.to_table(torch.zeros(len(X), len(self.thresholds_)), np.array([""] * len(X)))
+        table = table.only(self.models_[0].widths).to(device)
+        scores = [predict_scores(model.to(device), table, torch.arange(len(X)), loss) for model in self.models_]
+        return np.stack(scores).mean(axis=0, dtype=np.float64).astype(np.float32)
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Return labels (n,), or 0 and 1 (n, C) for multi-label: those whose probability reaches its threshold."""
+        scores = self.predict_proba(X)
+        chosen = decide(scores, self._task, self.thresholds_, self.min_labels)
+        return chosen.astype(np.int64) if self._task == "multilabel" else self.classes_[chosen.argmax(axis=1)]
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_label = True
+        tags.input_tags.dict = True
+        return tags
+
+    def _config(self) -> TrainConfig:
+        given, seed = self.get_params(deep=False), self.random_state
+        values = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
+        if not isinstance(seed, numbers.Integral):
+            seed = check_random_state(seed).randint(2**31 - 1)
+        return TrainConfig.from_dict({**values, "loss_options": dict(self.loss_options or {}), "seed": int(seed)})
+
+    def _view(self, X: Any, reset: bool) -> FeatureView:
+        """Return X as a view; with ``reset`` it is what later ones must be like."""
+        if not isinstance(X, FeatureView):
+            several = isinstance(X, Mapping) and not hasattr(X, "shape")  # SciPy has sparse arrays that are mappings
+            X = X if several else {"x": validate_data(self, X, reset=reset, ensure_all_finite=False)}
+            X = FeatureView.from_arrays(X)
+        if reset:
+            self.n_features_in_ = X.shape[1]
+            return X
+        expected = self.models_[0].widths
+        found = {modality: x.shape[1] for modality, x in X.table.features.items()}
+        if any(found.get(modality) != width for modality, width in expected.items()):
+            raise DataError(
+                f"X must have the features that the model was fitted on, {_listed(expected)}. Got {_listed(found)} "
+                f"instead; rows of NaN stand for what is absent"
+            )
+        return X
+
+
+def _listed(widths: Mapping[str, int]) -> str:
+    return ", ".join(f"{modality} ({width})" for modality, width in widths.items())
+
+
+def _encode(y: Any) -> tuple[np.ndarray, np.ndarray, str]:
+    """Return targets (n, C) of 0 and 1, the classes, and the task. Raises DataError for what no head can learn."""
+    check_classification_targets(y)
+    kind, y = type_of_target(y), y.toarray() if issparse(y) else np.asarray(y)
+    if kind == "multilabel-indicator" and np.isin(y, (0, 1)).all():
+        return multi_hot(y, y.shape[1]), np.tile([0, 1], (y.shape[1], 1)), "multilabel"
+    if kind not in ("binary", "multiclass"):
+        raise DataError(
+            f"y must be labels (n,) or, for multi-label, 0 and 1 (n, C), as MultiLabelBinarizer makes them. "
+            f"Got {y.dtype} {y.shape} with {np.unique(y)[:3].tolist()} instead"
+        )
+    classes, numbered = np.unique(column_or_1d(y, warn=True), return_inverse=True)
+    if len(classes) < 2:
+        found = f"{len(classes)} class ({', '.join(map(str, classes))})"
+        raise DataError(f"y must have at least two classes. Got {found} instead")
+    return multi_hot(numbered, len(classes)), classes, "multiclass"
+
+
+def _hold_out(targets: np.ndarray, seed: int) -> np.ndarray:
+    """Return each row's split (n,), train or val, for targets (n, C); one row alone is for training."""
+    parts = stratified_folds(targets, min(HELD_PARTS, len(targets)), seed) if len(targets) > 1 else np.ones(1)
+    return np.where(parts == 0, VAL, TRAIN)
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Leave the caller's random state alone, which training seeds: else each random split after a fit is the same."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

@@ -1,0 +1,207 @@
+"""A dataset's features for notebooks: by split, as views that are indexed like arrays, as scikit-learn expects of X."""
+
+import os
+from collections.abc import Iterator, KeysView, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cachefuse.cache.rows import Columns
+from cachefuse.cache.store import FeatureStore
+from cachefuse.data.splits import ordered_splits
+from cachefuse.data.targets import is_labelled
+from cachefuse.errors import DataError
+from cachefuse.registry import lookup
+from cachefuse.runtime import Workspace
+from cachefuse.training.batches import LOAD_ROWS, FeatureTable
+from cachefuse.training.problem import open_problem
+
+FLOATS = ("float16", "float32", "float64")
+
+
+class PickedRows:
+    """Some rows of features, by number: (n, D), read as they are asked for, as the features themselves are."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, source: Columns, rows: Tensor) -> None:
+        """``rows`` (n,) int64 may be in any order, and occur several times."""
+        self.source = source
+        self.rows = rows
+        self.shape = (len(rows), source.shape[1])
+        self.block_rows = getattr(source, "block_rows", 1)
+        self.nbytes = source.nbytes * len(rows) // max(1, source.shape[0])
+
+    def index_select(self, dim: int, index: Tensor) -> Tensor:
+        """Return the rows (B, D) at ``index`` (B,)."""
+        return self.source.index_select(dim, self.rows[index])
+
+    def to(self, device: torch.device | str) -> "PickedRows | Tensor":
+        """Return these rows where they are, on the CPU; for another device a tensor there."""
+        if torch.device(device).type == "cpu":
+            return self
+        parts = self.rows.split(LOAD_ROWS)
+        return torch.cat([self.source.index_select(0, part).to(device) for part in parts])
+
+
+class FeatureView:
+    """n rows of features, indexed like one array (n, D_1 + ... + D_M), and like a dictionary {modality: (n, D_m)}.
+
+    ``X[10:20]``, ``X[mask]`` and ``X[numbers]`` are views of those rows, which copy nothing; ``rows`` (n,) are their
+    numbers in the store. ``X["image"]`` is an array, NaN in the rows that lack an image; ``dict(X)`` has them all, and
+    ``np.asarray(X)`` is them side by side.
+    """
+
+    def __init__(self, table: FeatureTable, rows: np.ndarray) -> None:
+        self.table = table
+        self.rows = rows
+
+    @classmethod
+    def from_arrays(cls, features: Mapping[str, Any]) -> "FeatureView":
+        """Take arrays {modality: (n, D_m)}. A row of a modality that is NaN throughout is absent: the sample lacks it.
+
+        Raises DataError if they are not numbers (n, D), differ in n, or hold any other NaN or infinity.
+        """
+        arrays = {modality: _as_array(modality, x) for modality, x in features.items()}
+        lengths = {modality: len(x) for modality, x in arrays.items()}
+        if len(set(lengths.values())) != 1:
+            got = ", ".join(f"{modality}: {n}" for modality, n in lengths.items()) or "none"
+            raise DataError(f"features must be arrays by modality, all with the same number of rows. Got {got} instead")
+        n = next(iter(lengths.values()))
+        table = FeatureTable(
+            features={modality: torch.from_numpy(x) for modality, x in arrays.items()},
+            present={modality: torch.from_numpy(_present(modality, x)) for modality, x in arrays.items()},
+            targets=torch.zeros(n, 0),
+            labelled=np.zeros(n, bool),
+            splits=np.array([""] * n),
+        )
+        return cls(table, np.arange(n))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self), sum(x.shape[1] for x in self.table.features.values())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def keys(self) -> KeysView[str]:
+        """Return the modalities."""
+        return self.table.features.keys()
+
+    def __getitem__(self, key: Any) -> Any:
+        """Return a modality's features (n, D), an array; or a view of some rows."""
+        if isinstance(key, str):
+            picked = torch.from_numpy(self.rows)
+            values = lookup(self.table.features, key, "modality").index_select(0, picked).numpy()
+            values[~self.table.present[key][picked].numpy()] = np.nan
+            return values
+        rows = np.ascontiguousarray(self.rows[key])  # (1,) for a single row
+        if rows.ndim > 1:
+            raise IndexError(f"rows are picked by numbers (n,), a mask or a slice. Got {key!r} instead")
+        return FeatureView(self.table, rows)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.concatenate([self[modality] for modality in self], axis=1, dtype=dtype)
+
+    def __reduce__(self) -> Any:
+        # As arrays: memory maps don't go to another process, and the rows that are not picked need not.
+        return FeatureView.from_arrays, (dict(self),)
+
+    def __repr__(self) -> str:
+        widths = ", ".join(f"{modality} ({x.shape[1]})" for modality, x in self.table.features.items())
+        return f"FeatureView of {len(self):,} rows: {widths}"
+
+    def to_table(self, targets: Tensor, splits: np.ndarray) -> FeatureTable:
+        """Return these rows as a table of their own, with targets (n, C) and splits (n,)."""
+        rows = torch.from_numpy(self.rows)
+        features: dict[str, Any] = {modality: PickedRows(x, rows) for modality, x in self.table.features.items()}
+        return FeatureTable(
+            features=features,
+            present={modality: x[rows] for modality, x in self.table.present.items()},
+            targets=targets,
+            labelled=np.ones(len(self), bool),
+            splits=splits,
+        )
+
+
+class FeatureSet:
+    """A store's features with its labels: ``X, y = features.split("train")``."""
+
+    def __init__(self, store: FeatureStore, encoders: Sequence[str] = ()) -> None:
+        """``encoders`` name the features to use, by default all that are complete. Raises as ``open_problem`` does."""
+        self.store = store
+        self.table = open_problem(store, encoders, "cpu")[0].table
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.store.classes
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return tuple(self.table.features)
+
+    @property
+    def splits(self) -> list[str]:
+        return ordered_splits(self.store.splits)
+
+    def split(self, *names: str) -> tuple[FeatureView, np.ndarray]:
+        """Return X and y of the labelled rows of some splits, in the store's order.
+
+        y is (n, C) int8, 0 or 1, for multi-label, and class numbers (n,) int32 for multi-class. Raises UnknownNameError
+        for a split that is not there, DataError if none of the rows is labelled.
+        """
+        rows = self.rows(*names).rows
+        rows = rows[is_labelled(self.store.targets)[rows]]
+        if not len(rows):
+            raise DataError(f"{self.store.dataset} has no labelled rows in {' or '.join(names)}; rows() takes any")
+        return FeatureView(self.table, rows), self.store.targets[rows]
+
+    def rows(self, *names: str) -> FeatureView:
+        """Return X of all rows of some splits, labelled or not. Raises UnknownNameError for one that is not there."""
+        for name in names:
+            lookup(dict.fromkeys(self.splits), name, "split")
+        return FeatureView(self.table, np.flatnonzero(np.isin(self.store.splits, names)))
+
+    def __repr__(self) -> str:
+        widths = ", ".join(f"{modality} ({x.shape[1]})" for modality, x in self.table.features.items())
+        splits = ", ".join(f"{split} ({len(self.rows(split)):,})" for split in self.splits)
+        return f"FeatureSet of {self.store.dataset}: {widths}; splits {splits}; {len(self.classes)} classes"
+
+
+def open_features(dataset: str, *, encoders: Sequence[str] = (), workspace: Path | str | None = None) -> FeatureSet:
+    """Open what has been extracted for a dataset; ``encoders`` name the features to use, by default all.
+
+    The workspace is ``CACHEFUSE_WORKSPACE`` or else ``./workspace``, as on the command line. Raises CacheError if
+    nothing has been extracted, ConfigError for an encoder that is not there or a dataset without labels.
+    """
+    if workspace is None:
+        workspace = os.environ.get("CACHEFUSE_WORKSPACE") or "workspace"
+    return FeatureSet(FeatureStore(Workspace(Path(workspace)).store(dataset)), encoders)
+
+
+def _as_array(modality: Any, x: Any) -> np.ndarray:
+    taken = not isinstance(modality, str) or "." in modality or hasattr(nn.ModuleDict(), modality)
+    if taken or not modality:
+        raise DataError(f"a modality can't be called {modality!r}; take a word such as image")
+    x = np.asarray(x)
+    if x.ndim != 2 or not x.shape[1] or x.dtype.kind not in "buif":
+        raise DataError(f"features of {modality!r} must be numbers of shape (n, D). Got {x.dtype} {x.shape} instead")
+    # Writeable, as torch wants its memory to be: joblib's are not.
+    return np.require(x, x.dtype.name if x.dtype.name in FLOATS else "float32", ["C", "W"])
+
+
+def _present(modality: str, x: np.ndarray) -> np.ndarray:
+    present = ~np.isnan(x).all(axis=1)
+    wrong = np.flatnonzero(present & ~np.isfinite(x).all(axis=1))
+    if len(wrong):
+        raise DataError(
+            f"features of {modality!r} must be finite, or NaN throughout a row that lacks them. "
+            f"Got NaN or infinity in row {wrong[0]} instead"
+        )
+    return present
