@@ -50,11 +50,13 @@ def untrained_model(problem: Problem, config: TrainConfig) -> FusionModel:
     return build_model(config, problem.widths, len(problem.classes)).to(problem.device)
 
 
-def training_loss(problem: Problem, config: TrainConfig, data: TrainingSet) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the settings' loss, with the class weights that they ask for."""
+def training_loss(
+    problem: Problem, config: TrainConfig, data: TrainingSet, **options: str
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the settings' loss, with the class weights that they ask for, and other ``options`` than theirs."""
     kind = config.class_weights
     weights = None if kind == "none" else class_weights(data.targets, kind, problem.task)
-    return build_loss(config.resolve_loss(problem.task), config.loss_options, weights)
+    return build_loss(config.resolve_loss(problem.task), {**config.loss_options, **options}, weights)
 
 
 def fit_module(

@@ -1,0 +1,300 @@
+"""Sweeps: many settings over one cache, each with several seeds; a trial that has ended is never run again."""
+
+import hashlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from cachefuse.cache.store import FeatureStore
+from cachefuse.errors import ConfigError, TrainingError
+from cachefuse.losses import build_loss
+from cachefuse.metrics import METRICS
+from cachefuse.registry import lookup
+from cachefuse.runtime import to_json
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.loop import predict_scores
+from cachefuse.training.measure import HeldOut, chooses
+from cachefuse.training.problem import TRAIN, VAL, Problem, open_problem
+from cachefuse.training.run import build_model, split_digest
+from cachefuse.training.stack import most_together, shared_settings, train_together
+from cachefuse.training.sweep_files import append_trials, only_sweep, read_trials, write_results
+from cachefuse.training.sweep_result import Published, SettingResult, SweepResult, Trial
+from cachefuse.training.train import split_parts, train_problem
+from cachefuse.training.used import UsedByModality, used_features
+
+Outcome = tuple[HeldOut, float] | TrainingError  # what was said of the rows held out, by weights of which epoch
+
+FIXED = {
+    "seed": "seeds are given apart",
+    "refit": "models trained on every row have none left to be measured on",
+    "view": "a sweep reads its features once",
+}
+TEXTS: dict[str, Callable[[str], Any]] = {
+    "layers": lambda text: text.split("-"),
+    "batch_size": lambda text: 0 if text == "all" else text,
+}
+
+
+def grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return every combination of the fields' values, the last field varying fastest.
+
+    Raises ConfigError if there are no fields, or one has no values.
+    """
+    for name, choices in values.items():
+        if not len(choices):
+            raise ConfigError(f"the grid has no values for {name}")
+    if not values:
+        raise ConfigError("the grid has no fields")
+    return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
+
+
+def parse_setting(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return fields of TrainConfig with values of their types; text is parsed: "0.5", layers "2048-512", batches "all".
+
+    Raises UnknownNameError for a name that is no field, ConfigError for one that a sweep has fixed, or a bad value.
+    """
+    types = get_type_hints(TrainConfig)
+    parsed = {}
+    for name, value in values.items():
+        kind = lookup(types, name, "setting")
+        if name in FIXED:
+            raise ConfigError(f"{name} can't differ between settings: {FIXED[name]}")
+        try:
+            given = TEXTS[name](value) if name in TEXTS and isinstance(value, str) else value
+            parsed[name] = TypeAdapter(kind).validate_python(given)
+            if name == "loss_options":
+                parsed[name] = {key: x if key == "reduction" else float(x) for key, x in parsed[name].items()}
+        except ValueError:  # pydantic's is one
+            raise ConfigError(f"{name} can't be {value!r}; the default is {getattr(TrainConfig(), name)!r}") from None
+    return parsed
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a sweep tries: ``base`` with the fields that each setting changes, and what was published of each."""
+
+    base: TrainConfig
+    settings: Sequence[Mapping[str, Any]]
+    title: str = ""
+    published: Sequence[Published | None] | None = None
+
+
+def sweep(
+    store: FeatureStore,
+    base: TrainConfig,
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    folder: Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    encoders: Sequence[str] = (),
+    device: str = "auto",
+    on_trial: Callable[[SweepResult], None] = lambda result: None,
+) -> SweepResult:
+    """Train ``base`` with each of the settings and seeds on a store's features, and write what came of it to a folder.
+
+    A setting holds the fields of ``base`` that it changes. Each trial is measured on rows that its models have not
+    seen, val, or with folds all of train and val, and decided as a run is. It is kept in the folder's ``trials.jsonl``
+    as soon as it has ended, also if it diverged: the same call goes on where an earlier one was stopped. At the end
+    ``trials.csv``, ``summary.csv``, ``sweep.png`` and ``sweep.svg`` are written. ``on_trial`` hears of the results so
+    far, first of those that were there.
+
+    Raises ConfigError for settings that don't fit one another or the dataset, before anything is trained.
+    """
+    problem, chosen = open_problem(store, encoders, device, base.view)
+    used = used_features(chosen, problem.widths)
+    result = run_sweep(store, problem, used, Experiment(base, settings), folder, seeds, on_trial)
+    write_results(result, folder)
+    return result
+
+
+def run_sweep(
+    store: FeatureStore,
+    problem: Problem,
+    used: UsedByModality,
+    experiment: Experiment,
+    folder: Path,
+    seeds: Sequence[int],
+    on_trial: Callable[[SweepResult], None] = lambda result: None,
+) -> SweepResult:
+    """Do what ``sweep`` does, with a problem that is open already; of the files, only the trials are written."""
+    base, settings = experiment.base, [parse_setting(setting) for setting in experiment.settings]
+    if not settings or not seeds or len(set(seeds)) < len(seeds):
+        given = f"{len(settings)} settings and seeds {', '.join(map(str, seeds)) or 'none'}"
+        raise ConfigError(f"a sweep needs at least one setting and one seed, no seed twice. Got {given} instead")
+    if base.refit:
+        raise ConfigError(f"a sweep does without refit: {FIXED['refit']}")
+    configs = [[problem.resolve(replace(base, **{**own, "seed": seed})) for seed in seeds] for own in settings]
+    _check(problem, [own[0] for own in configs])
+    metrics = tuple(dict.fromkeys((base.monitor or problem.metric, *problem.metrics)))
+    data = _digest(store, problem, used, metrics)
+    keys = [[_key(data, config) for config in own] for own in configs]
+    config_of = dict(zip(itertools.chain(*keys), itertools.chain(*configs), strict=True))
+    done: dict[str, Trial] = {}
+
+    def so_far() -> SweepResult:
+        published: Sequence[Published | None] = experiment.published or [None] * len(settings)
+        return SweepResult(
+            title=experiment.title or problem.name,
+            fields=tuple(dict.fromkeys(name for own in settings for name in own)),
+            metrics=metrics,
+            split="oof" if base.folds else VAL,
+            n_rows=len(_held_rows(problem, base)),
+            seeds=tuple(seeds),
+            settings=tuple(
+                SettingResult(_values(own[0]), own[0], tuple(done[key] for key in of if key in done), paper)
+                for own, of, paper in zip(configs, keys, published, strict=True)
+            ),
+        )
+
+    with only_sweep(folder), _each_warning_once():
+        done |= {trial.key: trial for trial in read_trials(folder) if trial.key in config_of}
+        on_trial(so_far())
+        for batch in _batches(problem, {key: config for key, config in config_of.items() if key not in done}):
+            trials = _run(problem, batch, metrics)
+            append_trials(folder, [(trial, _values(batch[trial.key])) for trial in trials])
+            done |= {trial.key: trial for trial in trials}
+            on_trial(so_far())
+    return so_far()
+
+
+def _check(problem: Problem, configs: Sequence[TrainConfig]) -> None:
+    """Raise what training with any of the settings would raise at its start: now, not after hours."""
+    for config in configs:
+        with torch.device("meta"):
+            build_model(config, problem.widths, len(problem.classes))
+        loss = build_loss(config.resolve_loss(problem.task), config.loss_options)
+        loss(*torch.zeros(2, 1, len(problem.classes)))
+        n_held = len(_held_rows(problem, config))
+        if not n_held:
+            raise ConfigError(f"{problem.name} has no labelled validation rows to measure trials on; take --folds 5")
+        chooses(problem, config, n_held)
+    for config in {config.folds: config for config in configs}.values():
+        split_parts(problem, config)
+
+
+def _held_rows(problem: Problem, config: TrainConfig) -> torch.Tensor:
+    return problem.rows(TRAIN, VAL) if config.folds else problem.rows(VAL)
+
+
+def _batches(problem: Problem, pending: Mapping[str, TrainConfig]) -> Iterator[dict[str, TrainConfig]]:
+    """Yield the trials to train at a time, in order: those that can be trained together, as many as fit."""
+    left = dict(pending)
+    while left:
+        first = next(iter(left.values()))
+        shared, n = shared_settings(first, problem.device), 1
+        if shared is not None:
+            n = most_together(problem, first, len(problem.rows(TRAIN, VAL)))
+        alike = (key for key, config in left.items() if shared_settings(config, problem.device) == shared)
+        batch = {key: left.pop(key) for key in list(itertools.islice(alike, n))}
+        yield batch
+
+
+def _run(problem: Problem, batch: Mapping[str, TrainConfig], metrics: Sequence[str]) -> list[Trial]:
+    begun = time.perf_counter()
+    configs = list(batch.values())
+    outcomes = _train_alone(problem, configs[0]) if len(configs) == 1 else _train_together(problem, configs)
+    figures = [
+        {} if isinstance(outcome, TrainingError) else _figures(problem, config, outcome[0], metrics)
+        for config, outcome in zip(configs, outcomes, strict=True)
+    ]
+    seconds = (time.perf_counter() - begun) / len(batch)
+    trials = []
+    for key, outcome, own in zip(batch, outcomes, figures, strict=True):
+        epoch, diverged = (math.nan, str(outcome)) if isinstance(outcome, TrainingError) else (outcome[1], "")
+        trials.append(Trial(key, batch[key].seed, own, epoch, seconds, diverged))
+    return trials
+
+
+def _figures(problem: Problem, config: TrainConfig, held: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
+    decided = problem.targets(torch.from_numpy(held.rows)), held.scores, held.predictions(problem, config)
+    return {name: METRICS[name](*decided) for name in metrics}
+
+
+def _train_alone(problem: Problem, config: TrainConfig) -> list[Outcome]:
+    try:
+        trained = train_problem(problem, config)
+    except TrainingError as error:
+        return [error]
+    if any(history.interrupted for history in trained.histories):
+        raise KeyboardInterrupt
+    assert trained.held is not None  # there are such rows: _check has seen to it
+    return [(trained.held, float(np.mean([history.best_epoch for history in trained.histories])))]
+
+
+def _train_together(problem: Problem, configs: Sequence[TrainConfig]) -> list[Outcome]:
+    parts = split_parts(problem, configs[0])
+    scores: list[list[np.ndarray]] = [[] for _ in configs]
+    diverged: dict[int, TrainingError] = {}
+    for part in parts:
+        for i, model in enumerate(train_together(problem, configs, part)):
+            try:
+                if isinstance(model, TrainingError):
+                    raise model
+                loss = configs[i].resolve_loss(problem.task)
+                scores[i].append(predict_scores(model, problem.table, part.held, loss))
+            except TrainingError as error:
+                diverged.setdefault(i, error)
+    split, rows = "oof" if configs[0].folds else VAL, [part.held for part in parts]
+    outcomes: list[Outcome] = []
+    for i, config in enumerate(configs):
+        held = None if i in diverged else HeldOut.join(split, problem, rows, scores[i])
+        outcomes.append((held, float(config.n_epochs)) if held is not None else diverged[i])
+    return outcomes
+
+
+def _values(config: TrainConfig) -> dict[str, Any]:
+    """Return all settings by name; their layers are those of the head if they name none."""
+    return {**config.to_dict(), "layers": tuple(config.head_options()["layers"])}
+
+
+def _key(data: str, config: TrainConfig) -> str:
+    """Hash what a trial depends on."""
+    text = to_json({"data": data, "settings": _values(config)})
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _digest(store: FeatureStore, problem: Problem, used: UsedByModality, metrics: Sequence[str]) -> str:
+    """Hash what all trials share: features by their keys, samples and splits, targets, and how they are judged."""
+    about = {
+        "features": {
+            modality: [(one.encoder, one.key, one.width) for one in group] for modality, group in used.items()
+        },
+        "splits": split_digest(store),
+        "classes": problem.classes,
+        "task": problem.task,
+        "min_labels": problem.min_labels,
+        "metrics": tuple(metrics),
+    }
+    digest = hashlib.blake2b(to_json(about).encode("utf-8", "surrogatepass"), digest_size=16)
+    for x in (problem.table.targets, *problem.table.present.values()):
+        digest.update(x.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _each_warning_once() -> Iterator[None]:
+    """Let a training's warnings pass once: every trial would repeat them."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in seen
+        seen.add(message)
+        return new
+
+    logger = logging.getLogger("cachefuse.training.train")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)

@@ -1,0 +1,107 @@
+"""What a sweep came to: trials by setting and seed, their means and spreads."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cachefuse.errors import TrainingError
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.run_files import Figure
+
+Published = tuple[float, float]  # mean and standard deviation; NaN for a training that diverged
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training: the figures of the rows held out, and the epoch that its weights are of; or why it diverged."""
+
+    key: str
+    seed: int
+    metrics: dict[str, Figure]
+    epoch: Figure
+    seconds: float
+    diverged: str = ""
+
+
+@dataclass(frozen=True)
+class SettingResult:
+    """What one setting came to: its finished trials, by seed, and what was published of it.
+
+    ``values`` are all its settings by name, those left open filled in; ``config`` is that of its first seed.
+    """
+
+    values: Mapping[str, Any]
+    config: TrainConfig
+    trials: tuple[Trial, ...]
+    published: Published | None = None
+
+    @property
+    def n_diverged(self) -> int:
+        return sum(bool(trial.diverged) for trial in self.trials)
+
+    @property
+    def seconds(self) -> float:
+        """The mean time of a trial."""
+        return float(np.mean([trial.seconds for trial in self.trials])) if self.trials else math.nan
+
+    def mean(self, metric: str) -> float:
+        """Return the mean over the seeds; NaN if there is none yet, or one diverged."""
+        return float(np.mean(self._figures(metric))) if self.trials else math.nan
+
+    def std(self, metric: str) -> float:
+        """Return the standard deviation of a sample; NaN for a single seed, and where the mean is."""
+        return float(np.std(self._figures(metric), ddof=1)) if len(self.trials) > 1 else math.nan
+
+    def text(self, name: str) -> str:
+        """Return a setting's value as it is given on the command line."""
+        return as_text(name, self.values[name])
+
+    def _figures(self, metric: str) -> list[float]:
+        return [trial.metrics.get(metric, math.nan) for trial in self.trials]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """Settings in the order given, with what each came to so far; ``fields`` are what they differ in.
+
+    ``metrics``, the one to go by first, are of the ``n_rows`` of a ``split``: val, or oof for train and val.
+    """
+
+    title: str
+    fields: tuple[str, ...]
+    metrics: tuple[str, ...]
+    split: str
+    n_rows: int
+    seeds: tuple[int, ...]
+    settings: tuple[SettingResult, ...]
+
+    @property
+    def n_trials(self) -> int:
+        return len(self.settings) * len(self.seeds)
+
+    @property
+    def n_done(self) -> int:
+        return sum(len(setting.trials) for setting in self.settings)
+
+    @property
+    def best(self) -> SettingResult:
+        """The setting with the highest mean. Raises TrainingError if none has one."""
+        metric = self.metrics[0]
+        whole = [setting for setting in self.settings if not math.isnan(setting.mean(metric))]
+        if not whole:
+            raise TrainingError(f"{self.title}: trials of every setting diverged; take a lower lr")
+        return max(whole, key=lambda setting: setting.mean(metric))
+
+
+def as_text(name: str, value: Any) -> str:
+    """Return a setting's value as it is given on the command line."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={as_text(key, x)}" for key, x in value.items())
+    if isinstance(value, tuple | list):
+        return "-".join(map(str, value))
+    if name == "batch_size" and value == 0:
+        return "all"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,148 @@
+"""What people see of a sweep: a table that fills while it runs, on a terminal; and the one that it ends with."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from cachefuse_cli.render import TITLES, err, new_table, out, run_dict, run_report
+
+if TYPE_CHECKING:
+    from cachefuse.training.run import Run
+    from cachefuse.training.sweep_result import SettingResult, SweepResult
+
+PAPER = "paper: samples-F1 of 5,000 rows, with CLIP features and 25,000 rows to train on"
+MAX_METRICS = 4  # that fit beside the settings; all are in the files
+
+
+class SweepProgress:
+    """The table so far above a bar of trials, on stderr and only on a terminal."""
+
+    def __init__(self) -> None:
+        console = err()
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
+        self._title = ""
+        self._live = Live(console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, result: "SweepResult") -> None:
+        if not self._live:
+            return
+        if result.title != self._title:  # a sweep begins, one of several maybe
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task("trials", total=result.n_trials, completed=result.n_done)
+            self._title = result.title
+        self._bar.update(self._bar.task_ids[0], completed=result.n_done)
+        self._live.update(Group(sweep_table(result), self._bar))
+
+
+def sweep_table(result: "SweepResult") -> Table:
+    """A row for each setting that has a trial: means and standard deviations, the best of each metric standing out."""
+    metrics = result.metrics[:MAX_METRICS]
+    shown = [setting for setting in result.settings if setting.trials]
+    published = any(setting.published for setting in result.settings)
+    columns = [*(TITLES.get(metric, metric) for metric in metrics), "s", *(["paper"] if published else [])]
+    seeds = f"mean ± std of {len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
+    title = escape(f"{result.title}\n{seeds}, {result.n_rows:,} rows of {result.split}")
+    table = new_table(escape(", ".join(result.fields)), *columns, numbers=len(columns), title=title)
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    best = {metric: max((x for s in shown if (x := s.mean(metric)) == x), default=None) for metric in metrics}
+    for setting in shown:
+        cells = [_figure(setting, metric, setting.mean(metric) == best[metric]) for metric in metrics]
+        if setting.n_diverged:
+            some = f"{setting.n_diverged} " if setting.n_diverged < len(setting.trials) else ""
+            cells[0] = Text(f"{some}diverged", "red")
+        table.add_row(
+            Text(_label(result, setting)), *cells, f"{setting.seconds:.1f}", *([_paper(setting)] if published else [])
+        )
+    return table
+
+
+def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> None:
+    """Each sweep's table with what diverged, where the files are, and the run that a chain of sweeps ends in."""
+    console = out()
+    for result in results:
+        console.print(sweep_table(result))
+        for setting in result.settings:
+            bad = [trial for trial in setting.trials if trial.diverged]
+            if bad:
+                seeds = ", ".join(str(trial.seed) for trial in bad)
+                console.print(Text(f"{_label(result, setting)}, seed {seeds}: {bad[0].diverged}"), soft_wrap=True)
+        console.print()
+    if any(setting.published for result in results for setting in result.settings):
+        console.print(Text(PAPER))
+    console.print(Text.assemble(("wrote ", "dim"), str(folder)), soft_wrap=True)
+    if run is not None:
+        console.print(Text(f"the best of it, refitted on every labelled row: {_pipeline(results)}"))
+        run_report(run)
+
+
+def sweeps_dict(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> dict[str, Any]:
+    return {
+        "path": str(folder),
+        "sweeps": [_sweep_dict(result) for result in results],
+        "run": None if run is None else run_dict(run),
+    }
+
+
+def _sweep_dict(result: "SweepResult") -> dict[str, Any]:
+    return {
+        "title": result.title,
+        "split": result.split,
+        "rows": result.n_rows,
+        "seeds": list(result.seeds),
+        "settings": [
+            {
+                "setting": {name: setting.values[name] for name in result.fields},
+                "mean": {metric: setting.mean(metric) for metric in result.metrics},
+                "std": {metric: setting.std(metric) for metric in result.metrics},
+                "seconds": setting.seconds,
+                "diverged": setting.n_diverged,
+                "paper": setting.published,
+                "trials": [vars(trial) for trial in setting.trials],
+            }
+            for setting in result.settings
+        ],
+    }
+
+
+def _pipeline(results: Sequence["SweepResult"]) -> str:
+    return ", ".join(f"{name} {result.best.text(name)}" for result in results for name in result.fields)
+
+
+def _label(result: "SweepResult", setting: "SettingResult") -> str:
+    return ", ".join(setting.text(name) for name in result.fields)
+
+
+def _figure(setting: "SettingResult", metric: str, best: bool) -> Text:
+    mean, std = setting.mean(metric), setting.std(metric)
+    if math.isnan(mean):
+        return Text("-")
+    spread = "-" if math.isnan(std) else f"{std:.3f}".removeprefix("0")
+    return Text(f"{mean:.3f}±{spread}", "bold green" if best else "")
+
+
+def _paper(setting: "SettingResult") -> str:
+    if setting.published is None:
+        return "-"
+    return "diverged" if math.isnan(setting.published[0]) else f"{setting.published[0]:.3f}"

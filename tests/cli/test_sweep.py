@@ -1,0 +1,274 @@
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cachefuse.training.presets import GREEDY, PRESETS
+from cachefuse_cli.sweep import PRESET_NAMES
+
+QUICK = ("--head", "linear", "--epochs", "2", "--patience", "0", "--seeds", "2")
+LOSSES = ("--grid", "loss=bce,asl")
+
+
+def folders(workspace):
+    return sorted(path.name for path in (workspace / "sweeps").iterdir())
+
+
+def test_a_table_and_files(cachefuse, workspace, fits):
+    result = cachefuse("sweep", *QUICK, *LOSSES, "--grid", "dropout=0,0.5", "--name", "mine/one")
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0].strip() == "mine"
+    assert re.fullmatch(r"mean ± std of 2 seeds, \d\d rows of val", lines[1].strip())
+    assert re.split(r"  +", lines[2].strip()) == [
+        "loss, dropout", "micro-F1", "macro-F1", "samples-F1", "macro-AP", "s"
+    ]  # fmt: skip
+    assert [line.split("  ")[0].strip() for line in lines[3:7]] == ["bce, 0", "bce, 0.5", "asl, 0", "asl, 0.5"]
+    assert re.search(r" 0\.\d{3}±\.\d{3} ", lines[3])
+    assert lines[-1] == "wrote workspace/sweeps/mine-one"
+    names = sorted(path.name for path in (workspace / "sweeps" / "mine-one").iterdir())
+    assert names == [".lock", "summary.csv", "sweep.png", "sweep.svg", "trials.csv", "trials.jsonl"]
+    fits(result.out)
+
+
+def test_goes_on(cachefuse, workspace):
+    args = ("sweep", *QUICK, "--head", "mlp", "--layers", "4", "--grid", "lr=0.1,0.2")
+    first = cachefuse(*args)
+    (name,) = folders(workspace)
+    journal = workspace / "sweeps" / name / "trials.jsonl"
+    before = journal.read_bytes()
+    assert cachefuse(*args).out == first.out
+    assert journal.read_bytes() == before
+    journal.write_bytes(before[:-30])
+    assert cachefuse(*args, "--seeds", "3").code == 0
+    assert folders(workspace) == [name]
+    assert len(journal.read_bytes().splitlines()) == 1 + 4 + 2  # a torn line, those that were whole or run again, new
+
+
+def test_as_json(cachefuse, workspace):
+    result = cachefuse("sweep", *QUICK, "--seed", "7", "--grid", "layers=4,4-4", "--head", "mlp", "--json")
+    report = json.loads(result.out)
+    (sweep,) = report["sweeps"]
+    assert report["run"] is None
+    assert report["path"].startswith("workspace/sweeps/mine-")
+    assert [setting["setting"] for setting in sweep["settings"]] == [{"layers": [4]}, {"layers": [4, 4]}]
+    assert (sweep["seeds"], sweep["split"]) == ([7, 8], "val")
+    for setting in sweep["settings"]:
+        figures = [trial["metrics"]["micro_f1"] for trial in setting["trials"]]
+        assert setting["mean"]["micro_f1"] == pytest.approx(sum(figures) / 2)
+        assert setting["diverged"] == 0
+
+
+def test_one_seed_and_folds(cachefuse, workspace):
+    result = cachefuse("sweep", *QUICK, "--seeds", "1", "--folds", "2", "--grid", "batch-size=all,16")
+    assert "one seed, 120 rows of oof" in result.out
+    assert re.search(r"^all  .* 0\.\d{3}±- ", result.out, re.MULTILINE)
+    assert re.search(r"^16  ", result.out, re.MULTILINE)
+
+
+def test_what_diverges(cachefuse, workspace, fits):
+    args = ("--optimizer", "sgd", "--epochs", "20", "--grid", "lr=0.01,1e6")
+    result = cachefuse("sweep", *QUICK, *args)
+    assert re.search(r"^1e\+06 +diverged +- +- +- ", result.out, re.MULTILINE)
+    assert re.search(r"^1e\+06, seed 0, 1: training diverged", result.out, re.MULTILINE)
+    assert "0.000±" not in result.out
+    report = json.loads(cachefuse("sweep", *QUICK, *args, "--json").out)
+    wild = report["sweeps"][0]["settings"][1]
+    assert (wild["diverged"], wild["mean"]["micro_f1"], wild["std"]["micro_f1"]) == (2, None, None)
+
+
+def test_settings_from_a_file(cachefuse, workspace):
+    (workspace.parent / "tried.toml").write_text(
+        """
+        [[setting]]
+        loss = "focal"
+        loss-options = { gamma = 1 }
+        [[setting]]
+        head = "mlp"
+        layers = [8, 4]
+        batch_size = "all"
+        [[setting]]
+        """
+    )
+    args = ("--epochs", "2", "--patience", "0", "--head", "linear", "--seeds", "1")
+    report = json.loads(cachefuse("sweep", "--settings", "tried.toml", *args, "--json").out)
+    (sweep,) = report["sweeps"]
+    first, second, third = (setting["setting"] for setting in sweep["settings"])
+    assert (first["loss"], first["loss_options"], first["head"]) == ("focal", {"gamma": 1.0}, "linear")
+    assert (second["head"], second["layers"], second["batch_size"]) == ("mlp", [8, 4], 0)
+    assert (third["head"], third["layers"]) == ("linear", [])
+    table = cachefuse("sweep", "--settings", "tried.toml", *args)
+    assert "gamma=1" in table.out
+
+
+@pytest.mark.parametrize(
+    "wide", [("--grid", "dropout=0.1,0.2", "--grid", "layers=1024-512-256-128,8", "--grid", "weight-decay=0.0001,0")]
+)
+def test_fits_on_a_terminal(wide, cachefuse, workspace, fits):
+    result = cachefuse("sweep", "--epochs", "1", "--seeds", "1", "--grid", "class_weights=balanced,effective", *wide)
+    assert result.code == 0
+    fits(result.out)
+
+
+def test_the_presets_are_listed():
+    assert PRESET_NAMES.split(", ") == [*PRESETS, GREEDY]
+
+
+def test_a_preset(cachefuse, workspace, fits):
+    result = cachefuse("sweep", "--preset", "mmc-fusion", "--epochs", "1", "--layers", "4", "--seeds", "1")
+    assert result.code == 0
+    assert result.out.startswith("MMC table 3: fusion")
+    assert re.search(r"^sum .* 0\.863$", result.out, re.MULTILINE)
+    assert "paper: samples-F1 of 5,000 rows" in result.out
+    assert folders(workspace) == ["mine-mmc-fusion"]
+    assert "0.86338" in (workspace / "sweeps" / "mine-mmc-fusion" / "summary.csv").read_text()
+    fits(result.out)
+
+
+def test_the_greedy_preset_ends_in_a_run(cachefuse, workspace, monkeypatch, fits):
+    from dataclasses import replace
+
+    from cachefuse.training import presets
+
+    for name, settings in {
+        "mmc-layers": [{"layers": (4,)}, {"layers": (8, 4)}],
+        "mmc-batch": [{"batch_size": 5_000, "lr": 0.1}],
+        "mmc-epochs": [{"epochs": 3}, {"epochs": 4}],
+    }.items():
+        small = replace(PRESETS[name], settings=settings, published=[(0.5, 0.1)] * len(settings))
+        monkeypatch.setitem(presets.PRESETS, name, small)
+    monkeypatch.setattr(presets, "BASE", replace(presets.BASE, epochs=2))
+    result = cachefuse("sweep", "--preset", "mmc-greedy", "--seeds", "1")
+    assert (result.code, result.out.count("MMC table")) == (0, 5)
+    best = r"refitted on every labelled row: layers (4|8-4), batch_size \d\d, lr 0.1, epochs (3|4), activation "
+    assert re.search(best, " ".join(result.out.split()))
+    assert (workspace / "runs" / "mine-sum-mlp-bce-1" / "run.json").is_file()
+    assert cachefuse("predict").code == 0
+    fits(result.out)
+    report = json.loads(cachefuse("sweep", "--preset", "mmc-greedy", "--seeds", "1", "--json").out)
+    assert len(report["sweeps"]) == 5
+    assert report["run"]["run"] == "mine-sum-mlp-bce-2"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), "a sweep needs one of --grid, --settings and --preset"),
+        ((*LOSSES, "--preset", "mmc-losses"), "a sweep needs one of --grid, --settings and --preset"),
+        (("--grid", "loss"), "a grid is given as dropout=0,0.5. Got 'loss' instead"),
+        (("--grid", "loss="), "unknown loss ''; choose from: asl, bce, ce, focal"),
+        (("--grid", "=1"), "unknown setting ''; choose from: "),
+        (("--grid", "dropout=0,,1"), "dropout can't be ''; the default is "),
+        (("--grid", "dropout=0,1"), "dropout must be at least 0 and below 1. Got 1.0 instead"),
+        (("--grid", "droput=0,1"), "unknown setting 'droput' (did you mean 'dropout'?)"),
+        (("--grid", "epochs=two"), "epochs can't be 'two'; the default is "),
+        (("--grid", "layers=8"), "head 'linear' has no hidden layers. Got (8,) instead"),
+        (("--grid", "seed=1,2"), "seed can't differ between settings: seeds are given apart"),
+        ((*LOSSES, *LOSSES), "the grid has loss twice; give all its values at once"),
+        ((*LOSSES, "--loss", "asl"), "loss is among the settings to try; leave out --loss"),
+        ((*LOSSES, "--seeds", "0"), "a sweep needs at least one setting and one seed, no seed twice. Got 2 settings"),
+        ((*LOSSES, "--seeds", "-3"), "a sweep needs at least one setting and one seed"),
+        ((*LOSSES, "--refit"), "a sweep does without refit: models trained on every row have none left"),
+        ((*LOSSES, "--dataset", "other"), "no features of other in workspace"),
+        (("--settings", "none.toml"), "none.toml: No such file or directory"),
+        (("--preset", "mmc-losse"), "unknown preset 'mmc-losse' (did you mean 'mmc-losses'?); choose from: mmc-act"),
+        (("--preset", "mmc-losses", "--loss", "asl"), "preset mmc-losses tries values of loss itself; leave it out"),
+        (("--preset", "mmc-greedy"), "preset mmc-greedy tries values of epochs itself; leave it out"),
+        (("--preset", "mmc-losses"), "head 'linear' has no hidden layers. Got (2048,) instead"),
+    ],
+)
+def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):
+    result = cachefuse("sweep", *QUICK, *args)
+    assert (result.code, result.out) == (1, "")
+    assert result.error.startswith(message)
+    assert not (workspace / "sweeps").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("setting = [", "tried.toml: not a TOML file: "),
+        (b"\xff", "tried.toml: not a TOML file: "),
+        ("", "tried.toml: must hold a [[setting]] for each, and nothing else"),
+        ("setting = 3", "tried.toml: must hold a [[setting]] for each"),
+        ("setting = [3]", "tried.toml: must hold a [[setting]] for each"),
+        ("[[setting]]\nlr = 1\n[other]", "tried.toml: must hold a [[setting]] for each"),
+        ("[[setting]]\nlr = 'x'", "lr can't be 'x'; the default is None"),
+        ("[[setting]]\nlr = true\nlosss = 1", "unknown setting 'losss'"),
+        ("[[setting]]\nloss = 'asl'\nloss-options = { clipp = 1 }", "loss 'asl' has no option 'clipp'"),
+        ("[[setting]]\nloss-options = { clip = 'x' }", "loss_options can't be {'clip': 'x'}; the default is {}"),
+        ("setting = []", "a sweep needs at least one setting and one seed"),
+    ],
+)
+def test_a_file_of_settings_that_is_none(text, message, cachefuse, workspace):
+    path = workspace.parent / "tried.toml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    result = cachefuse("sweep", *QUICK, "--settings", "tried.toml")
+    assert result.code == 1
+    assert result.error.startswith(message)
+
+
+COMMAND = (sys.executable, "-c", "import sys; from cachefuse_cli.app import main; main(sys.argv[1:])", "sweep")
+ENDLESS = ("--head", "mlp", "--layers", "4", "--patience", "0", "--seeds", "1", "--grid", "epochs=2,3,1000000")
+
+
+def wait_for_lines(workspace, n, process):
+    deadline = time.monotonic() + 60
+    while True:
+        found = [path.read_bytes().splitlines() for path in workspace.glob("sweeps/*/trials.jsonl")]
+        if found and len(found[0]) >= n:
+            return found[0]
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_stopped_process_goes_on(how, code, workspace, folder):
+    process = subprocess.Popen([*COMMAND, *ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        kept = wait_for_lines(workspace, 2, process)
+        time.sleep(0.3)
+        process.send_signal(how)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, out) == (code, "")
+    if how == signal.SIGINT:
+        assert err.strip() == "note: interrupted; what has ended is kept; run the same command again to go on"
+    process = subprocess.Popen([*COMMAND, *ENDLESS])
+    try:
+        time.sleep(0.1)
+        assert wait_for_lines(workspace, 2, process) == kept
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_table_fills_on_a_terminal(workspace, folder):
+    pid, terminal = pty.fork()
+    if not pid:
+        os.environ.update(COLUMNS="80", LINES="30", TERM="xterm-256color")
+        os.execv(sys.executable, [*COMMAND, *QUICK, "--head", "mlp", "--layers", "4", "--grid", "lr=0.1,0.2"])
+    written = b""
+    while True:
+        try:
+            part = os.read(terminal, 4096)
+        except OSError:
+            break
+        if not part:
+            break
+        written += part
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    assert re.search(r"trials .* 4/4", text)
+    before, _, after = text.rpartition("mean ± std of 2 seeds")
+    assert "mean ± std of 2 seeds" in before
+    assert len(re.findall(r"^0\.[12] ", after, re.MULTILINE)) == 2
