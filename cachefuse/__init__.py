@@ -13,6 +13,7 @@ from cachefuse.registry import resolve
 
 if TYPE_CHECKING:
     from cachefuse.bench.store import bench_store
+    from cachefuse.bench.train import bench_train
     from cachefuse.cache.extract import extract
     from cachefuse.cache.features import Features
     from cachefuse.cache.inspection import inspect_store
@@ -50,6 +51,7 @@ _API = {
     "Run": "cachefuse.training.run:Run",
     "TrainConfig": "cachefuse.training.config:TrainConfig",
     "bench_store": "cachefuse.bench.store:bench_store",
+    "bench_train": "cachefuse.bench.train:bench_train",
     "builtin_manifests": "cachefuse.data.manifest:builtin_manifests",
     "ensemble": "cachefuse.training.ensemble:ensemble",
     "evaluate": "cachefuse.evaluation:evaluate",
@@ -87,6 +89,7 @@ __all__ = [
     "Run",
     "TrainConfig",
     "bench_store",
+    "bench_train",
     "builtin_manifests",
     "ensemble",
     "evaluate",

@@ -26,7 +26,8 @@ def bce(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     Raises ConfigError if the shapes differ, UnknownNameError for an unknown reduction.
     """
     logits, targets = _as_float32(logits, targets)
-    return _reduce(F.binary_cross_entropy_with_logits(logits, targets, reduction="none"), reduction)
+    lookup(REDUCTIONS, reduction, "reduction")
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction=reduction)
 
 
 def focal(logits: Tensor, targets: Tensor, *, gamma: float = 3.0, reduction: str = "mean") -> Tensor:

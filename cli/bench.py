@@ -41,6 +41,29 @@ def store(
         with BenchProgress() as progress:
             rows = bench_store(workspace, device=device, memory=memory, on_progress=progress.update)
     if json:
-        render.print_json(bench_tables.store_dict(machine, rows))
+        render.print_json(bench_tables.bench_dict(machine, rows))
     else:
-        bench_tables.store_report(machine, rows)
+        bench_tables.bench_report(machine, rows)
+
+
+@bench.command()
+def train(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json = False) -> None:
+    """Measure the training of heads on random features: about five minutes on two cores.
+
+    What is written to the workspace's disk is removed again.
+    """
+    from cachefuse_cli import bench_tables, render
+
+    with render.interruptible("nothing was kept; run the same command again"):
+        with render.status("loading torch"):
+            from cachefuse.bench.timing import describe_machine
+            from cachefuse.bench.train import bench_train
+            from cachefuse_cli.progress import BenchProgress
+
+            machine = describe_machine(device)
+        with BenchProgress() as progress:
+            rows = bench_train(workspace, device=device, on_progress=progress.update)
+    if json:
+        render.print_json(bench_tables.bench_dict(machine, rows))
+    else:
+        bench_tables.bench_report(machine, rows)

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: ""}
 
 
-def store_dict(machine: dict[str, Any], rows: "Sequence[BenchRow]") -> dict[str, Any]:
+def bench_dict(machine: dict[str, Any], rows: "Sequence[BenchRow]") -> dict[str, Any]:
     return {"machine": machine, "rows": [{**asdict(row), "met": row.met} for row in rows]}
 
 
-def store_report(machine: dict[str, Any], rows: "Sequence[BenchRow]") -> None:
+def bench_report(machine: dict[str, Any], rows: "Sequence[BenchRow]") -> None:
     """Ours beside the baseline, their ratio and the goal; what else there is to know comes below."""
     console = out()
     table = new_table("what / baseline", "ours", "baseline", "ratio", "goal", "", numbers=5)

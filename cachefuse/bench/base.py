@@ -1,5 +1,8 @@
 """What the measurements share: how much is measured, a folder to write in, and a store beside a file of its rows."""
 
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +21,7 @@ from cachefuse.data.manifest import parse_manifest
 ROW_BATCH = 4096  # rows of one random batch
 N_CLASSES = 18
 VAL_ROWS = 10_000
+OnProgress = Callable[[str, int, int], None]  # (what is measured now, how many before it, of how many)
 MANIFEST = 'name = "bench"\ntask = "multilabel"\nreader = { kind = "shapes" }'
 
 
@@ -106,3 +110,17 @@ def write_store(path: Path, n_rows: int, width: int) -> Features:
             rows = np.arange(start, min(start + ROW_BATCH, n_rows))
             writer.add(rows, list(some[: len(rows)]))
     return features
+
+
+@contextmanager
+def temporary(folder: Path) -> Iterator[Path]:
+    """Make a folder inside another, and remove it at the end whatever happens; with those above it that were made."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".bench-") as made:
+            yield Path(made)
+    finally:
+        with suppress(OSError):  # something else was put there
+            for path in new:
+                path.rmdir()

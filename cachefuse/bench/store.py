@@ -1,12 +1,10 @@
 """`cachefuse bench store`: from a disk's blocks to a trained head, how far from this machine's limits."""
 
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
-from cachefuse.bench.base import Bench, Sizes
+from cachefuse.bench.base import Bench, OnProgress, Sizes, temporary
 from cachefuse.bench.encoding import encode_texts, extract_images
 from cachefuse.bench.process import extract_memory, open_store, train_memory
 from cachefuse.bench.storage import gather, gather_zarr, read_all, write
@@ -15,7 +13,6 @@ from cachefuse.errors import CacheError
 from cachefuse.runtime import resolve_device
 
 ROOM_TO_LEAVE = 1 << 30
-OnProgress = Callable[[str, int, int], None]  # (what is measured now, how many before it, of how many)
 
 MEASUREMENTS: dict[str, Callable[[Bench], BenchRow]] = {
     "random reads": gather,
@@ -48,27 +45,13 @@ def bench_store(
     sizes, device = sizes or Sizes(), resolve_device(device)
     measurements = {**MEASUREMENTS, **(OF_MEMORY if memory else {})}
     rows: list[BenchRow] = []
-    with _temporary(folder) as temporary:
-        _check_room(temporary, sizes.n_bytes(memory))
-        bench = Bench(temporary, device, sizes)
+    with temporary(folder) as made:
+        _check_room(made, sizes.n_bytes(memory))
+        bench = Bench(made, device, sizes)
         for what, measure in measurements.items():
             on_progress(what, len(rows), len(measurements))
             rows.append(measure(bench))
     return rows
-
-
-@contextmanager
-def _temporary(folder: Path) -> Iterator[Path]:
-    """Make a folder inside another, and remove it at the end whatever happens; with those above it that were made."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".bench-") as temporary:
-            yield Path(temporary)
-    finally:
-        with suppress(OSError):  # something else was put there
-            for path in made:
-                path.rmdir()
 
 
 def _check_room(folder: Path, n_bytes: int) -> None:

@@ -185,20 +185,56 @@ def multi_hot(targets: np.ndarray, n_classes: int) -> np.ndarray:
     return (targets[:, None] == np.arange(n_classes)).astype(np.uint8)
 
 
-def shuffled_batches(
-    table: FeatureTable, rows: Tensor, batch_size: int, generator: torch.Generator, chances: Tensor | None = None
-) -> Iterator[Tensor]:
-    """Yield a table's rows in batches, in a new random order; all at once, in order, if ``batch_size`` is 0.
+Batch = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]  # features (B, D_m) and presence (B,), targets (B, C)
+
+
+class Batches:
+    """The batches of an epoch over rows (n,), in a new random order in each iteration; ``batch_size`` 0 means all rows.
 
     With ``chances`` (n,), as many rows are drawn as there are, with replacement, each by its chance.
+
+    What lies in a CPU's memory is copied once, in a random order. An epoch cuts that into slices, from a random row on,
+    and takes them in a random order: to gather rows one by one costs as much as a linear head's GEMMs.
     """
-    if chances is not None:
-        drawn = torch.multinomial(chances, len(rows), replacement=True, generator=generator)
-        yield from rows[drawn.to(rows.device)].split(batch_size or len(rows))
-    elif batch_size == 0 or batch_size >= len(rows):
-        yield rows
-    else:
-        yield from table.order(rows, generator).split(batch_size)
+
+    def __init__(
+        self,
+        table: FeatureTable,
+        rows: Tensor,
+        batch_size: int,
+        generator: torch.Generator,
+        chances: Tensor | None = None,
+    ) -> None:
+        self.table, self.rows, self.generator, self.chances = table, rows, generator, chances
+        self.size = min(batch_size or len(rows), len(rows))
+        self.copy: Batch | None = None
+        if chances is None and all(isinstance(x, Tensor) and x.device.type == "cpu" for x in table.features.values()):
+            order = rows[torch.randperm(len(rows), generator=generator)]
+            if self.size < len(rows):
+                order = torch.cat([order, order[: self.size]])  # for the slice that runs over the end
+            self.copy = (*table.batch(order), table.targets[order].float())
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.copy is None:
+            for rows in self._order().split(self.size):
+                yield *self.table.batch(rows), self.table.targets[rows]
+        else:
+            features, present, targets = self.copy
+            for part in self._slices():
+                yield {m: x[part] for m, x in features.items()}, {m: x[part] for m, x in present.items()}, targets[part]
+
+    def _order(self) -> Tensor:
+        if self.chances is not None:
+            drawn = torch.multinomial(self.chances, len(self.rows), replacement=True, generator=self.generator)
+            return self.rows[drawn.to(self.rows.device)]
+        return self.table.order(self.rows, self.generator) if self.size < len(self.rows) else self.rows
+
+    def _slices(self) -> Iterator[slice]:
+        n = len(self.rows)
+        begin = int(torch.randint(n, (), generator=self.generator)) if self.size < n else 0
+        for i in torch.randperm(-(-n // self.size), generator=self.generator).tolist():
+            start = (begin + i * self.size) % n
+            yield slice(start, start + min(self.size, n - i * self.size))
 
 
 def balanced_chances(targets: Tensor) -> Tensor:

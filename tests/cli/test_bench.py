@@ -2,10 +2,10 @@ import json
 
 import pytest
 
-from cachefuse.bench import store
+from cachefuse.bench import store, train
 from cachefuse.bench.base import Sizes
 from cachefuse.bench.timing import BenchRow
-from cachefuse_cli.bench_tables import store_report
+from cachefuse_cli.bench_tables import bench_report
 
 TINY = Sizes(
     pairs=1, gather_pairs=1, disk_pairs=1, width=16,
@@ -28,6 +28,16 @@ def test_measures_the_store(cachefuse, tiny, folder):
     assert list(found["rows"][0]) == [
         "name", "what", "unit", "ours", "baseline", "ratio", "goal", "at_most", "note", "met"
     ]  # fmt: skip
+    assert not (folder / "workspace").exists()
+
+
+def test_measures_training(cachefuse, monkeypatch, folder):
+    tiny = train.TrainSizes(pairs=1, epochs=1, rows=5000, width=16, batch=512, small=(8,), large=(16, 8), heads=2)
+    monkeypatch.setattr(train, "TrainSizes", lambda: tiny)
+    result = cachefuse("bench", "train", "--device", "cpu")
+    assert (result.code, result.err) == (0, "")
+    assert "64 linear heads" not in result.out
+    assert "linear head / a DataLoader loop" in result.out
     assert not (folder / "workspace").exists()
 
 
@@ -54,7 +64,7 @@ def test_the_table_fits(folder, capsys, fits):
         BenchRow("memory_extract", "extract 100,000 rows / a quarter", "GB", None, goal=1.5, at_most=True, note="why"),
     ]
     machine = {"cpu": "Intel(R) Xeon(R) Platinum 8480C Processor", "cores": 2, "torch": "2.9.1+cpu", "device": "cpu"}
-    store_report(machine, rows)
+    bench_report(machine, rows)
     text = capsys.readouterr().out
     fits(text)
     assert (text.count("✓"), text.count("✗")) == (4, 1)
@@ -64,7 +74,7 @@ def test_the_table_fits(folder, capsys, fits):
 
 
 def test_help_fits(cachefuse, fits):
-    for args in (("bench", "--help"), ("bench", "store", "--help")):
+    for args in (("bench", "--help"), ("bench", "store", "--help"), ("bench", "train", "--help")):
         result = cachefuse(*args)
         assert result.code == 0
         fits(result.out)

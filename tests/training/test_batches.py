@@ -1,11 +1,12 @@
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from cachefuse.errors import CacheError, ConfigError, EncoderError
-from cachefuse.training.batches import load_table, multi_hot, select_features, shuffled_batches
+from cachefuse.training.batches import Batches, FeatureTable, load_table, multi_hot, select_features
 
 
 def values(store, width, seed=0):
@@ -147,14 +148,114 @@ def test_multi_hot_of_both_tasks():
     assert multi_hot(np.array([[1, 0], [-1, -1]], np.int8), 2).tolist() == [[1, 0], [0, 0]]
 
 
-def test_batches_shuffle_every_row_once_and_anew(table):
-    rows, generator = torch.arange(10, 20), torch.Generator().manual_seed(0)
-    first, second = (list(shuffled_batches(table, rows, 4, generator)) for _ in range(2))
-    assert [len(batch) for batch in first] == [4, 4, 2]
-    assert torch.equal(torch.cat(first).sort().values, rows)
+def numbered(n, *, absent=()):
+    """A table in memory whose features and targets say which row they are of."""
+    number = torch.arange(n)
+    present = torch.ones(n, dtype=torch.bool)
+    present[list(absent)] = False
+    targets = (number[:, None] >> torch.arange(12)).bitwise_and(1).to(torch.uint8)
+    features = torch.stack([number.float(), -number.float()], dim=1)
+    return FeatureTable({"image": features}, {"image": present}, targets, np.ones(n, bool), np.full(n, "train"))
+
+
+class Drawn:
+    """Rows on another device than a CPU, as far as batches can tell: they are gathered."""
+
+    def __init__(self, x):
+        self.x, self.shape, self.device, self.nbytes, self.block_rows = x, x.shape, x.device, x.nbytes, 8
+
+    def index_select(self, dim, index):
+        return self.x.index_select(dim, index)
+
+
+def epochs(table, rows, batch_size, n_epochs, *, seed=0, chances=None):
+    """The rows of each batch, by epoch; what comes with them must be theirs."""
+    batches = Batches(table, rows, batch_size, torch.Generator().manual_seed(seed), chances)
+    found = []
+    for _ in range(n_epochs):
+        epoch = []
+        for features, present, targets in batches:
+            numbers = features["image"][:, 0].long()
+            assert torch.equal(present["image"], table.present["image"][numbers])
+            assert torch.equal(targets.to(torch.uint8), table.targets[numbers])
+            epoch.append(numbers)
+        found.append(epoch)
+    return found
+
+
+@pytest.fixture(params=["in memory", "gathered"])
+def rows_of(request):
+    """A table of 100 rows, and 37 of them to train on: out of order, one absent."""
+    table = numbered(100, absent=[63])
+    if request.param == "gathered":
+        table = replace(table, features={"image": Drawn(table.features["image"])})
+    return table, torch.arange(63, 26, -1)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 18, 36])
+def test_an_epoch_has_every_row_once_in_a_new_order(rows_of, batch_size):
+    table, rows = rows_of
+    first, second = epochs(table, rows, batch_size, 2)
+    assert sorted(len(batch) for batch in first) == sorted(len(batch) for batch in rows.split(batch_size))
+    for epoch in (first, second):
+        assert torch.equal(torch.cat(epoch).sort().values, rows.sort().values)
     assert not torch.equal(torch.cat(first), torch.cat(second))
-    again = list(shuffled_batches(table, rows, 4, torch.Generator().manual_seed(0)))
-    assert torch.equal(torch.cat(first), torch.cat(again))
+    assert not torch.equal(torch.cat(first), rows)
+
+
+def test_the_same_seed_gives_the_same_batches(rows_of):
+    first, again, other = (torch.cat(epochs(*rows_of, 5, 3, seed=seed)[2]) for seed in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("batch_size", [0, 37, 38])
+def test_a_full_batch_is_all_rows(rows_of, batch_size):
+    table, rows = rows_of
+    for epoch in epochs(table, rows, batch_size, 2):
+        assert [batch.sort().values.tolist() for batch in epoch] == [rows.sort().values.tolist()]
+
+
+def test_no_two_rows_are_always_together():
+    rows = torch.arange(20)
+    together = torch.zeros(20, 20)
+    for epoch in epochs(numbered(20), rows, 5, 400):
+        for batch in epoch:
+            together[batch.unsqueeze(1), batch] += 1
+    others = together[~torch.eye(20, dtype=torch.bool)]
+    assert together.diagonal().eq(400).all()
+    assert others.max() <= 0.9 * 400  # of neighbours: 4/5 expected
+    assert len({tuple(sorted(batch.tolist())) for epoch in epochs(numbered(20), rows, 5, 400) for batch in epoch}) == 20
+    assert others.mean() == pytest.approx(400 * 4 / 19)
+
+
+def test_the_short_batch_is_not_always_the_same_rows():
+    short = [min(epoch, key=len) for epoch in epochs(numbered(21), torch.arange(21), 5, 200)]
+    assert {len(batch) for batch in short} == {1}
+    assert len(torch.cat(short).unique()) == 21
+
+
+def test_what_is_in_memory_is_read_in_place():
+    table = numbered(100)
+    batches = Batches(table, torch.arange(50), 10, torch.Generator().manual_seed(0))
+    places = [features["image"].untyped_storage().data_ptr() for _ in range(3) for features, _, _ in batches]
+    assert len(set(places)) == 1
+    assert places[0] != table.features["image"].untyped_storage().data_ptr()
+    for features, present, targets in batches:
+        assert features["image"].is_contiguous()
+        assert targets.dtype == torch.float32
+        assert present["image"].dtype == torch.bool
+    assert torch.equal(table.features["image"], numbered(100).features["image"])
+
+
+def test_rows_are_drawn_by_their_chances(rows_of):
+    table, rows = rows_of
+    chances = torch.where(rows < 40, 3.0, 0.0) + (rows == 50)  # 13 rows, and one a third as often
+    drawn = epochs(table, rows, 5, 300, chances=chances.double())
+    assert [len(batch) for batch in drawn[0]] == [5] * 7 + [2]
+    counts = torch.cat([batch for epoch in drawn for batch in epoch]).bincount(minlength=100)
+    assert counts.nonzero().flatten().tolist() == [*range(27, 40), 50]
+    assert counts[50] / counts[27:40].float().mean() == pytest.approx(1 / 3, rel=0.1)
 
 
 def test_what_memory_does_not_hold_is_shuffled_a_few_blocks_at_a_time(make_store, monkeypatch):
@@ -178,9 +279,3 @@ def test_what_memory_does_not_hold_is_shuffled_a_few_blocks_at_a_time(make_store
     monkeypatch.setattr("cachefuse.training.batches.total_memory", lambda: 1000 * 24 * 2)
     whole = table.order(table.rows("train"), torch.Generator().manual_seed(0))
     assert max(len(part.unique()) for part in (whole // 64).split(64)) > 8
-
-
-@pytest.mark.parametrize("batch_size", [0, 10, 11])
-def test_a_full_batch_is_all_rows_in_order(table, batch_size):
-    rows = torch.arange(10)
-    assert [batch.tolist() for batch in shuffled_batches(table, rows, batch_size, torch.Generator())] == [rows.tolist()]

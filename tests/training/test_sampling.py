@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.training.batches import FeatureTable, balanced_chances, drop_modalities, shuffled_batches
+from cachefuse.training.batches import Batches, FeatureTable, balanced_chances, drop_modalities
 
 
-def table_of(n):
-    return FeatureTable({"image": torch.zeros(n, 1)}, {}, torch.zeros(n, 1), np.ones(n, bool), np.array([""] * n))
+def drawn(n, rows, batch_size, generator, chances, epochs=1):
+    """The row numbers of each batch, of a table of n rows, by epoch."""
+    numbers = torch.arange(n)[:, None]
+    table = FeatureTable({"image": numbers}, {}, numbers, np.ones(n, bool), np.array([""] * n))
+    batches = Batches(table, rows, batch_size, generator, chances)
+    return [[features["image"][:, 0] for features, _, _ in batches] for _ in range(epochs)]
 
 
 class TestBalancedChances:
@@ -41,31 +45,26 @@ class TestBalancedChances:
         rows = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:200]
         class_of = torch.full((1000,), -1).index_copy(0, rows, numbers)
         chances = balanced_chances(torch.eye(3, dtype=torch.uint8)[numbers])
-        generator = torch.Generator().manual_seed(0)
-        drawn = []
-        for _ in range(50):
-            batches = list(shuffled_batches(table_of(1000), rows, batch_size, generator, chances))
+        epochs = drawn(1000, rows, batch_size, torch.Generator().manual_seed(0), chances, epochs=50)
+        for batches in epochs:
             assert [len(batch) for batch in batches] == ([64, 64, 64, 8] if batch_size else [200])
-            drawn.append(torch.cat(batches))
-        counts = torch.bincount(class_of[torch.cat(drawn)], minlength=3)  # -1 would raise: no other row is drawn
+        taken = torch.cat([batch for batches in epochs for batch in batches])
+        counts = torch.bincount(class_of[taken], minlength=3)  # -1 would raise: no other row is drawn
         assert counts.sum() == 10_000
         deviation = (10_000 * 1 / 3 * 2 / 3) ** 0.5
         assert (counts - 10_000 / 3).abs().max() < 5 * deviation
-        assert len(torch.cat(drawn).unique()) == 200
+        assert len(taken.unique()) == 200
 
     def test_the_same_generator_draws_the_same(self):
         rows, chances = torch.arange(50), torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.1
-        draws = [
-            torch.cat(list(shuffled_batches(table_of(50), rows, 8, torch.Generator().manual_seed(seed), chances)))
-            for seed in (0, 0, 1)
-        ]
+        draws = [torch.cat(drawn(50, rows, 8, torch.Generator().manual_seed(seed), chances)[0]) for seed in (0, 0, 1)]
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
 
     def test_a_chance_of_zero_is_never_taken(self):
         rows, chances = torch.arange(10, 14), torch.tensor([0.0, 1, 0, 3])
-        drawn = [torch.cat(list(shuffled_batches(table_of(20), rows, 2, torch.Generator(), chances))) for _ in range(9)]
-        assert set(torch.cat(drawn).tolist()) == {11, 13}
+        epochs = drawn(20, rows, 2, torch.Generator().manual_seed(0), chances, epochs=9)
+        assert {row for batches in epochs for batch in batches for row in batch.tolist()} == {11, 13}
 
 
 class TestDropModalities:

@@ -75,7 +75,8 @@ def test_lbfgs_ends_where_scikit_learn_does(toy_store):
 
 def test_a_linear_probe_equals_an_independent_loop(toy_store):
     store = toy_store(absent={"image": {0, 7}})
-    run = train_head(store, quick(fusion="image", optimizer="sgd", lr=0.1, batch_size=0, epochs=4, loss="bce", schedule="constant"))
+    settings = {"optimizer": "sgd", "lr": 0.1, "batch_size": 0, "epochs": 4, "loss": "bce", "schedule": "constant"}
+    run = train_head(store, quick(fusion="image", **settings))
     x = store.open_features("toy", "image").read().astype(np.float64)[:40]
     present = np.ones(40, bool)
     present[[0, 7]] = False

@@ -1,0 +1,250 @@
+"""`cachefuse bench train`: epochs of training, against their matrix products alone and other ways to train."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from cachefuse.bench.base import N_CLASSES, OnProgress, temporary, write_store
+from cachefuse.bench.timing import BenchRow, by_turns, rates, seconds, timed
+from cachefuse.cache.store import FeatureStore
+from cachefuse.fusion.model import FusionModel
+from cachefuse.runtime import resolve_device
+from cachefuse.training.batches import FeatureTable
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.fitting import TrainingSet, training_loss, untrained_model
+from cachefuse.training.loop import fit
+from cachefuse.training.optim import adam
+from cachefuse.training.problem import Problem, open_problem
+from cachefuse.training.stack import RowsFirst, StackedLoss, stack
+
+RATE = 1e-3
+Layers = tuple[int, ...]  # hidden widths; none for a linear head
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TrainSizes:
+    """How much is trained. The defaults take some five minutes on two cores."""
+
+    pairs: int = 7
+    epochs: int = 10  # of a light head, whose time is their mean
+    rows: int = 25_000
+    width: int = 768
+    batch: int = 4096
+    small: Layers = (256,)
+    large: Layers = (2048, 512)
+    heads: int = 64
+
+
+@dataclass
+class TrainBench:
+    """What the measurements share: random features as a store has them, float16, and as training does, float32."""
+
+    folder: Path
+    device: str
+    sizes: TrainSizes
+
+    @cached_property
+    def problem(self) -> Problem:
+        """Features in a store's files, all touched once, so that their checksums are verified."""
+        path = self.folder / "rows.zarr"
+        write_store(path, self.sizes.rows, self.sizes.width)
+        problem, _ = open_problem(FeatureStore(path), device=self.device)
+        problem.table.batch(torch.arange(self.sizes.rows, device=self.device))
+        return problem
+
+    @cached_property
+    def data(self) -> TrainingSet:
+        """All rows, standardised, in memory; with what standardises them."""
+        rows = torch.arange(self.sizes.rows, device=self.device)
+        table, model = self.problem.table, self.model(())
+        model.fit_statistics(table.features, table.present, rows)
+        x = model.standardize["text"](table.batch(rows)[0]["text"])
+        return TrainingSet(replace(table, features={"text": x}), rows, table.targets, model.standardize)
+
+    def model(self, layers: Layers) -> Any:
+        """Return an untrained model: a linear head, or an MLP with hidden layers."""
+        return untrained_model(self.problem, settings(layers))
+
+    def epoch(self, module: nn.Module, table: FeatureTable, n: int, loss: Loss | None = None, **options: Any) -> float:
+        """Return the seconds of an epoch of ``fit``: the mean of ``n`` that follow a first one."""
+        ends: list[float] = []
+        fit(
+            module,
+            loss or training_loss(self.problem, settings(()), self.data),
+            adam(module.parameters(), lr=RATE),
+            table,
+            self.data.rows,
+            epochs=1 + n,
+            batch_size=self.sizes.batch,
+            generator=torch.Generator().manual_seed(0),
+            on_epoch=lambda epoch: ends.append(time.perf_counter()),
+            **options,
+        )
+        return (ends[-1] - ends[0]) / n
+
+    def wait(self) -> None:
+        """Wait for a GPU to be done."""
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize(self.device)
+
+
+def settings(layers: Layers) -> TrainConfig:
+    head = "mlp" if layers else "linear"
+    return TrainConfig(fusion="text", head=head, layers=layers or None, activation="gelu", dropout=0.5, loss="bce")
+
+
+def linear(bench: TrainBench) -> BenchRow:
+    """A linear head's epoch, over its matrix products."""
+    return _over_gemms(bench, (), bench.sizes.epochs, "linear", "linear head", goal=0.75)
+
+
+def linear_drawn(bench: TrainBench) -> BenchRow:
+    """The same where every row is drawn, and so copied, by itself."""
+    chances = torch.ones(bench.sizes.rows, dtype=torch.float64)
+    note = "rows are drawn one by one, as --sampler balanced does; otherwise batches are slices of shuffled rows"
+    return _over_gemms(bench, (), bench.sizes.epochs, "linear_drawn", "linear, rows drawn", chances=chances, note=note)
+
+
+def small_mlp(bench: TrainBench) -> BenchRow:
+    return _over_gemms(bench, bench.sizes.small, bench.sizes.epochs, "mlp", "MLP")
+
+
+def large_mlp(bench: TrainBench) -> BenchRow:
+    return _over_gemms(bench, bench.sizes.large, 1, "mlp_large", "MLP", goal=0.70)
+
+
+def dataloader(bench: TrainBench) -> BenchRow:
+    """A linear head's epoch, over the loop that PyTorch's tutorials teach."""
+    fusion, table = bench.model(()).fusion, bench.data.table
+    x: Any = table.features["text"]
+    loader = DataLoader(TensorDataset(x.cpu(), table.targets.cpu().float()), batch_size=bench.sizes.batch, shuffle=True)
+    head = nn.Linear(bench.sizes.width, N_CLASSES).to(bench.device)
+    optimizer = torch.optim.Adam(head.parameters(), lr=RATE)
+
+    def baseline() -> None:
+        for inputs, targets in loader:
+            loss = F.binary_cross_entropy_with_logits(head(inputs.to(bench.device)), targets.to(bench.device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        bench.wait()
+
+    pairs = by_turns(lambda: bench.epoch(fusion, table, bench.sizes.epochs), timed(baseline), bench.sizes.pairs)
+    return rates(pairs, bench.sizes.rows / 1000, "dataloader", "linear head / a DataLoader loop", "krow/s", goal=3)
+
+
+def mapped(bench: TrainBench) -> BenchRow:
+    """A large MLP's epoch on features as they are stored, over that on what training has in memory."""
+    fusion = bench.model(bench.sizes.large).fusion
+    stored = FusionModel(fusion, bench.data.standardize)
+    pairs = by_turns(
+        lambda: bench.epoch(stored, bench.problem.table, 1),
+        lambda: bench.epoch(fusion, bench.data.table, 1),
+        bench.sizes.pairs,
+    )
+    what = "mapped float16 / resident float32"
+    return rates(pairs, bench.sizes.rows / 1000, "mapped", what, "krow/s", goal=0.97, note="the larger of the two MLPs")
+
+
+def together(bench: TrainBench) -> BenchRow:
+    """An epoch of linear heads as one, over one of each after the other."""
+    table, n = bench.data.table, bench.sizes.heads
+    one = bench.model(()).fusion
+    stacked = RowsFirst(stack([bench.model(()).fusion for _ in range(n)]))
+    loss = StackedLoss(bench.problem, [settings(())] * n, bench.data)
+    pairs = by_turns(
+        lambda: bench.epoch(stacked, table, 1, loss), lambda: n * bench.epoch(one, table, n), bench.sizes.pairs
+    )
+    return rates(pairs, n * bench.sizes.rows / 1000, "together", f"{n} linear heads / one by one", "krow/s", goal=2.2)
+
+
+MEASUREMENTS: dict[str, Callable[[TrainBench], BenchRow]] = {
+    "a linear head": linear,
+    "a linear head on drawn rows": linear_drawn,
+    "a small MLP": small_mlp,
+    "a larger MLP": large_mlp,
+    "a DataLoader": dataloader,
+    "features in files": mapped,
+    "heads together": together,
+}
+
+
+def bench_train(
+    folder: Path,
+    *,
+    device: str = "auto",
+    sizes: TrainSizes | None = None,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> list[BenchRow]:
+    """Measure the training of heads on random features, which are in ``folder`` for that while.
+
+    Raises ConfigError for a device that is not there.
+    """
+    sizes, device = sizes or TrainSizes(), resolve_device(device)
+    rows: list[BenchRow] = []
+    with temporary(folder) as made:
+        bench = TrainBench(made, device, sizes)
+        for what, measure in MEASUREMENTS.items():
+            on_progress(what, len(rows), len(MEASUREMENTS))
+            rows.append(measure(bench))
+    return rows
+
+
+def matrix_products(x: Any, layers: Layers, batch: int) -> Callable[[], None]:
+    """Return what computes an epoch's products: of each batch forward, and all gradients but that of ``x`` (N, D)."""
+    sizes = list(pairwise((x.shape[1], *layers, N_CLASSES)))
+    weights = [torch.randn(n_out, n_in, device=x.device) / n_in**0.5 for n_in, n_out in sizes]
+    gradients = [torch.empty_like(weight) for weight in weights]
+    outputs = [torch.empty(batch, n_out, device=x.device) for _, n_out in sizes]
+    deltas = [torch.randn_like(output) for output in outputs]
+
+    def epoch() -> None:
+        for rows in x.split(batch):
+            n = len(rows)
+            inputs = [rows, *(output[:n] for output in outputs)]
+            for i, weight in enumerate(weights):
+                torch.mm(inputs[i], weight.T, out=outputs[i][:n])
+            for i, weight in reversed(list(enumerate(weights))):
+                torch.mm(deltas[i][:n].T, inputs[i], out=gradients[i])
+                if i:
+                    torch.mm(deltas[i][:n], weight, out=deltas[i - 1][:n])
+
+    return epoch
+
+
+def _over_gemms(
+    bench: TrainBench,
+    layers: Layers,
+    n_epochs: int,
+    name: str,
+    what: str,
+    chances: Tensor | None = None,
+    **about: Any,
+) -> BenchRow:
+    fusion, table = bench.model(layers).fusion, bench.data.table
+    products = matrix_products(table.features["text"], layers, bench.sizes.batch)
+
+    def baseline() -> None:
+        for _ in range(n_epochs):
+            products()
+        bench.wait()
+
+    baseline()
+    pairs = by_turns(
+        lambda: bench.epoch(fusion, table, n_epochs, chances=chances),
+        lambda: seconds(baseline) / n_epochs,
+        bench.sizes.pairs,
+    )
+    shape = "-".join(map(str, (bench.sizes.width, *layers, N_CLASSES)))
+    what = f"{what} {shape} / GEMMs" if layers else f"{what} / its GEMMs"
+    return rates(pairs, bench.sizes.rows / 1000, name, what, "krow/s", **about)
