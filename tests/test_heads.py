@@ -5,7 +5,7 @@ from torch import nn
 
 from cachefuse.cache.rows import TokenWidth
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.heads import FIT_ROWS, MLP, ChannelGate, GatedBlock, GatedMLP, Linear, SpatialGate, Standardize
+from cachefuse.heads import FIT_ROWS, MLP, ChannelGate, Dropout, GatedBlock, GatedMLP, Linear, SpatialGate, Standardize
 from cachefuse.registry import ACTIVATIONS, HEADS, lookup
 
 
@@ -27,8 +27,8 @@ def test_linear_is_a_linear_layer():
 def test_mlp_is_linear_activation_dropout():
     head = MLP(6, 3, layers=(8, 5), activation="relu", dropout=0.4)
     assert [type(module) for module in head.layers] == [
-        *(nn.Linear, nn.ReLU, nn.Dropout),
-        *(nn.Linear, nn.ReLU, nn.Dropout),
+        *(nn.Linear, nn.ReLU, Dropout),
+        *(nn.Linear, nn.ReLU, Dropout),
         nn.Linear,
     ]
     assert [tuple(module.weight.shape) for module in head.layers[::3]] == [(8, 6), (5, 8), (3, 5)]
@@ -79,6 +79,22 @@ def test_gated_mlp_has_a_block_for_each_layer():
     assert [(type(block), block.expand.out_features) for block in head.blocks] == [(GatedBlock, 8), (GatedBlock, 4)]
     with pytest.raises(ConfigError, match=r"splits its layers in halves: they must be even. Got \(8, 5\) instead"):
         GatedMLP(6, 3, layers=(8, 5))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.8])
+def test_dropout_drops_its_share_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    drop, x = Dropout(p), torch.full((1000, 333), 2.0, requires_grad=True)
+    y = drop(x)
+    kept = y != 0
+    assert float(kept.float().mean()) == pytest.approx(1 - p, abs=0.005)
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 2 / (1 - p)), atol=1e-3, rtol=1e-3)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, kept * (y.detach() / 2))
+    assert not torch.equal(drop(x), y)
+    torch.manual_seed(0)
+    assert torch.equal(drop(x), y)  # by torch's own seed
+    assert drop.eval()(x) is x or torch.equal(drop(x), x)
 
 
 def test_the_spatial_gate_follows_its_equation_and_opens_as_the_identity():

@@ -30,11 +30,11 @@ def test_the_demo_shows_fusion_and_submits(cachefuse, folder, fits):
 def test_an_interrupt_ends_the_demo(cachefuse, folder, monkeypatch):
     import cachefuse.training.train as module
 
-    def interrupted(store, config, on_epoch):
+    def interrupted(store, config, on_progress):
         def stop(epoch):
             raise KeyboardInterrupt
 
-        return real(store, TrainConfig(head="linear", epochs=2), on_epoch=stop)
+        return real(store, TrainConfig(head="linear", epochs=2), on_progress=stop)
 
     real = module.train_head
     monkeypatch.setattr(module, "train_head", interrupted)

@@ -50,6 +50,7 @@ def test_each_table_goes_on_from_what_the_ones_before_chose():
 
 
 @pytest.mark.real
+@pytest.mark.skipif("CACHEFUSE_REAL_DATA" not in os.environ, reason="needs CACHEFUSE_REAL_DATA")
 def test_the_published_figures_are_in_the_paper():
     papers = Path(os.environ["CACHEFUSE_REAL_DATA"]) / "papers"
     text = (papers / "mmc_by_clip.txt").read_text("utf-8")
