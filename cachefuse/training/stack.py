@@ -101,10 +101,10 @@ def shared_settings(config: TrainConfig, device: torch.device) -> TrainConfig | 
 
     They may differ in their loss, class weights, learning rate, weight decay, and in what is decided after training; if
     linear, also in what is for hidden layers. Heads with hidden layers are worth it on CUDA only. What depends on one
-    model's own score or gradient (patience, clip-norm, L-BFGS) is done alone.
+    model's own score or gradient (patience, clip-norm, L-BFGS) is done alone, and so are several members, and tokens.
     """
-    whole = config.optimizer == "lbfgs" or config.patience or config.clip_norm or config.members > 1
-    if whole or (config.head != "linear" and device.type != "cuda"):
+    own_way = config.optimizer == "lbfgs" or config.patience or config.clip_norm
+    if own_way or config.members > 1 or config.view != "pooled" or (config.head != "linear" and device.type != "cuda"):
         return None
     free: dict[str, Any] = {
         "loss": None, "loss_options": {}, "class_weights": "none", "lr": None, "weight_decay": 0.0,

@@ -188,15 +188,13 @@ def _held_rows(problem: Problem, config: TrainConfig) -> torch.Tensor:
 
 def _batches(problem: Problem, pending: Mapping[str, TrainConfig]) -> Iterator[dict[str, TrainConfig]]:
     """Yield the trials to train at a time, in order: those that can be trained together, as many as fit."""
-    left = dict(pending)
+    left = {key: (config, shared_settings(config, problem.device)) for key, config in pending.items()}
+    n_rows = len(problem.rows(TRAIN, VAL))
     while left:
-        first = next(iter(left.values()))
-        shared, n = shared_settings(first, problem.device), 1
-        if shared is not None:
-            n = most_together(problem, first, len(problem.rows(TRAIN, VAL)))
-        alike = (key for key, config in left.items() if shared_settings(config, problem.device) == shared)
-        batch = {key: left.pop(key) for key in list(itertools.islice(alike, n))}
-        yield batch
+        first, shared = next(iter(left.values()))
+        n = 1 if shared is None else most_together(problem, first, n_rows)
+        alike = itertools.islice((key for key, (_, own) in left.items() if own == shared), n)
+        yield {key: left.pop(key)[0] for key in list(alike)}
 
 
 def _run(problem: Problem, batch: Mapping[str, TrainConfig], metrics: Sequence[str]) -> list[Trial]:

@@ -221,6 +221,22 @@ def test_more_rows_than_are_evaluated_at_a_time(monkeypatch):
     assert_same_as_alone(make_problem(), mixed())
 
 
+@pytest.mark.parametrize("n_floats", [1, 100])
+def test_losses_that_take_some_rows_at_a_time(n_floats, monkeypatch):
+    monkeypatch.setattr("cachefuse.training.stack.LOSS_FLOATS", n_floats)
+    assert_same_as_alone(make_problem("multiclass"), mixed(loss="ce", loss_options={"smoothing": 0.1})[:1] + mixed())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("head", ["linear", "mlp", "gmlp"])
+def test_on_cuda(head):
+    layers = None if head == "linear" else (8, 4)
+    problem = make_problem()
+    problem = replace(problem, table=problem.table.to("cuda"))
+    assert_same_as_alone(problem, mixed(head=head, layers=layers, dropout=0.0))
+
+
 def test_same_seed_same_bytes():
     first, again = (train_together(make_problem(), mixed(), EVERYTHING) for _ in range(2))
     for model, other in zip(first, again, strict=True):
@@ -274,6 +290,7 @@ def test_an_interrupt_is_one_even_while_some_diverge(scheme, lr):
         ({"clip_norm": 1.0}, CPU, False),
         ({"optimizer": "lbfgs"}, CPU, False),
         ({"members": 2}, CPU, False),
+        ({"view": "tokens", "head": "gmlp"}, CUDA, False),
     ],
 )
 def test_what_is_trained_together(settings, device, free):
