@@ -1,10 +1,15 @@
 """`cachefuse bench`: how far from this machine's limits."""
 
-from typing import Annotated
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cachefuse_cli.options import WORKSPACE, Device, Json, Workspace
+
+if TYPE_CHECKING:
+    from cachefuse.bench.timing import BenchRow
 
 bench = typer.Typer(
     name="bench",
@@ -29,21 +34,12 @@ def store(
 
     What is written there is removed again.
     """
-    from cachefuse_cli import bench_tables, render
+    from cachefuse_cli import render
 
     with render.interruptible("nothing was kept; run the same command again"):
         with render.status("loading torch"):
             from cachefuse.bench.store import bench_store
-            from cachefuse.bench.timing import describe_machine
-            from cachefuse_cli.progress import BenchProgress
-
-            machine = describe_machine(device)
-        with BenchProgress() as progress:
-            rows = bench_store(workspace, device=device, memory=memory, on_progress=progress.update)
-    if json:
-        render.print_json(bench_tables.bench_dict(machine, rows))
-    else:
-        bench_tables.bench_report(machine, rows)
+        _measure(partial(bench_store, workspace, memory=memory), device, json)
 
 
 @bench.command()
@@ -52,17 +48,22 @@ def train(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json 
 
     What is written to the workspace's disk is removed again.
     """
-    from cachefuse_cli import bench_tables, render
+    from cachefuse_cli import render
 
     with render.interruptible("nothing was kept; run the same command again"):
         with render.status("loading torch"):
-            from cachefuse.bench.timing import describe_machine
             from cachefuse.bench.train import bench_train
-            from cachefuse_cli.progress import BenchProgress
+        _measure(partial(bench_train, workspace), device, json)
 
-            machine = describe_machine(device)
-        with BenchProgress() as progress:
-            rows = bench_train(workspace, device=device, on_progress=progress.update)
+
+def _measure(measure: "Callable[..., list[BenchRow]]", device: str, json: bool) -> None:
+    from cachefuse.bench.timing import describe_machine
+    from cachefuse_cli import bench_tables, render
+    from cachefuse_cli.progress import BenchProgress
+
+    machine = describe_machine(device)
+    with BenchProgress() as progress:
+        rows = measure(device=device, on_progress=progress.update)
     if json:
         render.print_json(bench_tables.bench_dict(machine, rows))
     else:

@@ -7,19 +7,24 @@ import os
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from cachefuse.bench import process, store
+from cachefuse.bench import process, store, train
 from cachefuse.bench.base import Bench, Sizes
 from cachefuse.bench.process import run, train_memory
 from cachefuse.bench.store import MEASUREMENTS, OF_MEMORY, bench_store
 from cachefuse.bench.timing import BenchRow, by_turns, describe_machine, rates, timed
+from cachefuse.bench.train import TrainBench, TrainSizes, bench_train, matrix_products
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.heads import MLP, Linear
 
 TINY = Sizes(
     pairs=1, gather_pairs=2, disk_pairs=1, width=16,
     rows=5000, open_rows=5000, images=40, image_layers=1, texts=5, text_layers=1,
     train_rows=400, extract_rows=40,
 )  # fmt: skip
+TINY_TRAIN = TrainSizes(pairs=1, epochs=2, rows=500, width=16, batch=128, small=(8,), large=(12, 8), heads=3)
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +150,49 @@ def test_the_machine_is_named():
     assert machine["cpu"]
     assert machine["cores"] >= 1
     assert json.dumps(machine)
+
+
+def test_nothing_is_left_of_a_training_that_is_interrupted(tmp_path, monkeypatch):
+    def interrupt(bench):
+        assert bench.problem.table.features["text"].shape == (500, 16)
+        assert list(tmp_path.rglob("*.zarr"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "MEASUREMENTS", {"waiting": interrupt})
+    with pytest.raises(KeyboardInterrupt):
+        bench_train(tmp_path / "workspace", device="cpu", sizes=TINY_TRAIN)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_in_memory_is_that_of_the_store_standardised(tmp_path):
+    bench = TrainBench(tmp_path, "cpu", TINY_TRAIN)
+    stored, x = bench.problem.table.features["text"], bench.data.table.features["text"]
+    assert (stored[:].dtype, x.dtype) == (np.float16, torch.float32)
+    expected = stored[:].astype(np.float64)
+    expected = (expected - expected.mean(0)) / expected.std(0)
+    np.testing.assert_allclose(x, expected, atol=1e-5)
+
+
+def test_an_epochs_time_leaves_out_the_first(tmp_path, monkeypatch):
+    ticks = iter([100.0, 101.0, 104.0])
+    bench = TrainBench(tmp_path, "cpu", TINY_TRAIN)
+    assert bench.data.table
+    monkeypatch.setattr(train.time, "perf_counter", lambda: next(ticks))
+    assert bench.epoch(bench.model(()).fusion, bench.data.table, 2) == 2.0
+
+
+@pytest.mark.parametrize("layers", [(), (8,), (12, 8)])
+def test_matrix_products_are_those_of_training(layers):
+    x = torch.randn(300, 16)
+    head = MLP(16, 18, layers=layers) if layers else Linear(16, 18)
+
+    def epoch():
+        for rows in x.split(128):
+            nn.functional.mse_loss(head(rows), torch.zeros(len(rows), 18)).backward()
+
+    def work(function):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        return counter.get_total_flops()
+
+    assert work(matrix_products(x, layers, 128)) == work(epoch) > 0

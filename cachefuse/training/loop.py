@@ -1,6 +1,5 @@
 """The training loop: one function that reads from top to bottom."""
 
-import copy
 import ctypes
 import math
 import sys
@@ -111,7 +110,7 @@ def fit(
                     schedule.step()
                 if ema:
                     ema.update()
-                total += value.detach() * len(targets)
+                total.add_(value.detach(), alpha=len(targets))
             mean_loss = total.item() / len(train_rows)
             if not math.isfinite(mean_loss):
                 raise TrainingError(f"training diverged in epoch {epoch}: the loss is {mean_loss}; take a lower lr")
@@ -120,7 +119,8 @@ def fit(
             better = patience == 0 or epoch == 1 or _is_better(score, best_score)
             history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss, raw_score))
             if better:
-                history.best_epoch, best_score, best_state = epoch, score, copy.deepcopy(kept.state_dict())
+                history.best_epoch, best_score = epoch, score
+                best_state = {name: x.clone() for name, x in kept.state_dict().items()}
             on_epoch(history.epochs[-1])
             if patience and epoch - history.best_epoch >= patience:
                 break

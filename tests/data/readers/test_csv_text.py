@@ -153,10 +153,10 @@ def test_unescaped_tables_come_back_as_written():
 
 
 def test_time_grows_with_the_length():
-    start = time.perf_counter()
+    start = time.process_time()
     rows = read("a,b\n" + '1,q" x\n' * 20_000 + '1,"q "x""\n')
     assert len(rows) == 20_002
-    assert time.perf_counter() - start < 5  # was 10 s when each record searched the whole rest
+    assert time.process_time() - start < 5  # was 10 s when each record searched the whole rest
 
 
 def test_field_beyond_the_limit_of_the_csv_module():
