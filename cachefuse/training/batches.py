@@ -21,7 +21,7 @@ from cachefuse.runtime import total_memory
 logger = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.5  # that features may take before they count as too large for it
-SHARE_AT_HAND = 1 / 16  # that a standardised copy may take, and a shuffled one besides; larger features stay in their files
+SHARE_AT_HAND = 1 / 16  # that a standardised copy may take, and a shuffled one besides; what is larger stays in files
 
 LOAD_ROWS = 4096  # brought into memory at a time
 
