@@ -63,17 +63,17 @@ def asl(
             f"Got {gamma_negative}, {gamma_positive} and {clip} instead."
         )
     logits, targets = _as_float32(logits, targets)
-    log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
-    # Powers are taken as exp(gamma * log): finite gradients where p underflows, and exactly 1 for gamma = 0.
-    positive = torch.exp(gamma_positive * log_not_p) * log_p
-    if clip == 0:
-        negative = torch.exp(gamma_negative * log_p) * log_not_p
-    else:
+    of_positive, of_negative = F.softplus(-logits), F.softplus(logits)  # -log p and -log(1 - p)
+    # Powers are taken as exp(gamma * log): finite gradients where p underflows. For gamma 0 they are 1, and cost none.
+    positive = torch.exp(-gamma_positive * of_negative) * of_positive if gamma_positive else of_positive
+    if clip:
         not_p_m = (torch.sigmoid(-logits) + clip).clamp(max=1)
         # p_m is 0 for every easy negative, where a power below 1 has no derivative: stop just short of it.
         p_m = (1 - not_p_m).clamp(min=torch.finfo(torch.float32).tiny)
-        negative = p_m**gamma_negative * torch.log(not_p_m)
-    return _reduce(-(targets * positive + (1 - targets) * negative), reduction)
+        negative = -(p_m**gamma_negative) * torch.log(not_p_m)
+    else:
+        negative = torch.exp(-gamma_negative * of_positive) * of_negative if gamma_negative else of_negative
+    return _reduce(torch.lerp(negative, positive, targets), reduction)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, reduction: str = "mean") -> Tensor:

@@ -1,8 +1,9 @@
 """What a fusion is: any number of modalities' features, some absent in some rows, to logits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
@@ -37,6 +38,13 @@ class Fusion(nn.Module):
         Each is a module from features and presence to logits (B, C), as the fusion is.
         """
         return {}
+
+
+def join(features: Mapping[str, Tensor], present: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
+    """Return [x_1; ...; x_M] of the named modalities, (B, D_1 + ... + D_M), with absent rows of each set to 0."""
+    first, *others = [zero_absent(features[m], present[m]) for m in names]
+    # To concatenate one would copy it, and that takes as long as a linear head's product.
+    return torch.cat([first, *others], dim=-1) if others else first
 
 
 def zero_absent(x: Tensor, present: Tensor) -> Tensor:

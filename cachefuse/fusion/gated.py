@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder, join, zero_absent
 from cachefuse.fusion.late import HeadAlone
 
 
@@ -28,9 +28,8 @@ class GatedFusion(Fusion):
 
     def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Return how much each modality counts in each row, (B, M) in the order of ``widths``; 0 where it is absent."""
-        x = torch.cat([zero_absent(features[m], present[m]) for m in self.widths], dim=-1)  # (B, D_1 + ... + D_M)
         here = torch.stack([present[m] for m in self.widths], dim=-1)  # (B, M)
-        scores = self.gate(x).masked_fill(~here, torch.finfo(torch.float32).min)
+        scores = self.gate(join(features, present, self.widths)).masked_fill(~here, torch.finfo(torch.float32).min)
         return zero_absent(scores.softmax(dim=-1), here.any(dim=-1))
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:

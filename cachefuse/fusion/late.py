@@ -7,7 +7,7 @@ they arrive standardised, and where a head of its own reads them, that head's lo
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder, join, zero_absent
 
 
 class ConcatFusion(Fusion):
@@ -21,8 +21,7 @@ class ConcatFusion(Fusion):
         self.head = head(first + sum(others) if others else first, classes)  # one alone may know its tokens
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        x = torch.cat([zero_absent(features[m], present[m]) for m in self.widths], dim=-1)  # (B, D_1 + ... + D_M)
-        return self.head(x)
+        return self.head(join(features, present, self.widths))
 
 
 class ImageOnly(ConcatFusion):
@@ -48,7 +47,7 @@ class HeadAlone(nn.Module):
         self.widths = widths
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.head(torch.cat([zero_absent(features[m], present[m]) for m in self.widths], dim=-1))
+        return self.head(join(features, present, self.widths))
 
 
 class SumFusion(Fusion):
