@@ -1,7 +1,8 @@
 """How good a run is on labelled rows of its store: figures with bootstrap intervals, those of each class, ablations."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ class Evaluation:
 
     ``intervals`` are (low, high) by metric, ``per_class`` (C,) by figure. Where the run has gated fusions, ``gates``
     are the modalities' mean weights, and ``gates_per_class`` (C,) those over each class's positive rows. ``caution``
-    says why the figures may tell little of new rows.
+    says why the figures may tell little of new rows. They are of ``rows`` (n,), numbers in the store, with targets and
+    predictions (n, C) bool, and scores (n, C).
     """
 
     run: str
@@ -40,6 +42,14 @@ class Evaluation:
     gates: dict[str, float]
     gates_per_class: dict[str, list[float]]
     caution: str | None
+    rows: np.ndarray = field(compare=False, repr=False)
+    targets: np.ndarray = field(compare=False, repr=False)
+    scores: np.ndarray = field(compare=False, repr=False)
+    predictions: np.ndarray = field(compare=False, repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures and what they are of, but not the rows one by one."""
+        return {name: value for name, value in vars(self).items() if not isinstance(value, np.ndarray)}
 
 
 def evaluate(
@@ -105,6 +115,10 @@ def evaluate(
         gates={modality: float(values.mean()) for modality, values in weights.items()},
         gates_per_class={modality: _mean_by_class(targets, values) for modality, values in weights.items()},
         caution=caution,
+        rows=rows.cpu().numpy(),
+        targets=targets > 0,
+        scores=scores,
+        predictions=predictions,
     )
 
 

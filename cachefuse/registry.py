@@ -27,6 +27,12 @@ SCHEDULES = {
     "cosine": "cachefuse.training.optim:cosine",
     "onecycle": "cachefuse.training.optim:onecycle",
 }
+METRIC_TITLES = {
+    "micro_f1": "micro-F1", "macro_f1": "macro-F1", "samples_f1": "samples-F1", "weighted_f1": "weighted-F1",
+    "macro_ap": "macro-AP", "micro_ap": "micro-AP", "accuracy": "accuracy", "exact_match": "exact match",
+    "top5_accuracy": "top-5 accuracy", "recall_at_p90": "R@P90", "calibration_error": "ECE",
+    "top_calibration_error": "ECE (top)",
+}  # fmt: skip
 
 
 def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
@@ -47,3 +53,8 @@ def resolve(entry: Any) -> Any:
         return entry
     module, _, attribute = entry.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def metric_title(name: str) -> str:
+    """Return what tables call a metric."""
+    return METRIC_TITLES.get(name, name)

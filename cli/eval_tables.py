@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cachefuse.metrics import LOWER_IS_BETTER
-from cachefuse_cli.render import MAX_CLASSES, TITLES, new_table, out
+from cachefuse.registry import metric_title
+from cachefuse_cli.render import MAX_CLASSES, new_table, out
 
 if TYPE_CHECKING:
     from cachefuse.evaluation import Evaluation
@@ -23,8 +24,8 @@ PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1", "ap": "AP
 def evaluation_dict(everything: "Evaluation", ablated: "Evaluation | None") -> dict[str, Any]:
     """The evaluation asked for; one without some modalities has that with everything beside it."""
     if ablated is None:
-        return asdict(everything)
-    return {**asdict(ablated), "everything": asdict(everything), "difference": _differences(everything, ablated)}
+        return everything.as_dict()
+    return {**ablated.as_dict(), "everything": everything.as_dict(), "difference": _differences(everything, ablated)}
 
 
 def evaluation_report(everything: "Evaluation", ablated: "Evaluation | None") -> None:
@@ -55,7 +56,7 @@ def _metrics(found: "Evaluation") -> Table:
     columns = ["value", *(["95% interval"] if found.intervals else [])]
     table = new_table("metric", *columns, numbers=len(columns))
     for name in found.metrics:
-        table.add_row(_title(name), *_value(found, name))
+        table.add_row(metric_title(name), *_value(found, name))
     return table
 
 
@@ -72,7 +73,7 @@ def _ablation(everything: "Evaluation", ablated: "Evaluation") -> Table:
     table = new_table("metric", *columns, numbers=3)
     for name, lost in _differences(everything, ablated).items():
         values = (" ".join(_value(found, name)) for found in (everything, ablated))
-        table.add_row(_title(name), *values, _signed(lost))
+        table.add_row(metric_title(name), *values, _signed(lost))
     return table
 
 
@@ -102,7 +103,7 @@ def runs_report(found: "Sequence[RunSummary]") -> None:
     for dataset in dict.fromkeys(run.dataset for run in found):
         runs = [run for run in found if run.dataset == dataset]
         names = list(dict.fromkeys(name for run in runs for name in run.metrics))
-        titles = (_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
+        titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
         title = f"{escape(dataset)}: {len(runs):,} run{'s' * (len(runs) > 1)}, measured on rows held out"
         table = new_table("run", "rows", *titles, "MB", numbers=len(names) + 2, title=title)
         for run in runs:
@@ -122,7 +123,7 @@ def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
     everyone = [*runs, joined]
     metrics = [{} if run.held is None else run.metrics.get(run.held.split, {}) for run in everyone]
     best = {name: _best(name, metrics) for name in names} if joined.held is not None else {}
-    table = new_table("run", "held out", *map(_title, names), numbers=len(names) + 1)
+    table = new_table("run", "held out", *map(metric_title, names), numbers=len(names) + 1)
     for run, reached in zip(everyone, metrics, strict=True):
         held = "-" if run.held is None else f"{len(run.held.rows):,} {run.held.split}"
         figures = {name: _figure(reached.get(name)) for name in names}
@@ -155,10 +156,6 @@ def _value(found: "Evaluation", name: str) -> list[str]:
         return [value]
     low, high = found.intervals[name]
     return [value, f"[dim]{_figure(low)} - {_figure(high)}[/]"]
-
-
-def _title(name: str) -> str:
-    return TITLES.get(name, name)
 
 
 def _without(ablated: "Evaluation") -> str:

@@ -16,7 +16,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from cachefuse_cli.render import TITLES, err, note
+from cachefuse.registry import metric_title
+from cachefuse_cli.render import err, note
 
 if TYPE_CHECKING:
     from cachefuse.cache.extract import Progress as ExtractState
@@ -115,7 +116,7 @@ class TrainProgress:
     """One bar over the epochs of all models, with the loss and the validation score."""
 
     def __init__(self, metric: str) -> None:
-        self._metric = TITLES.get(metric, metric)
+        self._metric = metric_title(metric)
         self._progress = _progress(
             TextColumn("training{task.fields[model]}"),
             BarColumn(bar_width=None),

@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cachefuse.registry import metric_title
+
 if TYPE_CHECKING:
     from cachefuse.cache.extract import ExtractReport
     from cachefuse.data.dataset import Dataset
@@ -23,12 +25,6 @@ if TYPE_CHECKING:
     from cachefuse.predict import Predictions
     from cachefuse.training.run import Run
 
-TITLES = {
-    "micro_f1": "micro-F1", "macro_f1": "macro-F1", "samples_f1": "samples-F1", "weighted_f1": "weighted-F1",
-    "macro_ap": "macro-AP", "micro_ap": "micro-AP", "accuracy": "accuracy", "exact_match": "exact match",
-    "top5_accuracy": "top-5 accuracy", "recall_at_p90": "R@P90", "calibration_error": "ECE",
-    "top_calibration_error": "ECE (top)",
-}  # fmt: skip
 MAX_CLASSES = 30
 PIPED_WIDTH = 200
 
@@ -194,7 +190,7 @@ def run_report(run: "Run") -> None:
     console = out()
     run_line(run)
     names = list(next(iter(run.metrics.values())))
-    table = new_table("split", "rows", *(TITLES.get(name, name) for name in names), numbers=len(names) + 1)
+    table = new_table("split", "rows", *(metric_title(name) for name in names), numbers=len(names) + 1)
     for split, result in run.results.items():
         table.add_row(split, f"{result.n_rows:,}", *(_figure(result.metrics[name]) for name in names))
     console.print(table)
@@ -289,9 +285,7 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
     names = list(best.metrics["val"])
     top = {name: max(run.metrics["val"][name] for run in runs) for name in names}
     title = f"{best.dataset}: validation, {best.results['val'].n_rows:,} samples the heads never saw"
-    table = new_table(
-        "fusion", *(TITLES.get(name, name) for name in names), "seconds", numbers=len(names) + 1, title=title
-    )
+    table = new_table("fusion", *(metric_title(name) for name in names), "seconds", numbers=len(names) + 1, title=title)
     for run in runs:
         values = [(run.metrics["val"][name], top[name]) for name in names]
         cells = (

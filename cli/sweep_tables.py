@@ -12,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from cachefuse_cli.render import TITLES, err, new_table, out, run_dict, run_report
+from cachefuse.registry import metric_title
+from cachefuse_cli.render import err, new_table, out, run_dict, run_report
 
 if TYPE_CHECKING:
     from cachefuse.training.run import Run
@@ -60,7 +61,7 @@ def sweep_table(result: "SweepResult") -> Table:
     metrics = result.metrics[:MAX_METRICS]
     shown = [setting for setting in result.settings if setting.trials]
     published = any(setting.published for setting in result.settings)
-    columns = [*(TITLES.get(metric, metric) for metric in metrics), "s", *(["paper"] if published else [])]
+    columns = [*(metric_title(metric) for metric in metrics), "s", *(["paper"] if published else [])]
     seeds = f"mean ± std of {len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
     title = escape(f"{result.title}\n{seeds}, {result.n_rows:,} rows of {result.split}")
     table = new_table(escape(", ".join(result.fields)), *columns, numbers=len(columns), title=title)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cachefuse.evaluation import Evaluation
 from cachefuse.report.charts import MAIN, SECOND, THIN, Chart, Line, line_chart, path
-from cachefuse.report.measured import Measured
-from cachefuse.report.words import metric_title
+from cachefuse.report.words import long_title
 from cachefuse.training.loop import History
 from cachefuse.training.run import Run
 
@@ -32,7 +32,7 @@ def training_charts(run: Run) -> list[Chart]:
         return []
     losses, monitors = ({getattr(member.config, name) for member in run.members} for name in ("loss", "monitor"))
     loss = losses.pop() if len(losses) == 1 else "loss"
-    metric = metric_title(monitors.pop() or run.manifest.reported_metrics[0]) if len(monitors) == 1 else "score"
+    metric = long_title(monitors.pop() or run.manifest.reported_metrics[0]) if len(monitors) == 1 else "score"
     averaged = any(epoch.raw_score is not None for history in histories for epoch in history.epochs)
     kept = "averaged weights (EMA)" if averaged else "validation"
     charts = [
@@ -60,7 +60,7 @@ def _epochs_chart(title: str, y_label: str, histories: list[History], names: dic
     return line_chart(lines, title=title, about=about, x_label="epoch", y_label=y_label, legend=legend)
 
 
-def precision_recall_chart(measured: Measured, classes: tuple[str, ...]) -> tuple[Chart | None, list[ClassCurve]]:
+def precision_recall_chart(measured: Evaluation, classes: tuple[str, ...]) -> tuple[Chart | None, list[ClassCurve]]:
     """Return a chart of all scores together over thin lines of the classes, and each of those by itself."""
     targets, scores = measured.targets, measured.scores
     support = targets.sum(axis=0)
@@ -79,7 +79,7 @@ def precision_recall_chart(measured: Measured, classes: tuple[str, ...]) -> tupl
         legend=[(MAIN, "all labels together")] + [(THIN, "one class each")] * (len(classes) > 1),
         unit=True,
     )
-    ap = measured.evaluation.per_class["ap"]
+    ap = measured.per_class["ap"]
     each = [
         ClassCurve(classes[c], path(100 * by_class[c][0], 100 - 100 * by_class[c][1]), ap[c], int(support[c]))
         for c in shown

@@ -11,7 +11,7 @@ from PIL import Image
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.readers.base import ImageSource
 from cachefuse.errors import BadSampleError
-from cachefuse.report.measured import Measured
+from cachefuse.evaluation import Evaluation
 
 N_EXAMPLES = 24
 SIDE = 160  # px
@@ -53,7 +53,7 @@ def row_losses(targets: np.ndarray, scores: np.ndarray, task: str) -> np.ndarray
 
 
 def worst_examples(
-    measured: Measured,
+    measured: Evaluation,
     classes: Sequence[str],
     task: str,
     ids: np.ndarray,
@@ -82,7 +82,7 @@ def thumbnail(source: ImageSource) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
-def _labels(measured: Measured, classes: Sequence[str], i: int) -> tuple[list[Label], int]:
+def _labels(measured: Evaluation, classes: Sequence[str], i: int) -> tuple[list[Label], int]:
     true, given, scores = measured.targets[i], measured.predictions[i], measured.scores[i]
     labels, more = [], 0
     for kind, chosen in ((MISSED, true & ~given), (WRONG, given & ~true), (FOUND, true & given)):

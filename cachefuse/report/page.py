@@ -8,10 +8,11 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import ConfigError
+from cachefuse.evaluation import Evaluation
 from cachefuse.report import about, tables, words
 from cachefuse.report.curves import MAX_MODELS, precision_recall_chart, training_charts
 from cachefuse.report.gallery import worst_examples
-from cachefuse.report.measured import Measured, OnProgress, measure
+from cachefuse.report.measured import OnProgress, measure
 from cachefuse.runtime import write_atomically
 from cachefuse.training.run import Run
 
@@ -58,7 +59,7 @@ def report_html(
 
     Raises as ``evaluate`` does.
     """
-    measured = measure(run, store, split, device, on_progress)
+    measured, without, why_not = measure(run, store, split, device, on_progress)
     multiclass = run.task == "multiclass"
     thresholds = None if multiclass else run.thresholds
     labelled = store.targets[is_labelled(store.targets)]
@@ -66,6 +67,8 @@ def report_html(
     context: dict[str, Any] = {
         "run": run,
         "measured": measured,
+        "ablations": without,
+        "why_not": why_not,
         "metrics": run.manifest.reported_metrics,
         "warnings": _warnings(measured),
         "together": tables.cooccurrence(labelled > 0, run.classes) if several else None,
@@ -81,7 +84,7 @@ def report_html(
     }
     if measured is None:
         return render({**context, **_classes_on_last_split(run)})
-    figures = measured.evaluation.per_class
+    figures = measured.per_class
     chart, class_curves = precision_recall_chart(measured, run.classes)
     confused = tables.confusion if multiclass else tables.mistakes
     context |= {
@@ -93,7 +96,7 @@ def report_html(
         "class_curves": class_curves,
         "confused": confused(measured, run.classes),
         "pairs": tables.frequent_mistakes(measured, run.classes),
-        "gates": tables.gates_by_class(measured.evaluation),
+        "gates": tables.gates_by_class(measured),
         "examples": worst_examples(measured, run.classes, run.task, store.ids, dataset),
         "has_raw": dataset is not None,
     }
@@ -125,11 +128,11 @@ def _classes_on_last_split(run: Run) -> dict[str, Any]:
     return {"classes": figures, "rows": f"{result.n_rows:,} {split} rows"}
 
 
-def _warnings(measured: Measured | None) -> list[str]:
+def _warnings(measured: Evaluation | None) -> list[str]:
     if measured is None:
         return [
             "This run held out no rows, so nothing here says how good it is on new ones. Train with --folds 5, or name "
             "a labelled split that it has not seen by --split."
         ]
-    caution = measured.evaluation.caution
+    caution = measured.caution
     return [f"{caution[:1].upper()}{caution[1:]}."] if caution else []

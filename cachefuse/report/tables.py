@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from cachefuse.evaluation import Evaluation
-from cachefuse.report.measured import Measured
 
 MAX_ROWS = 100  # classes with figures
 MAX_CELLS = 40  # classes along a heatmap's side
@@ -87,7 +86,7 @@ def cooccurrence(targets: np.ndarray, classes: tuple[str, ...]) -> Heatmap:
     return _heatmap(counts, shares, [classes[c] for c in order], len(classes))
 
 
-def confusion(measured: Measured, classes: tuple[str, ...]) -> Heatmap:
+def confusion(measured: Evaluation, classes: tuple[str, ...]) -> Heatmap:
     """Return how many rows of a class are taken for another, as shares of the largest share of a class's rows."""
     order = _most_common(measured.targets)
     counts = _together(measured.targets[:, order], measured.predictions[:, order])
@@ -96,7 +95,7 @@ def confusion(measured: Measured, classes: tuple[str, ...]) -> Heatmap:
     return _heatmap(counts, _scaled(shares), [classes[c] for c in order], len(classes))
 
 
-def mistakes(measured: Measured, classes: tuple[str, ...]) -> Heatmap:
+def mistakes(measured: Evaluation, classes: tuple[str, ...]) -> Heatmap:
     """Return in how many rows a label is missed and another is wrongly predicted, as shares of the largest share.
 
     A share is one of the rows where the label is missed. The last row and column, without colour, are for nothing
@@ -113,7 +112,7 @@ def mistakes(measured: Measured, classes: tuple[str, ...]) -> Heatmap:
     return _heatmap(counts, _scaled(shares), [*(classes[c] for c in order), NOTHING], len(classes))
 
 
-def frequent_mistakes(measured: Measured, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
+def frequent_mistakes(measured: Evaluation, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
     """Return the pairs (missed, predicted in its place, rows) of two classes that occur most."""
     from scipy.sparse import csr_array
 
@@ -139,7 +138,7 @@ def _together(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a.astype(np.float32).T @ b.astype(np.float32)).round().astype(np.int64)
 
 
-def _missed_and_wrong(measured: Measured) -> tuple[np.ndarray, np.ndarray]:
+def _missed_and_wrong(measured: Evaluation) -> tuple[np.ndarray, np.ndarray]:
     return measured.targets & ~measured.predictions, measured.predictions & ~measured.targets
 
 

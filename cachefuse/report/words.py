@@ -5,23 +5,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cachefuse.registry import metric_title
+
 if TYPE_CHECKING:
-    from cachefuse.report.measured import Measured
+    from cachefuse.evaluation import Evaluation
     from cachefuse.training.run import Run
 
-TITLES = {
-    "accuracy": "accuracy",
+LONG_TITLES = {
     "calibration_error": "calibration error",
-    "exact_match": "exact match",
-    "macro_ap": "macro-AP",
-    "macro_f1": "macro-F1",
-    "micro_ap": "micro-AP",
-    "micro_f1": "micro-F1",
     "recall_at_p90": "recall at 90% precision",
-    "samples_f1": "samples-F1",
-    "top5_accuracy": "top-5 accuracy",
     "top_calibration_error": "calibration error",
-    "weighted_f1": "weighted-F1",
 }
 MAX_NAME = 80
 UNDEFINED, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -29,8 +22,9 @@ OUT_OF_FOLD, VAL = "oof", "val"
 HALF = 0.5  # the threshold where none is chosen
 
 
-def metric_title(name: str) -> str:
-    return TITLES.get(name, name)
+def long_title(name: str) -> str:
+    """Return a metric's title where there is room for it."""
+    return LONG_TITLES.get(name) or metric_title(name)
 
 
 def figure(value: float | None) -> str:
@@ -68,20 +62,20 @@ def ends(text: str, most: int = 22) -> str:
 
 
 FILTERS = {
-    "count": count, "cut": cut, "ends": ends, "figure": figure, "interval": interval, "metric": metric_title,
+    "count": count, "cut": cut, "ends": ends, "figure": figure, "interval": interval, "metric": long_title,
     "signed": signed, "whole": whole,
 }  # fmt: skip
 
 
-def rows_of(measured: "Measured") -> str:
+def rows_of(measured: "Evaluation") -> str:
     """Say which rows were measured, and whether the models have seen them."""
-    found = measured.evaluation
-    if found.split == OUT_OF_FOLD:
-        return f"{found.n_rows:,} rows of train and val, each judged by models that have not seen it"
-    return f"{found.n_rows:,} {found.split} rows" + (" that were not trained on" if found.caution is None else "")
+    if measured.split == OUT_OF_FOLD:
+        return f"{measured.n_rows:,} rows of train and val, each judged by models that have not seen it"
+    seen = "" if measured.caution else " that were not trained on"
+    return f"{measured.n_rows:,} {measured.split} rows{seen}"
 
 
-def verdict(measured: "Measured", task: str) -> str:
+def verdict(measured: "Evaluation", task: str) -> str:
     """Say in a sentence how good the predictions are."""
     right = f"{_percent(np.mean((measured.targets == measured.predictions).all(axis=1)))}"
     if task == "multiclass":

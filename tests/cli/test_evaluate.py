@@ -146,6 +146,7 @@ def test_many_classes_with_long_names_and_undefined_figures_fit_the_terminal(wit
         gates={"image": 0.5, "text": 0.5},
         gates_per_class={"image": [math.nan] * n, "text": [0.25] * n},
         caution=None,
+        **dict.fromkeys(("rows", "targets", "scores", "predictions")),
     )
     ablated = Evaluation(**{**vars(found), "without": without}) if without else None
     eval_tables.evaluation_report(found, ablated)

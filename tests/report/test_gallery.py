@@ -36,7 +36,7 @@ def test_examples_are_the_worst_of_the_wrong_rows(random_rows):
     right = np.arange(100) % 2 == 0
     measured.predictions[right] = measured.targets[right]
     ids = np.array([f"row {i}" for i in range(100)])
-    found = worst_examples(measured, measured.evaluation.classes, "multilabel", ids)
+    found = worst_examples(measured, measured.classes, "multilabel", ids)
     losses = row_losses(measured.targets, measured.scores, "multilabel")
     wrong = sorted(np.flatnonzero(~right), key=lambda i: -losses[i])[:N_EXAMPLES]
     assert [example.id for example in found] == [f"row {i}" for i in wrong]
@@ -63,7 +63,7 @@ def test_thumbnails_are_small_and_show_the_picture(random_rows, dataset, tmp_pat
     measured.predictions[:] = ~measured.targets
     raw = replace(dataset, ids=[f"row {i}" for i in range(5)], images=images, texts=[("a", "b"), *[()] * 4])
     ids = np.array([f"row {i}" for i in range(6)])
-    found = {x.id: x for x in worst_examples(measured, measured.evaluation.classes, "multilabel", ids, raw)}
+    found = {x.id: x for x in worst_examples(measured, measured.classes, "multilabel", ids, raw)}
     assert len(found) == 6
     thumbnails = []
     for i in range(3):

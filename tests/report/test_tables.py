@@ -26,10 +26,10 @@ def test_of_very_many_classes_the_weakest_that_occur_are_shown():
 
 def test_labels_together_by_counting(random_rows):
     measured = random_rows()
-    found = tables.cooccurrence(measured.targets, measured.evaluation.classes)
+    found = tables.cooccurrence(measured.targets, measured.classes)
     for i, name in enumerate(found.names):
         for j, other in enumerate(found.names):
-            a, b = (measured.evaluation.classes.index(label) for label in (name, other))
+            a, b = (measured.classes.index(label) for label in (name, other))
             n = sum(bool(row[a] and row[b]) for row in measured.targets)
             cell = found.cells[i][j]
             assert (cell.count, cell.same) == (n, i == j)
@@ -38,7 +38,7 @@ def test_labels_together_by_counting(random_rows):
 
 def test_mistakes_by_counting(random_rows):
     measured = random_rows()
-    classes = measured.evaluation.classes
+    classes = measured.classes
     found = tables.mistakes(measured, classes)
     assert found.names[-1] == "nothing"
     counts = {}
@@ -63,10 +63,10 @@ def test_mistakes_by_counting(random_rows):
 
 def test_confusion_is_scikit_learns(random_rows):
     measured = random_rows(task="multiclass", n_classes=50, n=800)
-    found = tables.confusion(measured, measured.evaluation.classes)
+    found = tables.confusion(measured, measured.classes)
     assert (found.n_shown, found.n_classes, len(found.cells), found.numbered) == (40, 50, 40, False)
     theirs = confusion_matrix(measured.targets.argmax(axis=1), measured.predictions.argmax(axis=1))
-    order = [measured.evaluation.classes.index(name) for name in found.names]
+    order = [measured.classes.index(name) for name in found.names]
     assert [[cell.count for cell in row] for row in found.cells] == theirs[np.ix_(order, order)].tolist()
     support = measured.targets.sum(axis=0)
     assert min(support[order]) >= max(np.delete(support, order))

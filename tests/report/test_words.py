@@ -3,8 +3,9 @@ from dataclasses import replace
 import pytest
 
 from cachefuse.metrics import METRICS
+from cachefuse.registry import METRIC_TITLES
 from cachefuse.report.about import train_command
-from cachefuse.report.words import TITLES, count, cut, ends, figure, interval, signed, splits_note
+from cachefuse.report.words import count, cut, ends, figure, interval, signed, splits_note
 from cachefuse.training.train import train_head
 
 
@@ -36,7 +37,7 @@ def test_figures_and_names_as_they_are_written(written, expected):
 
 
 def test_every_metric_has_a_title():
-    assert TITLES.keys() == METRICS.keys()
+    assert METRIC_TITLES.keys() == METRICS.keys()
 
 
 def test_the_command_quotes_what_a_shell_would_break(saved):
