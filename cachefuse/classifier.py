@@ -1,9 +1,7 @@
 """Heads as a scikit-learn classifier, for its cross-validation, its searches and its pipelines."""
 
 import numbers
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -124,8 +122,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
             metrics=DEFAULT_METRICS[self._task],
             min_labels=self.min_labels,
         )
-        with _random_state_kept():
-            trained = train_problem(problem, config)
+        trained = train_problem(problem, config)
         self.config_ = trained.members[0][0]
         self.models_ = [model.cpu() for _, model, _ in trained.members]
         self.histories_ = trained.histories
@@ -206,15 +203,3 @@ def _hold_out(targets: np.ndarray, seed: int) -> np.ndarray:
     """Return each row's split (n,), train or val, for targets (n, C); one row alone is for training."""
     parts = stratified_folds(targets, min(HELD_PARTS, len(targets)), seed) if len(targets) > 1 else np.ones(1)
     return np.where(parts == 0, VAL, TRAIN)
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Leave the caller's random state alone, which training seeds: else each random split after a fit is the same."""
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

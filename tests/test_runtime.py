@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from cachefuse.errors import ConfigError
-from cachefuse.runtime import Workspace, n_threads, resolve_device, seed_everything, slug, to_json, write_atomically
+from cachefuse.runtime import (
+    Workspace,
+    n_threads,
+    own_randomness,
+    resolve_device,
+    seed_everything,
+    slug,
+    to_json,
+    write_atomically,
+)
 
 
 def test_workspace_paths(tmp_path):
@@ -70,6 +79,27 @@ def test_the_same_seed_gives_the_same_numbers(seed):
     assert draw() == first
     seed_everything(seed + 1)
     assert random.random() != first[0]
+
+
+def test_random_state_is_given_back_after_an_error_too():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(1).item()
+
+    seed_everything(1)
+    expected = draw()
+    seed_everything(1)
+    drawn = []
+
+    @own_randomness()
+    def fail():
+        seed_everything(2)
+        drawn.append(draw())
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert drawn[0] != expected
+    assert draw() == expected
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,8 @@ def fit(
                 def closure(features: Any = features, present: Any = present, targets: Any = targets) -> Any:
                     logits = model(features, present)  # (B, C)
                     value = loss(logits, targets)
-                    model.zero_grad()
+                    for parameter in parameters:
+                        parameter.grad = None
                     value.backward()
                     if clip_norm:
                         nn.utils.clip_grad_norm_(parameters, clip_norm)
@@ -129,7 +130,12 @@ def fit(
             raise
         history.interrupted = True
     model.load_state_dict(best_state)
-    _check_learnt(model, loss, table, train_rows)
+    try:
+        check_learnt(model, loss, table, train_rows)
+    except TrainingError:
+        if history.interrupted:  # it was not given the time to learn
+            raise KeyboardInterrupt from None
+        raise
     return history
 
 
@@ -169,9 +175,8 @@ def _is_better(score: float | None, best: float | None) -> bool:
     return score is None or best is None or not score <= best
 
 
-def _check_learnt(
-    model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], table: FeatureTable, rows: Tensor
-) -> None:
+def check_learnt(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], table: FeatureTable, rows: Tensor) -> None:
+    """Raise TrainingError if a model does far worse on the rows it was trained on (n,) than one that says nothing."""
     rows = spread(rows, CHECKED_ROWS)
     logits = predict_logits(model, table, rows)  # (n, C)
     targets = table.targets[rows].cpu()

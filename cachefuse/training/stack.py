@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError, TrainingError
 from cachefuse.fusion.model import FusionModel
+from cachefuse.runtime import own_randomness
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
-from cachefuse.training.loop import CHECKED_ROWS, DIVERGED, Epoch, History, _check_learnt, predict_logits, spread
+from cachefuse.training.loop import CHECKED_ROWS, DIVERGED, Epoch, History, check_learnt, predict_logits, spread
 from cachefuse.training.problem import Problem
 from cachefuse.training.train import Part
 
@@ -123,6 +124,7 @@ def most_together(problem: Problem, config: TrainConfig, n_rows: int) -> int:
     return max(1, MAX_FLOATS // max(checked * classes, at_once * (classes + hidden)))
 
 
+@own_randomness()
 def train_together(problem: Problem, configs: Sequence[TrainConfig], part: Part) -> list[FusionModel | TrainingError]:
     """Train models on a part's rows, each as ``train_model`` would alone; in place of one that diverged, why.
 
@@ -151,7 +153,7 @@ def train_together(problem: Problem, configs: Sequence[TrainConfig], part: Part)
         for i in loss.suspects(data.reading(RowsFirst(module)), data):
             own = models[i].fusion.alone()[stage] if stage else models[i].fusion
             try:
-                _check_learnt(data.reading(own), training_loss(problem, ordered[i], data), data.table, data.rows)
+                check_learnt(data.reading(own), training_loss(problem, ordered[i], data), data.table, data.rows)
             except TrainingError as error:
                 diverged.setdefault(i, error)
         return History(epochs)

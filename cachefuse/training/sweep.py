@@ -129,7 +129,7 @@ def run_sweep(
     """Do what ``sweep`` does, with a problem that is open already; of the files, only the trials are written."""
     base, settings = experiment.base, [parse_setting(setting) for setting in experiment.settings]
     if not settings or not seeds or len(set(seeds)) < len(seeds):
-        given = f"{len(settings)} settings and seeds {', '.join(map(str, seeds)) or 'none'}"
+        given = f"{len(settings)} settings and " + (f"seeds {', '.join(map(str, seeds))}" if seeds else "no seeds")
         raise ConfigError(f"a sweep needs at least one setting and one seed, no seed twice. Got {given} instead")
     if base.refit:
         raise ConfigError(f"a sweep does without refit: {FIXED['refit']}")

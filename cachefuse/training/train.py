@@ -16,6 +16,7 @@ from cachefuse.data.folds import stratified_folds
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import METRICS, decide
+from cachefuse.runtime import own_randomness
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
 from cachefuse.training.loop import Epoch, History, Validation, predict_scores, to_scores
@@ -180,6 +181,7 @@ def split_parts(problem: Problem, config: TrainConfig) -> list[Part]:
     return parts
 
 
+@own_randomness()
 def train_model(
     problem: Problem,
     config: TrainConfig,

@@ -258,6 +258,11 @@ def test_an_interrupt_before_the_first_epoch_is_over_is_passed_on(table):
         train(table, loss=loss)
 
 
+def test_an_interrupt_before_anything_is_learnt_is_passed_on(table):
+    with pytest.raises(KeyboardInterrupt):
+        train(table, lr=1e6, on_epoch=interrupt_in(1))
+
+
 def test_logits_come_in_order_without_dropout(table):
     model = nn.Sequential()
     model.forward = lambda features, present: nn.functional.dropout(features["image"], 0.5, model.training)

@@ -243,6 +243,12 @@ def test_same_seed_same_bytes():
         assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
 
 
+def test_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    train_together(make_problem(), mixed(), EVERYTHING)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("scheme", ["joint", "staged"])
 @pytest.mark.parametrize("lr", [1e4, 1e6])
 def test_one_that_diverges_does_not_take_the_others_along(lr, scheme):

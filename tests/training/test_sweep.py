@@ -417,7 +417,7 @@ def test_a_plot_of_nothing_but_failures(tmp_path):
             (0,),
             "a sweep needs at least one setting and one seed, no seed twice. Got 0 settings and seeds 0",
         ),
-        (LINEAR, [{}], (), "Got 1 settings and seeds none instead"),
+        (LINEAR, [{}], (), "Got 1 settings and no seeds instead"),
         (LINEAR, [{}], (1, 1), "Got 1 settings and seeds 1, 1 instead"),
         (LINEAR, [{}, {"dropout": 2}], (0,), "dropout must be at least 0 and below 1. Got 2.0 instead"),
         (LINEAR, [{}, {"layers": (8,)}], (0,), "head 'linear' has no hidden layers"),
