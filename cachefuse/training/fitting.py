@@ -1,7 +1,7 @@
 """What the training of one model and of many at once have in common."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,11 @@ class TrainingSet:
         model.fit_statistics(table.features, table.present, rows)
         at_hand = table.at_hand(model.standardize)
         return cls(at_hand or table, rows, table.targets[rows], model.standardize if at_hand is None else None)
+
+    def having(self, modalities: Iterable[str]) -> "TrainingSet":
+        """Return the rows that have any of some modalities."""
+        here = torch.stack([self.table.present[m][self.rows] for m in modalities]).any(0)
+        return replace(self, rows=self.rows[here], targets=self.targets[here])
 
     def reading(self, module: Any) -> nn.Module:
         """Return a fusion, or a head of one, as it takes the table's features."""
@@ -93,12 +98,17 @@ def fit_module(
     )
 
 
-def fit_stages(config: TrainConfig, fusion: Any, train: Callable[[str, nn.Module], History]) -> History:
-    """Train a fusion in one, or if staged each of its heads alone, frozen then, before what joins them."""
+def fit_stages(
+    config: TrainConfig, fusion: Any, data: TrainingSet, train: Callable[[str, nn.Module, TrainingSet], History]
+) -> History:
+    """Train a fusion in one, or if staged each of its heads alone, frozen then, before what joins them.
+
+    A head alone learns from the rows that have what it reads.
+    """
     for name, head in fusion.alone().items() if config.scheme == "staged" else ():
-        if train(name, head).interrupted:
+        if train(name, head, data.having(head.widths)).interrupted:
             raise KeyboardInterrupt
         head.requires_grad_(False)
-    history = train("", fusion)
+    history = train("", fusion, data)
     fusion.requires_grad_(True)
     return history

@@ -140,7 +140,7 @@ def train_together(problem: Problem, configs: Sequence[TrainConfig], part: Part)
     stacked, loss = stack([model.fusion for model in models]), StackedLoss(problem, ordered, data)
     diverged: dict[int, TrainingError] = {}
 
-    def train(stage: str, module: nn.Module) -> History:
+    def train(stage: str, module: nn.Module, data: TrainingSet) -> History:
         epochs: list[Epoch] = []
         groups = parameter_groups(module, [_rates(config) for config in ordered])
         with suppress(TrainingError):  # of some of the models; of which is seen below
@@ -158,7 +158,7 @@ def train_together(problem: Problem, configs: Sequence[TrainConfig], part: Part)
                 diverged.setdefault(i, error)
         return History(epochs)
 
-    fit_stages(ordered[0], stacked, train)
+    fit_stages(ordered[0], stacked, data, train)
     places = [order.index(i) for i in range(len(configs))]
     return [diverged.get(i, models[i]) for i in places]
 

@@ -200,7 +200,7 @@ def train_model(
         score = partial(_score, problem, part.validate, name, config.resolve_loss(problem.task))
         validation = Validation(part.validate.to(problem.device), score)
 
-    def train(stage: str, module: Any) -> History:
+    def train(stage: str, module: Any, data: TrainingSet) -> History:
         return fit_module(
             config,
             data,
@@ -213,7 +213,7 @@ def train_model(
             on_epoch=partial(on_epoch, stage),
         )
 
-    return model, fit_stages(config, model.fusion, train)
+    return model, fit_stages(config, model.fusion, data, train)
 
 
 def _score(problem: Problem, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:

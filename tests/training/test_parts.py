@@ -168,6 +168,21 @@ def test_staged_training_freezes_each_head_before_what_joins_them(fusion, toy_st
             assert torch.equal(one, other)
 
 
+def test_a_staged_head_learns_from_the_rows_that_have_what_it_reads(toy_store):
+    def heads(x):
+        run = train_head(x, quick(scheme="staged", head="linear", batch_size=8))
+        return {m: head.weight for m, head in run.members[0].model.fusion.heads.items()}
+
+    store = toy_store(absent={"text": {3, 9}})
+    ours = heads(store)
+    targets = store.targets.copy()
+    targets[[3, 9]] = 1 - targets[[3, 9]]
+    store.targets = targets
+    theirs = heads(store)
+    assert torch.equal(ours["text"], theirs["text"])
+    assert not torch.equal(ours["image"], theirs["image"])
+
+
 def test_staged_and_joint_differ_where_there_is_something_to_join(toy_store):
     store = toy_store()
     assert states(train_head(store, quick(scheme="staged"))) != states(train_head(store, quick()))
