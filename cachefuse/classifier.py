@@ -1,5 +1,6 @@
 """Heads as a scikit-learn classifier, for its cross-validation, its searches and its pipelines."""
 
+import copy
 import numbers
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -136,7 +137,9 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         device, loss = resolve_device(self.device), self.config_.resolve_loss(self._task)
         table = X.to_table(torch.zeros(len(X), len(self.thresholds_)), np.array([""] * len(X)))
         table = table.only(self.models_[0].widths).to(device)
-        scores = [predict_scores(model.to(device), table, torch.arange(len(X)), loss) for model in self.models_]
+        scores = [
+            predict_scores(copy.deepcopy(model).to(device), table, torch.arange(len(X)), loss) for model in self.models_
+        ]
         return np.stack(scores).mean(axis=0, dtype=np.float64).astype(np.float32)
 
     def predict(self, X: Any) -> np.ndarray:

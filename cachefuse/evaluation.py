@@ -12,9 +12,8 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError, RunError
 from cachefuse.fusion.gated import GatedFusion
-from cachefuse.metrics import bootstrap_intervals, decide, evaluation_metrics
-from cachefuse.training.loop import EVAL_ROWS
-from cachefuse.training.measure import HeldOut, choose_for, figures
+from cachefuse.metrics import bootstrap_intervals, evaluation_metrics
+from cachefuse.training.measure import HeldOut, figures
 from cachefuse.training.problem import TRAIN, VAL, Problem
 from cachefuse.training.run import Run, split_digest
 from cachefuse.training.used import StoreTables
@@ -76,7 +75,7 @@ def evaluate(
     gone = tuple(dict.fromkeys(without))
     if set(gone) >= set(run.features):
         raise ConfigError(f"run {run.name} reads {' and '.join(run.features)}; without them it has nothing to go by")
-    tables = StoreTables(run, store, device, gone)
+    tables = StoreTables([run], store, device, gone)
     manifest = run.manifest
     problem = Problem(
         name=store.dataset,
@@ -96,7 +95,7 @@ def evaluate(
         caution = _caution(run, split, changed)
         scores = run.scores(tables, rows)
         predictions = run.decide(scores)
-    names = tuple(dict.fromkeys((*problem.metrics, *evaluation_metrics(run.task))))
+    names = tuple(dict.fromkeys((*problem.metrics, *evaluation_metrics(run.task, len(run.classes)))))
     result = figures(replace(problem, metrics=names), rows, scores, predictions)
     targets, intervals = problem.targets(rows), {}
     if n_resamples:
@@ -136,16 +135,8 @@ def _held_out(
             f"samples or splits of {problem.name} changed since run {run.name} was trained (rows were added, say), so "
             f"its rows held out can't be told any more; train again, or name a --split: {', '.join(problem.splits)}"
         )
-    if tables is None:
-        return held.scores, held.predictions(problem, run.config)
-    scores = run.held_out_scores(tables)
-    predictions = np.zeros(scores.shape, bool)
-    for part in np.unique(held.parts):
-        mine = held.parts == part
-        others = HeldOut(held.split, held.rows[~mine], held.parts[~mine], held.scores[~mine])
-        thresholds = choose_for(problem, run.config, others)
-        predictions[mine] = decide(scores[mine], problem.task, thresholds, problem.min_labels)
-    return scores, predictions
+    scores = held.scores if tables is None else run.held_out_scores(tables)
+    return scores, held.predictions(problem, run.config, scores)
 
 
 def _labelled(run: Run, store: FeatureStore, problem: Problem, split: str | None) -> tuple[str, Tensor]:
@@ -180,8 +171,7 @@ def _gates(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]
         table = tables(member)
         model = member.model.to(table.targets.device)
         parts = []
-        for part in rows.to(table.targets.device).split(EVAL_ROWS):
-            features, present = table.batch(part)
+        for features, present in table.pieces(rows.to(table.targets.device)):
             parts.append(model.fusion.weights({m: model.standardize[m](features[m]) for m in model.widths}, present))
         weights = torch.cat(parts).double().cpu().numpy()  # (n, M)
         for m, modality in enumerate(model.widths):

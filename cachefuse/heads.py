@@ -13,7 +13,7 @@ from cachefuse.cache.rows import Columns, TokenWidth
 from cachefuse.errors import ConfigError
 from cachefuse.registry import ACTIVATIONS, lookup
 
-FIT_ROWS = 4096  # rows converted to float64 at a time: tens of MB at the usual widths
+FIT_ROWS, FIT_FLOATS = 4096, 2**24  # converted to float64 at a time, at most: 128 MB
 
 
 class Linear(nn.Linear):
@@ -170,8 +170,8 @@ class Dropout(nn.Dropout):
 class Standardize(nn.Module):
     """Features to mean 0 and standard deviation 1 in each dimension: (B, D) in any float dtype to (B, D) float32.
 
-    The identity until ``fit``. A dead dimension, one that varies by no more than half a float16 step at its mean, has
-    nothing to tell but rounding: its scale is 0, and so is every value that comes out of it.
+    The identity until ``fit``. A dead dimension, one that varies by no more than half a step of its dtype at its mean,
+    has nothing to tell but rounding: its scale is 0, and so is every value that comes out of it.
     """
 
     mean: Tensor
@@ -193,9 +193,12 @@ class Standardize(nn.Module):
         if not count:
             raise ConfigError("features to standardise have no rows")
         rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows.to(x.device)
-        chunks = (x.index_select(0, part) for part in rows.split(FIT_ROWS))
+        at_once = max(1, min(FIT_ROWS, FIT_FLOATS // x.shape[1]))
+        chunks = (x.index_select(0, part) for part in rows.split(at_once))
         total, squares = self.mean.new_zeros((2, len(self.mean)), dtype=torch.float64)
+        precision = torch.finfo(torch.float32).eps
         for chunk in chunks:
+            precision = max(precision, torch.finfo(chunk.dtype).eps)
             values = chunk.to(total)
             total += values.sum(0)
             squares += values.square().sum(0)
@@ -203,9 +206,9 @@ class Standardize(nn.Module):
             bad = int((~squares.isfinite()).nonzero()[0])
             raise ConfigError(f"features to standardise must be finite; dimension {bad} of {len(squares)} is not")
         mean = total / count
-        # The difference cancels at most 7 of float64's 16 digits in a dimension that is not dead.
+        # The difference cancels at most 14 of float64's 16 digits in a dimension that is not dead.
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
-        half_a_step = mean.abs().clamp(min=torch.finfo(torch.float16).tiny) * (torch.finfo(torch.float16).eps / 2)
+        half_a_step = mean.abs().clamp(min=torch.finfo(torch.float16).tiny) * (precision / 2)
         self.mean.copy_(mean)
         self.scale.copy_(torch.where(std > half_a_step, 1 / std, 0))
         return self

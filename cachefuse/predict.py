@@ -47,7 +47,7 @@ def predict_split(run: Run, store: FeatureStore, split: str | None = None, *, de
     By default those of the splits that have no labels at all; else those without labels; else the test split.
     Raises RunError if the run was trained on another store, DataError if there are no such rows.
     """
-    tables = StoreTables(run, store, device)
+    tables = StoreTables([run], store, device)
     rows = _rows_to_predict(store, split)
     return _predict(run, tables, rows, [store.ids[row] for row in rows])
 

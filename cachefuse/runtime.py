@@ -5,6 +5,7 @@ import math
 import os
 import random
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cachefuse.errors import ConfigError
+
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # cgroup 2, 1
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,18 @@ def n_threads() -> int:
 
 
 def total_memory() -> int:
-    """Return the machine's bytes of memory."""
+    """Return the bytes of memory of the machine, or of the container that this runs in."""
+    return min([_machine_memory(), *map(_limit, MEMORY_LIMITS)])
+
+
+def _limit(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # there is none: no such file, or "max"
+        return sys.maxsize
+
+
+def _machine_memory() -> int:
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 16 << 30  # on Windows, where Python can't tell, what laptops have

@@ -20,6 +20,7 @@ def write_submission(
     Rows stand in the order of the test file, or of ``sample_submission`` if one is given. Raises SubmissionError, and
     writes nothing, if an id occurs twice, a row has too few labels, or the rows are not those of the sample.
     """
+    check_target(path)
     columns = manifest.submission
     rows = {sample: predictions.names(i) for i, sample in enumerate(predictions.ids)}
     _check(predictions, manifest)
@@ -30,12 +31,16 @@ def write_submission(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([columns.id, columns.labels])
     writer.writerows([sample, columns.separator.join(rows[sample])] for sample in order)
+    write_atomically(path, text.getvalue().encode("utf-8"))
+    return path
+
+
+def check_target(path: Path) -> None:
+    """Raise SubmissionError if no file can be written there: better before hours of encoding than after."""
     if path.is_dir():
         raise SubmissionError(f"can't write {path}: it is a folder")
     if not path.parent.is_dir():
         raise SubmissionError(f"can't write {path}: there is no folder {path.parent}")
-    write_atomically(path, text.getvalue().encode("utf-8"))
-    return path
 
 
 def _check(predictions: Predictions, manifest: Manifest) -> None:

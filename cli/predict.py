@@ -53,7 +53,7 @@ def predict(
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading the run"):
             from cachefuse.runtime import Workspace as WorkspacePaths
-            from cachefuse.submission import write_submission
+            from cachefuse.submission import check_target, write_submission
             from cachefuse.training.run import Run
             from cachefuse.training.run_files import find_run
 
@@ -64,8 +64,9 @@ def predict(
             predictions = _predict_one(opened, image, text, device)
             render.prediction(predictions, as_json=json)
             return
-        predictions = _predict_many(opened, paths.store(opened.dataset), input, split, device)
         target = output or (SUBMISSION if input is None else PREDICTIONS)
+        check_target(target)
+        predictions = _predict_many(opened, paths.store(opened.dataset), input, split, device)
         written = write_submission(predictions, opened.manifest, target, sample_submission)
     if json:
         render.print_json({"run": opened.name, "rows": len(predictions.ids), "output": str(written)})

@@ -81,7 +81,7 @@ def test_against_metrics_of_rows_drawn_again(task, level):
 @pytest.mark.parametrize("chunk", [1, 90, 1000])
 def test_chunks_make_no_difference(monkeypatch, chunk):
     data = made()
-    names = evaluation_metrics("multilabel")
+    names = evaluation_metrics("multilabel", 7)
     expected = bootstrap_intervals(*data, names, n_resamples=65)
     monkeypatch.setattr(cachefuse.metrics, "CHUNK", chunk)
     for name, interval in bootstrap_intervals(*data, names, n_resamples=65).items():

@@ -148,7 +148,7 @@ def test_every_figure_equals_scikit_learns(task, request):
     run = train_head(data.store, replace(QUICK, epochs=30, members=2))
     found = evaluate(run, data.store, "train", n_resamples=0)
     rows = data.labelled("train")
-    y, scores = data.hot[rows], run.scores(StoreTables(run, data.store), torch.from_numpy(rows))
+    y, scores = data.hot[rows], run.scores(StoreTables([run], data.store), torch.from_numpy(rows))
     decided = scores >= run.thresholds if task == "multilabel" else np.eye(CLASSES, dtype=bool)[scores.argmax(1)]
     assert y.any(axis=0).all()
     expected = {
@@ -201,7 +201,7 @@ def test_a_sum_without_the_image_equals_the_text_head_alone(settings, data):
     for member in run.members:
         blind = run.held.parts == member.fold if "folds" in settings else np.ones(len(scores), bool)
         scores[blind] = text_alone(run, member, data, run.held.rows[blind])
-    np.testing.assert_array_equal(run.held_out_scores(StoreTables(run, data.store, without=["image"])), scores)
+    np.testing.assert_array_equal(run.held_out_scores(StoreTables([run], data.store, without=["image"])), scores)
     found = evaluate(run, data.store, without=["image"], n_resamples=0)
     y = data.hot[run.held.rows]
     assert found.without == ("image",)
@@ -215,7 +215,7 @@ def test_without_a_modality_thresholds_stay_those_chosen_with_it(kind, data):
     """As in use: what decides was chosen before the modality went missing, and on other rows."""
     run = train_head(data.store, replace(QUICK, folds=3, epochs=20, thresholds=kind))
     y, held = data.hot[run.held.rows], run.held
-    scores = run.held_out_scores(StoreTables(run, data.store, without=["text"]))
+    scores = run.held_out_scores(StoreTables([run], data.store, without=["text"]))
     decided = np.zeros(y.shape, bool)
     for fold in range(3):
         mine = held.parts == fold
@@ -226,14 +226,28 @@ def test_without_a_modality_thresholds_stay_those_chosen_with_it(kind, data):
     assert found.metrics["macro_f1"] == pytest.approx(f1_score(y, decided, average="macro", zero_division=0))
 
 
+@pytest.mark.parametrize("kind", ["auto", "global"])
+def test_two_rows_held_out_are_enough_to_leave_a_modality_out(kind, tmp_path):
+    data = Data(tmp_path / "made.zarr")
+    data.store.splits = np.where(data.store.splits == "val", "dev", data.store.splits)
+    data.store.splits[[70, 71]] = "val"
+    run = train_head(data.store, replace(QUICK, patience=0, thresholds=kind))
+    scores = run.held_out_scores(StoreTables([run], data.store, without=["text"]))
+    chosen = [
+        choose_thresholds(data.hot[[row]], run.held.scores[[i]], "micro_f1", False) for i, row in ((1, 71), (0, 70))
+    ]
+    found = evaluate(run, data.store, without=["text"], n_resamples=0)
+    assert found.metrics["micro_f1"] == f1_score(data.hot[[70, 71]], scores >= np.array(chosen), average="micro")
+
+
 def test_without_nothing_its_own_scores_come_out_again(data):
     run = train_head(data.store, replace(QUICK, folds=3, members=2))
-    np.testing.assert_allclose(run.held_out_scores(StoreTables(run, data.store)), run.held.scores, atol=1e-6)
+    np.testing.assert_allclose(run.held_out_scores(StoreTables([run], data.store)), run.held.scores, atol=1e-6)
 
 
 def test_a_multi_class_run_without_a_modality(multiclass):
     run = train_head(multiclass.store, QUICK)
-    scores = run.held_out_scores(StoreTables(run, multiclass.store, without=["text"]))
+    scores = run.held_out_scores(StoreTables([run], multiclass.store, without=["text"]))
     found = evaluate(run, multiclass.store, without=["text"], n_resamples=0)
     assert found.metrics["accuracy"] == accuracy_score(multiclass.hot[run.held.rows].argmax(1), scores.argmax(1))
 
@@ -244,7 +258,7 @@ def test_another_labelled_split_is_decided_as_predict_does(without, data):
     found = evaluate(run, data.store, "dev", without=without, n_resamples=0)
     rows = data.labelled("dev")
     if without:
-        labels = run.decide(run.scores(StoreTables(run, data.store, without=without), torch.from_numpy(rows)))
+        labels = run.decide(run.scores(StoreTables([run], data.store, without=without), torch.from_numpy(rows)))
     else:
         labels = predict_split(run, data.store, "dev").labels
     assert (found.split, found.n_rows, found.caution) == ("dev", 20, None)
@@ -263,7 +277,7 @@ def test_intervals_are_the_bootstraps(data):
         run, data.store, "dev", n_resamples=200, seed=3, on_progress=lambda *progress: heard.append(progress)
     )
     predicted = predict_split(run, data.store, "dev")
-    names = evaluation_metrics("multilabel")
+    names = evaluation_metrics("multilabel", CLASSES)
     y = data.hot[data.labelled("dev")]
     assert found.intervals == bootstrap_intervals(y, predicted.scores, predicted.labels, names, 200, 3)
     assert all(low <= found.metrics[name] <= high for name, (low, high) in found.intervals.items() if "cal" not in name)
@@ -279,7 +293,7 @@ def test_the_datasets_own_metrics_come_first(tmp_path):
     run = train_head(data.store, replace(QUICK, folds=3))
     found = evaluate(run, data.store, n_resamples=10)
     assert list(found.metrics)[:3] == ["accuracy", "macro_ap", "micro_f1"]
-    assert sorted(found.metrics) == sorted({"accuracy", *evaluation_metrics("multilabel")})
+    assert sorted(found.metrics) == sorted({"accuracy", *evaluation_metrics("multilabel", CLASSES)})
     assert list(found.intervals) == list(found.metrics)
     assert {name: found.metrics[name] for name in ("accuracy", "macro_ap")} == run.results["oof"].metrics
 

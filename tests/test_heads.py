@@ -186,6 +186,13 @@ class TestStandardize:
             x[:flips] = next_up
             assert Standardize(1).fit(x)(x).count_nonzero() == 0
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_what_float16_could_not_tell_apart_is_alive_in_a_wider_type(self, dtype):
+        years = torch.tensor([[2008.0], [2009.0], [2010.0]], dtype=dtype)
+        assert Standardize(1).fit(years)(years).std(correction=0).item() == pytest.approx(1, rel=1e-4)
+        near = torch.tensor([[1.0], [1 + 1e-6]], dtype=dtype)
+        assert Standardize(1).fit(near)(near).std(correction=0).item() == pytest.approx(1, rel=1e-2)
+
     def test_a_small_dimension_is_alive(self):
         x = torch.tensor([[1e-4], [-1e-4], [3e-4]]).half()
         assert Standardize(1).fit(x)(x).std(correction=0).item() == pytest.approx(1, rel=1e-3)

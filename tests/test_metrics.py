@@ -210,16 +210,21 @@ def test_lower_is_better_names_metrics():
 
 @pytest.mark.parametrize("task", TASKS)
 def test_evaluation_metrics_have_values(task):
-    names = evaluation_metrics(task)
+    names = evaluation_metrics(task, 7)
     assert len(set(names)) == len(names)
     assert not any(math.isnan(METRICS[name](*some(task=task))) for name in names)
     assert ("exact_match" in names) == (task == "multilabel")
     assert ("accuracy" in names) == (task == "multiclass")
 
 
+def test_top5_is_shown_where_it_can_tell_something():
+    assert "top5_accuracy" in evaluation_metrics("multiclass", 6)
+    assert "top5_accuracy" not in evaluation_metrics("multiclass", 5)
+
+
 def test_evaluation_metrics_of_another_task():
     with pytest.raises(ConfigError, match=r"'multiclass' or 'multilabel' to evaluate\. Got 'retrieval' instead\.$"):
-        evaluation_metrics("retrieval")
+        evaluation_metrics("retrieval", 7)
 
 
 @pytest.mark.parametrize("measure", [METRICS["macro_f1"], METRICS["macro_f1"].weighted, per_class])

@@ -112,6 +112,12 @@ class FeatureStore:
         """(N, C) int8 for multi-label, (N,) int32 for multi-class; -1 where unlabelled."""
         return self._column("target")
 
+    @cached_property
+    def digests(self) -> np.ndarray:
+        """(N,) strings: each sample's digest of its content, empty in a store that has none."""
+        known = "digest" in read_about(self.path)["columns"]
+        return self._column("digest") if known else np.full(len(self), "")
+
     @property
     def dataset(self) -> str:
         return str(self._meta["dataset"])

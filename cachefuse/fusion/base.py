@@ -40,6 +40,12 @@ class Fusion(nn.Module):
         return {}
 
 
+def joint_width(widths: Mapping[str, int]) -> int:
+    """Return the width of what ``join`` makes of features; that of one modality alone, which may know its tokens."""
+    first, *others = widths.values()
+    return first + sum(others) if others else first
+
+
 def join(features: Mapping[str, Tensor], present: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
     """Return [x_1; ...; x_M] of the named modalities, (B, D_1 + ... + D_M), with absent rows of each set to 0."""
     first, *others = [zero_absent(features[m], present[m]) for m in names]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, join, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder, join, joint_width, zero_absent
 from cachefuse.fusion.late import HeadAlone
 
 
@@ -19,7 +19,7 @@ class GatedFusion(Fusion):
     def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
         super().__init__(widths, classes, head)
         self.heads = nn.ModuleDict({modality: head(width, classes) for modality, width in self.widths.items()})
-        self.gate = nn.Linear(sum(self.widths.values()), len(self.widths))
+        self.gate = nn.Linear(joint_width(self.widths), len(self.widths))
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
 

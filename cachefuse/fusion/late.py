@@ -7,7 +7,7 @@ they arrive standardised, and where a head of its own reads them, that head's lo
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, join, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder, join, joint_width, zero_absent
 
 
 class ConcatFusion(Fusion):
@@ -17,8 +17,7 @@ class ConcatFusion(Fusion):
 
     def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
         super().__init__(widths, classes, head)
-        first, *others = self.widths.values()
-        self.head = head(first + sum(others) if others else first, classes)  # one alone may know its tokens
+        self.head = head(joint_width(self.widths), classes)
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         return self.head(join(features, present, self.widths))
@@ -84,10 +83,10 @@ class MixedFusion(SumFusion):
 
     def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
         super().__init__(widths, classes, head)
-        self.concat = head(sum(self.widths.values()), classes)
+        self.concat = head(joint_width(self.widths), classes)
 
     def alone(self) -> dict[str, nn.Module]:
         return {**super().alone(), "concat": HeadAlone(self.concat, self.widths)}
 
     def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.concat(torch.cat([x[m] for m in self.widths], dim=-1)) + super().total(x, present)
+        return self.concat(join(x, present, self.widths)) + super().total(x, present)

@@ -13,6 +13,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.metrics.base import Metric, checked, divide
 from cachefuse.metrics.calibration import calibration_error, top_calibration_error
 from cachefuse.metrics.decisions import (
+    TOP,
     accuracy,
     class_counts,
     decide,
@@ -72,11 +73,12 @@ def main_metric(names: Sequence[str]) -> str:
     return next((name for name in names if name not in LOWER_IS_BETTER), "accuracy")
 
 
-def evaluation_metrics(task: str) -> tuple[str, ...]:
+def evaluation_metrics(task: str, n_classes: int) -> tuple[str, ...]:
     """Return the names of the metrics that an evaluation shows, in order. Raises ConfigError for another task."""
     if task not in EVALUATION_METRICS:
         raise ConfigError(f"task must be 'multiclass' or 'multilabel' to evaluate. Got {task!r} instead.")
-    return EVALUATION_METRICS[task]
+    idle = {"top5_accuracy"} if n_classes <= TOP else set()  # it is always 1
+    return tuple(name for name in EVALUATION_METRICS[task] if name not in idle)
 
 
 def per_class(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,6 +1,5 @@
 """Where a run comes from: its settings, features and versions, and the commands that make it and use it."""
 
-import json
 import shlex
 from dataclasses import fields
 from typing import Any
@@ -8,13 +7,13 @@ from typing import Any
 from cachefuse.runtime import format_bytes
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.run import Run
+from cachefuse.training.run_files import read_json
 
 
 def train_command(run: Run) -> str:
     """Return the command that trains the same run again; of an ensemble, the one that joins its sources."""
     if run.sources:
-        chosen = ["--thresholds", run.config.thresholds] if run.held is not None else []
-        return shlex.join(["cachefuse", "ensemble", *run.sources, *chosen])
+        return shlex.join(["cachefuse", "ensemble", *run.sources, "--thresholds", run.config.thresholds])
     words = ["cachefuse", "train-head", "--dataset", run.dataset]
     for encoder in dict.fromkeys(used.encoder for group in run.features.values() for used in group):
         words += ["--encoder", encoder]
@@ -60,7 +59,7 @@ def _versions(run: Run) -> dict[str, str]:
     """Return the versions that a saved run was made with."""
     if run.path is None:
         return {}
-    versions = json.loads((run.path / "run.json").read_bytes()).get("versions", {})
+    versions = read_json(run.path / "run.json").get("versions", {})
     return versions if isinstance(versions, dict) else {}
 
 

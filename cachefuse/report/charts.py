@@ -117,7 +117,7 @@ def ticks(low: float, high: float, whole: bool = False, outward: bool = False, m
 
 
 def text(value: float) -> str:
-    return f"{value:.5g}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e5 else f"{value:.0e}"
+    return f"{value:.5g}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.5g}"
 
 
 def _span(values: np.ndarray) -> tuple[float, float]:

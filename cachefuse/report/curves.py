@@ -6,7 +6,7 @@ import numpy as np
 
 from cachefuse.evaluation import Evaluation
 from cachefuse.report.charts import MAIN, SECOND, THIN, Chart, Line, line_chart, path
-from cachefuse.report.words import long_title
+from cachefuse.report.words import cut, long_title
 from cachefuse.training.loop import History
 from cachefuse.training.run import Run
 
@@ -17,12 +17,11 @@ MAX_STEPS = 200  # of one such curve
 
 @dataclass(frozen=True)
 class ClassCurve:
-    """A class's precision-recall curve in a box of 100 by 100, beside its average precision and support."""
+    """A class's precision-recall curve in a box of 100 by 100, beside its average precision."""
 
     name: str
     path: str
     ap: float
-    support: int
 
 
 def training_charts(run: Run) -> list[Chart]:
@@ -32,7 +31,7 @@ def training_charts(run: Run) -> list[Chart]:
         return []
     losses, monitors = ({getattr(member.config, name) for member in run.members} for name in ("loss", "monitor"))
     loss = losses.pop() if len(losses) == 1 else "loss"
-    metric = long_title(monitors.pop() or run.manifest.reported_metrics[0]) if len(monitors) == 1 else "score"
+    metric = long_title(monitors.pop() or run.manifest.main_metric) if len(monitors) == 1 else "score"
     averaged = any(epoch.raw_score is not None for history in histories for epoch in history.epochs)
     kept = "averaged weights (EMA)" if averaged else "validation"
     charts = [
@@ -68,22 +67,21 @@ def precision_recall_chart(measured: Evaluation, classes: tuple[str, ...]) -> tu
     if not shown:
         return None, []
     by_class = {c: precision_recall(targets[:, c], scores[:, c]) for c in shown}
-    lines = [Line(THIN, *by_class[c], title=classes[c]) for c in shown if len(classes) > 1]
-    lines.append(Line(MAIN, *precision_recall(targets.ravel(), scores.ravel()), title="all labels together"))
+    several = len(classes) > 1
+    lines = [Line(THIN, *by_class[c], title=classes[c]) for c in shown if several]
+    together = "all labels together" if several else cut(classes[0])
+    lines.append(Line(MAIN, *precision_recall(targets.ravel(), scores.ravel()), title=together))
     chart = line_chart(
         lines,
-        title="All labels together" if len(classes) > 1 else classes[0],
-        about="Precision over recall of all labels together, and of each class.",
+        title="All labels together" if several else cut(classes[0]),
+        about=f"Precision over recall{' of all labels together, and of each class' if several else ''}.",
         x_label="recall",
         y_label="precision",
-        legend=[(MAIN, "all labels together")] + [(THIN, "one class each")] * (len(classes) > 1),
+        legend=[(MAIN, "all labels together"), (THIN, "one class each")] if several else [],
         unit=True,
     )
     ap = measured.per_class["ap"]
-    each = [
-        ClassCurve(classes[c], path(100 * by_class[c][0], 100 - 100 * by_class[c][1]), ap[c], int(support[c]))
-        for c in shown
-    ]
+    each = [ClassCurve(classes[c], path(100 * by_class[c][0], 100 - 100 * by_class[c][1]), ap[c]) for c in shown]
     return chart, each
 
 

@@ -70,11 +70,12 @@ def report_html(
         "ablations": without,
         "why_not": why_not,
         "metrics": run.manifest.reported_metrics,
-        "warnings": _warnings(measured),
+        "warnings": _warnings(run, measured),
         "together": tables.cooccurrence(labelled > 0, run.classes) if several else None,
         "n_labelled": len(labelled),
         "splits_note": words.splits_note(run),
         "has_thresholds": not multiclass,
+        "thresholds_note": words.thresholds_note(run),
         "charts": training_charts(run),
         "training_note": words.training_note(run, MAX_MODELS) if run.histories else "",
         "facts": about.provenance(run),
@@ -128,11 +129,8 @@ def _classes_on_last_split(run: Run) -> dict[str, Any]:
     return {"classes": figures, "rows": f"{result.n_rows:,} {split} rows"}
 
 
-def _warnings(measured: Evaluation | None) -> list[str]:
+def _warnings(run: Run, measured: Evaluation | None) -> list[str]:
     if measured is None:
-        return [
-            "This run held out no rows, so nothing here says how good it is on new ones. Train with --folds 5, or name "
-            "a labelled split that it has not seen by --split."
-        ]
+        return [words.nothing_held_out(run)]
     caution = measured.caution
     return [f"{caution[:1].upper()}{caution[1:]}."] if caution else []

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cachefuse.registry import metric_title
+from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL
+from cachefuse.training.thresholds import HALF
 
 if TYPE_CHECKING:
     from cachefuse.evaluation import Evaluation
@@ -14,12 +16,10 @@ if TYPE_CHECKING:
 LONG_TITLES = {
     "calibration_error": "calibration error",
     "recall_at_p90": "recall at 90% precision",
-    "top_calibration_error": "calibration error",
+    "top_calibration_error": "calibration error of the highest score",
 }
 MAX_NAME = 80
 UNDEFINED, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
-OUT_OF_FOLD, VAL = "oof", "val"
-HALF = 0.5  # the threshold where none is chosen
 
 
 def long_title(name: str) -> str:
@@ -97,8 +97,31 @@ def splits_note(run: "Run") -> str:
         return f"oof, out of fold, is train and val: each part is judged by models trained on the others{decided}."
     if VAL in run.results:
         stopped = ", but says when training stops" if run.config.patience else ""
-        return f"val is not trained on{stopped}{'; each part of it is' + decided[5:] if chosen else ''}."
-    return "The models were trained on train."
+        parts = "; each part of it is" + decided.removeprefix(", and") if chosen else ""
+        since = " The models that predict were trained on it after that." if run.config.refit else ""
+        return f"val is not trained on{stopped}{parts}.{since}"
+    whole = any(member.config.folds or member.config.refit for member in run.members)
+    return f"The models were trained on {'train and val' if whole else 'train'}."
+
+
+def thresholds_note(run: "Run") -> str:
+    """Say how scores become labels."""
+    least = run.manifest.min_labels
+    others = ", where it was held out one that other rows chose" if run.held and (run.thresholds != HALF).any() else ""
+    fewest = f", and a row gets its {least} highest in any case" if least else ""
+    return f"A label is given where its score reaches the threshold{others}{fewest}."
+
+
+def nothing_held_out(run: "Run") -> str:
+    """Say where to look, or what to do, for figures of rows that the run has not seen."""
+    new = [split for split in run.results if split not in (TRAIN, VAL)]
+    if new:
+        return f"This run held out no rows: only its figures on {' and '.join(new)} say how good it is on new ones."
+    advice = "Its runs held out different rows, or none" if run.sources else "Train with --folds 5"
+    return (
+        f"This run held out no rows, so nothing here says how good it is on new ones. {advice}; or name a labelled "
+        f"split that it has not seen by --split."
+    )
 
 
 def training_note(run: "Run", most: int) -> str:

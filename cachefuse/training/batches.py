@@ -24,6 +24,7 @@ SHARE_OF_MEMORY = 0.5  # that features may take before they count as too large f
 SHARE_AT_HAND = 1 / 16  # that a standardised copy may take, and a shuffled one besides; what is larger stays in files
 
 LOAD_ROWS = 4096  # brought into memory at a time
+PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # predicted at a time, at most
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class FeatureTable:
         at_once = max(1, SHUFFLE_BYTES * len(self.labelled) // (n_bytes * size))
         return block_shuffle(rows.cpu(), size, at_once, generator).to(rows.device)
 
+    def any_present(self, rows: Tensor) -> Tensor:
+        """Return which of some rows (n,) have any of the modalities, (n,) bool."""
+        return torch.stack([x[rows] for x in self.present.values()]).any(0)
+
     def only(self, modalities: Iterable[str]) -> "FeatureTable":
         """Return the same rows with some of their modalities."""
         names = list(modalities)
@@ -76,7 +81,7 @@ class FeatureTable:
 
     def at_hand(self, standardize: nn.ModuleDict) -> "FeatureTable | None":
         """Return the same rows standardised, float32, in memory; None if that would take much of it."""
-        n_bytes = 4 * sum(x.shape[0] * x.shape[1] for x in self.features.values())
+        n_bytes = 4 * sum(x.shape[0] * x.shape[1] for x in (self.targets, *self.features.values()))
         device = self.targets.device
         memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total_memory()
         if n_bytes > SHARE_AT_HAND * memory:
@@ -88,6 +93,12 @@ class FeatureTable:
             for part in torch.arange(x.shape[0], device=x.device).split(LOAD_ROWS):
                 features[modality][part[0] : part[-1] + 1] = apply(x.index_select(0, part).to(device))
         return replace(self, features=features)
+
+    def pieces(self, rows: Tensor) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Yield the batches of some rows (n,), in order, as many rows at a time as take little memory."""
+        width = sum(x.shape[1] for x in self.features.values())
+        for part in rows.split(max(1, min(PIECE_ROWS, PIECE_FLOATS // max(1, width)))):
+            yield self.batch(part)
 
     def to(self, device: str) -> "FeatureTable":
         """Return the same rows with their tensors on a device; there, features go along where it has room for them."""
@@ -225,8 +236,9 @@ class Batches:
 
     def _order(self) -> Tensor:
         if self.chances is not None:
-            drawn = torch.multinomial(self.chances, len(self.rows), replacement=True, generator=self.generator)
-            return self.rows[drawn.to(self.rows.device)]
+            shares = self.chances.cumsum(0)
+            places = torch.rand(len(self.rows), generator=self.generator, dtype=shares.dtype) * shares[-1]
+            return self.rows[torch.searchsorted(shares, places, right=True).to(self.rows.device)]
         return self.table.order(self.rows, self.generator) if self.size < len(self.rows) else self.rows
 
     def _slices(self) -> Iterator[slice]:
@@ -243,9 +255,9 @@ def balanced_chances(targets: Tensor) -> Tensor:
     Rows without labels count as a class of their own. In multi-class all classes are then drawn equally often.
     """
     hot = targets.cpu().bool()
-    blank = ~hot.any(1)
-    counts = hot.sum(0).clamp(min=1).double()
-    rarest = torch.where(hot, counts, torch.inf).amin(1)
+    counts = hot.sum(0).double()
+    rarest = torch.cat([torch.where(part, counts, torch.inf).amin(1) for part in hot.split(LOAD_ROWS)])
+    blank = rarest.isinf()
     return 1 / torch.where(blank, blank.sum().double(), rarest)
 
 

@@ -1,6 +1,7 @@
 """A run's model card: what it is, how good, on what it was trained, and how to use it; in Markdown."""
 
 import html
+import re
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -42,8 +43,9 @@ def model_card(run: "Run") -> str:
     if run.held is not None:
         unseen = {
             "oof": "`oof` is train and val, each row scored by a model that has not seen it.",
-            "val": "`val` was not trained on; where training stops early, it says when.",
+            "val": "`val` was not trained on by the models measured; where training stops early, it says when.",
         }.get(run.held.split, f"`{run.held.split}` was not trained on.")
+        unseen += " The models kept here were trained on all of it since." if config.refit else ""
         chosen = " Each row is decided on by thresholds chosen on other rows." if (run.thresholds != 0.5).any() else ""
         lines += ["", unseen + chosen]
     lines += ["", "## Features", ""]
@@ -60,14 +62,14 @@ def model_card(run: "Run") -> str:
     lines += _table(
         ["class", "a score must reach"],
         [
-            [_plain(name), "the highest" if run.task == "multiclass" else f"{threshold:.4f}"]
+            [_plain(name), _threshold(run, threshold)]
             for name, threshold in list(zip(run.classes, run.thresholds, strict=True))[:MOST_CLASSES]
         ],
     )
     if len(run.classes) > MOST_CLASSES:
         lines += ["", f"and {len(run.classes) - MOST_CLASSES:,} more, in `run.json`"]
     if not run.sources:
-        settings = {name: value for name, value in config.to_dict().items() if value not in (None, {}, 0, 0.0, "none")}
+        settings = {name: value for name, value in config.to_dict().items() if value not in (None, {})}
         lines += ["", "## Settings", ""]
         lines += _table(["setting", "value"], [[name, _plain(str(value))] for name, value in settings.items()])
     lines += [
@@ -86,11 +88,18 @@ def model_card(run: "Run") -> str:
     return "\n".join(lines)
 
 
+def _threshold(run: "Run", threshold: float) -> str:
+    if run.task == "multiclass":
+        return "the highest"
+    return f"{threshold:.4f}" if threshold <= 1 else "more than 1: never predicted"
+
+
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
 
 
 def _plain(text: str) -> str:
-    """Return untrusted text as one line that is neither a cell's end nor HTML nor a link."""
+    """Return untrusted text as one line that is neither a cell's end nor HTML, a link, a mention or a formula."""
     escaped = html.escape(" ".join(text.split()), quote=False)
-    return "".join(f"\\{c}" if c in "|[]`*_\\" else c for c in escaped)
+    marked = "".join(f"\\{c}" if c in "|[]`*_\\~$" else c for c in escaped)
+    return re.sub(r"(?i)://|\bwww\.|@", lambda found: "".join(f"&#{ord(c)};" for c in found[0]), marked)

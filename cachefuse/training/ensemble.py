@@ -1,20 +1,18 @@
 """Several runs as one, whose scores are the mean of theirs."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError, RunError
-from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import FeatureTable
-from cachefuse.training.measure import HALF, HeldOut, choose_for, measure
+from cachefuse.training.measure import HeldOut, choose_for, measure
 from cachefuse.training.problem import Problem
-from cachefuse.training.run import Member, Run, split_digest
-from cachefuse.training.used import open_table
+from cachefuse.training.run import Run, split_digest
+from cachefuse.training.thresholds import HALF
+from cachefuse.training.used import StoreTables
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +29,13 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
     were not trained on this store; ConfigError for thresholds that can't be chosen.
     """
     _check_together(runs, store)
-    table_of = _load_tables(runs, store, device)
+    table_of, digest = StoreTables(runs, store, device), split_digest(store)
     members = [
         replace(member, weight=member.weight / sum(other.weight for other in run.members) / len(runs), fold=None)
         for run in runs
         for member in run.members
     ]
-    problem = Problem(
-        name=store.dataset,
-        table=table_of(members[0]),
-        classes=store.classes,
-        task=store.manifest.task,
-        metrics=store.manifest.reported_metrics,
-        min_labels=store.manifest.min_labels,
-    )
+    problem = Problem.of(store, table_of(members[0]))
     first = runs[0].config
     config = replace(
         first,
@@ -52,7 +43,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         folds=max(run.config.folds for run in runs),  # with refit, this tells which rows its models have seen
         refit=any(run.config.refit for run in runs),
     )
-    held = _mean_held_out(runs, store)
+    held = _mean_held_out(runs, digest)
     if held is not None:
         chosen = choose_for(problem, config, held)
     elif thresholds in ("global", "class"):
@@ -61,6 +52,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         chosen = np.full(len(problem.classes), HALF)
     else:
         chosen = np.mean([run.thresholds for run in runs], axis=0)
+        config = replace(config, thresholds="auto")
     joined = Run(
         name=f"{store.dataset}-ensemble",
         dataset=store.dataset,
@@ -71,7 +63,8 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         thresholds=chosen,
         histories=[history for run in runs for history in run.histories],
         held=held,
-        split_digest=split_digest(store),
+        # A run trained on other splits may have seen what is held out now: the ensemble then has, too.
+        split_digest=next((run.split_digest for run in runs if run.split_digest != digest), digest),
         sources=tuple(run.name for run in runs),
         seconds=sum(run.seconds for run in runs),
     )
@@ -98,30 +91,14 @@ def _check_together(runs: Sequence[Run], store: FeatureStore) -> None:
         raise RunError(f"the runs are of dataset {first.dataset}, and {store.path} holds features of {store.dataset}")
 
 
-def _load_tables(runs: Sequence[Run], store: FeatureStore, device: str) -> Callable[[Member], FeatureTable]:
-    """Return the table that each run's members read, by member; those that read the same share one."""
-    tables: dict[Any, FeatureTable] = {}
-    for run in runs:
-        for member in run.members:
-            if _reads(member) not in tables:
-                table = open_table(run, member.features, store)
-                tables[_reads(member)] = table.to(resolve_device(device))
-    return lambda member: tables[_reads(member)]
-
-
-def _reads(member: Member) -> tuple[Any, ...]:
-    return tuple(member.features.items())
-
-
-def _mean_held_out(runs: Sequence[Run], store: FeatureStore) -> HeldOut | None:
+def _mean_held_out(runs: Sequence[Run], digest: str) -> HeldOut | None:
     """Return the runs' mean scores of the rows held out; None, saying why, if those are not the same in all."""
-    digest = split_digest(store)
     found: list[HeldOut] = []
     for run in runs:
         if run.held is None:
             why = f"run {run.name} held out no rows"
         elif run.split_digest != digest:
-            why = f"samples or splits of {store.dataset} changed since run {run.name} was trained"
+            why = f"samples or splits of {run.dataset} changed since run {run.name} was trained"
         elif found and not np.array_equal(run.held.rows, found[0].rows):
             why = f"run {run.name} held out other rows ({run.held.split}) than run {runs[0].name} ({found[0].split})"
         else:

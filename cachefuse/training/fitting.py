@@ -39,10 +39,11 @@ class TrainingSet:
         at_hand = table.at_hand(model.standardize)
         return cls(at_hand or table, rows, table.targets[rows], model.standardize if at_hand is None else None)
 
-    def having(self, modalities: Iterable[str]) -> "TrainingSet":
-        """Return the rows that have any of some modalities."""
-        here = torch.stack([self.table.present[m][self.rows] for m in modalities]).any(0)
-        return replace(self, rows=self.rows[here], targets=self.targets[here])
+    def only(self, modalities: Iterable[str]) -> "TrainingSet":
+        """Return some of the modalities, and the rows that have any of them."""
+        table = self.table.only(modalities)
+        here = table.any_present(self.rows)
+        return replace(self, table=table, rows=self.rows[here], targets=self.targets[here])
 
     def reading(self, module: Any) -> nn.Module:
         """Return a fusion, or a head of one, as it takes the table's features."""
@@ -105,10 +106,13 @@ def fit_stages(
 
     A head alone learns from the rows that have what it reads.
     """
+    stages: dict[str, int] = {}
     for name, head in fusion.alone().items() if config.scheme == "staged" else ():
-        if train(name, head, data.having(head.widths)).interrupted:
+        alone = train(name, head, data.only(head.widths))
+        if alone.interrupted:
             raise KeyboardInterrupt
+        stages[name] = alone.best_epoch
         head.requires_grad_(False)
-    history = train("", fusion, data)
+    history = replace(train("", fusion, data), stages=stages)
     fusion.requires_grad_(True)
     return history

@@ -16,7 +16,6 @@ from cachefuse.errors import TrainingError
 from cachefuse.training.batches import Batches, FeatureTable, drop_modalities
 from cachefuse.training.ema import EMA
 
-EVAL_ROWS = 8192
 CHECKED_ROWS = 100_000  # of the training rows that what was learnt is measured on, however many there are
 KEPT_BYTES = 512 << 20  # of freed memory, that stay with the process
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # as malloc.h numbers them
@@ -40,11 +39,15 @@ class Epoch:
 
 @dataclass
 class History:
-    """All epochs, which of them the weights come from, and whether training was interrupted."""
+    """All epochs, which of them the weights come from, and whether training was interrupted.
+
+    ``stages`` are the best epochs of the heads that were trained alone before, by name.
+    """
 
     epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
     interrupted: bool = False
+    stages: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,8 @@ def fit(
             better = patience == 0 or epoch == 1 or _is_better(score, best_score)
             history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss, raw_score))
             if better:
-                history.best_epoch, best_score = epoch, score
                 best_state = {name: x.clone() for name, x in kept.state_dict().items()}
+                history.best_epoch, best_score = epoch, score
             on_epoch(history.epochs[-1])
             if patience and epoch - history.best_epoch >= patience:
                 break
@@ -198,7 +201,7 @@ def spread(rows: Tensor, most: int) -> Tensor:
 def predict_logits(model: nn.Module, table: FeatureTable, rows: Tensor) -> Tensor:
     """Return the logits (n, C) of some rows, float32, on the CPU. Raises TrainingError if any is not finite."""
     model.eval()
-    logits = torch.cat([model(*table.batch(part)).float().cpu() for part in rows.split(EVAL_ROWS)])
+    logits = torch.cat([model(*piece).float().cpu() for piece in table.pieces(rows)])
     if not logits.isfinite().all():
         raise TrainingError("the model's logits are not finite: its training diverged; take a lower lr")
     return logits

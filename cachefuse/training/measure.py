@@ -14,14 +14,13 @@ from cachefuse.metrics import METRICS, decide, per_class
 from cachefuse.training.batches import FeatureTable
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import CHECKED_ROWS, spread
-from cachefuse.training.problem import TRAIN, VAL, Problem
-from cachefuse.training.thresholds import THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
+from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL, Problem
+from cachefuse.training.thresholds import HALF, THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
 
 if TYPE_CHECKING:
     from cachefuse.training.run import Member, Run
 
 CROSSFIT_PARTS = 5  # of a validation split: each is decided on by thresholds chosen on the others
-HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,17 @@ class HeldOut:
         order = np.argsort(all_rows, kind="stable")
         return cls(split, all_rows[order], parts[order], all_scores[order])
 
-    def predictions(self, problem: Problem, config: TrainConfig) -> np.ndarray:
-        """Return the labels (n, C) bool that are decided on, each part by what was chosen on the others."""
+    def predictions(self, problem: Problem, config: TrainConfig, scores: np.ndarray | None = None) -> np.ndarray:
+        """Return the labels (n, C) bool that are decided on, each part by what was chosen on the others.
+
+        ``scores`` (n, C) of the same rows may take the place of its own once the thresholds are chosen.
+        """
+        scores = self.scores if scores is None else scores
         if not chooses(problem, config, len(self.rows)):
-            return decide(self.scores, problem.task, min_labels=problem.min_labels)
+            return decide(scores, problem.task, min_labels=problem.min_labels)
         targets = problem.targets(torch.from_numpy(self.rows))
         metric, per = _threshold_metric(problem, config), config.thresholds == "class"
-        return crossfit_decisions(targets, self.scores, self.parts, metric, per, problem.min_labels)
+        return crossfit_decisions(targets, self.scores, self.parts, metric, per, problem.min_labels, scores)
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ def measure(problem: Problem, run: "Run", table_of: Callable[["Member"], Feature
         rows = torch.from_numpy(run.held.rows)
         predictions = run.held.predictions(problem, run.config)
         results[run.held.split] = figures(problem, rows, run.held.scores, predictions)
-    order = {TRAIN: 0, VAL: 1, "oof": 1}
+    order = {TRAIN: 0, VAL: 1, OUT_OF_FOLD: 1}
     return dict(sorted(results.items(), key=lambda item: order.get(item[0], 2)))
 
 

@@ -20,6 +20,7 @@ from cachefuse.training.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 TRAIN, VAL = "train", "val"
+OUT_OF_FOLD = "oof"  # train and val together, each row measured by a model that has not seen it
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Problem:
     task: str
     metrics: tuple[str, ...]
     min_labels: int = 0
+
+    @classmethod
+    def of(cls, store: FeatureStore, table: FeatureTable) -> "Problem":
+        """Return what a store's dataset asks of a table of its features."""
+        about = store.manifest
+        return cls(store.dataset, table, store.classes, about.task, about.reported_metrics, about.min_labels)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -95,12 +102,4 @@ def open_problem(
     for modality in chosen.keys() - single.keys() if single else ():
         logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
     chosen = single or chosen
-    problem = Problem(
-        name=store.dataset,
-        table=load_table(store, chosen, view).to(resolve_device(device)),
-        classes=store.classes,
-        task=manifest.task,
-        metrics=manifest.reported_metrics,
-        min_labels=manifest.min_labels,
-    )
-    return problem, chosen
+    return Problem.of(store, load_table(store, chosen, view).to(resolve_device(device))), chosen

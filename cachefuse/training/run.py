@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from pydantic import TypeAdapter
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from cachefuse.cache.store import FeatureStore
@@ -161,7 +161,7 @@ class Run:
         return decide(scores, self.task, self.thresholds, self.manifest.min_labels)
 
     def save(self, runs: Path) -> Path:
-        """Write the run under ``runs`` in a new directory that is whole or not there at all."""
+        """Write the run under ``runs`` in a new directory that is whole or not there at all; its card comes last."""
         self.created = datetime.now(UTC).isoformat(timespec="milliseconds")
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=runs, prefix=".new-") as temporary:
@@ -172,10 +172,11 @@ class Run:
                 for i, member in enumerate(self.members)
                 for name, tensor in member.model.state_dict().items()
             }
-            save_file(tensors, folder / WEIGHTS)
+            write_atomically(folder / WEIGHTS, save(tensors))
             if self.held is not None:
                 arrays = {name: getattr(self.held, name) for name in HELD_ARRAYS}
-                safetensors.numpy.save_file(arrays, folder / HELD_OUT, {"split": self.held.split})
+                held = safetensors.numpy.save(arrays, {"split": self.held.split})
+                write_atomically(folder / HELD_OUT, held)
             histories = {"histories": [asdict(history) for history in self.histories]}
             write_atomically(folder / "history.json", to_json(histories).encode())
             write_atomically(folder / "run.json", to_json(self._to_dict()).encode())
@@ -239,7 +240,7 @@ class Run:
             members=members,
             thresholds=np.array(about.thresholds),
             histories=histories,
-            held=load_held_out(path / HELD_OUT, len(about.classes)),
+            held=load_held_out(path / HELD_OUT, len(about.classes), [member.fold for member in members]),
             split_digest=about.split_digest,
             results={split: Result(**result.model_dump()) for split, result in about.results.items()},
             sources=about.sources,
@@ -256,10 +257,10 @@ def build_model(config: TrainConfig, widths: Mapping[str, int], n_classes: int) 
 
 
 def split_digest(store: FeatureStore) -> str:
-    """Hash which id is in which split, so that two runs can tell whether they were measured on the same rows."""
+    """Hash which sample, by id and content, is in which split: whether two runs were measured on the same rows."""
     digest = hashlib.blake2b(digest_size=8)
-    for sample, split in zip(store.ids, store.splits, strict=True):
-        digest.update(f"{sample}\0{split}\n".encode("utf-8", "surrogatepass"))
+    for row in zip(store.ids, store.splits, store.digests, strict=True):
+        digest.update(("\0".join(row) + "\n").encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import safetensors
-from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -17,11 +18,12 @@ from torch import nn
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
 from cachefuse.training.measure import HeldOut
+from cachefuse.training.problem import OUT_OF_FOLD, VAL
 from cachefuse.training.used import UsedByModality
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 WEIGHTS, HELD_OUT = "model.safetensors", "held_out.safetensors"
 FILES = ("run.json", "history.json", WEIGHTS)  # that every run has
 HELD_ARRAYS = ("rows", "parts", "scores")
@@ -39,7 +41,7 @@ class _Result(BaseModel):
 class _Member(BaseModel):
     config: dict[str, Any]
     features: UsedByModality
-    weight: float
+    weight: float = Field(gt=0, allow_inf_nan=False)
     fold: int | None
 
 
@@ -53,7 +55,7 @@ class Description(BaseModel):
     config: dict[str, Any]
     members: list[_Member]
     sources: tuple[str, ...]
-    thresholds: list[float]
+    thresholds: list[FiniteFloat]
     results: dict[str, _Result]
     split_digest: str
     seconds: float
@@ -116,7 +118,7 @@ def _summarize(path: Path) -> RunSummary:
     for name in FILES:
         if not (path / name).is_file():
             raise RunError(f"{path / name} is not there: {path} is not a whole run")
-    split = next((split for split in ("oof", "val") if split in about.results), None)
+    split = next((split for split in (OUT_OF_FOLD, VAL) if split in about.results), None)
     return RunSummary(
         name=path.name,
         path=path,
@@ -170,8 +172,11 @@ def describing(path: Path) -> Iterator[None]:
 def _check_shapes(about: Description) -> None:
     if len(about.thresholds) != len(about.classes):
         raise RunError(f"{len(about.thresholds)} thresholds for {len(about.classes)} classes")
-    if not about.members or not sum(member.weight for member in about.members) > 0:
+    if not about.members:
         raise RunError("members: there are none")
+    for split, result in about.results.items():
+        if any(len(values) != len(about.classes) for values in result.per_class.values()):
+            raise RunError(f"results.{split}.per_class: must have a figure for each of {len(about.classes)} classes")
 
 
 def load_weights(models: Sequence[nn.Module], path: Path) -> None:
@@ -191,17 +196,23 @@ def load_weights(models: Sequence[nn.Module], path: Path) -> None:
         raise RunError(f"{path}: the weights don't fit the run's settings: {reason}") from error
 
 
-def load_held_out(path: Path, n_classes: int) -> HeldOut | None:
-    """Return the scores of the rows held out, or None where none were. Raises RunError if they don't fit together."""
+def load_held_out(path: Path, n_classes: int, folds: Sequence[int | None]) -> HeldOut | None:
+    """Return the scores of the rows held out, or None where none were. ``folds`` are those of the run's members.
+
+    Raises RunError if they don't fit together.
+    """
     if not path.is_file():
         return None
     try:
         with safetensors.safe_open(path, "np") as file:
             split = (file.metadata() or {}).get("split", "")
             rows, parts, scores = (file.get_tensor(name) for name in HELD_ARRAYS)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, TypeError, ValueError) as error:
         raise RunError(f"{path}: can't be read: {error}") from error
-    whole = rows.dtype.kind == parts.dtype.kind == "i" and rows.min(initial=0) >= 0
-    if not whole or rows.ndim != 1 or rows.shape != parts.shape or scores.shape != (len(rows), n_classes):
+    kinds = rows.dtype, parts.dtype, scores.dtype
+    fit = rows.ndim == 1 and rows.shape == parts.shape and scores.shape == (len(rows), n_classes)
+    if not fit or kinds != (np.int64, np.int64, np.float32) or rows.min(initial=0) < 0 or not np.isfinite(scores).all():
         raise RunError(f"{path}: rows, parts and scores don't fit together, or the run's {n_classes} classes")
+    if not {fold for fold in folds if fold is not None} <= set(parts.tolist()):
+        raise RunError(f"{path}: it lacks the part of a fold that a model of run.json has not seen")
     return HeldOut(split, rows, parts, scores)

@@ -1,7 +1,7 @@
 """Models of one structure trained together: their weights lie in one tensor, their first layers are one GEMM.
 
 H heads that read the same batch are one matrix product with weights (H * C, D), which is far less work for a processor
-than H thin ones. Dropout aside, each model comes out as it would alone, but for rounding.
+than H thin ones. Each model comes out as it would alone, but for rounding.
 """
 
 import copy
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from cachefuse.errors import ConfigError, TrainingError
 from cachefuse.fusion.model import FusionModel
 from cachefuse.runtime import own_randomness
+from cachefuse.training.batches import PIECE_ROWS
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
 from cachefuse.training.loop import CHECKED_ROWS, DIVERGED, Epoch, History, check_learnt, predict_logits, spread
 from cachefuse.training.problem import Problem
+from cachefuse.training.run import build_model
 from cachefuse.training.train import Part
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -62,7 +64,20 @@ class StackedLayerNorm(nn.Module):
         return torch.addcmul(self.bias.unsqueeze(1), x, self.weight.unsqueeze(1))
 
 
-STACKED = {nn.Linear: StackedLinear, nn.LayerNorm: StackedLayerNorm}
+class StackedDropout(nn.Module):
+    """Dropout of (H, B, D) that drops the same values in all, as it would in each alone with the same seed."""
+
+    def __init__(self, layer: nn.Dropout, n: int):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.layer.p:
+            return x
+        return x * self.layer(torch.ones_like(x[0] if x.ndim == 3 else x))
+
+
+STACKED = {nn.Linear: StackedLinear, nn.LayerNorm: StackedLayerNorm, nn.Dropout: StackedDropout}
 
 
 def stack(models: Sequence[nn.Module]) -> nn.Module:
@@ -118,10 +133,12 @@ def shared_settings(config: TrainConfig, device: torch.device) -> TrainConfig | 
 
 def most_together(problem: Problem, config: TrainConfig, n_rows: int) -> int:
     """Return how many models can be trained together on so many rows without taking much memory."""
+    with torch.device("meta"):
+        n_weights = build_model(config, problem.widths, len(problem.classes)).n_parameters
     hidden = 0 if config.head == "linear" else sum(config.head_options()["layers"])
     classes = len(problem.classes)
-    checked, at_once = min(n_rows, CHECKED_ROWS), min(n_rows, config.rows_a_step or n_rows)
-    return max(1, MAX_FLOATS // max(checked * classes, at_once * (classes + hidden)))
+    checked, at_once = min(n_rows, CHECKED_ROWS), min(n_rows, max(config.rows_a_step or n_rows, PIECE_ROWS))
+    return max(1, MAX_FLOATS // max(checked * classes, at_once * (classes + hidden), n_weights))
 
 
 @own_randomness()
@@ -140,20 +157,20 @@ def train_together(problem: Problem, configs: Sequence[TrainConfig], part: Part)
     stacked, loss = stack([model.fusion for model in models]), StackedLoss(problem, ordered, data)
     diverged: dict[int, TrainingError] = {}
 
-    def train(stage: str, module: nn.Module, data: TrainingSet) -> History:
+    def train(stage: str, module: nn.Module, own: TrainingSet) -> History:
         epochs: list[Epoch] = []
         groups = parameter_groups(module, [_rates(config) for config in ordered])
         with suppress(TrainingError):  # of some of the models; of which is seen below
             fit_module(
-                ordered[0], data, RowsFirst(module), loss, groups, epochs=ordered[0].n_epochs, on_epoch=epochs.append
+                ordered[0], own, RowsFirst(module), loss, groups, epochs=ordered[0].n_epochs, on_epoch=epochs.append
             )
         if len(epochs) < ordered[0].n_epochs:
             raise KeyboardInterrupt
         unstack(stacked, [model.fusion for model in models])
-        for i in loss.suspects(data.reading(RowsFirst(module)), data):
-            own = models[i].fusion.alone()[stage] if stage else models[i].fusion
+        for i in loss.suspects(own.reading(RowsFirst(module)), own):
+            one = models[i].fusion.alone()[stage] if stage else models[i].fusion
             try:
-                check_learnt(data.reading(own), training_loss(problem, ordered[i], data), data.table, data.rows)
+                check_learnt(own.reading(one), training_loss(problem, ordered[i], data), own.table, own.rows)
             except TrainingError as error:
                 diverged.setdefault(i, error)
         return History(epochs)

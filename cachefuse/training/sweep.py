@@ -24,7 +24,7 @@ from cachefuse.runtime import to_json
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import predict_scores
 from cachefuse.training.measure import HeldOut, chooses
-from cachefuse.training.problem import TRAIN, VAL, Problem, open_problem
+from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL, Problem, open_problem
 from cachefuse.training.run import build_model, split_digest
 from cachefuse.training.stack import most_together, shared_settings, train_together
 from cachefuse.training.sweep_files import append_trials, only_sweep, read_trials, write_results
@@ -36,6 +36,7 @@ Outcome = tuple[HeldOut, float] | TrainingError  # what was said of the rows hel
 
 FIXED = {
     "seed": "seeds are given apart",
+    "folds": "all trials are to be measured on the same rows",
     "refit": "models trained on every row have none left to be measured on",
     "view": "a sweep reads its features once",
 }
@@ -147,7 +148,7 @@ def run_sweep(
             title=experiment.title or problem.name,
             fields=tuple(dict.fromkeys(name for own in settings for name in own)),
             metrics=metrics,
-            split="oof" if base.folds else VAL,
+            split=OUT_OF_FOLD if base.folds else VAL,
             n_rows=len(_held_rows(problem, base)),
             seeds=tuple(seeds),
             settings=tuple(
@@ -239,10 +240,10 @@ def _train_together(problem: Problem, configs: Sequence[TrainConfig]) -> list[Ou
                 if isinstance(model, TrainingError):
                     raise model
                 loss = configs[i].resolve_loss(problem.task)
-                scores[i].append(predict_scores(model, problem.table, part.held, loss))
+                scores[i].append(predict_scores(model, problem.table.only(model.widths), part.held, loss))
             except TrainingError as error:
                 diverged.setdefault(i, error)
-    split, rows = "oof" if configs[0].folds else VAL, [part.held for part in parts]
+    split, rows = OUT_OF_FOLD if configs[0].folds else VAL, [part.held for part in parts]
     outcomes: list[Outcome] = []
     for i, config in enumerate(configs):
         held = None if i in diverged else HeldOut.join(split, problem, rows, scores[i])
@@ -274,8 +275,9 @@ def _digest(store: FeatureStore, problem: Problem, used: UsedByModality, metrics
         "metrics": tuple(metrics),
     }
     digest = hashlib.blake2b(to_json(about).encode("utf-8", "surrogatepass"), digest_size=16)
-    for x in (problem.table.targets, *problem.table.present.values()):
-        digest.update(x.cpu().numpy().tobytes())
+    tensors = (problem.table.targets, *problem.table.present.values())
+    for x in (problem.table.labelled, *(tensor.cpu().numpy() for tensor in tensors)):
+        digest.update(x.tobytes())
     return digest.hexdigest()
 
 

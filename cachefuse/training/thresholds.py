@@ -9,6 +9,7 @@ from cachefuse.errors import ConfigError, DataError
 from cachefuse.metrics import decide
 from cachefuse.registry import lookup
 
+HALF = 0.5  # the threshold where none is chosen
 TIE = 1e-10  # values this close differ by rounding alone
 MAX_ROUNDS = 100
 
@@ -45,20 +46,28 @@ def choose_thresholds(
 
 
 def crossfit_decisions(
-    targets: np.ndarray, scores: np.ndarray, parts: np.ndarray, metric: str, per_class: bool, min_labels: int = 0
+    targets: np.ndarray,
+    scores: np.ndarray,
+    parts: np.ndarray,
+    metric: str,
+    per_class: bool,
+    min_labels: int = 0,
+    decided: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return predictions (N, C) bool: the rows of each part, by thresholds chosen on the rows of all the others.
 
-    Parts (N,) are fold numbers. A metric of these predictions never saw the rows that chose its thresholds. Raises as
-    ``choose_thresholds`` does, and ConfigError if parts are not one for each row.
+    Parts (N,) are fold numbers. A metric of these predictions never saw the rows that chose its thresholds. ``decided``
+    (N, C) are scores to decide on, where others than those thresholds are chosen by. Raises as ``choose_thresholds``
+    does, and ConfigError if parts are not one for each row.
     """
+    decided = scores if decided is None else decided
     if parts.shape != (len(scores),):
         raise ConfigError(f"parts must have shape (N,), here ({len(scores)},). Got {parts.shape} instead.")
     predictions = np.zeros(scores.shape, bool)
     for part in np.unique(parts):
         rows = parts == part
         thresholds = choose_thresholds(targets[~rows], scores[~rows], metric, per_class, min_labels)
-        predictions[rows] = decide(scores[rows], "multilabel", thresholds, min_labels)
+        predictions[rows] = decide(decided[rows], "multilabel", thresholds, min_labels)
     return predictions
 
 

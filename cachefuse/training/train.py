@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,12 +21,13 @@ from cachefuse.training.config import TrainConfig
 from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
 from cachefuse.training.loop import Epoch, History, Validation, predict_scores, to_scores
 from cachefuse.training.measure import HeldOut, choose_for, chooses, measure
-from cachefuse.training.problem import TRAIN, VAL, Problem, open_problem
+from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL, Problem, open_problem
 from cachefuse.training.run import Member, Run, build_model, split_digest
 from cachefuse.training.used import UsedByModality, used_features
 
 logger = logging.getLogger(__name__)
 
+MEMBER_STRIDE = 1000  # between the seeds of members, so that runs of neighbouring seeds share none
 STOP_PARTS = 10  # with folds, one in so many of the rows to train on says when to stop
 
 
@@ -131,30 +132,34 @@ def train_problem(
     parts = split_parts(problem, config)
     chooses(problem, config, sum(len(part.held) for part in parts))  # before hours of training, not after
     _warn_of_rare_classes(problem, parts)
-    seeds = [config.with_seed(config.seed + i) for i in range(config.members)]
+    seeds = [config.with_seed(config.seed + MEMBER_STRIDE * i) for i in range(config.members)]
     n_models = (len(parts) + config.refit) * len(seeds)
     members: list[tuple[TrainConfig, FusionModel, int | None]] = []
     histories, scores = [], []
     for fold, part in enumerate(parts):
         of_part = []
         for own in seeds:
-            tell = partial(_tell, on_progress, len(members) + 1, n_models, config.n_epochs)
+            tell = partial(_tell, on_progress, len(members) + 1, n_models, lambda stage: config.n_epochs)
             model, history = train_model(problem, own, part, on_epoch=tell)
             if history.interrupted and n_models > 1:
                 raise KeyboardInterrupt
             members.append((own, model, fold if config.folds else None))
             histories.append(history)
-            of_part.append(predict_scores(model, problem.table, part.held, own.resolve_loss(problem.task)))
+            table = problem.table.only(model.widths)
+            of_part.append(predict_scores(model, table, part.held, own.resolve_loss(problem.task)))
         scores.append(np.stack(of_part).mean(axis=0, dtype=np.float32))
-    held = HeldOut.join("oof" if config.folds else VAL, problem, [part.held for part in parts], scores)
+    held = HeldOut.join(OUT_OF_FOLD if config.folds else VAL, problem, [part.held for part in parts], scores)
     thresholds = choose_for(problem, config, held)
     if config.refit:
-        best = round(float(np.mean([history.best_epoch for history in histories])))
+        best = _mean_best_epochs(histories)
         everything = Part(problem.rows(TRAIN, VAL), *[torch.empty(0, dtype=torch.int64)] * 2)
         done, members = len(members), []
         for own in seeds:
-            tell = partial(_tell, on_progress, done + len(members) + 1, n_models, best)
-            members.append((own, train_model(problem, own, everything, epochs=best, on_epoch=tell)[0], None))
+            tell = partial(_tell, on_progress, done + len(members) + 1, n_models, best.__getitem__)
+            model, history = train_model(problem, own, everything, epochs=best, on_epoch=tell)
+            if history.interrupted:
+                raise KeyboardInterrupt
+            members.append((own, model, None))
     return Trained(members, histories, held, thresholds)
 
 
@@ -162,11 +167,13 @@ def split_parts(problem: Problem, config: TrainConfig) -> list[Part]:
     """Return the parts to train on: the dataset's own train and val, or K folds of both together.
 
     With folds, where an epoch is to be chosen, a tenth of the rows to train on is kept apart for that, so that the part
-    measured has no say in it.
+    measured has no say in it. Raises ConfigError if training is to stop early, and there are no rows to tell when.
     """
     train = problem.train_rows()
     if not config.folds:
         val = problem.rows(VAL)
+        if config.patience and not len(val):
+            raise ConfigError(f"{problem.name} has no labelled validation rows to stop early on; take --folds 5")
         return [Part(train, val, val)]
     rows = problem.rows(TRAIN, VAL)
     fold_of = torch.from_numpy(stratified_folds(problem.targets(rows), config.folds, config.seed))
@@ -187,28 +194,29 @@ def train_model(
     config: TrainConfig,
     part: Part,
     *,
-    epochs: int | None = None,
+    epochs: Mapping[str, int] | None = None,
     on_epoch: Callable[[str, Epoch], None] = lambda stage, epoch: None,
 ) -> tuple[FusionModel, History]:
-    """Train one model on a part's rows. ``epochs`` ends it at that one, for good, with the schedule of all."""
+    """Train one model on a part's rows. ``epochs`` ends each stage at that one, for good, with the schedule of all.
+
+    The stages are named as the heads that are trained alone, and "" is the whole.
+    """
     model = untrained_model(problem, config)
     data = TrainingSet.prepare(problem, model, part.train)
     loss = training_loss(problem, config, data)
-    validation = None
-    if len(part.validate):
-        name = config.monitor or problem.metric
-        score = partial(_score, problem, part.validate, name, config.resolve_loss(problem.task))
-        validation = Validation(part.validate.to(problem.device), score)
 
     def train(stage: str, module: Any, data: TrainingSet) -> History:
+        validate = part.validate.to(problem.device)
+        validate = validate[data.table.any_present(validate)] if stage else validate
+        score = partial(_score, problem, validate, config.monitor or problem.metric, config.resolve_loss(problem.task))
         return fit_module(
             config,
             data,
             module,
             loss,
             [parameter for parameter in module.parameters() if parameter.requires_grad],
-            epochs=epochs or config.n_epochs,
-            validation=validation,
+            epochs=epochs[stage] if epochs else config.n_epochs,
+            validation=Validation(validate, score) if len(validate) else None,
             patience=0 if epochs else config.patience,
             on_epoch=partial(on_epoch, stage),
         )
@@ -221,10 +229,21 @@ def _score(problem: Problem, rows: Tensor, metric: str, loss: str, logits: Tenso
     return METRICS[metric](problem.targets(rows), scores, decide(scores, problem.task, min_labels=problem.min_labels))
 
 
+def _mean_best_epochs(histories: Sequence[History]) -> dict[str, int]:
+    """Return the mean of the models' best epochs in each stage, by its name."""
+    best = [{"": history.best_epoch, **history.stages} for history in histories]
+    return {stage: round(float(np.mean([own[stage] for own in best]))) for stage in best[0]}
+
+
 def _tell(
-    on_progress: Callable[[Progress], None], model: int, n_models: int, n_epochs: int, stage: str, epoch: Epoch
+    on_progress: Callable[[Progress], None],
+    model: int,
+    n_models: int,
+    n_epochs: Callable[[str], int],
+    stage: str,
+    epoch: Epoch,
 ) -> None:
-    on_progress(Progress(model, n_models, stage, n_epochs, epoch))
+    on_progress(Progress(model, n_models, stage, n_epochs(stage), epoch))
 
 
 def _warn_of_rare_classes(problem: Problem, parts: Sequence[Part]) -> None:

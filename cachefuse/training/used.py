@@ -83,18 +83,24 @@ def match_features(run: "Run", used: UsedByModality, store: FeatureStore) -> dic
 
 
 class StoreTables:
-    """A store's features as a run's members read them; raises RunError if the run was trained on another store."""
+    """A store's features as runs' members read them; raises RunError if a run was trained on another store.
 
-    def __init__(self, run: "Run", store: FeatureStore, device: str = "auto", without: Collection[str] = ()) -> None:
-        """``without`` names modalities to take as absent; UnknownNameError for one that the run does not read."""
-        for modality in without:
-            lookup(run.features, modality, "modality")
+    Members that read the same share one table.
+    """
+
+    def __init__(
+        self, runs: "Sequence[Run]", store: FeatureStore, device: str = "auto", without: Collection[str] = ()
+    ) -> None:
+        """``without`` names modalities to take as absent; UnknownNameError for one that a run does not read."""
         self._tables: dict[Any, FeatureTable] = {}
-        for member in run.members:
-            if self._key(member) not in self._tables:
-                table = open_table(run, member.features, store)
-                gone = [modality for modality in table.present if modality in without]
-                self._tables[self._key(member)] = table.without(gone).to(resolve_device(device))
+        for run in runs:
+            for modality in without:
+                lookup(run.features, modality, "modality")
+            for member in run.members:
+                if self._key(member) not in self._tables:
+                    table = open_table(run, member.features, store)
+                    gone = [modality for modality in table.present if modality in without]
+                    self._tables[self._key(member)] = table.without(gone).to(resolve_device(device))
 
     def __call__(self, member: "Member") -> FeatureTable:
         return self._tables[self._key(member)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_curve
 
-from cachefuse.report.charts import MAIN, Line, line_chart, path, ticks
+from cachefuse.report.charts import MAIN, Line, line_chart, path, text, ticks
 from cachefuse.report.curves import precision_recall
 
 
@@ -34,7 +34,19 @@ def test_a_long_curve_is_thinned_and_keeps_its_ends():
 
 
 @pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.1, 0.9), (1, 12), (1, 5000), (-3.5, 1e-3), (0.95, 0.95001), (1e4, 1e6), (0, 1e-7)]
+    ("low", "high"),
+    [
+        (0, 1),
+        (1e5, 1.3e5),
+        (8e4, 2.2e5),
+        (0.1, 0.9),
+        (1, 12),
+        (1, 5000),
+        (-3.5, 1e-3),
+        (0.95, 0.95001),
+        (1e4, 1e6),
+        (0, 1e-7),
+    ],
 )
 @pytest.mark.parametrize("outward", [False, True])
 def test_ticks_are_round_even_and_few(low, high, outward):
@@ -50,6 +62,7 @@ def test_ticks_are_round_even_and_few(low, high, outward):
     else:
         assert low - slack <= found[0] <= found[-1] <= high + slack
     assert all(x == int(x) for x in ticks(1, high + 1, whole=True))
+    assert len({text(x) for x in found}) == len(found) or high - low < 1e-3
 
 
 def test_a_line_breaks_where_it_is_not_defined():

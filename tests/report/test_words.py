@@ -15,6 +15,7 @@ from cachefuse.training.train import train_head
         ({}, "val is not trained on, but says when training stops; each part of it is decided on by thresholds"),
         ({"patience": 0, "thresholds": "none"}, "val is not trained on."),
         ({"folds": 2, "thresholds": "none"}, "each part is judged by models trained on the others."),
+        ({"refit": True, "patience": 0}, ". The models that predict were trained on it after that."),
         ({"folds": 2}, "models trained on the others, and decided on by thresholds chosen on the others."),
     ],
 )

@@ -11,7 +11,15 @@ from cachefuse.training.train import train_head
 QUICK = {"head": "linear", "epochs": 2}
 
 
-@pytest.mark.parametrize("settings", [{}, {"folds": 3, "members": 2, "thresholds": "class"}, {"thresholds": "none"}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"folds": 3, "members": 2, "thresholds": "class"},
+        {"thresholds": "none", "dropout": 0.0},
+        {"refit": True, "dropout": 0.0},
+    ],
+)
 def test_states_the_runs_figures_features_and_thresholds(settings, toy_store, tmp_path):
     run = train_head(toy_store(), TrainConfig(**QUICK, **settings))
     path = run.save(tmp_path / "runs")
@@ -25,12 +33,26 @@ def test_states_the_runs_figures_features_and_thresholds(settings, toy_store, tm
         assert all(f"`{used.key}`" in card for used in group)
     assert [float(x) for x in re.findall(r"\| class \d \| (\S+) \|", card)] == pytest.approx(run.thresholds, abs=1e-4)
     assert ("thresholds chosen on other rows" in card) == bool((run.thresholds != 0.5).any())
+    assert ("were trained on all of it since" in card) == run.config.refit
+    assert f"| dropout | {run.config.dropout} |" in card
+
+
+def test_a_threshold_that_no_score_reaches_is_said_to_be_one(toy_store):
+    run = train_head(toy_store(), TrainConfig(**QUICK))
+    run.thresholds = np.array([0.5, 1.5, 1.0])
+    card = model_card(run)
+    assert "| class 1 | more than 1: never predicted |" in card
+    assert "| class 2 | 1.0000 |" in card
 
 
 def test_names_from_data_cannot_break_out(toy_store):
     run = train_head(toy_store(), TrainConfig(**QUICK))
-    run.classes = ("<img src=x onerror=alert(1)>", "a | b\n# c", "[x](http://y)`z`")
+    run.classes = ("<img src=x onerror=alert(1)>", "a | b\n# c", "[x](http://y)`z` WWW.y.z @me $x$ ~~y~~")
     card = model_card(run)
+    assert "http://" not in card
+    assert "WWW." not in card
+    assert "@" not in card
+    assert not re.search(r"(?<!\\)[$~]", card)
     assert "<img" not in card
     assert "\n# c" not in card
     assert "[x](" not in card.replace("\\[x\\](", "")

@@ -33,7 +33,7 @@ def store(toy_store):
 
 def scores_of(run, store, rows=None):
     rows = np.arange(len(store)) if rows is None else rows
-    return run.scores(StoreTables(run, store), torch.from_numpy(rows))
+    return run.scores(StoreTables([run], store), torch.from_numpy(rows))
 
 
 def targets_of(store):
@@ -195,6 +195,19 @@ def test_a_store_whose_splits_changed_has_no_rows_held_out_in_common(store, capl
     joined, (message,) = warned(runs, changed(store, "split", 0, "val"), caplog)
     assert message.startswith("samples or splits of made changed since run made-sum-linear-asl was trained: ")
     assert list(joined.results) == ["train"]
+
+
+def test_an_ensemble_knows_that_its_runs_may_have_seen_what_is_held_out_now(store, caplog):
+    runs = [train_head(store, replace(QUICK, seed=seed)) for seed in (0, 1)]
+    store = changed(store, "split", 0, "val")
+    joined, _ = warned(runs, store, caplog)
+    assert "it may have seen some of these rows" in evaluate(joined, store, "val", n_resamples=0).caution
+
+
+def test_samples_whose_content_changed_are_no_longer_the_rows_held_out(store, caplog):
+    runs = [train_head(store, replace(QUICK, seed=seed)) for seed in (0, 1)]
+    _, (message,) = warned(runs, changed(store, "digest", 45, "another"), caplog)
+    assert message.startswith("samples or splits of made changed since run made-sum-linear-asl was trained: ")
 
 
 def test_thresholds_where_no_rows_choose_them(store, caplog):

@@ -51,12 +51,14 @@ def test_with_patience_a_fold_has_no_say_in_when_to_stop(toy_store):
 def test_out_of_fold_scores_are_those_of_the_folds_own_models(toy_store):
     store = toy_store()
     run = train_head(store, quick(folds=4, members=2))
-    assert [(member.fold, member.config.seed) for member in run.members] == [(f, s) for f in range(4) for s in range(2)]
+    assert [(member.fold, member.config.seed) for member in run.members] == [
+        (f, s) for f in range(4) for s in (0, 1000)
+    ]
     assert list(run.results) == ["oof"]
     assert run.results["oof"].n_rows == 52
-    again = run.held_out_scores(StoreTables(run, store, "cpu"))
+    again = run.held_out_scores(StoreTables([run], store, "cpu"))
     np.testing.assert_allclose(again, run.held.scores, atol=1e-6)
-    everyones = run.scores(StoreTables(run, store, "cpu"), torch.from_numpy(run.held.rows))
+    everyones = run.scores(StoreTables([run], store, "cpu"), torch.from_numpy(run.held.rows))
     assert np.abs(everyones - run.held.scores).max() > 1e-3
 
 
@@ -105,10 +107,49 @@ def test_a_multiclass_task_has_no_thresholds(toy_store):
 def test_members_differ_in_their_seed_and_are_averaged(toy_store):
     store = toy_store()
     together = train_head(store, quick(members=3, seed=5))
-    alone = [train_head(store, quick(seed=seed)) for seed in (5, 6, 7)]
+    alone = [train_head(store, quick(seed=seed)) for seed in (5, 1005, 2005)]
     assert states(together) == [states(run)[0] for run in alone]
     mean = np.mean([predict_split(run, store).scores for run in alone], axis=0)
     np.testing.assert_allclose(predict_split(together, store).scores, mean, atol=1e-6)
+
+
+def test_the_members_of_runs_with_neighbouring_seeds_are_all_different(toy_store):
+    store = toy_store()
+    weights = [x for seed in (0, 1, 2) for x in states(train_head(store, quick(members=3, seed=seed)))]
+    assert len(set(weights)) == 9
+
+
+def test_refit_gives_each_stage_its_own_best_epoch(toy_store):
+    config = quick(scheme="staged", fusion="mixed", head="mlp", layers=(8,), epochs=30, patience=4, refit=True, lr=0.01)
+    store, seen = toy_store(), {}
+
+    def hear(progress):
+        seen.setdefault(progress.model, {}).setdefault(progress.stage, []).append(progress.epoch)
+
+    run = train_head(store, config, on_progress=hear)
+    (history,) = run.histories
+    best = {**history.stages, "": history.best_epoch}
+    assert best.keys() == {"image", "text", "concat", ""}
+    assert len(set(best.values())) > 1
+    assert {stage: len(epochs) for stage, epochs in seen[2].items()} == best
+    assert {stage: max(epochs, key=lambda e: e.score).epoch for stage, epochs in seen[1].items()} == best
+
+
+def test_an_interrupt_while_refitting_is_passed_on(toy_store):
+    def interrupt(progress):
+        if (progress.model, progress.epoch.epoch) == (2, 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_head(toy_store(), quick(refit=True, epochs=5), on_progress=interrupt)
+
+
+def test_to_stop_early_takes_rows_that_say_when(make_store):
+    x, y = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float16), np.eye(20, 2, dtype=np.int8)
+    store = make_store({"image": x}, y, ["train"] * 20)
+    with pytest.raises(ConfigError, match="made has no labelled validation rows to stop early on; take --folds 5"):
+        train_head(store, quick(fusion="image", patience=2))
+    assert train_head(store, quick(fusion="image", patience=2, folds=2)).held is not None
 
 
 def test_refit_trains_on_all_of_train_and_val(toy_store, make_store):
@@ -121,7 +162,7 @@ def test_refit_trains_on_all_of_train_and_val(toy_store, make_store):
     assert states(run) == states(train_head(whole, quick(batch_size=0)))
     assert list(run.results) == ["oof"]
     with pytest.raises(RunError, match=r"the models of run .* have seen the rows held out; name another"):
-        run.held_out_scores(StoreTables(run, store, "cpu"))
+        run.held_out_scores(StoreTables([run], store, "cpu"))
 
 
 def test_refit_takes_the_epochs_that_were_best_on_average(toy_store):
@@ -181,6 +222,23 @@ def test_a_staged_head_learns_from_the_rows_that_have_what_it_reads(toy_store):
     theirs = heads(store)
     assert torch.equal(ours["text"], theirs["text"])
     assert not torch.equal(ours["image"], theirs["image"])
+
+
+def test_a_staged_head_is_validated_on_the_rows_that_have_what_it_reads(toy_store):
+    def scores(store):
+        stages = {}
+        config = quick(scheme="staged", modality_dropout=0.5)
+        train_head(store, config, on_progress=lambda p: stages.setdefault(p.stage, []).append(p.epoch.score))
+        return stages
+
+    store = toy_store(absent={"image": set(range(40, 50))})
+    ours = scores(store)
+    targets = store.targets.copy()
+    targets[40:50] = 1 - targets[40:50]
+    store.targets = targets
+    theirs = scores(store)
+    assert ours["image"] == theirs["image"]
+    assert ours["text"] != theirs["text"]
 
 
 def test_staged_and_joint_differ_where_there_is_something_to_join(toy_store):

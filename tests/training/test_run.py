@@ -214,11 +214,36 @@ def test_refuses_a_description_edited_into_nonsense(saved, key, value, message):
         ("features", {"image": [], "text": 5}, "features.text: "),
         ("features", {}, "fusion 'sum' needs some features"),
         ("weight", "all", "members.0.weight: "),
+        ("weight", -1.0, "members.0.weight: "),
+        ("weight", float("inf"), "members.0.weight: "),
     ],
 )
 def test_refuses_a_member_edited_into_nonsense(saved, key, value, message):
     edit(saved / "run.json", lambda values: values["members"][0].update({key: value}))
     with pytest.raises(RunError, match=f"run.json: not a run's description: .*{message}"):
+        Run.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("scores", lambda x: x.bfloat16()),
+        ("scores", lambda x: x.double()),
+        ("scores", lambda x: x * torch.nan),
+        ("rows", lambda x: x.to(torch.int8)),
+        ("rows", lambda x: -x),
+    ],
+)
+def test_names_held_out_scores_of_other_kinds(saved, name, change):
+    arrays = load_file(saved / "held_out.safetensors")
+    save_file({**arrays, name: change(arrays[name])}, saved / "held_out.safetensors")
+    with pytest.raises(RunError, match=r"held_out\.safetensors: (rows, parts and scores don't fit|can't be read)"):
+        Run.load(saved)
+
+
+def test_names_held_out_scores_that_lack_a_fold(saved):
+    edit(saved / "run.json", lambda values: values["members"][0].update(fold=7))
+    with pytest.raises(RunError, match=r"held_out\.safetensors: it lacks the part of a fold"):
         Run.load(saved)
 
 

@@ -429,7 +429,8 @@ def test_a_plot_of_nothing_but_failures(tmp_path):
             (0,),
             "gamma_positive must be at least 0 and clip",
         ),
-        (LINEAR, [{}, {"folds": 53}], (0,), "folds must be from 2 to the number of rows, 52. Got 53 instead"),
+        (replace(LINEAR, folds=53), [{}], (0,), "folds must be from 2 to the number of rows, 52. Got 53 instead"),
+        (LINEAR, [{}, {"folds": 3}], (0,), "folds can't differ between settings: all trials are to be measured on the"),
         (LINEAR, [{}], (0, -1), "seed must be between 0 and"),
         (replace(LINEAR, refit=True), [{}], (0,), "a sweep does without refit: models trained on every row have none"),
         (replace(MLP, layers=None), [{}, {"head": "gmlp", "layers": (7,)}], (0,), "they must be even"),
@@ -446,9 +447,31 @@ def test_without_rows_to_measure_on(make_store, folder):
     store, image = make_store({"image": x}, y, ["train"] * 20), replace(LINEAR, fusion="image")
     with pytest.raises(ConfigError, match="made has no labelled validation rows to measure trials on; take --folds 5"):
         sweep(store, image, [{}], folder=folder, seeds=(0,))
-    assert sweep(store, image, [{"folds": 4}], folder=folder, seeds=(0,)).n_done == 1
+    folded = sweep(store, replace(image, folds=4), [{}], folder=folder, seeds=(0,))
+    assert (folded.n_done, folded.split, folded.n_rows) == (1, "oof", 20)
     with pytest.raises(ConfigError, match="fusion 'text' needs text features"):
-        sweep(store, image, [{"folds": 2, "fusion": "text"}], folder=folder, seeds=(0,))
+        sweep(store, replace(image, folds=2), [{"fusion": "text"}], folder=folder, seeds=(0,))
+
+
+def test_other_content_or_labels_are_other_trials(toy_store, folder):
+    def trained(**columns):
+        store = toy_store()
+        vars(store).update(columns)
+        found = []
+        sweep(store, LINEAR, [{}], folder=folder, seeds=(0,), on_trial=lambda result: found.append(result.n_done))
+        return found == [0, 1]
+
+    store = toy_store()
+    refreshed, unlabelled = store.digests.copy(), store.targets.copy()
+    refreshed[3], unlabelled[50] = "another", -1
+    none = unlabelled.copy()
+    none[50] = 0
+    assert trained()
+    assert not trained()
+    assert trained(digests=refreshed)
+    assert trained(targets=unlabelled)
+    assert trained(targets=none)
+    assert not trained(targets=unlabelled)
 
 
 def test_without_rows_to_train_on(make_store, folder):
