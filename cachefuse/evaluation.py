@@ -132,8 +132,9 @@ def _held_out(
     """Return scores and predictions (n, C) of the rows held out: those of the training, or of other tables."""
     if changed:
         raise RunError(
-            f"samples or splits of {problem.name} changed since run {run.name} was trained (rows were added, say), so "
-            f"its rows held out can't be told any more; train again, or name a --split: {', '.join(problem.splits)}"
+            f"samples or splits of {problem.name} changed since run {run.name} was trained (rows were added or "
+            f"refreshed, say), so its rows held out can't be told any more; train again, or name a --split: "
+            f"{', '.join(problem.splits)}"
         )
     scores = held.scores if tables is None else run.held_out_scores(tables)
     return scores, held.predictions(problem, run.config, scores)

@@ -34,8 +34,10 @@ def focal(logits: Tensor, targets: Tensor, *, gamma: float = 3.0, reduction: str
     """Return the focal loss, -y (1 - p)^gamma log p - (1 - y) p^gamma log(1 - p), the mean over batch and classes.
 
     arXiv 1708.02002, equation 4: no alpha weighting; gamma = 3 is the choice of "Multimodal multilabel classification
-    with CLIP". Raises as ``asl`` does.
+    with CLIP". Raises ConfigError if gamma is negative or the shapes differ, UnknownNameError for an unknown reduction.
     """
+    if gamma < 0:
+        raise ConfigError(f"gamma must be at least 0. Got {gamma} instead.")
     return asl(logits, targets, gamma_negative=gamma, gamma_positive=gamma, clip=0.0, reduction=reduction)
 
 

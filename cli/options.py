@@ -44,7 +44,7 @@ Limit = Annotated[
 ]
 Encoders = Annotated[
     list[str] | None,
-    typer.Option("--encoder", metavar="SPEC", help="family:model[@weights]; may be given several times."),
+    typer.Option("--encoder", metavar="SPEC", help=r"family:model\[@weights]; may be given several times."),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -35,12 +35,14 @@ def sweep(
         _option("--grid", metavar="NAME=A,B", help="An option's values: layers=512,2048-512; repeatable."),
     ] = None,
     settings: Annotated[
-        Path | None, _option("--settings", metavar="FILE", help="Or a TOML file: a [[setting]] for each, of options.")
+        Path | None, _option("--settings", metavar="FILE", help=r"Or a TOML file: a \[\[setting]] of options for each.")
     ] = None,
     preset: Annotated[
         str | None, _option("--preset", metavar="NAME", help=f"Or a published experiment: {PRESET_NAMES}.")
     ] = None,
-    seeds: Annotated[int, _option("--seeds", metavar="S", help="Trials of each, with seeds from --seed on.")] = 3,
+    seeds: Annotated[
+        int, _option("--seeds", metavar="S", help="Trials of each, with seeds from --seed on.", min=1, max=1000)
+    ] = 3,
     name: Annotated[
         str | None,
         _option("--name", metavar="NAME", help="Its folder, in <workspace>/sweeps.", show_default="by what is tried"),
@@ -53,7 +55,8 @@ def sweep(
 ) -> None:
     """Try many settings over one cache, each with several seeds; a trial that has ended is never run again.
 
-    All other options hold for every trial. Linear heads with --patience 0 train together, many times faster.
+    All other options hold for every trial. Linear heads train together, many times faster. No run is
+    kept: train the best by train-head.
     """
     from cachefuse_cli import render
 

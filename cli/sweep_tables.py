@@ -132,15 +132,15 @@ def _pipeline(results: Sequence["SweepResult"]) -> str:
 
 
 def _label(result: "SweepResult", setting: "SettingResult") -> str:
-    return ", ".join(setting.text(name) for name in result.fields)
+    return ", ".join(text for name in result.fields if (text := setting.text(name)))
 
 
 def _figure(setting: "SettingResult", metric: str, best: bool) -> Text:
     mean, std = setting.mean(metric), setting.std(metric)
     if math.isnan(mean):
         return Text("-")
-    spread = "-" if math.isnan(std) else f"{std:.3f}".removeprefix("0")
-    return Text(f"{mean:.3f}±{spread}", "bold green" if best else "")
+    spread = "" if math.isnan(std) else f"±{std:.3f}".replace("±0", "±")
+    return Text(f"{mean:.3f}{spread}", "bold green" if best else "")
 
 
 def _paper(setting: "SettingResult") -> str:

@@ -24,7 +24,7 @@ def train_head(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Stage 2: train a light head over cached features and measure it; minutes, again and again."""
+    """Stage 2: train a light head over cached features and measure it, in a minute or so."""
     from cachefuse_cli import render
 
     with render.interruptible("nothing was written; run the same command again"):

@@ -1,7 +1,7 @@
 """The settings of a training as options: one for each field of TrainConfig, shared by the commands that train."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -32,26 +32,28 @@ OPTIONS = {
     "activation": _option(str, MODEL, "NAME", _choices(ACTIVATIONS)),
     "dropout": _option(float, MODEL, "P", "In hidden layers."),
     "modality_dropout": _option(float, MODEL, "P", "Train without each modality in so many of the rows."),
-    "loss": _option(str | None, TRAINING, "NAME", _choices(LOSSES), "asl 3/0/0, multi-class: ce"),
+    "loss": _option(str | None, TRAINING, "NAME", _choices(LOSSES), "asl, multi-class: ce"),
     "loss_options": _option(
         list[str] | None, TRAINING, "KEY=X",
-        "asl: gamma_negative, gamma_positive, clip; focal: gamma; ce: smoothing; all: reduction. Repeatable.",
+        "asl: gamma_negative 3, gamma_positive 0, clip 0; focal: gamma 3; ce: smoothing 0; all: reduction mean.",
     ),
     "class_weights": _option(str, TRAINING, "NAME", "none, balanced, or effective (number of rows)."),
     "sampler": _option(str, TRAINING, "NAME", "shuffle, or balanced: rows of rare classes more often."),
     "optimizer": _option(str, TRAINING, "NAME", _choices(OPTIMIZERS)),
     "lr": _option(float | None, TRAINING, "X", "Learning rate.", "1e-3, sgd: 0.05, lbfgs: 1"),
-    "schedule": _option(str | None, TRAINING, "NAME", _choices(SCHEDULES), "cosine"),
+    "schedule": _option(str | None, TRAINING, "NAME", _choices(SCHEDULES), "cosine; lbfgs: constant"),
     "weight_decay": _option(float, TRAINING, "X", "L2 penalty; apart from the gradient in adamw."),
     "clip_norm": _option(float, TRAINING, "X", "Clip the gradient's norm; 0: never."),
     "ema": _option(float, TRAINING, "D", "Decay of averaged weights, such as 0.999; 0: none."),
-    "epochs": _option(int | None, TRAINING, "N", "At most.", "50, or 500 steps"),
+    "epochs": _option(int | None, TRAINING, "N", "At most.", "50, or 500 steps; lbfgs: 20"),
     "batch_size": _option(str, TRAINING, "N", "Rows a step, or all."),
     "patience": _option(int, TRAINING, "N", "Stop after N epochs without a better validation score; 0: never."),
     "monitor": _option(str | None, TRAINING, "METRIC", "What that score is.", "the dataset's first"),
-    "thresholds": _option(str, CHOOSING, "KIND", "global, class (one a class), none (0.5), or auto."),
+    "thresholds": _option(
+        str, CHOOSING, "KIND", "global, class (one a class), none (0.5), or auto: global where rows are held out."
+    ),
     "threshold_metric": _option(
-        str | None, CHOOSING, "METRIC", "Choose them for micro_f1, macro_f1 or samples_f1.", "the dataset's first"
+        str | None, CHOOSING, "METRIC", "Choose them for micro_f1, macro_f1 or samples_f1.", "the dataset's first such"
     ),
     "folds": _option(int, CHOOSING, "K", "Train K models on train and val, each measured on what it has not seen."),
     "members": _option(int, CHOOSING, "S", "Average S models that differ in their seed."),
@@ -95,7 +97,7 @@ def parse_config(given: Mapping[str, Any]) -> TrainConfig:
             **given,
             "layers": _parse_layers(given["layers"]),
             "batch_size": _parse_batch_size(given["batch_size"]),
-            "loss_options": dict(_parse_option(text) for text in given["loss_options"] or ()),
+            "loss_options": _parse_options(given["loss_options"] or ()),
         }
     )
 
@@ -115,6 +117,15 @@ def _parse_batch_size(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"batch-size must be a whole number of at least 1, or all. Got {text!r} instead")
     return int(text)
+
+
+def _parse_options(texts: Sequence[str]) -> dict[str, float | str]:
+    options: dict[str, float | str] = {}
+    for name, value in map(_parse_option, texts):
+        if name in options:
+            raise ConfigError(f"loss option {name} is given twice")
+        options[name] = value
+    return options
 
 
 def _parse_option(text: str) -> tuple[str, float | str]:

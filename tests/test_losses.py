@@ -208,7 +208,7 @@ def test_options_out_of_range():
     for options in ({"gamma_negative": -1}, {"gamma_positive": -0.1}, {"clip": -0.1}, {"clip": 1}):
         with pytest.raises(ConfigError, match=r"must be at least 0 and clip in \[0, 1\)"):
             asl(logits, targets, **options)
-    with pytest.raises(ConfigError, match=r"must be at least 0 .* Got -2, -2 and 0.0 instead"):
+    with pytest.raises(ConfigError, match=r"gamma must be at least 0. Got -2 instead"):
         focal(logits, targets, gamma=-2)
     with pytest.raises(ConfigError, match=r"smoothing must be in \[0, 1\). Got 1 instead"):
         cross_entropy(logits, targets, smoothing=1)

@@ -232,7 +232,9 @@ class Job:
         self.store.mark_bad(bad)
         n_bad = self.store.n_bad[modality]
         if n_bad > self.max_bad * len(self.dataset):
+            last = bad[-1]
+            source = f"{last.source}: " if last.source else ""
             raise CacheError(
                 f"{n_bad:,} of {len(self.dataset):,} samples have no usable {modality}, over the limit of "
-                f"{self.max_bad:.0%} (--max-bad); the last: {bad[-1].id} {bad[-1].reason}"
+                f"{self.max_bad:.0%} (--max-bad); the last, {last.id}: {source}{last.reason}"
             )

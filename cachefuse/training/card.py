@@ -72,6 +72,9 @@ def model_card(run: "Run") -> str:
         settings = {name: value for name, value in config.to_dict().items() if value not in (None, {})}
         lines += ["", "## Settings", ""]
         lines += _table(["setting", "value"], [[name, _plain(str(value))] for name, value in settings.items()])
+    meaning = "Scores rank labels; with this loss they are no probabilities."
+    if config.loss in ("bce", "ce"):
+        meaning = "Scores are probabilities as the training rows had them: on rows of another kind they may be off."
     lines += [
         "",
         "## Use",
@@ -81,8 +84,7 @@ def model_card(run: "Run") -> str:
         f'cachefuse predict --run {run.name} --image photo.jpg --text "what it shows"',
         "```",
         "",
-        "Scores are probabilities as the training rows had them: on rows of another kind they may be off. A class with "
-        "few rows has figures of little certainty (`cachefuse evaluate` gives their intervals).",
+        f"{meaning} A class with few rows has figures of little certainty (`cachefuse evaluate` gives intervals).",
         "",
     ]
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The settings of one training, checked once."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -8,12 +9,11 @@ from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
 from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, SCHEDULES, lookup
 
+MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
-# The losses that won by cross-validation (README, "Defaults"): an ASL that spares easy negatives and cuts nothing.
-TASK_LOSS: dict[str, tuple[str, dict[str, float | str]]] = {
-    "multilabel": ("asl", {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}),
-    "multiclass": ("ce", {}),
-}
+TASK_LOSS = {"multiclass": "ce", "multilabel": "asl"}
+# What won by cross-validation (README, "Defaults"): an ASL that spares easy negatives and cuts nothing.
+LOSS_OPTIONS: dict[str, dict[str, float | str]] = {"asl": {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}}
 EPOCHS, MIN_STEPS = 50, 500  # small data take more epochs, to make as many steps
 LBFGS_EPOCHS = 20  # of up to 20 iterations each
 LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
@@ -33,13 +33,15 @@ class TrainConfig:
     """How a head is trained, and on which view of the features.
 
     ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows. ``loss_options`` are the
-    loss's keyword arguments. None is resolved by ``resolve``: ``loss`` to the task's (asl with gamma_negative 3,
-    gamma_positive 0 and clip 0 for multi-label, ce for multi-class), ``lr`` to the optimizer's, ``schedule`` to cosine
-    (constant for L-BFGS), ``epochs`` to 50 or as many as make 500 steps (L-BFGS: 20).
+    loss's keyword arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip 0 unless told. None is
+    resolved by ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class), ``lr`` to the
+    optimizer's, ``schedule`` to cosine (constant for L-BFGS), ``epochs`` to 50 or as many as make 500 steps (L-BFGS:
+    20).
 
     ``patience`` is the epochs without a better validation score after which training stops, 0 for never; the best
-    epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None for the dataset's first.
-    ``ema`` is the decay of averaged weights, which are then the ones kept; 0 for none.
+    epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None for the first of the
+    dataset's that is higher for a better model. ``ema`` is the decay of averaged weights, which are then the ones kept;
+    0 for none.
 
     ``thresholds`` are one for all classes ("global"), one a class, or 0.5 ("none"), chosen for ``threshold_metric`` on
     rows held out; "auto" chooses one where there are such rows. ``folds`` K trains K models, each measured on the part
@@ -96,6 +98,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
                 raise ConfigError(f"{_option(name)} must be between {least} and {most:g}. Got {value} instead")
+        if any(width > MAX_WIDTH for width in self.layers or ()):
+            raise ConfigError(f"layers must be at most {MAX_WIDTH:,} wide. Got {max(self.layers or ())} instead")
         for name in ("dropout", "modality_dropout", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{_option(name)} must be at least 0 and below 1. Got {getattr(self, name)} instead")
@@ -125,12 +129,15 @@ class TrainConfig:
         for name, value in self.loss_options.items():
             if name == "reduction" and value not in ("mean", "sum"):
                 raise ConfigError(f"loss option reduction must be mean or sum to train by. Got {value!r} instead")
-            if name != "reduction" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            if name != "reduction" and not number:
                 raise ConfigError(f"loss option {name} must be a number. Got {value!r} instead")
-        if self.loss is None and self.loss_options:
-            raise ConfigError(f"loss options ({', '.join(self.loss_options)}) are of a loss; name it with --loss")
         if self.optimizer == "lbfgs" and (self.schedule not in (None, "constant") or self.sampler != "shuffle"):
-            raise ConfigError("optimizer 'lbfgs' takes all rows in each step and no schedule; leave out both")
+            raise ConfigError(
+                "optimizer 'lbfgs' takes all rows in each step, at a constant rate; leave out --schedule and --sampler"
+            )
+        if self.thresholds == "none" and self.threshold_metric is not None:
+            raise ConfigError("threshold-metric is what thresholds are chosen for; leave it out, or --thresholds none")
 
     @property
     def learning_rate(self) -> float:
@@ -153,7 +160,7 @@ class TrainConfig:
             raise ConfigError(f"a {task} dataset has no labels, so there is no head to train on it")
         if self.loss == "ce" and task == "multilabel":
             raise ConfigError("loss 'ce' is for one label a row; a multi-label task takes asl, bce or focal")
-        return self.loss or TASK_LOSS[task][0]
+        return self.loss or TASK_LOSS[task]
 
     def resolve(self, task: str, n_rows: int) -> "TrainConfig":
         """Return the same settings with none left open, for a task and so many rows to train on.
@@ -167,7 +174,7 @@ class TrainConfig:
         return replace(
             self,
             loss=loss,
-            loss_options=self.loss_options if self.loss else TASK_LOSS[task][1],
+            loss_options={**LOSS_OPTIONS.get(loss, {}), **self.loss_options},
             lr=self.learning_rate,
             schedule=self.schedule or ("constant" if lbfgs else "cosine"),
             epochs=self.epochs or epochs,

@@ -91,7 +91,7 @@ def find_run(runs: Path, name: str | None = None) -> Path:
     made = []
     for path in runs.glob("*/run.json"):
         try:
-            made.append((str(read_json(path).get("created", "")), path.parent))
+            made.append((_check_whole(path.parent), path.parent))
         except RunError as error:
             logger.warning("passed over: %s", error)
     if not made:
@@ -115,9 +115,6 @@ def list_runs(runs: Path) -> list[RunSummary]:
 
 def _summarize(path: Path) -> RunSummary:
     about = describe(path)
-    for name in FILES:
-        if not (path / name).is_file():
-            raise RunError(f"{path / name} is not there: {path} is not a whole run")
     split = next((split for split in (OUT_OF_FOLD, VAL) if split in about.results), None)
     return RunSummary(
         name=path.name,
@@ -132,11 +129,21 @@ def _summarize(path: Path) -> RunSummary:
     )
 
 
-def describe(path: Path) -> Description:
-    """Read what a run says of itself. Raises RunError, naming the key, for what it can't say."""
+def _check_whole(path: Path) -> str:
+    """Return when a run was made. Raises RunError if it lacks a file, or is of another version."""
+    for name in FILES:
+        if not (path / name).is_file():
+            raise RunError(f"{path / name} is not there: {path} is not a whole run")
     values = read_json(path / "run.json")
     if values.get("format") != FORMAT:
-        raise RunError(f"{path}: run of another version (format {values.get('format')}, not {FORMAT})")
+        raise RunError(f"{path}: run of another version (format {values.get('format')}, not {FORMAT}); train it again")
+    return str(values.get("created", ""))
+
+
+def describe(path: Path) -> Description:
+    """Read what a run says of itself. Raises RunError, naming the key, for what it can't say."""
+    _check_whole(path)
+    values = read_json(path / "run.json")
     with describing(path / "run.json"):
         about = Description.model_validate(values)
         _check_shapes(about)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -40,6 +40,11 @@ FIXED = {
     "refit": "models trained on every row have none left to be measured on",
     "view": "a sweep reads its features once",
 }
+KINDS = {
+    float: "a number", int: "a whole number", str: "a name",
+    "layers": "widths such as 2048-512", "batch_size": "a whole number, or all",
+    "loss_options": "a table of numbers, in a --settings file: { gamma = 2 }",
+}  # fmt: skip
 TEXTS: dict[str, Callable[[str], Any]] = {
     "layers": lambda text: text.split("-"),
     "batch_size": lambda text: 0 if text == "all" else text,
@@ -67,16 +72,17 @@ def parse_setting(values: Mapping[str, Any]) -> dict[str, Any]:
     types = get_type_hints(TrainConfig)
     parsed = {}
     for name, value in values.items():
-        kind = lookup(types, name, "setting")
         if name in FIXED:
             raise ConfigError(f"{name} can't differ between settings: {FIXED[name]}")
+        kind = lookup({field: kind for field, kind in types.items() if field not in FIXED}, name, "setting")
         try:
             given = TEXTS[name](value) if name in TEXTS and isinstance(value, str) else value
             parsed[name] = TypeAdapter(kind).validate_python(given)
             if name == "loss_options":
                 parsed[name] = {key: x if key == "reduction" else float(x) for key, x in parsed[name].items()}
         except ValueError:  # pydantic's is one
-            raise ConfigError(f"{name} can't be {value!r}; the default is {getattr(TrainConfig(), name)!r}") from None
+            what = KINDS.get(name) or KINDS[kind if isinstance(kind, type) else get_args(kind)[0]]
+            raise ConfigError(f"{name} must be {what}. Got {value!r} instead") from None
     return parsed
 
 

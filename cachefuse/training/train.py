@@ -1,6 +1,7 @@
 """Stage 2: light heads over cached features, from a problem to trained models, and from a store to a run."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,10 +257,16 @@ def _warn_of_rare_classes(problem: Problem, parts: Sequence[Part]) -> None:
 
 
 def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float | None) -> None:
+    if max_size_mb is None:
+        return
+    if not 0 < max_size_mb < math.inf:
+        raise ConfigError(f"max-size-mb must be a number above 0. Got {max_size_mb:g} instead")
     n_models = config.members * (1 if config.refit else max(1, config.folds))
     size = n_models * model.size_mb
-    if max_size_mb is not None and size > max_size_mb:
+    if size > max_size_mb:
+        ways = ["smaller --layers"] * (config.head != "linear") + ["fewer --members"] * (config.members > 1)
+        ways += ["--refit, which keeps one model a seed and not one a fold"] * bool(config.folds and not config.refit)
         raise ConfigError(
             f"the model would take {size:.2f} MB{f' ({n_models} of them)' if n_models > 1 else ''}, and max-size-mb is "
-            f"{max_size_mb:g}; take smaller --layers, fewer --members, or --refit in place of --folds"
+            f"{max_size_mb:g}; take {', or '.join(ways) or 'fewer encoders'}"
         )

@@ -112,7 +112,7 @@ def test_damaged_runs_are_named_and_passed_over(cachefuse, several, caplog):
             names[2]: "run.json: can't be read",
             names[3]: "run.json is not there",
             names[4]: "model.safetensors is not there",
-            names[5]: "run of another version (format 1, not 2)",
+            names[5]: "run of another version (format 1, not 3)",
             names[6]: "not a run's description: results.val.n_rows",
             names[7]: "run.json: can't be read",
             names[8]: "not a run's description: members: there are none",

@@ -58,7 +58,7 @@ def test_refuses_metrics_that_do_not_exist(setting):
 def test_lbfgs_takes_all_rows_and_a_linear_head(setting):
     with pytest.raises(ConfigError, match=r"optimizer 'lbfgs' is for --head linear\. Got head 'mlp'"):
         TrainConfig(optimizer="lbfgs")
-    with pytest.raises(ConfigError, match="optimizer 'lbfgs' takes all rows in each step and no schedule"):
+    with pytest.raises(ConfigError, match="optimizer 'lbfgs' takes all rows in each step, at a constant rate; leave"):
         TrainConfig(optimizer="lbfgs", head="linear", **setting)
     assert TrainConfig(optimizer="lbfgs", head="linear").rows_a_step == 0
 
@@ -80,7 +80,6 @@ def test_resolves_what_is_left_open():
     assert (config.loss, config.lr, config.schedule, config.epochs) == ("asl", 1e-3, "cosine", 50)
     assert config.loss_options == {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}
     assert config.resolve("multilabel", 10) == config  # nothing is left open any more
-    assert TrainConfig(loss="asl").resolve("multilabel", 10).loss_options == {}
     assert TrainConfig().resolve("multiclass", 10**6).loss == "ce"
     lbfgs = TrainConfig(head="linear", optimizer="lbfgs").resolve("multilabel", 100)
     assert (lbfgs.lr, lbfgs.schedule, lbfgs.epochs) == (1.0, "constant", 20)
@@ -94,9 +93,15 @@ def test_few_rows_take_more_epochs_to_make_as_many_steps(settings, n_rows, epoch
     assert TrainConfig(**settings).resolve("multilabel", n_rows).n_epochs == epochs
 
 
-def test_loss_options_are_of_a_loss():
-    with pytest.raises(ConfigError, match=r"loss options \(gamma\) are of a loss; name it with --loss"):
-        TrainConfig(loss_options={"gamma": 2.0})
+def test_options_of_a_loss_stand_beside_its_defaults():
+    few = TrainConfig(loss_options={"gamma_negative": 4.0}).resolve("multilabel", 10)
+    assert few.loss_options == {"gamma_negative": 4.0, "gamma_positive": 0.0, "clip": 0.0}
+    focal = TrainConfig(loss="focal", loss_options={"gamma": 2.0}).resolve("multilabel", 10)
+    assert focal.loss_options == {"gamma": 2.0}
+
+
+def test_to_name_the_default_loss_changes_nothing():
+    assert TrainConfig(loss="asl").resolve("multilabel", 10) == TrainConfig().resolve("multilabel", 10)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +109,7 @@ def test_loss_options_are_of_a_loss():
     [
         ({"reduction": "none"}, "loss option reduction must be mean or sum to train by. Got 'none' instead"),
         ({"gamma": "high"}, "loss option gamma must be a number. Got 'high' instead"),
+        ({"gamma": float("nan")}, "loss option gamma must be a number. Got nan instead"),
         ({"gamma": True}, "loss option gamma must be a number. Got True instead"),
     ],
 )

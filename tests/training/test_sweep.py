@@ -85,13 +85,16 @@ def test_settings_take_text_and_values(given, parsed):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dropout": "x"}, rf"dropout can't be 'x'; the default is {TrainConfig.dropout}$"),
-        ({"dropout": ""}, "dropout can't be ''; the default is "),
-        ({"epochs": 1.5}, "epochs can't be 1.5; the default is "),
-        ({"layers": "8-x"}, "layers can't be '8-x'; the default is None"),
-        ({"layers": "-8"}, "layers can't be '-8'"),
-        ({"loss": 3}, "loss can't be 3; the default is None"),
-        ({"loss_options": {"gamma": "two"}}, "loss_options can't be {'gamma': 'two'}; the default is {}"),
+        ({"dropout": "x"}, "dropout must be a number. Got 'x' instead"),
+        ({"dropout": ""}, "dropout must be a number. Got '' instead"),
+        ({"epochs": 1.5}, "epochs must be a whole number. Got 1.5 instead"),
+        ({"layers": "8-x"}, "layers must be widths such as 2048-512. Got '8-x' instead"),
+        ({"layers": "-8"}, "layers must be widths such as 2048-512. Got '-8' instead"),
+        ({"loss": 3}, "loss must be a name. Got 3 instead"),
+        (
+            {"loss_options": {"gamma": "two"}},
+            "loss_options must be a table of numbers, in a --settings file: .* Got {'gamma': 'two'} instead",
+        ),
         ({"seed": 3}, "seed can't differ between settings: seeds are given apart"),
         ({"refit": True}, "refit can't differ between settings: models trained on every row have none left"),
         ({"view": "tokens"}, "view can't differ between settings: a sweep reads its features once"),
