@@ -11,6 +11,7 @@ from rich.text import Text
 
 from cachefuse.metrics import LOWER_IS_BETTER
 from cachefuse.registry import metric_title
+from cachefuse.training.config import as_text
 from cachefuse_cli.render import MAX_CLASSES, new_table, out
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from cachefuse.training.run import Run
     from cachefuse.training.run_files import RunSummary
 
+IN_NAME = ("fusion", "head", "loss")  # of a run
 PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1", "ap": "AP", "recall_at_p90": "R@P90"}
 
 
@@ -110,6 +112,9 @@ def runs_report(found: "Sequence[RunSummary]") -> None:
             about = f"{run.created[:16].replace('T', ' ')}, {run.n_models} model{'s' * (run.n_models > 1)}"
             if run.split:
                 about += f", {run.split}"
+            settings = {name: value for name, value in run.settings.items() if name not in IN_NAME}
+            told = (f"{name.replace('_', '-')} {as_text(name, value)}" for name, value in settings.items())
+            about = "; ".join([about, *told])
             values = (_figure(run.metrics.get(name)) for name in names)
             rows = f"{run.n_rows:,}" if run.split else "-"
             table.add_row(f"[bold]{escape(run.name)}[/]\n[dim]{escape(about)}[/]", rows, *values, f"{run.size_mb:.2f}")

@@ -185,6 +185,16 @@ class TrainConfig:
         layers = self.layers if self.layers is not None else lookup(HEADS, self.head, "head").default_layers
         return {"layers": layers, "activation": self.activation, "dropout": self.dropout}
 
+    def differences(self, task: str) -> dict[str, Any]:
+        """Return the settings, resolved ones, that differ from those of a training with this head, loss and optimizer.
+
+        Those three count by themselves, and the epochs that few rows take are among them.
+        """
+        plain = TrainConfig(head=self.head, loss=self.loss, optimizer=self.optimizer).resolve(task, 10**9)
+        plain = replace(plain, head=TrainConfig.head, loss=TASK_LOSS[task], optimizer=TrainConfig.optimizer)
+        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in named if value != getattr(plain, name)}
+
     def with_seed(self, seed: int) -> "TrainConfig":
         return replace(self, seed=seed)
 
@@ -199,6 +209,17 @@ class TrainConfig:
             raise ConfigError(f"unknown settings: {', '.join(unknown)}")
         layers = values.get("layers")
         return cls(**{**values, "layers": None if layers is None else tuple(layers)})
+
+
+def as_text(name: str, value: Any) -> str:
+    """Return a setting's value as it is given on the command line."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={as_text(key, x)}" for key, x in value.items())
+    if isinstance(value, tuple | list):
+        return "-".join(map(str, value))
+    if name == "batch_size" and value == 0:
+        return "all"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _option(name: str) -> str:

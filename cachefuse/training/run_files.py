@@ -17,6 +17,7 @@ from torch import nn
 
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
+from cachefuse.training.config import TrainConfig
 from cachefuse.training.measure import HeldOut
 from cachefuse.training.problem import OUT_OF_FOLD, VAL
 from cachefuse.training.used import UsedByModality
@@ -66,7 +67,7 @@ class Description(BaseModel):
 class RunSummary:
     """What run.json says of a run: ``metrics`` are those of the ``n_rows`` held out, ``split`` says which those were.
 
-    Without such rows ``split`` is None.
+    Without such rows ``split`` is None. ``settings`` are those that differ from the defaults, if it is no ensemble.
     """
 
     name: str
@@ -78,6 +79,7 @@ class RunSummary:
     n_rows: int
     metrics: dict[str, float]
     size_mb: float
+    settings: dict[str, Any]
 
 
 def find_run(runs: Path, name: str | None = None) -> Path:
@@ -115,6 +117,8 @@ def list_runs(runs: Path) -> list[RunSummary]:
 
 def _summarize(path: Path) -> RunSummary:
     about = describe(path)
+    with describing(path / "run.json"):
+        settings = {} if about.sources else TrainConfig.from_dict(about.config).differences(about.manifest.task)
     split = next((split for split in (OUT_OF_FOLD, VAL) if split in about.results), None)
     return RunSummary(
         name=path.name,
@@ -126,6 +130,7 @@ def _summarize(path: Path) -> RunSummary:
         n_rows=about.results[split].n_rows if split else 0,
         metrics=about.results[split].metrics if split else {},
         size_mb=about.size_mb,
+        settings=settings,
     )
 
 

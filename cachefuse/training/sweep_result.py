@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cachefuse.errors import TrainingError
-from cachefuse.training.config import TrainConfig
+from cachefuse.training.config import TrainConfig, as_text
 from cachefuse.training.run_files import Figure
 
 Published = tuple[float, float]  # mean and standard deviation; NaN for a training that diverged
@@ -94,14 +94,3 @@ class SweepResult:
         if not whole:
             raise TrainingError(f"{self.title}: trials of every setting diverged; take a lower lr")
         return max(whole, key=lambda setting: setting.mean(metric))
-
-
-def as_text(name: str, value: Any) -> str:
-    """Return a setting's value as it is given on the command line."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={as_text(key, x)}" for key, x in value.items())
-    if isinstance(value, tuple | list):
-        return "-".join(map(str, value))
-    if name == "batch_size" and value == 0:
-        return "all"
-    return f"{value:g}" if isinstance(value, float) else str(value)

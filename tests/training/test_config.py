@@ -145,3 +145,22 @@ def test_comes_back_from_a_dictionary():
 def test_refuses_keys_that_are_no_settings():
     with pytest.raises(ConfigError, match="unknown settings: fuse, rate"):
         TrainConfig.from_dict({"rate": 1, "fuse": 2, "lr": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("settings", "differences"),
+    [
+        ({}, {}),
+        ({"loss": "asl"}, {}),
+        ({"loss": "bce"}, {"loss": "bce"}),
+        (
+            {"loss_options": {"clip": 0.1}},
+            {"loss_options": {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.1}},
+        ),
+        ({"head": "linear", "optimizer": "lbfgs"}, {"head": "linear", "optimizer": "lbfgs"}),
+        ({"optimizer": "sgd", "lr": 0.1, "folds": 5}, {"optimizer": "sgd", "lr": 0.1, "folds": 5}),
+        ({"batch_size": 0, "epochs": 7}, {"batch_size": 0, "epochs": 7}),
+    ],
+)
+def test_what_differs_from_the_defaults(settings, differences):
+    assert TrainConfig(**settings).resolve("multilabel", 10**9).differences("multilabel") == differences
