@@ -107,9 +107,9 @@ def splits_note(run: "Run") -> str:
 def thresholds_note(run: "Run") -> str:
     """Say how scores become labels."""
     least = run.manifest.min_labels
-    others = ", where it was held out one that other rows chose" if run.held and (run.thresholds != HALF).any() else ""
-    fewest = f", and a row gets its {least} highest in any case" if least else ""
-    return f"A label is given where its score reaches the threshold{others}{fewest}."
+    others = "; for rows held out, one that other rows chose" if run.held and (run.thresholds != HALF).any() else ""
+    fewest = f" Each row gets at least {least} label{'s' * (least > 1)}." if least else ""
+    return f"A label is given where its score reaches the threshold{others}.{fewest}"
 
 
 def nothing_held_out(run: "Run") -> str:

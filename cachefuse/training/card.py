@@ -4,6 +4,8 @@ import html
 import re
 from typing import TYPE_CHECKING
 
+from cachefuse.training.config import as_text
+
 if TYPE_CHECKING:
     from cachefuse.training.run import Run
 
@@ -69,9 +71,9 @@ def model_card(run: "Run") -> str:
     if len(run.classes) > MOST_CLASSES:
         lines += ["", f"and {len(run.classes) - MOST_CLASSES:,} more, in `run.json`"]
     if not run.sources:
-        settings = {name: value for name, value in config.to_dict().items() if value not in (None, {})}
+        given = {name: value for name, value in config.to_dict().items() if value not in (None, {})}
         lines += ["", "## Settings", ""]
-        lines += _table(["setting", "value"], [[name, _plain(str(value))] for name, value in settings.items()])
+        lines += _table(["setting", "value"], [[name, _plain(as_text(name, value))] for name, value in given.items()])
     meaning = "Scores rank labels; with this loss they are no probabilities."
     if config.loss in ("bce", "ce"):
         meaning = "Scores are probabilities as the training rows had them: on rows of another kind they may be off."

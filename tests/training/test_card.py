@@ -34,7 +34,7 @@ def test_states_the_runs_figures_features_and_thresholds(settings, toy_store, tm
     assert [float(x) for x in re.findall(r"\| class \d \| (\S+) \|", card)] == pytest.approx(run.thresholds, abs=1e-4)
     assert ("thresholds chosen on other rows" in card) == bool((run.thresholds != 0.5).any())
     assert ("were trained on all of it since" in card) == run.config.refit
-    assert f"| dropout | {run.config.dropout} |" in card
+    assert f"| dropout | {run.config.dropout:g} |" in card
 
 
 def test_a_threshold_that_no_score_reaches_is_said_to_be_one(toy_store):
