@@ -61,7 +61,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         optimizer: str = TrainConfig.optimizer,
         lr: float | None = TrainConfig.lr,
         schedule: str | None = TrainConfig.schedule,
-        weight_decay: float = TrainConfig.weight_decay,
+        weight_decay: float | None = TrainConfig.weight_decay,
         clip_norm: float = TrainConfig.clip_norm,
         ema: float = TrainConfig.ema,
         epochs: int | None = TrainConfig.epochs,

@@ -42,7 +42,9 @@ OPTIONS = {
     "optimizer": _option(str, TRAINING, "NAME", _choices(OPTIMIZERS)),
     "lr": _option(float | None, TRAINING, "X", "Learning rate.", "1e-3, sgd: 0.05, lbfgs: 1"),
     "schedule": _option(str | None, TRAINING, "NAME", _choices(SCHEDULES), "cosine; lbfgs: constant"),
-    "weight_decay": _option(float, TRAINING, "X", "L2 penalty; apart from the gradient in adamw."),
+    "weight_decay": _option(
+        float | None, TRAINING, "X", "L2 penalty; apart from the gradient in adamw.", "0; lbfgs: 0.003"
+    ),
     "clip_norm": _option(float, TRAINING, "X", "Clip the gradient's norm; 0: never."),
     "ema": _option(float, TRAINING, "D", "Decay of averaged weights, such as 0.999; 0: none."),
     "epochs": _option(int | None, TRAINING, "N", "At most.", "50, or 500 steps; lbfgs: 20"),
@@ -92,6 +94,8 @@ def takes_config(command: Callable[..., None]) -> Callable[..., None]:
 
 def parse_config(given: Mapping[str, Any]) -> TrainConfig:
     """Build the settings from what the options say. Raises ConfigError for what does not parse, or does not fit."""
+    if given["thresholds"] == "none" and given["threshold_metric"] is not None:
+        raise ConfigError("threshold-metric is what thresholds are chosen for; leave it out, or --thresholds none")
     return TrainConfig(
         **{
             **given,

@@ -113,6 +113,7 @@ def test_where_nothing_is_chosen_every_row_is_trained_on(arrays, indicator):
     """L-BFGS finds the optimum, which is scikit-learn's."""
     indicator = np.random.default_rng(1).permutation(indicator)  # not separable
     settings = {"fusion": "concat", "head": "linear", "optimizer": "lbfgs", "thresholds": "none", "epochs": 30}
+    settings["weight_decay"] = 0.0
     x = np.concatenate(list(arrays.values()), axis=1)
     scores = FusionClassifier(**settings, loss="bce").fit(arrays, indicator).predict_proba(arrays)
     for c in range(3):

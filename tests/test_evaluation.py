@@ -411,7 +411,7 @@ def test_rows_that_were_appended_are_noticed(folds, tmp_path):
     assert len(more.store) == 120
     for split in (None, "oof") if folds else (None,):
         with pytest.raises(
-            RunError, match=r"changed since .* \(rows were added, say\), so .* --split: train, val, dev"
+            RunError, match=r"changed since .* \(rows were added or refreshed, say\), so .* --split: train, val, dev"
         ):
             evaluate(run, more.store, split)
     val = evaluate(run, more.store, "val", n_resamples=0)

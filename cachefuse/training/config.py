@@ -17,6 +17,7 @@ LOSS_OPTIONS: dict[str, dict[str, float | str]] = {"asl": {"gamma_negative": 3.0
 EPOCHS, MIN_STEPS = 50, 500  # small data take more epochs, to make as many steps
 LBFGS_EPOCHS = 20  # of up to 20 iterations each
 LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
+WEIGHT_DECAYS = {"lbfgs": 3e-3}  # of others 0: without it, so thorough an optimizer overfits
 SCHEMES = ("joint", "staged")
 THRESHOLDS = ("none", "global", "class")
 CHOICES = {
@@ -35,8 +36,8 @@ class TrainConfig:
     ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows. ``loss_options`` are the
     loss's keyword arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip 0 unless told. None is
     resolved by ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class), ``lr`` to the
-    optimizer's, ``schedule`` to cosine (constant for L-BFGS), ``epochs`` to 50 or as many as make 500 steps (L-BFGS:
-    20).
+    optimizer's, ``weight_decay`` to 0 (0.003 for L-BFGS), ``schedule`` to cosine (constant for L-BFGS), ``epochs`` to
+    50 or as many as make 500 steps (L-BFGS: 20).
 
     ``patience`` is the epochs without a better validation score after which training stops, 0 for never; the best
     epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None for the first of the
@@ -64,7 +65,7 @@ class TrainConfig:
     optimizer: str = "adam"
     lr: float | None = None
     schedule: str | None = None
-    weight_decay: float = 0.0
+    weight_decay: float | None = None
     clip_norm: float = 0.0
     ema: float = 0.0
     epochs: int | None = None
@@ -136,12 +137,15 @@ class TrainConfig:
             raise ConfigError(
                 "optimizer 'lbfgs' takes all rows in each step, at a constant rate; leave out --schedule and --sampler"
             )
-        if self.thresholds == "none" and self.threshold_metric is not None:
-            raise ConfigError("threshold-metric is what thresholds are chosen for; leave it out, or --thresholds none")
 
     @property
     def learning_rate(self) -> float:
         return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+
+    @property
+    def penalty(self) -> float:
+        """The weight decay."""
+        return WEIGHT_DECAYS.get(self.optimizer, 0.0) if self.weight_decay is None else self.weight_decay
 
     @property
     def n_epochs(self) -> int:
@@ -176,6 +180,7 @@ class TrainConfig:
             loss=loss,
             loss_options={**LOSS_OPTIONS.get(loss, {}), **self.loss_options},
             lr=self.learning_rate,
+            weight_decay=self.penalty,
             schedule=self.schedule or ("constant" if lbfgs else "cosine"),
             epochs=self.epochs or epochs,
         )

@@ -78,7 +78,7 @@ def fit_module(
     """Train a module's parameters, or groups of them, by ``fit``; ``watching`` are its validation and callbacks."""
     module = data.reading(module)
     optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
-        parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        parameters, lr=config.learning_rate, weight_decay=config.penalty
     )
     steps = -(-len(data.rows) // (config.rows_a_step or len(data.rows)))
     return fit(

@@ -266,7 +266,7 @@ def _hand_on(slices: Sequence[nn.Parameter], parameter: Tensor) -> None:
 
 
 def _rates(config: TrainConfig) -> tuple[float, float]:
-    return config.learning_rate, config.weight_decay
+    return config.learning_rate, config.penalty
 
 
 def _loss_settings(config: TrainConfig) -> tuple[Any, ...]:

@@ -82,7 +82,7 @@ def test_resolves_what_is_left_open():
     assert config.resolve("multilabel", 10) == config  # nothing is left open any more
     assert TrainConfig().resolve("multiclass", 10**6).loss == "ce"
     lbfgs = TrainConfig(head="linear", optimizer="lbfgs").resolve("multilabel", 100)
-    assert (lbfgs.lr, lbfgs.schedule, lbfgs.epochs) == (1.0, "constant", 20)
+    assert (lbfgs.lr, lbfgs.weight_decay, lbfgs.schedule, lbfgs.epochs) == (1.0, 0.003, "constant", 20)
 
 
 @pytest.mark.parametrize(

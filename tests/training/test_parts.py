@@ -270,7 +270,9 @@ def test_a_table_in_memory_and_one_on_the_disk_train_alike(toy_store, monkeypatc
 
 def test_a_model_above_the_limit_is_refused_before_it_is_trained(toy_store):
     store = toy_store()
-    message = r"the model would take 0\.00 MB \(10 of them\), and max-size-mb is 0\.002; take smaller --layers"
+    message = (
+        r"the model would take 0\.00 MB \(10 of them\), and max-size-mb is 0\.002; take fewer --members, or --refit"
+    )
     with pytest.raises(ConfigError, match=message):
         train_head(store, quick(folds=5, members=2), max_size_mb=0.002)
     assert train_head(store, quick(folds=5, members=2, refit=True), max_size_mb=0.002).size_mb < 0.002

@@ -43,7 +43,7 @@ def test_comes_back_as_it_was(trained, saved):
     for name in ("name", "dataset", "manifest", "classes", "features", "results", "split_digest", "sources"):
         assert getattr(run, name) == getattr(trained, name), name
     assert (run.histories, run.created, run.path) == (trained.histories, trained.created, saved)
-    assert run.config == TrainConfig(head="linear", epochs=2, loss="bce", lr=1e-3, schedule="cosine")
+    assert run.config == TrainConfig(head="linear", epochs=2, loss="bce", lr=1e-3, weight_decay=0.0, schedule="cosine")
     assert run.task == "multilabel"
     state = trained.members[0].model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in run.members[0].model.state_dict().items())
