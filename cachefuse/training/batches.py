@@ -238,7 +238,8 @@ class Batches:
         if self.chances is not None:
             shares = self.chances.cumsum(0)
             places = torch.rand(len(self.rows), generator=self.generator, dtype=shares.dtype) * shares[-1]
-            return self.rows[torch.searchsorted(shares, places, right=True).to(self.rows.device)]
+            drawn = torch.searchsorted(shares, places, right=True)
+            return self.rows[drawn.clamp(max=len(shares) - 1).to(self.rows.device)]  # rounding may reach the end
         return self.table.order(self.rows, self.generator) if self.size < len(self.rows) else self.rows
 
     def _slices(self) -> Iterator[slice]:
