@@ -1,4 +1,4 @@
-"""Workers that test side by side take one thread each, and the slow tests first, so that they end together."""
+"""Workers that test side by side take one thread each, and the slowest tests first, so that they end together."""
 
 import os
 import signal
@@ -10,7 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real", "slow")])
 
 
 @pytest.fixture(scope="session", autouse=True)
