@@ -93,7 +93,7 @@ def find_run(runs: Path, name: str | None = None) -> Path:
     made = []
     for path in runs.glob("*/run.json"):
         try:
-            made.append((_check_whole(path.parent), path.parent))
+            made.append((str(_read_whole(path.parent).get("created", "")), path.parent))
         except RunError as error:
             logger.warning("passed over: %s", error)
     if not made:
@@ -134,21 +134,20 @@ def _summarize(path: Path) -> RunSummary:
     )
 
 
-def _check_whole(path: Path) -> str:
-    """Return when a run was made. Raises RunError if it lacks a file, or is of another version."""
+def _read_whole(path: Path) -> dict[str, Any]:
+    """Return a run's run.json. Raises RunError if the run lacks a file, or is of another version."""
     for name in FILES:
         if not (path / name).is_file():
             raise RunError(f"{path / name} is not there: {path} is not a whole run")
     values = read_json(path / "run.json")
     if values.get("format") != FORMAT:
         raise RunError(f"{path}: run of another version (format {values.get('format')}, not {FORMAT}); train it again")
-    return str(values.get("created", ""))
+    return values
 
 
 def describe(path: Path) -> Description:
     """Read what a run says of itself. Raises RunError, naming the key, for what it can't say."""
-    _check_whole(path)
-    values = read_json(path / "run.json")
+    values = _read_whole(path)
     with describing(path / "run.json"):
         about = Description.model_validate(values)
         _check_shapes(about)

@@ -92,3 +92,9 @@ def toy_store(make_store):
         return make_store(x, targets, ["train"] * 40 + ["val"] * 12 + ["test"] * 8, task=task, **options)
 
     return make
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where a sweep keeps its trials."""
+    return tmp_path / "sweeps" / "one"

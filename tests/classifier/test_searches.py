@@ -8,31 +8,12 @@ from sklearn.model_selection import GridSearchCV, KFold, cross_val_predict, cros
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer
 
-from cachefuse import FeatureView, FusionClassifier
+from cachefuse import FusionClassifier
 
 KINDS = np.array(["cat", "dog", "emu"])
+
+
 QUICK = {"head": "linear", "optimizer": "lbfgs", "epochs": 2}  # trains in hundredths of a second
-
-
-@pytest.fixture
-def arrays():
-    rng = np.random.default_rng(0)
-    return {"image": rng.normal(size=(60, 6)).astype(np.float16), "text": rng.normal(size=(60, 5))}
-
-
-@pytest.fixture
-def view(arrays):
-    return FeatureView.from_arrays(arrays)
-
-
-@pytest.fixture
-def labels(arrays):
-    return KINDS[arrays["image"][:, :3].argmax(axis=1)]
-
-
-@pytest.fixture
-def indicator(arrays):
-    return (arrays["image"][:, :3] + arrays["text"][:, :3] > 0).astype(int)
 
 
 def test_cross_val_score_is_a_loop_over_views(view, arrays, labels):
