@@ -44,7 +44,7 @@ def store(
 
 @bench.command()
 def train(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json = False) -> None:
-    """Measure the training of heads on random features: about five minutes on two cores.
+    """Measure the training of heads on random features: two to five minutes on two cores.
 
     What is written to the workspace's disk is removed again.
     """

@@ -33,7 +33,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class TrainSizes:
-    """How much is trained. The defaults take some five minutes on two cores."""
+    """How much is trained. The defaults take two to five minutes on two cores."""
 
     pairs: int = 7
     epochs: int = 10  # of a light head, whose time is their mean
