@@ -1,7 +1,8 @@
 """Losses: ``loss(logits, targets, *, ..., reduction="mean")``, in float32 whatever the inputs' dtype; class weights.
 
-Logits and targets are (B, C); multi-class targets are one-hot, so that all losses share one signature. Every loss and
-its gradient is finite wherever the logits are. ``reduction`` is "mean", "sum" or "none".
+``contrastive`` is apart from the others: it compares two batches of embeddings, and has no labels. Elsewhere logits and
+targets are (B, C); multi-class targets are one-hot, so that all losses share one signature. Every loss and its gradient
+is finite wherever the logits are. ``reduction`` is "mean", "sum" or "none".
 """
 
 import inspect
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cachefuse.errors import ConfigError
-from cachefuse.registry import LOSSES, lookup
+from cachefuse.registry import LOSSES, TARGETS, lookup
 
 BETA = 0.999  # of the effective number of samples: a class counts for at most 1,000 of its rows
 CLASS_WEIGHTS = ("balanced", "effective")
+TINY_NORM = 1e-6  # below it a vector has no direction, and its gradient would be one of rounding
 REDUCTIONS = {"mean": torch.mean, "none": lambda loss: loss, "sum": torch.sum}
 
 
@@ -88,6 +90,33 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, re
         raise ConfigError(f"smoothing must be in [0, 1). Got {smoothing} instead.")
     logits, targets = _as_float32(logits, targets)
     return _reduce(F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none"), reduction)
+
+
+def contrastive(
+    x: Tensor, y: Tensor, temperature: Tensor | float, *, targets: str = "soft", detach: bool = True
+) -> Tensor:
+    """Return the symmetric contrastive loss of M pairs (x_i, y_i): x and y are (M, D), compared by their cosines.
+
+    "Context-Based Multimodal Fusion", equations 3 to 6: L = 1 / (2 M) sum_ij t_ij l1_ij + t_ji l2_ij, where
+    l1_ij = -log softmax_j(<x_i, y_j> / T), l2_ij = -log softmax_j(<y_i, x_j> / T), and the soft targets are
+    t_ij = softmax_j((<x_i, x_j> + <y_i, y_j>) / (2 T)): pairs that resemble one another are no full negatives. They are
+    taken of the embeddings as they are, and with ``detach`` no gradient passes through them. Hard targets are the
+    identity: InfoNCE (arXiv 1807.03748) both ways. Float64 stays float64.
+
+    Raises ConfigError if the shapes differ or for other targets.
+    """
+    if x.ndim != 2 or x.shape != y.shape:
+        raise ConfigError(f"x and y must both have shape (M, D). Got {tuple(x.shape)} and {tuple(y.shape)} instead.")
+    if targets not in TARGETS:
+        raise ConfigError(f"targets must be one of {', '.join(TARGETS)}. Got {targets!r} instead.")
+    x, y = (F.normalize(e if e.dtype == torch.float64 else e.float(), dim=1, eps=TINY_NORM) for e in (x, y))
+    scores = x @ y.T / temperature  # (M, M)
+    l1, l2 = -scores.log_softmax(1), -scores.T.log_softmax(1)
+    if targets == "hard":
+        return (l1.diagonal().mean() + l2.diagonal().mean()) / 2
+    t = ((x @ x.T + y @ y.T) / (2 * temperature)).softmax(1)
+    t = t.detach() if detach else t
+    return ((t * l1).sum() + (t.T * l2).sum()) / (2 * len(x))
 
 
 def build_loss(

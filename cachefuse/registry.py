@@ -16,6 +16,16 @@ LOSSES = {
     "ce": "cachefuse.losses:cross_entropy",
     "focal": "cachefuse.losses:focal",
 }
+METHODS = {"dfe": "cachefuse.fusion.dfe:DeepFusionEncoder", "projection": "cachefuse.fusion.dfe:ProjectionEncoder"}
+OPERATIONS = {
+    "add": "cachefuse.fusion.dfe:Add",
+    "additive-attention": "cachefuse.fusion.dfe:AdditiveAttention",
+    "concat": "cachefuse.fusion.dfe:Concat",
+    "dot-attention": "cachefuse.fusion.dfe:DotAttention",
+    "mul": "cachefuse.fusion.dfe:Multiply",
+}
+TARGETS = ("soft", "hard")  # of the contrastive loss
+ATTENTION_HEADS = 4  # of the Deep Fusion Encoder's transformer block
 OPTIMIZERS = {
     "adam": "cachefuse.training.optim:adam",
     "adamw": "cachefuse.training.optim:adamw",

@@ -15,81 +15,90 @@ from cachefuse.training.config import TrainConfig
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"
 
 
-def _choices(table: Mapping[str, str]) -> str:
+def choices(table: Mapping[str, str]) -> str:
     return ", ".join(table) + "."
 
 
-def _option(kind: Any, panel: str, metavar: str, help: str, shown: str | None = None) -> Any:
+def option(kind: Any, panel: str, metavar: str, help: str, shown: str | None = None) -> Any:
     return Annotated[kind, typer.Option(metavar=metavar, help=help, rich_help_panel=panel, show_default=shown or True)]
 
 
 OPTIONS = {
-    "view": _option(str, MODEL, "NAME", "pooled, or tokens, which head gmlp gates along."),
-    "fusion": _option(str, MODEL, "NAME", _choices(FUSIONS)),
-    "scheme": _option(str, MODEL, "NAME", "joint, or staged: each head alone, then what joins them."),
-    "head": _option(str, MODEL, "NAME", _choices(HEADS)),
-    "layers": _option(str | None, MODEL, "LIST", "Hidden widths: 2048,512.", "512"),
-    "activation": _option(str, MODEL, "NAME", _choices(ACTIVATIONS)),
-    "dropout": _option(float, MODEL, "P", "In hidden layers."),
-    "modality_dropout": _option(float, MODEL, "P", "Train without each modality in so many of the rows."),
-    "loss": _option(str | None, TRAINING, "NAME", _choices(LOSSES), "asl, multi-class: ce"),
-    "loss_options": _option(
+    "view": option(str, MODEL, "NAME", "pooled, or tokens, which head gmlp gates along."),
+    "fusion": option(str, MODEL, "NAME", choices(FUSIONS)),
+    "scheme": option(str, MODEL, "NAME", "joint, or staged: each head alone, then what joins them."),
+    "head": option(str, MODEL, "NAME", choices(HEADS)),
+    "layers": option(str | None, MODEL, "LIST", "Hidden widths: 2048,512.", "512"),
+    "activation": option(str, MODEL, "NAME", choices(ACTIVATIONS)),
+    "dropout": option(float, MODEL, "P", "In hidden layers."),
+    "modality_dropout": option(float, MODEL, "P", "Train without each modality in so many of the rows."),
+    "loss": option(str | None, TRAINING, "NAME", choices(LOSSES), "asl, multi-class: ce"),
+    "loss_options": option(
         list[str] | None, TRAINING, "KEY=X",
         "asl: gamma_negative 3, gamma_positive 0, clip 0; focal: gamma 3; ce: smoothing 0; all: reduction mean.",
     ),
-    "class_weights": _option(str, TRAINING, "NAME", "none, balanced, or effective (number of rows)."),
-    "sampler": _option(str, TRAINING, "NAME", "shuffle, or balanced: rows of rare classes more often."),
-    "optimizer": _option(str, TRAINING, "NAME", _choices(OPTIMIZERS)),
-    "lr": _option(float | None, TRAINING, "X", "Learning rate.", "1e-3, sgd: 0.05, lbfgs: 1"),
-    "schedule": _option(str | None, TRAINING, "NAME", _choices(SCHEDULES), "cosine; lbfgs: constant"),
-    "weight_decay": _option(
+    "class_weights": option(str, TRAINING, "NAME", "none, balanced, or effective (number of rows)."),
+    "sampler": option(str, TRAINING, "NAME", "shuffle, or balanced: rows of rare classes more often."),
+    "optimizer": option(str, TRAINING, "NAME", choices(OPTIMIZERS)),
+    "lr": option(float | None, TRAINING, "X", "Learning rate.", "1e-3, sgd: 0.05, lbfgs: 1"),
+    "schedule": option(str | None, TRAINING, "NAME", choices(SCHEDULES), "cosine; lbfgs: constant"),
+    "weight_decay": option(
         float | None, TRAINING, "X", "L2 penalty; apart from the gradient in adamw.", "0; lbfgs: 0.003"
     ),
-    "clip_norm": _option(float, TRAINING, "X", "Clip the gradient's norm; 0: never."),
-    "ema": _option(float, TRAINING, "D", "Decay of averaged weights, such as 0.999; 0: none."),
-    "epochs": _option(int | None, TRAINING, "N", "At most.", "50, or 500 steps; lbfgs: 20"),
-    "batch_size": _option(str, TRAINING, "N", "Rows a step, or all."),
-    "patience": _option(int, TRAINING, "N", "Stop after N epochs without a better validation score; 0: never."),
-    "monitor": _option(str | None, TRAINING, "METRIC", "What that score is.", "the dataset's first"),
-    "thresholds": _option(
+    "clip_norm": option(float, TRAINING, "X", "Clip the gradient's norm; 0: never."),
+    "ema": option(float, TRAINING, "D", "Decay of averaged weights, such as 0.999; 0: none."),
+    "epochs": option(int | None, TRAINING, "N", "At most.", "50, or 500 steps; lbfgs: 20"),
+    "batch_size": option(str, TRAINING, "N", "Rows a step, or all."),
+    "patience": option(int, TRAINING, "N", "Stop after N epochs without a better validation score; 0: never."),
+    "monitor": option(str | None, TRAINING, "METRIC", "What that score is.", "the dataset's first"),
+    "thresholds": option(
         str, CHOOSING, "KIND", "global, class (one a class), none (0.5), or auto: global where rows are held out."
     ),
-    "threshold_metric": _option(
+    "threshold_metric": option(
         str | None, CHOOSING, "METRIC", "Choose them for micro_f1, macro_f1 or samples_f1.", "the dataset's first such"
     ),
-    "folds": _option(int, CHOOSING, "K", "Train K models on train and val, each measured on what it has not seen."),
-    "members": _option(int, CHOOSING, "S", "Average S models that differ in their seed."),
-    "refit": _option(bool, CHOOSING, "", "Then train on all of train and val."),
-    "seed": _option(int, CHOOSING, "N", "Same seed, same machine: same result."),
+    "folds": option(int, CHOOSING, "K", "Train K models on train and val, each measured on what it has not seen."),
+    "members": option(int, CHOOSING, "S", "Average S models that differ in their seed."),
+    "refit": option(bool, CHOOSING, "", "Then train on all of train and val."),
+    "seed": option(int, CHOOSING, "N", "Same seed, same machine: same result."),
 }  # fmt: skip
 
 
 DEFAULTS = {"layers": None, "batch_size": str(TrainConfig.batch_size), "loss_options": None}
 
 
-def takes_config(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command that has a parameter ``config``, a TrainConfig, an option for each of its fields in its place."""
+def takes(
+    config: Any, annotations: Mapping[str, Any], defaults: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator: a command that has a parameter ``config`` gets an option for each field of a dataclass.
+
+    What it is called with is a function without arguments that parses them.
+    """
     options = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY,
-            default=DEFAULTS.get(field.name, field.default), annotation=OPTIONS[field.name],
+            default=defaults.get(field.name, field.default), annotation=annotations[field.name],
         )
-        for field in fields(TrainConfig)
+        for field in fields(config)
     ]  # fmt: skip
-    own = [
-        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "config"
-    ]
 
-    def with_options(**values: Any) -> None:
-        given = {option.name: values.pop(option.name) for option in options}
-        command(config=lambda: parse_config(given), **values)
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for name, parameter in inspect.signature(command).parameters.items()
+            if name != "config"
+        ]
 
-    with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
-    vars(with_options)["__signature__"] = inspect.Signature([*options, *own])
-    with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*options, *own)}
-    return with_options
+        def with_options(**values: Any) -> None:
+            given = {option.name: values.pop(option.name) for option in options}
+            command(config=lambda: parse(given), **values)
+
+        with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
+        vars(with_options)["__signature__"] = inspect.Signature([*options, *own])
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*options, *own)}
+        return with_options
+
+    return decorate
 
 
 def parse_config(given: Mapping[str, Any]) -> TrainConfig:
@@ -104,6 +113,9 @@ def parse_config(given: Mapping[str, Any]) -> TrainConfig:
             "loss_options": _parse_options(given["loss_options"] or ()),
         }
     )
+
+
+takes_config = takes(TrainConfig, OPTIONS, DEFAULTS, parse_config)
 
 
 def _parse_layers(text: str | None) -> tuple[int, ...] | None:

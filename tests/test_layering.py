@@ -26,6 +26,7 @@ LAYERS = (
     "predict",
     "submission",
     "evaluation",
+    "align",
     "report",
     "bench",
     "classifier",

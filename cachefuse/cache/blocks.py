@@ -55,6 +55,11 @@ class Blocks(ABC):
         self._check(block)
         return self._data(block, self.files[block])
 
+    def tensor(self, block: int) -> Tensor:
+        """Return all rows of a block, for reading only. Raises CacheError if it is not there or is damaged."""
+        self._check(block)
+        return self._tensor(block, self.files[block])
+
     def _check(self, block: int) -> None:
         if not self._unchecked[block]:
             return
@@ -71,6 +76,9 @@ class Blocks(ABC):
 
     @abstractmethod
     def _data(self, block: int, file: BlockFile | None) -> np.ndarray: ...
+
+    def _tensor(self, block: int, file: BlockFile | None) -> Tensor:
+        return torch.from_numpy(np.array(self._data(block, file)))
 
 
 class DamagedBlockError(CacheError):
@@ -96,6 +104,10 @@ class MappedBlocks(Blocks):
     def _data(self, block: int, file: BlockFile | None) -> np.ndarray:
         start = block * self._mapped.stride
         return self._mapped.array[start : start + (file.n_rows if file else 0)]
+
+    def _tensor(self, block: int, file: BlockFile | None) -> Tensor:
+        start = block * self._mapped.stride
+        return self._mapped.rows[start : start + (file.n_rows if file else 0)]
 
 
 class ZarrBlocks(Blocks):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cachefuse.cache.derive import base_rows, derive
 from cachefuse.cache.features import Features
 from cachefuse.cache.lock import only_writer
 from cachefuse.cache.pipeline import (
@@ -27,7 +28,7 @@ from cachefuse.cache.store import BadSample, FeatureStore
 from cachefuse.cache.writer import ViewWriter
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders import EncoderSpec
-from cachefuse.encoders.base import Tower
+from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import CacheError, ConfigError
 
 WINDOW_BATCHES = {"pooled": 16, "tokens": 4}  # of texts; tokens of many long ones would fill the memory
@@ -162,6 +163,14 @@ class Job:
         begun = self.features.n_rows - n_pending
         progress = Progress(self.features.encoder, self.tower.modality, begun, self.features.n_rows, begun)
         on_progress(progress)
+        if isinstance(self.tower, DerivedTower) and (base := base_rows(self.store, self.tower)) is not None:
+            return derive(
+                self.features,
+                self.tower,
+                base,
+                self.dtypes,
+                lambda done, total: on_progress(replace(progress, done=begun + done)),
+            )
         windows, clock = self._windows(), Clock()
         with ExitStack() as stack:
             writers = {

@@ -68,6 +68,19 @@ class Rows:
         for index in block_shuffle(rows, self.block_rows, self.blocks_at_once, generator).split(batch_size):
             yield index, self.index_select(0, index)
 
+    def in_order(self, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (number of the first, rows (n, ...)) over all rows, at most ``size`` at a time, none across blocks.
+
+        Where they are mapped nothing is copied: they are for reading only.
+        """
+        for start in range(0, len(self), self.block_rows):
+            block = start // self.block_rows
+            values = self._values.tensor(block)
+            scales = None if self._scales is None else self._scales.tensor(block)
+            for first in range(0, len(values), size):
+                part = slice(first, first + size)
+                yield start + first, values[part] if scales is None else _dequantise(values[part], scales[part])
+
     @property
     def blocks_at_once(self) -> int:
         """How many blocks to shuffle together: what memory holds anyway."""

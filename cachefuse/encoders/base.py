@@ -93,3 +93,19 @@ class Tower(ABC):
 
         ``pooled`` is (B, D); ``tokens`` is (B, T, D), or a list of B (T_i, D) if ragged.
         """
+
+
+class DerivedTower(Tower):
+    """A tower over another tower's features: where a store has those, no sample has to be encoded again.
+
+    ``base_encoder`` (a spec's short form), ``base_key`` and ``base_view`` say which features those are.
+    """
+
+    views = ("pooled",)
+    base_encoder: str
+    base_key: str
+    base_view: str
+
+    @abstractmethod
+    def transform(self, rows: Any) -> Any:
+        """Map B stored rows, pooled (B, D), tokens (B, T, D), or a list of B (T_i, D), to (B, width) float32."""

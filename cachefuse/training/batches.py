@@ -24,6 +24,7 @@ SHARE_OF_MEMORY = 0.5  # that features may take before they count as too large f
 SHARE_AT_HAND = 1 / 16  # that a standardised copy may take, and a shuffled one besides; what is larger stays in files
 
 LOAD_ROWS = 4096  # brought into memory at a time
+ALIGNED = "aligned"  # the family of encoders that are made of others
 PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # predicted at a time, at most
 
 
@@ -120,8 +121,9 @@ def select_features(
 ) -> dict[str, list[Features]]:
     """Return the features to use, by modality: those of the named encoders, or all that have the whole view.
 
-    An encoder may be named by its spec, its file or folder, or any part of it that fits one alone. Raises CacheError
-    if there are no features, ConfigError for a name that fits none or several.
+    Aligned features, which are made of others, are taken only where they are named, or where there is nothing else. An
+    encoder may be named by its spec, its file or folder, or any part of it that fits one alone. Raises CacheError if
+    there are no features, ConfigError for a name that fits none or several.
     """
     stored = [features for features in store.features() if view in features.views]
     if not stored:
@@ -139,6 +141,7 @@ def select_features(
                     features.modality,
                 )
         stored = whole or stored  # if none is whole, reading says how to go on
+        stored = [features for features in stored if features.provenance.get("family") != ALIGNED] or stored
     chosen: dict[str, list[Features]] = {}
     for features in stored:
         if features not in chosen.setdefault(features.modality, []):

@@ -8,7 +8,6 @@ README.md             the model card
 """
 
 import hashlib
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -31,14 +30,15 @@ from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import decide
 from cachefuse.registry import HEADS, lookup
-from cachefuse.runtime import slug, to_json, write_atomically
+from cachefuse.runtime import to_json, write_atomically
 from cachefuse.training.batches import FeatureTable
 from cachefuse.training.card import model_card
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import History, predict_scores
 from cachefuse.training.measure import HeldOut, Result
 from cachefuse.training.run_files import (
-    FORMAT,
+    FORMATS,
+    HEAD,
     HELD_ARRAYS,
     HELD_OUT,
     WEIGHTS,
@@ -47,6 +47,7 @@ from cachefuse.training.run_files import (
     load_held_out,
     load_weights,
     read_json,
+    write_run,
 )
 from cachefuse.training.used import UsedByModality, UsedFeatures, width_of
 
@@ -163,31 +164,26 @@ class Run:
     def save(self, runs: Path) -> Path:
         """Write the run under ``runs`` in a new directory that is whole or not there at all; its card comes last."""
         self.created = datetime.now(UTC).isoformat(timespec="milliseconds")
-        runs.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=runs, prefix=".new-") as temporary:
-            folder = Path(temporary) / "run"
-            folder.mkdir()
-            tensors = {
-                f"{i}.{name}": tensor.cpu().contiguous()
-                for i, member in enumerate(self.members)
-                for name, tensor in member.model.state_dict().items()
-            }
-            write_atomically(folder / WEIGHTS, save(tensors))
-            if self.held is not None:
-                arrays = {name: getattr(self.held, name) for name in HELD_ARRAYS}
-                held = safetensors.numpy.save(arrays, {"split": self.held.split})
-                write_atomically(folder / HELD_OUT, held)
-            histories = {"histories": [asdict(history) for history in self.histories]}
-            write_atomically(folder / "history.json", to_json(histories).encode())
-            write_atomically(folder / "run.json", to_json(self._to_dict()).encode())
-            self.path = _move_to_free(folder, runs / slug(self.name))
+        tensors = {
+            f"{i}.{name}": tensor.cpu().contiguous()
+            for i, member in enumerate(self.members)
+            for name, tensor in member.model.state_dict().items()
+        }
+        files = {WEIGHTS: save(tensors)}
+        if self.held is not None:
+            arrays = {name: getattr(self.held, name) for name in HELD_ARRAYS}
+            files[HELD_OUT] = safetensors.numpy.save(arrays, {"split": self.held.split})
+        files["history.json"] = to_json({"histories": [asdict(history) for history in self.histories]}).encode()
+        files["run.json"] = to_json(self._to_dict()).encode()
+        self.path = write_run(runs, self.name, files)
         self.name = self.path.name
         write_atomically(self.path / "README.md", model_card(self).encode())
         return self.path
 
     def _to_dict(self) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "kind": HEAD,
+            "format": FORMATS[HEAD],
             "created": self.created,
             "dataset": self.dataset,
             "manifest": self.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),
@@ -262,17 +258,3 @@ def split_digest(store: FeatureStore) -> str:
     for row in zip(store.ids, store.splits, store.digests, strict=True):
         digest.update(("\0".join(row) + "\n").encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def _move_to_free(folder: Path, name: Path) -> Path:
-    """Move a folder to the first of name-1, name-2, ... that is free; another process may take one at any moment."""
-    number = 1
-    while True:
-        path = name.with_name(f"{name.name}-{number}")
-        try:
-            if not path.exists():
-                return folder.rename(path)
-        except OSError:
-            if not path.exists():
-                raise
-        number += 1

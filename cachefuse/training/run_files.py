@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 import safetensors
@@ -17,6 +18,7 @@ from torch import nn
 
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
+from cachefuse.runtime import slug, write_atomically
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.measure import HeldOut
 from cachefuse.training.problem import OUT_OF_FOLD, VAL
@@ -24,13 +26,29 @@ from cachefuse.training.used import UsedByModality
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 3
+HEAD, ALIGNMENT = "head", "alignment"  # kinds of runs
+FORMATS = {HEAD: 3, ALIGNMENT: 1}
+USES = {
+    HEAD: "is a head, which predicts: take cachefuse predict, evaluate or report",
+    ALIGNMENT: "is an alignment, without classes: take cachefuse retrieve, zero-shot, similarity, evaluate or report",
+}
+HOW_TO_MAKE = {HEAD: "train one with cachefuse train-head", ALIGNMENT: "make one with cachefuse align"}
 WEIGHTS, HELD_OUT = "model.safetensors", "held_out.safetensors"
 FILES = ("run.json", "history.json", WEIGHTS)  # that every run has
 HELD_ARRAYS = ("rows", "parts", "scores")
 
 # JSON has no NaN: a figure that is not defined is null there.
 Figure = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
+
+
+class _Dated(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def created(self) -> str: ...
+
+
+Summary = TypeVar("Summary", bound=_Dated)
 
 
 class _Result(BaseModel):
@@ -82,34 +100,82 @@ class RunSummary:
     settings: dict[str, Any]
 
 
-def find_run(runs: Path, name: str | None = None) -> Path:
-    """Return a run's directory: by name or path, or the one made last. Raises RunError if there is none."""
+def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Path:
+    """Return the directory of a run of a kind, or with None of any: by name or path, or the one made last.
+
+    Raises RunError if there is none, or if it is of another kind.
+    """
     if name is not None:
         for path in (runs / name, Path(name)):
             if (path / "run.json").is_file():
+                found = kind_of(read_json(path / "run.json"))
+                if kind not in (None, found) and found in USES:
+                    raise RunError(f"run {path.resolve().name} {USES[found]}")
                 return path
         known = ", ".join(sorted(path.parent.name for path in runs.glob("*/run.json"))) or "none yet"
         raise RunError(f"no run {name!r} in {runs}; the runs are: {known}")
     made = []
     for path in runs.glob("*/run.json"):
         try:
-            made.append((str(_read_whole(path.parent).get("created", "")), path.parent))
+            values = read_whole(path.parent)
         except RunError as error:
             logger.warning("passed over: %s", error)
+            continue
+        if kind in (None, kind_of(values)):
+            made.append((str(values.get("created", "")), path.parent))
     if not made:
-        raise RunError(f"no runs in {runs}; train one with cachefuse train-head")
+        raise RunError(f"no {'runs' if kind in (None, HEAD) else 'alignments'} in {runs}; {HOW_TO_MAKE[kind or HEAD]}")
     return max(made)[1]
 
 
+def kind_of(values: Mapping[str, Any]) -> str:
+    """Return which kind of run a run.json describes."""
+    return str(values.get("kind", HEAD))
+
+
+def write_run(runs: Path, name: str, files: Mapping[str, bytes]) -> Path:
+    """Write a run's files in a new directory, name-1, name-2, ..., that is whole or not there at all."""
+    runs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=runs, prefix=".new-") as temporary:
+        folder = Path(temporary) / "run"
+        folder.mkdir()
+        for file, data in files.items():
+            write_atomically(folder / file, data)
+        return _move_to_free(folder, runs / slug(name))
+
+
+def _move_to_free(folder: Path, name: Path) -> Path:
+    """Move a folder to the first of name-1, name-2, ... that is free; another process may take one at any moment."""
+    number = 1
+    while True:
+        path = name.with_name(f"{name.name}-{number}")
+        try:
+            if not path.exists():
+                return folder.rename(path)
+        except OSError:
+            if not path.exists():
+                raise
+        number += 1
+
+
 def list_runs(runs: Path) -> list[RunSummary]:
-    """Return the runs in a directory, the one made last first. Damaged ones are passed over, with a warning.
+    """Return the heads in a directory, the one made last first. Damaged ones are passed over, with a warning.
 
     Reads no weights.
+    """
+    return newest_first(runs, HEAD, _summarize)
+
+
+def newest_first(runs: Path, kind: str, summarize: Callable[[Path], Summary]) -> list[Summary]:
+    """Return what ``summarize`` makes of each run of a kind in a directory, the one made last first.
+
+    Those that it raises RunError for are passed over, with a warning.
     """
     found = []
     for path in sorted({path.parent for name in FILES for path in runs.glob(f"*/{name}")}):
         try:
-            found.append(_summarize(path))
+            if kind_of(read_whole(path)) == kind:
+                found.append(summarize(path))
         except RunError as error:
             logger.warning("passed over: %s", error)
     return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
@@ -134,20 +200,28 @@ def _summarize(path: Path) -> RunSummary:
     )
 
 
-def _read_whole(path: Path) -> dict[str, Any]:
-    """Return a run's run.json. Raises RunError if the run lacks a file, or is of another version."""
+def read_whole(path: Path, kind: str | None = None) -> dict[str, Any]:
+    """Return a run's run.json. Raises RunError if the run lacks a file, is of another version, or of another kind."""
     for name in FILES:
         if not (path / name).is_file():
             raise RunError(f"{path / name} is not there: {path} is not a whole run")
     values = read_json(path / "run.json")
-    if values.get("format") != FORMAT:
-        raise RunError(f"{path}: run of another version (format {values.get('format')}, not {FORMAT}); train it again")
+    found = kind_of(values)
+    if found not in FORMATS:
+        raise RunError(f"{path}: not a kind of run that this version knows: {found!r}")
+    if values.get("format") != FORMATS[found]:
+        expected = FORMATS[found]
+        raise RunError(
+            f"{path}: run of another version (format {values.get('format')}, not {expected}); train it again"
+        )
+    if kind not in (None, found):
+        raise RunError(f"run {path.resolve().name} {USES[found]}")
     return values
 
 
 def describe(path: Path) -> Description:
     """Read what a run says of itself. Raises RunError, naming the key, for what it can't say."""
-    values = _read_whole(path)
+    values = read_whole(path, HEAD)
     with describing(path / "run.json"):
         about = Description.model_validate(values)
         _check_shapes(about)

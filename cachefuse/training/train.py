@@ -209,7 +209,9 @@ def train_model(
     def train(stage: str, module: Any, data: TrainingSet) -> History:
         validate = part.validate.to(problem.device)
         validate = validate[data.table.any_present(validate)] if stage else validate
-        score = partial(_score, problem, validate, config.monitor or problem.metric, config.resolve_loss(problem.task))
+        score = partial(
+            score_of, problem, validate, config.monitor or problem.metric, config.resolve_loss(problem.task)
+        )
         return fit_module(
             config,
             data,
@@ -225,7 +227,8 @@ def train_model(
     return model, fit_stages(config, model.fusion, data, train)
 
 
-def _score(problem: Problem, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:
+def score_of(problem: Problem, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:
+    """Return a metric of logits (n, C) for some rows (n,), decided on at a threshold of 0.5."""
     scores = to_scores(logits, loss).numpy()
     return METRICS[metric](problem.targets(rows), scores, decide(scores, problem.task, min_labels=problem.min_labels))
 

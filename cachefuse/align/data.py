@@ -1,0 +1,167 @@
+"""Cached features as pairs: two sides, the samples that have both, and which items (captions) each sample has."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefuse.align.model import Aligner, Side
+from cachefuse.cache.features import Features
+from cachefuse.cache.rows import RaggedRows, Rows
+from cachefuse.cache.store import FeatureStore
+from cachefuse.errors import ConfigError, DataError
+from cachefuse.heads import Standardize
+from cachefuse.training.batches import select_features
+
+FIT_ROWS, FIT_TOKENS = 1 << 15, 1 << 17  # that a side's statistics are taken from, about that many at most
+PIECE_FLOATS = 1 << 24  # of features that are embedded at a time, at most
+PIECE_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class SideRows:
+    """One side's stored rows, and where each sample's items lie among them: item rows offsets[i] to offsets[i + 1]."""
+
+    modality: str
+    rows: Rows
+    offsets: np.ndarray
+
+    @property
+    def width(self) -> int:
+        return self.rows.shape[-1]
+
+    @property
+    def piece(self) -> int:
+        """How many rows to read at a time, so that they take little memory."""
+        tokens = self.rows.shape[1] if len(self.rows.shape) == 3 else 1
+        if isinstance(self.rows, RaggedRows):
+            tokens = int(self.rows.lengths.max(initial=1))
+        return max(1, min(PIECE_ROWS, PIECE_FLOATS // max(1, tokens * self.width)))
+
+    def read(self, index: Tensor, device: torch.device | str = "cpu") -> Side:
+        """Return rows (B,) as tokens (B, T, D) and their mask (B, T); pooled features are one token."""
+        return tuple(x.to(device) for x in as_tokens(self.rows, index))  # type: ignore[return-value]
+
+    def items(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return all item rows (n,) of some samples, in order, and which of ``samples`` each belongs to (n,)."""
+        first, counts = self.offsets[samples], self.offsets[samples + 1] - self.offsets[samples]
+        owners = np.repeat(np.arange(len(samples)), counts)
+        return first[owners] + np.arange(len(owners)) - (counts.cumsum() - counts)[owners], owners
+
+
+def as_tokens(rows: Rows, index: Tensor) -> Side:
+    """Return stored rows (B,) as tokens (B, T, D) and their mask (B, T); pooled features are one token.
+
+    A row without any token has one of zeros, so that it can be attended to.
+    """
+    if isinstance(rows, RaggedRows):
+        x, mask = rows.padded(index)
+        if not x.shape[1]:
+            x, mask = x.new_zeros(len(index), 1, x.shape[2]), mask.new_zeros(len(index), 1)
+        mask[:, 0] = True
+        return x, mask
+    x = rows.index_select(0, index)
+    x = x.unsqueeze(1) if x.ndim == 2 else x
+    return x, torch.ones(x.shape[:2], dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class PairData:
+    """Two sides over the same samples; ``samples`` (n,) are those that have both, ``splits`` (N,) are all samples'."""
+
+    name: str
+    sides: tuple[SideRows, SideRows]
+    samples: np.ndarray
+    splits: np.ndarray
+
+    @property
+    def same_texts(self) -> bool:
+        """Whether both sides are encoders of the same texts."""
+        return self.sides[0].modality == self.sides[1].modality
+
+    def of(self, split: str) -> np.ndarray:
+        """Return the usable samples of a split, (n,)."""
+        return self.samples[self.splits[self.samples] == split]
+
+    def draw(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return one item row of each sample (B,) for each side, drawn at random.
+
+        Where both sides see the same texts and a sample has several, they get different ones: what is to be learnt is
+        that the two mean the same.
+        """
+        drawn = []
+        for side in self.sides:
+            offsets = torch.from_numpy(side.offsets)
+            count = offsets[samples + 1] - offsets[samples]
+            place = (torch.rand(len(samples), generator=generator, dtype=torch.float64) * count).long()
+            drawn.append((offsets[samples], count, place))
+        (first, count, a), (_, _, b) = drawn
+        if self.same_texts:
+            step = (torch.rand(len(samples), generator=generator, dtype=torch.float64) * (count - 1)).long() + 1
+            b = torch.where(count > 1, (a + step) % count.clamp(min=1), a)
+        return first + a, drawn[1][0] + b
+
+
+def open_pairs(
+    store: FeatureStore, encoders: Sequence[str] = (), view: str = "pooled"
+) -> tuple[PairData, tuple[Features, Features]]:
+    """Open the two sides to align: the named encoders' features, or those of the store if there are just two.
+
+    Raises ConfigError if they are not two, CacheError if rows are missing, DataError if no sample has both.
+    """
+    chosen = [features for group in select_features(store, encoders, view).values() for features in group]
+    if len(chosen) != 2:
+        found = ", ".join(f"{features.encoder} ({features.modality})" for features in chosen)
+        raise ConfigError(
+            f"to align takes two encoders. Got {len(chosen)} instead: {found}; name two with --encoder, "
+            f"of one modality each or of the same texts"
+        )
+    pair = cast(tuple[Features, Features], tuple(chosen))
+    return pair_data(store, pair, view), pair
+
+
+def pair_data(store: FeatureStore, pair: tuple[Features, Features], view: str) -> PairData:
+    """Return the pairs of two sides' features. Raises CacheError for missing rows, DataError if no sample has both."""
+    sides, present = [], np.ones(len(store), bool)
+    for features in pair:
+        offsets = store.items(features.modality)
+        offsets = np.arange(len(store) + 1) if offsets is None else offsets
+        sides.append(SideRows(features.modality, features.rows(view), offsets))
+        present &= store.present(features.modality) & (np.diff(offsets) > 0)
+    if not present.any():
+        raise DataError(f"no sample of {store.dataset} has both {' and '.join(side.modality for side in sides)}")
+    return PairData(store.dataset, (sides[0], sides[1]), np.flatnonzero(present), store.splits)
+
+
+def fit_statistics(model: Aligner, data: PairData, samples: np.ndarray) -> None:
+    """Take each side's mean and deviation from the real tokens of some samples (n,), or of an even spread of them."""
+    for standardize, side in zip(model.standardize, data.sides, strict=True):
+        items, _ = side.items(samples)
+        parts, n_tokens = [], 0
+        step = max(1, len(items) // FIT_ROWS)
+        for index in torch.from_numpy(items[::step]).split(side.piece):
+            x, mask = side.read(index)
+            parts.append(x[mask])  # (n, D)
+            n_tokens += len(parts[-1])
+            if n_tokens >= FIT_TOKENS:
+                break
+        cast(Standardize, standardize.cpu()).fit(torch.cat(parts))
+
+
+@torch.inference_mode()
+def embed(model: Aligner, side: int, rows: SideRows, index: np.ndarray) -> Tensor:
+    """Return the embeddings (n, W) of stored rows (n,), float32, on the CPU."""
+    model.eval()
+    device = model.log_temperature.device
+    parts = torch.from_numpy(index).split(rows.piece)
+    return torch.cat([model(side, rows.read(part, device)).cpu() for part in parts])
+
+
+def in_batches(samples: np.ndarray, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the samples (n,) in a random order, ``size`` at a time; a last one alone, which has no negatives, is left
+    out."""
+    order = torch.from_numpy(samples)[torch.randperm(len(samples), generator=generator)]
+    yield from (part for part in order.split(size) if len(part) > 1)

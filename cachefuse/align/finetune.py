@@ -1,0 +1,175 @@
+"""Fine-tuning: one side of an alignment and a linear head on it, trained together on a labelled dataset."""
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from cachefuse.align.model import Aligner
+from cachefuse.align.run import Alignment
+from cachefuse.align.tower import aligned_features
+from cachefuse.align.train import find_side
+from cachefuse.cache.rows import TokenWidth
+from cachefuse.cache.store import FeatureStore
+from cachefuse.errors import ConfigError
+from cachefuse.fusion.model import FusionModel
+from cachefuse.heads import Standardize
+from cachefuse.losses import build_loss
+from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
+from cachefuse.runtime import own_randomness, resolve_device, seed_everything
+from cachefuse.training.batches import FeatureTable, load_table
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.loop import CHECKED_ROWS, History, Validation, fit, predict_scores, spread
+from cachefuse.training.measure import HeldOut, choose_for, measure
+from cachefuse.training.problem import VAL, Problem
+from cachefuse.training.run import Member, Run, build_model, split_digest
+from cachefuse.training.train import Progress, score_of
+from cachefuse.training.used import used_features
+
+RATE = 3e-4  # lower than a head's: the encoder is to be kept where it is, roughly
+
+
+class TunedModel(nn.Module):
+    """Stored features {modality: (B, T * D)} through one side of an alignment and a head on it, to logits (B, C)."""
+
+    def __init__(self, aligner: Aligner, side: int, modality: str, head: FusionModel, n_tokens: int = 0):
+        super().__init__()
+        self.aligner, self.head = aligner, head
+        self.modality, self._side, self._n_tokens = modality, side, n_tokens
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        return self.head({self.modality: self.embed(features)}, present)
+
+    def embed(self, features: dict[str, Tensor]) -> Tensor:
+        """Return the aligned vectors (B, W)."""
+        x = features[self.modality]
+        x = x.unflatten(1, (self._n_tokens or 1, -1))  # (B, T, D)
+        # Tokens side by side are padded with zeros, and a token of a frozen encoder is never zero throughout.
+        mask = (x != 0).any(-1) if self._n_tokens else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        mask[:, 0] = True
+        return self.aligner(self._side, (x, mask))
+
+
+@own_randomness()
+def fine_tune(
+    run: Alignment,
+    store: FeatureStore,
+    runs: Path,
+    *,
+    modality: str = "image",
+    epochs: int = 100,
+    batch_size: int = 256,
+    lr: float = RATE,
+    weight_decay: float = 0.0,
+    patience: int = 0,
+    seed: int = 0,
+    device: str = "auto",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> tuple[Alignment, Run]:
+    """Train one side's encoder, from where an alignment left it, together with a linear head, on a labelled dataset.
+
+    The paper's fine-tuning protocol (CBMF, section IV-C). What is tuned becomes an alignment of its own, written to
+    ``runs``, whose features the store gets; the head, measured and not yet saved, is a run that reads those, so that
+    ``predict`` and all else work on it. Raises ConfigError for a dataset without classes or a modality that the
+    alignment lacks, RunError if the store lacks the features that it reads.
+    """
+    begun = time.perf_counter()
+    config = TrainConfig(
+        fusion=modality, head="linear", optimizer="adamw", epochs=epochs, batch_size=batch_size, lr=lr,
+        weight_decay=weight_decay, patience=patience, seed=seed,
+    )  # fmt: skip
+    sides = [i for i, side in enumerate(run.sides) if side.modality == modality]
+    if not sides:
+        raise ConfigError(f"alignment {run.name} has no {modality} side to tune")
+    side = sides[0]
+    view = run.config.view
+    table = load_table(store, {modality: [find_side(run, run.sides[side], store)]}, view).to(resolve_device(device))
+    problem = Problem.of(store, table)
+    if problem.task not in ("multiclass", "multilabel"):
+        raise ConfigError(f"{store.dataset} has no labels to tune for; it is a dataset for {problem.task}")
+    config = problem.resolve(config)
+    train, validate = problem.train_rows(), problem.rows(VAL)
+    seed_everything(seed)
+    tuned = replace(
+        run, name=f"{run.name}-{store.dataset}", parent=run.name, model=copy.deepcopy(run.model), results={}
+    )
+    tuned.model.log_temperature.requires_grad_(False)
+    width = table.features[modality].shape[1]
+    n_tokens = width.n_tokens if isinstance(width, TokenWidth) else 0
+    head = build_model(config, {modality: run.config.width}, len(problem.classes))
+    model = TunedModel(tuned.model, side, modality, head, n_tokens).to(problem.device)
+    _fit_statistics(model, table, train)
+    optimizer = lookup(OPTIMIZERS, str(config.optimizer), "optimizer")(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=lr, weight_decay=weight_decay
+    )
+    steps = config.n_epochs * -(-len(train) // config.batch_size)
+    loss = config.resolve_loss(problem.task)
+    score = partial(score_of, problem, validate, problem.metric, loss)
+    history = fit(
+        model,
+        build_loss(loss, config.loss_options),
+        optimizer,
+        table,
+        train,
+        epochs=config.n_epochs,
+        batch_size=config.batch_size,
+        generator=torch.Generator().manual_seed(seed),
+        schedule=lookup(SCHEDULES, str(config.schedule), "schedule")(optimizer, steps),
+        validation=Validation(validate, score) if len(validate) else None,
+        patience=patience,
+        on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.n_epochs, epoch)),
+    )
+    tuned.model.log_temperature.requires_grad_(True)
+    tuned.history, tuned.seconds = history, time.perf_counter() - begun
+    tuned.save(runs)
+    return tuned, _head_run(tuned, side, store, config, head, history, device, begun)
+
+
+@torch.inference_mode()
+def _fit_statistics(model: TunedModel, table: FeatureTable, rows: Tensor) -> None:
+    """Take the mean and deviation of what the head reads from the aligned training rows, before they are tuned."""
+    model.eval()
+    rows = spread(rows[table.any_present(rows)], CHECKED_ROWS)
+    x = torch.cat([model.embed(features) for features, _ in table.pieces(rows)])
+    cast(Standardize, model.head.standardize[model.modality]).fit(x)
+
+
+def _head_run(
+    tuned: Alignment,
+    side: int,
+    store: FeatureStore,
+    config: TrainConfig,
+    head: FusionModel,
+    history: History,
+    device: str,
+    begun: float,
+) -> Run:
+    """Return the head as a run over the tuned features, which are written to the store, measured on those."""
+    features = aligned_features(tuned, side, store, device=device)
+    modality = features.modality
+    table = load_table(store, {modality: [features]}).to(resolve_device(device))
+    problem = Problem.of(store, table)
+    used = used_features({modality: [features]}, problem.widths)
+    rows = problem.rows(VAL)
+    held = HeldOut.join(VAL, problem, [rows], [predict_scores(head, table, rows, config.resolve_loss(problem.task))])
+    run = Run(
+        name=f"{store.dataset}-{config.fusion}-fine-tuned",
+        dataset=store.dataset,
+        manifest=store.manifest,
+        classes=store.classes,
+        config=config,
+        members=[Member(config, used, head.eval(), 1.0)],
+        thresholds=choose_for(problem, config, held),
+        histories=[history],
+        held=held,
+        split_digest=split_digest(store),
+    )
+    run.results = measure(problem, run, lambda member: table)
+    run.seconds = time.perf_counter() - begun
+    return run

@@ -1,0 +1,153 @@
+"""Training an alignment: one visible loop, and a step whose gradient is exact however many pairs it compares."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+
+from cachefuse.align.config import AlignConfig
+from cachefuse.align.data import PairData, embed, in_batches
+from cachefuse.align.model import Aligner, Side
+from cachefuse.align.ranks import Embedded, best_ranks, recall_at
+from cachefuse.errors import TrainingError
+from cachefuse.training.ema import EMA
+from cachefuse.training.loop import Epoch, History, keep_freed_memory
+
+ReadChunk = Callable[[int, Tensor], Side]  # (side, item rows) -> features and mask, on the model's device
+
+
+def fit(
+    model: Aligner,
+    config: AlignConfig,
+    data: PairData,
+    train: np.ndarray,
+    validate: np.ndarray,
+    optimizer: torch.optim.Optimizer,
+    schedule: LRScheduler,
+    generator: torch.Generator,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> History:
+    """Train on some samples (n,) for the settings' epochs, or until ``patience`` of them were no better on others (m,).
+
+    The best epoch's weights stay (averaged ones with EMA); without samples to validate on, the last one's. Raises
+    TrainingError if training diverges. Ctrl-C ends training at the best epoch so far, if there is one.
+    """
+    keep_freed_memory()
+    device = model.log_temperature.device
+    ema = EMA(model, config.ema) if config.ema else None
+    kept: Aligner = ema.model if ema else model  # type: ignore[assignment]
+    history = History()
+    best_score, best_state = -math.inf, {}
+
+    def read(side: int, index: Tensor) -> Side:
+        return data.sides[side].read(index, device)
+
+    try:
+        for epoch in range(1, config.epochs + 1):
+            model.train()
+            total = torch.zeros((), device=device)
+            n_pairs = 0
+            for samples in in_batches(train, config.batch_size, generator):  # (M,)
+                items = data.draw(samples, generator)  # two of (M,)
+                optimizer.zero_grad()
+                value = backward(model, read, items, config.chunk_size, config.targets)
+                optimizer.step()
+                schedule.step()
+                model.bound_temperature()
+                if ema:
+                    ema.update()
+                total.add_(value, alpha=len(samples))
+                n_pairs += len(samples)
+            mean_loss = total.item() / n_pairs
+            if not math.isfinite(mean_loss):
+                raise TrainingError(f"training diverged in epoch {epoch}: the loss is {mean_loss}; take a lower lr")
+            score, val_loss = _validate(kept, data, validate, config) if len(validate) else (None, None)
+            judged = math.inf if score is None else -val_loss if config.monitor == "loss" else score  # type: ignore[operator]
+            better = score is None or judged > best_score
+            history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss))
+            if better:
+                best_state = {name: x.clone() for name, x in kept.state_dict().items()}
+                history.best_epoch, best_score = epoch, judged
+            on_epoch(history.epochs[-1])
+            if config.patience and epoch - history.best_epoch >= config.patience:
+                break
+    except KeyboardInterrupt:
+        if not history.best_epoch:
+            raise
+        history.interrupted = True
+    model.load_state_dict(best_state)
+    return history
+
+
+def backward(model: Aligner, read: ReadChunk, items: tuple[Tensor, Tensor], chunk_size: int, targets: str) -> Tensor:
+    """Compute the loss of M pairs, add its gradient to the parameters', and return it.
+
+    With chunks the pairs are embedded without a graph first; the loss of all gives the gradient of each embedding; then
+    each chunk is embedded again, with the same random numbers, and that gradient goes back through it (GradCache, arXiv
+    2101.06983). What a chunk takes is all the memory there must be, and the gradient is that of the whole batch.
+    """
+    n = len(items[0])
+    if not chunk_size or chunk_size >= n:
+        x, y = (model(side, read(side, items[side])) for side in (0, 1))  # (M, W) each
+        value = model.loss(x, y, targets)
+        value.backward()
+        return value.detach()
+    chunks = [(side, part) for side in (0, 1) for part in items[side].split(chunk_size)]
+    states, embeddings = [], []
+    with torch.no_grad():
+        for side, part in chunks:
+            states.append(_random_state(model))
+            embeddings.append(model(side, read(side, part)))
+    leaves = [x.requires_grad_() for x in embeddings]
+    half = len(leaves) // 2
+    value = model.loss(torch.cat(leaves[:half]), torch.cat(leaves[half:]), targets)
+    value.backward()
+    for (side, part), state, leaf in zip(chunks, states, leaves, strict=True):
+        with _random_numbers_of(model, state):
+            model(side, read(side, part)).backward(leaf.grad)
+    return value.detach()
+
+
+def _random_state(model: Aligner) -> tuple[Tensor, Tensor | None]:
+    device = model.log_temperature.device
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _random_numbers_of(model: Aligner, state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
+    """Draw what was drawn from ``state`` on, so that dropout drops the same; then go on from where things were."""
+    device = model.log_temperature.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield
+
+
+def _validate(model: Aligner, data: PairData, samples: np.ndarray, config: AlignConfig) -> tuple[float, float]:
+    """Return the mean recall at 1 of both directions, and the loss of the first items in batches of the training's."""
+    both = embed_samples(model, data, samples)
+    r1 = float(np.mean([recall_at(best_ranks(*pair), 1) for pair in (both, both[::-1])]))
+    return r1, _loss_of_firsts(model, both, config)
+
+
+@torch.inference_mode()
+def _loss_of_firsts(model: Aligner, both: tuple[Embedded, Embedded], config: AlignConfig) -> float:
+    device = model.log_temperature.device
+    firsts = [one.vectors[torch.from_numpy(np.unique(one.owners, return_index=True)[1])] for one in both]
+    parts = zip(*(x.to(device).split(config.batch_size) for x in firsts), strict=True)
+    losses = [(len(x), model.loss(x, y, config.targets).item()) for x, y in parts]
+    return sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
+
+
+def embed_samples(model: Aligner, data: PairData, samples: np.ndarray) -> tuple[Embedded, Embedded]:
+    """Return the embeddings of every item of some samples (n,), by side."""
+    both = []
+    for number, side in enumerate(data.sides):
+        items, owners = side.items(samples)
+        both.append(Embedded(embed(model, number, side, items), owners, items if data.same_texts else None))
+    return both[0], both[1]

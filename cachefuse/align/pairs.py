@@ -1,0 +1,155 @@
+"""Pairs of texts that mean the same, mined from a dataset's captions by how near their cached embeddings are."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from cachefuse.align.retrieve import item_places
+from cachefuse.cache.features import Features
+from cachefuse.data.dataset import Dataset
+from cachefuse.data.splits import ordered_splits
+from cachefuse.errors import ConfigError, DataError
+from cachefuse.losses import TINY_NORM
+from cachefuse.runtime import make_folder, resolve_device, slug, write_atomically
+
+BLOCK = 2048  # texts compared with as many others at a time
+CANDIDATES = 8  # nearest texts that are kept for each
+
+OnRows = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Rows of a text modality's features, two a pair (P, 2), and their cosines (P,), by split."""
+
+    rows: dict[str, np.ndarray]
+    cosines: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return sum(len(rows) for rows in self.rows.values())
+
+
+def mine_pairs(
+    features: Features,
+    texts: list[tuple[str, ...]],
+    threshold: float,
+    *,
+    device: str = "auto",
+    on_rows: OnRows = lambda done, total: None,
+) -> Pairs:
+    """Pair texts whose cosine is ``threshold`` or more; ``texts`` (N) are the samples', as the features have them.
+
+    Every text is compared with every other of its split, and each is in one pair at most, the nearest first: so no text
+    is a negative of its own pair (CBMF, section IV-B, says which pairs are similar, not which of them to take). Texts
+    with the same words are no pair. Raises ConfigError for a threshold outside of (0, 1], DataError if texts and
+    features don't agree.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"threshold must be above 0 and at most 1. Got {threshold:g} instead")
+    store = features.store
+    owners, _ = item_places(store, "text")
+    flat = [own for each in texts for own in each] if store.items("text") is not None else [" ".join(t) for t in texts]
+    if len(flat) != len(owners):
+        raise DataError(
+            f"{store.dataset} has {len(flat):,} texts, and its features {len(owners):,} rows; extract again"
+        )
+    words: dict[str, int] = {}
+    same = np.array([words.setdefault(" ".join(text.lower().split()), len(words)) for text in flat])
+    usable = store.present("text")[owners]
+    pairs = Pairs({}, {})
+    total = int(usable.sum())
+    done = 0
+    for split in ordered_splits(store.splits):
+        rows = np.flatnonzero(usable & (store.splits[owners] == split))
+        x = torch.from_numpy(features.rows()[rows]).to(resolve_device(device))
+        ends, near = _candidates(x, torch.from_numpy(same[rows]), threshold, partial(_tell, on_rows, done, total))
+        chosen, cosines = _match(ends, near, len(rows))
+        done += len(rows)
+        if len(chosen):
+            pairs.rows[split], pairs.cosines[split] = rows[chosen], cosines
+    return pairs
+
+
+def _tell(on_rows: OnRows, before: int, total: int, done: int) -> None:
+    on_rows(before + done, total)
+
+
+@torch.inference_mode()
+def _candidates(
+    x: torch.Tensor, same: torch.Tensor, threshold: float, on_rows: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return pairs (P, 2) of the rows of x (n, D) with i < j, and their cosines (P,): each row's nearest, exactly."""
+    same = same.to(x.device)
+    found: list[tuple[np.ndarray, np.ndarray]] = []
+    for start in range(0, len(x), BLOCK):
+        mine = F.normalize(x[start : start + BLOCK].float(), dim=1, eps=TINY_NORM)
+        values = torch.full((len(mine), 0), -torch.inf, device=x.device)
+        places = torch.empty((len(mine), 0), dtype=torch.int64, device=x.device)
+        for other in range(0, len(x), BLOCK):
+            theirs = F.normalize(x[other : other + BLOCK].float(), dim=1, eps=TINY_NORM)
+            scores = mine @ theirs.T  # (b, b')
+            scores.masked_fill_(same[start : start + BLOCK, None] == same[other : other + BLOCK], -torch.inf)
+            top = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1)
+            values, places = torch.cat([values, top.values], 1), torch.cat([places, top.indices + other], 1)
+            values, order = values.topk(min(CANDIDATES, values.shape[1]), dim=1)
+            places = places.gather(1, order)
+        near = values >= threshold
+        first = (torch.arange(len(mine), device=x.device) + start)[:, None].expand_as(places)
+        both = torch.stack([first[near], places[near]], dim=1).sort(dim=1).values  # (p, 2)
+        found.append((both.cpu().numpy(), values[near].cpu().numpy()))
+        on_rows(min(start + BLOCK, len(x)))
+    if not found:
+        return np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
+    ends, cosines = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    kept = np.unique(ends, axis=0, return_index=True)[1]
+    return ends[kept], cosines[kept]
+
+
+def _match(ends: np.ndarray, cosines: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs, the nearest first, that share no row with one before them."""
+    free = np.ones(n, bool)
+    chosen = []
+    for place in np.lexsort((ends[:, 1], ends[:, 0], -cosines)).tolist():
+        i, j = ends[place]
+        if free[i] and free[j]:
+            free[i] = free[j] = False
+            chosen.append(place)
+    return ends[chosen], cosines[chosen]
+
+
+def write_pairs(pairs: Pairs, dataset: Dataset, folder: Path, source: str) -> Path:
+    """Write pairs as a dataset of their own, a manifest and a file of pairs a split, and return the manifest's path.
+
+    Each is a sample of two texts. Raises DataError if there are none.
+    """
+    if not len(pairs):
+        raise DataError("no two texts are that near to one another; take a lower --threshold")
+    flat = [(sample, text) for sample, own in zip(dataset.ids, dataset.texts or (), strict=True) for text in own]
+    make_folder(folder)
+    name = slug(folder.name).lower()
+    for split, rows in pairs.rows.items():
+        lines = []
+        for (i, j), cosine in zip(rows.tolist(), pairs.cosines[split].tolist(), strict=True):
+            (a, first), (b, second) = flat[i], flat[j]
+            about = {"id": f"{i}-{j}", "texts": [first, second], "from": [a, b], "cosine": round(cosine, 4)}
+            lines.append(json.dumps(about, ensure_ascii=False))
+        write_atomically(folder / f"{slug(split)}.jsonl", ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    files = ", ".join(f"{_key(split)} = {json.dumps(slug(split) + '.jsonl')}" for split in pairs.rows)
+    manifest = (
+        f"name = {json.dumps(name)}\n"
+        f"title = {json.dumps(f'{len(pairs):,} pairs of texts of {dataset.name}, by {source}')}\n"
+        f'task = "retrieval"\n\n[reader]\nkind = "table"\nfiles = {{ {files} }}\nid = "id"\ntext = "texts"\n'
+    )
+    path = folder / f"{name}.toml"
+    write_atomically(path, manifest.encode())
+    return path
+
+
+def _key(split: str) -> str:
+    return json.dumps(split)

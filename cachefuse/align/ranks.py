@@ -1,0 +1,54 @@
+"""Who finds whom: ranks of the right items among all, recall at k, the modality gap."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+BLOCK_FLOATS = 1 << 24  # of scores at a time
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Unit vectors (n, W) of items, and the sample that each belongs to (n,).
+
+    ``items`` (n,) numbers them where both sides are of the same items: one is then no answer to itself.
+    """
+
+    vectors: Tensor
+    owners: np.ndarray
+    items: np.ndarray | None = None
+
+
+@torch.inference_mode()
+def best_ranks(queries: Embedded, gallery: Embedded) -> np.ndarray:
+    """Return the rank (q,) at which each query finds the first item of its own sample; 1 is the best.
+
+    Items of other samples with the same score come before it, so that vectors that are all alike find nothing. Where
+    both sides are of the same items, an item itself is left out, unless its sample has no other.
+    """
+    ranks = []
+    vectors, owner = gallery.vectors.T, torch.from_numpy(gallery.owners)
+    step = max(1, BLOCK_FLOATS // max(1, len(owner)))
+    for start in range(0, len(queries.owners), step):
+        here = slice(start, start + step)
+        scores = queries.vectors[here] @ vectors  # (b, g)
+        own = torch.from_numpy(queries.owners[here])[:, None] == owner
+        if queries.items is not None and gallery.items is not None:
+            itself = torch.from_numpy(queries.items[here])[:, None] == torch.from_numpy(gallery.items)
+            itself &= own.sum(1, keepdim=True) > 1
+            scores[itself] = -torch.inf
+        best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+        ranks.append(1 + (scores.masked_fill_(own, -torch.inf) >= best).sum(1))
+    return torch.cat(ranks).numpy() if ranks else np.zeros(0, np.int64)
+
+
+def recall_at(ranks: np.ndarray, k: int) -> float:
+    """Return the share of queries that find an item of their own among the first k; NaN without queries."""
+    return float((ranks <= k).mean()) if len(ranks) else float("nan")
+
+
+def modality_gap(x: Tensor, y: Tensor) -> float:
+    """Return the distance of the means of two sets of unit vectors (n, W) and (m, W) (arXiv 2203.02053, section 2)."""
+    return float((x.double().mean(0) - y.double().mean(0)).norm())

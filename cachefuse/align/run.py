@@ -1,0 +1,265 @@
+"""An alignment as a run: a directory with its settings, weights, history and figures. JSON and safetensors only."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, Field, TypeAdapter
+from safetensors.torch import save
+
+from cachefuse.align.config import AlignConfig
+from cachefuse.align.model import Aligner
+from cachefuse.cache.features import Features
+from cachefuse.runtime import to_json
+from cachefuse.training.loop import History
+from cachefuse.training.run_files import (
+    ALIGNMENT,
+    FORMATS,
+    WEIGHTS,
+    Figure,
+    describing,
+    load_weights,
+    newest_first,
+    read_json,
+    read_whole,
+    write_run,
+)
+
+VERSIONS = ("cachefuse", "torch", "numpy", "zarr")
+MAX_WIDTH = 1 << 20  # of features that a run may say it reads
+
+
+@dataclass(frozen=True)
+class UsedSide:
+    """The features that one side of an alignment reads; ``source`` opens their encoder."""
+
+    modality: str
+    encoder: str
+    source: str
+    key: str
+    dtype: str
+    width: int
+
+    @classmethod
+    def of(cls, features: Features, view: str) -> "UsedSide":
+        return cls(
+            features.modality,
+            features.encoder,
+            features.source,
+            features.key,
+            features.provenance["dtype"],
+            features.views[view].row_shape[-1],
+        )
+
+
+@dataclass(frozen=True)
+class Direction:
+    """How well one side finds the other: of ``n_queries`` among ``n_gallery`` items; ``curve`` has (k, precision).
+
+    ``recall`` is by k; precision within the top k is the share of queries with an item of their own there (CBMF,
+    figure 4), which is the recall at k. ``median_rank`` counts from 1.
+    """
+
+    n_queries: int
+    n_gallery: int
+    recall: Mapping[int, float]
+    median_rank: float
+    curve: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Figures of a split: by direction, and the modality gap of the untrained and of the trained model."""
+
+    n_samples: int
+    directions: Mapping[str, Direction]
+    gap_before: float
+    gap_after: float
+
+
+@dataclass
+class Alignment:
+    """Two encoders aligned: a model that maps the features of either side to one space. ``results`` are by split."""
+
+    name: str
+    dataset: str
+    config: AlignConfig
+    sides: tuple[UsedSide, UsedSide]
+    model: Aligner
+    history: History
+    results: dict[str, Retrieval] = field(default_factory=dict)
+    split_digest: str = ""
+    seconds: float = 0.0
+    created: str = ""
+    parent: str = ""  # the alignment that this one is a fine-tuning of
+    path: Path | None = None
+
+    @property
+    def same_texts(self) -> bool:
+        """Whether both sides are encoders of the same texts."""
+        return self.sides[0].modality == self.sides[1].modality
+
+    @property
+    def side_names(self) -> tuple[str, str]:
+        """What tables call the sides: their modalities, or where those are the same their encoders."""
+        first, second = (side.encoder if self.same_texts else side.modality for side in self.sides)
+        return first, second
+
+    def save(self, runs: Path) -> Path:
+        """Write the run under ``runs`` in a new directory that is whole or not there at all."""
+        self.created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        tensors = {f"0.{name}": tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        about = {
+            "kind": ALIGNMENT,
+            "format": FORMATS[ALIGNMENT],
+            "created": self.created,
+            "dataset": self.dataset,
+            "config": self.config.to_dict(),
+            "sides": [asdict(side) for side in self.sides],
+            "results": {split: asdict(result) for split, result in self.results.items()},
+            "split_digest": self.split_digest,
+            "interrupted": self.history.interrupted,
+            "parent": self.parent,
+            "seconds": round(self.seconds, 3),
+            "parameters": self.model.n_parameters,
+            "size_mb": round(self.model.size_mb, 6),
+            "versions": {name: version(name) for name in VERSIONS},
+        }
+        files = {
+            WEIGHTS: save(tensors),
+            "history.json": to_json(asdict(self.history)).encode(),
+            "run.json": to_json(about).encode(),
+        }
+        self.path = write_run(runs, self.name, files)
+        self.name = self.path.name
+        return self.path
+
+    @classmethod
+    def load(cls, path: Path) -> "Alignment":
+        """Open a run directory. Raises RunError, naming the file, if it is incomplete or was edited into nonsense."""
+        about = describe(path)
+        with describing(path / "run.json"):
+            config = AlignConfig.from_dict(about.config)
+            with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
+                model = Aligner([side.width for side in about.sides], config)
+        values = read_json(path / "history.json")
+        with describing(path / "history.json"):
+            history = TypeAdapter(History).validate_python(values)
+        load_weights([model], path / WEIGHTS)
+        return cls(
+            name=path.resolve().name,
+            dataset=about.dataset,
+            config=config,
+            sides=tuple(UsedSide(**side.model_dump()) for side in about.sides),  # type: ignore[arg-type]
+            model=model.eval(),
+            history=history,
+            results=_results(about),
+            split_digest=about.split_digest,
+            seconds=about.seconds,
+            created=about.created,
+            parent=about.parent,
+            path=path,
+        )
+
+
+class _Side(BaseModel):
+    modality: Literal["image", "text"]
+    encoder: str
+    source: str
+    key: str
+    dtype: Literal["float16", "float32"]
+    width: int = Field(ge=1, le=MAX_WIDTH)
+
+
+class _Direction(BaseModel):
+    n_queries: int
+    n_gallery: int
+    recall: dict[int, Figure]
+    median_rank: Figure
+    curve: list[tuple[int, Figure]]
+
+
+class _Retrieval(BaseModel):
+    n_samples: int
+    directions: dict[str, _Direction]
+    gap_before: Figure
+    gap_after: Figure
+
+
+class Description(BaseModel):
+    """The part of run.json that is read back."""
+
+    dataset: str
+    created: str
+    config: dict[str, Any]
+    sides: tuple[_Side, _Side]
+    results: dict[str, _Retrieval]
+    split_digest: str
+    parent: str
+    seconds: float
+    size_mb: float
+
+
+@dataclass(frozen=True)
+class AlignmentSummary:
+    """What run.json says of an alignment; ``split`` is the one that ``recall_at_1`` is of, by direction."""
+
+    name: str
+    path: Path
+    created: str
+    dataset: str
+    encoders: tuple[str, str]
+    label: str
+    split: str | None
+    recall_at_1: Mapping[str, float]
+    size_mb: float
+
+
+def describe(path: Path) -> Description:
+    """Read what an alignment says of itself. Raises RunError, naming the key, for what it can't say."""
+    values = read_whole(path, ALIGNMENT)
+    with describing(path / "run.json"):
+        return Description.model_validate(values)
+
+
+def list_alignments(runs: Path) -> list[AlignmentSummary]:
+    """Return the alignments in a directory, the one made last first; damaged ones are passed over, with a warning."""
+    return newest_first(runs, ALIGNMENT, _summarize)
+
+
+def _summarize(path: Path) -> AlignmentSummary:
+    about = describe(path)
+    with describing(path / "run.json"):
+        config = AlignConfig.from_dict(about.config)
+    split = next((split for split in ("test", "val") if split in about.results), None)
+    directions = about.results[split].directions if split else {}
+    return AlignmentSummary(
+        name=path.name,
+        path=path,
+        created=about.created,
+        dataset=about.dataset,
+        encoders=(about.sides[0].encoder, about.sides[1].encoder),
+        label=config.label,
+        split=split,
+        recall_at_1={name: direction.recall.get(1, float("nan")) for name, direction in directions.items()},
+        size_mb=about.size_mb,
+    )
+
+
+def _results(about: Description) -> dict[str, Retrieval]:
+    return {
+        split: Retrieval(
+            result.n_samples,
+            {
+                name: Direction(one.n_queries, one.n_gallery, one.recall, one.median_rank, tuple(one.curve))
+                for name, one in result.directions.items()
+            },
+            result.gap_before,
+            result.gap_after,
+        )
+        for split, result in about.results.items()
+    }

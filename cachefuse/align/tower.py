@@ -1,0 +1,164 @@
+"""An alignment as an encoder: ``aligned:<run>`` encodes by the run's own encoders, then maps to the common space."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cachefuse.align.run import Alignment
+from cachefuse.cache.derive import base_rows, derive
+from cachefuse.cache.features import Features
+from cachefuse.cache.layout import DTYPES, provenance_key
+from cachefuse.cache.lock import only_writer
+from cachefuse.cache.store import FeatureStore
+from cachefuse.encoders import open_encoder
+from cachefuse.encoders.base import DerivedTower, EncoderSpec, Tower
+from cachefuse.encoders.base import Features as Encoded
+from cachefuse.encoders.frozen import to_numpy, weights_digest
+from cachefuse.errors import EncoderError, RunError
+from cachefuse.runtime import resolve_device
+from cachefuse.training.batches import ALIGNED
+
+SIDES = ("", "1", "2")  # after the @ of a spec
+
+
+class AlignedTower(DerivedTower):
+    """One side of an alignment: unit vectors (B, W). ``base`` encodes raw samples; without it there are only features.
+
+    What the base sees is rounded as a store would keep it, so that both ways give the same.
+    """
+
+    def __init__(self, run: Alignment, side: int, device: str = "cpu", base: Tower | None = None):
+        about = run.sides[side]
+        self.modality, self.width = about.modality, run.config.width
+        self.base_encoder, self.base_key, self.base_view = about.encoder, about.key, run.config.view
+        self._run, self._side, self._about, self._base = run, side, about, base
+        self._model = run.model.eval().to(device)
+        self._device = torch.device(device)
+
+    @property
+    def provenance(self) -> Mapping[str, str]:
+        return {
+            "family": ALIGNED,
+            "base": self.base_key,
+            "view": self.base_view,
+            "side": str(self._side),
+            "method": self._run.config.label,
+            "weights": weights_digest(self._model),
+        }
+
+    def prepare(self, sample: Any) -> Any:
+        return self._encoder.prepare(sample)
+
+    def length(self, prepared: Any) -> int:
+        return self._encoder.length(prepared)
+
+    def encode(self, batch: Sequence[Any], views: Collection[str]) -> Encoded:
+        rows = self._encoder.encode(batch, (self.base_view,))[self.base_view]
+        dtype = DTYPES[self._about.dtype]
+        rounded = [row.astype(dtype) for row in rows] if isinstance(rows, list) else rows.astype(dtype)
+        return {"pooled": self.transform(rounded)}
+
+    @torch.inference_mode()
+    def transform(self, rows: Any) -> np.ndarray:
+        x, mask = _as_tokens(rows)
+        return to_numpy(self._model(self._side, (x.to(self._device), mask.to(self._device))))
+
+    @property
+    def _encoder(self) -> Tower:
+        if self._base is None:
+            raise RuntimeError("this tower was opened for stored features only")
+        return self._base
+
+
+def _as_tokens(rows: Any) -> tuple[Tensor, Tensor]:
+    """Return rows (B, D), (B, T, D), or a list of (T_i, D), as tokens (B, T, D) with a mask (B, T)."""
+    if isinstance(rows, list):
+        lengths = torch.tensor([len(row) for row in rows])
+        x = pad_sequence([torch.from_numpy(np.ascontiguousarray(row)) for row in rows], batch_first=True)
+        mask = torch.arange(x.shape[1]) < lengths[:, None]
+        return x, mask
+    x = torch.from_numpy(np.ascontiguousarray(rows))
+    x = x.unsqueeze(1) if x.ndim == 2 else x
+    return x, torch.ones(x.shape[:2], dtype=torch.bool)
+
+
+def open_aligned(spec: EncoderSpec, device: str) -> dict[str, Tower]:
+    """Open ``aligned:./workspace/runs/NAME`` with the encoders that it reads.
+
+    Of an alignment of two text encoders ``@1`` and ``@2`` are its sides, the first by default. Raises EncoderError if
+    there is no such run, or an encoder is not the one that it was made with.
+    """
+    run, sides = open_spec(spec)
+    towers: dict[str, Tower] = {}
+    for side in sides:
+        about = run.sides[side]
+        base = open_encoder(about.source, device).get(about.modality)
+        if base is None or provenance_key({**base.provenance, "dtype": about.dtype}) != about.key:
+            raise EncoderError(
+                f"can't open {spec}: {about.source} has other weights or preprocessing than when {run.name} was made; "
+                f"bring them back, or align again"
+            )
+        towers[about.modality] = AlignedTower(run, side, device, base)
+    return towers
+
+
+def open_spec(spec: EncoderSpec) -> tuple[Alignment, tuple[int, ...]]:
+    """Return the alignment that a spec names, and which of its sides. Raises EncoderError if there is none."""
+    folder = Path(spec.model).expanduser()
+    if not spec.model or not (folder / "run.json").is_file():
+        raise EncoderError(
+            f"can't open {spec}: there is no run in {folder}; give its folder: aligned:./workspace/runs/NAME"
+        )
+    try:
+        run = Alignment.load(folder)
+    except RunError as error:
+        raise EncoderError(f"can't open {spec}: {error}") from error
+    if spec.weights not in SIDES or (spec.weights and not run.same_texts):
+        raise EncoderError(f"can't open {spec}: after @ comes 1 or 2, for one of two encoders of the same texts")
+    if run.same_texts:
+        return run, (int(spec.weights or 1) - 1,)
+    return run, (0, 1)
+
+
+def side_spec(run: Alignment, side: int) -> EncoderSpec:
+    """Return the spec that opens one side of an alignment that is saved."""
+    if run.path is None:
+        raise RunError(f"alignment {run.name} is not saved; save it first, so that its features have a name")
+    return EncoderSpec(ALIGNED, str(run.path), str(side + 1) if run.same_texts and side else "").absolute()
+
+
+def aligned_features(
+    run: Alignment,
+    side: int,
+    store: FeatureStore,
+    *,
+    device: str = "auto",
+    on_rows: Callable[[int, int], None] = lambda done, total: None,
+) -> Features:
+    """Return one side's aligned features of a store, made of those that it has where they are not there yet.
+
+    Raises RunError if the store lacks what they are made of.
+    """
+    spec, about = side_spec(run, side), run.sides[side]
+    tower = AlignedTower(run, side, resolve_device(device))
+    dtypes = {"pooled": "float16"}
+    provenance = {**tower.provenance, "dtype": "float16"}
+    features = store.open_features(spec.short, about.modality)
+    if features is not None and not len(features.missing_rows("pooled")):
+        store.check_same(features, provenance, dtypes)
+        return features
+    rows = base_rows(store, tower)
+    if rows is None:
+        raise RunError(
+            f"run {run.name} reads {about.encoder} ({about.modality}, {run.config.view}), which {store.path} lacks; "
+            f"run cachefuse extract --dataset {store.dataset} --encoder {about.source} --views {run.config.view}"
+        )
+    with only_writer(store.path):
+        features = store.require_features(spec.short, about.modality, provenance, str(spec), dtypes)
+        derive(features, tower, rows, dtypes, on_rows)
+    return features

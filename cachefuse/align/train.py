@@ -1,0 +1,174 @@
+"""From a store's features to an alignment, measured; and an alignment measured on any store."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from cachefuse.align.config import AlignConfig
+from cachefuse.align.data import PairData, fit_statistics, open_pairs, pair_data
+from cachefuse.align.loop import embed_samples, fit
+from cachefuse.align.model import Aligner
+from cachefuse.align.ranks import Embedded, best_ranks, modality_gap, recall_at
+from cachefuse.align.run import Alignment, Direction, Retrieval, UsedSide
+from cachefuse.cache.features import Features
+from cachefuse.cache.store import FeatureStore
+from cachefuse.data.splits import ordered_splits
+from cachefuse.errors import ConfigError, DataError, RunError
+from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
+from cachefuse.runtime import own_randomness, resolve_device, seed_everything
+from cachefuse.training.loop import Epoch
+from cachefuse.training.problem import TRAIN, VAL
+from cachefuse.training.run import split_digest
+
+KS = (1, 5, 10)
+CURVE = (100, 10_000)  # the paper's range of k
+CURVE_POINTS = 60
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The epoch just done, of how many."""
+
+    n_epochs: int
+    epoch: Epoch
+
+
+@own_randomness()
+def align(
+    store: FeatureStore,
+    config: AlignConfig,
+    *,
+    encoders: Sequence[str] = (),
+    device: str = "auto",
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Alignment:
+    """Align two encoders on a store's ``train`` samples and measure them on its other splits; nothing is written.
+
+    ``val`` chooses the epoch, where there is one. Raises ConfigError if there are not two encoders, DataError without
+    samples that have both sides, CacheError if rows are missing, TrainingError if training diverges.
+    """
+    begun = time.perf_counter()
+    data, features = open_pairs(store, encoders, config.view)
+    train, validate = data.of(TRAIN), data.of(VAL)
+    if len(train) < 2:
+        raise DataError(f"{store.dataset} has {len(train)} usable pairs in its {TRAIN!r} split; it takes two or more")
+    if config.patience and len(validate) < 2:
+        raise ConfigError(f"{store.dataset} has no usable {VAL!r} samples to stop early on; take --patience 0")
+    seed_everything(config.seed)
+    model = Aligner([side.width for side in data.sides], config)
+    fit_statistics(model, data, train)
+    model = model.to(resolve_device(device))
+    run = Alignment(
+        name=f"{store.dataset}-{config.label}",
+        dataset=store.dataset,
+        config=config,
+        sides=(UsedSide.of(features[0], config.view), UsedSide.of(features[1], config.view)),
+        model=model,
+        history=None,  # type: ignore[arg-type]
+        split_digest=split_digest(store),
+    )
+    gaps = {split: _gap(model, data, split) for split in measured_splits(data)}
+    optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
+    steps = config.epochs * -(-len(train) // config.batch_size)
+    run.history = fit(
+        model,
+        config,
+        data,
+        train,
+        validate,
+        optimizer,
+        lookup(SCHEDULES, config.schedule, "schedule")(optimizer, steps),
+        torch.Generator().manual_seed(config.seed),
+        on_epoch=lambda epoch: on_progress(Progress(config.epochs, epoch)),
+    )
+    run.results = {split: measure(run, data, data.of(split), gaps[split]) for split in gaps}
+    run.seconds = time.perf_counter() - begun
+    return run
+
+
+@own_randomness()
+def evaluate_alignment(
+    run: Alignment, store: FeatureStore, split: str | None = None, *, device: str = "auto"
+) -> dict[str, Retrieval]:
+    """Measure an alignment on a split of any store with its encoders' features, by default on all but ``train``.
+
+    Raises RunError if the store has other features or none, DataError if the split has no usable pairs.
+    """
+    run.model.to(resolve_device(device))
+    data = pair_data(store, run_features(run, store), run.config.view)
+    splits = [split] if split is not None else measured_splits(data) or ordered_splits(data.splits[data.samples])
+    for name in splits:
+        if len(data.of(name)) < 1:
+            known = ", ".join(ordered_splits(data.splits[data.samples]))
+            raise DataError(f"{store.dataset} has no usable pairs in split {name!r}; its splits are: {known}")
+    seed_everything(run.config.seed)
+    untrained = Aligner([side.width for side in run.sides], run.config)
+    untrained.standardize.load_state_dict(run.model.standardize.state_dict())
+    gaps = {name: _gap(untrained.to(run.model.log_temperature.device), data, name) for name in splits}
+    return {name: measure(run, data, data.of(name), gaps[name]) for name in splits}
+
+
+def run_features(run: Alignment, store: FeatureStore) -> tuple[Features, Features]:
+    """Return a store's features that an alignment reads. Raises RunError if the store has others or none."""
+    found = [find_side(run, side, store) for side in run.sides]
+    return found[0], found[1]
+
+
+def find_side(run: Alignment, side: UsedSide, store: FeatureStore) -> Features:
+    """Return a store's features for one side of an alignment. Raises RunError if the store has others or none."""
+    features = store.open_features(side.encoder, side.modality)
+    if features is None:
+        raise RunError(
+            f"run {run.name} reads {side.encoder} ({side.modality}), which {store.path} lacks; make it with "
+            f"cachefuse extract --dataset {store.dataset} --encoder {side.source}"
+        )
+    if features.key != side.key:
+        raise RunError(
+            f"run {run.name} reads {side.encoder} ({side.modality}) features that were made differently from those in "
+            f"{store.path}; align again, or take the store it was made on"
+        )
+    return features
+
+
+def measured_splits(data: PairData) -> list[str]:
+    """Return the splits with usable pairs that were not trained on: val and test first."""
+    return [split for split in ordered_splits(data.splits[data.samples]) if split != TRAIN]
+
+
+def measure(run: Alignment, data: PairData, samples: np.ndarray, gap_before: float) -> Retrieval:
+    """Return the figures of some samples (n,), with all of their captions."""
+    both = embed_samples(run.model, data, samples)
+    first, second = run.side_names
+    return Retrieval(
+        n_samples=len(samples),
+        directions={
+            f"{first} to {second}": direction(*both),
+            f"{second} to {first}": direction(*both[::-1]),
+        },
+        gap_before=gap_before,
+        gap_after=modality_gap(both[0].vectors, both[1].vectors),
+    )
+
+
+def direction(queries: Embedded, gallery: Embedded) -> Direction:
+    """Return how well some items find those of their own samples among others."""
+    ranks, n_gallery = best_ranks(queries, gallery), len(gallery.owners)
+    low, high = CURVE[0], min(CURVE[1], n_gallery)
+    ks = np.unique(np.geomspace(low, high, CURVE_POINTS).round().astype(int)) if high > low else np.array([n_gallery])
+    return Direction(
+        n_queries=len(ranks),
+        n_gallery=n_gallery,
+        recall={k: recall_at(ranks, k) for k in KS},
+        median_rank=float(np.median(ranks)),
+        curve=tuple((int(k), recall_at(ranks, int(k))) for k in ks),
+    )
+
+
+def _gap(model: Aligner, data: PairData, split: str) -> float:
+    both = embed_samples(model, data, data.of(split))
+    return modality_gap(both[0].vectors, both[1].vectors)

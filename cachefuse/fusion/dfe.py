@@ -1,0 +1,159 @@
+"""The Deep Fusion Encoder: one small encoder for all modalities, told which one it sees by a context vector.
+
+"Context-Based Multimodal Fusion" (CBMF), section III: ``f(g_m(x) (*) g(c_m))``, with a projection g_m for each side, a
+context c_m for each side, and one shared encoder f: fusion, LayerNorm, one transformer block, residual connection. What
+goes in is a sequence (B, T, D) with a mask (B, T) of the tokens that are real; pooled features are a sequence of one.
+
+Every operation is ``Operation(width)`` and maps tokens (B, T, W), a context (W,) and a mask (B, T) to (B, T, W).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cachefuse.errors import ConfigError
+from cachefuse.heads import Dropout
+from cachefuse.registry import ATTENTION_HEADS, OPERATIONS, lookup
+
+EXPANSION = 4  # of the transformer block's hidden layer
+
+
+class Add(nn.Module):
+    """x + c."""
+
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        return x + context
+
+
+class Multiply(nn.Module):
+    """x * (1 + c): near the identity at the start, where contexts are near 0."""
+
+    def __init__(self, width: int):
+        super().__init__()
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        return x * (1 + context)
+
+
+class Concat(nn.Module):
+    """W [x; c], back to the width: a context that is concatenated is one that is added, after a map of its own."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        return self.linear(torch.cat([x, context.expand_as(x)], dim=-1))
+
+
+class _Attention(nn.Module):
+    """x + softmax(scores) V, with the context as the query and the tokens as keys and values: CBMF, equation 2.
+
+    What is attended is added to every token, so that the sequence, and its mask, go on to the transformer block. With
+    one token there is nothing to choose from: the softmax is 1 and the context without effect.
+    """
+
+    def scores(self, x: Tensor, context: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
+        weights = self.scores(x, context).masked_fill(~mask, -torch.inf).softmax(dim=1)  # (B, T)
+        return x + (weights.unsqueeze(-1) * x).sum(dim=1, keepdim=True)
+
+
+class AdditiveAttention(_Attention):
+    """Scores W1 tanh(W2 q + W3 k) (arXiv 1409.0473)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+        self.score = nn.Linear(width, 1, bias=False)
+
+    def scores(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.score(torch.tanh(self.query(context) + self.key(x))).squeeze(-1)
+
+
+class DotAttention(_Attention):
+    """Scores q . k / sqrt(W) (arXiv 1706.03762), with linear maps to query and key."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width, bias=False)
+
+    def scores(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.key(x) @ self.query(context) / x.shape[-1] ** 0.5
+
+
+class Projection(nn.Sequential):
+    """A side's projection g_m to the common width: Linear, ReLU, Linear, as in ConVIRT (arXiv 2010.00747)."""
+
+    def __init__(self, width: int, out: int, dropout: float = 0.0):
+        super().__init__(nn.Linear(width, out), nn.ReLU(), Dropout(dropout), nn.Linear(out, out))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention and an MLP, each on normalised tokens and added to them (arXiv 1706.03762, 2002.04745)."""
+
+    def __init__(self, width: int, heads: int = ATTENTION_HEADS, dropout: float = 0.0):
+        super().__init__()
+        if width % heads:
+            raise ConfigError(f"width must be a multiple of {heads}, the attention heads. Got {width} instead.")
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, EXPANSION * width), nn.GELU(), Dropout(dropout), nn.Linear(EXPANSION * width, width)
+        )
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Map tokens (B, T, W) with a mask (B, T) of the real ones to (B, T, W)."""
+        x = x + self.dropout(self.out(self._attend(self.norm1(x), mask)))
+        return x + self.dropout(self.mlp(self.norm2(x)))
+
+    def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
+        width = x.shape[-1]
+        if x.shape[1] == 1:  # a token alone attends to itself: queries and keys would make no difference
+            return F.linear(x, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :])
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])  # (B, H, T, W / H)
+        return attended.transpose(1, 2).flatten(2)
+
+
+class DeepFusionEncoder(nn.Module):
+    """Projections and contexts of each side, and one shared encoder: (B, T, D_m) of side m to (B, W)."""
+
+    def __init__(self, widths: tuple[int, ...], width: int, *, operation: str = "add", dropout: float = 0.0):
+        super().__init__()
+        self.project = nn.ModuleList(Projection(each, width, dropout) for each in widths)
+        self.context = nn.Embedding(len(widths), width)
+        nn.init.normal_(self.context.weight, std=0.02)
+        self.operation = lookup(OPERATIONS, operation, "operation")(width)
+        self.norm = nn.LayerNorm(width)
+        self.block = TransformerBlock(width, dropout=dropout)
+
+    def forward(self, x: Tensor, mask: Tensor, side: int) -> Tensor:
+        fused = self.operation(self.project[side](x), self.context.weight[side], mask)  # (B, T, W)
+        return masked_mean(fused + self.block(self.norm(fused), mask), mask)
+
+
+class ProjectionEncoder(nn.Module):
+    """The baseline: a projection for each side and nothing shared, as in ConVIRT; here over frozen encoders."""
+
+    def __init__(self, widths: tuple[int, ...], width: int, *, operation: str = "add", dropout: float = 0.0):
+        super().__init__()
+        self.project = nn.ModuleList(Projection(each, width, dropout) for each in widths)
+
+    def forward(self, x: Tensor, mask: Tensor, side: int) -> Tensor:
+        return masked_mean(self.project[side](x), mask)
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean (B, W) over the real tokens of (B, T, W); whatever padding holds stays out of it."""
+    if x.shape[1] == 1:
+        return x[:, 0]
+    return x.masked_fill(~mask.unsqueeze(-1), 0).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
