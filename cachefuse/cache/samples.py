@@ -160,9 +160,10 @@ def finish_replacing(path: Path) -> None:
 
 
 def same_columns(old: Columns, new: Columns) -> bool:
-    """Whether the store has these columns already."""
+    """Whether the store has these columns already; of targets that are scores, those that are NaN stay so."""
     return old.keys() == new.keys() and all(
-        old[name].dtype == values.dtype and np.array_equal(old[name], values) for name, values in new.items()
+        old[name].dtype == values.dtype and np.array_equal(old[name], values, equal_nan=values.dtype.kind == "f")
+        for name, values in new.items()
     )
 
 

@@ -109,7 +109,7 @@ class FeatureStore:
 
     @cached_property
     def targets(self) -> np.ndarray:
-        """(N, C) int8 for multi-label, (N,) int32 for multi-class; -1 where unlabelled."""
+        """(N, C) int8 for multi-label, (N,) int32 for classes, -1 where unlabelled; (N,) float32 for scores, or NaN."""
         return self._column("target")
 
     @cached_property

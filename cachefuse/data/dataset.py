@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from cachefuse.data.digests import hash_parts
-from cachefuse.data.manifest import HashSplit, Manifest
+from cachefuse.data.manifest import PAIRS, HashSplit, Manifest
 from cachefuse.data.readers.base import ImageSource, Samples
 from cachefuse.data.splits import apply_hash_splits
-from cachefuse.data.targets import encode_labels, find_classes, is_labelled
+from cachefuse.data.targets import encode_targets, is_labelled
 from cachefuse.errors import DataError, MissingDataError
 from cachefuse.runtime import n_threads
 
@@ -30,7 +30,10 @@ WINDOW = 4096  # rows that wait for threads at a time, however many there are in
 class Dataset:
     """N samples. Missing modalities are None; ``images[i]`` None and ``texts[i]`` () where one sample lacks them.
 
-    targets: (N, C) int8 of 0 and 1 for multi-label, (N,) int32 class indices for multi-class; -1 where unlabelled.
+    targets: (N, C) int8 of 0 and 1 for multi-label, (N,) int32 class indices for multi-class and paraphrase; -1 where
+    unlabelled. (N,) float32 scores for similarity, NaN where unlabelled.
+
+    A sample of similarity or paraphrase is a pair: ``texts[i]`` are its two sentences, also where one is empty.
     """
 
     manifest: Manifest
@@ -126,12 +129,7 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
     notes = [*samples.notes, *_count_notes(samples, manifest)]
     for note in notes:
         logger.warning("%s: %s", manifest.name, note)
-    classes = manifest.classes or samples.classes or find_classes(samples.labels)
-    if manifest.task == "retrieval":
-        classes = ()
-    elif not classes:
-        raise DataError(f"{manifest.name}: no row has a label, so there are no classes to learn")
-    targets = encode_labels(samples, classes, manifest.task, manifest.min_labels)
+    classes, targets = encode_targets(samples, manifest)
     splits = apply_hash_splits(manifest.splits, samples)
     if _lacks_validation(manifest, samples, targets):
         splits = apply_hash_splits(DEFAULT_SPLITS, samples)
@@ -153,7 +151,8 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
 
 def _lacks_validation(manifest: Manifest, samples: Samples, targets: np.ndarray) -> bool:
     """Return whether no labelled row is in val, and those to train on are enough to hold some out."""
-    if manifest.splits or manifest.task == "retrieval" or samples.splits.count("train") < MIN_ROWS_TO_SPLIT:
+    untrained = manifest.task in ("retrieval", *PAIRS)
+    if manifest.splits or untrained or samples.splits.count("train") < MIN_ROWS_TO_SPLIT:
         return False
     return not np.any(np.array(samples.splits)[is_labelled(targets)] == "val")
 
@@ -170,6 +169,8 @@ def _check_ids(samples: Samples, manifest: Manifest) -> None:
 
 def _count_notes(samples: Samples, manifest: Manifest) -> list[str]:
     counts = Counter(samples.splits)
+    if dict(counts) in manifest.other_rows:
+        return []
     return [
         f"has {counts[split]:,} {split} rows where the published dataset has {published:,}; going on with these"
         for split, published in manifest.rows.items()

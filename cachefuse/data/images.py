@@ -64,8 +64,11 @@ class FileImage:
         return path, path[len(root) :]
 
 
-def read_file(path: str) -> bytes:
-    """Return a file's bytes. Raises BadSampleError with the reason if it can't be read, OSError if a disk failed."""
+def read_file(path: str, start: int = 0, n_bytes: int = -1) -> bytes:
+    """Return a file's bytes, or ``n_bytes`` of them from ``start`` on, fewer where it ends.
+
+    Raises BadSampleError with the reason if it can't be read, OSError if a disk failed.
+    """
     try:
         status = os.stat(path)
         if stat.S_ISDIR(status.st_mode):
@@ -75,7 +78,8 @@ def read_file(path: str) -> bytes:
         if status.st_size > MAX_BYTES:
             raise BadSampleError(f"is larger than {MAX_BYTES:,} bytes")
         with open(path, "rb") as file:
-            return file.read()
+            file.seek(start)
+            return file.read(n_bytes)
     except BadSampleError:
         raise
     except (OSError, ValueError) as error:

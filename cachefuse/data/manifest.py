@@ -1,5 +1,6 @@
 """A dataset described as data: one TOML file, typed and checked; each problem is named with its file and key."""
 
+import math
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -8,19 +9,22 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from cachefuse.data.readers import READERS
 from cachefuse.data.readers.base import Reader
 from cachefuse.errors import ManifestError, UnknownNameError
 from cachefuse.registry import lookup
 
-Task = Literal["multilabel", "multiclass", "retrieval"]
+Task = Literal["multilabel", "multiclass", "retrieval", "similarity", "paraphrase"]
+PAIRS = ("similarity", "paraphrase")  # tasks whose samples are pairs of sentences
 
 DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
     "multilabel": ("micro_f1", "macro_f1", "samples_f1", "macro_ap"),
     "multiclass": ("accuracy", "macro_f1", "macro_ap"),
     "retrieval": (),
+    "similarity": (),
+    "paraphrase": (),
 }
 MAX_BYTES = 1 << 20
 
@@ -51,19 +55,27 @@ class Manifest(Strict):
     task: Task
     title: str = ""
     reader: dict[str, Any]
-    classes: tuple[str, ...] | None = None  # None: found in the labelled rows
+    # None: found in the labelled rows. Of two classes for pairs, the second is that of pairs that mean the same.
+    classes: tuple[str, ...] | None = Field(default=None, validate_default=True)
+    # The lowest and the highest score of similarity.
+    scale: tuple[float, float] | None = Field(default=None, validate_default=True)
     min_labels: int = Field(default=0, ge=0)
     splits: dict[str, HashSplit] = {}
     metrics: tuple[str, ...] = ()
     submission: SubmissionFormat = SubmissionFormat()
     rows: dict[str, int] = {}  # published counts by split, before any hash split
+    other_rows: tuple[dict[str, int], ...] = ()  # those of other divisions that were published too
     licence: str = ""
     get: str = ""  # how to get the data
     layout: str = ""  # the folder layout expected
 
     @field_validator("classes")
     @classmethod
-    def _classes_differ(cls, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    def _classes_differ(cls, classes: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
+        if info.data.get("task") == "paraphrase" and len(classes or ()) != 2:
+            raise ValueError(
+                "must name the two classes of a paraphrase task: that of pairs that differ, then that of paraphrases"
+            )
         if classes is None:
             return None
         names = Counter(name.strip() for name in classes)  # labels are read without the spaces around them
@@ -75,6 +87,20 @@ class Manifest(Strict):
         if "" in names:
             raise ValueError("a class must have a name")
         return tuple(names)
+
+    @field_validator("scale")
+    @classmethod
+    def _scale_fits(cls, scale: tuple[float, float] | None, info: ValidationInfo) -> tuple[float, float] | None:
+        task = info.data.get("task")
+        if task == "similarity" and scale is None:
+            raise ValueError("a similarity task needs the lowest and the highest score, such as [0.0, 5.0]")
+        if scale is None:
+            return None
+        if task not in (None, "similarity"):
+            raise ValueError(f"is for the task similarity alone, and this one is {task}")
+        if not (all(map(math.isfinite, scale)) and scale[0] < scale[1]):
+            raise ValueError(f"must be a lower and a higher number. Got {list(scale)} instead")
+        return scale
 
     @field_validator("reader")
     @classmethod

@@ -1,13 +1,41 @@
-"""The label space: class names to targets, and back."""
+"""The label space: class names and scores to targets, and back."""
 
+import math
 from collections.abc import Iterable
 
 import numpy as np
 
+from cachefuse.data.manifest import PAIRS, Manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import DataError
 
 UNLABELLED = -1
+
+
+def encode_targets(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the classes, () where the task has none, and the targets of ``encode_labels`` or ``encode_scores``.
+
+    Raises DataError as those do, where there are no classes, and where a sample of a task about pairs is no pair.
+    """
+    if manifest.task in PAIRS:
+        _check_pairs(samples, manifest)
+    if manifest.scale is not None:
+        return (), encode_scores(samples, manifest.scale)
+    classes = manifest.classes or samples.classes or find_classes(samples.labels)
+    if manifest.task == "retrieval":
+        classes = ()
+    elif not classes:
+        raise DataError(f"{manifest.name}: no row has a label, so there are no classes to learn")
+    return classes, encode_labels(samples, classes, manifest.task, manifest.min_labels)
+
+
+def _check_pairs(samples: Samples, manifest: Manifest) -> None:
+    for sample, texts in zip(samples.ids, samples.texts or [()] * len(samples.ids), strict=True):
+        if len(texts) != 2:
+            raise DataError(
+                f"{manifest.name}: a row of the task {manifest.task} must have two texts (the reader sentence_pairs "
+                f"gives them). Got {len(texts)} in row {sample!r}"
+            )
 
 
 def find_classes(labels: Iterable[tuple[str, ...] | None]) -> tuple[str, ...]:
@@ -19,11 +47,11 @@ def find_classes(labels: Iterable[tuple[str, ...] | None]) -> tuple[str, ...]:
 
 
 def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_labels: int = 0) -> np.ndarray:
-    """Return targets: (N, C) int8 for multi-label, (N,) int32 for multi-class, -1 in unlabelled rows.
+    """Return targets: (N, C) int8 for multi-label, (N,) int32 for multi-class and paraphrase, -1 in unlabelled rows.
 
     A row with no label is unlabelled if the task gives each row at least one, or if no row of its split has any.
 
-    Raises DataError, naming the row, for a label that is not a class, or several labels in a multi-class row.
+    Raises DataError, naming the row, for a label that is not a class, or several labels where a row must have one.
     """
     index = {name: i for i, name in enumerate(classes)}
     n = len(samples.ids)
@@ -32,7 +60,7 @@ def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_lab
     targets = np.full((n, len(classes)), UNLABELLED, np.int8) if task == "multilabel" else np.full(n, -1, np.int32)
     with_labels = {split for split, labels in zip(samples.splits, samples.labels, strict=True) if labels}
     for i, (split, labels) in enumerate(zip(samples.splits, samples.labels, strict=True)):
-        if labels is None or (not labels and (min_labels or task == "multiclass" or split not in with_labels)):
+        if labels is None or (not labels and (min_labels or task != "multilabel" or split not in with_labels)):
             continue
         unknown = [name for name in labels if name not in index]
         if unknown:
@@ -46,10 +74,37 @@ def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_lab
         elif len(labels) == 1:
             targets[i] = index[labels[0]]
         else:
-            raise DataError(f"row {samples.ids[i]!r} has {len(labels)} labels; a multi-class row must have one")
+            kind = "multi-class" if task == "multiclass" else task
+            raise DataError(f"row {samples.ids[i]!r} has {len(labels)} labels; a {kind} row must have one")
+    return targets
+
+
+def encode_scores(samples: Samples, scale: tuple[float, float]) -> np.ndarray:
+    """Return targets (N,) float32: the score that each row has as its label, NaN in unlabelled rows.
+
+    Raises DataError, naming the row, for what is not one number, or not on the scale.
+    """
+    low, high = scale
+    targets = np.full(len(samples.ids), np.nan, np.float32)
+    for i, labels in enumerate(samples.labels):
+        if not labels:
+            continue
+        try:
+            (label,) = labels
+            score = math.nan if "_" in label else float(label)  # float() reads 1_0 as 10
+        except ValueError:
+            score = math.nan
+        if not low <= score <= high:
+            raise DataError(
+                f"row {samples.ids[i]!r} has the score {' '.join(labels)[:40]!r}; "
+                f"it must be a number from {low:g} to {high:g}"
+            )
+        targets[i] = score
     return targets
 
 
 def is_labelled(targets: np.ndarray) -> np.ndarray:
     """Return (N,) bool: which rows have targets."""
+    if targets.dtype.kind == "f":
+        return ~np.isnan(targets)
     return (targets != UNLABELLED) if targets.ndim == 1 else (targets[:, 0] != UNLABELLED)

@@ -161,7 +161,7 @@ class TrainConfig:
     def resolve_loss(self, task: str) -> str:
         """Return the loss for a task. Raises ConfigError if it can't be trained with the one that was asked for."""
         if task not in TASK_LOSS:
-            raise ConfigError(f"a {task} dataset has no labels, so there is no head to train on it")
+            raise ConfigError(why_no_head(task))
         if self.loss == "ce" and task == "multilabel":
             raise ConfigError("loss 'ce' is for one label a row; a multi-label task takes asl, bce or focal")
         return self.loss or TASK_LOSS[task]
@@ -214,6 +214,13 @@ class TrainConfig:
             raise ConfigError(f"unknown settings: {', '.join(unknown)}")
         layers = values.get("layers")
         return cls(**{**values, "layers": None if layers is None else tuple(layers)})
+
+
+def why_no_head(task: str) -> str:
+    """Return why there is no head to train on a dataset, and what to do instead, for a task that has no loss."""
+    if task == "retrieval":
+        return f"a {task} dataset has no labels, so there is no head to train on it"
+    return f"a {task} dataset is about pairs of sentences: measure them with cachefuse similarity"
 
 
 def as_text(name: str, value: Any) -> str:

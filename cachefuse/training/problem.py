@@ -15,7 +15,7 @@ from cachefuse.errors import ConfigError, DataError
 from cachefuse.metrics import main_metric
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable, load_table, select_features
-from cachefuse.training.config import TrainConfig
+from cachefuse.training.config import TASK_LOSS, TrainConfig, why_no_head
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +90,11 @@ def open_problem(
     """Open a store's features, by default all that are complete, and return them with the problem that they pose.
 
     A modality of which samples have several items (captions) is left out where there is another. Raises CacheError or
-    ConfigError if the features are not there, and ConfigError if the dataset has no labels, or one class alone.
+    ConfigError if the features are not there, and ConfigError if the dataset's task has no head, or one class alone.
     """
     manifest = store.manifest
-    if manifest.task == "retrieval":
-        raise ConfigError(f"a {manifest.task} dataset has no labels, so there is no head to train on it")
+    if manifest.task not in TASK_LOSS:
+        raise ConfigError(why_no_head(manifest.task))
     if manifest.task == "multiclass" and len(store.classes) < 2:
         raise ConfigError(f"{store.dataset} has one class only, {store.classes[0]!r}: there is nothing to tell apart")
     chosen = select_features(store, encoders, view)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from cachefuse.data import images
-from cachefuse.data.images import FileImage, decode
+from cachefuse.data.images import FileImage, decode, read_file
 from cachefuse.errors import BadSampleError
 
 
@@ -260,3 +260,11 @@ def test_giant_file(root, monkeypatch):
     monkeypatch.setattr(images, "MAX_BYTES", 100)
     with pytest.raises(BadSampleError, match=r"^is larger than 100 bytes$"):
         FileImage(root / "data/a.png", root).load()
+
+
+@pytest.mark.parametrize(
+    ("start", "n_bytes", "expected"), [(0, -1, b"012345"), (2, 3, b"234"), (4, 9, b"45"), (9, 3, b""), (0, 0, b"")]
+)
+def test_part_of_a_file(tmp_path, start, n_bytes, expected):
+    (tmp_path / "a").write_bytes(b"012345")
+    assert read_file(str(tmp_path / "a"), start, n_bytes) == expected

@@ -16,6 +16,7 @@ from cachefuse.errors import ManifestError, UnknownNameError
 
 HEAD = 'name = "mine"\ntask = "multiclass"\n'
 TABLE = '[reader]\nkind = "table"\nfiles = { train = "train.csv" }\nid = "id"\ntext = "text"\nlabels = "label"\n'
+PAIRS = 'name = "mine"\ntask = "similarity"\nreader = { kind = "sentence_pairs", files = { train = "a.tsv" } }\n'
 ROWS = [{"id": f"{i}", "text": f"text {i}", "label": "ab"[i % 2]} for i in range(4)]
 
 
@@ -75,6 +76,7 @@ def test_builtin_manifests_say_what_a_user_needs():
     names = [manifest.name for manifest in manifests]
     assert names == sorted(names)
     assert {"comp5329", "fashiongen", "flickr8k", "food101", "mmimdb", "shapes"} <= set(names)
+    assert {"cifar10", "cifar100", "coco_captions", "mrpc", "qqp", "stsb", "tiny_imagenet"} <= set(names)
     for manifest in manifests:
         assert manifest.title
         assert manifest.licence
@@ -106,6 +108,13 @@ def test_a_manifest_survives_pickle_and_json():
 def test_reported_metrics():
     assert parse_manifest(HEAD + TABLE, "x.toml").reported_metrics == ("accuracy", "macro_f1", "macro_ap")
     assert parse_manifest(HEAD + 'metrics = ["macro_f1"]\n' + TABLE, "x.toml").reported_metrics == ("macro_f1",)
+    assert parse_manifest(PAIRS + "scale = [-1, 1]\n", "x.toml").reported_metrics == ()
+
+
+def test_pairs_have_a_scale_or_two_classes():
+    assert parse_manifest(PAIRS + "scale = [0, 5]\n", "x.toml").scale == (0.0, 5.0)
+    paraphrase = PAIRS.replace("similarity", "paraphrase") + 'classes = ["no", "yes"]\n'
+    assert parse_manifest(paraphrase, "x.toml").classes == ("no", "yes")
 
 
 def test_classes_are_names_without_the_spaces_around_them():
@@ -129,11 +138,48 @@ def test_classes_are_names_without_the_spaces_around_them():
         (HEAD + 'classes = ["cat", " "]\n' + TABLE, "classes: a class must have a name"),
         (HEAD + 'classes = ["cat", "dog", "cat "]\n' + TABLE, "classes: listed twice: cat"),
         (HEAD + 'metrics = ["f1"]\n' + TABLE, "metrics: unknown metric 'f1'.* choose from: accuracy, "),
-        (HEAD.replace("multiclass", "ranking") + TABLE, "task: input should be 'multilabel', 'multiclass' or 'retr"),
+        (
+            HEAD.replace("multiclass", "ranking") + TABLE,
+            "task: input should be 'multilabel', 'multiclass', 'retrieval', 'sim",
+        ),
+        (PAIRS, r"scale: a similarity task needs the lowest and the highest score, such as \[0\.0, 5\.0\]"),
+        (PAIRS + "scale = [5, 0]\n", r"scale: must be a lower and a higher number\. Got \[5\.0, 0\.0\] instead"),
+        (PAIRS + "scale = [1, 1]\n", "scale: must be a lower and a higher number"),
+        (PAIRS + "scale = [0, inf]\n", r"scale: must be a lower and a higher number\. Got \[0\.0, inf\] instead"),
+        (PAIRS + "scale = [nan, 5]\n", "scale: must be a lower and a higher number"),
+        (PAIRS + "scale = [0]\n", r"scale\.1: field required"),
+        (PAIRS + 'scale = ["low", 5]\n', r"scale\.0: input should be a valid number"),
+        (HEAD + "scale = [0, 5]\n" + TABLE, "scale: is for the task similarity alone, and this one is multiclass"),
+        (PAIRS.replace("similarity", "paraphrase"), "classes: must name the two classes of a paraphrase task"),
+        (PAIRS.replace("similarity", "paraphrase") + 'classes = ["1"]\n', "classes: must name the two classes of a"),
+        (PAIRS.replace("similarity", "paraphrase") + 'classes = ["0", "0"]\n', "classes: listed twice: 0"),
+        (
+            HEAD.replace("multiclass", "sorting") + "scale = [0, 5]\n" + TABLE,
+            "task: input should be 'multilabel', [^;]*$",
+        ),
+        (
+            HEAD + "other_rows = [{ train = 'many' }]\n" + TABLE,
+            r"other_rows\.0\.train: input should be a valid integer",
+        ),
+        (
+            HEAD + '[reader]\nkind = "sentence_pairs"\nfiles = { train = [] }',
+            r"reader\.files\.train: value should have at least 1 item",
+        ),
+        (
+            HEAD + '[reader]\nkind = "sentence_pairs"\nfiles = { train = "a" }\ntexts = ["a", "a"]',
+            r"reader\.texts: must name two columns\. Got 'a' twice",
+        ),
+        (
+            HEAD + '[reader]\nkind = "cifar"\nvariant = "cifar20"',
+            "reader.variant: input should be 'cifar10' or 'cifar1",
+        ),
         (HEAD.replace("mine", "../mine") + TABLE, "name: string should match pattern"),
         (HEAD.replace("mine", "..") + TABLE, "name: string should match pattern"),
         (HEAD + "reader = 3", "reader: input should be a valid dictionary"),
-        (HEAD + "[reader]\nfiles = {}", "reader: needs a kind; choose from: flickr8k, folder, hdf5, "),
+        (
+            HEAD + "[reader]\nfiles = {}",
+            "reader: needs a kind; choose from: cifar, coco_captions, flickr8k, folder, hdf5, ",
+        ),
         (HEAD + "[reader]\nkind = 3", "reader: needs a kind; choose from: "),
         (
             HEAD + '[reader]\nkind = "tabel"',
@@ -203,13 +249,23 @@ def test_folder_of_a_relative_manifest_is_absolute(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("name", "hint"), [("shape", r" \(did you mean 'shapes'\?\)"), ("", "")])
 def test_unknown_dataset(name, hint):
-    with pytest.raises(UnknownNameError, match=f"^unknown dataset '{name}'{hint}; choose from: comp5329, "):
+    with pytest.raises(UnknownNameError, match=f"^unknown dataset '{name}'{hint}; choose from: cifar10, "):
         load_manifest(name)
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd.csv", "../other.csv", "a/../../b.csv"])
-@pytest.mark.parametrize("reader", ['kind = "table"\nfiles', 'kind = "hdf5"\nfiles', 'kind = "folder"\nsplits'])
+@pytest.mark.parametrize(
+    "reader",
+    [
+        'kind = "table"\nfiles',
+        'kind = "hdf5"\nfiles',
+        'kind = "folder"\nsplits',
+        'kind = "sentence_pairs"\nfiles',
+    ],
+)
 def test_a_manifest_cannot_name_files_outside_the_data_folder(reader: str, path: str) -> None:
     text = f'name = "mine"\ntask = "multiclass"\n[reader]\n{reader} = {{ train = "{path}" }}\n'
-    with pytest.raises(ManifestError, match=r"reader\.(files|splits)\.train: must be a path inside the data folder"):
+    with pytest.raises(
+        ManifestError, match=r"reader\.(files|splits)\.train(\.0)?: must be a path inside the data folder"
+    ):
         parse_manifest(text, "mine.toml")

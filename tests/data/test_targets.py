@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers.base import Samples
-from cachefuse.data.targets import encode_labels, find_classes, is_labelled
+from cachefuse.data.targets import encode_labels, encode_scores, encode_targets, find_classes, is_labelled
 from cachefuse.errors import DataError
 
 
@@ -79,3 +80,61 @@ def test_a_split_whose_labels_are_all_empty_is_unlabelled():
     rows = samples(("x",), (), (), ())
     rows.splits = ["train", "train", "test", "test"]
     assert encode_labels(rows, ("x",), "multilabel").tolist() == [[1], [0], [-1], [-1]]
+
+
+# Pairs of sentences
+
+
+def pair_manifest(task="similarity", options="scale = [-1, 5]"):
+    reader = 'reader = { kind = "sentence_pairs", files = { train = "a.tsv" } }'
+    return parse_manifest(f'name = "mine"\ntask = "{task}"\n{options}\n{reader}\n', "mine.toml")
+
+
+def pairs(*labels):
+    rows = samples(*labels)
+    rows.texts = [("a", "")] * len(labels)
+    return rows
+
+
+def test_scores():
+    targets = encode_scores(samples(("5",), None, (), ("-1.0",), (" 2.5e0 ",)), (-1, 5))
+    assert targets.dtype == np.float32
+    np.testing.assert_array_equal(targets, np.float32([5, np.nan, np.nan, -1, 2.5]))
+    assert is_labelled(targets).tolist() == [True, False, False, True, True]
+    assert encode_scores(samples(), (0, 1)).shape == (0,)
+
+
+@pytest.mark.parametrize("labels", [("5.01",), ("-2",), ("nan",), ("-inf",), ("1_0",), ("good",), ("1", "2")])
+def test_what_is_no_score(labels):
+    expected = rf"^row 's1' has the score '{' '.join(labels)}'; it must be a number from -1 to 5$"
+    with pytest.raises(DataError, match=expected):
+        encode_scores(samples(("1",), labels), (-1, 5))
+
+
+def test_similarity_has_scores_and_no_classes():
+    classes, targets = encode_targets(pairs(("1",), None), pair_manifest())
+    assert classes == ()
+    assert targets.dtype == np.float32
+
+
+def test_paraphrases_are_of_two_classes():
+    manifest = pair_manifest("paraphrase", 'classes = ["no", "yes"]')
+    classes, targets = encode_targets(pairs(("yes",), None, (), ("no",)), manifest)
+    assert classes == ("no", "yes")
+    assert targets.dtype == np.int32
+    assert targets.tolist() == [1, -1, -1, 0]
+    with pytest.raises(DataError, match=r"^row 's0' has 2 labels; a paraphrase row must have one$"):
+        encode_targets(pairs(("yes", "no")), manifest)
+
+
+@pytest.mark.parametrize("texts", [None, [("a", "b"), ("a",)], [("a", "b"), ("a", "b", "c")], [("a", "b"), ()]])
+@pytest.mark.parametrize(
+    "manifest", [pair_manifest(), pair_manifest("paraphrase", 'classes = ["no", "yes"]')], ids=lambda made: made.task
+)
+def test_a_row_that_is_no_pair(manifest, texts):
+    rows = samples(None, None)
+    rows.texts = texts
+    row, n = (0, 0) if texts is None else (1, len(texts[1]))
+    expected = rf"^mine: a row of the task {manifest.task} must have two texts \(the reader .* Got {n} in row 's{row}'$"
+    with pytest.raises(DataError, match=expected):
+        encode_targets(rows, manifest)

@@ -1,5 +1,6 @@
 """What every reader shares: its options are its fields, `read` gives the samples, `missing` the files it lacks."""
 
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -7,6 +8,8 @@ from typing import Annotated, Protocol
 
 from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from cachefuse.errors import DataError
 
 
 def _inside(path: str) -> str:
@@ -59,6 +62,18 @@ class Samples:
 def well_formed(text: str) -> str:
     """Return text as it can be encoded: JSON may hold half of a surrogate pair, which becomes a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def is_inside(path: Path, root: Path) -> bool:
+    """Return whether a path lies below the root with all links followed; those of an archive may lead anywhere."""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
+
+
+def check_inside(path: Path, root: Path) -> Path:
+    """Return the path. Raises DataError if a link on it leaves the root."""
+    if not is_inside(path, root):
+        raise DataError(f"{path}: lies outside the data folder {root}")
+    return path
 
 
 class Reader(BaseModel, ABC):

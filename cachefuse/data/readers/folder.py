@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import InsidePath, Reader, Samples
+from cachefuse.data.readers.base import InsidePath, Reader, Samples, check_inside, is_inside
 from cachefuse.errors import DataError
 
 EXTENSIONS = frozenset(
@@ -29,7 +29,7 @@ class FolderReader(Reader):
         samples = Samples(images=[])
         links: list[str] = []
         for split, folder in (self.splits or {"train": "."}).items():
-            paths = sorted(_image_paths(root, folder, links))
+            paths = sorted(image_paths(root, folder, links))
             if not paths:
                 raise DataError(f"{root / folder}: has no images ({', '.join(sorted(EXTENSIONS))})")
             for path in paths:
@@ -39,23 +39,28 @@ class FolderReader(Reader):
                 samples.labels.append(parents[:1] or None)
                 if samples.images is not None:
                     samples.images.append(FileImage(root / path, root))
-        if links:
-            samples.notes.append(f"skipped {len(links):,} links that leave the data folder, such as {min(links)}")
+        note_links(samples.notes, links)
         return samples
 
 
-def _image_paths(root: Path, folder: str, links: list[str]) -> Iterator[Path]:
-    """Yield the images at any depth below a folder, as paths relative to the root; list the links that leave it."""
-    real_root = root.resolve()
-    if not (root / folder).resolve().is_relative_to(real_root):
-        raise DataError(f"{root / folder}: lies outside the data folder {root}")
-    for parent, folders, files in os.walk(root / folder):
+def note_links(notes: list[str], links: list[str]) -> None:
+    """Note how many links were not followed, if any."""
+    if links:
+        notes.append(f"skipped {len(links):,} links that leave the data folder, such as {min(links)}")
+
+
+def image_paths(root: Path, folder: str, links: list[str]) -> Iterator[Path]:
+    """Yield the images at any depth below a folder, as paths relative to the root; list the links that leave it.
+
+    Raises DataError if the folder itself is such a link.
+    """
+    for parent, folders, files in os.walk(check_inside(root / folder, root)):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             path = Path(parent, name)
             if name.startswith(".") or path.suffix.lower() not in EXTENSIONS:
                 continue
-            if path.is_symlink() and not path.resolve().is_relative_to(real_root):
+            if path.is_symlink() and not is_inside(path, root):
                 links.append(str(path.relative_to(root)))
                 continue
             yield path.relative_to(root)

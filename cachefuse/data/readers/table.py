@@ -1,6 +1,5 @@
 """Tables: csv, tsv, jsonl and parquet files, one row a sample."""
 
-import codecs
 import json
 import re
 from collections.abc import Iterable
@@ -12,10 +11,10 @@ from pydantic import Field
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, well_formed
 from cachefuse.data.readers.csv_text import read_csv
+from cachefuse.data.readers.lines import TEXT_ERRORS
 from cachefuse.errors import DataError
 
 Columns = dict[str, list[Any]]
-TEXT_ERRORS = "cachefuse-cp1252"
 _PLACE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -131,16 +130,6 @@ def _decode(path: Path) -> str:
     if b"\0" in data[: 1 << 16]:
         raise DataError(f"{path.name}: is not a text file")
     return data.decode("utf-8-sig", errors=TEXT_ERRORS)
-
-
-def _decode_as_cp1252(error: UnicodeError) -> tuple[str, int]:
-    """Decode the bytes that are not UTF-8 as the old Windows encoding, and only those: files are found with both."""
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return error.object[error.start : error.end].decode("cp1252", errors="replace"), error.end
-
-
-codecs.register_error(TEXT_ERRORS, _decode_as_cp1252)
 
 
 def _read_jsonl(path: Path) -> Columns:

@@ -20,6 +20,25 @@ def save(path):
     Image.new("RGB", (4, 3), (200, 100, 50)).save(path)
 
 
+def write_cifar(root):
+    rows = np.zeros((4, 3073), np.uint8)
+    rows[:, 1:] = np.arange(4)[:, None]
+    for i in range(5):
+        rows[: 1 if i else 3].tofile(root / f"data_batch_{i + 1}.bin")
+    rows[3:].tofile(root / "test_batch.bin")
+
+
+def write_coco_captions(root):
+    (root / "annotations").mkdir()
+    for split, numbers in (("train", (1, 2, 3)), ("val", (4,))):
+        for i in numbers:
+            save(root / f"{split}2017/{i:012d}.jpg")
+        images = [{"id": i, "file_name": f"{i:012d}.jpg"} for i in numbers]
+        annotations = [{"image_id": i, "caption": text} for i in numbers for text in ("a dog", "a cat ", " ")]
+        content = json.dumps({"images": images, "annotations": annotations})
+        (root / f"annotations/captions_{split}2017.json").write_text(content)
+
+
 def write_flickr8k(root):
     for i in range(4):
         save(root / f"Images/{i}.jpg")
@@ -46,6 +65,11 @@ def write_mmimdb(root):
         (root / f"dataset/{film}.json").write_text(json.dumps({"genres": ["Drama"], "plot": ["a plot"]}))
 
 
+def write_sentence_pairs(root):
+    (root / "train.tsv").write_text('sentence1\tsentence2\tscore\na "dog\ta cat\t1.5\nc\td\t\na\tb\t3\textra\n')
+    (root / "test.tsv").write_text("sentence1\tsentence2\ne\tf\n")
+
+
 def write_shapes(root):
     pass
 
@@ -57,12 +81,23 @@ def write_table(root):
     (root / "test.csv").write_text("id,text\n3,d\n")
 
 
+def write_tiny_imagenet(root):
+    for i in range(2):
+        save(root / f"train/n0{i}/images/n0{i}_0.JPEG")
+    save(root / "val/images/val_0.JPEG")
+    save(root / "test/images/test_0.JPEG")
+    (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn01\t0\t0\t3\t3\n")
+
+
 # For each reader: how to write its miniature, its options, the number of rows.
 MINIATURES = {
+    "cifar": (write_cifar, {"variant": "cifar10"}, 8),
+    "coco_captions": (write_coco_captions, {}, 4),
     "flickr8k": (write_flickr8k, {}, 4),
     "folder": (write_folder, {}, 4),
     "hdf5": (write_hdf5, {"files": {"train": "train.h5"}, "image": "image", "text": "text", "labels": "label"}, 4),
     "mmimdb": (write_mmimdb, {}, 4),
+    "sentence_pairs": (write_sentence_pairs, {"files": {"train": ["no.tsv", "train.tsv"], "test": "test.tsv"}}, 4),
     "shapes": (write_shapes, {"train": 3, "test": 1}, 4),
     "table": (
         write_table,
@@ -76,6 +111,7 @@ MINIATURES = {
         },
         4,
     ),
+    "tiny_imagenet": (write_tiny_imagenet, {}, 4),
 }
 
 
@@ -126,8 +162,8 @@ def test_reading_is_pure_and_repeatable(mini):
 
 def test_images_are_rgb_or_bad_samples(mini):
     reader, root, _ = mini
-    loaded = 0
-    for source in reader.read(root).images or []:
+    loaded, images = 0, reader.read(root).images
+    for source in images or []:
         assert source.name
         try:
             image = source.load()
@@ -136,7 +172,7 @@ def test_images_are_rgb_or_bad_samples(mini):
         assert image.mode == "RGB"
         assert min(image.size) > 0
         loaded += 1
-    assert loaded >= 3
+    assert loaded >= 3 or images is None
 
 
 def test_stamps_and_digests_stay_and_stamps_tell_rows_apart(mini):

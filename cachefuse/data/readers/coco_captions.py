@@ -1,0 +1,127 @@
+"""COCO captions: photographs with about five captions each (arXiv:1504.00325), in the division of 2017 or of 2014."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cachefuse.data.images import FileImage
+from cachefuse.data.readers.base import Reader, Samples, check_inside, is_inside, well_formed
+from cachefuse.data.readers.folder import note_links
+from cachefuse.errors import DataError
+
+YEARS = ("2017", "2014")  # both divide the same photographs, so one of them is taken
+SPLITS = ("train", "val")
+MAX_JSON_BYTES = 1 << 29
+KEPT = frozenset(("images", "annotations", "id", "file_name", "image_id", "caption"))
+
+
+class CocoCaptionsReader(Reader):
+    """Every image of a year's annotation files, with all its captions; the id is the image's number there."""
+
+    def missing(self, root: Path) -> list[str]:
+        if any(_splits(root, year) for year in YEARS):
+            return []
+        needed = [name for split in SPLITS for name in (f"annotations/{_file(split, YEARS[0])}", f"{split}{YEARS[0]}/")]
+        return [name for name in needed if not (root / name).exists()]
+
+    def read(self, root: Path) -> Samples:
+        samples = Samples(images=[], texts=[])
+        found = {year: splits for year in YEARS if (splits := _splits(root, year))}
+        if not found:
+            raise DataError(f"{root}: has no {' and no '.join(self.missing(root))}")
+        year = max(found, key=lambda year: len(found[year]))  # the first of equals
+        others = [other for other in found if other != year]
+        if others:
+            samples.notes.append(f"takes the division of {year}, and leaves out that of {', '.join(others)}")
+        for split in SPLITS:
+            if split not in found[year]:
+                lacks = f"annotations/{_file(split, year)} or {split}{year}/"
+                samples.notes.append(f"has no {split} split: {lacks} is not there")
+                continue
+            _add(samples, split, root / "annotations" / _file(split, year), found[year][split], root)
+        return samples
+
+
+def _file(split: str, year: str) -> str:
+    return f"captions_{split}{year}.json"
+
+
+def _splits(root: Path, year: str) -> dict[str, Path]:
+    """Return the folder of images of each split that has one and its annotations."""
+    found = {}
+    for split in SPLITS:
+        folders = [folder for folder in (root, root / "images") if (folder / f"{split}{year}").is_dir()]
+        if folders and (root / "annotations" / _file(split, year)).is_file():
+            found[split] = folders[0] / f"{split}{year}"
+    return found
+
+
+def _add(samples: Samples, split: str, path: Path, folder: Path, root: Path) -> None:
+    images, captions = _read_annotations(check_inside(path, root))
+    with os.scandir(check_inside(folder, root)) as entries:
+        links = {entry.name for entry in entries if entry.is_symlink() and not is_inside(Path(entry.path), root)}
+    skipped = []
+    for key, name in images:
+        samples.ids.append(key)
+        samples.splits.append(split)
+        samples.labels.append(None)
+        if samples.texts is not None:
+            samples.texts.append(tuple(captions.get(key, ())))
+        if samples.images is not None:
+            samples.images.append(None if name in links else FileImage(folder / name, root))
+        if name in links:
+            skipped.append(f"{folder.name}/{name}")
+    note_links(samples.notes, skipped)
+    known = {key for key, _ in images}
+    unknown = [key for key in captions if key not in known]
+    if unknown:
+        n = sum(len(captions[key]) for key in unknown)
+        samples.notes.append(f"dropped {n:,} captions of images that {path.name} does not list, such as {unknown[0]}")
+
+
+def _read_annotations(path: Path) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
+    """Return each image's id and file name, and the captions by image. Raises DataError if the file is otherwise."""
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise DataError(f"{path.name}: is larger than {MAX_JSON_BYTES:,} bytes, which no COCO file is")
+    try:
+        # Most of the file is addresses and licences, of which nothing is kept.
+        content = json.loads(path.read_bytes(), object_hook=lambda found: {k: found[k] for k in KEPT & found.keys()})
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name}: not valid JSON: {error}") from error
+    images = [
+        (_id(image, "id", f"{path.name}: image {i}"), _plain_name(image, f"{path.name}: image {i}"))
+        for i, image in enumerate(_list(content, "images", path), start=1)
+    ]
+    captions: dict[str, list[str]] = {}
+    for i, annotation in enumerate(_list(content, "annotations", path), start=1):
+        where = f"{path.name}: annotation {i}"
+        caption = annotation.get("caption")
+        if not isinstance(caption, str):
+            raise DataError(f"{where} must have a caption. Got {str(caption)[:80]!r} instead")
+        texts = captions.setdefault(_id(annotation, "image_id", where), [])
+        if caption.strip():
+            texts.append(well_formed(caption.strip()))
+    return images, captions
+
+
+def _list(content: Any, key: str, path: Path) -> list[dict[str, Any]]:
+    values = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise DataError(f'{path.name}: must be a JSON object with a list "{key}" of objects')
+    return values
+
+
+def _id(entry: dict[str, Any], key: str, where: str) -> str:
+    value = entry.get(key)
+    if not isinstance(value, int | str) or isinstance(value, bool):
+        raise DataError(f"{where} must have a whole number as its {key}. Got {str(value)[:80]!r} instead")
+    return well_formed(str(value))
+
+
+def _plain_name(image: dict[str, Any], where: str) -> str:
+    """Return an image's file name. Raises DataError for a path: it could lead out of the folder."""
+    name = image.get("file_name")
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        raise DataError(f"{where} must have a file_name without folders. Got {str(name)[:80]!r} instead")
+    return well_formed(name)

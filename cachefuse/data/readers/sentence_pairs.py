@@ -1,0 +1,108 @@
+"""Pairs of sentences in tab-separated files, with a score or a class each: STS benchmark, MRPC, QQP, one's own."""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from cachefuse.data.readers.base import InsidePath, Reader, Samples, check_inside
+from cachefuse.data.readers.lines import read_lines
+from cachefuse.errors import DataError
+
+FEW_BROKEN, BROKEN_SHARE = 10, 0.01  # lines that a file may have cut short, whichever is more
+
+Paths = Annotated[
+    tuple[InsidePath, ...],
+    BeforeValidator(lambda value: (value,) if isinstance(value, str) else value),
+    Field(min_length=1),
+]
+
+
+class SentencePairsReader(Reader):
+    """One file a split, of which the first that is there is taken; a split may have none, if another has one.
+
+    Nothing is quoted: a quote mark is text. Columns after those of the header are ignored. A sentence may be empty,
+    and stays one of two. A file without the label column is unlabelled, and so is a row where it is empty.
+    """
+
+    files: dict[str, Paths] = Field(min_length=1)  # split -> file, or several that it may be
+    header: tuple[str, ...] | None = None  # column names, for files that have none
+    texts: tuple[str, str] = ("sentence1", "sentence2")
+    label: str = "score"
+    id: str | None = None  # left out: "<split>-<number of the row>"
+
+    @field_validator("texts")
+    @classmethod
+    def _texts_differ(cls, texts: tuple[str, str]) -> tuple[str, str]:
+        if texts[0] == texts[1]:
+            raise ValueError(f"must name two columns. Got {texts[0]!r} twice")
+        return texts
+
+    def missing(self, root: Path) -> list[str]:
+        return [] if self._found(root) else [paths[0] for paths in self.files.values()]
+
+    def read(self, root: Path) -> Samples:
+        samples = Samples(texts=[])
+        found = self._found(root)
+        absent = [f"{split} ({' or '.join(paths)})" for split, paths in self.files.items() if split not in found]
+        if absent:
+            samples.notes.append(f"some splits have no file: {', '.join(absent)}")
+        tables = {split: (file, self._columns(root, file)) for split, file in found.items()}
+        if tables and not any(self.label in columns for _, columns in tables.values()):
+            file, columns = next(iter(tables.values()))
+            raise _no_column(file, self.label, "label", columns)
+        for split, (file, columns) in tables.items():
+            self._add(samples, split, root / file, columns)
+        return samples
+
+    def _found(self, root: Path) -> dict[str, str]:
+        """Return the file of each split that has one."""
+        there = {split: [path for path in paths if (root / path).is_file()] for split, paths in self.files.items()}
+        return {split: paths[0] for split, paths in there.items() if paths}
+
+    def _columns(self, root: Path, file: str) -> tuple[str, ...]:
+        """Return a file's column names. Raises DataError if one that is needed is not among them, or is twice."""
+        first = next(read_lines(check_inside(root / file, root)), None)
+        if first is None:
+            raise DataError(f"{file}: the file is empty")
+        columns = self.header or tuple(name.strip() for name in first[1].split("\t"))
+        for key, names in (("texts", self.texts), ("id", (self.id,) if self.id else ())):
+            for name in names:
+                if name not in columns:
+                    raise _no_column(file, name, key, columns)
+        twice = [name for name in (*self.texts, self.label, self.id) if name and columns.count(name) > 1]
+        if twice:
+            raise DataError(f"{file}: column {twice[0]!r} occurs twice")
+        return columns
+
+    def _add(self, samples: Samples, split: str, path: Path, columns: tuple[str, ...]) -> None:
+        """Add the rows of a file, without the lines that are cut short. Raises DataError if those are many."""
+        index = {name: i for i, name in enumerate(columns)}
+        broken: list[int] = []
+        lines = read_lines(path)
+        if not self.header:
+            next(lines)
+        n_lines = 0
+        for n_lines, (number, line) in enumerate(lines, start=1):
+            values = [value.strip() for value in line.split("\t")]
+            if len(values) < len(columns):
+                broken.append(number)
+                continue
+            label = values[index[self.label]] if self.label in index else ""
+            samples.ids.append(values[index[self.id]] if self.id else f"{split}-{n_lines}")
+            samples.splits.append(split)
+            samples.labels.append((label,) if label else None)
+            if samples.texts is not None:
+                samples.texts.append((values[index[self.texts[0]]], values[index[self.texts[1]]]))
+        if len(broken) > max(FEW_BROKEN, BROKEN_SHARE * n_lines) or 2 * len(broken) > n_lines:
+            raise DataError(
+                f"{path.name} line {broken[0]}: must have {len(columns)} columns with a tab between them, and has "
+                f"fewer; so have {len(broken):,} of {n_lines:,} lines"
+            )
+        if broken:
+            samples.notes.append(f"skipped {len(broken):,} broken lines of {path.name}, such as line {broken[0]}")
+
+
+def _no_column(file: str, name: str, key: str, columns: tuple[str, ...]) -> DataError:
+    known = ", ".join(columns[:20])
+    return DataError(f"{file}: has no column {name!r}, which reader.{key} names; its columns are: {known[:300]}")
