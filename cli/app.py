@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cachefuse.errors import CachefuseError
+from cachefuse_cli.align import align
 from cachefuse_cli.bench import bench
 from cachefuse_cli.datasets import datasets
 from cachefuse_cli.demo import demo
@@ -14,14 +15,19 @@ from cachefuse_cli.encoders import encoders
 from cachefuse_cli.ensemble import ensemble
 from cachefuse_cli.evaluate import evaluate
 from cachefuse_cli.extract import extract
+from cachefuse_cli.fine_tune import fine_tune
 from cachefuse_cli.inspect import inspect
+from cachefuse_cli.pairs import pairs
 from cachefuse_cli.plan import plan
 from cachefuse_cli.predict import predict
 from cachefuse_cli.report import report
+from cachefuse_cli.retrieve import retrieve
 from cachefuse_cli.runs import runs
+from cachefuse_cli.similarity import similarity
 from cachefuse_cli.sweep import sweep
 from cachefuse_cli.train_head import train_head
 from cachefuse_cli.verify import verify
+from cachefuse_cli.zero_shot import zero_shot
 
 app = typer.Typer(
     name="cachefuse",
@@ -42,6 +48,12 @@ for command in (
     runs,
     ensemble,
     report,
+    align,
+    retrieve,
+    zero_shot,
+    similarity,
+    pairs,
+    fine_tune,
     plan,
     inspect,
     verify,

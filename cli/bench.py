@@ -56,6 +56,20 @@ def train(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json 
         _measure(partial(bench_train, workspace), device, json)
 
 
+@bench.command()
+def align(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json = False) -> None:
+    """Measure alignment and exact search on random features: about a minute on two cores, and 2 GB of disk.
+
+    What is written to the workspace's disk is removed again.
+    """
+    from cachefuse_cli import render
+
+    with render.interruptible("nothing was kept; run the same command again"):
+        with render.status("loading torch"):
+            from cachefuse.bench.align import bench_align
+        _measure(partial(bench_align, workspace), device, json)
+
+
 def _measure(measure: "Callable[..., list[BenchRow]]", device: str, json: bool) -> None:
     from cachefuse.bench.timing import describe_machine
     from cachefuse_cli import bench_tables, render

@@ -1,6 +1,7 @@
 """`cachefuse evaluate`."""
 
 from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,48 +12,104 @@ from cachefuse_cli.options import WORKSPACE, Device, Json, RunName, Workspace
 def evaluate(
     run: RunName = None,
     split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Labelled rows to measure on.", show_default="those held out")
+        str | None, typer.Option(metavar="NAME", help="Rows to measure on.", show_default="those held out")
     ] = None,
     without: Annotated[
         list[str] | None, typer.Option(metavar="MODALITY", help="As if no row had it; repeatable.")
     ] = None,
     intervals: Annotated[bool, typer.Option(help="95% intervals, by the bootstrap.")] = True,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Another dataset, with the same features.", show_default="the run's own"),
+    ] = None,
     device: Device = "auto",
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Measure a run on rows that it has not seen, or on any labelled split; and what it loses without a modality."""
+    """Measure a run on rows that it has not seen, or on any labelled split; and what it loses without a modality.
+
+    Of an alignment: how well images and texts find each other.
+    """
     from cachefuse_cli import render
 
     with render.interruptible("nothing was written"):
         with render.status("loading the run"):
-            from cachefuse.cache.store import FeatureStore
-            from cachefuse.evaluation import evaluate as run_evaluate
             from cachefuse.runtime import Workspace as WorkspacePaths
-            from cachefuse.training.run import Run
-            from cachefuse.training.run_files import find_run
-            from cachefuse_cli import eval_tables
-            from cachefuse_cli.progress import BenchProgress
+            from cachefuse.training.run_files import ALIGNMENT, find_run, kind_of, read_json
 
-            paths = WorkspacePaths(workspace)
-            opened = Run.load(find_run(paths.runs, run))
-            store = FeatureStore(paths.store(opened.dataset))
-        render.run_line(opened)
-        with BenchProgress() as progress:
-            measure = partial(
-                run_evaluate,
-                opened,
-                store,
-                split,
-                device=device,
-                n_resamples=1000 if intervals else 0,
-                on_progress=partial(progress.update, "intervals"),
-            )
-            ablated = measure(without=without) if without else None
-            everything = measure()
-        if everything.caution:
-            render.note(everything.caution)
+            found = find_run(WorkspacePaths(workspace).runs, run, kind=None)
+        if kind_of(read_json(found / "run.json")) == ALIGNMENT:
+            _evaluate_alignment(found, split, without, dataset, device, workspace, json)
+        else:
+            _evaluate_head(found, split, without, intervals, dataset, device, workspace, json)
+
+
+def _evaluate_head(
+    path: Path,
+    split: str | None,
+    without: list[str] | None,
+    intervals: bool,
+    dataset: str | None,
+    device: str,
+    workspace: Path,
+    json: bool,
+) -> None:
+    from cachefuse_cli import render
+
+    with render.status("loading the run"):
+        from cachefuse.evaluation import evaluate as run_evaluate
+        from cachefuse.training.run import Run
+        from cachefuse_cli import eval_tables
+        from cachefuse_cli.options import open_store
+        from cachefuse_cli.progress import BenchProgress
+
+        opened = Run.load(path)
+        store = open_store(workspace, dataset or opened.dataset)
+    render.run_line(opened)
+    with BenchProgress() as progress:
+        measure = partial(
+            run_evaluate,
+            opened,
+            store,
+            split,
+            device=device,
+            n_resamples=1000 if intervals else 0,
+            on_progress=partial(progress.update, "intervals"),
+        )
+        ablated = measure(without=without) if without else None
+        everything = measure()
+    if everything.caution:
+        render.note(everything.caution)
     if json:
         render.print_json(eval_tables.evaluation_dict(everything, ablated))
     else:
         eval_tables.evaluation_report(everything, ablated)
+
+
+def _evaluate_alignment(
+    path: Path,
+    split: str | None,
+    without: list[str] | None,
+    dataset: str | None,
+    device: str,
+    workspace: Path,
+    json: bool,
+) -> None:
+    from cachefuse.errors import ConfigError
+    from cachefuse_cli import render
+
+    if without:
+        raise ConfigError("an alignment compares both of its sides: --without is for heads")
+    with render.status("measuring"):
+        from cachefuse.align.run import Alignment
+        from cachefuse.align.train import evaluate_alignment
+        from cachefuse_cli import align_tables
+        from cachefuse_cli.options import open_store
+
+        opened = Alignment.load(path)
+        align_tables.alignment_line(opened)
+        results = evaluate_alignment(opened, open_store(workspace, dataset or opened.dataset), split, device=device)
+    if json:
+        render.print_json({"run": opened.name, "results": align_tables.results_dict(results)})
+    else:
+        align_tables.results_report(results)

@@ -17,6 +17,7 @@ from cachefuse_cli.options import (
     Views,
     Workspace,
     open_dataset,
+    resolve_encoder,
     split_list,
 )
 
@@ -50,7 +51,7 @@ def extract(
         with ExtractProgress() as progress:
             report = run_extract(
                 loaded,
-                encoder or [DEFAULT_ENCODER],
+                [resolve_encoder(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
                 WorkspacePaths(workspace).store(loaded.name),
                 views=split_list(views),
                 device=device,
@@ -63,4 +64,4 @@ def extract(
     if json:
         render.print_json(render.extract_dict(report))
     else:
-        render.extract_report(report, trainable=loaded.manifest.task != "retrieval")
+        render.extract_report(report, loaded.manifest.task)

@@ -59,6 +59,13 @@ def split_list(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(","))
 
 
+def resolve_encoder(spec: str, workspace: Path) -> str:
+    """Return a spec with ``aligned:NAME`` as the run of that name in the workspace."""
+    family, _, name = spec.partition(":")
+    run = workspace / "runs" / name.partition("@")[0]
+    return f"{family}:{workspace / 'runs' / name}" if family == "aligned" and (run / "run.json").is_file() else spec
+
+
 def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
     """Open a dataset's store, by default the one that extract last worked on."""
     from cachefuse.cache.store import FeatureStore

@@ -13,6 +13,7 @@ from cachefuse_cli.options import (
     Views,
     Workspace,
     open_dataset,
+    resolve_encoder,
     split_list,
 )
 
@@ -42,7 +43,7 @@ def plan(
 
             made = make_plan(
                 loaded,
-                encoder or [DEFAULT_ENCODER],
+                [resolve_encoder(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
                 WorkspacePaths(workspace).store(loaded.name),
                 views=split_list(views),
                 device=device,

@@ -145,7 +145,14 @@ def extract_dict(report: "ExtractReport") -> dict[str, Any]:
     }
 
 
-def extract_report(report: "ExtractReport", *, trainable: bool) -> None:
+NEXT = {
+    "retrieval": "cachefuse align, with two encoders",
+    "similarity": "cachefuse similarity",
+    "paraphrase": "cachefuse similarity",
+}
+
+
+def extract_report(report: "ExtractReport", task: str) -> None:
     """What is in the store now, what was computed, which samples are bad, and what to do next."""
     console = out()
     table = new_table("encoder", "modality", "rows", "computed now", numbers=2)
@@ -163,8 +170,7 @@ def extract_report(report: "ExtractReport", *, trainable: bool) -> None:
         if len(report.bad) > 10:
             console.print(Text(f"  ... all of them in {report.store / 'samples' / 'bad.jsonl'}"), soft_wrap=True)
     console.print(Text.assemble(("store ", "dim"), str(report.store)), soft_wrap=True)
-    if trainable:
-        console.print(Text.assemble(("next  ", "dim"), "cachefuse train-head"), soft_wrap=True)
+    console.print(Text.assemble(("next  ", "dim"), NEXT.get(task, "cachefuse train-head")), soft_wrap=True)
 
 
 def run_dict(run: "Run") -> dict[str, Any]:

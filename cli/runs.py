@@ -14,22 +14,27 @@ def runs(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """List the runs with their metrics, the latest first."""
+    """List the runs with their metrics, the latest first: heads, then alignments."""
     from cachefuse_cli import render
 
     with render.status("reading the runs"):
+        from cachefuse.align.run import list_alignments
         from cachefuse.runtime import Workspace as WorkspacePaths
         from cachefuse.training.run_files import list_runs
-        from cachefuse_cli import eval_tables
+        from cachefuse_cli import align_tables, eval_tables
 
         folder = WorkspacePaths(workspace).runs
-        found = list_runs(folder)
+        found, aligned = list_runs(folder), list_alignments(folder)
         if dataset is not None:
             name = dataset_name(dataset)
             found = [run for run in found if run.dataset == name]
+            aligned = [run for run in aligned if run.dataset == name]
     if json:
-        render.print_json(eval_tables.runs_dict(found))
-    elif found:
+        render.print_json([*eval_tables.runs_dict(found), *align_tables.alignments_dict(aligned)])
+        return
+    if found:
         eval_tables.runs_report(found)
-    else:
+    if aligned:
+        align_tables.alignments_report(aligned)
+    if not found and not aligned:
         render.note(f"no runs{f' of {dataset}' if dataset else ''} in {folder}; train one with cachefuse train-head")

@@ -1,7 +1,7 @@
 """The settings of a training as options: one for each field of TrainConfig, shared by the commands that train."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -15,11 +15,13 @@ from cachefuse.training.config import TrainConfig
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"
 
 
-def choices(table: Mapping[str, str]) -> str:
+def choices(table: Iterable[str]) -> str:
+    """Return names as a list in a sentence."""
     return ", ".join(table) + "."
 
 
 def option(kind: Any, panel: str, metavar: str, help: str, shown: str | None = None) -> Any:
+    """Return the annotation of an option in a panel of the help."""
     return Annotated[kind, typer.Option(metavar=metavar, help=help, rich_help_panel=panel, show_default=shown or True)]
 
 

@@ -26,7 +26,7 @@ class AlignConfig:
     targets: str = "soft"
     view: str = "pooled"
     width: int = 512
-    dropout: float = 0.2
+    dropout: float = 0.5
     optimizer: str = "adamw"
     lr: float = 1e-3
     weight_decay: float = 0.1

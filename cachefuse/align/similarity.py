@@ -10,13 +10,13 @@ from cachefuse.align.space import OnRows, _silent
 from cachefuse.align.tower import aligned_features
 from cachefuse.cache.features import Features
 from cachefuse.cache.store import FeatureStore
+from cachefuse.data.manifest import PAIRS
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import ConfigError, DataError, RunError
 from cachefuse.training.batches import select_features
 from cachefuse.training.problem import TRAIN, VAL
 
-TASKS = ("similarity", "paraphrase")
 TOLERANCES = np.linspace(0.1, 1, 100)  # CBMF, figure 3: "100 values spanning from 0.1 to 1"
 CHUNK = 4096  # pairs at a time
 
@@ -72,7 +72,7 @@ def similarity(
     store lacks what the alignment reads.
     """
     task = store.manifest.task
-    if task not in TASKS:
+    if task not in PAIRS:
         raise ConfigError(f"similarity takes a dataset of scored pairs; {store.dataset} is one for {task}")
     labelled = is_labelled(store.targets) & store.present("text")
     splits = ordered_splits(store.splits[labelled])

@@ -84,8 +84,8 @@ class Bench:
         return torch.from_numpy(self.generator.integers(0, self.sizes.rows, ROW_BATCH))
 
 
-def write_store(path: Path, n_rows: int, width: int) -> Features:
-    """Write a store of random float16 features, its samples labelled and all but a few in train.
+def write_store(path: Path, n_rows: int, width: int, scale: float = 1.0) -> Features:
+    """Write a store of random float16 features with deviation ``scale``, its samples labelled and all but a few in train.
 
     The features are the same random rows again and again: what they hold makes no difference here.
     """
@@ -104,7 +104,7 @@ def write_store(path: Path, n_rows: int, width: int) -> Features:
     store = FeatureStore.for_dataset(path, dataset)
     provenance = {"family": "bench", "dtype": "float16"}
     features = store.require_features("bench", "text", provenance, "bench", {"pooled": "float16"})
-    some = rng.standard_normal((ROW_BATCH, width), np.float32).astype(np.float16)
+    some = (scale * rng.standard_normal((ROW_BATCH, width), np.float32)).astype(np.float16)
     with ViewWriter(features, "pooled", ragged=False, dtype="float16") as writer:
         for start in range(0, n_rows, ROW_BATCH):
             rows = np.arange(start, min(start + ROW_BATCH, n_rows))

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cachefuse.align.search import nearest
 from cachefuse.bench.base import ROW_BATCH, Bench, write_store
 from cachefuse.bench.timing import BenchRow, seconds
 from cachefuse.cache.extract import extract
@@ -133,6 +134,14 @@ def extract_shapes(path: str, n_rows: int) -> None:
     """Draw and write shapes, encoded with `classic`."""
     manifest = parse_manifest(SHAPES.format(n_rows), "shapes.toml")
     extract(load_dataset(manifest, Path(path)), ["classic"], Path(path), device="cpu")
+
+
+def search(path: str, k: int) -> None:
+    """Find the ``k`` rows of a store nearest to a random vector; with 0 only open it."""
+    (features,) = FeatureStore(Path(path)).features()
+    rows = features.rows()
+    if k:
+        nearest(rows, torch.randn(1, rows.shape[1]), k)
 
 
 def _anonymous(pid: int) -> float:

@@ -1,0 +1,183 @@
+"""`cachefuse bench align`: an alignment's epochs against their matrix products, exact search against NumPy's."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from cachefuse.align.config import AlignConfig
+from cachefuse.align.data import PairData, SideRows, fit_statistics
+from cachefuse.align.loop import fit
+from cachefuse.align.model import Aligner
+from cachefuse.align.search import nearest
+from cachefuse.bench import process
+from cachefuse.bench.base import OnProgress, temporary, write_store
+from cachefuse.bench.timing import BenchRow, by_turns, seconds, timed
+from cachefuse.fusion.dfe import EXPANSION
+from cachefuse.runtime import resolve_device
+from cachefuse.training.optim import adamw, constant
+
+K = 10
+REST = 0.3  # seconds
+
+
+@dataclass(frozen=True)
+class AlignSizes:
+    """How much is aligned and searched. The defaults take about two minutes on two cores, and 4 GB of disk."""
+
+    pairs: int = 7
+    samples: int = 6000
+    captions: int = 5
+    width: int = 768
+    batch: int = 512
+    common: int = 512
+    rows: int = 1_000_000
+    queries: int = 64
+
+
+@dataclass
+class AlignBench:
+    """What the measurements share: random features of two sides, in files."""
+
+    folder: Path
+    device: str
+    sizes: AlignSizes
+
+    @cached_property
+    def data(self) -> PairData:
+        n, each = self.sizes.samples, self.sizes.captions
+        images = write_store(self.folder / "images.zarr", n, self.sizes.width).rows()
+        texts = write_store(self.folder / "texts.zarr", n * each, self.sizes.width).rows()
+        sides = SideRows("image", images, np.arange(n + 1)), SideRows("text", texts, np.arange(n + 1) * each)
+        return PairData("bench", sides, np.arange(n), np.full(n, "train"))
+
+    def epoch(self, config: AlignConfig, n: int = 2) -> float:
+        """Return the seconds of an epoch: the mean of ``n`` that follow a first one."""
+        torch.manual_seed(0)
+        model = Aligner([self.sizes.width] * 2, config).to(self.device)
+        fit_statistics(model, self.data, self.data.samples)
+        model.to(self.device)
+        optimizer = adamw(model.parameters(), lr=config.lr)
+        ends: list[float] = []
+        fit(
+            model, config, self.data, self.data.samples, self.data.samples[:0], optimizer, constant(optimizer, 1),
+            torch.Generator().manual_seed(0), on_epoch=lambda epoch: ends.append(time.perf_counter()),
+        )  # fmt: skip
+        return (ends[-1] - ends[0]) / n
+
+
+def align_epoch(bench: AlignBench) -> BenchRow:
+    """An epoch of the default DFE on pooled features, over its matrix products alone."""
+    sizes, n = bench.sizes, 2
+    config = AlignConfig(width=sizes.common, batch_size=sizes.batch, epochs=1 + n, patience=0)
+    products = matrix_products(bench)
+    products()
+    pairs = by_turns(lambda: bench.epoch(config, n), timed(products), sizes.pairs)
+    ours, baseline = np.median(pairs, axis=0).tolist()
+    return BenchRow(
+        "align", f"align {sizes.samples:,} pairs, an epoch / GEMMs", "s", ours, baseline,
+        float(np.median(pairs[:, 1] / pairs[:, 0])),
+        note=f"pooled {sizes.width} to {sizes.common}, batch {sizes.batch}; with dropout, AdamW and averaged weights",
+    )  # fmt: skip
+
+
+def matrix_products(bench: AlignBench) -> Callable[[], None]:
+    """Return what computes an epoch's products: each layer forward, its two gradients, and the loss's cosines."""
+    sizes, device, m = bench.sizes, bench.device, bench.sizes.batch
+    d, w = sizes.width, sizes.common
+    # Two layers of the projection; values, output and two layers of the transformer block, where one token is alone.
+    shapes = [(d, w), (w, w), (w, w), (w, w), (w, EXPANSION * w), (EXPANSION * w, w)]
+    layers = [(torch.randn(m, i, device=device), torch.randn(o, i, device=device)) for i, o in shapes]
+    gradients = [torch.randn(m, o, device=device) for _, o in shapes]
+    vectors, scores = torch.randn(m, w, device=device), torch.randn(m, m, device=device)
+
+    def epoch() -> None:
+        for _ in range(-(-sizes.samples // m)):
+            for _ in range(2):
+                for (x, weight), gradient in zip(layers, gradients, strict=True):
+                    x @ weight.T
+                    gradient.T @ x
+                    if x is not layers[0][0]:
+                        gradient @ weight
+            for _ in range(3):  # <x, y>, and for the soft targets <x, x> and <y, y>
+                vectors @ vectors.T
+            for _ in range(2):  # gradients of <x, y>
+                scores @ vectors
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+
+    return epoch
+
+
+def search(bench: AlignBench) -> BenchRow:
+    """A query over all rows of a store, over NumPy's product of the same rows, as float32, in memory."""
+    sizes, path = bench.sizes, bench.folder / "search.zarr"
+    rows = write_store(path, sizes.rows, sizes.common, scale=sizes.common**-0.5).rows()  # of length 1 or so
+    rng = np.random.default_rng(0)
+    queries = iter(rng.standard_normal((4 + 2 * sizes.pairs, 1, sizes.common), np.float32))
+
+    def ours() -> None:
+        nearest(rows, torch.from_numpy(next(queries)), K, unit=True)
+
+    first = seconds(ours)
+    in_memory = rows[:].astype(np.float32)
+    in_memory @ next(queries)[0]
+    pairs = by_turns(_rested(ours), _rested(lambda: in_memory @ next(queries)[0]), sizes.pairs)
+    many = torch.from_numpy(rng.standard_normal((sizes.queries, sizes.common), np.float32))
+    together = np.median([seconds(lambda: nearest(rows, many, K, unit=True)) for _ in range(3)]) / sizes.queries
+    half, query = rows[: len(rows) // 8], next(queries)[0].astype(np.float16)
+    as_stored = 8 * seconds(lambda: half @ query)
+    _, memory = process.run("search", path=str(path), k=K)
+    _, idle = process.run("search", path=str(path), k=0)
+    shutil.rmtree(path)
+    ours_ms, numpy_ms = (1000 * np.median(pairs, axis=0)).tolist()
+    taken = f"{1000 * (memory - idle):.0f} MB of memory" if memory else "memory not measured: only Linux tells it"
+    return BenchRow(
+        "search", f"search {sizes.rows:,} x {sizes.common} / NumPy", "ms", ours_ms, numpy_ms,
+        float(np.median(pairs[:, 1] / pairs[:, 0])), goal=0.8,
+        note=f"a query, its best {K}; NumPy: x @ q alone, float32 in memory (float16, as stored: {1000 * as_stored:,.0f}"
+        f" ms); {taken}; the first query, which verifies checksums: {1000 * first:,.0f} ms; of {sizes.queries} at once"
+        f" each {1000 * together:.1f} ms",
+    )  # fmt: skip
+
+
+def _rested(function: Callable[[], object]) -> Callable[[], float]:
+    """Make a function return how long it took, begun when the threads of other libraries have ceased to spin."""
+
+    def run() -> float:
+        time.sleep(REST)
+        return seconds(function)
+
+    return run
+
+
+MEASUREMENTS: dict[str, Callable[[AlignBench], BenchRow]] = {
+    "an epoch of alignment": align_epoch,
+    "exact search": search,
+}
+
+
+def bench_align(
+    folder: Path,
+    *,
+    device: str = "auto",
+    sizes: AlignSizes | None = None,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> list[BenchRow]:
+    """Measure alignment and search on random features, which are in ``folder`` for that while.
+
+    Raises ConfigError for a device that is not there.
+    """
+    sizes, device = sizes or AlignSizes(), resolve_device(device)
+    rows: list[BenchRow] = []
+    with temporary(folder) as made:
+        bench = AlignBench(made, device, sizes)
+        for what, measure in MEASUREMENTS.items():
+            on_progress(what, len(rows), len(MEASUREMENTS))
+            rows.append(measure(bench))
+    return rows

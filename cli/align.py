@@ -1,0 +1,49 @@
+"""`cachefuse align`."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import typer
+
+from cachefuse_cli.align_options import takes_align_config
+from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace
+
+if TYPE_CHECKING:
+    from cachefuse.align.config import AlignConfig
+
+
+@takes_align_config
+def align(
+    config: "Callable[[], AlignConfig]",
+    dataset: StoreName = None,
+    encoder: UsedEncoders = None,
+    device: Device = "auto",
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Align two encoders over cached features: images with texts, or two encoders of the same texts.
+
+    Then retrieve, zero-shot and similarity use what was learnt; evaluate measures it, report draws it.
+    """
+    from cachefuse_cli import render
+
+    with render.interruptible("nothing was written; run the same command again"):
+        with render.status("loading features"):
+            from cachefuse.align.train import align as run_align
+            from cachefuse.runtime import Workspace as WorkspacePaths
+            from cachefuse_cli import align_tables
+            from cachefuse_cli.options import open_store
+            from cachefuse_cli.progress import AlignProgress
+
+            settings = config()
+            store = open_store(workspace, dataset)
+        with AlignProgress() as progress:
+            run = run_align(store, settings, encoders=encoder or (), device=device, on_progress=progress.update)
+        run.save(WorkspacePaths(workspace).runs)
+    if json:
+        render.print_json(align_tables.alignment_dict(run))
+    else:
+        align_tables.alignment_report(run)
+    if run.history.interrupted:
+        render.note(f"interrupted: kept epoch {run.history.best_epoch}, the best so far")
+        raise typer.Exit(130)

@@ -1,0 +1,65 @@
+"""`cachefuse fine-tune`."""
+
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.align_options import AlignmentName, open_alignment
+from cachefuse_cli.options import WORKSPACE, Device, Json, Seed, StoreName, Workspace
+
+STEP = 20  # epochs between the figures shown, as in the paper
+
+
+def fine_tune(
+    dataset: StoreName = None,
+    run: AlignmentName = None,
+    modality: Annotated[str, typer.Option(metavar="NAME", help="Which side to tune: image or text.")] = "image",
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="How long.")] = 100,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows a step.")] = 256,
+    lr: Annotated[float, typer.Option(metavar="X", help="Learning rate.")] = 3e-4,
+    weight_decay: Annotated[float, typer.Option(metavar="X", help="Apart from the gradient.")] = 0.0,
+    patience: Annotated[
+        int, typer.Option(metavar="N", min=0, help="Stop after N epochs that were no better on val; 0: never.")
+    ] = 0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Train an aligned encoder on with a linear head, on a labelled dataset; predict and all else use the head.
+
+    The encoders below stay frozen. For the linear probe, where the aligned one stays too: train-head --head linear.
+    """
+    from cachefuse_cli import render
+
+    with render.interruptible("nothing was written; run the same command again"):
+        with render.status("loading features"):
+            from cachefuse.align.finetune import fine_tune as run_fine_tune
+            from cachefuse.runtime import Workspace as WorkspacePaths
+            from cachefuse_cli.options import open_store
+            from cachefuse_cli.progress import TrainProgress
+
+            store = open_store(workspace, dataset)
+            alignment = open_alignment(workspace, run)
+            runs = WorkspacePaths(workspace).runs
+        with TrainProgress(store.manifest.main_metric) as progress:
+            tuned, head = run_fine_tune(
+                alignment,
+                store,
+                runs,
+                modality=modality,
+                epochs=epochs,
+                batch_size=batch_size,
+                lr=lr,
+                weight_decay=weight_decay,
+                patience=patience,
+                seed=seed,
+                device=device,
+                on_progress=progress.update,
+            )
+        head.save(runs)
+    if json:
+        render.print_json({**render.run_dict(head), "tuned": tuned.name})
+    else:
+        render.run_report(head)
+        render.note(f"the tuned encoder is {tuned.path}")
