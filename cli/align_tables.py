@@ -73,22 +73,13 @@ def results_report(results: "Mapping[str, Retrieval]") -> None:
     for split, result in results.items():
         for name, one in result.directions.items():
             shares = (f"{one.recall[k]:.3f}" for k in (1, 5, 10))
-            chance = chance_at_10(result.n_samples, one.n_queries, one.n_gallery)
-            table.add_row(split, escape(name), *shares, f"{chance:.3f}", f"{one.median_rank:g}", f"{one.n_gallery:,}")
+            chance = f"{one.chance[10]:.3f}"
+            table.add_row(split, escape(name), *shares, chance, f"{one.median_rank:g}", f"{one.n_gallery:,}")
             split = ""
     console.print(table)
     console.print(Text("R@k: the share of queries that find one of their own among the first k", style="dim"))
     gaps = (f"{split} {result.gap_before:.3f} to {result.gap_after:.3f}" for split, result in results.items())
     console.print(f"modality gap, untrained to trained: {', '.join(gaps)}")
-
-
-def chance_at_10(n_samples: int, n_queries: int, n_gallery: int) -> float:
-    """Return the recall at 10 of a random order: of g items, a query has g / n of its own on average."""
-    own = max(1.0, n_gallery / max(1, n_samples))
-    missed = 1.0
-    for i in range(min(10, n_gallery)):
-        missed *= max(0.0, n_gallery - own - i) / (n_gallery - i)
-    return 1 - missed
 
 
 def alignments_dict(found: "Sequence[AlignmentSummary]") -> list[dict[str, Any]]:
@@ -116,7 +107,8 @@ def found_dict(found: "Found", texts: Sequence[str] | None) -> dict[str, Any]:
 def found_report(found: "Found", texts: Sequence[str] | None, space: str, store: "FeatureStore") -> None:
     """The matches, best first; with the raw data their texts."""
     where = f"{found.modality}s of {store.dataset} nearest to {found.query!r}, by {space}"
-    table = new_table("", "cosine", "sample", *(["text"] if texts is not None else []), title=escape(where))
+    out().print(Text(where, style="dim"))
+    table = new_table("", "cosine", "sample", *(["text"] if texts is not None else []))
     for column in table.columns[:2]:
         column.justify = "right"
     for rank, match in enumerate(found.matches, start=1):
@@ -134,9 +126,8 @@ def zero_shot_report(found: "ZeroShot", space: str, store: "FeatureStore") -> No
     console = out()
     n_ranks = len(next(iter(found.accuracy.values())))
     title = f"{store.dataset}, zero-shot by {space}: {', '.join(found.prompts)}"
-    table = new_table(
-        "split", "images", *(f"top-{k}" for k in range(1, n_ranks + 1)), numbers=1 + n_ranks, title=escape(title)
-    )
+    console.print(Text(title, style="dim"))
+    table = new_table("split", "images", *(f"top-{k}" for k in range(1, n_ranks + 1)), numbers=1 + n_ranks)
     for split, shares in found.accuracy.items():
         table.add_row(split, f"{found.n_images[split]:,}", *(f"{share:.3f}" for share in shares))
     table.add_row(
@@ -148,7 +139,8 @@ def zero_shot_report(found: "ZeroShot", space: str, store: "FeatureStore") -> No
     order = sorted(range(len(found.classes)), key=lambda c: (found.by_class[c] != found.by_class[c], found.by_class[c]))
     few = order[:MAX_CLASSES]
     which = f"classes, the {MAX_CLASSES} worst of {len(order)}" if len(few) < len(order) else "classes, the worst first"
-    classes = new_table("class", "accuracy", numbers=1, title=which)
+    console.print(Text(which, style="dim"))
+    classes = new_table("class", "accuracy", numbers=1)
     for c in few:
         value = found.by_class[c]
         classes.add_row(escape(found.classes[c]), "-" if value != value else f"{value:.3f}")
@@ -165,16 +157,22 @@ def similarity_dict(found: "Mapping[str, Mapping[str, Figures]]", store: "Featur
 
 def similarity_report(found: "Mapping[str, Mapping[str, Figures]]", store: "FeatureStore") -> None:
     """Encoders side by side on each split."""
-    out().print(_scored(found, store) if store.manifest.task == "similarity" else _paraphrases(found))
+    if store.manifest.task == "similarity":
+        out().print(_scored(found))
+        low, high = store.manifest.scale or (0, 1)
+        note = f"±e: share of pairs whose cosine, laid over {low:g} to {high:g}, is within e of the score"
+    else:
+        out().print(_paraphrases(found))
+        splits = dict.fromkeys(one.chosen_on for by in found.values() for one in by.values())  # type: ignore[union-attr]
+        note = f"called similar from the cosine on that gives the best accuracy on {' or '.join(splits)}"
+    out().print(Text(note, style="dim"))
 
 
-def _scored(found: "Mapping[str, Mapping[str, Figures]]", store: "FeatureStore") -> Table:
+def _scored(found: "Mapping[str, Mapping[str, Figures]]") -> Table:
     from cachefuse.align.similarity import TOLERANCES, Scored
 
     within = [f"±{e:g}" for e in SHOWN_TOLERANCES]
     table = new_table("encoder", "split", "pairs", "Pearson", "Spearman", *within, numbers=3 + len(within))
-    low, high = store.manifest.scale or (0, 1)
-    table.title = f"±e: share of pairs whose cosine, over {low:g} to {high:g}, is within e of the score"
     for name, by in found.items():
         for split, one in by.items():
             assert isinstance(one, Scored)
@@ -191,7 +189,6 @@ def _paraphrases(found: "Mapping[str, Mapping[str, Figures]]") -> Table:
 
     columns = "pairs", "accuracy", "AP", "precision", "recall", "F1"
     table = new_table("encoder", "split", "class", *columns, numbers=len(columns))
-    table.title = "called similar from the cosine on that is best on train, or else on what is measured"
     for name, by in found.items():
         for split, one in by.items():
             assert isinstance(one, Paraphrases)

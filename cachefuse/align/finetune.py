@@ -80,14 +80,14 @@ def fine_tune(
     alignment lacks, RunError if the store lacks the features that it reads.
     """
     begun = time.perf_counter()
-    config = TrainConfig(
-        fusion=modality, head="linear", optimizer="adamw", epochs=epochs, batch_size=batch_size, lr=lr,
-        weight_decay=weight_decay, patience=patience, seed=seed,
-    )  # fmt: skip
     sides = [i for i, side in enumerate(run.sides) if side.modality == modality]
     if not sides:
         raise ConfigError(f"alignment {run.name} has no {modality} side to tune")
     side = sides[0]
+    config = TrainConfig(
+        fusion=modality, head="linear", optimizer="adamw", epochs=epochs, batch_size=batch_size, lr=lr,
+        weight_decay=weight_decay, patience=patience, seed=seed,
+    )  # fmt: skip
     view = run.config.view
     table = load_table(store, {modality: [find_side(run, run.sides[side], store)]}, view).to(resolve_device(device))
     problem = Problem.of(store, table)

@@ -49,6 +49,22 @@ def recall_at(ranks: np.ndarray, k: int) -> float:
     return float((ranks <= k).mean()) if len(ranks) else float("nan")
 
 
+def chance_at(k: int, queries: Embedded, gallery: Embedded) -> float:
+    """Return the recall at k that a random order gives: 1 - (g - o choose k) / (g choose k), for o of g items."""
+    n_queries = len(queries.owners)
+    if not n_queries:
+        return float("nan")
+    counts = np.bincount(gallery.owners, minlength=int(queries.owners.max()) + 1)
+    own, total = counts[queries.owners].astype(np.float64), np.full(n_queries, float(len(gallery.owners)))
+    if queries.items is not None:
+        without_itself = (own > 1).astype(np.float64)
+        own, total = own - without_itself, total - without_itself
+    missed = np.ones(n_queries)
+    for i in range(k):
+        missed *= np.clip((total - own - i) / np.maximum(total - i, 1), 0, 1)
+    return float(1 - missed.mean())
+
+
 def modality_gap(x: Tensor, y: Tensor) -> float:
     """Return the distance of the means of two sets of unit vectors (n, W) and (m, W) (arXiv 2203.02053, section 2)."""
     return float((x.double().mean(0) - y.double().mean(0)).norm())

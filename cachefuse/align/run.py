@@ -60,13 +60,14 @@ class UsedSide:
 class Direction:
     """How well one side finds the other: of ``n_queries`` among ``n_gallery`` items; ``curve`` has (k, precision).
 
-    ``recall`` is by k; precision within the top k is the share of queries with an item of their own there (CBMF,
+    ``recall`` is by k, and ``chance`` what a random order gives; precision within the top k is the share of queries with an item of their own there (CBMF,
     figure 4), which is the recall at k. ``median_rank`` counts from 1.
     """
 
     n_queries: int
     n_gallery: int
     recall: Mapping[int, float]
+    chance: Mapping[int, float]
     median_rank: float
     curve: tuple[tuple[int, float], ...]
 
@@ -105,9 +106,8 @@ class Alignment:
 
     @property
     def side_names(self) -> tuple[str, str]:
-        """What tables call the sides: their modalities, or where those are the same their encoders."""
-        first, second = (side.encoder if self.same_texts else side.modality for side in self.sides)
-        return first, second
+        """What tables call the sides: their modalities, or of two encoders of the same texts "first" and "second"."""
+        return ("first", "second") if self.same_texts else (self.sides[0].modality, self.sides[1].modality)
 
     def save(self, runs: Path) -> Path:
         """Write the run under ``runs`` in a new directory that is whole or not there at all."""
@@ -179,6 +179,7 @@ class _Direction(BaseModel):
     n_queries: int
     n_gallery: int
     recall: dict[int, Figure]
+    chance: dict[int, Figure]
     median_rank: Figure
     curve: list[tuple[int, Figure]]
 
@@ -255,7 +256,7 @@ def _results(about: Description) -> dict[str, Retrieval]:
         split: Retrieval(
             result.n_samples,
             {
-                name: Direction(one.n_queries, one.n_gallery, one.recall, one.median_rank, tuple(one.curve))
+                name: Direction(one.n_queries, one.n_gallery, one.recall, one.chance, one.median_rank, tuple(one.curve))
                 for name, one in result.directions.items()
             },
             result.gap_before,

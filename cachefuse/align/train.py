@@ -11,7 +11,7 @@ from cachefuse.align.config import AlignConfig
 from cachefuse.align.data import PairData, fit_statistics, open_pairs, pair_data
 from cachefuse.align.loop import embed_samples, fit
 from cachefuse.align.model import Aligner
-from cachefuse.align.ranks import Embedded, best_ranks, modality_gap, recall_at
+from cachefuse.align.ranks import Embedded, best_ranks, chance_at, modality_gap, recall_at
 from cachefuse.align.run import Alignment, Direction, Retrieval, UsedSide
 from cachefuse.cache.features import Features
 from cachefuse.cache.store import FeatureStore
@@ -164,6 +164,7 @@ def direction(queries: Embedded, gallery: Embedded) -> Direction:
         n_queries=len(ranks),
         n_gallery=n_gallery,
         recall={k: recall_at(ranks, k) for k in KS},
+        chance={k: chance_at(k, queries, gallery) for k in KS},
         median_rank=float(np.median(ranks)),
         curve=tuple((int(k), recall_at(ranks, int(k))) for k in ks),
     )

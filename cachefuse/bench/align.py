@@ -140,7 +140,7 @@ def search(bench: AlignBench) -> BenchRow:
     return BenchRow(
         "search", f"search {sizes.rows:,} x {sizes.common} / NumPy", "ms", ours_ms, numpy_ms,
         float(np.median(pairs[:, 1] / pairs[:, 0])), goal=0.8,
-        note=f"a query, its best {K}; NumPy: x @ q alone, float32 in memory (float16, as stored: {1000 * as_stored:,.0f}"
+        note=f"a query, its best {K}; NumPy: x @ q, float32 in memory (float16, as stored: {1000 * as_stored:,.0f}"
         f" ms); {taken}; the first query, which verifies checksums: {1000 * first:,.0f} ms; of {sizes.queries} at once"
         f" each {1000 * together:.1f} ms",
     )  # fmt: skip

@@ -85,9 +85,10 @@ class Bench:
 
 
 def write_store(path: Path, n_rows: int, width: int, scale: float = 1.0) -> Features:
-    """Write a store of random float16 features with deviation ``scale``, its samples labelled and all but a few in train.
+    """Write a store of random float16 features, its samples labelled and all but a few in train.
 
-    The features are the same random rows again and again: what they hold makes no difference here.
+    ``scale`` is the features' standard deviation. They are the same random rows again and again: what they hold makes
+    no difference here.
     """
     rng = np.random.default_rng(0)
     n_val = min(VAL_ROWS, n_rows // 4)

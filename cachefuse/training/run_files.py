@@ -121,7 +121,8 @@ def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Pa
         except RunError as error:
             logger.warning("passed over: %s", error)
             continue
-        if kind in (None, kind_of(values)):
+        # A tuned alignment is for the head that it was tuned with: its other side is no longer where it was.
+        if kind in (None, kind_of(values)) and not (kind == ALIGNMENT and values.get("parent")):
             made.append((str(values.get("created", "")), path.parent))
     if not made:
         raise RunError(f"no {'runs' if kind in (None, HEAD) else 'alignments'} in {runs}; {HOW_TO_MAKE[kind or HEAD]}")
