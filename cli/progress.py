@@ -79,7 +79,7 @@ class _RowBars:
     def _show(self, name: str, done: int, total: int, begun: int = 0, slowest: str = "") -> None:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(escape(name), total=total, completed=begun, begun=begun)
-        self._progress.update(self._tasks[name], completed=done, slowest=slowest)
+        self._progress.update(self._tasks[name], completed=done, total=total, slowest=slowest)
 
 
 class ExtractProgress(_RowBars):

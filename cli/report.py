@@ -28,38 +28,68 @@ def report(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Write a run's report: one HTML page with its figures, curves, confusions and worst errors."""
+    """Write a run's report: one HTML page with its figures, curves, confusions and worst errors.
+
+    Of an alignment: recall and ranks, curves, what some queries find; with its plots as PNG files beside it.
+    """
     from cachefuse_cli import render
 
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading the run"):
-            from cachefuse.cache.store import FeatureStore
-            from cachefuse.report.page import write_report
             from cachefuse.runtime import Workspace as WorkspacePaths
-            from cachefuse.training.run import Run
-            from cachefuse.training.run_files import find_run
-            from cachefuse_cli.progress import BenchProgress
+            from cachefuse.training.run_files import ALIGNMENT, find_run, kind_of, read_json
 
-            paths = WorkspacePaths(workspace)
-            folder = find_run(paths.runs, run)
-            opened = Run.load(folder)
-            store = FeatureStore(paths.store(opened.dataset))
-            dataset = _raw_data(store, workspace, data_dir)
-        render.run_line(opened)
-        with BenchProgress() as progress:
-            written = write_report(
-                opened,
-                store,
-                output or folder / REPORT,
-                dataset,
-                split=split,
-                device=device,
-                on_progress=progress.update,
-            )
+            folder = find_run(WorkspacePaths(workspace).runs, run, kind=None)
+        of_kind = _alignment if kind_of(read_json(folder / "run.json")) == ALIGNMENT else _head
+        written = of_kind(folder, output or folder / REPORT, split, data_dir, device, workspace)
     if json:
-        render.print_json({"run": opened.name, "output": str(written), "bytes": written.stat().st_size})
-    else:
-        render.page_written(written)
+        pages = [{"output": str(path), "bytes": path.stat().st_size} for path in written]
+        plots = {"plots": [page["output"] for page in pages[1:]]} if pages[1:] else {}
+        render.print_json({"run": folder.resolve().name, **pages[0], **plots})
+        return
+    for path in written:
+        render.page_written(path)
+
+
+def _head(
+    folder: Path, output: Path, split: str | None, data_dir: Path | None, device: str, workspace: Path
+) -> list[Path]:
+    from cachefuse_cli import render
+
+    with render.status("loading the run"):
+        from cachefuse.report.page import write_report
+        from cachefuse.training.run import Run
+        from cachefuse_cli.options import open_store
+        from cachefuse_cli.progress import BenchProgress
+
+        opened = Run.load(folder)
+        store = open_store(workspace, opened.dataset)
+        dataset = _raw_data(store, workspace, data_dir)
+    render.run_line(opened)
+    with BenchProgress() as progress:
+        path = write_report(opened, store, output, dataset, split=split, device=device, on_progress=progress.update)
+    return [path]
+
+
+def _alignment(
+    folder: Path, output: Path, split: str | None, data_dir: Path | None, device: str, workspace: Path
+) -> list[Path]:
+    from cachefuse.errors import ConfigError
+    from cachefuse_cli import align_tables, render
+
+    if split is not None:
+        raise ConfigError("an alignment's report has all of its splits; leave out --split")
+    with render.status("loading the alignment"):
+        from cachefuse.align.run import Alignment
+        from cachefuse.report.alignment import write_alignment_report
+        from cachefuse_cli.options import open_store
+
+        opened = Alignment.load(folder)
+        store = open_store(workspace, opened.dataset)
+        dataset = _raw_data(store, workspace, data_dir)
+    align_tables.alignment_line(opened)
+    with render.status("measuring"):
+        return write_alignment_report(opened, output, store, dataset, device=device)
 
 
 def _raw_data(store: "FeatureStore", workspace: Path, data_dir: Path | None) -> "Dataset | None":
@@ -73,5 +103,5 @@ def _raw_data(store: "FeatureStore", workspace: Path, data_dir: Path | None) -> 
     except MissingDataError:
         if data_dir is not None:
             raise
-        render.note("without the raw data there are no pictures and texts of errors; say where it is with --data-dir")
+        render.note("without the raw data there are no pictures and texts of examples; say where it is with --data-dir")
         return None

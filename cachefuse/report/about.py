@@ -2,8 +2,11 @@
 
 import shlex
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
+from cachefuse.align.config import AlignConfig
+from cachefuse.align.run import Alignment
 from cachefuse.runtime import format_bytes
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.run import Run
@@ -17,15 +20,38 @@ def train_command(run: Run) -> str:
     words = ["cachefuse", "train-head", "--dataset", run.dataset]
     for encoder in dict.fromkeys(used.encoder for group in run.features.values() for used in group):
         words += ["--encoder", encoder]
-    for field in fields(TrainConfig):
-        value = getattr(run.config, field.name)
-        if value not in (None, {}, field.default):
-            words += _option(field.name, value)
-    return shlex.join(words)
+    return shlex.join(words + _changed(run.config))
+
+
+def align_command(run: Alignment) -> str:
+    """Return the command that aligns the same encoders again."""
+    words = ["cachefuse", "align", "--dataset", run.dataset]
+    for encoder in dict.fromkeys(side.encoder for side in run.sides):
+        words += ["--encoder", encoder]
+    return shlex.join(words + _changed(run.config))
 
 
 def predict_command(run: Run) -> str:
     return shlex.join(["cachefuse", "predict", "--run", run.name])
+
+
+def retrieve_commands(run: Alignment) -> list[str]:
+    """Return commands that look for things with an alignment, one a kind of query.
+
+    There are none for a tuned one, whose sides no longer lie together.
+    """
+    if run.parent:
+        return []
+    queries = {"text": ["--text", "a dog in the snow"], "image": ["--image", "photo.jpg"]}
+    modalities = dict.fromkeys(side.modality for side in reversed(run.sides))
+    return [shlex.join(["cachefuse", "retrieve", "--run", run.name, *queries[modality]]) for modality in modalities]
+
+
+def extract_commands(run: Alignment) -> list[str]:
+    """Return commands that add an alignment's features to a store, one for each spec that its sides take."""
+    spec = f"aligned:{run.path or Path('workspace', 'runs', run.name)}"
+    specs = [spec, f"{spec}@2"] if run.same_texts else [spec]
+    return [shlex.join(["cachefuse", "extract", "--dataset", run.dataset, "--encoder", spec]) for spec in specs]
 
 
 def provenance(run: Run) -> list[tuple[str, str]]:
@@ -33,7 +59,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
     n_models = f" in {len(run.members)} models" if len(run.members) > 1 else ""
     facts = [
         ("run", run.name),
-        ("created", run.created.partition(".")[0].replace("T", " ") + " UTC" if run.created else "not saved"),
+        ("created", _created(run.created)),
         ("dataset", run.dataset),
         ("title", run.manifest.title),
         ("task", run.task),
@@ -44,22 +70,62 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         ("size", format_bytes(1e6 * run.size_mb)),
         ("training took", f"{run.seconds:,.1f} s"),
         ("interrupted", "yes, at the best epoch so far" if run.interrupted else ""),
-        ("versions", ", ".join(f"{name} {version}" for name, version in _versions(run).items())),
+        ("versions", ", ".join(f"{name} {version}" for name, version in _versions(run.path).items())),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def alignment_provenance(run: Alignment) -> list[tuple[str, str]]:
+    """Return what made an alignment and what it came to, as names and values."""
+    facts = [
+        ("run", run.name),
+        ("created", _created(run.created)),
+        ("fine-tuned from", run.parent),
+        ("dataset", run.dataset),
+        ("split digest", run.split_digest),
+        ("parameters", f"{run.model.n_parameters:,}"),
+        ("size", format_bytes(1e6 * run.model.size_mb)),
+        ("temperature", f"{run.model.temperature.item():.4f}"),
+        ("training took", f"{run.seconds:,.1f} s"),
+        ("interrupted", "yes, at the best epoch so far" if run.history.interrupted else ""),
+        ("versions", ", ".join(f"{name} {version}" for name, version in _versions(run.path).items())),
     ]
     return [(name, value) for name, value in facts if value]
 
 
 def settings(run: Run) -> list[tuple[str, str]]:
     """Return each setting's name and value."""
-    config = {**run.config.to_dict(), **run.config.head_options(), "lr": run.config.learning_rate}
+    return _named({**run.config.to_dict(), **run.config.head_options(), "lr": run.config.learning_rate})
+
+
+def alignment_settings(run: Alignment) -> list[tuple[str, str]]:
+    """Return each setting's name and value."""
+    return _named(run.config.to_dict())
+
+
+def _named(config: dict[str, Any]) -> list[tuple[str, str]]:
     return [(name.replace("_", "-"), _text(value)) for name, value in config.items()]
 
 
-def _versions(run: Run) -> dict[str, str]:
+def _created(created: str) -> str:
+    return created.partition(".")[0].replace("T", " ") + " UTC" if created else "not saved"
+
+
+def _changed(config: TrainConfig | AlignConfig) -> list[str]:
+    """Return options for the settings that are not the defaults."""
+    words = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value not in (None, {}, field.default):
+            words += _option(field.name, value)
+    return words
+
+
+def _versions(path: Path | None) -> dict[str, str]:
     """Return the versions that a saved run was made with."""
-    if run.path is None:
+    if path is None:
         return {}
-    versions = read_json(run.path / "run.json").get("versions", {})
+    versions = read_json(path / "run.json").get("versions", {})
     return versions if isinstance(versions, dict) else {}
 
 

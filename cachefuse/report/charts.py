@@ -55,17 +55,23 @@ def line_chart(
     y_label: str,
     legend: Sequence[tuple[str, str]] = (),
     unit: bool = False,
+    log_x: bool = False,
 ) -> Chart:
-    """Lay out lines; the axes span the data, or 0 to 1 with ``unit``. Points that are not finite break a line."""
+    """Lay out lines; the axes span the data, or 0 to 1 with ``unit``. Points that are not finite break a line.
+
+    With ``log_x`` the x axis is logarithmic, for x of 1 and more.
+    """
     lines = [line for line in lines if np.isfinite(line.y).any()]
     xs, ys = (np.concatenate([getattr(line, axis) for line in lines] or [np.zeros(1)]) for axis in ("x", "y"))
     x_low, x_high = (0.0, 1.0) if unit else _span(xs)
     y_low, y_high = (0.0, 1.0) if unit else _span(ys[np.isfinite(ys)])
     y_ticks = ticks(y_low, y_high, outward=not unit)
     y_low, y_high = min(y_low, y_ticks[0]), max(y_high, y_ticks[-1])
+    x_ticks = log_ticks(x_low, x_high) if log_x else ticks(x_low, x_high, whole=not unit)
 
     def place_x(x: np.ndarray) -> np.ndarray:
-        return LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
+        part = np.log(x / x_low) / np.log(x_high / x_low) if log_x else (x - x_low) / (x_high - x_low)
+        return LEFT + part * (WIDTH - LEFT - RIGHT)
 
     def place_y(y: np.ndarray) -> np.ndarray:
         return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
@@ -75,7 +81,7 @@ def line_chart(
         about=about,
         x_label=x_label,
         y_label=y_label,
-        x_ticks=[(round(float(place_x(np.array(x))), 1), text(x)) for x in ticks(x_low, x_high, whole=not unit)],
+        x_ticks=[(round(float(place_x(np.array(x))), 1), text(x)) for x in x_ticks],
         y_ticks=[(round(float(place_y(np.array(y))), 1), text(y)) for y in y_ticks],
         legend=list(legend),
         several=sum(line.kind == MAIN for line in lines) > 1,
@@ -114,6 +120,16 @@ def ticks(low: float, high: float, whole: bool = False, outward: bool = False, m
     if outward:
         first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
+    """Return the round numbers from low to high of a log axis: 1, 2 and 5 of each power of ten, or the powers alone."""
+    powers = [10.0**i for i in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
+    for steps in ((1, 2, 5), (1,)):
+        found = [power * k for power in powers for k in steps if low <= power * k <= high]
+        if len(found) <= most:
+            break
+    return found if len(found) > 1 else ticks(low, high, whole=True)
 
 
 def text(value: float) -> str:

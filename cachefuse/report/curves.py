@@ -35,13 +35,13 @@ def training_charts(run: Run) -> list[Chart]:
     averaged = any(epoch.raw_score is not None for history in histories for epoch in history.epochs)
     kept = "averaged weights (EMA)" if averaged else "validation"
     charts = [
-        _epochs_chart("Loss", loss, histories, {"loss": "training", "val_loss": kept}),
-        _epochs_chart(f"Validation {metric}", metric, histories, {"raw_score": "weights as they are", "score": kept}),
+        epochs_chart("Loss", loss, histories, {"loss": "training", "val_loss": kept}),
+        epochs_chart(f"Validation {metric}", metric, histories, {"raw_score": "weights as they are", "score": kept}),
     ]
     return [chart for chart in charts if chart.paths]
 
 
-def _epochs_chart(title: str, y_label: str, histories: list[History], names: dict[str, str]) -> Chart:
+def epochs_chart(title: str, y_label: str, histories: list[History], names: dict[str, str]) -> Chart:
     """Lay out figures of each epoch, {name: what it is}; the last that there is stands out, with the epoch kept."""
     there = [name for name in names if any(getattr(epoch, name) is not None for h in histories for epoch in h.epochs)]
     lines, legend = [], []

@@ -82,6 +82,21 @@ def thumbnail(source: ImageSource) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
+def picture_of(dataset: Dataset, row: int | None) -> tuple[str, str]:
+    """Return a sample's thumbnail, or why there is none; neither where the dataset has no images at all."""
+    if row is None:
+        return "", "not in the raw data"
+    if dataset.images is None:
+        return "", ""
+    source = dataset.images[row]
+    if source is None:
+        return "", "no image"
+    try:
+        return thumbnail(source), ""
+    except BadSampleError as error:
+        return "", str(error)
+
+
 def _labels(measured: Evaluation, classes: Sequence[str], i: int) -> tuple[list[Label], int]:
     true, given, scores = measured.targets[i], measured.predictions[i], measured.scores[i]
     labels, more = [], 0
@@ -96,15 +111,5 @@ def _raw(dataset: Dataset | None, row: int | None) -> tuple[tuple[str, ...], str
     """Return a sample's texts and its picture, or why there is none."""
     if dataset is None:
         return (), "", ""
-    if row is None:
-        return (), "", "not in the raw data"
-    texts = dataset.texts[row][:MAX_TEXTS] if dataset.texts is not None else ()
-    if dataset.images is None:
-        return texts, "", ""
-    source = dataset.images[row]
-    if source is None:
-        return texts, "", "no image"
-    try:
-        return texts, thumbnail(source), ""
-    except BadSampleError as error:
-        return texts, "", str(error)
+    texts = dataset.texts[row][:MAX_TEXTS] if dataset.texts is not None and row is not None else ()
+    return texts, *picture_of(dataset, row)

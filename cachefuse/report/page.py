@@ -1,23 +1,21 @@
 """A run as one HTML page that needs nothing else: no network, no other file, no scripts."""
 
-import re
 from pathlib import Path
 from typing import Any
 
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.targets import is_labelled
-from cachefuse.errors import ConfigError
 from cachefuse.evaluation import Evaluation
 from cachefuse.report import about, tables, words
 from cachefuse.report.curves import MAX_MODELS, precision_recall_chart, training_charts
 from cachefuse.report.gallery import worst_examples
 from cachefuse.report.measured import OnProgress, measure
+from cachefuse.report.render import check_target, render
 from cachefuse.runtime import write_atomically
 from cachefuse.training.run import Run
 
-# What HTML can't hold, or UTF-8 can't: control characters, halves of surrogate pairs, non-characters.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+TEMPLATE = "page.html.j2"
 
 
 def write_report(
@@ -34,10 +32,7 @@ def write_report(
 
     Raises ConfigError if there can be no such file.
     """
-    if path.is_dir():
-        raise ConfigError(f"can't write {path}: it is a folder")
-    if not path.parent.is_dir():
-        raise ConfigError(f"can't write {path}: there is no folder {path.parent}")
+    check_target(path)
     page = report_html(run, store, dataset, split=split, device=device, on_progress=on_progress)
     write_atomically(path, page.encode())
     return path
@@ -84,7 +79,7 @@ def report_html(
         "predict_command": about.predict_command(run),
     }
     if measured is None:
-        return render({**context, **_classes_on_last_split(run)})
+        return render(TEMPLATE, {**context, **_classes_on_last_split(run)})
     figures = measured.per_class
     chart, class_curves = precision_recall_chart(measured, run.classes)
     confused = tables.confusion if multiclass else tables.mistakes
@@ -101,22 +96,7 @@ def report_html(
         "examples": worst_examples(measured, run.classes, run.task, store.ids, dataset),
         "has_raw": dataset is not None,
     }
-    return render(context)
-
-
-def render(context: dict[str, Any]) -> str:
-    """Return the page that the template makes of what is to be shown; every value is escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("cachefuse.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(words.FILTERS)
-    return UNPRINTABLE.sub("\ufffd", environment.get_template("page.html.j2").render(context))
+    return render(TEMPLATE, context)
 
 
 def _classes_on_last_split(run: Run) -> dict[str, Any]:

@@ -29,7 +29,12 @@ def long_title(name: str) -> str:
 
 def figure(value: float | None) -> str:
     """Write a metric with three digits, and a dash where it is not defined."""
-    return UNDEFINED if value is None or math.isnan(value) else f"{value:.3f}"
+    return UNDEFINED if value is None or math.isnan(value) else f"{value:.3f}".replace("-", MINUS)
+
+
+def place(value: float) -> str:
+    """Write a rank, which may lie between two."""
+    return UNDEFINED if math.isnan(value) else f"{value:,.1f}".removesuffix(".0")
 
 
 def signed(value: float) -> str:
@@ -63,7 +68,7 @@ def ends(text: str, most: int = 22) -> str:
 
 FILTERS = {
     "count": count, "cut": cut, "ends": ends, "figure": figure, "interval": interval, "metric": long_title,
-    "signed": signed, "whole": whole,
+    "place": place, "signed": signed, "whole": whole,
 }  # fmt: skip
 
 

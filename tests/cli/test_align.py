@@ -136,6 +136,19 @@ def test_evaluate_runs_and_predict_know_alignments(cachefuse, space, run, fits):
     assert "--without is for heads" in cachefuse("evaluate", "--without", "image").error
 
 
+def test_report_is_a_page_with_its_plots(cachefuse, space, run):
+    result = cachefuse("report")
+    assert result.code == 0
+    folder = space / "runs" / run.name
+    assert [line.split()[1] for line in result.out.splitlines()] == [
+        f"workspace/runs/{run.name}/{name}" for name in ("report.html", "retrieval.png", "training.png")
+    ]
+    assert "What queries find" in (folder / "report.html").read_text()
+    assert (folder / "retrieval.png").read_bytes().startswith(b"\x89PNG")
+    assert len(json.loads(cachefuse("report", "--output", "page.html", "--json").out)["plots"]) == 2
+    assert "leave out --split" in cachefuse("report", "--split", "test").error
+
+
 def test_retrieve_by_words_lists_images_with_their_texts(cachefuse, space, fits):
     result = cachefuse("retrieve", "--text", "a red circle", "-k", "4")
     assert result.code == 0

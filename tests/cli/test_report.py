@@ -80,7 +80,7 @@ def test_a_run_elsewhere_gets_its_page_there(cachefuse, workspace, name, folder)
 def test_without_the_raw_data_it_says_where_pictures_come_from(cachefuse, photos):
     result = cachefuse("report", "-o", "r.html")
     assert result.code == 0
-    assert "note: without the raw data there are no pictures and texts of errors; say where it is with" in result.err
+    assert "note: without the raw data there are no pictures and texts of examples; say where it is with" in result.err
     assert "<img" not in Path("r.html").read_text()
     result = cachefuse("report", "-o", "r.html", "--data-dir", photos)
     assert "without the raw data" not in result.err

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import precision_recall_curve
 
-from cachefuse.report.charts import MAIN, Line, line_chart, path, text, ticks
+from cachefuse.report.charts import MAIN, Line, line_chart, log_ticks, path, text, ticks
 from cachefuse.report.curves import precision_recall
 
 
@@ -63,6 +63,30 @@ def test_ticks_are_round_even_and_few(low, high, outward):
         assert low - slack <= found[0] <= found[-1] <= high + slack
     assert all(x == int(x) for x in ticks(1, high + 1, whole=True))
     assert len({text(x) for x in found}) == len(found) or high - low < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (100, 1000, [100, 200, 500, 1000]),
+        (1, 40, [1, 2, 5, 10, 20]),
+        (100, 10_000, [100, 200, 500, 1000, 2000, 5000, 10_000]),
+        (1, 10_000, [1, 10, 100, 1000, 10_000]),
+        (100, 117, [100, 105, 110, 115]),
+    ],
+)
+def test_ticks_of_a_log_axis(low, high, expected):
+    assert log_ticks(low, high) == expected
+
+
+def test_on_a_log_axis_powers_of_ten_are_evenly_apart():
+    line = Line(MAIN, np.array([1.0, 10, 100, 1000]), np.arange(4.0))
+    chart = line_chart([line], title="", about="", x_label="", y_label="", log_x=True)
+    places = [x for x, label in chart.x_ticks if label in ("1", "10", "100", "1,000")]
+    assert places[0] == chart.left
+    assert places[-1] == chart.right
+    assert np.diff(places) == pytest.approx((chart.right - chart.left) / 3, abs=0.11)
+    assert chart.paths[0][1].startswith(f"M{places[0]:.1f} ")
 
 
 def test_a_line_breaks_where_it_is_not_defined():
