@@ -12,6 +12,16 @@ from typing import TYPE_CHECKING, Any
 from cachefuse.registry import resolve
 
 if TYPE_CHECKING:
+    from cachefuse.alignment.config import AlignConfig
+    from cachefuse.alignment.finetune import fine_tune
+    from cachefuse.alignment.pairs import mine_pairs, write_pairs
+    from cachefuse.alignment.retrieve import retrieve
+    from cachefuse.alignment.run import Alignment, list_alignments
+    from cachefuse.alignment.similarity import similarity
+    from cachefuse.alignment.space import AlignedSpace, EncoderSpace
+    from cachefuse.alignment.train import align, evaluate_alignment
+    from cachefuse.alignment.zero_shot import zero_shot
+    from cachefuse.bench.align import bench_align
     from cachefuse.bench.store import bench_store
     from cachefuse.bench.train import bench_train
     from cachefuse.cache.extract import extract
@@ -26,6 +36,7 @@ if TYPE_CHECKING:
     from cachefuse.encoders import open_encoder
     from cachefuse.evaluation import Evaluation, evaluate
     from cachefuse.predict import Predictions, predict_samples, predict_split, read_input
+    from cachefuse.report.alignment import write_alignment_report
     from cachefuse.report.page import report_html, write_report
     from cachefuse.submission import write_submission
     from cachefuse.training.config import TrainConfig
@@ -39,9 +50,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _API = {
+    "AlignConfig": "cachefuse.alignment.config:AlignConfig",
+    "AlignedSpace": "cachefuse.alignment.space:AlignedSpace",
+    "Alignment": "cachefuse.alignment.run:Alignment",
     "Dataset": "cachefuse.data.dataset:Dataset",
-    "FeatureSet": "cachefuse.training.feature_set:FeatureSet",
+    "EncoderSpace": "cachefuse.alignment.space:EncoderSpace",
     "Evaluation": "cachefuse.evaluation:Evaluation",
+    "FeatureSet": "cachefuse.training.feature_set:FeatureSet",
     "FeatureStore": "cachefuse.cache.store:FeatureStore",
     "FeatureView": "cachefuse.training.feature_set:FeatureView",
     "Features": "cachefuse.cache.features:Features",
@@ -50,18 +65,24 @@ _API = {
     "Predictions": "cachefuse.predict:Predictions",
     "Run": "cachefuse.training.run:Run",
     "TrainConfig": "cachefuse.training.config:TrainConfig",
+    "align": "cachefuse.alignment.train:align",
+    "bench_align": "cachefuse.bench.align:bench_align",
     "bench_store": "cachefuse.bench.store:bench_store",
     "bench_train": "cachefuse.bench.train:bench_train",
     "builtin_manifests": "cachefuse.data.manifest:builtin_manifests",
     "ensemble": "cachefuse.training.ensemble:ensemble",
     "evaluate": "cachefuse.evaluation:evaluate",
+    "evaluate_alignment": "cachefuse.alignment.train:evaluate_alignment",
     "extract": "cachefuse.cache.extract:extract",
     "find_run": "cachefuse.training.run_files:find_run",
+    "fine_tune": "cachefuse.alignment.finetune:fine_tune",
     "grid": "cachefuse.training.sweep:grid",
     "inspect_store": "cachefuse.cache.inspection:inspect_store",
+    "list_alignments": "cachefuse.alignment.run:list_alignments",
     "list_runs": "cachefuse.training.run_files:list_runs",
     "load_dataset": "cachefuse.data.dataset:load_dataset",
     "load_manifest": "cachefuse.data.manifest:load_manifest",
+    "mine_pairs": "cachefuse.alignment.pairs:mine_pairs",
     "open_encoder": "cachefuse.encoders:open_encoder",
     "open_features": "cachefuse.training.feature_set:open_features",
     "plan": "cachefuse.cache.plan:plan",
@@ -70,14 +91,23 @@ _API = {
     "read_input": "cachefuse.predict:read_input",
     "repair": "cachefuse.cache.verify:repair",
     "report_html": "cachefuse.report.page:report_html",
+    "retrieve": "cachefuse.alignment.retrieve:retrieve",
+    "similarity": "cachefuse.alignment.similarity:similarity",
     "sweep": "cachefuse.training.sweep:sweep",
     "train_head": "cachefuse.training.train:train_head",
     "verify": "cachefuse.cache.verify:verify",
+    "write_alignment_report": "cachefuse.report.alignment:write_alignment_report",
+    "write_pairs": "cachefuse.alignment.pairs:write_pairs",
     "write_report": "cachefuse.report.page:write_report",
     "write_submission": "cachefuse.submission:write_submission",
+    "zero_shot": "cachefuse.alignment.zero_shot:zero_shot",
 }
 __all__ = [
+    "AlignConfig",
+    "AlignedSpace",
+    "Alignment",
     "Dataset",
+    "EncoderSpace",
     "Evaluation",
     "FeatureSet",
     "FeatureStore",
@@ -88,18 +118,24 @@ __all__ = [
     "Predictions",
     "Run",
     "TrainConfig",
+    "align",
+    "bench_align",
     "bench_store",
     "bench_train",
     "builtin_manifests",
     "ensemble",
     "evaluate",
+    "evaluate_alignment",
     "extract",
     "find_run",
+    "fine_tune",
     "grid",
     "inspect_store",
+    "list_alignments",
     "list_runs",
     "load_dataset",
     "load_manifest",
+    "mine_pairs",
     "open_encoder",
     "open_features",
     "plan",
@@ -108,11 +144,16 @@ __all__ = [
     "read_input",
     "repair",
     "report_html",
+    "retrieve",
+    "similarity",
     "sweep",
     "train_head",
     "verify",
+    "write_alignment_report",
+    "write_pairs",
     "write_report",
     "write_submission",
+    "zero_shot",
 ]
 
 

@@ -9,7 +9,7 @@ from cachefuse_cli.align_options import takes_align_config
 from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace
 
 if TYPE_CHECKING:
-    from cachefuse.align.config import AlignConfig
+    from cachefuse.alignment.config import AlignConfig
 
 
 @takes_align_config
@@ -29,7 +29,7 @@ def align(
 
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading features"):
-            from cachefuse.align.train import align as run_align
+            from cachefuse.alignment.train import align as run_align
             from cachefuse.runtime import Workspace as WorkspacePaths
             from cachefuse_cli import align_tables
             from cachefuse_cli.options import open_store

@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachefuse.align.config import AlignConfig
+from cachefuse.alignment.config import AlignConfig
 from cachefuse.registry import OPERATIONS, OPTIMIZERS, SCHEDULES
 from cachefuse_cli.train_options import choices, option, takes
 
 if TYPE_CHECKING:
-    from cachefuse.align.run import Alignment
-    from cachefuse.align.space import Space
+    from cachefuse.alignment.run import Alignment
+    from cachefuse.alignment.space import Space
 
 MODEL, TRAINING = "Model", "Training"
 
 OPTIONS = {
     "method": option(str, MODEL, "NAME", "dfe, the Deep Fusion Encoder, or projection: one for each side, no more."),
     "op": option(str, MODEL, "NAME", "How a dfe takes in the context: " + choices(OPERATIONS)),
-    "targets": option(str, TRAINING, "NAME", "soft: pairs that are alike are no full negatives; or hard."),
+    "targets": option(str, TRAINING, "NAME", "hard: every other pair is a negative; soft: less so one that is alike."),
     "view": option(str, MODEL, "NAME", "pooled, or tokens."),
     "width": option(int, MODEL, "N", "Of the common space."),
     "dropout": option(float, MODEL, "P", "In projections and the transformer block."),
@@ -49,7 +49,7 @@ SpaceEncoder = Annotated[
 
 def open_alignment(workspace: Path, name: str | None) -> "Alignment":
     """Open an alignment by its name or folder, by default the one made last."""
-    from cachefuse.align.run import Alignment
+    from cachefuse.alignment.run import Alignment
     from cachefuse.runtime import Workspace
     from cachefuse.training.run_files import ALIGNMENT, find_run
 
@@ -58,7 +58,7 @@ def open_alignment(workspace: Path, name: str | None) -> "Alignment":
 
 def open_space(workspace: Path, run: str | None, encoder: str | None, device: str) -> "tuple[Space, str | None]":
     """Open the space of an alignment or of an encoder, and return it with the dataset that it was made on."""
-    from cachefuse.align.space import AlignedSpace, EncoderSpace
+    from cachefuse.alignment.space import AlignedSpace, EncoderSpace
     from cachefuse.errors import ConfigError
 
     if encoder is None:

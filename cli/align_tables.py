@@ -12,11 +12,11 @@ from rich.text import Text
 from cachefuse_cli.render import MAX_CLASSES, new_table, out
 
 if TYPE_CHECKING:
-    from cachefuse.align.pairs import Pairs
-    from cachefuse.align.retrieve import Found
-    from cachefuse.align.run import Alignment, AlignmentSummary, Retrieval
-    from cachefuse.align.similarity import Figures
-    from cachefuse.align.zero_shot import ZeroShot
+    from cachefuse.alignment.pairs import Pairs
+    from cachefuse.alignment.retrieve import Found
+    from cachefuse.alignment.run import Alignment, AlignmentSummary, Retrieval
+    from cachefuse.alignment.similarity import Figures
+    from cachefuse.alignment.zero_shot import ZeroShot
     from cachefuse.cache.store import FeatureStore
     from cachefuse.data.dataset import Dataset
 
@@ -148,7 +148,7 @@ def zero_shot_report(found: "ZeroShot", space: str, store: "FeatureStore") -> No
 
 
 def similarity_dict(found: "Mapping[str, Mapping[str, Figures]]", store: "FeatureStore") -> dict[str, Any]:
-    from cachefuse.align.similarity import TOLERANCES
+    from cachefuse.alignment.similarity import TOLERANCES
 
     figures = {name: {split: asdict(one) for split, one in by.items()} for name, by in found.items()}
     scored = store.manifest.task == "similarity"
@@ -169,7 +169,7 @@ def similarity_report(found: "Mapping[str, Mapping[str, Figures]]", store: "Feat
 
 
 def _scored(found: "Mapping[str, Mapping[str, Figures]]") -> Table:
-    from cachefuse.align.similarity import TOLERANCES, Scored
+    from cachefuse.alignment.similarity import TOLERANCES, Scored
 
     within = [f"±{e:g}" for e in SHOWN_TOLERANCES]
     table = new_table("encoder", "split", "pairs", "Pearson", "Spearman", *within, numbers=3 + len(within))
@@ -185,7 +185,7 @@ def _scored(found: "Mapping[str, Mapping[str, Figures]]") -> Table:
 
 
 def _paraphrases(found: "Mapping[str, Mapping[str, Figures]]") -> Table:
-    from cachefuse.align.similarity import Paraphrases
+    from cachefuse.alignment.similarity import Paraphrases
 
     columns = "pairs", "accuracy", "AP", "precision", "recall", "F1"
     table = new_table("encoder", "split", "class", *columns, numbers=len(columns))

@@ -101,8 +101,8 @@ def _evaluate_alignment(
     if without:
         raise ConfigError("an alignment compares both of its sides: --without is for heads")
     with render.status("measuring"):
-        from cachefuse.align.run import Alignment
-        from cachefuse.align.train import evaluate_alignment
+        from cachefuse.alignment.run import Alignment
+        from cachefuse.alignment.train import evaluate_alignment
         from cachefuse_cli import align_tables
         from cachefuse_cli.options import open_store
 

@@ -34,7 +34,7 @@ def fine_tune(
 
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading features"):
-            from cachefuse.align.finetune import fine_tune as run_fine_tune
+            from cachefuse.alignment.finetune import fine_tune as run_fine_tune
             from cachefuse.runtime import Workspace as WorkspacePaths
             from cachefuse_cli.options import open_store
             from cachefuse_cli.progress import TrainProgress

@@ -34,7 +34,7 @@ def pairs(
 
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading features"):
-            from cachefuse.align.pairs import mine_pairs, write_pairs
+            from cachefuse.alignment.pairs import mine_pairs, write_pairs
             from cachefuse.errors import ConfigError
             from cachefuse.runtime import Workspace as WorkspacePaths
             from cachefuse.training.batches import select_features

@@ -20,7 +20,7 @@ from cachefuse.registry import metric_title
 from cachefuse_cli.render import err, note
 
 if TYPE_CHECKING:
-    from cachefuse.align.train import Progress as AlignState
+    from cachefuse.alignment.train import Progress as AlignState
     from cachefuse.cache.extract import Progress as ExtractState
     from cachefuse.training.loop import Epoch
     from cachefuse.training.train import Progress as TrainState

@@ -80,7 +80,7 @@ def _alignment(
     if split is not None:
         raise ConfigError("an alignment's report has all of its splits; leave out --split")
     with render.status("loading the alignment"):
-        from cachefuse.align.run import Alignment
+        from cachefuse.alignment.run import Alignment
         from cachefuse.report.alignment import write_alignment_report
         from cachefuse_cli.options import open_store
 

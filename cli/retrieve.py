@@ -41,8 +41,8 @@ def retrieve(
         raise ConfigError("give a --text or an --image to look for, one of them")
     with render.interruptible("run the same command again"):
         with render.status("loading the encoders"):
-            from cachefuse.align.retrieve import matched_texts
-            from cachefuse.align.retrieve import retrieve as run_retrieve
+            from cachefuse.alignment.retrieve import matched_texts
+            from cachefuse.alignment.retrieve import retrieve as run_retrieve
             from cachefuse_cli import align_tables
             from cachefuse_cli.options import open_store
             from cachefuse_cli.progress import RowsProgress

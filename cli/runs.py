@@ -18,7 +18,7 @@ def runs(
     from cachefuse_cli import render
 
     with render.status("reading the runs"):
-        from cachefuse.align.run import list_alignments
+        from cachefuse.alignment.run import list_alignments
         from cachefuse.runtime import Workspace as WorkspacePaths
         from cachefuse.training.run_files import list_runs
         from cachefuse_cli import align_tables, eval_tables

@@ -28,7 +28,7 @@ def similarity(
 
     with render.interruptible("run the same command again"):
         with render.status("loading features"):
-            from cachefuse.align.similarity import similarity as run_similarity
+            from cachefuse.alignment.similarity import similarity as run_similarity
             from cachefuse_cli import align_tables
             from cachefuse_cli.options import open_store
             from cachefuse_cli.progress import RowsProgress
@@ -40,7 +40,7 @@ def similarity(
                 store, encoders=encoder or (), run=alignment, split=split, device=device, on_rows=progress.update
             )
         if plot is not None:
-            from cachefuse.align.plots import write_tolerance
+            from cachefuse.alignment.plots import write_tolerance
 
             write_tolerance(found, plot)
     if json:

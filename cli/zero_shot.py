@@ -34,8 +34,8 @@ def zero_shot(
 
     with render.interruptible("run the same command again"):
         with render.status("loading the encoders"):
-            from cachefuse.align.zero_shot import PROMPT
-            from cachefuse.align.zero_shot import zero_shot as run_zero_shot
+            from cachefuse.alignment.zero_shot import PROMPT
+            from cachefuse.alignment.zero_shot import zero_shot as run_zero_shot
             from cachefuse_cli import align_tables
             from cachefuse_cli.options import open_store
             from cachefuse_cli.progress import RowsProgress

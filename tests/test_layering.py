@@ -26,7 +26,7 @@ LAYERS = (
     "predict",
     "submission",
     "evaluation",
-    "align",
+    "alignment",
     "report",
     "bench",
     "classifier",

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from cachefuse.align.config import AlignConfig
-from cachefuse.align.data import PairData, SideRows, fit_statistics
-from cachefuse.align.loop import fit
-from cachefuse.align.model import Aligner
-from cachefuse.align.search import nearest
+from cachefuse.alignment.config import AlignConfig
+from cachefuse.alignment.data import PairData, SideRows, fit_statistics
+from cachefuse.alignment.loop import fit
+from cachefuse.alignment.model import Aligner
+from cachefuse.alignment.search import nearest
 from cachefuse.bench import process
 from cachefuse.bench.base import OnProgress, temporary, write_store
 from cachefuse.bench.timing import BenchRow, by_turns, seconds, timed

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachefuse.align.search import nearest
+from cachefuse.alignment.search import nearest
 from cachefuse.bench.base import ROW_BATCH, Bench, write_store
 from cachefuse.bench.timing import BenchRow, seconds
 from cachefuse.cache.extract import extract

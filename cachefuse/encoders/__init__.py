@@ -18,7 +18,7 @@ class Family:
 
 FAMILIES = {
     "aligned": Family(
-        "cachefuse.align.tower:open_aligned",
+        "cachefuse.alignment.tower:open_aligned",
         "aligned:./workspace/runs/NAME",
         "image, text",
         "what cachefuse align made of two encoders; after @, of two text encoders, 1 or 2",

@@ -5,8 +5,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from cachefuse.align.config import AlignConfig
-from cachefuse.align.run import Alignment
+from cachefuse.alignment.config import AlignConfig
+from cachefuse.alignment.run import Alignment
 from cachefuse.runtime import format_bytes
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.run import Run

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from cachefuse.align.model import TEMPERATURE
-from cachefuse.align.run import Alignment
+from cachefuse.alignment.model import TEMPERATURE
+from cachefuse.alignment.run import Alignment
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.report import about, alignment_plots, retrieval

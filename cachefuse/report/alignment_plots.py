@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cachefuse.align.run import Alignment
+from cachefuse.alignment.run import Alignment
 from cachefuse.report.charts import log_ticks, text
 from cachefuse.report.render import printable
 from cachefuse.report.retrieval import curves, shown_split

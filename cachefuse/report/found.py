@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefuse.align.retrieve import Found
+from cachefuse.alignment.retrieve import Found
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.readers.base import ImageSource
 from cachefuse.errors import BadSampleError

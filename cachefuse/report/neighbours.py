@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachefuse.align.data import PairData, pair_data
-from cachefuse.align.loop import embed_samples
-from cachefuse.align.ranks import Embedded, best_ranks
-from cachefuse.align.run import Alignment
-from cachefuse.align.train import measured_splits, run_features
+from cachefuse.alignment.data import PairData, pair_data
+from cachefuse.alignment.loop import embed_samples
+from cachefuse.alignment.ranks import Embedded, best_ranks
+from cachefuse.alignment.run import Alignment
+from cachefuse.alignment.train import measured_splits, run_features
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.report.gallery import picture_of

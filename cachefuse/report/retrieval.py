@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachefuse.align.run import Alignment, Direction, Retrieval
+from cachefuse.alignment.run import Alignment, Direction, Retrieval
 from cachefuse.data.splits import USUAL, ordered_splits
 from cachefuse.report.charts import MAIN, SECOND, THIN, Chart, Line, line_chart
 from cachefuse.report.words import UNDEFINED, cut

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cachefuse.align.run import Alignment
-from cachefuse.align.train import evaluate_alignment
+from cachefuse.alignment.run import Alignment
+from cachefuse.alignment.train import evaluate_alignment
 from cachefuse.cache.store import FeatureStore
 from cachefuse_cli.app import main
 

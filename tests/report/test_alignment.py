@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 from scipy.stats import hypergeom
 
-from cachefuse.align.config import AlignConfig
-from cachefuse.align.data import pair_data
-from cachefuse.align.loop import embed_samples
-from cachefuse.align.run import Alignment, Direction, Retrieval
-from cachefuse.align.train import align, run_features
+from cachefuse.alignment.config import AlignConfig
+from cachefuse.alignment.data import pair_data
+from cachefuse.alignment.loop import embed_samples
+from cachefuse.alignment.run import Alignment, Direction, Retrieval
+from cachefuse.alignment.train import align, run_features
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.writer import ViewWriter
 from cachefuse.errors import ConfigError, RunError

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cachefuse.align.retrieve import Found, Match
+from cachefuse.alignment.retrieve import Found, Match
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError
 from cachefuse.report.found import found_html, write_found

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from cachefuse.align.space import OnRows, Space, _silent
+from cachefuse.alignment.space import OnRows, Space, silent
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
@@ -44,7 +44,7 @@ def zero_shot(
     classes: Sequence[str] = (),
     prompts: Sequence[str] = (PROMPT,),
     split: str | None = None,
-    on_rows: OnRows = _silent,
+    on_rows: OnRows = silent,
 ) -> ZeroShot:
     """Classify a store's labelled images by the texts nearest to them, and measure it.
 

@@ -11,10 +11,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from cachefuse.align.model import Aligner
-from cachefuse.align.run import Alignment
-from cachefuse.align.tower import aligned_features
-from cachefuse.align.train import find_side
+from cachefuse.alignment.model import Aligner
+from cachefuse.alignment.run import Alignment
+from cachefuse.alignment.tower import aligned_features
+from cachefuse.alignment.train import find_side
 from cachefuse.cache.rows import TokenWidth
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError

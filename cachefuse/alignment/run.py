@@ -11,8 +11,8 @@ import torch
 from pydantic import BaseModel, Field, TypeAdapter
 from safetensors.torch import save
 
-from cachefuse.align.config import AlignConfig
-from cachefuse.align.model import Aligner
+from cachefuse.alignment.config import AlignConfig
+from cachefuse.alignment.model import Aligner
 from cachefuse.cache.features import Features
 from cachefuse.runtime import to_json
 from cachefuse.training.loop import History
@@ -60,8 +60,8 @@ class UsedSide:
 class Direction:
     """How well one side finds the other: of ``n_queries`` among ``n_gallery`` items; ``curve`` has (k, precision).
 
-    ``recall`` is by k, and ``chance`` what a random order gives; precision within the top k is the share of queries with an item of their own there (CBMF,
-    figure 4), which is the recall at k. ``median_rank`` counts from 1.
+    ``recall`` is by k, and ``chance`` what a random order gives; precision within the top k is the share of queries
+    with an item of their own there (CBMF, figure 4), which is the recall at k. ``median_rank`` counts from 1.
     """
 
     n_queries: int

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cachefuse.align.config import AlignConfig
-from cachefuse.align.data import PairData, fit_statistics, open_pairs, pair_data
-from cachefuse.align.loop import embed_samples, fit
-from cachefuse.align.model import Aligner
-from cachefuse.align.ranks import Embedded, best_ranks, chance_at, modality_gap, recall_at
-from cachefuse.align.run import Alignment, Direction, Retrieval, UsedSide
+from cachefuse.alignment.config import AlignConfig
+from cachefuse.alignment.data import PairData, fit_statistics, n_batches, open_pairs, pair_data
+from cachefuse.alignment.loop import embed_samples, fit
+from cachefuse.alignment.model import Aligner
+from cachefuse.alignment.ranks import Embedded, best_ranks, chance_at, modality_gap, recall_at
+from cachefuse.alignment.run import Alignment, Direction, Retrieval, UsedSide
 from cachefuse.cache.features import Features
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
@@ -74,7 +74,7 @@ def align(
     optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    steps = config.epochs * -(-len(train) // config.batch_size)
+    steps = config.epochs * n_batches(len(train), config.batch_size)
     run.history = fit(
         model,
         config,

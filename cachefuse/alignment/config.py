@@ -23,7 +23,7 @@ class AlignConfig:
 
     method: str = "dfe"
     op: str = "add"
-    targets: str = "soft"
+    targets: str = "hard"
     view: str = "pooled"
     width: int = 512
     dropout: float = 0.5

@@ -25,7 +25,8 @@ class Embedded:
 def best_ranks(queries: Embedded, gallery: Embedded) -> np.ndarray:
     """Return the rank (q,) at which each query finds the first item of its own sample; 1 is the best.
 
-    Items of other samples with the same score come before it, so that vectors that are all alike find nothing. Where
+    Items of other samples with the same score, or with none (NaN), come before it, so that vectors that are all alike,
+    or broken, find nothing. Where
     both sides are of the same items, an item itself is left out, unless its sample has no other.
     """
     ranks = []
@@ -40,7 +41,7 @@ def best_ranks(queries: Embedded, gallery: Embedded) -> np.ndarray:
             itself &= own.sum(1, keepdim=True) > 1
             scores[itself] = -torch.inf
         best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        ranks.append(1 + (scores.masked_fill_(own, -torch.inf) >= best).sum(1))
+        ranks.append(1 + (~own & ~(scores < best)).sum(1))
     return torch.cat(ranks).numpy() if ranks else np.zeros(0, np.int64)
 
 

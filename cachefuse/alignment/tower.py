@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cachefuse.align.run import Alignment
+from cachefuse.alignment.data import with_a_token
+from cachefuse.alignment.run import Alignment
 from cachefuse.cache.derive import base_rows, derive
 from cachefuse.cache.features import Features
 from cachefuse.cache.layout import DTYPES, provenance_key
@@ -80,8 +81,7 @@ def _as_tokens(rows: Any) -> tuple[Tensor, Tensor]:
     if isinstance(rows, list):
         lengths = torch.tensor([len(row) for row in rows])
         x = pad_sequence([torch.from_numpy(np.ascontiguousarray(row)) for row in rows], batch_first=True)
-        mask = torch.arange(x.shape[1]) < lengths[:, None]
-        return x, mask
+        return with_a_token(x, torch.arange(x.shape[1]) < lengths[:, None])
     x = torch.from_numpy(np.ascontiguousarray(rows))
     x = x.unsqueeze(1) if x.ndim == 2 else x
     return x, torch.ones(x.shape[:2], dtype=torch.bool)

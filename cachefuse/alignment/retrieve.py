@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from cachefuse.align.search import nearest
-from cachefuse.align.space import OnRows, Space, _silent
+from cachefuse.alignment.search import nearest
+from cachefuse.alignment.space import OnRows, Space, silent
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError, DataError
@@ -42,7 +42,7 @@ def retrieve(
     k: int = 10,
     modality: str | None = None,
     split: str | None = None,
-    on_rows: OnRows = _silent,
+    on_rows: OnRows = silent,
 ) -> Found:
     """Return the ``k`` images or texts of a store that are nearest to a text or an image file, every one compared.
 

@@ -1,6 +1,7 @@
 """Pairs of texts that mean the same, mined from a dataset's captions by how near their cached embeddings are."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +11,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from cachefuse.align.retrieve import item_places
+from cachefuse.alignment.retrieve import item_places
 from cachefuse.cache.features import Features
+from cachefuse.cache.pipeline import item_owners, item_sources
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError
@@ -19,7 +21,7 @@ from cachefuse.losses import TINY_NORM
 from cachefuse.runtime import make_folder, resolve_device, slug, write_atomically
 
 BLOCK = 2048  # texts compared with as many others at a time
-CANDIDATES = 8  # nearest texts that are kept for each
+CANDIDATES = 16  # nearest texts of each among which its partner is
 
 OnRows = Callable[[int, int], None]
 
@@ -45,16 +47,17 @@ def mine_pairs(
 ) -> Pairs:
     """Pair texts whose cosine is ``threshold`` or more; ``texts`` (N) are the samples', as the features have them.
 
-    Every text is compared with every other of its split, and each is in one pair at most, the nearest first: so no text
-    is a negative of its own pair (CBMF, section IV-B, says which pairs are similar, not which of them to take). Texts
-    with the same words are no pair. Raises ConfigError for a threshold outside of (0, 1], DataError if texts and
-    features don't agree.
+    Every text is compared with every other of its split. Each is in one pair at most, with one of its 16 nearest that
+    is free, the nearest pairs first: so no text is a negative of its own pair (CBMF, section IV-B, says which pairs are
+    similar, not which of them to take). Texts with the same words are no pair. Raises ConfigError for a threshold
+    outside of (0, 1], DataError if texts and features don't agree.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold must be above 0 and at most 1. Got {threshold:g} instead")
     store = features.store
     owners, _ = item_places(store, "text")
-    flat = [own for each in texts for own in each] if store.items("text") is not None else [" ".join(t) for t in texts]
+    several = store.items("text") is not None
+    flat = [own for each in texts for own in (each if several else (each[0] if each else "",))]
     if len(flat) != len(owners):
         raise DataError(
             f"{store.dataset} has {len(flat):,} texts, and its features {len(owners):,} rows; extract again"
@@ -130,26 +133,31 @@ def write_pairs(pairs: Pairs, dataset: Dataset, folder: Path, source: str) -> Pa
     """
     if not len(pairs):
         raise DataError("no two texts are that near to one another; take a lower --threshold")
-    flat = [(sample, text) for sample, own in zip(dataset.ids, dataset.texts or (), strict=True) for text in own]
+    texts = item_sources(dataset, "text")
+    flat = [(dataset.ids[owner], text) for owner, text in zip(item_owners(dataset, "text"), texts, strict=True)]
     make_folder(folder)
-    name = slug(folder.name).lower()
+    name = re.sub(r"^[^a-z0-9]+", "", slug(folder.name).lower())[:64] or "pairs"
+    files = {split: f"{slug(split)}.jsonl" for split in pairs.rows}
+    if len(set(files.values())) < len(files):
+        files = {split: f"{i}-{file}" for i, (split, file) in enumerate(files.items())}
     for split, rows in pairs.rows.items():
         lines = []
         for (i, j), cosine in zip(rows.tolist(), pairs.cosines[split].tolist(), strict=True):
             (a, first), (b, second) = flat[i], flat[j]
             about = {"id": f"{i}-{j}", "texts": [first, second], "from": [a, b], "cosine": round(cosine, 4)}
             lines.append(json.dumps(about, ensure_ascii=False))
-        write_atomically(folder / f"{slug(split)}.jsonl", ("\n".join(lines) + "\n").encode("utf-8", "replace"))
-    files = ", ".join(f"{_key(split)} = {json.dumps(slug(split) + '.jsonl')}" for split in pairs.rows)
+        write_atomically(folder / files[split], ("\n".join(lines) + "\n").encode("utf-8", "replace"))
+    listed = ", ".join(f"{_toml(split)} = {_toml(file)}" for split, file in files.items())
     manifest = (
-        f"name = {json.dumps(name)}\n"
-        f"title = {json.dumps(f'{len(pairs):,} pairs of texts of {dataset.name}, by {source}')}\n"
-        f'task = "retrieval"\n\n[reader]\nkind = "table"\nfiles = {{ {files} }}\nid = "id"\ntext = "texts"\n'
+        f"name = {_toml(name)}\n"
+        f"title = {_toml(f'{len(pairs):,} pairs of texts of {dataset.name}, by {source}')}\n"
+        f'task = "retrieval"\n\n[reader]\nkind = "table"\nfiles = {{ {listed} }}\nid = "id"\ntext = "texts"\n'
     )
     path = folder / f"{name}.toml"
-    write_atomically(path, manifest.encode())
+    write_atomically(path, manifest.encode("utf-8", "replace"))
     return path
 
 
-def _key(split: str) -> str:
-    return json.dumps(split)
+def _toml(text: str) -> str:
+    """Return a TOML string: JSON's, but for the character that JSON leaves as it is and TOML does not allow."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

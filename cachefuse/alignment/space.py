@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefuse.align.run import Alignment
-from cachefuse.align.tower import aligned_features, side_spec
+from cachefuse.alignment.run import Alignment
+from cachefuse.alignment.tower import aligned_features, side_spec
 from cachefuse.cache.features import Features
 from cachefuse.cache.pipeline import encode_prepared, is_bad, prepare_source
 from cachefuse.cache.store import FeatureStore
@@ -22,7 +22,7 @@ BATCH = 32
 OnRows = Callable[[int, int], None]
 
 
-def _silent(done: int, total: int) -> None:
+def silent(done: int, total: int) -> None:
     pass
 
 
@@ -35,7 +35,7 @@ class Space(Protocol):
     def embed(self, modality: str, samples: Sequence[Any]) -> Tensor:
         """Return vectors (n, W) of raw images (sources) or texts. Raises BadSampleError for one that can't be used."""
 
-    def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = _silent) -> Features:
+    def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = silent) -> Features:
         """Return a store's pooled features in this space, made now where they can be. Raises RunError if they can't."""
 
     def counterpart(self, modality: str) -> str:
@@ -59,7 +59,7 @@ class AlignedSpace:
             self._towers |= open_encoder(side_spec(self.run, side), self._device)
         return encode_samples(self._towers[modality], samples)
 
-    def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = _silent) -> Features:
+    def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = silent) -> Features:
         found = [i for i, about in enumerate(self.run.sides) if about.modality == modality]
         if not found:
             raise RunError(f"alignment {self.name} has no {modality} side; it reads {self._sides}")
@@ -94,7 +94,7 @@ class EncoderSpace:
     def embed(self, modality: str, samples: Sequence[Any]) -> Tensor:
         return encode_samples(self._towers[modality], samples)
 
-    def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = _silent) -> Features:
+    def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = silent) -> Features:
         features = store.open_features(self.name, modality)
         if features is None or "pooled" not in features.views:
             raise RunError(

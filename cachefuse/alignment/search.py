@@ -70,7 +70,7 @@ def nearest(
     best = _Best(len(queries), min(k, len(rows)))
     kept = None if keep is None else torch.from_numpy(keep)
     half = unit and len(queries) == 1 and rows.dtype == torch.float16
-    for seen, numbers, scores in (_near(rows, queries, best, kept) if half else _all(rows, queries, unit, kept)):
+    for seen, numbers, scores in _near(rows, queries, best, kept) if half else _all(rows, queries, unit, kept):
         best.add(numbers, scores)
         on_rows(seen, len(rows))
     n = int(best.scores.isfinite().sum(1).min()) if len(queries) else 0

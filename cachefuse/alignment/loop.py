@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from cachefuse.align.config import AlignConfig
-from cachefuse.align.data import PairData, embed, in_batches
-from cachefuse.align.model import Aligner, Side
-from cachefuse.align.ranks import Embedded, best_ranks, recall_at
+from cachefuse.alignment.config import AlignConfig
+from cachefuse.alignment.data import PairData, embed, in_batches
+from cachefuse.alignment.model import Aligner, Side
+from cachefuse.alignment.ranks import Embedded, best_ranks, recall_at
 from cachefuse.errors import TrainingError
 from cachefuse.training.ema import EMA
 from cachefuse.training.loop import Epoch, History, keep_freed_memory
@@ -66,6 +66,10 @@ def fit(
             if not math.isfinite(mean_loss):
                 raise TrainingError(f"training diverged in epoch {epoch}: the loss is {mean_loss}; take a lower lr")
             score, val_loss = _validate(kept, data, validate, config) if len(validate) else (None, None)
+            if val_loss is not None and not math.isfinite(val_loss):
+                raise TrainingError(
+                    f"training diverged in epoch {epoch}: the loss on val is {val_loss}; take a lower lr"
+                )
             judged = math.inf if score is None else -val_loss if config.monitor == "loss" else score  # type: ignore[operator]
             better = score is None or judged > best_score
             history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss))
@@ -140,7 +144,7 @@ def _loss_of_firsts(model: Aligner, both: tuple[Embedded, Embedded], config: Ali
     device = model.log_temperature.device
     firsts = [one.vectors[torch.from_numpy(np.unique(one.owners, return_index=True)[1])] for one in both]
     parts = zip(*(x.to(device).split(config.batch_size) for x in firsts), strict=True)
-    losses = [(len(x), model.loss(x, y, config.targets).item()) for x, y in parts]
+    losses = [(len(x), model.loss(x, y, config.targets).item()) for x, y in parts if len(x) > 1 or len(firsts[0]) == 1]
     return sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
 
 

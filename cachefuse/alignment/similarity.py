@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachefuse.align.run import Alignment
-from cachefuse.align.space import OnRows, _silent
-from cachefuse.align.tower import aligned_features
+from cachefuse.alignment.run import Alignment
+from cachefuse.alignment.space import OnRows, silent
+from cachefuse.alignment.tower import aligned_features
 from cachefuse.cache.features import Features
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.manifest import PAIRS
@@ -60,7 +60,7 @@ def similarity(
     run: Alignment | None = None,
     split: str | None = None,
     device: str = "auto",
-    on_rows: OnRows = _silent,
+    on_rows: OnRows = silent,
 ) -> dict[str, dict[str, Figures]]:
     """Measure text encoders, by default all of a store, and an alignment's text sides, on pairs of sentences.
 
@@ -204,4 +204,5 @@ def best_threshold(cosines: np.ndarray, truth: np.ndarray) -> float:
         return 0.0
     if best in (0, len(values)):
         return float(np.nextafter(values[0], -np.inf) if best == 0 else np.nextafter(values[-1], np.inf))
-    return float((values[best - 1] + values[best]) / 2)
+    middle = float((values[best - 1] + values[best]) / 2)
+    return middle if middle > values[best - 1] else float(values[best])  # between neighbours there is nothing

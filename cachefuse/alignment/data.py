@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefuse.align.model import Aligner, Side
+from cachefuse.alignment.model import Aligner, Side
 from cachefuse.cache.features import Features
 from cachefuse.cache.rows import RaggedRows, Rows
 from cachefuse.cache.store import FeatureStore
@@ -34,12 +34,17 @@ class SideRows:
         return self.rows.shape[-1]
 
     @property
+    def n_tokens(self) -> float:
+        """The tokens of a row, on average; 1 of pooled features."""
+        if isinstance(self.rows, RaggedRows):
+            return max(1.0, float(self.rows.lengths.mean()))
+        return float(self.rows.shape[1] if len(self.rows.shape) == 3 else 1)
+
+    @property
     def piece(self) -> int:
         """How many rows to read at a time, so that they take little memory."""
-        tokens = self.rows.shape[1] if len(self.rows.shape) == 3 else 1
-        if isinstance(self.rows, RaggedRows):
-            tokens = int(self.rows.lengths.max(initial=1))
-        return max(1, min(PIECE_ROWS, PIECE_FLOATS // max(1, tokens * self.width)))
+        most = self.rows.lengths.max(initial=1) if isinstance(self.rows, RaggedRows) else self.n_tokens
+        return max(1, min(PIECE_ROWS, PIECE_FLOATS // int(most * self.width)))
 
     def read(self, index: Tensor, device: torch.device | str = "cpu") -> Side:
         """Return rows (B,) as tokens (B, T, D) and their mask (B, T); pooled features are one token."""
@@ -58,14 +63,18 @@ def as_tokens(rows: Rows, index: Tensor) -> Side:
     A row without any token has one of zeros, so that it can be attended to.
     """
     if isinstance(rows, RaggedRows):
-        x, mask = rows.padded(index)
-        if not x.shape[1]:
-            x, mask = x.new_zeros(len(index), 1, x.shape[2]), mask.new_zeros(len(index), 1)
-        mask[:, 0] = True
-        return x, mask
+        return with_a_token(*rows.padded(index))
     x = rows.index_select(0, index)
     x = x.unsqueeze(1) if x.ndim == 2 else x
     return x, torch.ones(x.shape[:2], dtype=torch.bool)
+
+
+def with_a_token(x: Tensor, mask: Tensor) -> Side:
+    """Return tokens (B, T, D) and their mask with a token of zeros for each row that has none."""
+    if not x.shape[1]:
+        x, mask = x.new_zeros(len(x), 1, x.shape[2]), mask.new_zeros(len(x), 1)
+    mask[:, 0] = True
+    return x, mask
 
 
 @dataclass(frozen=True)
@@ -137,17 +146,15 @@ def pair_data(store: FeatureStore, pair: tuple[Features, Features], view: str) -
 
 
 def fit_statistics(model: Aligner, data: PairData, samples: np.ndarray) -> None:
-    """Take each side's mean and deviation from the real tokens of some samples (n,), or of an even spread of them."""
+    """Take each side's mean and deviation from the real tokens of some samples' items, or of an even spread of them."""
     for standardize, side in zip(model.standardize, data.sides, strict=True):
         items, _ = side.items(samples)
-        parts, n_tokens = [], 0
-        step = max(1, len(items) // FIT_ROWS)
-        for index in torch.from_numpy(items[::step]).split(side.piece):
+        most = min(FIT_ROWS, max(1, int(FIT_TOKENS / side.n_tokens)))
+        spread = items[np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(np.int64)]
+        parts = []
+        for index in torch.from_numpy(spread).split(side.piece):
             x, mask = side.read(index)
             parts.append(x[mask])  # (n, D)
-            n_tokens += len(parts[-1])
-            if n_tokens >= FIT_TOKENS:
-                break
         cast(Standardize, standardize.cpu()).fit(torch.cat(parts))
 
 
@@ -158,6 +165,11 @@ def embed(model: Aligner, side: int, rows: SideRows, index: np.ndarray) -> Tenso
     device = model.log_temperature.device
     parts = torch.from_numpy(index).split(rows.piece)
     return torch.cat([model(side, rows.read(part, device)).cpu() for part in parts])
+
+
+def n_batches(n_samples: int, size: int) -> int:
+    """Return how many batches ``in_batches`` yields."""
+    return n_samples // size + (n_samples % size > 1)
 
 
 def in_batches(samples: np.ndarray, size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from cachefuse.align.similarity import TOLERANCES, Figures, Scored
+from cachefuse.alignment.similarity import TOLERANCES, Figures, Scored
 from cachefuse.errors import ConfigError
 from cachefuse.runtime import write_atomically
 

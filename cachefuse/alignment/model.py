@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cachefuse.align.config import AlignConfig
+from cachefuse.alignment.config import AlignConfig
 from cachefuse.heads import Standardize
 from cachefuse.losses import TINY_NORM, contrastive
 from cachefuse.registry import METHODS, lookup
