@@ -17,7 +17,7 @@ from cachefuse.data.readers.base import ImageSource, Samples
 from cachefuse.data.readers.table import TableReader, read_columns
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders import EncoderSpec, open_encoder
-from cachefuse.encoders.base import Tower
+from cachefuse.encoders.base import Tower, is_derived
 from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable
@@ -76,7 +76,7 @@ def predict_samples(
     encoded: dict[tuple[str, UsedFeatures], np.ndarray] = {}
     present: dict[str, torch.Tensor] = {}
     needed = [used.source for modality, group in run.features.items() if sources[modality] for used in group]
-    opened = {source: open_encoder(EncoderSpec.parse(source), device) for source in dict.fromkeys(needed)}
+    opened = {source: open_encoder(_beside(run, source), device) for source in dict.fromkeys(needed)}
     for modality, group in run.features.items():
         bad: dict[int, BadSampleError] = {}
         for used in group:
@@ -132,6 +132,14 @@ def read_input(path: Path, run: Run) -> Samples:
     if not {"image", "text"} & fields.keys():
         raise DataError(f"{path}: needs a column image or text; its columns are: {', '.join(columns)}")
     return TableReader(files={"input": path.name}, **fields).read(path.parent)
+
+
+def _beside(run: Run, source: str) -> EncoderSpec:
+    """Return the spec that opens an encoder; an alignment that is not where it was may be beside the run."""
+    spec = EncoderSpec.parse(source)
+    place = run.path.resolve().parent / Path(spec.model).name if run.path is not None else Path(spec.model)
+    moved = is_derived(source) and not Path(spec.model).is_dir() and place.is_dir()
+    return EncoderSpec(spec.family, str(place), spec.weights) if moved else spec
 
 
 def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:

@@ -43,7 +43,7 @@ AlignmentName = Annotated[
 ]
 SpaceEncoder = Annotated[
     str | None,
-    typer.Option("--encoder", metavar="SPEC", help="Or an encoder of images and texts, such as clip:ViT-B-32."),
+    typer.Option("--encoder", metavar="SPEC", help="Or an encoder of images and texts, such as CLIP's."),
 ]
 
 

@@ -74,12 +74,12 @@ def results_report(results: "Mapping[str, Retrieval]") -> None:
         for name, one in result.directions.items():
             shares = (f"{one.recall[k]:.3f}" for k in (1, 5, 10))
             chance = f"{one.chance[10]:.3f}"
-            table.add_row(split, escape(name), *shares, chance, f"{one.median_rank:g}", f"{one.n_gallery:,}")
+            table.add_row(escape(split), escape(name), *shares, chance, f"{one.median_rank:g}", f"{one.n_gallery:,}")
             split = ""
     console.print(table)
     console.print(Text("R@k: the share of queries that find one of their own among the first k", style="dim"))
     gaps = (f"{split} {result.gap_before:.3f} to {result.gap_after:.3f}" for split, result in results.items())
-    console.print(f"modality gap, untrained to trained: {', '.join(gaps)}")
+    console.print(Text(f"modality gap, untrained to trained: {', '.join(gaps)}"))
 
 
 def alignments_dict(found: "Sequence[AlignmentSummary]") -> list[dict[str, Any]]:
@@ -92,8 +92,8 @@ def alignments_report(found: "Sequence[AlignmentSummary]") -> None:
     for one in found:
         recall = " ".join(f"{value:.3f}" for value in one.recall_at_1.values()) or "-"
         table.add_row(
-            escape(one.name), escape(" with ".join(one.encoders)), one.created[:16].replace("T", " "), recall,
-            one.split or "-",
+            escape(one.name), escape(" with ".join(one.encoders)), escape(one.created[:16].replace("T", " ")), recall,
+            escape(one.split or "-"),
         )  # fmt: skip
     out().print(table)
 
@@ -129,7 +129,7 @@ def zero_shot_report(found: "ZeroShot", space: str, store: "FeatureStore") -> No
     console.print(Text(title, style="dim"))
     table = new_table("split", "images", *(f"top-{k}" for k in range(1, n_ranks + 1)), numbers=1 + n_ranks)
     for split, shares in found.accuracy.items():
-        table.add_row(split, f"{found.n_images[split]:,}", *(f"{share:.3f}" for share in shares))
+        table.add_row(escape(split), f"{found.n_images[split]:,}", *(f"{share:.3f}" for share in shares))
     table.add_row(
         Text("by chance", style="dim"),
         "",
@@ -195,7 +195,7 @@ def _paraphrases(found: "Mapping[str, Mapping[str, Figures]]") -> Table:
             whole = f"{one.n_pairs:,}", f"{one.accuracy:.3f}", f"{one.average_precision:.3f}"
             for kind, figures in one.by_class.items():
                 values = (f"{figures[key]:.3f}" for key in ("precision", "recall", "f1"))
-                table.add_row(escape(name), split, kind, *whole, *values)
+                table.add_row(escape(name), escape(split), kind, *whole, *values)
                 name, split, whole = "", "", ("", "", "")
     return table
 
@@ -215,7 +215,7 @@ def pairs_report(pairs: "Pairs", dataset: "Dataset", manifest: Path) -> None:
         cosines = pairs.cosines[split]
         middle = rows[len(rows) // 2]
         example = " | ".join(_one_line(flat[row]) for row in middle)
-        table.add_row(split, f"{len(rows):,}", f"{cosines.mean():.3f}", escape(example))
+        table.add_row(escape(split), f"{len(rows):,}", f"{cosines.mean():.3f}", escape(example))
     console.print(table)
     console.print(Text.assemble(("wrote ", "dim"), str(manifest)), soft_wrap=True)
     next_step = f"cachefuse extract --dataset {manifest} --encoder ONE --encoder ANOTHER, then cachefuse align"

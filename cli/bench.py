@@ -58,9 +58,10 @@ def train(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json 
 
 @bench.command()
 def align(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json = False) -> None:
-    """Measure alignment and exact search on random features: about a minute on two cores, and 2 GB of disk.
+    """Measure alignment and exact search on random features: a minute or two on two cores.
 
-    What is written to the workspace's disk is removed again.
+       It takes 4 GB of memory and 2 GB of disk;
+    what is written there is removed again.
     """
     from cachefuse_cli import render
 

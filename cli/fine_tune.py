@@ -4,10 +4,12 @@ from typing import Annotated
 
 import typer
 
+from cachefuse.alignment.config import TUNING_RATE
+from cachefuse.registry import metric_title
 from cachefuse_cli.align_options import AlignmentName, open_alignment
 from cachefuse_cli.options import WORKSPACE, Device, Json, Seed, StoreName, Workspace
 
-STEP = 20  # epochs between the figures shown, as in the paper
+STEP = 20  # epochs between the figures shown, as in the paper's tables
 
 
 def fine_tune(
@@ -16,7 +18,7 @@ def fine_tune(
     modality: Annotated[str, typer.Option(metavar="NAME", help="Which side to tune: image or text.")] = "image",
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="How long.")] = 100,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows a step.")] = 256,
-    lr: Annotated[float, typer.Option(metavar="X", help="Learning rate.")] = 3e-4,
+    lr: Annotated[float, typer.Option(metavar="X", help="Learning rate.")] = TUNING_RATE,
     weight_decay: Annotated[float, typer.Option(metavar="X", help="Apart from the gradient.")] = 0.0,
     patience: Annotated[
         int, typer.Option(metavar="N", min=0, help="Stop after N epochs that were no better on val; 0: never.")
@@ -62,4 +64,13 @@ def fine_tune(
         render.print_json({**render.run_dict(head), "tuned": tuned.name})
     else:
         render.run_report(head)
+        scores = {
+            epoch.epoch: epoch.score for epoch in tuned.history.epochs[STEP - 1 :: STEP] if epoch.score is not None
+        }
+        if scores:
+            shown = ", ".join(f"{score:.3f} at {epoch}" for epoch, score in scores.items())
+            render.note(f"{metric_title(head.manifest.main_metric)} on val by epoch: {shown}")
         render.note(f"the tuned encoder is {tuned.path}")
+    if tuned.history.interrupted:
+        render.note(f"interrupted: kept epoch {tuned.history.best_epoch}, the best so far")
+        raise typer.Exit(130)

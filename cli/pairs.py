@@ -28,7 +28,7 @@ def pairs(
 ) -> None:
     """Mine pairs of captions that mean the same, as a dataset of their own to align two text encoders on.
 
-    Each text is in one pair at most, with the nearest that is free; all are compared, within their split.
+    All texts of a split are compared. Each sample is in one pair at most, the nearest pairs first.
     """
     from cachefuse_cli import render
 

@@ -53,8 +53,8 @@ def retrieve(
             found = run_retrieve(
                 space, store, text=text, image=image, k=k, modality=among, split=split, on_rows=progress.update
             )
-        raw = _raw_data(store, workspace, data_dir, needed=html is not None)
-        texts = matched_texts(found, raw.texts) if raw is not None and raw.texts is not None else None
+        raw = _raw_data(store, dataset, workspace, data_dir, needed=html is not None)
+        texts = matched_texts(found, raw) if raw is not None and raw.texts is not None else None
         if html is not None and raw is not None:
             from cachefuse.data.images import FileImage
             from cachefuse.report.found import write_found
@@ -68,13 +68,15 @@ def retrieve(
         render.page_written(html)
 
 
-def _raw_data(store: "FeatureStore", workspace: Path, data_dir: Path | None, needed: bool) -> "Dataset | None":
+def _raw_data(
+    store: "FeatureStore", name: str | None, workspace: Path, data_dir: Path | None, needed: bool
+) -> "Dataset | None":
     """Return the raw data, whose texts and pictures are shown; None where it is not there and not needed."""
     from cachefuse.errors import MissingDataError
     from cachefuse_cli.options import reopen_dataset
 
     try:
-        return reopen_dataset(store, None, workspace, data_dir)
+        return reopen_dataset(store, name, workspace, data_dir)
     except MissingDataError:
         if needed or data_dir is not None:
             raise

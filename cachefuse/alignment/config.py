@@ -10,6 +10,7 @@ from cachefuse.registry import ATTENTION_HEADS, METHODS, OPERATIONS, OPTIMIZERS,
 VIEWS = ("pooled", "tokens")
 MONITORS = ("r1", "loss")
 MAX_WIDTH = 1 << 14
+TUNING_RATE = 3e-4  # lower than a head's: a tuned encoder is to stay where it is, roughly
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import cast
 
 import numpy as np
@@ -12,6 +13,7 @@ from cachefuse.alignment.model import Aligner, Side
 from cachefuse.cache.features import Features
 from cachefuse.cache.rows import RaggedRows, Rows
 from cachefuse.cache.store import FeatureStore
+from cachefuse.data.manifest import PAIRS
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.heads import Standardize
 from cachefuse.training.batches import select_features
@@ -121,12 +123,21 @@ def open_pairs(
 
     Raises ConfigError if they are not two, CacheError if rows are missing, DataError if no sample has both.
     """
+    if store.manifest.task in PAIRS:
+        raise ConfigError(
+            f"the pairs of {store.dataset} don't all mean the same, so they can't be aligned; they are for measuring: "
+            f"cachefuse similarity --dataset {store.dataset}"
+        )
     chosen = [features for group in select_features(store, encoders, view).values() for features in group]
-    if len(chosen) != 2:
+    if len(chosen) > 2 and len(encoders) == 2:  # one that has both, such as CLIP, beside one of images or of texts
+        across = [pair for pair in combinations(chosen, 2) if pair[0].encoder != pair[1].encoder]
+        across = [pair for pair in across if pair[0].modality != pair[1].modality]
+        chosen = list(across[0]) if len(across) == 1 else chosen
+    if len(chosen) != 2 or [features.modality for features in chosen] == ["image", "image"]:
         found = ", ".join(f"{features.encoder} ({features.modality})" for features in chosen)
         raise ConfigError(
-            f"to align takes two encoders. Got {len(chosen)} instead: {found}; name two with --encoder, "
-            f"of one modality each or of the same texts"
+            f"to align takes two encoders. Got {len(chosen)} instead: {found}; name two with --encoder: of images "
+            f"and of texts, or two of the same texts"
         )
     pair = cast(tuple[Features, Features], tuple(chosen))
     return pair_data(store, pair, view), pair

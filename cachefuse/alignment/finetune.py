@@ -1,6 +1,7 @@
 """Fine-tuning: one side of an alignment and a linear head on it, trained together on a labelled dataset."""
 
 import copy
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +12,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from cachefuse.alignment.config import TUNING_RATE
 from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.run import Alignment
 from cachefuse.alignment.tower import aligned_features
 from cachefuse.alignment.train import find_side
+from cachefuse.cache.lock import only_writer
 from cachefuse.cache.rows import TokenWidth
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError
@@ -23,16 +26,14 @@ from cachefuse.heads import Standardize
 from cachefuse.losses import build_loss
 from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
 from cachefuse.runtime import own_randomness, resolve_device, seed_everything
-from cachefuse.training.batches import FeatureTable, load_table
+from cachefuse.training.batches import load_table
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.loop import CHECKED_ROWS, History, Validation, fit, predict_scores, spread
+from cachefuse.training.loop import History, Validation, fit, predict_scores
 from cachefuse.training.measure import HeldOut, choose_for, measure
 from cachefuse.training.problem import VAL, Problem
 from cachefuse.training.run import Member, Run, build_model, split_digest
 from cachefuse.training.train import Progress, score_of
 from cachefuse.training.used import used_features
-
-RATE = 3e-4  # lower than a head's: the encoder is to be kept where it is, roughly
 
 
 class TunedModel(nn.Module):
@@ -65,7 +66,7 @@ def fine_tune(
     modality: str = "image",
     epochs: int = 100,
     batch_size: int = 256,
-    lr: float = RATE,
+    lr: float = TUNING_RATE,
     weight_decay: float = 0.0,
     patience: int = 0,
     seed: int = 0,
@@ -94,7 +95,9 @@ def fine_tune(
     if problem.task not in ("multiclass", "multilabel"):
         raise ConfigError(f"{store.dataset} has no labels to tune for; it is a dataset for {problem.task}")
     config = problem.resolve(config)
-    train, validate = problem.train_rows(), problem.rows(VAL)
+    with only_writer(store.path):  # or it would turn out after all the epochs that there is another
+        pass
+    train, validate = (rows.to(problem.device) for rows in (problem.train_rows(), problem.rows(VAL)))
     seed_everything(seed)
     tuned = replace(
         run, name=f"{run.name}-{store.dataset}", parent=run.name, model=copy.deepcopy(run.model), results={}
@@ -104,7 +107,8 @@ def fine_tune(
     n_tokens = width.n_tokens if isinstance(width, TokenWidth) else 0
     head = build_model(config, {modality: run.config.width}, len(problem.classes))
     model = TunedModel(tuned.model, side, modality, head, n_tokens).to(problem.device)
-    _fit_statistics(model, table, train)
+    # Vectors of length 1, to values of about 1; what their own deviations are changes while they are tuned.
+    cast(Standardize, head.standardize[modality]).scale.fill_(run.config.width**0.5)
     optimizer = lookup(OPTIMIZERS, str(config.optimizer), "optimizer")(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=lr, weight_decay=weight_decay
     )
@@ -127,17 +131,12 @@ def fine_tune(
     )
     tuned.model.log_temperature.requires_grad_(True)
     tuned.history, tuned.seconds = history, time.perf_counter() - begun
-    tuned.save(runs)
-    return tuned, _head_run(tuned, side, store, config, head, history, device, begun)
-
-
-@torch.inference_mode()
-def _fit_statistics(model: TunedModel, table: FeatureTable, rows: Tensor) -> None:
-    """Take the mean and deviation of what the head reads from the aligned training rows, before they are tuned."""
-    model.eval()
-    rows = spread(rows[table.any_present(rows)], CHECKED_ROWS)
-    x = torch.cat([model.embed(features) for features, _ in table.pieces(rows)])
-    cast(Standardize, model.head.standardize[model.modality]).fit(x)
+    place = tuned.save(runs)
+    try:
+        return tuned, _head_run(tuned, side, store, config, head, history, device, begun)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)  # without its head it is of no use
+        raise
 
 
 def _head_run(

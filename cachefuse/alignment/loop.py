@@ -136,13 +136,18 @@ def _validate(model: Aligner, data: PairData, samples: np.ndarray, config: Align
     """Return the mean recall at 1 of both directions, and the loss of the first items in batches of the training's."""
     both = embed_samples(model, data, samples)
     r1 = float(np.mean([recall_at(best_ranks(*pair), 1) for pair in (both, both[::-1])]))
-    return r1, _loss_of_firsts(model, both, config)
+    return r1, _loss_of_some(model, both, config)
 
 
 @torch.inference_mode()
-def _loss_of_firsts(model: Aligner, both: tuple[Embedded, Embedded], config: AlignConfig) -> float:
+def _loss_of_some(model: Aligner, both: tuple[Embedded, Embedded], config: AlignConfig) -> float:
+    """Return the loss of each sample's first items; where both sides are of the same ones, the second of one side."""
     device = model.log_temperature.device
-    firsts = [one.vectors[torch.from_numpy(np.unique(one.owners, return_index=True)[1])] for one in both]
+    firsts = []
+    for side, one in enumerate(both):
+        first, counts = np.unique(one.owners, return_index=True, return_counts=True)[1:]
+        place = first + np.minimum(side, counts - 1) * (one.items is not None)
+        firsts.append(one.vectors[torch.from_numpy(place)])
     parts = zip(*(x.to(device).split(config.batch_size) for x in firsts), strict=True)
     losses = [(len(x), model.loss(x, y, config.targets).item()) for x, y in parts if len(x) > 1 or len(firsts[0]) == 1]
     return sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)

@@ -47,10 +47,11 @@ def mine_pairs(
 ) -> Pairs:
     """Pair texts whose cosine is ``threshold`` or more; ``texts`` (N) are the samples', as the features have them.
 
-    Every text is compared with every other of its split. Each is in one pair at most, with one of its 16 nearest that
-    is free, the nearest pairs first: so no text is a negative of its own pair (CBMF, section IV-B, says which pairs are
-    similar, not which of them to take). Texts with the same words are no pair. Raises ConfigError for a threshold
-    outside of (0, 1], DataError if texts and features don't agree.
+    Every text is compared with every other of its split. A sample is in one pair at most: the nearest pair goes first,
+    then the nearest of those that are left, among the 16 nearest of each text. So nothing that means the same, a text
+    itself or another of its image, is a negative of a pair (CBMF, section IV-B, says which pairs are similar, not which
+    of them to take). Texts with the same words are no pair. Raises ConfigError for a threshold outside of (0, 1],
+    DataError if texts and features don't agree.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold must be above 0 and at most 1. Got {threshold:g} instead")
@@ -72,7 +73,7 @@ def mine_pairs(
         rows = np.flatnonzero(usable & (store.splits[owners] == split))
         x = torch.from_numpy(features.rows()[rows]).to(resolve_device(device))
         ends, near = _candidates(x, torch.from_numpy(same[rows]), threshold, partial(_tell, on_rows, done, total))
-        chosen, cosines = _match(ends, near, len(rows))
+        chosen, cosines = _match(ends, near, owners[rows])
         done += len(rows)
         if len(chosen):
             pairs.rows[split], pairs.cosines[split] = rows[chosen], cosines
@@ -114,12 +115,13 @@ def _candidates(
     return ends[kept], cosines[kept]
 
 
-def _match(ends: np.ndarray, cosines: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs, the nearest first, that share no row with one before them."""
-    free = np.ones(n, bool)
+def _match(ends: np.ndarray, cosines: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs, the nearest first, whose samples are in none before them; ``owners`` (n,) are the rows'."""
+    owners = np.unique(owners, return_inverse=True)[1]
+    free = np.ones(owners.max(initial=-1) + 1, bool)
     chosen = []
     for place in np.lexsort((ends[:, 1], ends[:, 0], -cosines)).tolist():
-        i, j = ends[place]
+        i, j = owners[ends[place]]
         if free[i] and free[j]:
             free[i] = free[j] = False
             chosen.append(place)

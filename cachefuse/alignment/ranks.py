@@ -26,8 +26,8 @@ def best_ranks(queries: Embedded, gallery: Embedded) -> np.ndarray:
     """Return the rank (q,) at which each query finds the first item of its own sample; 1 is the best.
 
     Items of other samples with the same score, or with none (NaN), come before it, so that vectors that are all alike,
-    or broken, find nothing. Where
-    both sides are of the same items, an item itself is left out, unless its sample has no other.
+    or broken, find nothing. Where both sides are of the same items, an item itself is left out, unless its sample has
+    no other.
     """
     ranks = []
     vectors, owner = gallery.vectors.T, torch.from_numpy(gallery.owners)

@@ -1,6 +1,5 @@
 """What in a store is nearest to a text or an image."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from cachefuse.alignment.search import nearest
 from cachefuse.alignment.space import OnRows, Space, silent
 from cachefuse.cache.store import FeatureStore
+from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError, DataError
 
@@ -83,10 +83,14 @@ def item_places(store: FeatureStore, modality: str) -> tuple[np.ndarray, np.ndar
     return owners, np.arange(len(owners)) - offsets[owners]
 
 
-def matched_texts(found: Found, texts: Sequence[Sequence[str]]) -> list[str]:
-    """Return the text to show with each match: the one that was found, or the first of a found image's sample."""
+def matched_texts(found: Found, dataset: Dataset) -> list[str]:
+    """Return the text to show with each match: the one that was found, or the first of a found image's sample.
+
+    It is empty where the raw data has none, or no such sample.
+    """
+    texts = dict(zip(dataset.ids, dataset.texts or (), strict=False))
     shown = []
     for match in found.matches:
-        own = texts[match.sample]
+        own = texts.get(match.id, ())
         shown.append(own[match.item if found.modality == "text" and match.item < len(own) else 0] if own else "")
     return shown

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, Field, TypeAdapter
@@ -20,6 +20,7 @@ from cachefuse.training.run_files import (
     ALIGNMENT,
     FORMATS,
     WEIGHTS,
+    DatasetName,
     Figure,
     describing,
     load_weights,
@@ -37,12 +38,12 @@ MAX_WIDTH = 1 << 20  # of features that a run may say it reads
 class UsedSide:
     """The features that one side of an alignment reads; ``source`` opens their encoder."""
 
-    modality: str
+    modality: Annotated[str, Field(pattern="^(image|text)$")]
     encoder: str
     source: str
     key: str
-    dtype: str
-    width: int
+    dtype: Annotated[str, Field(pattern="^float(16|32)$")]
+    width: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
     @classmethod
     def of(cls, features: Features, view: str) -> "UsedSide":
@@ -66,10 +67,10 @@ class Direction:
 
     n_queries: int
     n_gallery: int
-    recall: Mapping[int, float]
-    chance: Mapping[int, float]
-    median_rank: float
-    curve: tuple[tuple[int, float], ...]
+    recall: dict[int, Figure]
+    chance: dict[int, Figure]
+    median_rank: Figure
+    curve: tuple[tuple[int, Figure], ...]
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ class Retrieval:
     """Figures of a split: by direction, and the modality gap of the untrained and of the trained model."""
 
     n_samples: int
-    directions: Mapping[str, Direction]
-    gap_before: float
-    gap_after: float
+    directions: dict[str, Direction]
+    gap_before: Figure
+    gap_after: Figure
 
 
 @dataclass
@@ -154,10 +155,10 @@ class Alignment:
             name=path.resolve().name,
             dataset=about.dataset,
             config=config,
-            sides=tuple(UsedSide(**side.model_dump()) for side in about.sides),  # type: ignore[arg-type]
+            sides=about.sides,
             model=model.eval(),
             history=history,
-            results=_results(about),
+            results=about.results,
             split_digest=about.split_digest,
             seconds=about.seconds,
             created=about.created,
@@ -166,39 +167,14 @@ class Alignment:
         )
 
 
-class _Side(BaseModel):
-    modality: Literal["image", "text"]
-    encoder: str
-    source: str
-    key: str
-    dtype: Literal["float16", "float32"]
-    width: int = Field(ge=1, le=MAX_WIDTH)
-
-
-class _Direction(BaseModel):
-    n_queries: int
-    n_gallery: int
-    recall: dict[int, Figure]
-    chance: dict[int, Figure]
-    median_rank: Figure
-    curve: list[tuple[int, Figure]]
-
-
-class _Retrieval(BaseModel):
-    n_samples: int
-    directions: dict[str, _Direction]
-    gap_before: Figure
-    gap_after: Figure
-
-
 class Description(BaseModel):
     """The part of run.json that is read back."""
 
-    dataset: str
+    dataset: DatasetName
     created: str
     config: dict[str, Any]
-    sides: tuple[_Side, _Side]
-    results: dict[str, _Retrieval]
+    sides: tuple[UsedSide, UsedSide]
+    results: dict[str, Retrieval]
     split_digest: str
     parent: str
     seconds: float
@@ -249,18 +225,3 @@ def _summarize(path: Path) -> AlignmentSummary:
         recall_at_1={name: direction.recall.get(1, float("nan")) for name, direction in directions.items()},
         size_mb=about.size_mb,
     )
-
-
-def _results(about: Description) -> dict[str, Retrieval]:
-    return {
-        split: Retrieval(
-            result.n_samples,
-            {
-                name: Direction(one.n_queries, one.n_gallery, one.recall, one.chance, one.median_rank, tuple(one.curve))
-                for name, one in result.directions.items()
-            },
-            result.gap_before,
-            result.gap_after,
-        )
-        for split, result in about.results.items()
-    }

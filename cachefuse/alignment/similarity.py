@@ -19,6 +19,7 @@ from cachefuse.training.problem import TRAIN, VAL
 
 TOLERANCES = np.linspace(0.1, 1, 100)  # CBMF, figure 3: "100 values spanning from 0.1 to 1"
 CHUNK = 4096  # pairs at a time
+MOST_UNITS = 20  # of a scale that is looked at by unit
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Scored:
     """Pairs with people's scores: correlations with the cosine, and the tolerance curve.
 
     ``tolerance`` is the share of pairs whose cosine, from 0 to 1 laid over the dataset's scale, is within e of the
-    score, for each e of ``TOLERANCES``: of all pairs, and of those in each unit of the scale, by its name ("0-1").
+    score, for each e of ``TOLERANCES``: of all pairs, and of those in each unit of a scale of up to 20
+    ("0-1").
     """
 
     n_pairs: int
@@ -148,9 +150,9 @@ def _scored(store: FeatureStore, cosines: np.ndarray, rows: np.ndarray) -> Score
     scores, found = store.targets[rows].astype(np.float64), cosines[rows]
     low, high = store.manifest.scale or (0.0, 1.0)
     errors = np.abs(low + np.clip(found, 0, 1) * (high - low) - scores)
-    edges = np.arange(np.floor(low), np.ceil(high))
     groups = {"all": np.ones(len(scores), bool)}
-    if len(edges) > 1:
+    if 1 < np.ceil(high) - np.floor(low) <= MOST_UNITS:
+        edges = np.arange(np.floor(low), np.ceil(high))
         bins = np.clip(np.floor(scores), edges[0], edges[-1])
         groups |= {f"{edge:g}-{edge + 1:g}": bins == edge for edge in edges}
     varies = len(scores) > 1 and np.ptp(scores) > 0 and np.ptp(found) > 0

@@ -36,7 +36,10 @@ class Space(Protocol):
         """Return vectors (n, W) of raw images (sources) or texts. Raises BadSampleError for one that can't be used."""
 
     def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = silent) -> Features:
-        """Return a store's pooled features in this space, made now where they can be. Raises RunError if they can't."""
+        """Return a store's pooled features in this space, made now where they can be.
+
+        Raises RunError if they can't, CacheError if they were made by something else of that name.
+        """
 
     def counterpart(self, modality: str) -> str:
         """Return the modality to look for with a query of one. Raises RunError for one that is not in this space."""
@@ -101,6 +104,8 @@ class EncoderSpace:
                 f"{store.path} has no features of {self.name} ({modality}); make them with cachefuse extract "
                 f"--dataset {store.dataset} --encoder {self._spec}"
             )
+        provenance = {**self._towers[modality].provenance, "dtype": features.provenance["dtype"]}
+        store.check_same(features, provenance, {})
         return features
 
     def counterpart(self, modality: str) -> str:

@@ -1,6 +1,8 @@
 """An alignment as an encoder: ``aligned:<run>`` encodes by the run's own encoders, then maps to the common space."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,21 @@ from cachefuse.cache.layout import DTYPES, provenance_key
 from cachefuse.cache.lock import only_writer
 from cachefuse.cache.store import FeatureStore
 from cachefuse.encoders import open_encoder
-from cachefuse.encoders.base import DerivedTower, EncoderSpec, Tower
+from cachefuse.encoders.base import ALIGNED, DerivedTower, EncoderSpec, Tower
 from cachefuse.encoders.base import Features as Encoded
 from cachefuse.encoders.frozen import to_numpy, weights_digest
 from cachefuse.errors import EncoderError, RunError
 from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import ALIGNED
 
 SIDES = ("", "1", "2")  # after the @ of a spec
+_under_way: ContextVar[tuple[str, ...]] = ContextVar("alignments that are being opened", default=())
 
 
 class AlignedTower(DerivedTower):
     """One side of an alignment: unit vectors (B, W). ``base`` encodes raw samples; without it there are only features.
 
-    What the base sees is rounded as a store would keep it, so that both ways give the same.
+    What the base sees is rounded as a store would keep it, so that both ways give the same; but for tokens that a store
+    has as int8, which are near to it.
     """
 
     def __init__(self, run: Alignment, side: int, device: str = "cpu", base: Tower | None = None):
@@ -97,7 +100,8 @@ def open_aligned(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     towers: dict[str, Tower] = {}
     for side in sides:
         about = run.sides[side]
-        base = open_encoder(about.source, device).get(about.modality)
+        with _within(spec):
+            base = open_encoder(about.source, device).get(about.modality)
         if base is None or provenance_key({**base.provenance, "dtype": about.dtype}) != about.key:
             raise EncoderError(
                 f"can't open {spec}: {about.source} has other weights or preprocessing than when {run.name} was made; "
@@ -105,6 +109,19 @@ def open_aligned(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             )
         towers[about.modality] = AlignedTower(run, side, device, base)
     return towers
+
+
+@contextmanager
+def _within(spec: EncoderSpec) -> Iterator[None]:
+    """Raise EncoderError for an alignment that reads itself, as only a file that was edited does."""
+    above, place = _under_way.get(), str(Path(spec.model).expanduser().resolve())
+    if place in above:
+        raise EncoderError(f"can't open {spec}: it reads itself; its run.json was edited")
+    token = _under_way.set((*above, place))
+    try:
+        yield
+    finally:
+        _under_way.reset(token)
 
 
 def open_spec(spec: EncoderSpec) -> tuple[Alignment, tuple[int, ...]]:
@@ -146,9 +163,9 @@ def aligned_features(
     """
     spec, about = side_spec(run, side), run.sides[side]
     tower = AlignedTower(run, side, resolve_device(device))
-    dtypes = {"pooled": "float16"}
-    provenance = {**tower.provenance, "dtype": "float16"}
     features = store.open_features(spec.short, about.modality)
+    dtype = "float16" if features is None else features.provenance["dtype"]
+    dtypes, provenance = {"pooled": dtype}, {**tower.provenance, "dtype": dtype}
     if features is not None and not len(features.missing_rows("pooled")):
         store.check_same(features, provenance, dtypes)
         return features

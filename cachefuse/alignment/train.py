@@ -19,7 +19,7 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError, RunError
 from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
 from cachefuse.runtime import own_randomness, resolve_device, seed_everything
-from cachefuse.training.loop import Epoch
+from cachefuse.training.loop import Epoch, History
 from cachefuse.training.problem import TRAIN, VAL
 from cachefuse.training.run import split_digest
 
@@ -67,7 +67,7 @@ def align(
         config=config,
         sides=(UsedSide.of(features[0], config.view), UsedSide.of(features[1], config.view)),
         model=model,
-        history=None,  # type: ignore[arg-type]
+        history=History(),
         split_digest=split_digest(store),
     )
     gaps = {split: _gap(model, data, split) for split in measured_splits(data)}

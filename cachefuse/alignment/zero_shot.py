@@ -78,7 +78,9 @@ def zero_shot(
     for start, part in rows.in_order(PIECE):
         scores = part.float() @ by_class.T  # (n, C); an image's length does not change the order of its classes
         own = scores.gather(1, targets[start : start + len(part)].clamp(min=0)[:, None])
-        ranks[start : start + len(part)] = (scores >= own).sum(1).numpy()  # of equal scores one's own is the last
+        ranks[start : start + len(part)] = (
+            (~(scores < own)).sum(1).numpy()
+        )  # of equal scores, or none (NaN), one's own is last
     measured = here & np.isin(store.splits, splits)
     right = ranks == 1
     return ZeroShot(

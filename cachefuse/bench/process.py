@@ -141,7 +141,7 @@ def search(path: str, k: int) -> None:
     (features,) = FeatureStore(Path(path)).features()
     rows = features.rows()
     if k:
-        nearest(rows, torch.randn(1, rows.shape[1]), k)
+        nearest(rows, torch.randn(1, rows.shape[1]), k, unit=True)
 
 
 def _anonymous(pid: int) -> float:

@@ -98,7 +98,10 @@ def extract(
 
 def extract_into(store: FeatureStore, request: Request, max_bad: float, on_progress: OnProgress) -> ExtractReport:
     """Compute what a store lacks of what is asked for; its lock is held, and its samples are up to date."""
-    jobs = [make_job(request, store, spec, tower, max_bad) for spec, tower in request.towers]
+    towers = sorted(
+        request.towers, key=lambda place: isinstance(place[1], DerivedTower)
+    )  # made of the others' features
+    jobs = [make_job(request, store, spec, tower, max_bad) for spec, tower in towers]
     check_room(store.path, round(sum(job.n_bytes for job in jobs)))
     report = ExtractReport(store.path)
     for job in jobs:

@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from cachefuse.cache.derive import base_rows
 from cachefuse.cache.layout import DTYPES
 from cachefuse.cache.pipeline import encode_prepared, is_bad, item_sources, prepare_in_order, prepare_source
 from cachefuse.cache.request import Request, open_request
+from cachefuse.cache.rows import Rows
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
-from cachefuse.encoders.base import Tower
+from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import CacheError
 from cachefuse.runtime import format_bytes
 
@@ -87,7 +89,11 @@ def plan(
             n_missing = int(missing[view].sum())
             planned.append(PlannedView(spec.short, tower.modality, view, kind, len(sources), n_missing, n_bytes))
         pending = int(np.logical_or.reduce(list(missing.values())).sum())
-        seconds[(spec.short, tower.modality)] = pending * _seconds_a_row(tower, sources, request) if pending else 0.0
+        base = base_rows(store, tower) if store is not None and isinstance(tower, DerivedTower) else None
+        a_row = _seconds_a_row(tower, sources, request) if pending and base is None else 0.0
+        if pending and base is not None and isinstance(tower, DerivedTower):
+            a_row = _seconds_to_derive(tower, base)
+        seconds[(spec.short, tower.modality)] = pending * a_row
     return Plan(store_path, tuple(planned), seconds, free_bytes(store_path))
 
 
@@ -141,6 +147,15 @@ def _missing(
         rows = features.missing_rows(view)
         missing[rows[rows < n_rows]] = True
     return missing
+
+
+def _seconds_to_derive(tower: DerivedTower, base: Rows) -> float:
+    """Map some rows that are there already, and return the seconds that one takes."""
+    rows = base[:MEASURED_TEXTS]
+    tower.transform(rows[:1])
+    begun = time.perf_counter()
+    tower.transform(rows)
+    return (time.perf_counter() - begun) / max(1, len(rows))
 
 
 def _seconds_a_row(tower: Tower, sources: Sequence[Any], request: Request) -> float:

@@ -20,6 +20,7 @@ from cachefuse.cache.samples import IDENTITY, read_about, read_columns
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.views import block_name
 from cachefuse.data.dataset import Dataset
+from cachefuse.encoders.base import is_derived
 from cachefuse.errors import CacheError
 
 
@@ -101,7 +102,8 @@ def repair(
     """
     with only_writer(store.path):
         store = FeatureStore.for_dataset(store.path, dataset)
-        for path in sorted({(damage.encoder, damage.modality, damage.view) for damage in found.damage}):
+        damaged = {(damage.encoder, damage.modality, damage.view) for damage in found.damage}
+        for path in sorted(damaged, key=lambda path: (is_derived(path[0]), path)):  # what is made of others comes last
             features = store.open_features(*path[:2]) if path[0] else None
             if features is None:
                 continue

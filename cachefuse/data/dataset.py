@@ -150,10 +150,11 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
 
 
 def _lacks_validation(manifest: Manifest, samples: Samples, targets: np.ndarray) -> bool:
-    """Return whether no labelled row is in val, and those to train on are enough to hold some out."""
-    untrained = manifest.task in ("retrieval", *PAIRS)
-    if manifest.splits or untrained or samples.splits.count("train") < MIN_ROWS_TO_SPLIT:
+    """Return whether no row to validate on is in val, and those to train on are enough to hold some out."""
+    if manifest.splits or manifest.task in PAIRS or samples.splits.count("train") < MIN_ROWS_TO_SPLIT:
         return False
+    if manifest.task == "retrieval":
+        return "val" not in samples.splits
     return not np.any(np.array(samples.splits)[is_labelled(targets)] == "val")
 
 

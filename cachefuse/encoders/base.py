@@ -8,6 +8,7 @@ from typing import Any
 
 from cachefuse.errors import EncoderError
 
+ALIGNED = "aligned"  # the family of encoders that are made of others
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}  # weights in these can run code when they are loaded
 
 Features = dict[str, Any]  # view -> (B, D) or (B, T, D) float32 array, or for ragged tokens a list of B (T_i, D) arrays
@@ -93,6 +94,11 @@ class Tower(ABC):
 
         ``pooled`` is (B, D); ``tokens`` is (B, T, D), or a list of B (T_i, D) if ragged.
         """
+
+
+def is_derived(encoder: str) -> bool:
+    """Whether an encoder, by its spec, makes its features of another's."""
+    return encoder.partition(":")[0] == ALIGNED
 
 
 class DerivedTower(Tower):

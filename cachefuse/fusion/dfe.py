@@ -137,10 +137,9 @@ class DeepFusionEncoder(nn.Module):
         self.block = TransformerBlock(width, dropout=dropout)
 
     def forward(self, x: Tensor, mask: Tensor, side: int) -> Tensor:
-        x = self.project[side](x)  # (B, T, W)
         if x.shape[1] > 1:
             x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever padding holds, NaN included, stays out of it
-        fused = self.operation(x, self.context.weight[side], mask)  # (B, T, W)
+        fused = self.operation(self.project[side](x), self.context.weight[side], mask)  # (B, T, W)
         return masked_mean(fused + self.block(self.norm(fused), mask), mask)
 
 

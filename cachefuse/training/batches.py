@@ -13,7 +13,7 @@ from cachefuse.cache.features import Features
 from cachefuse.cache.rows import SHUFFLE_BYTES, Columns, FlatTokens, JoinedRows, block_shuffle
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.targets import is_labelled
-from cachefuse.encoders.base import EncoderSpec, is_path
+from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.registry import lookup
 from cachefuse.runtime import total_memory
@@ -24,7 +24,6 @@ SHARE_OF_MEMORY = 0.5  # that features may take before they count as too large f
 SHARE_AT_HAND = 1 / 16  # that a standardised copy may take, and a shuffled one besides; what is larger stays in files
 
 LOAD_ROWS = 4096  # brought into memory at a time
-ALIGNED = "aligned"  # the family of encoders that are made of others
 PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # predicted at a time, at most
 
 
@@ -132,6 +131,7 @@ def select_features(
     if encoders:
         stored = [features for name in encoders for features in _find(stored, name)]
     else:
+        stored = [features for features in stored if not is_derived(features.encoder)] or stored
         whole = [features for features in stored if not len(features.missing_rows(view))]
         for features in stored if whole else ():
             if features not in whole:
@@ -141,7 +141,6 @@ def select_features(
                     features.modality,
                 )
         stored = whole or stored  # if none is whole, reading says how to go on
-        stored = [features for features in stored if features.provenance.get("family") != ALIGNED] or stored
     chosen: dict[str, list[Features]] = {}
     for features in stored:
         if features not in chosen.setdefault(features.modality, []):

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Protocol, TypeVar
 
 import numpy as np
 import safetensors
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -64,10 +64,19 @@ class _Member(BaseModel):
     fold: int | None
 
 
+def _check_dataset(name: str) -> str:
+    if slug(name) != name or name.endswith(".toml"):
+        raise ValueError(f"not a dataset's name: {name!r}")
+    return name
+
+
+DatasetName = Annotated[str, AfterValidator(_check_dataset)]  # the name of a store's file, which leads nowhere else
+
+
 class Description(BaseModel):
     """The part of run.json that is read back."""
 
-    dataset: str
+    dataset: DatasetName
     created: str
     manifest: Manifest
     classes: tuple[str, ...]
@@ -122,7 +131,7 @@ def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Pa
             logger.warning("passed over: %s", error)
             continue
         # A tuned alignment is for the head that it was tuned with: its other side is no longer where it was.
-        if kind in (None, kind_of(values)) and not (kind == ALIGNMENT and values.get("parent")):
+        if kind in (None, kind_of(values)) and not values.get("parent"):
             made.append((str(values.get("created", "")), path.parent))
     if not made:
         raise RunError(f"no {'runs' if kind in (None, HEAD) else 'alignments'} in {runs}; {HOW_TO_MAKE[kind or HEAD]}")

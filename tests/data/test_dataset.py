@@ -114,16 +114,14 @@ def test_held_out_groups_stay_together(tmp_path):
     assert len(set(zip(dataset.targets.tolist(), dataset.splits.tolist(), strict=True))) == 2
 
 
-@pytest.mark.parametrize("case", ["few", "labelled val", "other splits", "retrieval"])
+@pytest.mark.parametrize("case", ["few", "labelled val", "other splits"])
 def test_nothing_is_held_out(tmp_path, case):
     write(tmp_path, n=19 if case == "few" else 100)
     write(tmp_path, n=50, file="test.csv", first=100)
-    options = {"other splits": "splits.dev = { from = 'train', fraction = 0.5 }", "retrieval": "task = 'retrieval'"}
+    options = {"other splits": "splits.dev = { from = 'train', fraction = 0.5 }"}
     text = MANIFEST.format(
         options=options.get(case, ""), files=', val = "test.csv"' if case == "labelled val" else "", reader=""
     )
-    if case == "retrieval":
-        text = text.replace('task = "multiclass"\n', "")
     dataset = load_dataset(parse_manifest(text, "mine.toml"), tmp_path)
     assert dataset.splits.tolist().count("val") == (50 if case == "labelled val" else 0)
     assert dataset.notes == ()
@@ -198,3 +196,13 @@ def test_hash_split_from_a_split_without_rows(tmp_path):
 def test_spaces_around_labels_and_classes(tmp_path):
     (tmp_path / "train.csv").write_text("id,text,label\n1,x, a \n2,y,b\t\n")
     assert load(tmp_path, options='classes = ["b ", " a"]').targets.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("has_val", [False, True])
+def test_a_dataset_without_labels_has_rows_to_validate_on_too(tmp_path, has_val):
+    write(tmp_path, n=200)
+    write(tmp_path, n=30, file="val.csv", first=200)
+    text = MANIFEST.format(options="task = 'retrieval'", files=', val = "val.csv"' if has_val else "", reader="")
+    dataset = load_dataset(parse_manifest(text.replace('task = "multiclass"\n', ""), "mine.toml"), tmp_path)
+    n_val = dataset.splits.tolist().count("val")
+    assert n_val == 30 if has_val else 5 < n_val < 40
