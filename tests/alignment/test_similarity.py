@@ -1,5 +1,6 @@
 """How alike sentences are: cosines, correlations, the tolerance curve and the threshold, each against another way."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -321,15 +322,29 @@ class TestParaphrases:
 
 class TestAlignments:
     @pytest.fixture
-    def store(self, scored):
+    def encoded(self):
         texts = random_texts(60)
         other = list((np.stack(texts) @ np.random.default_rng(1).normal(size=(8, 6))).astype(np.float16))
-        scores = np.clip(5 * np.array(direct(texts)), 0, 5)
-        return scored({"bert": texts, "roberta": other}, scores, ["train"] * 40 + ["test"] * 20)
+        return {"bert": texts, "roberta": other}
 
-    def test_two_encoders_are_measured_before_after_and_across(self, store, tmp_path):
-        run = align(store, AlignConfig(width=8, epochs=2, batch_size=16, patience=0), device="cpu")
+    @pytest.fixture
+    def store(self, scored, encoded):
+        scores = np.clip(5 * np.array(direct(encoded["bert"])), 0, 5)
+        return scored(encoded, scores, ["train"] * 40 + ["test"] * 20)
+
+    @pytest.fixture
+    def run(self, make_store, encoded, tmp_path):
+        """An alignment on pairs that all mean the same, by the same encoders."""
+        pairs = make_store(["train"] * 40 + ["test"] * 20, texts=encoded, name="pairs")
+        run = align(pairs, AlignConfig(width=8, epochs=2, batch_size=16, patience=0), device="cpu")
         run.save(tmp_path / "runs")
+        return run
+
+    def test_pairs_that_differ_in_meaning_are_nothing_to_align_on(self, store):
+        with pytest.raises(ConfigError, match="don't all mean the same, so they can't be aligned"):
+            align(store, AlignConfig(width=8, patience=0), device="cpu")
+
+    def test_two_encoders_are_measured_before_after_and_across(self, store, run):
         found = similarity(store, run=run, device="cpu")
         sides = [f"aligned:{run.path}", f"aligned:{run.path}@2"]
         assert len(found) == 5
@@ -342,9 +357,7 @@ class TestAlignments:
         expected = stats.pearsonr(across[here], store.targets[here])[0]
         assert found[f"{run.name}, across"]["test"].pearson == pytest.approx(expected)
 
-    def test_of_encoders_named_beside_it_those_and_the_run(self, store, tmp_path):
-        run = align(store, AlignConfig(width=8, epochs=1, batch_size=16, patience=0), device="cpu")
-        run.save(tmp_path / "runs")
+    def test_of_encoders_named_beside_it_those_and_the_run(self, store, run):
         found = list(similarity(store, run=run, encoders=["roberta"], device="cpu"))
         assert found[0] == "roberta"
         assert "bert" not in found
@@ -367,9 +380,10 @@ class TestRefusals:
             similarity(scored(random_texts(2), [NAN, NAN]))
 
     def test_of_runs_without_texts(self, scored, make_store, tmp_path):
-        images = list(np.random.default_rng(0).normal(size=(12, 4)))
-        store = make_store(["train"] * 12, images={"one": images, "two": images}, name="images")
+        texts = random_texts(12)
+        store = make_store(["train"] * 12, texts={"one": texts, "two": texts}, name="pairs")
         run = align(store, AlignConfig(width=8, epochs=1, patience=0), device="cpu")
+        run.sides = tuple(replace(side, modality="image") for side in run.sides)
         with pytest.raises(RunError, match=f"alignment {run.name} has no text side"):
             similarity(scored(random_texts(4), [1, 2, 3, 4]), run=run)
 

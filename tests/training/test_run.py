@@ -115,7 +115,7 @@ def test_a_failed_save_leaves_nothing(trained, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("cachefuse.training.run.write_atomically", fail)
+    monkeypatch.setattr("cachefuse.training.run_files.write_atomically", fail)
     with pytest.raises(OSError, match="disk full"):
         trained.save(tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
@@ -124,14 +124,15 @@ def test_a_failed_save_leaves_nothing(trained, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cachefuse.training import run as module
+from cachefuse.training import run_files as module
 real = module.write_atomically
 def write(path, data):
     real(path, data)
     if path.name == "run.json":
         os.kill(os.getpid(), signal.SIGKILL)
 module.write_atomically = write
-module.Run.load(Path(sys.argv[1])).save(Path(sys.argv[2]))
+from cachefuse.training.run import Run
+Run.load(Path(sys.argv[1])).save(Path(sys.argv[2]))
 """
 
 
@@ -323,11 +324,15 @@ def test_never_unpickles(saved, tmp_path, monkeypatch):
 
 
 def test_what_a_run_says_names_no_place_to_write(saved, tmp_path):
-    edit(saved / "run.json", lambda values: values.update(name="../../escaped", dataset="../../escaped"))
+    edit(saved / "run.json", lambda values: values.update(name="../../escaped"))
     run = Run.load(saved)
     assert run.name == saved.name
     assert run.save(tmp_path / "copies").parent == tmp_path / "copies"
     assert not list(tmp_path.parent.glob("*escaped*"))
+    for name in ("../../escaped", "/tmp/escaped", "here.toml", ""):
+        edit(saved / "run.json", lambda values, name=name: values.update(dataset=name))
+        with pytest.raises(RunError, match="not a dataset's name"):
+            Run.load(saved)
 
 
 def match(saved, store):
