@@ -1,12 +1,12 @@
 """`cachefuse align`."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cachefuse_cli.align_options import takes_align_config
-from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace
+from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, Workspace
 
 if TYPE_CHECKING:
     from cachefuse.alignment.config import AlignConfig
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 def align(
     config: "Callable[[], AlignConfig]",
     dataset: StoreName = None,
-    encoder: UsedEncoders = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="Which two; given twice.", show_default="the two that the store has"),
+    ] = None,
     device: Device = "auto",
     workspace: Workspace = WORKSPACE,
     json: Json = False,

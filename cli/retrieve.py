@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachefuse_cli.align_options import AlignmentName, SpaceEncoder, open_space
-from cachefuse_cli.options import WORKSPACE, DataDir, Device, Json, StoreName, Workspace
+from cachefuse_cli.options import WORKSPACE, DataDir, Device, Json, Workspace
 
 if TYPE_CHECKING:
     from cachefuse.cache.store import FeatureStore
@@ -27,7 +27,10 @@ def retrieve(
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with the pictures.")] = None,
     run: AlignmentName = None,
     encoder: SpaceEncoder = None,
-    dataset: StoreName = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Whose images and texts.", show_default="what the alignment was made on"),
+    ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
     workspace: Workspace = WORKSPACE,
