@@ -184,11 +184,19 @@ def newest_first(runs: Path, kind: str, summarize: Callable[[Path], Summary]) ->
     found = []
     for path in sorted({path.parent for name in FILES for path in runs.glob(f"*/{name}")}):
         try:
-            if kind_of(read_whole(path)) == kind:
+            if _likely_kind(path) == kind:
                 found.append(summarize(path))
         except RunError as error:
             logger.warning("passed over: %s", error)
     return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
+
+
+def _likely_kind(path: Path) -> str:
+    """Return which kind of run is in a directory; what can't be read counts as a head, so that one list names it."""
+    try:
+        return kind_of(read_json(path / "run.json"))
+    except RunError:
+        return HEAD
 
 
 def _summarize(path: Path) -> RunSummary:

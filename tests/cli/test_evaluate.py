@@ -114,7 +114,7 @@ def test_says_how_to_go_on_where_the_splits_have_changed(cachefuse, workspace):
 
 def test_says_that_there_are_no_features(cachefuse, workspace):
     shutil.rmtree(workspace / "cache")
-    assert "no feature store at workspace/cache/mine.zarr; run cachefuse extract first" in cachefuse("evaluate").error
+    assert "no features of mine in workspace; make them with cachefuse extract" in cachefuse("evaluate").error
 
 
 def test_an_interrupt_is_told(cachefuse, workspace, monkeypatch):

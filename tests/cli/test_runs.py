@@ -65,15 +65,15 @@ def test_as_json(cachefuse, several):
 
 
 def test_only_those_of_a_dataset_and_a_table_for_each(cachefuse, several, fits):
-    edit(several / "mine-sum-linear-asl-1" / "run.json", dataset="other [x]")
+    edit(several / "mine-sum-linear-asl-1" / "run.json", dataset="other_x")
     result = cachefuse("runs")
     assert "mine: 2 runs" in result.out
-    assert "other [x]: 1 run, " in result.out
+    assert "other_x: 1 run, " in result.out
     fits(result.out)
     for dataset, names in {
         "mine": ["mine-text-linear-asl-1", "mine-sum-linear-asl-2"],
         "./mine.toml": ["mine-text-linear-asl-1", "mine-sum-linear-asl-2"],
-        "other [x]": ["mine-sum-linear-asl-1"],
+        "other_x": ["mine-sum-linear-asl-1"],
         "none": [],
     }.items():
         assert [run["name"] for run in json.loads(cachefuse("runs", "--dataset", dataset, "--json").out)] == names

@@ -15,8 +15,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from cachefuse.alignment.config import AlignConfig
+from cachefuse.alignment.model import Aligner
+from cachefuse.alignment.run import Alignment, UsedSide
+from cachefuse.cache.layout import provenance_key
 from cachefuse.encoders import open_encoder
-from cachefuse.encoders.base import Tower
+from cachefuse.encoders.base import EncoderSpec, Tower
+from cachefuse.training.loop import History
 
 WORDS = ("the", "a", "red", "blue", "circle", "square", "big", "small", "left", "right")
 
@@ -97,6 +102,21 @@ def save_custom_clip(folder: Path) -> str:
     return save_clip(folder, custom_text=True)
 
 
+def save_aligned(folder: Path) -> str:
+    """Save an alignment, untrained, of a ViT and a BERT."""
+    sides = []
+    for modality, save in (("image", save_vit), ("text", save_bert)):
+        (folder / modality).mkdir()
+        source = save(folder / modality)
+        tower = open_encoder(source)[modality]
+        key = provenance_key({**tower.provenance, "dtype": "float16"})
+        sides.append(UsedSide(modality, EncoderSpec.parse(source).short, source, key, "float16", tower.width))
+    config = AlignConfig(width=16)
+    model = Aligner([side.width for side in sides], config)
+    run = Alignment("tiny", "mine", config, (sides[0], sides[1]), model, History())
+    return f"aligned:{run.save(folder / 'runs')}"
+
+
 def save_timm(name: str) -> Callable[[Path], str]:
     def save(folder: Path) -> str:
         save_file(timm.create_model(name).state_dict(), folder / "weights.safetensors")
@@ -106,6 +126,7 @@ def save_timm(name: str) -> Callable[[Path], str]:
 
 
 MAKERS: dict[str, Callable[[Path], str]] = {
+    "aligned": save_aligned,
     "classic": lambda folder: "classic",
     "clip": save_clip,
     "clip-custom-text": save_custom_clip,
