@@ -16,7 +16,7 @@ from cachefuse.alignment.loop import fit
 from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.search import nearest
 from cachefuse.bench import process
-from cachefuse.bench.base import OnProgress, temporary, write_store
+from cachefuse.bench.base import OnProgress, measure_all, temporary, write_store
 from cachefuse.bench.timing import BenchRow, by_turns, seconds, timed
 from cachefuse.fusion.dfe import EXPANSION
 from cachefuse.runtime import resolve_device
@@ -184,10 +184,5 @@ def bench_align(
     Raises ConfigError for a device that is not there.
     """
     sizes, device = sizes or AlignSizes(), resolve_device(device)
-    rows: list[BenchRow] = []
     with temporary(folder) as made:
-        bench = AlignBench(made, device, sizes)
-        for what, measure in MEASUREMENTS.items():
-            on_progress(what, len(rows), len(MEASUREMENTS))
-            rows.append(measure(bench))
-    return rows
+        return measure_all(MEASUREMENTS, AlignBench(made, device, sizes), on_progress)

@@ -1,16 +1,18 @@
 """What the measurements share: how much is measured, a folder to write in, and a store beside a file of its rows."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cachefuse.bench.timing import BenchRow
 from cachefuse.cache.features import Features
 from cachefuse.cache.rows import Rows
 from cachefuse.cache.store import FeatureStore
@@ -21,6 +23,7 @@ from cachefuse.data.manifest import parse_manifest
 ROW_BATCH = 4096  # rows of one random batch
 N_CLASSES = 18
 VAL_ROWS = 10_000
+Measured = TypeVar("Measured")  # what measurements share
 OnProgress = Callable[[str, int, int], None]  # (what is measured now, how many before it, of how many)
 MANIFEST = 'name = "bench"\ntask = "multilabel"\nreader = { kind = "shapes" }'
 
@@ -111,6 +114,17 @@ def write_store(path: Path, n_rows: int, width: int, scale: float = 1.0) -> Feat
             rows = np.arange(start, min(start + ROW_BATCH, n_rows))
             writer.add(rows, list(some[: len(rows)]))
     return features
+
+
+def measure_all(
+    measurements: Mapping[str, Callable[[Measured], BenchRow]], bench: Measured, on_progress: OnProgress
+) -> list[BenchRow]:
+    """Take measurements one after the other, telling ``on_progress`` the name of each before it."""
+    rows: list[BenchRow] = []
+    for what, measure in measurements.items():
+        on_progress(what, len(rows), len(measurements))
+        rows.append(measure(bench))
+    return rows
 
 
 @contextmanager

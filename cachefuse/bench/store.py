@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from cachefuse.bench.base import Bench, OnProgress, Sizes, temporary
+from cachefuse.bench.base import Bench, OnProgress, Sizes, measure_all, temporary
 from cachefuse.bench.encoding import encode_texts, extract_images
 from cachefuse.bench.process import extract_memory, open_store, train_memory
 from cachefuse.bench.storage import gather, gather_zarr, read_all, write
@@ -44,14 +44,9 @@ def bench_store(
     """
     sizes, device = sizes or Sizes(), resolve_device(device)
     measurements = {**MEASUREMENTS, **(OF_MEMORY if memory else {})}
-    rows: list[BenchRow] = []
     with temporary(folder) as made:
         _check_room(made, sizes.n_bytes(memory))
-        bench = Bench(made, device, sizes)
-        for what, measure in measurements.items():
-            on_progress(what, len(rows), len(measurements))
-            rows.append(measure(bench))
-    return rows
+        return measure_all(measurements, Bench(made, device, sizes), on_progress)
 
 
 def _check_room(folder: Path, n_bytes: int) -> None:

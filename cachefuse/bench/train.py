@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from cachefuse.bench.base import N_CLASSES, OnProgress, temporary, write_store
+from cachefuse.bench.base import N_CLASSES, OnProgress, measure_all, temporary, write_store
 from cachefuse.bench.timing import BenchRow, by_turns, rates, seconds, timed
 from cachefuse.cache.store import FeatureStore
 from cachefuse.fusion.model import FusionModel
@@ -192,13 +192,8 @@ def bench_train(
     Raises ConfigError for a device that is not there.
     """
     sizes, device = sizes or TrainSizes(), resolve_device(device)
-    rows: list[BenchRow] = []
     with temporary(folder) as made:
-        bench = TrainBench(made, device, sizes)
-        for what, measure in MEASUREMENTS.items():
-            on_progress(what, len(rows), len(MEASUREMENTS))
-            rows.append(measure(bench))
-    return rows
+        return measure_all(MEASUREMENTS, TrainBench(made, device, sizes), on_progress)
 
 
 def matrix_products(x: Any, layers: Layers, batch: int) -> Callable[[], None]:
