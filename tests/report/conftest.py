@@ -1,3 +1,4 @@
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -150,3 +151,22 @@ def quick():
 def parse():
     """From a page's text to its tags, texts and tables."""
     return Page
+
+
+@pytest.fixture
+def self_contained(parse):
+    """Assert that a page runs nothing and asks for nothing outside it."""
+
+    def check(html):
+        for tag, attributes in parse(html).tags:
+            assert tag not in ("script", "iframe", "object", "embed", "base", "form")
+            for name, value in attributes.items():
+                assert not name.startswith("on")
+                assert name not in ("srcset", "action", "formaction", "background", "ping", "xlink:href", "data")
+                if name in ("src", "href"):
+                    assert re.match(r"#[a-z-]+$|data:image/jpeg;base64,|data:,$", value)
+        assert "url(" not in html
+        assert not re.search(r"https?://", html)
+        assert "default-src 'none'" in html
+
+    return check

@@ -133,20 +133,11 @@ def test_the_same_run_gives_the_same_bytes(page, saved, store, dataset):
 
 
 @pytest.mark.parametrize("fixture", ["page", "hostile_page"])
-def test_nothing_outside_the_page_is_needed(fixture, request, parse):
+def test_nothing_outside_the_page_is_needed(fixture, request, self_contained):
     html = request.getfixturevalue(fixture)
-    for tag, attributes in parse(html).tags:
-        assert tag not in ("script", "iframe", "object", "embed", "base", "form")
-        for name, value in attributes.items():
-            assert not name.startswith("on")
-            assert name not in ("srcset", "action", "formaction", "background", "ping", "xlink:href", "data")
-            if name in ("src", "href"):
-                assert re.match(r"#[a-z-]+$|data:image/jpeg;base64,|data:,$", value)
+    self_contained(html)
     style = re.search(r"<style>(.*?)</style>", html, flags=re.S).group(1)
-    assert "url(" not in html
     assert "@import" not in style
-    assert not re.search(r"https?://", html)
-    assert "default-src 'none'" in html
 
 
 def test_names_and_texts_from_data_are_escaped(hostile_page, parse, hostile):
