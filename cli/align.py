@@ -36,11 +36,11 @@ def align(
             from cachefuse.runtime import Workspace as WorkspacePaths
             from cachefuse_cli import align_tables
             from cachefuse_cli.options import open_store
-            from cachefuse_cli.progress import AlignProgress
+            from cachefuse_cli.progress import TrainProgress
 
             settings = config()
             store = open_store(workspace, dataset)
-        with AlignProgress() as progress:
+        with TrainProgress("R@1") as progress:
             run = run_align(store, settings, encoders=encoder or (), device=device, on_progress=progress.update)
         run.save(WorkspacePaths(workspace).runs)
     if json:

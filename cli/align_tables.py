@@ -157,13 +157,16 @@ def similarity_dict(found: "Mapping[str, Mapping[str, Figures]]", store: "Featur
 
 def similarity_report(found: "Mapping[str, Mapping[str, Figures]]", store: "FeatureStore") -> None:
     """Encoders side by side on each split."""
+    from cachefuse.alignment.similarity import Paraphrases
+
     if store.manifest.task == "similarity":
         out().print(_scored(found))
         low, high = store.manifest.scale or (0, 1)
         note = f"±e: share of pairs whose cosine, laid over {low:g} to {high:g}, is within e of the score"
     else:
         out().print(_paraphrases(found))
-        splits = dict.fromkeys(one.chosen_on for by in found.values() for one in by.values())  # type: ignore[union-attr]
+        every = [one for by in found.values() for one in by.values()]
+        splits = dict.fromkeys(one.chosen_on for one in every if isinstance(one, Paraphrases))
         note = f"called similar from the cosine on that gives the best accuracy on {' or '.join(splits)}"
     out().print(Text(note, style="dim"))
 

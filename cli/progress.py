@@ -20,9 +20,7 @@ from cachefuse.registry import metric_title
 from cachefuse_cli.render import err, note
 
 if TYPE_CHECKING:
-    from cachefuse.alignment.train import Progress as AlignState
     from cachefuse.cache.extract import Progress as ExtractState
-    from cachefuse.training.loop import Epoch
     from cachefuse.training.train import Progress as TrainState
 
 
@@ -146,29 +144,17 @@ class TrainProgress:
         self._progress.stop()
 
     def update(self, now: "TrainState") -> None:
-        self._show(now.model, now.n_models, now.stage, now.n_epochs, now.epoch)
-
-    def _show(self, model: int, n_models: int, stage: str, n_epochs: int, epoch: "Epoch") -> None:
+        epoch = now.epoch
         score = "" if epoch.score is None else f"  val {self._metric} {epoch.score:.3f}"
-        stage = f" {stage}" if stage else ""
+        stage = f" {now.stage}" if now.stage else ""
         self._progress.update(
             self._task,
-            completed=(model - 1) * n_epochs + epoch.epoch,
-            total=n_models * n_epochs,
-            model=f" {model}/{n_models}{stage}" if n_models > 1 else stage,
-            epoch=f"{epoch.epoch}/{n_epochs}",
+            completed=(now.model - 1) * now.n_epochs + epoch.epoch,
+            total=now.n_models * now.n_epochs,
+            model=f" {now.model}/{now.n_models}{stage}" if now.n_models > 1 else stage,
+            epoch=f"{epoch.epoch}/{now.n_epochs}",
             state=f"  loss {epoch.loss:.4f}{score}",
         )
-
-
-class AlignProgress(TrainProgress):
-    """The same over the epochs of an alignment."""
-
-    def __init__(self) -> None:
-        super().__init__("R@1")
-
-    def update(self, now: "AlignState") -> None:  # type: ignore[override]
-        self._show(1, 1, "", now.n_epochs, now.epoch)
 
 
 class BenchProgress:

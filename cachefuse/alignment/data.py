@@ -50,7 +50,8 @@ class SideRows:
 
     def read(self, index: Tensor, device: torch.device | str = "cpu") -> Side:
         """Return rows (B,) as tokens (B, T, D) and their mask (B, T); pooled features are one token."""
-        return tuple(x.to(device) for x in as_tokens(self.rows, index))  # type: ignore[return-value]
+        x, mask = as_tokens(self.rows, index)
+        return x.to(device), mask.to(device)
 
     def items(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return all item rows (n,) of some samples, in order, and which of ``samples`` each belongs to (n,)."""

@@ -39,7 +39,7 @@ def fit(
     keep_freed_memory()
     device = model.log_temperature.device
     ema = EMA(model, config.ema) if config.ema else None
-    kept: Aligner = ema.model if ema else model  # type: ignore[assignment]
+    kept = ema.model if ema else model
     history = History()
     best_score, best_state = -math.inf, {}
 
@@ -65,17 +65,15 @@ def fit(
             mean_loss = total.item() / n_pairs
             if not math.isfinite(mean_loss):
                 raise TrainingError(f"training diverged in epoch {epoch}: the loss is {mean_loss}; take a lower lr")
-            score, val_loss = _validate(kept, data, validate, config) if len(validate) else (None, None)
-            if val_loss is not None and not math.isfinite(val_loss):
-                raise TrainingError(
-                    f"training diverged in epoch {epoch}: the loss on val is {val_loss}; take a lower lr"
-                )
-            judged = math.inf if score is None else -val_loss if config.monitor == "loss" else score  # type: ignore[operator]
-            better = score is None or judged > best_score
+            score, val_loss, better = None, None, True
+            if len(validate):
+                score, val_loss = _validate(kept, data, validate, config)
+                judged = -val_loss if config.monitor == "loss" else score
+                better, best_score = judged > best_score, max(judged, best_score)
             history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss))
             if better:
                 best_state = {name: x.clone() for name, x in kept.state_dict().items()}
-                history.best_epoch, best_score = epoch, judged
+                history.best_epoch = epoch
             on_epoch(history.epochs[-1])
             if config.patience and epoch - history.best_epoch >= config.patience:
                 break
@@ -133,10 +131,16 @@ def _random_numbers_of(model: Aligner, state: tuple[Tensor, Tensor | None]) -> I
 
 
 def _validate(model: Aligner, data: PairData, samples: np.ndarray, config: AlignConfig) -> tuple[float, float]:
-    """Return the mean recall at 1 of both directions, and the loss of the first items in batches of the training's."""
+    """Return the mean recall at 1 of both directions, and the loss of one item a sample in batches of the training's.
+
+    Raises TrainingError if the loss is not finite.
+    """
     both = embed_samples(model, data, samples)
     r1 = float(np.mean([recall_at(best_ranks(*pair), 1) for pair in (both, both[::-1])]))
-    return r1, _loss_of_some(model, both, config)
+    loss = _loss_of_some(model, both, config)
+    if not math.isfinite(loss):
+        raise TrainingError(f"training diverged: the loss on val is {loss}; take a lower lr")
+    return r1, loss
 
 
 @torch.inference_mode()

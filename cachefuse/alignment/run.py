@@ -1,6 +1,6 @@
 """An alignment as a run: a directory with its settings, weights, history and figures. JSON and safetensors only."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -14,6 +14,7 @@ from safetensors.torch import save
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.model import Aligner
 from cachefuse.cache.features import Features
+from cachefuse.data.splits import USUAL, ordered_splits
 from cachefuse.runtime import to_json
 from cachefuse.training.loop import History
 from cachefuse.training.run_files import (
@@ -196,6 +197,12 @@ class AlignmentSummary:
     size_mb: float
 
 
+def shown_split(splits: Iterable[str]) -> str | None:
+    """Return the split to show where one is shown: test if there is one, else val, else the first."""
+    known = ordered_splits(splits)
+    return next((name for name in USUAL[:0:-1] if name in known), known[0] if known else None)
+
+
 def describe(path: Path) -> Description:
     """Read what an alignment says of itself. Raises RunError, naming the key, for what it can't say."""
     values = read_whole(path, ALIGNMENT)
@@ -212,7 +219,7 @@ def _summarize(path: Path) -> AlignmentSummary:
     about = describe(path)
     with describing(path / "run.json"):
         config = AlignConfig.from_dict(about.config)
-    split = next((split for split in ("test", "val") if split in about.results), None)
+    split = shown_split(about.results)
     directions = about.results[split].directions if split else {}
     return AlignmentSummary(
         name=path.name,

@@ -119,4 +119,5 @@ def encode_samples(tower: Tower, samples: Sequence[Any]) -> Tensor:
         if is_bad(item):
             name = getattr(sample, "name", repr(sample))
             raise BadSampleError(f"{name}: {item}")
-    return torch.from_numpy(np.stack(encode_prepared(tower, prepared, ("pooled",), BATCH)["pooled"]))  # type: ignore[arg-type]
+    rows = encode_prepared(tower, prepared, ("pooled",), BATCH)["pooled"]
+    return torch.from_numpy(np.stack([row for row in rows if row is not None]))  # none is bad by now

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,21 +18,14 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError, RunError
 from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
 from cachefuse.runtime import own_randomness, resolve_device, seed_everything
-from cachefuse.training.loop import Epoch, History
+from cachefuse.training.loop import History
 from cachefuse.training.problem import TRAIN, VAL
 from cachefuse.training.run import split_digest
+from cachefuse.training.train import Progress
 
 KS = (1, 5, 10)
 CURVE = (100, 10_000)  # the paper's range of k
 CURVE_POINTS = 60
-
-
-@dataclass(frozen=True)
-class Progress:
-    """The epoch just done, of how many."""
-
-    n_epochs: int
-    epoch: Epoch
 
 
 @own_randomness()
@@ -84,7 +76,7 @@ def align(
         optimizer,
         lookup(SCHEDULES, config.schedule, "schedule")(optimizer, steps),
         torch.Generator().manual_seed(config.seed),
-        on_epoch=lambda epoch: on_progress(Progress(config.epochs, epoch)),
+        on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.epochs, epoch)),
     )
     run.results = {split: measure(run, data, data.of(split), gaps[split]) for split in gaps}
     run.seconds = time.perf_counter() - begun

@@ -7,6 +7,8 @@ goes in is a sequence (B, T, D) with a mask (B, T) of the tokens that are real; 
 Every operation is ``Operation(width)`` and maps tokens (B, T, W), a context (W,) and a mask (B, T) to (B, T, W).
 """
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -49,15 +51,16 @@ class Concat(nn.Module):
         return self.linear(torch.cat([x, context.expand_as(x)], dim=-1))
 
 
-class _Attention(nn.Module):
+class _Attention(nn.Module, ABC):
     """x + softmax(scores) V, with the context as the query and the tokens as keys and values: CBMF, equation 2.
 
     What is attended is added to every token, so that the sequence, and its mask, go on to the transformer block. With
     one token there is nothing to choose from: the softmax is 1 and the context without effect.
     """
 
+    @abstractmethod
     def scores(self, x: Tensor, context: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Return how well each token (B, T, W) answers a context (W,): (B, T)."""
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         weights = self.scores(x, context).masked_fill(~mask, -torch.inf).softmax(dim=1)  # (B, T)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefuse.alignment.model import TEMPERATURE
-from cachefuse.alignment.run import Alignment
+from cachefuse.alignment.run import Alignment, shown_split
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.report import about, alignment_plots, retrieval
@@ -53,7 +53,7 @@ def alignment_html(
     ``store`` and ``dataset``, the features and the raw data, are for a gallery of what some queries find; without them
     it is left out. Names and texts from data are escaped. Raises as ``evaluate_alignment`` does.
     """
-    split = retrieval.shown_split(run.results)
+    split = shown_split(run.results)
     rows = retrieval.rows(run)
     shown = [row for row in rows if row.split == split]
     context: dict[str, Any] = {

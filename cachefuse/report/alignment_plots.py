@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cachefuse.alignment.run import Alignment
+from cachefuse.alignment.run import Alignment, shown_split
 from cachefuse.report.charts import log_ticks, text
 from cachefuse.report.render import printable
-from cachefuse.report.retrieval import curves, shown_split
+from cachefuse.report.retrieval import curves
 from cachefuse.report.words import cut
 
 if TYPE_CHECKING:

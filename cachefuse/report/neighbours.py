@@ -7,12 +7,11 @@ import numpy as np
 from cachefuse.alignment.data import PairData, pair_data
 from cachefuse.alignment.loop import embed_samples
 from cachefuse.alignment.ranks import Embedded, best_ranks
-from cachefuse.alignment.run import Alignment
+from cachefuse.alignment.run import Alignment, shown_split
 from cachefuse.alignment.train import measured_splits, run_features
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.report.gallery import picture_of
-from cachefuse.report.retrieval import shown_split
 from cachefuse.runtime import resolve_device
 from cachefuse.training.run import split_digest
 

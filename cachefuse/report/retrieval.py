@@ -1,18 +1,15 @@
 """What an alignment's report says of its figures: a sentence, a table, the precision over k, and what is by chance."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from cachefuse.alignment.run import Alignment, Direction, Retrieval
-from cachefuse.data.splits import USUAL, ordered_splits
+from cachefuse.alignment.train import CURVE, KS
 from cachefuse.report.charts import MAIN, SECOND, THIN, Chart, Line, line_chart
 from cachefuse.report.words import UNDEFINED, cut
-
-KS = (1, 5, 10)
-FROM = 100  # k that a curve begins at, where there are more to look among
 
 
 @dataclass(frozen=True)
@@ -36,12 +33,6 @@ class Curve:
     k: np.ndarray
     precision: np.ndarray
     chance: np.ndarray
-
-
-def shown_split(splits: Iterable[str]) -> str | None:
-    """Return the split to show: test if there is one, else val, else the first."""
-    known = ordered_splits(splits)
-    return next((name for name in USUAL[:0:-1] if name in known), known[0] if known else None)
 
 
 def rows(run: Alignment) -> list[Row]:
@@ -116,7 +107,7 @@ def percent(share: float) -> str:
 def curves(run: Alignment, split: str) -> list[Curve]:
     """Return the precision within the top k of each direction, for k from 100 on; from 1 where no gallery has more."""
     result = run.results[split]
-    start = FROM if any(len(one.curve) > 1 for one in result.directions.values()) else 1
+    start = CURVE[0] if any(len(one.curve) > 1 for one in result.directions.values()) else 1
     found = []
     for name, one in _text_first(result.directions):
         points = {k: value for k, value in one.recall.items() if k <= one.n_gallery} | dict(one.curve)
