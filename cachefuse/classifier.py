@@ -48,11 +48,13 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         self,
         *,
         fusion: str = TrainConfig.fusion,
+        fusion_options: Mapping[str, Any] | None = None,
+        without: Sequence[str] = TrainConfig.without,
         scheme: str = TrainConfig.scheme,
         head: str = TrainConfig.head,
         layers: Sequence[int] | None = TrainConfig.layers,
         activation: str = TrainConfig.activation,
-        dropout: float = TrainConfig.dropout,
+        dropout: float | None = TrainConfig.dropout,
         modality_dropout: float = TrainConfig.modality_dropout,
         loss: str | None = TrainConfig.loss,
         loss_options: Mapping[str, float | str] | None = None,
@@ -65,7 +67,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         clip_norm: float = TrainConfig.clip_norm,
         ema: float = TrainConfig.ema,
         epochs: int | None = TrainConfig.epochs,
-        batch_size: int = TrainConfig.batch_size,
+        batch_size: int | None = TrainConfig.batch_size,
         patience: int = TrainConfig.patience,
         monitor: str | None = TrainConfig.monitor,
         thresholds: str = TrainConfig.thresholds,
@@ -86,6 +88,8 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         self.modality_dropout = modality_dropout
         self.loss = loss
         self.loss_options = loss_options
+        self.fusion_options = fusion_options
+        self.without = without
         self.class_weights = class_weights
         self.sampler = sampler
         self.optimizer = optimizer
@@ -159,7 +163,8 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         values = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
         if not isinstance(seed, numbers.Integral):
             seed = check_random_state(seed).randint(2**31 - 1)
-        return TrainConfig.from_dict({**values, "loss_options": dict(self.loss_options or {}), "seed": int(seed)})
+        tables = {name: dict(values.get(name) or {}) for name in ("fusion_options", "loss_options")}
+        return TrainConfig.from_dict({**values, **tables, "seed": int(seed)})
 
     def _view(self, X: Any, reset: bool) -> FeatureView:
         """Return X as a view; with ``reset`` it is what later ones must be like."""

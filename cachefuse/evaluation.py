@@ -11,7 +11,7 @@ from torch import Tensor
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError, RunError
-from cachefuse.fusion.gated import GatedFusion
+from cachefuse.fusion.base import modalities_of
 from cachefuse.metrics import bootstrap_intervals, evaluation_metrics
 from cachefuse.training.measure import HeldOut, figures
 from cachefuse.training.problem import TRAIN, VAL, Problem
@@ -23,8 +23,9 @@ from cachefuse.training.used import StoreTables
 class Evaluation:
     """Figures of a run on ``n_rows`` of a split, "oof" for train and val out of fold, ``without`` some modalities.
 
-    ``intervals`` are (low, high) by metric, ``per_class`` (C,) by figure. Where the run has gated fusions, ``gates``
-    are the modalities' mean weights, and ``gates_per_class`` (C,) those over each class's positive rows. ``caution``
+    ``intervals`` are (low, high) by metric, ``per_class`` (C,) by figure. Where fusions of the run weigh the
+    modalities (gated, cma), ``gates`` are their mean weights, and ``gates_per_class`` (C,) those over each class's
+    positive rows. ``caution``
     says why the figures may tell little of new rows. They are of ``rows`` (n,), numbers in the store, with targets and
     predictions (n, C) bool, and scores (n, C).
     """
@@ -73,8 +74,8 @@ def evaluate(
     ConfigError if none is left.
     """
     gone = tuple(dict.fromkeys(without))
-    if set(gone) >= set(run.features):
-        raise ConfigError(f"run {run.name} reads {' and '.join(run.features)}; without them it has nothing to go by")
+    if set(gone) >= set(run.modalities):
+        raise ConfigError(f"run {run.name} reads {' and '.join(run.modalities)}; without them it has nothing to go by")
     tables = StoreTables([run], store, device, gone)
     manifest = run.manifest
     problem = Problem(
@@ -164,18 +165,15 @@ def _caution(run: Run, split: str, changed: bool) -> str | None:
 
 @torch.inference_mode()
 def _gates(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:
-    """Return how much each modality counts in each of some rows (n,), on average over the members that are gated."""
-    gated = [member for member in run.members if isinstance(member.model.fusion, GatedFusion)]
-    total = sum(member.weight for member in gated)
+    """Return how much each modality counts in each of some rows (n,), on average over the members that weigh them."""
+    weighing = [member for member in run.members if hasattr(member.model.fusion, "weights")]
+    total = sum(member.weight for member in weighing)
     means: dict[str, np.ndarray] = {}
-    for member in gated:
+    for member in weighing:
         table = tables(member)
-        model = member.model.to(table.targets.device)
-        parts = []
-        for features, present in table.pieces(rows.to(table.targets.device)):
-            parts.append(model.fusion.weights({m: model.standardize[m](features[m]) for m in model.widths}, present))
-        weights = torch.cat(parts).double().cpu().numpy()  # (n, M)
-        for m, modality in enumerate(model.widths):
+        model = member.model.to(table.targets.device).eval()
+        weights = table.map(model.modality_weights, rows.to(table.targets.device)).double().numpy()  # (n, M)
+        for m, modality in enumerate(modalities_of(model.widths)):
             means[modality] = means.get(modality, 0) + member.weight / total * weights[:, m]
     return means
 

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.cache.rows import Columns, TokenWidth
+from cachefuse.cache.tokens import Tokens
 from cachefuse.errors import ConfigError
 from cachefuse.registry import ACTIVATIONS, lookup
 
 FIT_ROWS, FIT_FLOATS = 4096, 2**24  # converted to float64 at a time, at most: 128 MB
+FIT_TOKENS = 2**20  # that statistics are taken from, about that many at most
 
 
 class Linear(nn.Linear):
@@ -168,7 +170,7 @@ class Dropout(nn.Dropout):
 
 
 class Standardize(nn.Module):
-    """Features to mean 0 and standard deviation 1 in each dimension: (B, D) in any float dtype to (B, D) float32.
+    """Features to mean 0 and standard deviation 1 in each dimension: (..., D) in any float dtype to (..., D) float32.
 
     The identity until ``fit``. A dead dimension, one that varies by no more than half a step of its dtype at its mean,
     has nothing to tell but rounding: its scale is 0, and so is every value that comes out of it.
@@ -183,25 +185,30 @@ class Standardize(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     @torch.no_grad()
-    def fit(self, x: Columns, rows: Tensor | None = None) -> "Standardize":
+    def fit(self, x: Columns | Tokens, rows: Tensor | None = None) -> "Standardize":
         """Take mean and standard deviation from ``x`` (N, D), or its ``rows`` (n,) int64, and return self.
 
-        Works in float64 and by chunks, so that a large float16 memory map is read once and never converted whole.
-        Raises ConfigError if there are no rows or a value is not finite.
+        Of tokens (N, T_i, D) an even spread of the rows is taken. Works in float64 and by chunks, so that a large
+        float16 memory map is read once and never converted whole. Raises ConfigError if there are no rows or tokens,
+        or a value is not finite.
         """
-        count = x.shape[0] if rows is None else len(rows)
-        if not count:
-            raise ConfigError("features to standardise have no rows")
         rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows.to(x.device)
-        at_once = max(1, min(FIT_ROWS, FIT_FLOATS // x.shape[1]))
-        chunks = (x.index_select(0, part) for part in rows.split(at_once))
+        if isinstance(x, Tokens):
+            most = max(1, FIT_TOKENS // x.shape[1].n_tokens)
+            chunks = x.chunks(rows[torch.arange(most) * len(rows) // most] if len(rows) > most else rows)
+        else:
+            at_once = max(1, min(FIT_ROWS, FIT_FLOATS // x.shape[1]))
+            chunks = (x.index_select(0, part) for part in rows.split(at_once))
         total, squares = self.mean.new_zeros((2, len(self.mean)), dtype=torch.float64)
-        precision = torch.finfo(torch.float32).eps
+        precision, count = torch.finfo(torch.float32).eps, 0
         for chunk in chunks:
+            count += len(chunk)
             precision = max(precision, torch.finfo(chunk.dtype).eps)
             values = chunk.to(total)
             total += values.sum(0)
             squares += values.square().sum(0)
+        if not count:
+            raise ConfigError("features to standardise have no rows")
         if not squares.isfinite().all():
             bad = int((~squares.isfinite()).nonzero()[0])
             raise ConfigError(f"features to standardise must be finite; dimension {bad} of {len(squares)} is not")

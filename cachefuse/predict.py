@@ -8,23 +8,28 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cachefuse.cache.layout import DTYPES, provenance_key
 from cachefuse.cache.pipeline import encode_prepared, is_bad, prepare_in_order
 from cachefuse.cache.request import BATCH_SIZE
 from cachefuse.cache.store import FeatureStore
+from cachefuse.cache.tokens import Tokens
 from cachefuse.data.readers.base import ImageSource, Samples
 from cachefuse.data.readers.table import TableReader, read_columns
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower, is_derived
 from cachefuse.errors import BadSampleError, DataError, RunError
+from cachefuse.fusion.base import IDS, TOKENS, split_name
 from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import FeatureTable
+from cachefuse.training.batches import FLAT, FeatureTable, stored_views
 from cachefuse.training.run import Member, Run
-from cachefuse.training.used import StoreTables, UsedFeatures
+from cachefuse.training.used import StoreTables, UsedFeatures, read_view
 
 logger = logging.getLogger(__name__)
+
+Asked = tuple[str, UsedFeatures]  # features by name, of one encoder
 
 
 @dataclass(frozen=True)
@@ -70,22 +75,26 @@ def predict_samples(
         "text": [" ".join(texts) for texts in samples.texts or []],
     }
     n = len(samples.ids)
-    if not any(sources[modality] for modality in run.features):
-        raise DataError(f"run {run.name} reads {' and '.join(run.features)}; give at least one of them")
+    if not any(sources[modality] for modality in run.modalities):
+        raise DataError(f"run {run.name} reads {' and '.join(run.modalities)}; give at least one of them")
     device = resolve_device(device)
-    encoded: dict[tuple[str, UsedFeatures], np.ndarray] = {}
+    encoded: dict[Asked, Encoded] = {}
     present: dict[str, torch.Tensor] = {}
-    needed = [used.source for modality, group in run.features.items() if sources[modality] for used in group]
-    opened = {source: open_encoder(_beside(run, source), device) for source in dict.fromkeys(needed)}
-    for modality, group in run.features.items():
-        bad: dict[int, BadSampleError] = {}
+    asked: dict[str, dict[str, list[Asked]]] = {modality: {} for modality in run.modalities}  # by encoder
+    for name, group in run.features.items():
         for used in group:
-            if not sources[modality]:
-                encoded[(modality, used)] = np.zeros((n, used.width), DTYPES[used.dtype])
-                continue
-            tower = _checked_tower(run, opened[used.source], modality, used)
-            encoded[(modality, used)], unusable = _encode(tower, sources[modality], used, device, on_progress)
-            bad.update(unusable)
+            asked[split_name(name)[0]].setdefault(used.source, []).append((name, used))
+    needed = [source for modality, wanted in asked.items() if sources[modality] for source in wanted]
+    opened = {source: open_encoder(_beside(run, source), device) for source in dict.fromkeys(needed)}
+    for modality, by_encoder in asked.items():
+        bad: dict[int, BadSampleError] = {}
+        for source, wanted in by_encoder.items():
+            encoded |= {one: Encoded.empty(*one, n) for one in wanted}
+            if sources[modality]:
+                for _, used in wanted:
+                    tower = _checked_tower(run, opened[source], modality, used)
+                outs = [encoded[one] for one in wanted]
+                bad.update(_encode(tower, sources[modality], outs, device, on_progress))
         if bad:
             row, error = next(iter(bad.items()))
             first = f"{getattr(sources[modality][row], 'name', samples.ids[row])}: {error}"
@@ -94,16 +103,15 @@ def predict_samples(
             logger.warning("%s of %s samples predicted without their %s; the first: %s", len(bad), n, modality, first)
         present[modality] = torch.tensor([bool(sources[modality]) and row not in bad for row in range(n)])
     if not any(mask.any() for mask in present.values()):
-        raise DataError(f"no sample has a usable {' or '.join(run.features)}, which run {run.name} reads")
+        raise DataError(f"no sample has a usable {' or '.join(run.modalities)}, which run {run.name} reads")
 
     def table_of(member: Member) -> FeatureTable:
         features = {
-            modality: torch.from_numpy(np.concatenate([encoded[(modality, used)] for used in group], axis=1))
-            for modality, group in member.features.items()
+            name: Encoded.columns([encoded[(name, used)] for used in group]) for name, group in member.features.items()
         }
         return FeatureTable(
             features=features,
-            present={modality: present[modality] for modality in features},
+            present={name: present[split_name(name)[0]] for name in features},
             targets=torch.zeros(n, len(run.classes), dtype=torch.uint8),
             labelled=np.zeros(n, bool),
             splits=np.array([""] * n),
@@ -172,16 +180,57 @@ def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: Used
     return tower
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """What a run reads of n raw samples, in the store's dtype: pooled features (n, D), or n samples' tokens."""
+
+    view: str
+    used: UsedFeatures
+    rows: list[np.ndarray]
+
+    @classmethod
+    def empty(cls, name: str, used: UsedFeatures, n: int) -> "Encoded":
+        """Return those of samples that lack the modality."""
+        view = read_view(name, used)
+        dtype = np.dtype("<i8") if view == IDS else DTYPES[used.dtype]
+        shape = {TOKENS: (0, used.width), IDS: (0,)}.get(view, (used.width,))
+        return cls(view, used, [np.zeros(shape, dtype)] * n)
+
+    def put(self, row: int, value: np.ndarray) -> bool:
+        """Take a sample's features; return whether they are finite in the store's dtype."""
+        empty = self.rows[row]
+        if self.view == FLAT:
+            side_by_side = np.zeros_like(empty, value.dtype)
+            kept = value.reshape(-1)[: self.used.width]  # fewer tokens leave zeros at the end
+            side_by_side[: len(kept)] = kept
+            value = side_by_side
+        with np.errstate(over="ignore"):
+            value = value.astype(empty.dtype)
+        finite = bool(np.isfinite(value).all())
+        if finite:
+            self.rows[row] = value
+        return finite
+
+    @staticmethod
+    def columns(parts: "Sequence[Encoded]") -> Tensor | Tokens:
+        """Return what a model reads: several encoders' pooled features side by side, or one's tokens."""
+        first = parts[0]
+        if first.view in (TOKENS, IDS):
+            rows = [torch.from_numpy(row) for row in first.rows]
+            return Tokens(rows, first.used.width if first.view == IDS else 0)
+        return torch.from_numpy(np.concatenate([np.stack(part.rows) for part in parts], axis=1))
+
+
 def _encode(
     tower: Tower,
     sources: Sequence[ImageSource | str | None],
-    used: UsedFeatures,
+    outs: Sequence[Encoded],
     device: str,
     on_progress: Callable[[str, int, int], None],
-) -> tuple[np.ndarray, dict[int, BadSampleError]]:
-    """Return features (n, D) in the store's dtype, and the rows that can't be used; tokens lie side by side."""
-    values = np.zeros((len(sources), used.width), DTYPES[used.dtype])
+) -> dict[int, BadSampleError]:
+    """Pass samples through an encoder, to each of ``outs``, and return the rows that can't be used."""
     bad: dict[int, BadSampleError] = {}
+    views = [*stored_views([out.view for out in outs])]
     size = BATCH_SIZE[device.partition(":")[0]]
     with prepare_in_order(tower, sources, range(len(sources)), 4 * size) as prepared:
         window = []
@@ -191,13 +240,11 @@ def _encode(
                 bad[row] = item
             if len(window) == size or row == len(sources) - 1:
                 first = row + 1 - len(window)
-                for i, value in enumerate(encode_prepared(tower, window, (used.view,), size)[used.view]):
-                    if value is not None:
-                        flat = value.reshape(-1)[: used.width]  # fewer tokens leave zeros at the end
-                        with np.errstate(over="ignore"):
-                            values[first + i, : len(flat)] = flat
-                        if not np.isfinite(values[first + i]).all():
-                            bad[first + i] = BadSampleError(f"its features are not finite in {used.dtype}")
+                encoded = encode_prepared(tower, window, tuple(dict.fromkeys(views)), size)
+                for out, view in zip(outs, views, strict=True):
+                    for i, value in enumerate(encoded[view]):
+                        if value is not None and not out.put(first + i, value):
+                            bad[first + i] = BadSampleError(f"its features are not finite in {out.used.dtype}")
                 window = []
                 on_progress(tower.modality, row + 1, len(sources))
-    return values, bad
+    return bad

@@ -129,7 +129,7 @@ def split_counts(splits: Sequence[str]) -> str:
 
 def run_line(run: "Run") -> None:
     """Say which run was taken."""
-    used = ", ".join(f"{used.encoder} ({modality})" for modality, group in run.features.items() for used in group)
+    used = ", ".join(f"{encoder} ({modality})" for encoder, modality in run.encoders)
     kind = f"ensemble of {', '.join(run.sources)}; reads" if run.sources else f"{run.config.fusion} of"
     err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {kind} {used}"), soft_wrap=True)
 

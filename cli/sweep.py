@@ -65,7 +65,7 @@ def sweep(
             from cachefuse.runtime import Workspace as WorkspacePaths
             from cachefuse.training import presets
             from cachefuse.training.problem import open_problem
-            from cachefuse.training.sweep import Experiment, run_sweep
+            from cachefuse.training.sweep import Experiment, run_sweep, views_of
             from cachefuse.training.sweep_files import write_results
             from cachefuse.training.used import used_features
             from cachefuse_cli import sweep_tables
@@ -74,7 +74,7 @@ def sweep(
             changes = {field: getattr(base, field) for field in _given(context)}
             tried = _tried(grid, settings, preset, changes)
             store = open_store(workspace, dataset)
-            problem, chosen = open_problem(store, encoder or (), device, base.view)
+            problem, chosen = open_problem(store, encoder or (), device, views_of(base, tried))
             used = used_features(chosen, problem.widths)
             label = name or f"{store.dataset}-{preset or _hash(base, tried, encoder)}"
             folder = workspace / "sweeps" / slug(label)

@@ -13,6 +13,7 @@ from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, SCHEDULES
 from cachefuse.training.config import TrainConfig
 
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"
+EXAMPLES = {"fusion": "depth=2", "loss": "gamma=2"}
 
 
 def choices(table: Iterable[str]) -> str:
@@ -28,11 +29,18 @@ def option(kind: Any, panel: str, metavar: str, help: str, shown: str | None = N
 OPTIONS = {
     "view": option(str, MODEL, "NAME", "pooled, or tokens, which head gmlp gates along."),
     "fusion": option(str, MODEL, "NAME", choices(FUSIONS)),
+    "fusion_options": option(
+        list[str] | None, MODEL, "KEY=X",
+        "cma: depth 2, width 384, heads 6, dropout 0.1; tirg: query image, width 512.",
+    ),
+    "without": option(
+        list[str] | None, MODEL, "PART", "Leave a part out. cma: modality-attention, sequence-attention."
+    ),
     "scheme": option(str, MODEL, "NAME", "joint, or staged: each head alone, then what joins them."),
     "head": option(str, MODEL, "NAME", choices(HEADS)),
     "layers": option(str | None, MODEL, "LIST", "Hidden widths: 2048,512.", "512"),
     "activation": option(str, MODEL, "NAME", choices(ACTIVATIONS)),
-    "dropout": option(float, MODEL, "P", "In hidden layers."),
+    "dropout": option(float | None, MODEL, "P", "In the head's hidden layers.", "0.8; cma: 0.2"),
     "modality_dropout": option(float, MODEL, "P", "Train without each modality in so many of the rows."),
     "loss": option(str | None, TRAINING, "NAME", choices(LOSSES), "asl, multi-class: ce"),
     "loss_options": option(
@@ -42,15 +50,15 @@ OPTIONS = {
     "class_weights": option(str, TRAINING, "NAME", "none, balanced, or effective (number of rows)."),
     "sampler": option(str, TRAINING, "NAME", "shuffle, or balanced: rows of rare classes more often."),
     "optimizer": option(str, TRAINING, "NAME", choices(OPTIMIZERS)),
-    "lr": option(float | None, TRAINING, "X", "Learning rate.", "1e-3, sgd: 0.05, lbfgs: 1"),
+    "lr": option(float | None, TRAINING, "X", "Learning rate.", "1e-3, sgd: 0.05, lbfgs: 1; cma: 3e-4"),
     "schedule": option(str | None, TRAINING, "NAME", choices(SCHEDULES), "cosine; lbfgs: constant"),
     "weight_decay": option(
-        float | None, TRAINING, "X", "L2 penalty; apart from the gradient in adamw.", "0; lbfgs: 0.003"
+        float | None, TRAINING, "X", "L2 penalty; apart from the gradient in adamw.", "0; lbfgs: 0.003; cma: 1e-4"
     ),
     "clip_norm": option(float, TRAINING, "X", "Clip the gradient's norm; 0: never."),
     "ema": option(float, TRAINING, "D", "Decay of averaged weights, such as 0.999; 0: none."),
-    "epochs": option(int | None, TRAINING, "N", "At most.", "50, or 500 steps; lbfgs: 20"),
-    "batch_size": option(str, TRAINING, "N", "Rows a step, or all."),
+    "epochs": option(int | None, TRAINING, "N", "At most.", "50, or 500 steps; lbfgs: 20; cma: 15"),
+    "batch_size": option(str | None, TRAINING, "N", "Rows a step, or all.", "256; cma: 64"),
     "patience": option(int, TRAINING, "N", "Stop after N epochs without a better validation score; 0: never."),
     "monitor": option(str | None, TRAINING, "METRIC", "What that score is.", "the dataset's first"),
     "thresholds": option(
@@ -66,7 +74,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-DEFAULTS = {"layers": None, "batch_size": str(TrainConfig.batch_size), "loss_options": None}
+DEFAULTS = {"layers": None, "batch_size": None, "loss_options": None, "fusion_options": None, "without": None}
 
 
 def takes(
@@ -112,7 +120,12 @@ def parse_config(given: Mapping[str, Any]) -> TrainConfig:
             **given,
             "layers": _parse_layers(given["layers"]),
             "batch_size": _parse_batch_size(given["batch_size"]),
-            "loss_options": _parse_options(given["loss_options"] or ()),
+            "fusion_options": _parse_pairs(given["fusion_options"] or (), "fusion"),
+            "without": tuple(dict.fromkeys(given["without"] or ())),
+            "loss_options": {
+                name: value if name == "reduction" else _number(name, value)
+                for name, value in _parse_pairs(given["loss_options"] or (), "loss").items()
+            },
         }
     )
 
@@ -129,7 +142,9 @@ def _parse_layers(text: str | None) -> tuple[int, ...] | None:
         raise ConfigError(f"layers must be whole numbers such as 2048,512. Got {text!r} instead") from None
 
 
-def _parse_batch_size(text: str) -> int:
+def _parse_batch_size(text: str | None) -> int | None:
+    if text is None:
+        return None
     if text == "all":
         return 0
     if not text.isdecimal() or int(text) < 1:
@@ -137,22 +152,20 @@ def _parse_batch_size(text: str) -> int:
     return int(text)
 
 
-def _parse_options(texts: Sequence[str]) -> dict[str, float | str]:
-    options: dict[str, float | str] = {}
-    for name, value in map(_parse_option, texts):
+def _parse_pairs(texts: Sequence[str], of: str) -> dict[str, str]:
+    options: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"{of}-options are given as {EXAMPLES[of]}. Got {text!r} instead")
         if name in options:
-            raise ConfigError(f"loss option {name} is given twice")
+            raise ConfigError(f"{of} option {name} is given twice")
         options[name] = value
     return options
 
 
-def _parse_option(text: str) -> tuple[str, float | str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"loss-options are given as gamma=2. Got {text!r} instead")
-    if name == "reduction":
-        return name, value
+def _number(name: str, text: str) -> float:
     try:
-        return name, float(value)
+        return float(text)
     except ValueError:
-        raise ConfigError(f"loss option {name} must be a number. Got {value!r} instead") from None
+        raise ConfigError(f"loss option {name} must be a number. Got {text!r} instead") from None

@@ -16,7 +16,7 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.manifest import PAIRS
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.heads import Standardize
-from cachefuse.training.batches import select_features
+from cachefuse.training.batches import one_view, select_features
 
 FIT_ROWS, FIT_TOKENS = 1 << 15, 1 << 17  # that a side's statistics are taken from, about that many at most
 PIECE_FLOATS = 1 << 24  # of features that are embedded at a time, at most
@@ -129,7 +129,7 @@ def open_pairs(
             f"the pairs of {store.dataset} don't all mean the same, so they can't be aligned; they are for measuring: "
             f"cachefuse similarity --dataset {store.dataset}"
         )
-    chosen = [features for group in select_features(store, encoders, view).values() for features in group]
+    chosen = [features for group in select_features(store, encoders, one_view(view)).values() for features in group]
     if len(chosen) > 2 and len(encoders) == 2:  # one that has both, such as CLIP, beside one of images or of texts
         across = [pair for pair in combinations(chosen, 2) if pair[0].encoder != pair[1].encoder]
         across = [pair for pair in across if pair[0].modality != pair[1].modality]

@@ -26,7 +26,7 @@ from cachefuse.heads import Standardize
 from cachefuse.losses import build_loss
 from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
 from cachefuse.runtime import own_randomness, resolve_device, seed_everything
-from cachefuse.training.batches import load_table
+from cachefuse.training.batches import FLAT, load_table, one_view
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import History, Validation, fit, predict_scores
 from cachefuse.training.measure import HeldOut, choose_for, measure
@@ -90,7 +90,8 @@ def fine_tune(
         weight_decay=weight_decay, patience=patience, seed=seed,
     )  # fmt: skip
     view = run.config.view
-    table = load_table(store, {modality: [find_side(run, run.sides[side], store)]}, view).to(resolve_device(device))
+    views = one_view(FLAT if view == "tokens" else view)
+    table = load_table(store, {modality: [find_side(run, run.sides[side], store)]}, views).to(resolve_device(device))
     problem = Problem.of(store, table)
     if problem.task not in ("multiclass", "multilabel"):
         raise ConfigError(f"{store.dataset} has no labels to tune for; it is a dataset for {problem.task}")
@@ -112,7 +113,7 @@ def fine_tune(
     optimizer = lookup(OPTIMIZERS, str(config.optimizer), "optimizer")(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=lr, weight_decay=weight_decay
     )
-    steps = config.n_epochs * -(-len(train) // config.batch_size)
+    steps = config.n_epochs * -(-len(train) // batch_size)
     loss = config.resolve_loss(problem.task)
     score = partial(score_of, problem, validate, problem.metric, loss)
     history = fit(
@@ -122,7 +123,7 @@ def fine_tune(
         table,
         train,
         epochs=config.n_epochs,
-        batch_size=config.batch_size,
+        batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
         schedule=lookup(SCHEDULES, str(config.schedule), "schedule")(optimizer, steps),
         validation=Validation(validate, score) if len(validate) else None,

@@ -18,7 +18,7 @@ from cachefuse.alignment.search import nearest
 from cachefuse.bench import process
 from cachefuse.bench.base import OnProgress, measure_all, temporary, write_store
 from cachefuse.bench.timing import BenchRow, by_turns, seconds, timed
-from cachefuse.fusion.dfe import EXPANSION
+from cachefuse.fusion.transformer import EXPANSION
 from cachefuse.runtime import resolve_device
 from cachefuse.training.optim import adamw, constant
 

@@ -1,10 +1,12 @@
 """Fusions: from features by modality to logits. A method is one file and one line; naming them imports no torch."""
 
 FUSIONS = {
+    "cma": "cachefuse.fusion.cma:CMAFusion",
     "concat": "cachefuse.fusion.late:ConcatFusion",
     "gated": "cachefuse.fusion.gated:GatedFusion",
     "image": "cachefuse.fusion.late:ImageOnly",
     "mixed": "cachefuse.fusion.late:MixedFusion",
     "sum": "cachefuse.fusion.late:SumFusion",
     "text": "cachefuse.fusion.late:TextOnly",
+    "tirg": "cachefuse.fusion.tirg:TIRGFusion",
 }

@@ -1,7 +1,12 @@
-"""What a fusion is: any number of modalities' features, some absent in some rows, to logits."""
+"""What a fusion is: any number of modalities' features, some absent in some rows, to logits.
 
+Features go by name: a modality's pooled ones by its own ("image"), its other views by modality and view
+("image_tokens", "text_ids").
+"""
+
+import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,28 +14,67 @@ from torch import Tensor, nn
 from cachefuse.errors import ConfigError
 
 HeadBuilder = Callable[[int, int], nn.Module]  # (width, classes) -> a head from (B, width) to (B, classes)
+POOLED, TOKENS, IDS = "pooled", "tokens", "ids"
+
+
+def feature_name(modality: str, view: str) -> str:
+    """Return what a modality's features of a view are called."""
+    return modality if view == POOLED else f"{modality}_{view}"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Return the modality and the view of features."""
+    modality, _, view = name.rpartition("_")
+    return (modality, view) if modality and view in (TOKENS, IDS) else (name, POOLED)
+
+
+def modalities_of(names: Iterable[str]) -> tuple[str, ...]:
+    """Return the modalities of features, each once, in alphabetical order."""
+    return tuple(sorted({split_name(name)[0] for name in names}))
 
 
 class Fusion(nn.Module):
-    """From features {modality: (B, D_m)} and present {modality: (B,) bool} to logits (B, C).
+    """From features and what is present of them to logits (B, C).
 
-    ``widths`` are the D_m at hand by modality; the attribute ``widths`` keeps those in use, in alphabetical order, so
-    that a model does not depend on the order they are listed in. Raises ConfigError if a modality needed is not there.
+    Pooled features are (B, D) with presence (B,) bool; tokens are (B, T, D), ids (B, T), both with a mask (B, T) bool
+    of what is neither padding nor of a row that lacks the modality. ``widths`` are the D at hand by name; tokens' also
+    know the most that a sample has (``SequenceWidth``), and that of ids is their vocabulary. The attribute ``widths``
+    keeps those in use, by modality in alphabetical order, so that a model does not depend on the order they are listed
+    in. Keyword-only arguments of a constructor are the fusion's options. Raises ConfigError if a modality needed is
+    not there.
     """
 
     name: ClassVar[str]
     modalities: ClassVar[tuple[str, ...] | None] = None  # None: all that are given
+    parts: ClassVar[tuple[str, ...]] = ()  # that can be left out, to see what they are good for
+    linear: ClassVar[bool] = False  # whether all weights but the heads' are in linear layers
+    defaults: ClassVar[Mapping[str, Any]] = {}  # settings of a training that differ from those of the others
 
-    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
+    def __init__(
+        self, widths: Mapping[str, int], classes: int, head: HeadBuilder, options: Mapping[str, Any] | None = None
+    ):
+        """``options`` are those that decide on the views to read."""
         super().__init__()
-        used = sorted(widths) if self.modalities is None else self.modalities
-        missing = [modality for modality in used if modality not in widths]
-        if missing or not used:
+        used = modalities_of(widths) if self.modalities is None else self.modalities
+        names = [feature_name(modality, view) for modality in used for view in self.views(modality, options or {})]
+        missing = [name for name in names if name not in widths]
+        if missing or not names:
             raise ConfigError(
                 f"fusion {self.name!r} needs {' and '.join(missing) or 'some'} features; "
                 f"this store has: {', '.join(sorted(widths)) or 'none'}"
             )
-        self.widths = {modality: widths[modality] for modality in used}
+        self.widths = {name: widths[name] for name in names}
+
+    @classmethod
+    def views(cls, modality: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the views that are read of a modality, with such options."""
+        return (POOLED,)
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Return the options with their defaults."""
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "without"}
 
     def alone(self) -> "dict[str, nn.Module]":
         """Return the heads that the staged scheme trains first, each alone against the labels; none if there is one.
@@ -54,7 +98,7 @@ def join(features: Mapping[str, Tensor], present: Mapping[str, Tensor], names: I
 
 
 def zero_absent(x: Tensor, present: Tensor) -> Tensor:
-    """Set the absent rows of ``x`` (..., B, D) to 0; ``present`` is (B,) bool."""
+    """Set what is absent of ``x`` (..., D) to 0; ``present`` (...) is bool: rows that are there, or real tokens."""
     if present.device.type == "cpu" and present.all():  # a copy less; on a GPU to ask would be to wait
         return x
     # Filled, not multiplied: whatever an absent row holds, NaN included, stays out of the logits and the gradients.

@@ -10,14 +10,11 @@ Every operation is ``Operation(width)`` and maps tokens (B, T, W), a context (W,
 from abc import ABC, abstractmethod
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cachefuse.errors import ConfigError
+from cachefuse.fusion.transformer import TransformerBlock
 from cachefuse.heads import Dropout
-from cachefuse.registry import ATTENTION_HEADS, OPERATIONS, lookup
-
-EXPANSION = 4  # of the transformer block's hidden layer
+from cachefuse.registry import OPERATIONS, lookup
 
 
 class Add(nn.Module):
@@ -95,36 +92,6 @@ class Projection(nn.Sequential):
 
     def __init__(self, width: int, out: int, dropout: float = 0.0):
         super().__init__(nn.Linear(width, out), nn.ReLU(), Dropout(dropout), nn.Linear(out, out))
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention and an MLP, each on normalised tokens and added to them (arXiv 1706.03762, 2002.04745)."""
-
-    def __init__(self, width: int, heads: int = ATTENTION_HEADS, dropout: float = 0.0):
-        super().__init__()
-        if width % heads:
-            raise ConfigError(f"width must be a multiple of {heads}, the attention heads. Got {width} instead.")
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, EXPANSION * width), nn.GELU(), Dropout(dropout), nn.Linear(EXPANSION * width, width)
-        )
-        self.dropout = Dropout(dropout)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """Map tokens (B, T, W) with a mask (B, T) of the real ones to (B, T, W)."""
-        x = x + self.dropout(self.out(self._attend(self.norm1(x), mask)))
-        return x + self.dropout(self.mlp(self.norm2(x)))
-
-    def _attend(self, x: Tensor, mask: Tensor) -> Tensor:
-        width = x.shape[-1]
-        if x.shape[1] == 1:  # a token alone attends to itself: queries and keys would make no difference
-            return F.linear(x, self.qkv.weight[2 * width :], self.qkv.bias[2 * width :])
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(x).chunk(3, dim=-1))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])  # (B, H, T, W / H)
-        return attended.transpose(1, 2).flatten(2)
 
 
 class DeepFusionEncoder(nn.Module):

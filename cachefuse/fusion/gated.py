@@ -15,6 +15,7 @@ class GatedFusion(Fusion):
     """
 
     name = "gated"
+    linear = True
 
     def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
         super().__init__(widths, classes, head)

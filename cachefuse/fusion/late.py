@@ -14,6 +14,7 @@ class ConcatFusion(Fusion):
     """[x_1; ...; x_M] -> head -> logits."""
 
     name = "concat"
+    linear = True
 
     def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
         super().__init__(widths, classes, head)
@@ -56,6 +57,7 @@ class SumFusion(Fusion):
     """
 
     name = "sum"
+    linear = True
 
     def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
         super().__init__(widths, classes, head)

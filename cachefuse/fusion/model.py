@@ -6,25 +6,27 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from cachefuse.cache.rows import Columns
+from cachefuse.cache.tokens import Tokens
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import Fusion
+from cachefuse.fusion.base import IDS, Fusion, split_name
 from cachefuse.fusion.late import HeadAlone
 from cachefuse.heads import Standardize
 
 
 class FusionModel(nn.Module):
-    """From stored features {modality: (B, D_m)} of any float dtype and present {modality: (B,) bool} to logits (B, C).
+    """From stored features of any float dtype, and what is present of them, to logits (B, C), as a ``Fusion`` does.
 
-    ``widths`` are the D_m of the modalities in use. Call ``fit_statistics`` before training: the statistics are part of
-    the state dict, so a saved model takes features as they are stored. Absent rows count as the training mean.
-    ``standardize`` is given where another model's statistics are to be shared.
+    ``widths`` are those of the features in use, by name. Call ``fit_statistics`` before training: the statistics are
+    part of the state dict, so a saved model takes features as they are stored. Token ids are no numbers to standardise.
+    Absent rows count as the training mean. ``standardize`` is given where another model's statistics are to be shared.
     """
 
     def __init__(self, fusion: Fusion | HeadAlone, standardize: nn.ModuleDict | None = None):
         super().__init__()
         self.widths = fusion.widths
         if standardize is None:
-            standardize = nn.ModuleDict({m: Standardize(width) for m, width in self.widths.items()})
+            numbers = {name: width for name, width in self.widths.items() if split_name(name)[1] != IDS}
+            standardize = nn.ModuleDict({name: Standardize(width) for name, width in numbers.items()})
         self.standardize = standardize
         self.fusion: Any = fusion
 
@@ -38,15 +40,29 @@ class FusionModel(nn.Module):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values()) / 1e6
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.fusion({m: self.standardize[m](features[m]) for m in self.widths}, present)
+        return self.fusion(self.standardized(features), present)
 
-    def fit_statistics(self, features: Mapping[str, Columns], present: dict[str, Tensor], rows: Tensor) -> None:
-        """Take each modality's mean and standard deviation over the rows (n,) int64 where it is present.
+    def modality_weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        """Return how much each modality counts in each row, (B, M), of a fusion that weighs them."""
+        return self.fusion.weights(self.standardized(features), present)
 
-        Raises ConfigError if a modality is present in none of them, or a value is not finite.
+    def standardized(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return features as the fusion takes them."""
+        found = self.standardize
+        return {name: found[name](features[name]) if name in found else features[name] for name in self.widths}
+
+    def fit_statistics(
+        self, features: Mapping[str, Columns | Tokens], present: dict[str, Tensor], rows: Tensor
+    ) -> None:
+        """Take the mean and standard deviation of each of the features over the rows (n,) int64 where it is present.
+
+        Those of tokens are over an even spread of the rows, where they are many. Raises ConfigError if a modality is
+        present in none of the rows, or a value is not finite.
         """
-        for modality, standardize in self.standardize.items():
-            here = rows[present[modality][rows]]
+        for name in self.widths:
+            here = rows[present[name][rows]]
             if not len(here):
+                modality = split_name(name)[0]
                 raise ConfigError(f"no training row has a usable {modality}; take a fusion that does without it")
-            cast(Standardize, standardize).fit(features[modality], here)
+            if name in self.standardize:
+                cast(Standardize, self.standardize[name]).fit(features[name], here)

@@ -24,10 +24,10 @@ def measure(
     measured = partial(evaluate, run, store, split, device=device)
     evaluation = measured(on_progress=partial(on_progress, "intervals"))
     without: dict[str, Evaluation] = {}
-    why_not = f"The run reads only {next(iter(run.features))}: there is nothing to leave out."
+    why_not = f"The run reads only {run.modalities[0]}: there is nothing to leave out."
     try:
-        for modality in run.features if len(run.features) > 1 else ():
-            on_progress(f"without {modality}", len(without), len(run.features))
+        for modality in run.modalities if len(run.modalities) > 1 else ():
+            on_progress(f"without {modality}", len(without), len(run.modalities))
             without[modality] = measured(without=[modality], n_resamples=0)
     except RunError as error:  # models that have seen the rows held out, where other models' scores of them are kept
         why_not = f"This can't be told: {error}."

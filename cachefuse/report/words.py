@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from cachefuse.fusion.base import split_name
 from cachefuse.registry import metric_title
 from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL
 from cachefuse.training.thresholds import HALF
+from cachefuse.training.used import read_view
 
 if TYPE_CHECKING:
     from cachefuse.evaluation import Evaluation
@@ -68,7 +70,7 @@ def ends(text: str, most: int = 22) -> str:
 
 FILTERS = {
     "count": count, "cut": cut, "ends": ends, "figure": figure, "interval": interval, "metric": long_title,
-    "place": place, "signed": signed, "whole": whole,
+    "modality": lambda name: split_name(name)[0], "place": place, "signed": signed, "view": read_view, "whole": whole,
 }  # fmt: skip
 
 

@@ -1,9 +1,10 @@
 """Features as they are stored, and batches as index tensors: no per-sample Dataset stands between them."""
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from cachefuse.cache.features import Features
 from cachefuse.cache.rows import SHUFFLE_BYTES, Columns, FlatTokens, JoinedRows, block_shuffle
 from cachefuse.cache.store import FeatureStore
+from cachefuse.cache.tokens import Tokens, length_grouped
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.fusion.base import IDS, POOLED, TOKENS, feature_name, modalities_of, split_name
 from cachefuse.registry import lookup
 from cachefuse.runtime import total_memory
 
@@ -25,16 +28,19 @@ SHARE_AT_HAND = 1 / 16  # that a standardised copy may take, and a shuffled one 
 
 LOAD_ROWS = 4096  # brought into memory at a time
 PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # predicted at a time, at most
+FLAT = "flat"  # tokens side by side, in place of pooled features
+
+Views = Callable[[str], Collection[str]]  # modality -> the views of it that are read
 
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """N rows of features {modality: (N, D_m)} with presence {modality: (N,) bool}, and targets (N, C) of 0 and 1.
+    """N rows of features with presence (N,) bool, both by name ("image_tokens"), and targets (N, C) of 0 and 1.
 
     Features keep the store's dtype, and stay in its files until a batch takes them. ``labelled`` is (N,) bool.
     """
 
-    features: Mapping[str, Columns]
+    features: Mapping[str, Columns | Tokens]
     present: dict[str, Tensor]
     targets: Tensor
     labelled: np.ndarray
@@ -45,9 +51,30 @@ class FeatureTable:
         return torch.from_numpy(np.flatnonzero(self.labelled & (self.splits == split)))
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the features and presence of some rows, (B, D_m) and (B,) each."""
-        features = {m: x.index_select(0, rows.to(x.device)).to(rows.device) for m, x in self.features.items()}
-        return features, {modality: x.index_select(0, rows) for modality, x in self.present.items()}
+        """Return the features and presence of some rows: (B, D) and (B,); of tokens (B, T, D) and their mask (B, T)."""
+        features, present = {}, {}
+        for name, x in self.features.items():
+            here = self.present[name].index_select(0, rows)  # (B,)
+            if isinstance(x, Tokens):
+                values, mask = x.read(rows.cpu())
+                features[name], here = values.to(rows.device), mask.to(rows.device) & here[:, None]
+            else:
+                features[name] = x.index_select(0, rows.to(x.device)).to(rows.device)
+            present[name] = here
+        return features, present
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """The tokens of each row in all, (N,), where rows differ in them."""
+        ragged = [x.lengths for x in self.features.values() if isinstance(x, Tokens) and x.ragged]
+        return np.sum(ragged, axis=0) if ragged else None
+
+    def batches(self, order: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Cut rows (n,) in a random order into batches (B,); rows alike in length, where they differ in it."""
+        if self.lengths is None:
+            yield from order.split(size)
+        else:
+            yield from length_grouped(order, self.lengths, size, generator)
 
     def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Return rows in a new random order: any, or where memory does not hold the features, a few blocks' at a time.
@@ -75,12 +102,14 @@ class FeatureTable:
     def without(self, modalities: Collection[str]) -> "FeatureTable":
         """Return the same rows as if they lacked some modalities. Raises UnknownNameError for one that is not there."""
         for modality in modalities:
-            lookup(self.present, modality, "modality")
-        gone = {m: torch.zeros_like(x) for m, x in self.present.items() if m in modalities}
+            lookup(dict.fromkeys(modalities_of(self.present)), modality, "modality")
+        gone = {name: torch.zeros_like(x) for name, x in self.present.items() if split_name(name)[0] in modalities}
         return replace(self, present={**self.present, **gone})
 
     def at_hand(self, standardize: nn.ModuleDict) -> "FeatureTable | None":
-        """Return the same rows standardised, float32, in memory; None if that would take much of it."""
+        """Return the same rows standardised, float32, in memory; None if that would take much of it, as tokens do."""
+        if any(isinstance(x, Tokens) for x in self.features.values()):
+            return None
         n_bytes = 4 * sum(x.shape[0] * x.shape[1] for x in (self.targets, *self.features.values()))
         device = self.targets.device
         memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total_memory()
@@ -88,17 +117,29 @@ class FeatureTable:
             return None
         features = {}
         for modality, apply in standardize.items():
-            x = self.features[modality]
+            x: Any = self.features[modality]
             features[modality] = torch.empty(x.shape, device=device)
             for part in torch.arange(x.shape[0], device=x.device).split(LOAD_ROWS):
                 features[modality][part[0] : part[-1] + 1] = apply(x.index_select(0, part).to(device))
         return replace(self, features=features)
 
-    def pieces(self, rows: Tensor) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """Yield the batches of some rows (n,), in order, as many rows at a time as take little memory."""
-        width = sum(x.shape[1] for x in self.features.values())
-        for part in rows.split(max(1, min(PIECE_ROWS, PIECE_FLOATS // max(1, width)))):
-            yield self.batch(part)
+    def map(self, function: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor], rows: Tensor) -> Tensor:
+        """Return what a function makes of the batches of some rows (n,), (n, ...) on the CPU.
+
+        It gets as many rows at a time as take little memory; those of tokens alike in length.
+        """
+        width = sum(x.shape[1] for x in self.features.values() if not isinstance(x, Tokens))
+        # A transformer's hidden layer is four times as wide as its tokens.
+        width += sum(4 * x.shape[1].n_tokens * (1 if x.is_ids else x.shape[1]) for x in self._tokens())
+        size = max(1, min(PIECE_ROWS, PIECE_FLOATS // max(1, width)))
+        if self.lengths is None or len(rows) <= size:
+            return torch.cat([function(*self.batch(part)).cpu() for part in rows.split(size)])
+        order = torch.from_numpy(self.lengths)[rows.cpu()].argsort(stable=True)
+        found = torch.cat([function(*self.batch(rows[part.to(rows.device)])).cpu() for part in order.split(size)])
+        return torch.empty_like(found).index_copy_(0, order, found)
+
+    def _tokens(self) -> list[Tokens]:
+        return [x for x in self.features.values() if isinstance(x, Tokens)]
 
     def to(self, device: str) -> "FeatureTable":
         """Return the same rows with their tensors on a device; there, features go along where it has room for them."""
@@ -115,24 +156,45 @@ class FeatureTable:
         )
 
 
+def pooled(modality: str) -> tuple[str, ...]:
+    """Return that pooled features are read."""
+    return (POOLED,)
+
+
+def one_view(view: str) -> Views:
+    """Return that one view is read of every modality."""
+    return lambda modality: (view,)
+
+
+def stored_views(views: Iterable[str]) -> list[str]:
+    """Return the views of a store that hold the views that are read."""
+    return [TOKENS if view == FLAT else view for view in views]
+
+
 def select_features(
-    store: FeatureStore, encoders: Sequence[str] = (), view: str = "pooled"
+    store: FeatureStore, encoders: Sequence[str] = (), views: Views = pooled
 ) -> dict[str, list[Features]]:
-    """Return the features to use, by modality: those of the named encoders, or all that have the whole view.
+    """Return the features to use, by modality: those of the named encoders, or all that have the whole views.
 
     Aligned features, which are made of others, are taken only where they are named, or where there is nothing else. An
     encoder may be named by its spec, its file or folder, or any part of it that fits one alone. Raises CacheError if
-    there are no features, ConfigError for a name that fits none or several.
+    there are no features, or lack a view that is read, ConfigError for a name that fits none or several.
     """
-    stored = [features for features in store.features() if view in features.views]
-    if not stored:
-        how = "" if view == "pooled" else f" --views pooled,{view}"
-        raise CacheError(f"{store.path} holds no {view} features; run cachefuse extract{how} first")
+    every = list(store.features())
     if encoders:
-        stored = [features for name in encoders for features in _find(stored, name)]
-    else:
+        every = [features for name in encoders for features in _find(every, name)] if every else every
+    read = {features.modality: stored_views(views(features.modality)) for features in every}
+    stored = [features for features in every if set(read[features.modality]) <= features.views.keys()]
+    for modality in read:
+        if not any(features.modality == modality for features in stored) and {TOKENS, IDS} & set(views(modality)):
+            raise _lacking(store, [features for features in every if features.modality == modality], read[modality])
+    if not stored:
+        view = next((name for names in read.values() for name in names), POOLED)
+        how = "" if view == POOLED else f" --views pooled,{view}"
+        raise CacheError(f"{store.path} holds no {view} features; run cachefuse extract{how} first")
+    if not encoders:
         stored = [features for features in stored if not is_derived(features.encoder)] or stored
-        whole = [features for features in stored if not len(features.missing_rows(view))]
+        whole = [f for f in stored if not any(len(f.missing_rows(view)) for view in read[f.modality])]
         for features in stored if whole else ():
             if features not in whole:
                 logger.warning(
@@ -159,32 +221,46 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
     return [features for features in stored if features.encoder == found[0]]
 
 
+def _lacking(store: FeatureStore, found: Sequence[Features], views: Sequence[str]) -> CacheError:
+    """Return the error of features that lack views which are read."""
+    encoders = " ".join(f"--encoder {features.source}" for features in found if not is_derived(features.encoder))
+    lacking = sorted({view for features in found for view in views if view not in features.views})
+    every = dict.fromkeys([*found[0].views, *views]) if found else views
+    return CacheError(
+        f"{store.path} holds no {' and '.join(lacking)} of {found[0].modality}; make them with cachefuse extract "
+        f"--dataset {store.dataset} {encoders} --views {','.join(every)}"
+    )
+
+
 def load_table(
     store: FeatureStore,
     chosen: Mapping[str, Sequence[Features]],
-    view: str = "pooled",
+    views: Views = pooled,
     n_tokens: Mapping[str, int] | None = None,
 ) -> FeatureTable:
-    """Open features; several encoders of one modality are concatenated along their width.
+    """Open the views of features that are read; several encoders of one modality are concatenated along their width.
 
-    Tokens are laid side by side, as many as the longest sample has, or ``n_tokens`` by modality. Raises ConfigError if
-    samples have several items of a modality (captions), or tokens come from several encoders, CacheError if rows are
-    missing.
+    Flat tokens are laid side by side, as many as the longest sample has, or ``n_tokens`` by modality. Raises
+    ConfigError if samples have several items of a modality (captions), or tokens come from several encoders, CacheError
+    if rows are missing.
     """
-    features: dict[str, Columns] = {}
+    features: dict[str, Columns | Tokens] = {}
     for modality, group in chosen.items():
         if store.items(modality) is not None:
             raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
-        parts = [part.rows(view) for part in group]
-        if view == "pooled":
-            features[modality] = parts[0] if len(parts) == 1 else JoinedRows(parts)
-        elif len(parts) == 1:
-            features[modality] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
-        else:
-            raise ConfigError(f"{store.dataset} has {modality} tokens of several encoders; name one with --encoder")
+        for view in views(modality):
+            parts = [part.rows(*stored_views([view])) for part in group]
+            if view == POOLED:
+                features[modality] = parts[0] if len(parts) == 1 else JoinedRows(parts)
+            elif len(parts) > 1:
+                raise ConfigError(f"{store.dataset} has {modality} tokens of several encoders; name one with --encoder")
+            elif view == FLAT:
+                features[modality] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
+            else:
+                features[feature_name(modality, view)] = Tokens(parts[0])
     return FeatureTable(
         features=features,
-        present={modality: torch.from_numpy(store.present(modality)) for modality in chosen},
+        present={name: torch.from_numpy(store.present(split_name(name)[0])) for name in features},
         targets=torch.from_numpy(multi_hot(store.targets, len(store.classes))),
         labelled=is_labelled(store.targets),
         splits=store.splits,
@@ -229,7 +305,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.copy is None:
-            for rows in self._order().split(self.size):
+            for rows in self.table.batches(self._order(), self.size, self.generator):
                 yield *self.table.batch(rows), self.table.targets[rows]
         else:
             features, present, targets = self.copy
@@ -265,10 +341,16 @@ def balanced_chances(targets: Tensor) -> Tensor:
 
 
 def drop_modalities(present: dict[str, Tensor], p: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Take each modality away from a row with probability ``p``, but never the last: present {modality: (B,) bool}."""
-    here = torch.stack(list(present.values()))  # (M, B)
+    """Take each modality away from a row with probability ``p``, but never the last: (B,) bool, or (B, T), by name."""
+    modalities = modalities_of(present)
+    by_row = {name: x if x.ndim == 1 else x.any(1) for name, x in present.items()}
+    here = torch.stack(
+        [torch.stack([x for name, x in by_row.items() if split_name(name)[0] == m]).any(0) for m in modalities]
+    )  # (M, B)
     kept = here & (torch.rand(here.shape, generator=generator) >= p).to(here.device)
     one = torch.rand(here.shape, generator=generator).to(here.device).masked_fill(~here, -1).argmax(0)  # (B,)
     spared = here & (torch.arange(len(here), device=here.device)[:, None] == one)
     kept = torch.where(kept.any(0), kept, spared)
-    return dict(zip(present, kept, strict=True))
+    stays = dict(zip(modalities, kept, strict=True))
+    masks = {name: stays[split_name(name)[0]] for name in present}
+    return {name: x & (masks[name] if x.ndim == 1 else masks[name][:, None]) for name, x in present.items()}

@@ -15,7 +15,7 @@ MOST_CLASSES = 100
 def model_card(run: "Run") -> str:
     """Return the text of a run's README.md; names that come from data can't break its tables or add HTML."""
     config, n_models = run.config, len(run.members)
-    what = f"A {config.fusion} fusion of {' and '.join(run.features)} features with {config.head} heads"
+    what = f"A {config.fusion} fusion of {' and '.join(run.modalities)} features with {config.head} heads"
     if run.sources:
         what = f"An ensemble of the runs {', '.join(_plain(name) for name in run.sources)}"
     kind = f"mean of {n_models} models" if n_models > 1 else "one model"
@@ -23,7 +23,7 @@ def model_card(run: "Run") -> str:
         "---",
         "library_name: cachefuse",
         f"tags: [{'multi-label' if run.task == 'multilabel' else 'multi-class'}-classification, "
-        f"{', '.join(run.features)}, feature-cache]",
+        f"{', '.join(run.modalities)}, feature-cache]",
         "---",
         "",
         f"# {_plain(run.name)}",
@@ -52,10 +52,10 @@ def model_card(run: "Run") -> str:
         lines += ["", unseen + chosen]
     lines += ["", "## Features", ""]
     lines += _table(
-        ["modality", "encoder", "width", "key"],
+        ["features", "encoder", "width", "key"],
         [
-            [modality, _plain(used.encoder), str(used.width), f"`{used.key}`"]
-            for modality, group in run.features.items()
+            [name, _plain(used.encoder), str(used.width), f"`{used.key}`"]
+            for name, group in run.features.items()
             for used in group
         ],
     )

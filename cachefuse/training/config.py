@@ -15,6 +15,7 @@ TASK_LOSS = {"multiclass": "ce", "multilabel": "asl"}
 # What won by cross-validation (README, "Defaults"): an ASL that spares easy negatives and cuts nothing.
 LOSS_OPTIONS: dict[str, dict[str, float | str]] = {"asl": {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}}
 EPOCHS, MIN_STEPS = 50, 500  # small data take more epochs, to make as many steps
+DROPOUT, BATCH_SIZE = 0.8, 256  # of fusions that have no defaults of their own
 LBFGS_EPOCHS = 20  # of up to 20 iterations each
 LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
 WEIGHT_DECAYS = {"lbfgs": 3e-3}  # of others 0: without it, so thorough an optimizer overfits
@@ -33,11 +34,13 @@ CHOICES = {
 class TrainConfig:
     """How a head is trained, and on which view of the features.
 
-    ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows. ``loss_options`` are the
-    loss's keyword arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip 0 unless told. None is
-    resolved by ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class), ``lr`` to the
-    optimizer's, ``weight_decay`` to 0 (0.003 for L-BFGS), ``schedule`` to cosine (constant for L-BFGS), ``epochs`` to
-    50 or as many as make 500 steps (L-BFGS: 20).
+    ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows. ``fusion_options`` are
+    the fusion's keyword arguments, ``without`` names parts of it to leave out. ``loss_options`` are the loss's keyword
+    arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip 0 unless told. None is resolved by
+    ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class), what the fusion has defaults of its
+    own for to those, ``lr`` to the optimizer's, ``dropout`` to 0.8, ``batch_size`` to 256,
+    ``weight_decay`` to 0 (0.003 for L-BFGS), ``schedule`` to cosine (constant for L-BFGS), ``epochs`` to 50 or as many
+    as make 500 steps (L-BFGS: 20).
 
     ``patience`` is the epochs without a better validation score after which training stops, 0 for never; the best
     epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None for the first of the
@@ -52,11 +55,13 @@ class TrainConfig:
 
     view: str = "pooled"
     fusion: str = "sum"
+    fusion_options: Mapping[str, Any] = field(default_factory=dict)
+    without: tuple[str, ...] = ()
     scheme: str = "joint"
     head: str = "mlp"
     layers: tuple[int, ...] | None = None
     activation: str = "relu"
-    dropout: float = 0.8
+    dropout: float | None = None
     modality_dropout: float = 0.0
     loss: str | None = None
     loss_options: Mapping[str, float | str] = field(default_factory=dict)
@@ -69,7 +74,7 @@ class TrainConfig:
     clip_norm: float = 0.0
     ema: float = 0.0
     epochs: int | None = None
-    batch_size: int = 256
+    batch_size: int | None = None
     patience: int = 0
     monitor: str | None = None
     thresholds: str = "auto"
@@ -102,7 +107,7 @@ class TrainConfig:
         if any(width > MAX_WIDTH for width in self.layers or ()):
             raise ConfigError(f"layers must be at most {MAX_WIDTH:,} wide. Got {max(self.layers or ())} instead")
         for name in ("dropout", "modality_dropout", "ema"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ConfigError(f"{_option(name)} must be at least 0 and below 1. Got {getattr(self, name)} instead")
         self._check_together()
 
@@ -133,19 +138,45 @@ class TrainConfig:
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if name != "reduction" and not number:
                 raise ConfigError(f"loss option {name} must be a number. Got {value!r} instead")
+        if self.optimizer == "lbfgs" and not self._fusion.linear:
+            raise ConfigError(f"optimizer 'lbfgs' is for linear models. Got fusion {self.fusion!r}; take adam or adamw")
         if self.optimizer == "lbfgs" and (self.schedule not in (None, "constant") or self.sampler != "shuffle"):
             raise ConfigError(
                 "optimizer 'lbfgs' takes all rows in each step, at a constant rate; leave out --schedule and --sampler"
             )
 
+    def views(self, modality: str) -> tuple[str, ...]:
+        """Return the views that are read of a modality."""
+        views = self._fusion.views(modality, self.own_options())
+        return ("flat",) if self.view == "tokens" and views == ("pooled",) else views
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the model's weights are all in linear layers over pooled features, its head's hidden ones aside."""
+        return bool(self._fusion.linear) and self.view == "pooled"
+
+    def own_options(self) -> dict[str, Any]:
+        """Return the keyword arguments of the fusion."""
+        return {**self.fusion_options, **({"without": self.without} if self.without else {})}
+
+    @property
+    def _fusion(self) -> Any:
+        return lookup(FUSIONS, self.fusion, "fusion")
+
+    def _of(self, name: str, otherwise: Any) -> Any:
+        """Return a setting as it was given, or else the fusion's own, or else that of all others."""
+        given = getattr(self, name)
+        return self._fusion.defaults.get(name, otherwise) if given is None else given
+
     @property
     def learning_rate(self) -> float:
-        return LEARNING_RATES[self.optimizer] if self.lr is None else self.lr
+        usual = LEARNING_RATES[self.optimizer]
+        return self._of("lr", usual) if self.optimizer in ("adam", "adamw") or self.lr is not None else usual
 
     @property
     def penalty(self) -> float:
         """The weight decay."""
-        return WEIGHT_DECAYS.get(self.optimizer, 0.0) if self.weight_decay is None else self.weight_decay
+        return self._of("weight_decay", WEIGHT_DECAYS.get(self.optimizer, 0.0))
 
     @property
     def n_epochs(self) -> int:
@@ -156,7 +187,7 @@ class TrainConfig:
     @property
     def rows_a_step(self) -> int:
         """The batch size; 0 for all rows, which L-BFGS always takes."""
-        return 0 if self.optimizer == "lbfgs" else self.batch_size
+        return 0 if self.optimizer == "lbfgs" else self._of("batch_size", BATCH_SIZE)
 
     def resolve_loss(self, task: str) -> str:
         """Return the loss for a task. Raises ConfigError if it can't be trained with the one that was asked for."""
@@ -177,26 +208,51 @@ class TrainConfig:
         loss = self.resolve_loss(task)
         return replace(
             self,
+            fusion_options=self._fusion_options(),
             loss=loss,
             loss_options={**LOSS_OPTIONS.get(loss, {}), **self.loss_options},
             lr=self.learning_rate,
             weight_decay=self.penalty,
             schedule=self.schedule or ("constant" if lbfgs else "cosine"),
-            epochs=self.epochs or epochs,
+            dropout=self._of("dropout", DROPOUT),
+            batch_size=self._of("batch_size", BATCH_SIZE),
+            epochs=self._of("epochs", epochs),
         )
+
+    def _fusion_options(self) -> dict[str, Any]:
+        """Return all options of the fusion. Raises ConfigError for one that it does not have, or of another type."""
+        known = self._fusion.options()
+        for name in self.fusion_options:
+            if name not in known:
+                choices = f"its options are: {', '.join(known)}" if known else "it has none"
+                raise ConfigError(f"fusion {self.fusion!r} has no option {name!r}; {choices}")
+        for name in self.without:
+            if name not in self._fusion.parts:
+                parts = ", ".join(self._fusion.parts) or "none"
+                raise ConfigError(f"fusion {self.fusion!r} has no {name!r} to leave out; its parts are: {parts}")
+        return {
+            name: _as_type(name, self.fusion_options.get(name, default), default) for name, default in known.items()
+        }
 
     def head_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the head; a linear head has no hidden layers to speak of."""
         layers = self.layers if self.layers is not None else lookup(HEADS, self.head, "head").default_layers
-        return {"layers": layers, "activation": self.activation, "dropout": self.dropout}
+        return {"layers": layers, "activation": self.activation, "dropout": self._of("dropout", DROPOUT)}
 
     def differences(self, task: str) -> dict[str, Any]:
         """Return the settings, resolved ones, that differ from those of a training with this head, loss and optimizer.
 
         Those three count by themselves, and the epochs that few rows take are among them.
         """
-        plain = TrainConfig(head=self.head, loss=self.loss, optimizer=self.optimizer).resolve(task, 10**9)
-        plain = replace(plain, head=TrainConfig.head, loss=TASK_LOSS[task], optimizer=TrainConfig.optimizer)
+        mine: dict[str, Any] = {
+            "fusion": self.fusion,
+            "head": self.head,
+            "loss": self.loss,
+            "optimizer": self.optimizer,
+        }
+        plain = TrainConfig(**mine).resolve(task, 10**9)
+        common = {name: getattr(TrainConfig, name) for name in ("fusion", "head", "optimizer")}
+        plain = replace(plain, **common, loss=TASK_LOSS[task])
         named = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in named if value != getattr(plain, name)}
 
@@ -213,7 +269,20 @@ class TrainConfig:
         if unknown:
             raise ConfigError(f"unknown settings: {', '.join(unknown)}")
         layers = values.get("layers")
-        return cls(**{**values, "layers": None if layers is None else tuple(layers)})
+        without = tuple(values.get("without", ()))
+        return cls(**{**values, "layers": None if layers is None else tuple(layers), "without": without})
+
+
+def _as_type(name: str, value: Any, default: Any) -> Any:
+    """Return an option's value, which may be given as text, as one of its default's type."""
+    kind = type(default)
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    try:
+        return kind(value) if isinstance(value, str | int) and kind in (int, float, str) else value
+    except ValueError:
+        what = {int: "a whole number", float: "a number"}.get(kind, "text")
+        raise ConfigError(f"fusion option {name} must be {what}. Got {value!r} instead") from None
 
 
 def why_no_head(task: str) -> str:

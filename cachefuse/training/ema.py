@@ -21,6 +21,7 @@ class EMA(Generic[Model]):
         self.decay = decay
         self.steps = 0
         self._pairs = list(zip(self.model.parameters(), model.parameters(), strict=True))
+        self._buffers = list(zip(self.model.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -29,3 +30,5 @@ class EMA(Generic[Model]):
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         averages, weights = zip(*self._pairs, strict=True)
         torch._foreach_lerp_(averages, weights, 1 - decay)
+        for average, buffer in self._buffers:  # such as the running statistics of batch normalisation
+            average.copy_(buffer)

@@ -120,7 +120,8 @@ class FeatureView:
     def to_table(self, targets: Tensor, splits: np.ndarray) -> FeatureTable:
         """Return these rows as a table of their own, with targets (n, C) and splits (n,)."""
         rows = torch.from_numpy(self.rows)
-        features: dict[str, Any] = {modality: PickedRows(x, rows) for modality, x in self.table.features.items()}
+        pooled: Any = self.table.features
+        features: dict[str, Any] = {modality: PickedRows(x, rows) for modality, x in pooled.items()}
         return FeatureTable(
             features=features,
             present={modality: x[rows] for modality, x in self.table.present.items()},

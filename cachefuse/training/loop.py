@@ -201,7 +201,7 @@ def spread(rows: Tensor, most: int) -> Tensor:
 def predict_logits(model: nn.Module, table: FeatureTable, rows: Tensor) -> Tensor:
     """Return the logits (n, C) of some rows, float32, on the CPU. Raises TrainingError if any is not finite."""
     model.eval()
-    logits = torch.cat([model(*piece).float().cpu() for piece in table.pieces(rows)])
+    logits = table.map(lambda features, present: model(features, present).float(), rows)
     if not logits.isfinite().all():
         raise TrainingError("the model's logits are not finite: its training diverged; take a lower lr")
     return logits

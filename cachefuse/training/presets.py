@@ -20,7 +20,7 @@ from cachefuse.training.sweep import Experiment, run_sweep
 from cachefuse.training.sweep_files import write_results
 from cachefuse.training.sweep_result import Published, SweepResult
 from cachefuse.training.train import train_run
-from cachefuse.training.used import UsedByModality
+from cachefuse.training.used import UsedByName
 
 PAPER_ROWS = 25_000  # to train on
 # Tables 1 and 5: sum fusion, each head trained alone before the meta-classifier.
@@ -159,7 +159,7 @@ def preset(name: str, problem: Problem, changes: Mapping[str, Any] | None = None
 def greedy(
     store: FeatureStore,
     problem: Problem,
-    used: UsedByModality,
+    used: UsedByName,
     folder: Path,
     seeds: Sequence[int],
     changes: Mapping[str, Any] | None = None,

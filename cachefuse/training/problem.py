@@ -14,7 +14,7 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.metrics import main_metric
 from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import FeatureTable, load_table, select_features
+from cachefuse.training.batches import FeatureTable, Views, load_table, pooled, select_features
 from cachefuse.training.config import TASK_LOSS, TrainConfig, why_no_head
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,8 @@ class Problem:
 
     @property
     def widths(self) -> dict[str, int]:
-        return {modality: x.shape[1] for modality, x in self.table.features.items()}
+        """The widths of the features at hand, by name."""
+        return {name: x.shape[1] for name, x in self.table.features.items()}
 
     @property
     def metric(self) -> str:
@@ -70,9 +71,9 @@ class Problem:
         """Return settings with none left open. Raises ConfigError for a loss that is not the task's."""
         return config.resolve(self.task, len(self.train_rows()))
 
-    def only(self, modalities: Sequence[str]) -> "Problem":
-        """Return the same problem with some of its modalities."""
-        return replace(self, table=self.table.only(modalities))
+    def only(self, names: Sequence[str]) -> "Problem":
+        """Return the same problem with some of its features."""
+        return replace(self, table=self.table.only(names))
 
     def train_rows(self) -> Tensor:
         """Return the rows to train on. Raises DataError if there are none."""
@@ -85,9 +86,10 @@ class Problem:
 
 
 def open_problem(
-    store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto", view: str = "pooled"
+    store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto", views: Views = pooled
 ) -> tuple[Problem, dict[str, list[Features]]]:
-    """Open a store's features, by default all that are complete, and return them with the problem that they pose.
+    """Open the views that are read of a store's features, by default all that are complete, and return the features,
+    by modality, with the problem that they pose.
 
     A modality of which samples have several items (captions) is left out where there is another. Raises CacheError or
     ConfigError if the features are not there, and ConfigError if the dataset's task has no head, or one class alone.
@@ -97,9 +99,9 @@ def open_problem(
         raise ConfigError(why_no_head(manifest.task))
     if manifest.task == "multiclass" and len(store.classes) < 2:
         raise ConfigError(f"{store.dataset} has one class only, {store.classes[0]!r}: there is nothing to tell apart")
-    chosen = select_features(store, encoders, view)
+    chosen = select_features(store, encoders, views)
     single = {modality: group for modality, group in chosen.items() if store.items(modality) is None}
     for modality in chosen.keys() - single.keys() if single else ():
         logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
     chosen = single or chosen
-    return Problem.of(store, load_table(store, chosen, view).to(resolve_device(device))), chosen
+    return Problem.of(store, load_table(store, chosen, views).to(resolve_device(device))), chosen

@@ -27,6 +27,7 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
 from cachefuse.fusion import FUSIONS
+from cachefuse.fusion.base import modalities_of, split_name
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import decide
 from cachefuse.registry import HEADS, lookup
@@ -49,7 +50,7 @@ from cachefuse.training.run_files import (
     read_json,
     write_run,
 )
-from cachefuse.training.used import UsedByModality, UsedFeatures, width_of
+from cachefuse.training.used import UsedByName, UsedFeatures, widths_of
 
 VERSIONS = ("cachefuse", "torch", "numpy", "scikit-learn", "zarr")
 
@@ -62,7 +63,7 @@ class Member:
     """
 
     config: TrainConfig
-    features: UsedByModality
+    features: UsedByName
     model: FusionModel
     weight: float
     fold: int | None = None
@@ -98,13 +99,24 @@ class Run:
         return self.manifest.task
 
     @property
-    def features(self) -> UsedByModality:
-        """What its members read, each once."""
+    def features(self) -> UsedByName:
+        """What its members read, each once, by name."""
         union: dict[str, dict[UsedFeatures, None]] = {}
         for member in self.members:
-            for modality, group in member.features.items():
-                union.setdefault(modality, {}).update(dict.fromkeys(group))
-        return {modality: tuple(group) for modality, group in sorted(union.items())}
+            for name, group in member.features.items():
+                union.setdefault(name, {}).update(dict.fromkeys(group))
+        return {name: tuple(group) for name, group in sorted(union.items())}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that its members read."""
+        return modalities_of(self.features)
+
+    @property
+    def encoders(self) -> tuple[tuple[str, str], ...]:
+        """The encoders that its features are of, each with its modality, once."""
+        named = ((used.encoder, split_name(name)[0]) for name, group in self.features.items() for used in group)
+        return tuple(dict.fromkeys(named))
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -219,7 +231,7 @@ class Run:
             for member in about.members:
                 settings = TrainConfig.from_dict(member.config)
                 settings.resolve_loss(about.manifest.task)
-                widths = {modality: width_of(group) for modality, group in member.features.items()}
+                widths = widths_of(member.features)
                 with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
                     model = build_model(settings, widths, len(about.classes))
                 members.append(Member(settings, member.features, model, member.weight, member.fold))
@@ -247,9 +259,9 @@ class Run:
 
 
 def build_model(config: TrainConfig, widths: Mapping[str, int], n_classes: int) -> FusionModel:
-    """Build the untrained model that the settings describe, for features of the given widths by modality."""
+    """Build the untrained model that the settings describe, for features of the given widths by name."""
     head = partial(lookup(HEADS, config.head, "head"), **config.head_options())
-    return FusionModel(lookup(FUSIONS, config.fusion, "fusion")(dict(widths), n_classes, head))
+    return FusionModel(lookup(FUSIONS, config.fusion, "fusion")(dict(widths), n_classes, head, **config.own_options()))
 
 
 def split_digest(store: FeatureStore) -> str:

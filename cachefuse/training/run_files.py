@@ -22,7 +22,7 @@ from cachefuse.runtime import slug, write_atomically
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.measure import HeldOut
 from cachefuse.training.problem import OUT_OF_FOLD, VAL
-from cachefuse.training.used import UsedByModality
+from cachefuse.training.used import UsedByName
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class _Result(BaseModel):
 
 class _Member(BaseModel):
     config: dict[str, Any]
-    features: UsedByModality
+    features: UsedByName
     weight: float = Field(gt=0, allow_inf_nan=False)
     fold: int | None
 

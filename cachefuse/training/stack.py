@@ -120,7 +120,7 @@ def shared_settings(config: TrainConfig, device: torch.device) -> TrainConfig | 
     model's own score or gradient (patience, clip-norm, L-BFGS) is done alone, and so are several members, and tokens.
     """
     own_way = config.optimizer == "lbfgs" or config.patience or config.clip_norm
-    if own_way or config.members > 1 or config.view != "pooled" or (config.head != "linear" and device.type != "cuda"):
+    if own_way or config.members > 1 or not config.is_linear or (config.head != "linear" and device.type != "cuda"):
         return None
     free: dict[str, Any] = {
         "loss": None, "loss_options": {}, "class_weights": "none", "lr": None, "weight_decay": 0.0,

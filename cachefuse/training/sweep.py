@@ -21,6 +21,7 @@ from cachefuse.losses import build_loss
 from cachefuse.metrics import METRICS
 from cachefuse.registry import lookup
 from cachefuse.runtime import to_json
+from cachefuse.training.batches import Views
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import predict_scores
 from cachefuse.training.measure import HeldOut, chooses
@@ -30,7 +31,7 @@ from cachefuse.training.stack import most_together, shared_settings, train_toget
 from cachefuse.training.sweep_files import append_trials, only_sweep, read_trials, write_results
 from cachefuse.training.sweep_result import Published, SettingResult, SweepResult, Trial
 from cachefuse.training.train import split_parts, train_problem
-from cachefuse.training.used import UsedByModality, used_features
+from cachefuse.training.used import UsedByName, used_features
 
 Outcome = tuple[HeldOut, float] | TrainingError  # what was said of the rows held out, by weights of which epoch
 
@@ -117,17 +118,23 @@ def sweep(
 
     Raises ConfigError for settings that don't fit one another or the dataset, before anything is trained.
     """
-    problem, chosen = open_problem(store, encoders, device, base.view)
+    problem, chosen = open_problem(store, encoders, device, views_of(base, settings))
     used = used_features(chosen, problem.widths)
     result = run_sweep(store, problem, used, Experiment(base, settings), folder, seeds, on_trial)
     write_results(result, folder)
     return result
 
 
+def views_of(base: TrainConfig, settings: Sequence[Mapping[str, Any]]) -> Views:
+    """Return what is read by one or more of the settings."""
+    configs = [replace(base, **parse_setting(setting)) for setting in settings] or [base]
+    return lambda modality: dict.fromkeys(view for config in configs for view in config.views(modality))
+
+
 def run_sweep(
     store: FeatureStore,
     problem: Problem,
-    used: UsedByModality,
+    used: UsedByName,
     experiment: Experiment,
     folder: Path,
     seeds: Sequence[int],
@@ -268,7 +275,7 @@ def _key(data: str, config: TrainConfig) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _digest(store: FeatureStore, problem: Problem, used: UsedByModality, metrics: Sequence[str]) -> str:
+def _digest(store: FeatureStore, problem: Problem, used: UsedByName, metrics: Sequence[str]) -> str:
     """Hash what all trials share: features by their keys, samples and splits, targets, and how they are judged."""
     about = {
         "features": {

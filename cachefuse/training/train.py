@@ -24,7 +24,7 @@ from cachefuse.training.loop import Epoch, History, Validation, predict_scores, 
 from cachefuse.training.measure import HeldOut, choose_for, chooses, measure
 from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL, Problem, open_problem
 from cachefuse.training.run import Member, Run, build_model, split_digest
-from cachefuse.training.used import UsedByModality, used_features
+from cachefuse.training.used import UsedByName, used_features
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def train_head(
     model may take, in 10^6 bytes. Raises ConfigError for settings that don't fit the dataset, a model that is too
     large, or a modality that no training row has, DataError without training rows, TrainingError if training diverges.
     """
-    problem, chosen = open_problem(store, encoders, device, config.view)
+    problem, chosen = open_problem(store, encoders, device, config.views)
     used = used_features(chosen, problem.widths)
     return train_run(store, problem, used, config, max_size_mb=max_size_mb, on_progress=on_progress)
 
@@ -88,7 +88,7 @@ def train_head(
 def train_run(
     store: FeatureStore,
     problem: Problem,
-    used: UsedByModality,
+    used: UsedByName,
     config: TrainConfig,
     *,
     max_size_mb: float | None = None,
@@ -102,7 +102,7 @@ def train_run(
     _check_size(untrained, config, max_size_mb)
     problem = problem.only(list(untrained.widths))
     trained = train_problem(problem, config, on_progress)
-    own = {modality: used[modality] for modality in untrained.widths}
+    own = {name: used[name] for name in untrained.widths}
     run = Run(
         name=f"{store.dataset}-{config.fusion}-{config.head}-{config.loss}",
         dataset=store.dataset,

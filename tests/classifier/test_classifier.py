@@ -112,10 +112,11 @@ def test_its_parameters_are_the_settings_of_a_training():
     ours = {name: parameter.default for name, parameter in parameters.items()}
     assert ours.pop("min_labels") == 0
     assert ours.pop("device") == "auto"
-    assert ours.pop("loss_options") is None
+    assert ours.pop("loss_options") is ours.pop("fusion_options") is None
     ours["seed"] = ours.pop("random_state")
     settings = {field.name: field.default for field in fields(TrainConfig)}
-    assert ours == {name: value for name, value in settings.items() if name not in ("view", "loss_options")}
+    apart = ("view", "loss_options", "fusion_options")
+    assert ours == {name: value for name, value in settings.items() if name not in apart}
 
 
 def test_parameters_are_kept_as_they_are_given(view, labels):

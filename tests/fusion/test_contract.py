@@ -5,32 +5,70 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.functional import pad
 
+from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.fusion import FUSIONS
+from cachefuse.fusion.base import split_name
 from cachefuse.fusion.model import FusionModel
 from cachefuse.registry import HEADS, lookup
 
-WIDTHS = {"image": 6, "text": 4}
+# All that a store may have; each fusion takes what it reads.
+WIDTHS = {
+    "image": 6, "image_tokens": SequenceWidth(5, 4), "text": 4, "text_tokens": SequenceWidth(3, 7),
+    "text_ids": SequenceWidth(11, 7),
+}  # fmt: skip
+OPTIONS = {"cma": {"width": 8, "heads": 2}, "tirg": {"width": 8}}  # small ones
 B, C = 8, 3
 
 
 def build(fusion, head, seed=0):
     torch.manual_seed(seed)
     layers = {} if head == "linear" else {"layers": (8, 4)}
-    return lookup(FUSIONS, fusion, "fusion")(WIDTHS, C, partial(lookup(HEADS, head, "head"), **layers))
+    make_head = partial(lookup(HEADS, head, "head"), **layers)
+    return lookup(FUSIONS, fusion, "fusion")(WIDTHS, C, make_head, **OPTIONS.get(fusion, {}))
 
 
 def inputs(seed=0, dtype=torch.float32):
+    """Rows 0 and 3 lack the image, 1 and 3 the text; rows differ in their number of tokens."""
     generator = torch.Generator().manual_seed(seed)
-    features = {m: torch.randn(B, width, generator=generator).to(dtype) for m, width in WIDTHS.items()}
-    present = {m: torch.ones(B, dtype=torch.bool) for m in WIDTHS}
-    present["image"][[0, 3]] = False
-    present["text"][[1, 3]] = False
+    here = {"image": torch.ones(B, dtype=torch.bool), "text": torch.ones(B, dtype=torch.bool)}
+    here["image"][[0, 3]] = False
+    here["text"][[1, 3]] = False
+    features, present = {}, {}
+    for name, width in WIDTHS.items():
+        modality, view = split_name(name)
+        if view == "pooled":
+            features[name] = torch.randn(B, width, generator=generator).to(dtype)
+            present[name] = here[modality]
+        elif view == "tokens":
+            features[name] = torch.randn(B, width.n_tokens, width, generator=generator).to(dtype)
+            present[name] = mask_of(modality, here, width.n_tokens)
+        else:
+            features[name] = torch.randint(width, (B, width.n_tokens), generator=generator)
+            present[name] = mask_of(modality, here, width.n_tokens)
     return features, present
 
 
+def mask_of(modality, here, n_tokens):
+    lengths = torch.full((B,), n_tokens) if modality == "image" else torch.arange(B) % n_tokens + 1
+    return (torch.arange(n_tokens) < lengths[:, None]) & here[modality][:, None]
+
+
 def spoil_absent(features, present, value):
-    return {m: torch.where(present[m][:, None], x, value) for m, x in features.items()}
+    return {
+        m: x if x.dtype == torch.int64 else torch.where(present[m].unsqueeze(-1), x, value) for m, x in features.items()
+    }
+
+
+def padded(features, present, by=3):
+    """The same rows with more padding, which holds NaN."""
+    pads = {m: (0, by) if x.dtype == torch.int64 else (0, 0, 0, by) for m, x in features.items()}
+    return (
+        {m: x if present[m].ndim == 1 else pad(x, pads[m], value=0 if x.dtype == torch.int64 else torch.nan)
+         for m, x in features.items()},
+        {m: x if x.ndim == 1 else pad(x, (0, by)) for m, x in present.items()},
+    )  # fmt: skip
 
 
 pytestmark = [
@@ -79,22 +117,28 @@ def test_absent_rows_have_no_influence(fusion, head, value):
 
 
 def test_rows_do_not_influence_one_another(fusion, head):
-    model = build(fusion, head)
+    model = build(fusion, head).eval()
     features, present = inputs()
     few = {m: x[:3] for m, x in features.items()}, {m: x[:3] for m, x in present.items()}
     torch.testing.assert_close(model(*few), model(features, present)[:3])
 
 
+def test_padding_has_no_influence(fusion, head):
+    model = build(fusion, head).eval()
+    features, present = inputs()
+    torch.testing.assert_close(model(*padded(features, present)), model(features, present))
+
+
 def test_model_standardises_raw_features(fusion, head):
     features, present = inputs(dtype=torch.float16)
-    model = FusionModel(build(fusion, head))
-    assert sorted(model.standardize) == sorted(model.fusion.widths)
-    for modality, standardize in model.standardize.items():
-        standardize.fit(features[modality], present[modality].nonzero()[:, 0])
+    model = FusionModel(build(fusion, head)).eval()
+    assert sorted(model.standardize) == sorted(name for name in model.widths if not name.endswith("_ids"))
+    for name, standardize in model.standardize.items():
+        standardize.fit(features[name][present[name]])
     x = {m: (features[m].float() - s.mean) * s.scale for m, s in model.standardize.items()}
     logits = model(features, present)
     assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits, model.fusion(x, present))
+    torch.testing.assert_close(logits, model.fusion({**features, **x}, present))
     assert torch.equal(model(spoil_absent(features, present, torch.nan), present), logits)
 
 
@@ -102,7 +146,7 @@ def test_saves_and_loads(fusion, head, tmp_path):
     features, present = inputs()
     saved, loaded = FusionModel(build(fusion, head)), FusionModel(build(fusion, head, seed=1))
     for modality, standardize in saved.standardize.items():
-        standardize.fit(2 * features[modality] + 1)
+        standardize.fit(2 * features[modality].flatten(0, -2) + 1)
     save_file(saved.state_dict(), tmp_path / "weights.safetensors")
     loaded.load_state_dict(load_file(tmp_path / "weights.safetensors"))
-    assert torch.equal(saved(features, present), loaded(features, present))
+    assert torch.equal(saved.eval()(features, present), loaded.eval()(features, present))

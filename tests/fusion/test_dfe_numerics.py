@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.fusion.dfe import EXPANSION, DeepFusionEncoder, Projection, TransformerBlock, masked_mean
+from cachefuse.fusion.dfe import DeepFusionEncoder, Projection, masked_mean
+from cachefuse.fusion.transformer import EXPANSION, TransformerBlock
 from cachefuse.registry import ATTENTION_HEADS, METHODS, OPERATIONS, lookup
 
 WIDTHS = (6, 5)

@@ -35,16 +35,19 @@ def store(extracted, tmp_path):
 
 @pytest.fixture
 def add_features():
-    def add(store, encoder, modality, values, source=None, blocks=None):
-        """Write features (N, D) under a made-up encoder, only some blocks if given."""
+    def add(store, encoder, modality, values, source=None, blocks=None, tokens=None):
+        """Write features (N, D) under a made-up encoder, only some blocks if given; tokens (N, T, D), or a list."""
+        views = {"pooled": values} if tokens is None else {"pooled": values, "tokens": tokens}
         dtype = np.asarray(values).dtype.name
         provenance = {"dtype": dtype, "family": "made up"}
-        features = store.require_features(encoder, modality, provenance, source or encoder, {"pooled": dtype})
-        features.begin(features.new_view("pooled", values.shape[1:], ragged=False, dtype=dtype))
-        with ViewWriter(features, "pooled", ragged=False, dtype=dtype) as writer:
-            for block in features.pending("pooled") if blocks is None else blocks:
-                rows = np.array(features.rows_of("pooled", block))
-                writer.add(rows, list(values[rows]))
+        features = store.require_features(encoder, modality, provenance, source or encoder, dict.fromkeys(views, dtype))
+        for view, rows_of_view in views.items():
+            ragged = isinstance(rows_of_view, list)
+            features.begin(features.new_view(view, rows_of_view[0].shape, ragged=ragged, dtype=dtype))
+            with ViewWriter(features, view, ragged=ragged, dtype=dtype) as writer:
+                for block in features.pending(view) if blocks is None else blocks:
+                    rows = np.array(features.rows_of(view, block))
+                    writer.add(rows, [rows_of_view[row] for row in rows])
         return features
 
     return add
@@ -52,8 +55,8 @@ def add_features():
 
 @pytest.fixture
 def make_store(tmp_path, add_features):
-    def make(features, targets, splits, *, task="multilabel", absent=None, metrics=(), name="made"):
-        """A store of features {modality: (N, D)}, with ``absent`` {modality: rows}."""
+    def make(features, targets, splits, *, task="multilabel", absent=None, metrics=(), name="made", tokens=None):
+        """A store of features {modality: (N, D)}, with ``absent`` {modality: rows}, and tokens by modality."""
         absent = absent or {}
         n, n_classes = len(targets), targets.shape[1] if targets.ndim == 2 else targets.max(initial=0) + 1
         manifest = parse_manifest(
@@ -73,7 +76,7 @@ def make_store(tmp_path, add_features):
         )
         store = FeatureStore.for_dataset(tmp_path / f"{name}.zarr", dataset)
         for modality, values in features.items():
-            add_features(store, "toy", modality, values)
+            add_features(store, "toy", modality, values, tokens=(tokens or {}).get(modality))
         return store
 
     return make
@@ -89,7 +92,12 @@ def toy_store(make_store):
         signal = np.concatenate([x["image"], x["text"]], axis=1).astype(np.float32) @ rng.normal(size=(11, 3))
         targets = (signal > 0).astype(np.int8) if task == "multilabel" else signal.argmax(1).astype(np.int32)
         targets[52:] = -1
-        return make_store(x, targets, ["train"] * 40 + ["val"] * 12 + ["test"] * 8, task=task, **options)
+        tokens = {
+            "image": rng.normal(size=(60, 4, 3)).astype(np.float16),
+            "text": [rng.normal(size=(1 + row % 5, 2)).astype(np.float16) for row in range(60)],
+        }
+        splits = ["train"] * 40 + ["val"] * 12 + ["test"] * 8
+        return make_store(x, targets, splits, task=task, tokens=tokens, **options)
 
     return make
 

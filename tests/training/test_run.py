@@ -43,7 +43,9 @@ def test_comes_back_as_it_was(trained, saved):
     for name in ("name", "dataset", "manifest", "classes", "features", "results", "split_digest", "sources"):
         assert getattr(run, name) == getattr(trained, name), name
     assert (run.histories, run.created, run.path) == (trained.histories, trained.created, saved)
-    assert run.config == TrainConfig(head="linear", epochs=2, loss="bce", lr=1e-3, weight_decay=0.0, schedule="cosine")
+    assert run.config == TrainConfig(
+        head="linear", epochs=2, loss="bce", lr=1e-3, weight_decay=0.0, schedule="cosine", dropout=0.8, batch_size=256
+    )
     assert run.task == "multilabel"
     state = trained.members[0].model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in run.members[0].model.state_dict().items())
@@ -177,7 +179,7 @@ def test_names_a_file_that_is_no_json_object(saved, file, content):
         ("config", {"fusion": "smu"}, "unknown fusion 'smu'"),
         ("config", {"fusion": ["sum"]}, ""),
         ("config", {"epochs": "many"}, ""),
-        ("config", {"dropout": None}, ""),
+        ("config", {"dropout": "none"}, ""),
         ("config", {"seed": -1}, "seed must be between"),
         ("config", 5, "config: "),
         ("classes", "abc", "classes: "),

@@ -10,7 +10,7 @@ from cachefuse.training.batches import Batches, FeatureTable, balanced_chances, 
 def drawn(n, rows, batch_size, generator, chances, epochs=1):
     """The row numbers of each batch, of a table of n rows, by epoch."""
     numbers = torch.arange(n)[:, None]
-    table = FeatureTable({"image": numbers}, {}, numbers, np.ones(n, bool), np.array([""] * n))
+    table = FeatureTable({"image": numbers}, {"image": numbers >= 0}, numbers, np.ones(n, bool), np.array([""] * n))
     batches = Batches(table, rows, batch_size, generator, chances)
     return [[features["image"][:, 0] for features, _, _ in batches] for _ in range(epochs)]
 

@@ -14,12 +14,13 @@ from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import CacheError, ConfigError, RunError
 from cachefuse.predict import predict_samples, predict_split
-from cachefuse.training.batches import load_table, select_features
+from cachefuse.training.batches import FLAT, load_table, one_view, select_features
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.run import Run
 from cachefuse.training.train import train_head
 
 SHAPES = 'name = "shapes"\ntask = "multilabel"\nreader = { kind = "shapes", train = 60, test = 12 }'
+side_by_side = one_view(FLAT)
 TOKENS = TrainConfig(view="tokens", head="gmlp", layers=(8,), epochs=2, batch_size=16)
 
 
@@ -43,10 +44,10 @@ def store(dataset, tmp_path_factory):
 
 
 def test_tokens_lie_side_by_side_with_zeros_where_a_text_is_shorter(store):
-    table = load_table(store, select_features(store, view="tokens"), "tokens")
+    table = load_table(store, select_features(store, views=side_by_side), side_by_side)
     index = torch.tensor([3, 0, 70])
     for modality, features in table.features.items():
-        (stored,) = select_features(store, view="tokens")[modality]
+        (stored,) = select_features(store, views=side_by_side)[modality]
         rows = stored.rows("tokens")
         longest = max(len(rows[row]) for row in range(len(rows)))
         assert features.shape == (72, longest * rows.shape[-1])
@@ -55,7 +56,7 @@ def test_tokens_lie_side_by_side_with_zeros_where_a_text_is_shorter(store):
             tokens = rows[row]
             np.testing.assert_array_equal(flat[: tokens.size], tokens.reshape(-1))
             assert not flat[tokens.size :].any()
-    ragged = select_features(store, view="tokens")["text"][0].rows("tokens")
+    ragged = select_features(store, views=side_by_side)["text"][0].rows("tokens")
     cut = FlatTokens(ragged, n_tokens=2)
     np.testing.assert_array_equal(cut.index_select(0, index)[1].numpy(), ragged[0][:2].reshape(-1))
     assert FlatTokens(ragged, n_tokens=99).index_select(0, index).shape == (3, 99 * ragged.shape[-1])
@@ -81,13 +82,14 @@ def test_a_run_on_tokens_predicts_stored_and_raw_samples_alike(fusion, store, da
     assert widths == {"text": {14}, "concat": {4}}.get(fusion, {4, 14})
 
 
-def test_says_what_tokens_need(store, tmp_path, toy_store, add_features):
+def test_says_what_tokens_need(store, make_store):
+    pooled = make_store({"text": np.eye(4, dtype=np.float16)}, np.array([0, 1, 0, 1]), ["train"] * 4, task="multiclass")
     with pytest.raises(CacheError, match="holds no tokens features; run cachefuse extract --views pooled,tokens first"):
-        train_head(toy_store(), TOKENS)
-    chosen = select_features(store, view="tokens")
+        train_head(pooled, TOKENS)
+    chosen = select_features(store, views=side_by_side)
     twice = {"text": chosen["text"] * 2}
     with pytest.raises(ConfigError, match="shapes has text tokens of several encoders; name one with --encoder"):
-        load_table(store, twice, "tokens")
+        load_table(store, twice, side_by_side)
 
 
 @pytest.mark.parametrize("tokens", [11, -1, 10**9])

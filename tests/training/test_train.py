@@ -31,19 +31,25 @@ def as_bytes(run):
     return save(dict(model_of(run).state_dict()))
 
 
+SMALL = {"cma": {"width": 8, "heads": 2}, "tirg": {"width": 8}}  # options of fusions that are large by themselves
+
+
 @pytest.mark.parametrize("loss", sorted(LOSSES))
 @pytest.mark.parametrize("head", sorted(HEADS))
 @pytest.mark.parametrize("fusion", sorted(FUSIONS))
 def test_every_combination_trains_and_survives_a_round_trip(fusion, head, loss, toy_store, tmp_path):
     for task in ("multilabel", "multiclass"):
         store = toy_store(task, absent={"text": {1, 41, 53}}, name=task)
-        config = TrainConfig(fusion=fusion, head=head, loss=loss, layers=layers(head), epochs=2, batch_size=16)
+        options = SMALL.get(fusion, {})
+        config = TrainConfig(
+            fusion=fusion, fusion_options=options, head=head, loss=loss, layers=layers(head), epochs=2, batch_size=16
+        )
         if task == "multilabel" and loss == "ce":
             with pytest.raises(ConfigError, match="loss 'ce' is for one label a row"):
                 train_head(store, config)
             continue
         run = train_head(store, config)
-        assert set(run.features) == ({fusion} if fusion in ("image", "text") else {"image", "text"})
+        assert set(run.modalities) == ({fusion} if fusion in ("image", "text") else {"image", "text"})
         assert list(run.metrics) == ["train", "val"]
         before = predict_split(run, store)
         after = predict_split(Run.load(run.save(tmp_path / "runs")), store)

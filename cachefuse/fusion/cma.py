@@ -1,0 +1,86 @@
+"""CMA-CLIP, section 2: attention along the sequence of all modalities' tokens, then between the modalities.
+
+Over cached features, which is what the paper's warm-up stage trains with the encoders frozen. A modality's class token
+is its pooled feature; maps of their own take it and the tokens to the common width, and their biases tell the
+modalities apart. Positions are those that the encoders have put into their tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from cachefuse.errors import ConfigError
+from cachefuse.fusion.base import POOLED, TOKENS, Fusion, HeadBuilder, feature_name, modalities_of, zero_absent
+from cachefuse.fusion.transformer import TransformerBlock
+
+MODALITY_ATTENTION, SEQUENCE_ATTENTION = "modality-attention", "sequence-attention"
+
+
+class CMAFusion(Fusion):
+    """[c_1; ...; c_M; tokens_1; ...; tokens_M] -> transformer -> sum of lambda_m c'_m -> head -> logits.
+
+    lambda = softmax(w . c'_m) over the modalities that are present, with one vector w for all; w starts at 0, so that
+    they count alike. Without modality attention they always do; without sequence attention c'_m is c_m, and no tokens
+    are read.
+    """
+
+    name = "cma"
+    parts = (MODALITY_ATTENTION, SEQUENCE_ATTENTION)
+    defaults: ClassVar = {"dropout": 0.2, "lr": 3e-4, "weight_decay": 1e-4, "epochs": 15, "batch_size": 64}
+
+    @classmethod
+    def views(cls, modality: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+        return (POOLED,) if SEQUENCE_ATTENTION in options.get("without", ()) else (POOLED, TOKENS)
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        classes: int,
+        head: HeadBuilder,
+        *,
+        depth: int = 2,
+        width: int = 384,
+        heads: int = 6,
+        dropout: float = 0.1,
+        without: tuple[str, ...] = (),
+    ):
+        super().__init__(widths, classes, head, {"without": without})
+        self.embed = nn.ModuleDict({name: nn.Linear(own, width) for name, own in self.widths.items()})
+        if depth < 1:
+            raise ConfigError(f"depth must be at least 1. Got {depth}; --without {SEQUENCE_ATTENTION} has no blocks")
+        depth = 0 if SEQUENCE_ATTENTION in without else depth
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.relevance = None if MODALITY_ATTENTION in without else nn.Parameter(torch.zeros(width))
+        self.head = head(width, classes)
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        summaries, here = self.summaries(features, present)
+        return self.head((self._lambda(summaries, here).unsqueeze(-1) * summaries).sum(1))
+
+    def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        """Return lambda, how much each modality counts in each row, (B, M) in alphabetical order; 0 where absent."""
+        return self._lambda(*self.summaries(features, present))
+
+    def summaries(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return each modality's class token after the transformer (B, M, W), and which are present (B, M)."""
+        names = modalities_of(self.widths)
+        here = torch.stack([present[m] for m in names], dim=1)  # (B, M)
+        embedded = {name: embed(zero_absent(features[name], present[name])) for name, embed in self.embed.items()}
+        x = torch.stack([embedded[m] for m in names], dim=1)  # (B, M, W)
+        if self.blocks:
+            sequences = [feature_name(m, TOKENS) for m in names]
+            x = torch.cat([x, *(embedded[name] for name in sequences)], dim=1)  # (B, M + T, W)
+            mask = torch.cat([here, *(present[name] for name in sequences)], dim=1)
+            mask[:, 0] |= ~here.any(1)  # a row of nothing attends to a class token of zeros, not to nothing
+            attended = None if mask.device.type == "cpu" and mask.all() else mask
+            for i, block in enumerate(self.blocks, 1):
+                x = block(x, attended, len(names) if i == len(self.blocks) else None)
+        return self.norm(x), here
+
+    def _lambda(self, summaries: Tensor, here: Tensor) -> Tensor:
+        scores = summaries @ self.relevance if self.relevance is not None else torch.zeros_like(summaries[..., 0])
+        scores = scores.masked_fill(~here, torch.finfo(scores.dtype).min)
+        return zero_absent(scores.softmax(dim=1), here.any(1))

@@ -1,0 +1,69 @@
+"""Text Image Residual Gating (arXiv 1812.07119), in the form of "Leveraging efficient training and feature fusion"."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cachefuse.errors import ConfigError
+from cachefuse.fusion.base import Fusion, HeadBuilder, zero_absent
+
+
+class TIRG(nn.Module):
+    """Adjust a query g by a modifier f, (B, W) each: w_g sigmoid(gate([g; f])) g + w_r residual([g; f]), (B, W).
+
+    gate: BatchNorm, ReLU, Linear (2W to W); residual: BatchNorm, ReLU, Linear (2W to 2W), ReLU, Linear (2W to W). The
+    weights w_g and w_r are learnt, from 1 and 10 on (section 3.3; the starts are those of the authors of TIRG).
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        both = 2 * width
+        self.gate = nn.Sequential(BatchNorm(both), nn.ReLU(), nn.Linear(both, width))
+        self.residual = nn.Sequential(
+            BatchNorm(both), nn.ReLU(), nn.Linear(both, both), nn.ReLU(), nn.Linear(both, width)
+        )
+        self.gate_weight = nn.Parameter(torch.tensor(1.0))
+        self.residual_weight = nn.Parameter(torch.tensor(10.0))
+
+    def forward(self, query: Tensor, modifier: Tensor) -> Tensor:
+        both = torch.cat([query, modifier], dim=-1)
+        gated = self.gate_weight * self.gate(both).sigmoid() * query
+        return gated + self.residual_weight * self.residual(both)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation which takes a batch of one row, that has no deviation, by the running statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+class TIRGFusion(Fusion):
+    """Two modalities' pooled features, each by a map to the common width -> TIRG -> head -> logits.
+
+    ``query`` names the modality that is adjusted; the other one is the modifier. An absent one counts as 0.
+    """
+
+    name = "tirg"
+
+    def __init__(
+        self, widths: Mapping[str, int], classes: int, head: HeadBuilder, *, query: str = "image", width: int = 512
+    ):
+        super().__init__(widths, classes, head)
+        if len(self.widths) != 2 or query not in self.widths:
+            raise ConfigError(
+                f"fusion 'tirg' adjusts a query, {query!r} here, by one other modality. Got {', '.join(self.widths)}"
+            )
+        self.query, self.modifier = query, next(m for m in self.widths if m != query)
+        self.project = nn.ModuleDict({m: nn.Linear(own, width) for m, own in self.widths.items()})
+        self.tirg = TIRG(width)
+        self.head = head(width, classes)
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        x = {m: project(zero_absent(features[m], present[m])) for m, project in self.project.items()}
+        x = {m: zero_absent(own, present[m]) for m, own in x.items()}  # a map's bias is nothing that is there
+        return self.head(self.tirg(x[self.query], x[self.modifier]))
