@@ -24,6 +24,11 @@ OPERATIONS = {
     "dot-attention": "cachefuse.fusion.dfe:DotAttention",
     "mul": "cachefuse.fusion.dfe:Multiply",
 }
+POOLINGS = {
+    "attention": "cachefuse.fusion.pooling:AttentionPool",
+    "max": "cachefuse.fusion.pooling:MaxPool",
+    "mean": "cachefuse.fusion.pooling:MeanPool",
+}
 TARGETS = ("soft", "hard")  # of the contrastive loss
 ATTENTION_HEADS = 4  # of the Deep Fusion Encoder's transformer block
 OPTIMIZERS = {

@@ -9,6 +9,7 @@ import typer
 from cachefuse.errors import CachefuseError
 from cachefuse_cli.align import align
 from cachefuse_cli.bench import bench
+from cachefuse_cli.compare import compare
 from cachefuse_cli.datasets import datasets
 from cachefuse_cli.demo import demo
 from cachefuse_cli.encoders import encoders
@@ -43,6 +44,7 @@ for command in (
     extract,
     train_head,
     sweep,
+    compare,
     predict,
     evaluate,
     runs,

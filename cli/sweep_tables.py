@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from cachefuse.training.sweep_result import SettingResult, SweepResult
 
 PAPER = "paper: samples-F1 of 5,000 rows, with CLIP features and 25,000 rows to train on"
-MAX_METRICS = 4  # that fit beside the settings; all are in the files
+MAX_METRICS, BESIDE_COSTS = 4, 2  # that fit beside the settings, and beside costs; all are in the files
+COSTS = ("parameters", "MB", "ms/item", "steps/s")
 
 
 class SweepProgress:
@@ -58,10 +60,14 @@ class SweepProgress:
 
 def sweep_table(result: "SweepResult") -> Table:
     """A row for each setting that has a trial: means and standard deviations, the best of each metric standing out."""
-    metrics = result.metrics[:MAX_METRICS]
     shown = [setting for setting in result.settings if setting.trials]
     published = any(setting.published for setting in result.settings)
+    costs = any(setting.costs for setting in shown)
+    intervals = any(setting.interval for setting in shown)
+    metrics = result.metrics[: BESIDE_COSTS if costs else MAX_METRICS]
     columns = [*(metric_title(metric) for metric in metrics), "s", *(["paper"] if published else [])]
+    columns[1:1] = ["95%"] * intervals
+    columns += COSTS * costs
     seeds = f"mean ± std of {len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
     title = escape(f"{result.title}\n{seeds}, {result.n_rows:,} rows of {result.split}")
     table = new_table(escape(", ".join(result.fields)), *columns, numbers=len(columns), title=title)
@@ -73,9 +79,10 @@ def sweep_table(result: "SweepResult") -> Table:
         if setting.n_diverged:
             some = f"{setting.n_diverged} " if setting.n_diverged < len(setting.trials) else ""
             cells[0] = Text(f"{some}diverged", "red")
-        table.add_row(
-            Text(_label(result, setting)), *cells, f"{setting.seconds:.1f}", *([_paper(setting)] if published else [])
-        )
+        cells[1:1] = [Text(_interval(setting))] * intervals
+        cells += [Text(f"{setting.seconds:.1f}")]
+        cells += [Text(_paper(setting))] * published + ([Text(text) for text in _costs(setting)] if costs else [])
+        table.add_row(Text(_label(result, setting)), *cells)
     return table
 
 
@@ -119,8 +126,10 @@ def _sweep_dict(result: "SweepResult") -> dict[str, Any]:
                 "std": {metric: setting.std(metric) for metric in result.metrics},
                 "seconds": setting.seconds,
                 "diverged": setting.n_diverged,
+                "interval": setting.interval,
+                "costs": vars(setting.costs) if setting.costs else None,
                 "paper": setting.published,
-                "trials": [vars(trial) for trial in setting.trials],
+                "trials": [asdict(trial) for trial in setting.trials],
             }
             for setting in result.settings
         ],
@@ -141,6 +150,18 @@ def _figure(setting: "SettingResult", metric: str, best: bool) -> Text:
         return Text("-")
     spread = "" if math.isnan(std) else f"±{std:.3f}".replace("±0", "±")
     return Text(f"{mean:.3f}{spread}", "bold green" if best else "")
+
+
+def _interval(setting: "SettingResult") -> str:
+    return "-".join(f"{x:.3f}".removeprefix("0") for x in setting.interval) if setting.interval else ""
+
+
+def _costs(setting: "SettingResult") -> list[str]:
+    costs = setting.costs
+    if costs is None:
+        return [""] * len(COSTS)
+    parameters = f"{costs.parameters / 1e6:.2f}M"
+    return [parameters, f"{costs.size_mb:.1f}", f"{costs.ms_per_item:.3g}", f"{costs.steps_per_second:.3g}"]
 
 
 def _paper(setting: "SettingResult") -> str:

@@ -5,6 +5,8 @@ FUSIONS = {
     "concat": "cachefuse.fusion.late:ConcatFusion",
     "gated": "cachefuse.fusion.gated:GatedFusion",
     "image": "cachefuse.fusion.late:ImageOnly",
+    "lit": "cachefuse.fusion.lit:LiTFusion",
+    "midfusion": "cachefuse.fusion.midfusion:MidFusion",
     "mixed": "cachefuse.fusion.late:MixedFusion",
     "sum": "cachefuse.fusion.late:SumFusion",
     "text": "cachefuse.fusion.late:TextOnly",

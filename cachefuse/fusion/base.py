@@ -6,6 +6,7 @@ Features go by name: a modality's pooled ones by its own ("image"), its other vi
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,14 @@ def split_name(name: str) -> tuple[str, str]:
 def modalities_of(names: Iterable[str]) -> tuple[str, ...]:
     """Return the modalities of features, each once, in alphabetical order."""
     return tuple(sorted({split_name(name)[0] for name in names}))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a modality's features are from: the encoder's ``source``, which opens it again, and its provenance."""
+
+    source: str
+    provenance: Mapping[str, str]
 
 
 class Fusion(nn.Module):
@@ -75,6 +84,14 @@ class Fusion(nn.Module):
         """Return the options with their defaults."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "without"}
+
+    @classmethod
+    def settle(cls, options: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
+        """Return options with those filled in that depend on files, or on where features (by modality) are from."""
+        return dict(options)
+
+    def initialize(self) -> None:
+        """Take pretrained weights, where there are any, before training."""
 
     def alone(self) -> "dict[str, nn.Module]":
         """Return the heads that the staged scheme trains first, each alone against the labels; none if there is one.

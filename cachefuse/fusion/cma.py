@@ -11,8 +11,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import POOLED, TOKENS, Fusion, HeadBuilder, feature_name, modalities_of, zero_absent
+from cachefuse.fusion.base import (
+    POOLED,
+    TOKENS,
+    Fusion,
+    HeadBuilder,
+    feature_name,
+    modalities_of,
+    split_name,
+    zero_absent,
+)
+from cachefuse.fusion.pooling import PoolSpec, build_pools
 from cachefuse.fusion.transformer import TransformerBlock
 
 MODALITY_ATTENTION, SEQUENCE_ATTENTION = "modality-attention", "sequence-attention"
@@ -23,7 +34,7 @@ class CMAFusion(Fusion):
 
     lambda = softmax(w . c'_m) over the modalities that are present, with one vector w for all; w starts at 0, so that
     they count alike. Without modality attention they always do; without sequence attention c'_m is c_m, and no tokens
-    are read.
+    are read. ``pool`` ("image=mean:16") is how a modality's tokens are pooled before; the paper takes all.
     """
 
     name = "cma"
@@ -44,13 +55,18 @@ class CMAFusion(Fusion):
         width: int = 384,
         heads: int = 6,
         dropout: float = 0.1,
+        pool: PoolSpec = "",
         without: tuple[str, ...] = (),
     ):
         super().__init__(widths, classes, head, {"without": without})
-        self.embed = nn.ModuleDict({name: nn.Linear(own, width) for name, own in self.widths.items()})
+        if width < 1:
+            raise ConfigError(f"width must be at least 1. Got {width} instead")
         if depth < 1:
             raise ConfigError(f"depth must be at least 1. Got {depth}; --without {SEQUENCE_ATTENTION} has no blocks")
+        self.embed = nn.ModuleDict({name: nn.Linear(own, width) for name, own in self.widths.items()})
         depth = 0 if SEQUENCE_ATTENTION in without else depth
+        sequences = {split_name(name)[0]: own for name, own in self.widths.items() if isinstance(own, SequenceWidth)}
+        self.pool = build_pools(pool, sequences) if depth else nn.ModuleDict()
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.relevance = None if MODALITY_ATTENTION in without else nn.Parameter(torch.zeros(width))
@@ -68,6 +84,9 @@ class CMAFusion(Fusion):
         """Return each modality's class token after the transformer (B, M, W), and which are present (B, M)."""
         names = modalities_of(self.widths)
         here = torch.stack([present[m] for m in names], dim=1)  # (B, M)
+        pooled = {m: pool(features[f"{m}_tokens"], present[f"{m}_tokens"]) for m, pool in self.pool.items()}
+        features = {**features, **{f"{m}_tokens": x for m, (x, _) in pooled.items()}}
+        present = {**present, **{f"{m}_tokens": mask for m, (_, mask) in pooled.items()}}
         embedded = {name: embed(zero_absent(features[name], present[name])) for name, embed in self.embed.items()}
         x = torch.stack([embedded[m] for m in names], dim=1)  # (B, M, W)
         if self.blocks:

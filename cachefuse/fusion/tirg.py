@@ -58,6 +58,8 @@ class TIRGFusion(Fusion):
             raise ConfigError(
                 f"fusion 'tirg' adjusts a query, {query!r} here, by one other modality. Got {', '.join(self.widths)}"
             )
+        if width < 1:
+            raise ConfigError(f"width must be at least 1. Got {width} instead")
         self.query, self.modifier = query, next(m for m in self.widths if m != query)
         self.project = nn.ModuleDict({m: nn.Linear(own, width) for m, own in self.widths.items()})
         self.tirg = TIRG(width)

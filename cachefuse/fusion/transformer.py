@@ -17,6 +17,8 @@ class TransformerBlock(nn.Module):
         super().__init__()
         if heads < 1 or width < 1 or width % heads:
             raise ConfigError(f"width must be a multiple of {heads}, the attention heads. Got {width} instead.")
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must be at least 0 and below 1. Got {dropout} instead")
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)

@@ -257,7 +257,7 @@ def load_table(
             elif view == FLAT:
                 features[modality] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
             else:
-                features[feature_name(modality, view)] = Tokens(parts[0])
+                features[feature_name(modality, view)] = Tokens(parts[0], group[0].views[view].vocabulary)
     return FeatureTable(
         features=features,
         present={name: torch.from_numpy(store.present(split_name(name)[0])) for name in features},

@@ -197,10 +197,11 @@ class TrainConfig:
             raise ConfigError("loss 'ce' is for one label a row; a multi-label task takes asl, bce or focal")
         return self.loss or TASK_LOSS[task]
 
-    def resolve(self, task: str, n_rows: int) -> "TrainConfig":
+    def resolve(self, task: str, n_rows: int, origins: Mapping[str, Any] | None = None) -> "TrainConfig":
         """Return the same settings with none left open, for a task and so many rows to train on.
 
-        Raises ConfigError as ``resolve_loss`` does.
+        ``origins`` says where features, by modality, are from. Raises ConfigError as ``resolve_loss`` does, and for
+        options that the fusion does not have.
         """
         lbfgs = self.optimizer == "lbfgs"
         steps = -(-n_rows // (self.rows_a_step or n_rows))
@@ -208,7 +209,7 @@ class TrainConfig:
         loss = self.resolve_loss(task)
         return replace(
             self,
-            fusion_options=self._fusion_options(),
+            fusion_options=self._fusion.settle(self._fusion_options(), origins or {}),
             loss=loss,
             loss_options={**LOSS_OPTIONS.get(loss, {}), **self.loss_options},
             lr=self.learning_rate,

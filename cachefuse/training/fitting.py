@@ -53,7 +53,9 @@ class TrainingSet:
 def untrained_model(problem: Problem, config: TrainConfig) -> FusionModel:
     """Build the model that the settings describe, from their seed, on the problem's device."""
     seed_everything(config.seed)
-    return build_model(config, problem.widths, len(problem.classes)).to(problem.device)
+    model = build_model(config, problem.widths, len(problem.classes))
+    model.fusion.initialize()
+    return model.to(problem.device)
 
 
 def training_loss(

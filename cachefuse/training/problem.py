@@ -1,8 +1,8 @@
 """What there is to learn: features, targets and how they are judged; loaded once, for many trainings."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from cachefuse.cache.features import Features
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError
+from cachefuse.fusion.base import Origin
 from cachefuse.metrics import main_metric
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable, Views, load_table, pooled, select_features
@@ -25,7 +26,10 @@ OUT_OF_FOLD = "oof"  # train and val together, each row measured by a model that
 
 @dataclass(frozen=True)
 class Problem:
-    """A table of features and targets (N, C) on a device; ``metrics`` are those to report."""
+    """A table of features and targets (N, C) on a device; ``metrics`` are those to report.
+
+    ``origins`` says where each modality's features are from, where they are of one encoder.
+    """
 
     name: str
     table: FeatureTable
@@ -33,12 +37,16 @@ class Problem:
     task: str
     metrics: tuple[str, ...]
     min_labels: int = 0
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, store: FeatureStore, table: FeatureTable) -> "Problem":
-        """Return what a store's dataset asks of a table of its features."""
+    def of(
+        cls, store: FeatureStore, table: FeatureTable, chosen: Mapping[str, Sequence[Features]] | None = None
+    ) -> "Problem":
+        """Return what a store's dataset asks of a table of its features, ``chosen`` by modality."""
         about = store.manifest
-        return cls(store.dataset, table, store.classes, about.task, about.reported_metrics, about.min_labels)
+        origins = {m: Origin(group[0].source, group[0].provenance) for m, group in (chosen or {}).items()}
+        return cls(store.dataset, table, store.classes, about.task, about.reported_metrics, about.min_labels, origins)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -69,7 +77,7 @@ class Problem:
 
     def resolve(self, config: TrainConfig) -> TrainConfig:
         """Return settings with none left open. Raises ConfigError for a loss that is not the task's."""
-        return config.resolve(self.task, len(self.train_rows()))
+        return config.resolve(self.task, len(self.train_rows()), self.origins)
 
     def only(self, names: Sequence[str]) -> "Problem":
         """Return the same problem with some of its features."""
@@ -104,4 +112,4 @@ def open_problem(
     for modality in chosen.keys() - single.keys() if single else ():
         logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
     chosen = single or chosen
-    return Problem.of(store, load_table(store, chosen, views).to(resolve_device(device))), chosen
+    return Problem.of(store, load_table(store, chosen, views).to(resolve_device(device)), chosen), chosen

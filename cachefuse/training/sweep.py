@@ -18,11 +18,12 @@ from pydantic import TypeAdapter
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError, TrainingError
 from cachefuse.losses import build_loss
-from cachefuse.metrics import METRICS
+from cachefuse.metrics import METRICS, bootstrap_intervals
 from cachefuse.registry import lookup
 from cachefuse.runtime import to_json
 from cachefuse.training.batches import Views
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.costs import measure_costs
 from cachefuse.training.loop import predict_scores
 from cachefuse.training.measure import HeldOut, chooses
 from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL, Problem, open_problem
@@ -32,6 +33,8 @@ from cachefuse.training.sweep_files import append_trials, only_sweep, read_trial
 from cachefuse.training.sweep_result import Published, SettingResult, SweepResult, Trial
 from cachefuse.training.train import split_parts, train_problem
 from cachefuse.training.used import UsedByName, used_features
+
+RESAMPLES = 1000  # of the bootstrap
 
 Outcome = tuple[HeldOut, float] | TrainingError  # what was said of the rows held out, by weights of which epoch
 
@@ -89,12 +92,18 @@ def parse_setting(values: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a sweep tries: ``base`` with the fields that each setting changes, and what was published of each."""
+    """What a sweep tries: ``base`` with the fields that each setting changes, and what was published of each.
+
+    With ``costs`` an interval of each trial's score is found, and what each model costs is measured. ``fields`` are
+    those that tell the settings apart, all that one changes unless told.
+    """
 
     base: TrainConfig
     settings: Sequence[Mapping[str, Any]]
     title: str = ""
     published: Sequence[Published | None] | None = None
+    costs: bool = False
+    fields: tuple[str, ...] | None = None
 
 
 def sweep(
@@ -159,7 +168,7 @@ def run_sweep(
         published: Sequence[Published | None] = experiment.published or [None] * len(settings)
         return SweepResult(
             title=experiment.title or problem.name,
-            fields=tuple(dict.fromkeys(name for own in settings for name in own)),
+            fields=experiment.fields or tuple(dict.fromkeys(name for own in settings for name in own)),
             metrics=metrics,
             split=OUT_OF_FOLD if base.folds else VAL,
             n_rows=len(_held_rows(problem, base)),
@@ -174,7 +183,9 @@ def run_sweep(
         done |= {trial.key: trial for trial in read_trials(folder) if trial.key in config_of}
         on_trial(so_far())
         for batch in _batches(problem, {key: config for key, config in config_of.items() if key not in done}):
-            trials = _run(problem, batch, metrics)
+            trials = _run(problem, batch, metrics, experiment.costs)
+            if experiment.costs:
+                trials = [replace(trial, costs=measure_costs(problem, batch[trial.key])) for trial in trials]
             append_trials(folder, [(trial, _values(batch[trial.key])) for trial in trials])
             done |= {trial.key: trial for trial in trials}
             on_trial(so_far())
@@ -211,7 +222,7 @@ def _batches(problem: Problem, pending: Mapping[str, TrainConfig]) -> Iterator[d
         yield {key: left.pop(key)[0] for key in list(alike)}
 
 
-def _run(problem: Problem, batch: Mapping[str, TrainConfig], metrics: Sequence[str]) -> list[Trial]:
+def _run(problem: Problem, batch: Mapping[str, TrainConfig], metrics: Sequence[str], intervals: bool) -> list[Trial]:
     begun = time.perf_counter()
     configs = list(batch.values())
     outcomes = _train_alone(problem, configs[0]) if len(configs) == 1 else _train_together(problem, configs)
@@ -223,8 +234,18 @@ def _run(problem: Problem, batch: Mapping[str, TrainConfig], metrics: Sequence[s
     trials = []
     for key, outcome, own in zip(batch, outcomes, figures, strict=True):
         epoch, diverged = (math.nan, str(outcome)) if isinstance(outcome, TrainingError) else (outcome[1], "")
-        trials.append(Trial(key, batch[key].seed, own, epoch, seconds, diverged))
+        interval = None
+        if intervals and not isinstance(outcome, TrainingError):
+            interval = _interval(problem, batch[key], outcome[0], metrics[0])
+        trials.append(Trial(key, batch[key].seed, own, epoch, seconds, diverged, interval))
     return trials
+
+
+def _interval(problem: Problem, config: TrainConfig, held: HeldOut, metric: str) -> tuple[float, float]:
+    """Return the 95% interval of a metric of the rows held out."""
+    predictions = held.predictions(problem, config)
+    targets = problem.targets(torch.from_numpy(held.rows))
+    return bootstrap_intervals(targets, held.scores, predictions, (metric,), RESAMPLES)[metric]
 
 
 def _figures(problem: Problem, config: TrainConfig, held: HeldOut, metrics: Sequence[str]) -> dict[str, float]:

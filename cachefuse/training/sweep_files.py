@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from cachefuse.cache.journal import append_lines, read_lines
 from cachefuse.errors import ConfigError
 from cachefuse.runtime import make_folder, to_json, write_atomically
+from cachefuse.training.costs import Costs
 from cachefuse.training.sweep_result import SweepResult, Trial
 
 JOURNAL = "trials.jsonl"
@@ -45,7 +47,7 @@ def only_sweep(folder: Path) -> Iterator[None]:
 
 def append_trials(folder: Path, trials: Iterable[tuple[Trial, Mapping[str, Any]]]) -> None:
     """Keep trials, each with its settings, and have them on the disk before going on."""
-    lines = ({**vars(trial), "settings": settings} for trial, settings in trials)
+    lines = ({**asdict(trial), "settings": settings} for trial, settings in trials)
     append_lines(folder / JOURNAL, [json.loads(to_json(line)) for line in lines])  # NaN as null
 
 
@@ -82,7 +84,10 @@ def _trial_rows(result: SweepResult) -> Iterator[Sequence[Any]]:
 def _summary_rows(result: SweepResult) -> Iterator[Sequence[Any]]:
     published = any(setting.published for setting in result.settings)
     figures = [f"{metric}_{kind}" for metric in result.metrics for kind in ("mean", "std")]
-    yield *result.fields, "trials", "diverged", *figures, "seconds", *(("paper", "paper_std") if published else ())
+    costs = any(setting.costs for setting in result.settings)
+    cost_names = [field.name for field in fields(Costs)] if costs else []
+    extra = [*(("paper", "paper_std") if published else ()), *(("low", "high") if costs else ()), *cost_names]
+    yield *result.fields, "trials", "diverged", *figures, "seconds", *extra
     for setting in result.settings:
         yield [
             *(setting.text(name) for name in result.fields),
@@ -91,6 +96,8 @@ def _summary_rows(result: SweepResult) -> Iterator[Sequence[Any]]:
             *(of(metric) for metric in result.metrics for of in (setting.mean, setting.std)),
             round(setting.seconds, 3),
             *((setting.published or (math.nan, math.nan)) if published else ()),
+            *((setting.interval or (math.nan, math.nan)) if costs else ()),
+            *(getattr(setting.costs, name, math.nan) for name in cost_names),
         ]
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from cachefuse.errors import TrainingError
 from cachefuse.training.config import TrainConfig, as_text
+from cachefuse.training.costs import Costs
 from cachefuse.training.run_files import Figure
 
 Published = tuple[float, float]  # mean and standard deviation; NaN for a training that diverged
@@ -16,7 +17,10 @@ Published = tuple[float, float]  # mean and standard deviation; NaN for a traini
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: the figures of the rows held out, and the epoch that its weights are of; or why it diverged."""
+    """One training: the figures of the rows held out, and the epoch that its weights are of; or why it diverged.
+
+    Where that was asked for, ``interval`` is the 95% interval of the metric to go by, and ``costs`` the model's.
+    """
 
     key: str
     seed: int
@@ -24,6 +28,8 @@ class Trial:
     epoch: Figure
     seconds: float
     diverged: str = ""
+    interval: tuple[float, float] | None = None
+    costs: Costs | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,16 @@ class SettingResult:
     def seconds(self) -> float:
         """The mean time of a trial."""
         return float(np.mean([trial.seconds for trial in self.trials])) if self.trials else math.nan
+
+    @property
+    def costs(self) -> Costs | None:
+        """What a model of the setting costs, where that was measured."""
+        return next((trial.costs for trial in self.trials if trial.costs), None)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of the metric to go by over the rows, of its only trial; None if there are more."""
+        return self.trials[0].interval if len(self.trials) == 1 else None
 
     def mean(self, metric: str) -> float:
         """Return the mean over the seeds; NaN if there is none yet, or one diverged."""

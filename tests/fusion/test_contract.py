@@ -18,7 +18,16 @@ WIDTHS = {
     "image": 6, "image_tokens": SequenceWidth(5, 4), "text": 4, "text_tokens": SequenceWidth(3, 7),
     "text_ids": SequenceWidth(11, 7),
 }  # fmt: skip
-OPTIONS = {"cma": {"width": 8, "heads": 2}, "tirg": {"width": 8}}  # small ones
+BERT = {
+    "model_type": "bert", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 8, "max_position_embeddings": 16,
+}  # fmt: skip
+OPTIONS = {  # small ones
+    "cma": {"width": 8, "heads": 2},
+    "lit": {"architecture": BERT},
+    "midfusion": {"width": 8, "depth": 2},
+    "tirg": {"width": 8},
+}
 B, C = 8, 3
 
 

@@ -11,6 +11,7 @@ from cachefuse.data.dataset import Dataset, load_dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 
+VOCABULARY = 11
 SHAPES = """
 name = "mine"
 task = "multilabel"
@@ -35,16 +36,21 @@ def store(extracted, tmp_path):
 
 @pytest.fixture
 def add_features():
-    def add(store, encoder, modality, values, source=None, blocks=None, tokens=None):
-        """Write features (N, D) under a made-up encoder, only some blocks if given; tokens (N, T, D), or a list."""
-        views = {"pooled": values} if tokens is None else {"pooled": values, "tokens": tokens}
+    def add(store, encoder, modality, values, source=None, blocks=None, **others):
+        """Write features (N, D) under a made-up encoder, only some blocks if given.
+
+        ``others`` are tokens (N, T, D), or ragged a list, and ids, a list of (T_i,).
+        """
+        views = {"pooled": values, **{view: rows for view, rows in others.items() if rows is not None}}
         dtype = np.asarray(values).dtype.name
+        dtypes = {view: "int32" if view == "ids" else dtype for view in views}
         provenance = {"dtype": dtype, "family": "made up"}
-        features = store.require_features(encoder, modality, provenance, source or encoder, dict.fromkeys(views, dtype))
+        features = store.require_features(encoder, modality, provenance, source or encoder, dtypes)
         for view, rows_of_view in views.items():
-            ragged = isinstance(rows_of_view, list)
-            features.begin(features.new_view(view, rows_of_view[0].shape, ragged=ragged, dtype=dtype))
-            with ViewWriter(features, view, ragged=ragged, dtype=dtype) as writer:
+            ragged, vocabulary = isinstance(rows_of_view, list), VOCABULARY if view == "ids" else 0
+            kind = {"ragged": ragged, "dtype": dtypes[view]}
+            features.begin(features.new_view(view, rows_of_view[0].shape, **kind, vocabulary=vocabulary))
+            with ViewWriter(features, view, **kind) as writer:
                 for block in features.pending(view) if blocks is None else blocks:
                     rows = np.array(features.rows_of(view, block))
                     writer.add(rows, [rows_of_view[row] for row in rows])
@@ -55,8 +61,8 @@ def add_features():
 
 @pytest.fixture
 def make_store(tmp_path, add_features):
-    def make(features, targets, splits, *, task="multilabel", absent=None, metrics=(), name="made", tokens=None):
-        """A store of features {modality: (N, D)}, with ``absent`` {modality: rows}, and tokens by modality."""
+    def make(features, targets, splits, *, task="multilabel", absent=None, metrics=(), name="made", others=None):
+        """A store of features {modality: (N, D)}, with ``absent`` {modality: rows}, and other views by modality."""
         absent = absent or {}
         n, n_classes = len(targets), targets.shape[1] if targets.ndim == 2 else targets.max(initial=0) + 1
         manifest = parse_manifest(
@@ -76,7 +82,7 @@ def make_store(tmp_path, add_features):
         )
         store = FeatureStore.for_dataset(tmp_path / f"{name}.zarr", dataset)
         for modality, values in features.items():
-            add_features(store, "toy", modality, values, tokens=(tokens or {}).get(modality))
+            add_features(store, "toy", modality, values, **(others or {}).get(modality, {}))
         return store
 
     return make
@@ -92,12 +98,16 @@ def toy_store(make_store):
         signal = np.concatenate([x["image"], x["text"]], axis=1).astype(np.float32) @ rng.normal(size=(11, 3))
         targets = (signal > 0).astype(np.int8) if task == "multilabel" else signal.argmax(1).astype(np.int32)
         targets[52:] = -1
-        tokens = {
-            "image": rng.normal(size=(60, 4, 3)).astype(np.float16),
-            "text": [rng.normal(size=(1 + row % 5, 2)).astype(np.float16) for row in range(60)],
+        lengths = [1 + row % 5 for row in range(60)]
+        others = {
+            "image": {"tokens": rng.normal(size=(60, 4, 3)).astype(np.float16)},
+            "text": {
+                "tokens": [rng.normal(size=(n, 2)).astype(np.float16) for n in lengths],
+                "ids": [rng.integers(VOCABULARY, size=n).astype(np.int32) for n in lengths],
+            },
         }
         splits = ["train"] * 40 + ["val"] * 12 + ["test"] * 8
-        return make_store(x, targets, splits, task=task, tokens=tokens, **options)
+        return make_store(x, targets, splits, task=task, others=others, **options)
 
     return make
 

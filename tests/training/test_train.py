@@ -31,7 +31,16 @@ def as_bytes(run):
     return save(dict(model_of(run).state_dict()))
 
 
-SMALL = {"cma": {"width": 8, "heads": 2}, "tirg": {"width": 8}}  # options of fusions that are large by themselves
+BERT = {
+    "model_type": "bert", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 8, "max_position_embeddings": 16,
+}  # fmt: skip
+SMALL = {  # options of fusions that are large by themselves
+    "cma": {"width": 8, "heads": 2},
+    "lit": {"architecture": BERT},
+    "midfusion": {"width": 8, "depth": 2},
+    "tirg": {"width": 8},
+}
 
 
 @pytest.mark.parametrize("loss", sorted(LOSSES))

@@ -1,0 +1,134 @@
+"""LiT with TIRG: a text transformer, tuned, which also sees the tokens of a locked image encoder.
+
+"Leveraging efficient training and feature fusion in transformers for multimodal classification", section 3. Locked
+means that the image side is read from the cache; of the text side the token ids are, so that its transformer can be
+trained.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cachefuse.errors import ConfigError
+from cachefuse.fusion.base import IDS, POOLED, TOKENS, Fusion, HeadBuilder, Origin, zero_absent
+from cachefuse.fusion.dfe import masked_mean
+from cachefuse.fusion.text_model import build, load_weights, open_config
+from cachefuse.fusion.tirg import TIRG
+
+IMAGE_PART, TIRG_PART = "image", "tirg"
+
+
+class LiTFusion(Fusion):
+    """[text embeddings; W image tokens + b] -> text transformer -> f; TIRG(image, f) -> head -> logits.
+
+    ``text_model`` is a BERT-like encoder of transformers, by its spec; by default that of the cached ids, whose tokens
+    it must read. Its own tables give both sides' tokens their positions, each from 0 on, and tell them apart as two
+    segments. f is the mean of the text's tokens; the image is its pooled feature, by a map to the same width. Without
+    TIRG the head gets f alone; without the image this is the text model, tuned. ``grid`` averages the image's tokens,
+    which must be a square, to so many by so many; with that and without TIRG it is like MMBT (arXiv 1909.02950).
+    """
+
+    name = "lit"
+    modalities = ("image", "text")
+    parts = (TIRG_PART, IMAGE_PART)
+    defaults: ClassVar = {"dropout": 0.1, "lr": 5e-5, "weight_decay": 0.0, "epochs": 30, "batch_size": 128}
+
+    @classmethod
+    def views(cls, modality: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+        without = options.get("without", ())
+        image = () if IMAGE_PART in without else (TOKENS,) if TIRG_PART in without else (POOLED, TOKENS)
+        return {"text": (IDS,), "image": image}.get(modality, ())
+
+    @classmethod
+    def settle(cls, options: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
+        return open_config(options, origins.get("text"))
+
+    def __init__(
+        self,
+        widths: Mapping[str, int],
+        classes: int,
+        head: HeadBuilder,
+        *,
+        text_model: str = "",
+        grid: int = 0,
+        architecture: Mapping[str, Any] | None = None,
+        without: tuple[str, ...] = (),
+    ):
+        super().__init__(widths, classes, head, {"without": without})
+        if architecture is None:
+            raise ConfigError("fusion 'lit' tunes the text model of cached ids; train it by train-head")
+        self.text_model = text_model
+        self.text: Any = build(architecture, self.widths["text_ids"])
+        width = self.text.config.hidden_size
+        self.head = head(width, classes)
+        self.side = self.grid = 0
+        if IMAGE_PART not in without:
+            self.side, self.grid = _square(self.widths["image_tokens"]), grid
+            n_tokens = (grid or self.side) ** 2
+            if grid > self.side or grid < 0:
+                raise ConfigError(f"grid must be between 1 and {self.side}, the image's own. Got {grid} instead")
+            if n_tokens > self.text.config.max_position_embeddings:
+                raise ConfigError(
+                    f"the text model has {self.text.config.max_position_embeddings} positions, fewer than the image's "
+                    f"{n_tokens} tokens; take grid, such as grid=7"
+                )
+            self.embed = nn.Linear(self.widths["image_tokens"], width)
+        self.tirg = None
+        if not {TIRG_PART, IMAGE_PART} & set(without):
+            self.project = nn.Linear(self.widths["image"], width)
+            self.tirg = TIRG(width)
+
+    def initialize(self) -> None:
+        if self.text_model:
+            load_weights(self.text, self.text_model)
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        f = self.read(features, present)
+        if self.tirg is None:
+            return self.head(f)
+        here = present["image"]
+        g = zero_absent(self.project(zero_absent(features["image"], here)), here)
+        return self.head(self.tirg(g, f))
+
+    def read(self, features: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
+        """Return the text transformer's output f (B, W); 0 where there is no text."""
+        words = present["text_ids"]  # (B, T)
+        table = self.text.get_input_embeddings()
+        x, mask, segments = table(features["text_ids"].masked_fill(~words, 0)), words, torch.zeros_like(words).long()
+        position = self._positions(words.shape[1]).expand_as(words)
+        if self.side:
+            image, patches = self._image(features["image_tokens"], present["image_tokens"])  # (B, m, W), (B, m)
+            x, mask = torch.cat([x, image], dim=1), torch.cat([mask, patches], dim=1)
+            segment = min(1, self.text.config.type_vocab_size - 1)
+            segments = torch.cat([segments, torch.full_like(patches, segment, dtype=torch.long)], dim=1)
+            position = torch.cat([position, self._positions(patches.shape[1]).expand_as(patches)], dim=1)
+        mask = mask.clone()
+        mask[:, 0] |= ~mask.any(1)  # a row of nothing attends to a token, not to nothing
+        hidden = self.text(
+            inputs_embeds=x, attention_mask=mask.long(), token_type_ids=segments, position_ids=position
+        ).last_hidden_state  # (B, T + m, W)
+        return zero_absent(masked_mean(hidden[:, : words.shape[1]], words), words.any(1))
+
+    def _image(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        x = zero_absent(x, mask)
+        if self.grid and self.grid < self.side:
+            maps = x.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, D, s, s)
+            x = F.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
+            mask = mask.all(1, keepdim=True).expand(-1, self.grid**2)
+        return self.embed(x), mask
+
+    def _positions(self, n: int) -> Tensor:
+        first = getattr(self.text.embeddings, "padding_idx", None)  # RoBERTa's positions begin after it
+        return torch.arange(n, device=self.text.device) + (0 if first is None else first + 1)
+
+
+def _square(width: Any) -> int:
+    """Return the side of an image's grid of tokens. Raises ConfigError if they are no square."""
+    side = math.isqrt(width.n_tokens)
+    if side * side != width.n_tokens:
+        raise ConfigError(f"the image's {width.n_tokens} tokens are not a square grid, which fusion 'lit' needs")
+    return side

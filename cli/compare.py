@@ -1,0 +1,63 @@
+"""`cachefuse compare`."""
+
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace, open_store, split_list
+
+
+def compare(
+    methods: Annotated[
+        str, typer.Option(metavar="LIST", help="Fusions to compare.")
+    ] = "image,text,concat,sum,mixed,tirg,cma,midfusion",
+    folds: Annotated[int, typer.Option(metavar="K", help="Parts, each judged by models that have not seen it.")] = 5,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Of every method.")] = 15,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows a step, of every method.")] = 64,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help="How tokens are pooled; none to take them all.",
+            show_default="mean:16 of a modality with more than 64",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Same seed, same machine: same result.")] = 0,
+    dataset: StoreName = None,
+    encoder: UsedEncoders = None,
+    device: Device = "auto",
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Compare fusions over the same folds with equal budgets: score, interval, time, size.
+
+    Where a pooled head does as well as one over tokens, the table says so. No run is kept: train the one
+    that you choose by train-head.
+    """
+    from cachefuse_cli import render
+
+    with render.interruptible("what has ended is kept; run the same command again to go on"):
+        with render.status("loading features"):
+            from cachefuse.runtime import slug
+            from cachefuse.training.compare import compare as run_compare
+            from cachefuse_cli import sweep_tables
+
+            store = open_store(workspace, dataset)
+        folder = workspace / "sweeps" / slug(f"{store.dataset}-compare")
+        with sweep_tables.SweepProgress() as progress:
+            result = run_compare(
+                store,
+                folder=folder,
+                methods=split_list(methods),
+                folds=folds,
+                epochs=epochs,
+                batch_size=batch_size,
+                pool="" if pool == "none" else pool,
+                seed=seed,
+                encoders=encoder or (),
+                device=device,
+                on_trial=progress.update,
+            )
+    if json:
+        render.print_json(sweep_tables.sweeps_dict([result], folder, None))
+    else:
+        sweep_tables.sweeps_report([result], folder, None)

@@ -1,0 +1,524 @@
+"""Mid fusion against a loop over samples, without padding, in float64; and what any of its settings must do."""
+
+import json
+import math
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cachefuse.cache.tokens import SequenceWidth
+from cachefuse.errors import ConfigError, UnknownNameError
+from cachefuse.fusion.midfusion import MidFusion, read_fusion_spec
+from cachefuse.fusion.pooling import read_pool
+from cachefuse.fusion.t5 import load_t5, read_settings
+from cachefuse.heads import MLP, Linear
+
+WIDTHS = {
+    "audio_tokens": SequenceWidth(3, 4),
+    "image": 7,
+    "image_tokens": SequenceWidth(5, 6),
+    "text": 4,
+    "text_ids": SequenceWidth(20, 8),
+    "text_tokens": SequenceWidth(4, 8),
+}
+LENGTHS = {  # of the modalities of each sample: all, one lacks each, two have one alone, and the last has none
+    "audio_tokens": (4, 0, 2, 1, 0, 3, 0),
+    "image_tokens": (6, 5, 0, 6, 6, 0, 0),
+    "text_ids": (8, 1, 3, 0, 0, 0, 0),
+    "text_tokens": (8, 1, 3, 0, 0, 0, 0),
+}
+B, C, W, H, DEPTH = 7, 3, 8, 2, 4
+NOWHERE = 6  # the sample that lacks every modality
+
+CASES = {
+    "default": {},
+    "one sequence": {"fusion_spec": "0:text,0:image,0:audio"},
+    "each at its own layer": {"fusion_spec": "0:text,1:image,3:audio"},
+    "image first": {"fusion_spec": {0: ["image"], 2: ["text", "audio"]}},
+    "after the last layer": {"fusion_spec": {0: ("text",), 4: ("audio", "image")}},
+    "one modality": {"fusion_spec": "0:image"},
+    "one layer, one meeting": {"fusion_spec": "0:text,1:image", "depth": 1, "decoder_layers": 1},
+    "pooled": {"pool": "image=attention:2,text=mean:3,audio=max:4"},
+    "pooled to few": {"pool": {"image": ["mean", 1], "text": ["max", 2]}, "fusion_spec": "0:text,4:image"},
+    "decoder": {"decoder_layers": 2},
+    "decoder, pooled, late": {"decoder_layers": 1, "pool": "image=attention:2", "fusion_spec": "0:text,4:image"},
+    "frozen text": {"text_view": "tokens"},
+}
+every = pytest.mark.parametrize("case", CASES)
+
+
+def build(case="default", seed=0, head=Linear, **more):
+    torch.manual_seed(seed)
+    options = {"width": W, "depth": DEPTH, "heads": H, "dropout": 0.0, "text_view": "ids", **CASES[case], **more}
+    if any(kind == "attention" for kind, _ in read_pool(options.get("pool", "")).values()):
+        options["heads"] = 4
+    fusion = MidFusion(WIDTHS, C, head, **options)
+    for name, parameter in fusion.named_parameters():  # as after some training: what starts at 0 or 1 no longer is
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 2)
+        if name == "between" or "bias" in name:
+            nn.init.normal_(parameter)
+    return fusion
+
+
+def inputs(padding=0, value=0.0, rows=slice(None), dtype=torch.float64):
+    """Return features and masks of LENGTHS, with ``value`` wherever there is no token, and pooled ones besides."""
+    generator = torch.Generator().manual_seed(0)
+    features = {"image": torch.full((B, 7), torch.nan), "text": torch.full((B, 4), torch.nan)}
+    present = {m: torch.ones(B, dtype=torch.bool) for m in features}
+    for name, lengths in LENGTHS.items():
+        n, width = max(lengths), WIDTHS[name]
+        mask = torch.arange(n + padding) < torch.tensor(lengths)[:, None]
+        if name == "text_ids":
+            x = torch.randint(width, (B, n), generator=generator)
+            x = nn.functional.pad(x, (0, padding)).masked_fill(~mask, 0 if math.isfinite(value) else -9)
+        else:
+            x = torch.randn(B, n, width, generator=generator, dtype=torch.float64).to(dtype)
+            x = nn.functional.pad(x, (0, 0, 0, padding)).masked_fill(~mask.unsqueeze(-1), value)
+        features[name], present[name] = x, mask
+    return tuple({name: x[rows] for name, x in part.items()} for part in (features, present))
+
+
+class Reference:
+    """One sample at a time, one token, one head, one layer after the other, by the formulas of the papers."""
+
+    def __init__(self, fusion, spec, pool, depth, decoder_layers, text="text_ids"):
+        self.w = {name: p.detach().numpy() for name, p in fusion.named_parameters()}
+        self.spec, self.pool, self.depth, self.decoder_layers = spec, pool, depth, decoder_layers
+        self.names = {"text": text, "image": "image_tokens", "audio": "audio_tokens"}
+        self.order = [m for layer in sorted(spec) for m in sorted(spec[layer])]
+        self.heads = self.w["encoder.bias.table.weight"].shape[1]
+
+    def norm(self, x, name):
+        return x / np.sqrt((x**2).mean() + 1e-6) * self.w[name]
+
+    def bucket(self, distance):
+        """Mesh TensorFlow's buckets, two times 16: 8 for the distances 0 to 7, 8 for those up to 128."""
+        side, distance = (16 if distance > 0 else 0), abs(distance)
+        if distance < 8:
+            return side + distance
+        return side + min(15, 8 + int(math.log(distance / 8) / math.log(128 / 8) * 8))
+
+    def attend(self, queries, keys, values, bias):
+        """Return for each query (inner,) the values' sum, head by head; bias is (query, key) -> (H,)."""
+        out = []
+        for i, query in enumerate(queries):
+            parts = []
+            for h, q in enumerate(np.split(query, self.heads)):
+                scores = [q @ np.split(key, self.heads)[h] + bias(i, j)[h] for j, key in enumerate(keys)]
+                weights = np.exp(np.array(scores) - max(scores, default=0))
+                weights = weights / weights.sum()
+                parts.append(sum(w * np.split(v, self.heads)[h] for w, v in zip(weights, values, strict=True)))
+            out.append(np.concatenate(parts))
+        return out
+
+    def feed_forward(self, x, at):
+        hidden = np.maximum(self.w[f"{at}.feed_forward.wi.weight"] @ self.norm(x, f"{at}.feed_forward_norm.weight"), 0)
+        return x + self.w[f"{at}.feed_forward.wo.weight"] @ hidden
+
+    def linear(self, name, xs):
+        return [self.w[f"{name}.weight"] @ x for x in xs]
+
+    def tokens(self, m, x):
+        """Return a modality's tokens, each (W,) with its modality and position."""
+        if m == "text" and x.ndim == 1:
+            x = self.w["enter.text.weight"][x]
+        else:
+            x = x @ self.w[f"enter.{m}.weight"].T + self.w[f"enter.{m}.bias"]
+        kind, k = self.pool.get(m, (None, 0))
+        n = len(x)
+        if n and kind in ("mean", "max"):
+            spans = [x[i * n // k : math.ceil((i + 1) * n / k)] for i in range(k)]
+            x = np.stack([span.mean(0) if kind == "mean" else span.max(0) for span in spans])
+        if n and kind == "attention":
+            x = np.stack([self.attention_pool(m, i, x) for i in range(k)])
+        return [(token, m, place) for place, token in enumerate(x)]
+
+    def attention_pool(self, m, i, x):
+        keys = self.linear(f"pool.{m}.key", [self.norm(token, f"pool.{m}.norm.weight") for token in x])
+        out = []
+        for h, q in enumerate(np.split(self.w[f"pool.{m}.query"][i], 4)):
+            powers = np.exp([q @ np.split(key, 4)[h] / math.sqrt(len(q)) for key in keys])
+            out.append(powers / powers.sum() @ np.split(x, 4, axis=1)[h])
+        return np.concatenate(out)
+
+    def encode(self, sample):
+        sequence = []
+        for layer in range(self.depth + 1):
+            for m in sorted(self.spec.get(layer, ())):
+                sequence += self.tokens(m, sample[self.names[m]])
+            if layer < self.depth and sequence:
+                sequence = self.layer(f"encoder.layers.{layer}", sequence)
+        return [self.norm(x, "encoder.norm.weight") for x, *_ in sequence]
+
+    def layer(self, at, sequence):
+        normed = [self.norm(x, f"{at}.attention_norm.weight") for x, *_ in sequence]
+        q, k, v = (self.linear(f"{at}.attention.{part}", normed) for part in "qkv")
+
+        def bias(i, j):
+            (_, m, place), (_, other, other_place) = sequence[i], sequence[j]
+            if m == other:
+                return self.w["encoder.bias.table.weight"][self.bucket(other_place - place)]
+            return self.w["between"][self.order.index(m), self.order.index(other)]
+
+        attended = self.linear(f"{at}.attention.o", self.attend(q, k, v, bias))
+        xs = [x + more for (x, *_), more in zip(sequence, attended, strict=True)]
+        return [(self.feed_forward(x, at), m, place) for x, (_, m, place) in zip(xs, sequence, strict=True)]
+
+    def decode(self, memory):
+        x = self.w["decoder.start"]
+        for layer in range(self.decoder_layers):
+            at = f"decoder.steps.layers.{layer}"
+            (v,) = self.linear(f"{at}.attention.v", [self.norm(x, f"{at}.attention_norm.weight")])
+            x = x + self.w[f"{at}.attention.o.weight"] @ v
+            if memory:
+                q = self.linear(f"{at}.cross_attention.q", [self.norm(x, f"{at}.cross_attention_norm.weight")])
+                k, v = (self.linear(f"{at}.cross_attention.{part}", memory) for part in "kv")
+                (read,) = self.attend(q, k, v, lambda i, j: np.zeros(self.heads))
+                x = x + self.w[f"{at}.cross_attention.o.weight"] @ read
+            x = self.feed_forward(x, at)
+        return self.norm(x, "decoder.steps.norm.weight")
+
+    def __call__(self, features, present):
+        logits = []
+        for row in range(B):
+            sample = {name: features[name][row][present[name][row]].numpy() for name in LENGTHS}
+            encoded = self.encode(sample)
+            if self.decoder_layers:
+                pooled = self.decode(encoded)
+            else:
+                pooled = np.mean(encoded, axis=0) if encoded else np.zeros_like(self.w["encoder.norm.weight"])
+            logits.append(self.w["head.weight"] @ pooled + self.w["head.bias"])
+        return np.stack(logits)
+
+
+SPECS = {  # what the cases' texts and defaults stand for
+    "default": {0: ["text"], 2: ["audio", "image"]},
+    "one sequence": {0: ["audio", "image", "text"]},
+    "each at its own layer": {0: ["text"], 1: ["image"], 3: ["audio"]},
+    "image first": {0: ["image"], 2: ["audio", "text"]},
+    "after the last layer": {0: ["text"], 4: ["audio", "image"]},
+    "one modality": {0: ["image"]},
+    "one layer, one meeting": {0: ["text"], 1: ["image"]},
+    "pooled": {0: ["text"], 2: ["audio", "image"]},
+    "pooled to few": {0: ["text"], 4: ["image"]},
+    "decoder": {0: ["text"], 2: ["audio", "image"]},
+    "decoder, pooled, late": {0: ["text"], 4: ["image"]},
+    "frozen text": {0: ["text"], 2: ["audio", "image"]},
+}
+POOLS = {
+    "pooled": {"image": ("attention", 2), "text": ("mean", 3), "audio": ("max", 4)},
+    "pooled to few": {"image": ("mean", 1), "text": ("max", 2)},
+    "decoder, pooled, late": {"image": ("attention", 2)},
+}
+
+
+@every
+def test_against_a_loop(case):
+    fusion, (features, present) = build(case).double(), inputs()
+    options = CASES[case]
+    reference = Reference(
+        fusion,
+        SPECS[case],
+        POOLS.get(case, {}),
+        options.get("depth", DEPTH),
+        options.get("decoder_layers", 0),
+        f"text_{options.get('text_view', 'ids')}",
+    )
+    found = fusion(features, present).detach().numpy()
+    np.testing.assert_allclose(found, reference(features, present), rtol=0, atol=1e-12)
+    joined = {name for group in SPECS[case].values() for name in map(reference.names.get, group)}
+    assert list(fusion.widths) == sorted(joined)
+
+
+@every
+@pytest.mark.parametrize(("padding", "value"), [(0, torch.nan), (3, -torch.inf), (150, torch.nan)])
+def test_padding_changes_nothing(case, padding, value):
+    fusion, outcomes = build(case).double(), []
+    for features, present in (inputs(), inputs(padding, value)):
+        fusion.zero_grad()
+        logits = fusion(features, present)
+        logits.square().sum().backward()
+        outcomes.append([logits, *(parameter.grad for parameter in fusion.parameters())])
+    for clean, spoilt in zip(*outcomes, strict=True):
+        torch.testing.assert_close(spoilt, clean, rtol=1e-9, atol=1e-9)
+
+
+@every
+def test_rows_do_not_influence_one_another(case):
+    fusion = build(case).double()
+    whole = fusion(*inputs())
+    for rows in (slice(2, 5), slice(6, 7), [0, 6, 3]):
+        torch.testing.assert_close(fusion(*inputs(rows=rows)), whole[rows])
+
+
+@every
+def test_a_sample_without_anything_is_finite(case):
+    fusion = build(case).float()
+    features, present = inputs(rows=[NOWHERE, NOWHERE], value=torch.nan, dtype=torch.float32)
+    logits = fusion(features, present)
+    logits.square().sum().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in fusion.parameters())
+
+
+@pytest.mark.parametrize("decoder_layers", [0, 6])
+@pytest.mark.parametrize("rows", [[NOWHERE], [NOWHERE, 0]])
+def test_not_even_one_token_through_many_layers(rows, decoder_layers):
+    fusion = build("one modality", pool="image=mean:1", depth=24, decoder_layers=decoder_layers)
+    features, present = inputs(rows=rows, value=torch.nan, dtype=torch.float32)
+    fusion(features, present).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in fusion.parameters())
+
+
+@every
+def test_gradients_reach_every_parameter(case):
+    fusion = build(case, head=partial(MLP, layers=(8,)))
+    (fusion(*inputs(dtype=torch.float32)) * torch.arange(C)).sum().backward()
+    assert [name for name, p in fusion.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_token_alone_attends_to_itself_whatever_queries_and_keys_are():
+    """Where there is nothing to choose from, these have no effect: in all layers before another modality joins."""
+    fusion = build(pool="text=mean:1", fusion_spec="0:text,2:image")
+    fusion(*inputs(dtype=torch.float32)).square().sum().backward()
+    idle = {name for name, p in fusion.named_parameters() if not p.grad.any()}
+    assert idle == {f"encoder.layers.{layer}.attention.{part}.weight" for layer in (0, 1) for part in "qk"}
+
+
+def test_gradients_reach_each_ordered_pair_of_modalities():
+    fusion = build("each at its own layer")
+    fusion(*inputs(dtype=torch.float32)).square().sum().backward()
+    reached = fusion.between.grad.any(-1)
+    assert torch.equal(reached, ~torch.eye(3, dtype=torch.bool))
+
+
+@every
+def test_saves_and_loads(case, tmp_path):
+    saved, loaded = build(case), build(case, seed=1)
+    save_file(saved.state_dict(), tmp_path / "weights.safetensors")
+    loaded.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    features, present = inputs(dtype=torch.float32)
+    assert torch.equal(saved(features, present), loaded(features, present))
+    assert not torch.equal(build(case, seed=1)(features, present), loaded(features, present))
+
+
+@every
+def test_options_are_what_json_can_hold(case):
+    """As a run keeps them: keys of mappings come back as text."""
+    features, present = inputs(dtype=torch.float32)
+    options = json.loads(json.dumps(CASES[case]))
+    assert torch.equal(build(case)(features, present), build(case, **options)(features, present))
+
+
+def test_starts_without_a_bias_between_modalities():
+    torch.manual_seed(0)
+    fusion = MidFusion(WIDTHS, C, Linear)
+    assert not fusion.between.any()
+    assert fusion.between.shape == (3, 3, 4)
+    bias = fusion.bias([8, 4, 6])  # text, audio and image
+    assert bias.shape == (1, 4, 18, 18)
+    assert not bias[..., :8, 8:].any()
+    assert torch.equal(bias[..., 8:12, 8:12], bias[..., :4, :4])  # each by its own positions
+
+
+def test_what_joins_starts_at_the_scale_of_the_embedding():
+    torch.manual_seed(0)
+    fusion = MidFusion({"image_tokens": SequenceWidth(100, 50), "text_ids": SequenceWidth(200, 50)}, C, Linear)
+    mask = torch.ones(4, 50, dtype=torch.bool)
+    features = {"image_tokens": torch.randn(4, 50, 100), "text_ids": torch.randint(200, (4, 50))}
+    for modality in ("image", "text"):
+        tokens, _ = fusion.tokens(modality, features, dict.fromkeys(features, mask))
+        assert tokens.std().item() == pytest.approx(1, rel=0.1)
+
+
+def test_dropout_is_drawn_by_the_seed_and_off_in_evaluation():
+    fusion, given = build("decoder", dropout=0.5), inputs(dtype=torch.float32)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(fusion(*given))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert torch.equal(fusion.eval()(*given), build("decoder")(*given))
+
+
+class TestCost:
+    """Each layer sees only what has joined before it."""
+
+    def seen(self, **options):
+        fusion, lengths = build(**options), []
+        for layer in fusion.encoder.layers:
+            layer.register_forward_hook(lambda module, inputs, output: lengths.append(inputs[0].shape[1]))
+        fusion(*inputs(dtype=torch.float32))
+        return lengths
+
+    @pytest.mark.parametrize(
+        ("spec", "lengths"),
+        [
+            ("0:text,0:image", [14, 14, 14, 14]),
+            ("0:text,1:image", [8, 14, 14, 14]),
+            ("0:text,3:image", [8, 8, 8, 14]),
+            ("0:text,4:image", [8, 8, 8, 8]),
+            ("0:image,1:audio,3:text", [6, 10, 10, 18]),
+        ],
+    )
+    def test_falls_with_later_fusion(self, spec, lengths):
+        assert self.seen(fusion_spec=spec) == lengths
+
+    def test_falls_with_stronger_pooling(self):
+        assert self.seen(fusion_spec="0:text,2:image", pool="image=mean:3") == [8, 8, 11, 11]
+        assert self.seen(fusion_spec="0:text,2:image", pool="image=mean:1,text=max:2") == [2, 2, 3, 3]
+
+    def test_the_bias_is_made_once_for_each_set_of_modalities(self, monkeypatch):
+        made, bias = [], MidFusion.bias
+        monkeypatch.setattr(MidFusion, "bias", lambda self, lengths: made.append(list(lengths)) or bias(self, lengths))
+        self.seen(fusion_spec="0:text,2:image,4:audio")
+        assert made == [[8], [8, 6]]  # those that join after the last layer need none
+
+
+class TestPretrained:
+    @pytest.fixture(params=["relu", "gated-gelu"])
+    def spec(self, request, tmp_path):
+        torch.manual_seed(0)
+        config = transformers.T5Config(
+            vocab_size=24, d_model=12, d_kv=5, d_ff=20, num_layers=3, num_decoder_layers=2, num_heads=4,
+            decoder_start_token_id=2, feed_forward_proj=request.param,
+        )  # fmt: skip
+        transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+        return f"hf:{tmp_path}"
+
+    def fuse(self, spec, **options):
+        settings = json.loads(json.dumps(asdict(read_settings(spec))))
+        torch.manual_seed(1)
+        ids = {"text_view": "ids", **options}
+        return MidFusion(WIDTHS, C, Linear, architecture=settings, width=99, depth=77, heads=55, **ids)
+
+    def test_text_alone_is_the_encoder(self, spec):
+        fusion, (features, present) = self.fuse(spec, fusion_spec="0:text").eval(), inputs(dtype=torch.float32)
+        fusion.load_t5(load_t5(spec, 0))
+        x, mask = fusion.encode(features, present)
+        assert torch.equal(mask, present["text_ids"])
+        theirs = transformers.T5EncoderModel.from_pretrained(spec.removeprefix("hf:")).eval()
+        expected = theirs(input_ids=features["text_ids"], attention_mask=mask.long()).last_hidden_state
+        torch.testing.assert_close(x[mask], expected[mask], rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("n", [1, 2])
+    def test_text_alone_and_the_decoders_first_step(self, spec, n):
+        fusion = self.fuse(spec, fusion_spec="0:text", decoder_layers=n).eval()
+        fusion.load_t5(load_t5(spec))
+        fusion.head = nn.Identity()
+        theirs = transformers.T5ForConditionalGeneration.from_pretrained(spec.removeprefix("hf:")).eval()
+        theirs.decoder.block = theirs.decoder.block[:n]
+        features, present = inputs(rows=slice(0, 3), dtype=torch.float32)
+        ids, mask = features["text_ids"], present["text_ids"].long()
+        memory = theirs.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
+        expected = theirs.decoder(
+            input_ids=torch.full((3, 1), 2), encoder_hidden_states=memory, encoder_attention_mask=mask
+        ).last_hidden_state
+        torch.testing.assert_close(fusion(features, present), expected[:, 0], rtol=1e-4, atol=1e-5)
+
+    def test_other_modalities_and_the_head_keep_their_start(self, spec):
+        fusion = self.fuse(spec, decoder_layers=1)
+        before = {name: p.detach().clone() for name, p in fusion.named_parameters()}
+        fusion.load_t5(load_t5(spec))
+        kept = [name for name, p in fusion.named_parameters() if torch.equal(p, before[name]) and "norm" not in name]
+        assert kept == ["between", *(f"enter.{m}.{p}" for m in ("audio", "image") for p in ("weight", "bias")),
+                        "head.weight", "head.bias"]  # fmt: skip
+        fusion(*inputs(dtype=torch.float32)).square().sum().backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in fusion.parameters())
+
+    def test_another_t5(self, spec):
+        with pytest.raises(ConfigError, match=r"expected the weights of a T5 with T5Settings\(.*\). Got T5Settings"):
+            build().load_t5(load_t5(spec))
+        with pytest.raises(ConfigError, match=r"expected the weights of a T5 with .*num_decoder_layers=2.* Got"):
+            self.fuse(spec, decoder_layers=2).load_t5(load_t5(spec, 1))
+
+    def test_more_decoder_layers_than_it_has(self, spec):
+        with pytest.raises(ConfigError, match=r"decoder_layers must be at most 2, as the T5 has. Got 3 instead"):
+            self.fuse(spec, decoder_layers=3)
+
+    def test_ids_of_a_larger_vocabulary(self, spec):
+        settings = {**asdict(read_settings(spec)), "vocab_size": 19}
+        with pytest.raises(ConfigError, match="text_ids are of 20 tokens, and the pretrained T5 knows 19"):
+            MidFusion(WIDTHS, C, Linear, architecture=settings, text_view="ids")
+
+    def test_settings_that_are_none(self):
+        with pytest.raises(ConfigError, match=r"t5 must be the settings of a T5: .*'depth'"):
+            MidFusion(WIDTHS, C, Linear, architecture={"depth": 3})
+
+
+class TestSettings:
+    def test_what_is_read(self):
+        assert MidFusion.views("text", {}) == ("tokens",)
+        assert MidFusion.views("text", {"t5": "hf:t5-small"}) == ("ids",)
+        assert MidFusion.views("text", {"text_view": "ids"}) == ("ids",)
+        assert MidFusion.views("text", {"text_view": "tokens"}) == ("tokens",)
+        assert MidFusion.views("image", {"text_view": "ids"}) == ("tokens",)
+        assert MidFusion.views("image", {"fusion_spec": "0:text"}) == ()
+        assert list(build().widths) == ["audio_tokens", "image_tokens", "text_ids"]
+        assert build().names == {"text": "text_ids", "audio": "audio_tokens", "image": "image_tokens"}
+
+    def test_forms_of_a_fusion_spec(self):
+        expected = {"text": 0, "image": 6, "audio": 6}
+        assert read_fusion_spec("0:text,6:image,6:audio") == expected
+        assert read_fusion_spec(" 0: text, 6 :image,6:audio ") == expected
+        assert read_fusion_spec({0: ["text"], 6: ("image", "audio")}) == expected
+        assert read_fusion_spec({"0": "text", "6": ["image", "audio"]}) == expected
+
+    def test_forms_of_a_pool(self):
+        expected = {"image": ("attention", 14), "text": ("mean", 8)}
+        assert read_pool("image=attention:14,text=mean:8") == expected
+        assert read_pool(" image = attention : 14 , text=mean:8") == expected
+        assert read_pool({"image": ("attention", 14), "text": ["mean", 8]}) == expected
+        assert read_pool({"image": "attention:14", "text": "mean:8"}) == expected
+        assert read_pool("") == read_pool({}) == {}
+
+    def test_without_text_all_join_at_once(self):
+        fusion = MidFusion({"image_tokens": SequenceWidth(5, 6), "audio_tokens": SequenceWidth(3, 4)}, C, Linear)
+        assert fusion.joins == {0: ("audio", "image")}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"fusion_spec": "0:text,5:image"}, "image can't join at layer 5: it may be at 0 to 4, the depth"),
+            ({"fusion_spec": "0:text,1:imgae"}, "fusion_spec names 'imgae', which is not among audio, image, text"),
+            ({"fusion_spec": "0:text,1:image,2:text"}, "fusion_spec names text twice"),
+            ({"fusion_spec": {0: ["text", "text"]}}, "fusion_spec names text twice"),
+            ({"fusion_spec": "1:text,2:image"}, r"some modality must join at layer 0, .* Got '1:text,2:image' instead"),
+            ({"fusion_spec": "text"}, "fusion_spec must look like 0:text,6:image. Got 'text' instead"),
+            ({"fusion_spec": "0:text,"}, "fusion_spec must look like 0:text,6:image. Got '0:text,' instead"),
+            ({"fusion_spec": {-1: ["text"]}}, "fusion_spec must look like 0:text,6:image. Got {-1: "),
+            ({"pool": "image=mean:7"}, "can't pool image to 7 tokens: a sample has 6 at most"),
+            ({"pool": "image=mean:0"}, "pooling must leave at least 1 token. Got 0 instead"),
+            ({"pool": "imgae=mean:2"}, "pool names 'imgae', which does not join; those that do: text, audio, image"),
+            ({"pool": "image=mean:2", "fusion_spec": "0:text"}, "pool names 'image', which does not join; .*: text"),
+            ({"pool": "image=mean:2,image=max:2"}, "pool names image twice"),
+            ({"pool": "image=mean"}, "pool must look like image=attention:14,text=mean:8. Got 'image=mean' instead"),
+            ({"pool": "mean:2"}, "pool must look like image=attention:14,text=mean:8. Got 'mean:2' instead"),
+            ({"width": 9}, "width must be a multiple of 2, the attention heads. Got 9 instead"),
+            ({"depth": 0}, "T5's num_layers must be a whole number from 1 on. Got 0 instead"),
+            ({"decoder_layers": -1}, "T5's num_decoder_layers must be a whole number from 0 on. Got -1 instead"),
+            ({"dropout": 1.0}, r"T5's dropout_rate must be in \[0, 1\). Got 1.0 instead"),
+            ({"text_view": "pooled"}, "text_view must be ids or tokens. Got 'pooled' instead"),
+        ],
+    )
+    def test_that_do_not_fit(self, options, message):
+        with pytest.raises(ConfigError, match=message):
+            MidFusion(WIDTHS, C, Linear, **{"width": W, "depth": DEPTH, "heads": H, **options})
+
+    def test_an_unknown_pooling(self):
+        with pytest.raises(UnknownNameError, match=r"unknown pooling 'atention' \(did you mean 'attention'\?\)"):
+            build(pool="image=atention:2")
+
+    def test_features_that_are_not_there(self):
+        with pytest.raises(ConfigError, match="fusion 'midfusion' needs image_tokens features; this store has: image"):
+            MidFusion({"image": 7}, C, Linear)
+        with pytest.raises(ConfigError, match="fusion 'midfusion' needs some features; this store has: none"):
+            MidFusion({}, C, Linear)
