@@ -71,6 +71,20 @@ def align(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json 
         _measure(partial(bench_align, workspace), device, json)
 
 
+@bench.command()
+def fusion(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json = False) -> None:
+    """Measure fusions over tokens, their training steps and predictions: some minutes on two cores.
+
+    What is written to the workspace's disk is removed again.
+    """
+    from cachefuse_cli import render
+
+    with render.interruptible("nothing was kept; run the same command again"):
+        with render.status("loading torch"):
+            from cachefuse.bench.fusion import bench_fusion
+        _measure(partial(bench_fusion, workspace), device, json)
+
+
 def _measure(measure: "Callable[..., list[BenchRow]]", device: str, json: bool) -> None:
     from cachefuse.bench.timing import describe_machine
     from cachefuse_cli import bench_tables, render

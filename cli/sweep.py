@@ -18,7 +18,8 @@ from cachefuse_cli.train_options import takes_config
 
 TRIALS = "Trials"
 PRESET_NAMES = (
-    "mmc-heads, mmc-fusion, mmc-losses, mmc-layers, mmc-batch, mmc-epochs, mmc-activation, mmc-dropout, mmc-greedy"
+    "mmc-heads, mmc-fusion, mmc-losses, mmc-layers, mmc-batch, mmc-epochs, mmc-activation, mmc-dropout, mmc-greedy, "
+    "lit-table, where-to-fuse"
 )
 
 
@@ -74,7 +75,8 @@ def sweep(
             changes = {field: getattr(base, field) for field in _given(context)}
             tried = _tried(grid, settings, preset, changes)
             store = open_store(workspace, dataset)
-            problem, chosen = open_problem(store, encoder or (), device, views_of(base, tried))
+            views = presets.preset_views(preset, changes) if preset else views_of(base, tried)
+            problem, chosen = open_problem(store, encoder or (), device, views)
             used = used_features(chosen, problem.widths)
             label = name or f"{store.dataset}-{preset or _hash(base, tried, encoder)}"
             folder = workspace / "sweeps" / slug(label)
@@ -103,14 +105,14 @@ def _tried(
     grid: Sequence[str] | None, settings: Path | None, preset: str | None, given: Collection[str]
 ) -> list[dict[str, Any]]:
     """Return the settings to try; none for a preset, which knows its own."""
-    from cachefuse.training.presets import GREEDY, PRESETS
+    from cachefuse.training.presets import GREEDY, PRESETS, TOKEN_PRESETS
     from cachefuse.training.sweep import grid as combine
     from cachefuse.training.sweep import parse_setting
 
     if [grid, settings, preset].count(None) != 2:
         raise ConfigError("a sweep needs one of --grid, --settings and --preset")
     if preset is not None:
-        lookup({**PRESETS, GREEDY: None}, preset, "preset")
+        lookup({**PRESETS, **TOKEN_PRESETS, GREEDY: None}, preset, "preset")
         return []
     tried = [parse_setting(own) for own in (_read_settings(settings) if settings else combine(_parse_grid(grid or ())))]
     for name in given:

@@ -70,7 +70,8 @@ def sweep_table(result: "SweepResult") -> Table:
     columns += COSTS * costs
     seeds = f"mean ± std of {len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
     title = escape(f"{result.title}\n{seeds}, {result.n_rows:,} rows of {result.split}")
-    table = new_table(escape(", ".join(result.fields)), *columns, numbers=len(columns), title=title)
+    named = any(setting.label for setting in result.settings)
+    table = new_table("" if named else escape(", ".join(result.fields)), *columns, numbers=len(columns), title=title)
     for column in table.columns[1:]:
         column.no_wrap = True
     best = {metric: max((x for s in shown if (x := s.mean(metric)) == x), default=None) for metric in metrics}
@@ -121,6 +122,7 @@ def _sweep_dict(result: "SweepResult") -> dict[str, Any]:
         "seeds": list(result.seeds),
         "settings": [
             {
+                **({"label": setting.label} if setting.label else {}),
                 "setting": {name: setting.values[name] for name in result.fields},
                 "mean": {metric: setting.mean(metric) for metric in result.metrics},
                 "std": {metric: setting.std(metric) for metric in result.metrics},
@@ -141,7 +143,7 @@ def _pipeline(results: Sequence["SweepResult"]) -> str:
 
 
 def _label(result: "SweepResult", setting: "SettingResult") -> str:
-    return ", ".join(text for name in result.fields if (text := setting.text(name)))
+    return setting.named(result.fields)
 
 
 def _figure(setting: "SettingResult", metric: str, best: bool) -> Text:

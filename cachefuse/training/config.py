@@ -290,6 +290,8 @@ def why_no_head(task: str) -> str:
     """Return why there is no head to train on a dataset, and what to do instead, for a task that has no loss."""
     if task == "retrieval":
         return f"a {task} dataset has no labels, so there is no head to train on it"
+    if task == "vqa":
+        return f"a {task} dataset has the answers of several people to each question, which no loss here takes"
     return f"a {task} dataset is about pairs of sentences: measure them with cachefuse similarity"
 
 

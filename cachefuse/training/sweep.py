@@ -30,7 +30,7 @@ from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL, Problem, open_pr
 from cachefuse.training.run import build_model, split_digest
 from cachefuse.training.stack import most_together, shared_settings, train_together
 from cachefuse.training.sweep_files import append_trials, only_sweep, read_trials, write_results
-from cachefuse.training.sweep_result import Published, SettingResult, SweepResult, Trial
+from cachefuse.training.sweep_result import Curve, Published, SettingResult, SweepResult, Trial
 from cachefuse.training.train import split_parts, train_problem
 from cachefuse.training.used import UsedByName, used_features
 
@@ -94,8 +94,9 @@ def parse_setting(values: Mapping[str, Any]) -> dict[str, Any]:
 class Experiment:
     """What a sweep tries: ``base`` with the fields that each setting changes, and what was published of each.
 
-    With ``costs`` an interval of each trial's score is found, and what each model costs is measured. ``fields`` are
-    those that tell the settings apart, all that one changes unless told.
+    A setting's fusion options come on top of the base's. With ``costs`` an interval of each trial's score is found, and
+    what each model costs is measured. ``fields`` are those that tell the settings apart, all that one changes unless
+    told; ``labels`` do so in words. ``curves`` say where each setting lies in a plot of curves.
     """
 
     base: TrainConfig
@@ -104,6 +105,8 @@ class Experiment:
     published: Sequence[Published | None] | None = None
     costs: bool = False
     fields: tuple[str, ...] | None = None
+    labels: Sequence[str] | None = None
+    curves: Sequence[Curve] | None = None
 
 
 def sweep(
@@ -136,7 +139,7 @@ def sweep(
 
 def views_of(base: TrainConfig, settings: Sequence[Mapping[str, Any]]) -> Views:
     """Return what is read by one or more of the settings."""
-    configs = [replace(base, **parse_setting(setting)) for setting in settings] or [base]
+    configs = [_changed(base, parse_setting(setting)) for setting in settings] or [base]
     return lambda modality: dict.fromkeys(view for config in configs for view in config.views(modality))
 
 
@@ -156,7 +159,7 @@ def run_sweep(
         raise ConfigError(f"a sweep needs at least one setting and one seed, no seed twice. Got {given} instead")
     if base.refit:
         raise ConfigError(f"a sweep does without refit: {FIXED['refit']}")
-    configs = [[problem.resolve(replace(base, **{**own, "seed": seed})) for seed in seeds] for own in settings]
+    configs = [[problem.resolve(_changed(base, {**own, "seed": seed})) for seed in seeds] for own in settings]
     _check(problem, [own[0] for own in configs])
     metrics = tuple(dict.fromkeys((base.monitor or problem.metric, *problem.metrics)))
     data = _digest(store, problem, used, metrics)
@@ -174,8 +177,15 @@ def run_sweep(
             n_rows=len(_held_rows(problem, base)),
             seeds=tuple(seeds),
             settings=tuple(
-                SettingResult(_values(own[0]), own[0], tuple(done[key] for key in of if key in done), paper)
-                for own, of, paper in zip(configs, keys, published, strict=True)
+                SettingResult(
+                    _values(own[0]),
+                    own[0],
+                    tuple(done[key] for key in of if key in done),
+                    published[i],
+                    experiment.labels[i] if experiment.labels else "",
+                    experiment.curves[i] if experiment.curves else None,
+                )
+                for i, (own, of) in enumerate(zip(configs, keys, strict=True))
             ),
         )
 
@@ -190,6 +200,13 @@ def run_sweep(
             done |= {trial.key: trial for trial in trials}
             on_trial(so_far())
     return so_far()
+
+
+def _changed(base: TrainConfig, setting: Mapping[str, Any]) -> TrainConfig:
+    """Return the base with a setting's fields; options of another fusion than its own are not taken over."""
+    same = setting.get("fusion", base.fusion) == base.fusion
+    options = {**(base.fusion_options if same else {}), **setting.get("fusion_options", {})}
+    return replace(base, **{**setting, "fusion_options": options})
 
 
 def _check(problem: Problem, configs: Sequence[TrainConfig]) -> None:

@@ -4,6 +4,7 @@ trials.jsonl           a line for each trial that has ended, which is how a swee
 trials.csv             a row for each trial
 summary.csv            a row for each setting: means and standard deviations over the seeds, published figures
 sweep.png, sweep.svg   the metric to go by, for each setting
+curves.png, curves.svg  where settings lie on curves: that metric, and steps a second
 """
 
 import csv
@@ -23,7 +24,7 @@ from cachefuse.cache.journal import append_lines, read_lines
 from cachefuse.errors import ConfigError
 from cachefuse.runtime import make_folder, to_json, write_atomically
 from cachefuse.training.costs import Costs
-from cachefuse.training.sweep_result import SweepResult, Trial
+from cachefuse.training.sweep_result import SettingResult, SweepResult, Trial
 
 JOURNAL = "trials.jsonl"
 DPI = 150
@@ -66,12 +67,16 @@ def write_results(result: SweepResult, folder: Path) -> None:
     write_atomically(folder / "summary.csv", _as_csv(_summary_rows(result)))
     for kind, data in plot(result).items():
         write_atomically(folder / f"sweep.{kind}", data)
+    if all(setting.curve for setting in result.settings):
+        for kind, data in plot_curves(result).items():
+            write_atomically(folder / f"curves.{kind}", data)
 
 
 def _trial_rows(result: SweepResult) -> Iterator[Sequence[Any]]:
-    yield *result.fields, "seed", "status", "split", *result.metrics, "epoch", "seconds", "message", "key"
+    labels = ["label"] * any(setting.label for setting in result.settings)
+    yield *labels, *result.fields, "seed", "status", "split", *result.metrics, "epoch", "seconds", "message", "key"
     for setting in result.settings:
-        values = [setting.text(name) for name in result.fields]
+        values = [*[setting.label] * len(labels), *(setting.text(name) for name in result.fields)]
         for trial in setting.trials:
             figures = [trial.metrics.get(metric, math.nan) for metric in result.metrics]
             status = "diverged" if trial.diverged else "done"
@@ -87,9 +92,11 @@ def _summary_rows(result: SweepResult) -> Iterator[Sequence[Any]]:
     costs = any(setting.costs for setting in result.settings)
     cost_names = [field.name for field in fields(Costs)] if costs else []
     extra = [*(("paper", "paper_std") if published else ()), *(("low", "high") if costs else ()), *cost_names]
-    yield *result.fields, "trials", "diverged", *figures, "seconds", *extra
+    labels = ["label"] * any(setting.label for setting in result.settings)
+    yield *labels, *result.fields, "trials", "diverged", *figures, "seconds", *extra
     for setting in result.settings:
         yield [
+            *[setting.label] * len(labels),
             *(setting.text(name) for name in result.fields),
             len(setting.trials),
             setting.n_diverged,
@@ -111,7 +118,6 @@ def _as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
 
 def plot(result: SweepResult) -> dict[str, bytes]:
     """Return a plot of the metric to go by, as {"png": ..., "svg": ...}: means, spreads, seeds, published means."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     metric, settings = result.metrics[0], result.settings
@@ -129,13 +135,48 @@ def plot(result: SweepResult) -> dict[str, bytes]:
     for y in rows:
         if settings[y].n_diverged:
             axes.text(0.01, y, "diverged", transform=axes.get_yaxis_transform(), color="tab:red", va="center")
-    axes.set_yticks(rows, [", ".join(setting.text(name) for name in result.fields) for setting in settings])
+    axes.set_yticks(rows, [setting.named(result.fields) for setting in settings])
     axes.set_ylim(len(settings) - 0.5, -0.5)
-    axes.set_ylabel(", ".join(result.fields))
+    axes.set_ylabel("" if settings[0].label else ", ".join(result.fields))
     axes.set_xlabel(f"{metric}, {result.n_rows:,} rows of {result.split}")
     axes.set_title(result.title, parse_math=False)
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return _drawn(figure)
+
+
+def plot_curves(result: SweepResult) -> dict[str, bytes]:
+    """Return a plot of the metric to go by, and of steps a second, along each curve, as {"png": ..., "svg": ...}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    score, rate = figure.subplots(1, 2)
+    lines: dict[str, list[tuple[float, SettingResult]]] = {}
+    for setting in result.settings:
+        if setting.curve and setting.costs:
+            lines.setdefault(setting.curve.name, []).append((setting.curve.x, setting))
+    for name, points in lines.items():
+        x = [place for place, _ in points]
+        means, stds = zip(*((s.mean(result.metrics[0]), s.std(result.metrics[0])) for _, s in points), strict=True)
+        score.errorbar(x, means, yerr=stds if len(result.seeds) > 1 else None, marker="o", capsize=3, label=name)
+        rate.plot(x, [s.costs.steps_per_second if s.costs else math.nan for _, s in points], marker="o")
+    for axes, what in (
+        (score, f"{result.metrics[0]}, {result.n_rows:,} rows of {result.split}"),
+        (rate, "steps a second"),
+    ):
+        axes.set_xlabel(next((s.curve.what for s in result.settings if s.curve), ""))
+        axes.set_title(what)
+        axes.grid(alpha=0.3)
+    rate.set_yscale("log")
+    figure.suptitle(result.title)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    return _drawn(figure)
+
+
+def _drawn(figure: Any) -> dict[str, bytes]:
+    """Return a figure's files, the same bytes each time."""
+    import matplotlib
+
     files = {}
     with matplotlib.rc_context({"svg.hashsalt": "cachefuse"}):
         for kind, options in (("png", {"dpi": DPI}), ("svg", {"metadata": {"Date": None}})):

@@ -33,16 +33,28 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """Where a setting lies in a plot: on the curve of a name, at ``x``, which is ``what``."""
+
+    name: str
+    what: str
+    x: float
+
+
+@dataclass(frozen=True)
 class SettingResult:
     """What one setting came to: its finished trials, by seed, and what was published of it.
 
-    ``values`` are all its settings by name, those left open filled in; ``config`` is that of its first seed.
+    ``values`` are all its settings by name, those left open filled in; ``config`` is that of its first seed. ``label``
+    names it in words, where it has such a name.
     """
 
     values: Mapping[str, Any]
     config: TrainConfig
     trials: tuple[Trial, ...]
     published: Published | None = None
+    label: str = ""
+    curve: Curve | None = None
 
     @property
     def n_diverged(self) -> int:
@@ -70,6 +82,10 @@ class SettingResult:
     def std(self, metric: str) -> float:
         """Return the standard deviation of a sample; NaN for a single seed, and where the mean is."""
         return float(np.std(self._figures(metric), ddof=1)) if len(self.trials) > 1 else math.nan
+
+    def named(self, fields: tuple[str, ...]) -> str:
+        """Return its name: its label, or the values of some fields."""
+        return self.label or ", ".join(text for name in fields if (text := self.text(name)))
 
     def text(self, name: str) -> str:
         """Return a setting's value as it is given on the command line."""

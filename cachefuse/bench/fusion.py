@@ -1,0 +1,235 @@
+"""`cachefuse bench fusion`: a training step over tokens against its products alone, and what every fusion costs."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from cachefuse.bench.base import MANIFEST, N_CLASSES, OnProgress, measure_all, temporary
+from cachefuse.bench.timing import BenchRow, by_turns, timed
+from cachefuse.cache.layout import IDS
+from cachefuse.cache.store import FeatureStore
+from cachefuse.cache.writer import ViewWriter
+from cachefuse.data.dataset import Dataset
+from cachefuse.data.images import FileImage
+from cachefuse.data.manifest import parse_manifest
+from cachefuse.fusion import FUSIONS
+from cachefuse.fusion.transformer import EXPANSION
+from cachefuse.runtime import resolve_device
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.costs import measure_costs
+from cachefuse.training.fitting import TrainingSet, training_loss, untrained_model
+from cachefuse.training.loop import fit
+from cachefuse.training.optim import adam
+from cachefuse.training.problem import Problem, open_problem
+
+VOCABULARY = 30_522  # of BERT
+BERT = {"model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 384, "num_hidden_layers": 6,
+        "num_attention_heads": 12, "intermediate_size": 1536, "max_position_embeddings": 512}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FusionSizes:
+    """How much is trained: features as ViT-S/14 and MiniLM give them. The defaults take a few minutes on two cores."""
+
+    pairs: int = 5
+    rows: int = 256
+    batch: int = 32
+    width: int = 384
+    image_tokens: int = 256
+    text_tokens: int = 32
+    heads: int = 6
+    depth: int = 2
+
+
+@dataclass
+class FusionBench:
+    """What the measurements share: a store of random features, pooled, tokens and ids."""
+
+    folder: Path
+    device: str
+    sizes: FusionSizes
+    early: dict[str, float] = field(default_factory=dict)  # steps a second of what later fusion is compared with
+
+    @cached_property
+    def store(self) -> FeatureStore:
+        return write_tokens(self.folder / "tokens.zarr", self.sizes)
+
+    def problem(self, config: TrainConfig) -> Problem:
+        return open_problem(self.store, device=self.device, views=config.views)[0]
+
+
+def write_tokens(path: Path, sizes: FusionSizes) -> FeatureStore:
+    """Write a store of random float16 features of images and texts: pooled, tokens, and the texts' token ids."""
+    rng, n = np.random.default_rng(0), sizes.rows
+    dataset = Dataset(
+        manifest=parse_manifest(MANIFEST, "bench.toml"),
+        classes=tuple(f"class {c}" for c in range(N_CLASSES)),
+        ids=[f"{row:08d}" for row in range(n)],
+        splits=np.array(["train"] * n),
+        targets=(rng.random((n, N_CLASSES), np.float32) < 0.2).astype(np.int8),
+        images=[FileImage(Path(f"{row}.jpg")) for row in range(n)],
+        texts=[("a text",)] * n,
+        name="bench",
+    )
+    store = FeatureStore.for_dataset(path, dataset)
+    for modality, n_tokens in (("image", sizes.image_tokens), ("text", sizes.text_tokens)):
+        views = {"pooled": (sizes.width,), "tokens": (n_tokens, sizes.width)}
+        views |= {IDS: (n_tokens,)} if modality == "text" else {}
+        dtypes = {view: "int32" if view == IDS else "float16" for view in views}
+        provenance = {"family": "bench", "dtype": "float16", "tokenizer": "bench"}
+        features = store.require_features("bench", modality, provenance, "bench", dtypes)
+        for view, shape in views.items():
+            kind: dict[str, Any] = {"ragged": modality == "text" and view != "pooled", "dtype": dtypes[view]}
+            features.begin(features.new_view(view, shape, **kind, vocabulary=VOCABULARY if view == IDS else 0))
+            with ViewWriter(features, view, **kind) as writer:
+                for row in range(n):
+                    if view == IDS:
+                        value = rng.integers(VOCABULARY, size=shape).astype(np.int32)
+                    else:
+                        value = rng.standard_normal(shape, np.float32).astype(np.float16)
+                    writer.add(np.array([row]), [value])
+    return store
+
+
+def cma_step(bench: FusionBench) -> BenchRow:
+    """A training step of cma, reading included, over the matrix products and attention of the same shapes alone."""
+    sizes = bench.sizes
+    options = {"depth": sizes.depth, "width": sizes.width, "heads": sizes.heads}
+    config = TrainConfig(fusion="cma", fusion_options=options, batch_size=sizes.batch, loss="bce")
+    problem = bench.problem(config)
+    config = problem.resolve(config)
+    steps = -(-sizes.rows // sizes.batch)
+    products = step_products(bench)
+    whole = step_products(bench, trimmed=False)
+    epoch = _epoch(problem, config)
+    pairs = by_turns(lambda: epoch() / steps, timed(products), sizes.pairs)
+    ours, baseline = (1000 * np.median(pairs, axis=0)).tolist()
+    all_tokens = 1000 * float(np.median([timed(whole)() for _ in range(sizes.pairs)]))
+    n_tokens = sizes.image_tokens + sizes.text_tokens + 2
+    return BenchRow(
+        "cma", f"cma, {sizes.depth} x {sizes.width}, a step / GEMMs, attention", "ms", ours, baseline,
+        float(np.median(pairs[:, 1] / pairs[:, 0])), goal=0.6,
+        note=f"{sizes.batch} rows of {n_tokens} tokens, read from the store, with dropout and Adam; the last layer maps"
+        f" class tokens alone: products of whole layers take {all_tokens:.0f} ms",
+    )  # fmt: skip
+
+
+def _epoch(problem: Problem, config: TrainConfig) -> Callable[[], float]:
+    """Return what gives the seconds of an epoch of ``fit`` that follows a first one."""
+
+    def epoch() -> float:
+        model = untrained_model(problem, config)
+        data = TrainingSet.prepare(problem, model, problem.train_rows())
+        ends: list[float] = []
+        module = data.reading(model.fusion)
+        fit(
+            module, training_loss(problem, config, data), adam(module.parameters(), lr=1e-4), data.table, data.rows,
+            epochs=2, batch_size=config.rows_a_step, generator=torch.Generator().manual_seed(0),
+            on_epoch=lambda epoch: ends.append(time.perf_counter()),
+        )  # fmt: skip
+        return ends[1] - ends[0]
+
+    return epoch
+
+
+def step_products(bench: FusionBench, trimmed: bool = True) -> Callable[[], None]:
+    """Return what computes one step's products: forward, and both gradients; attention forward and backward.
+
+    ``trimmed``: of the last layer those that the class tokens take.
+    """
+    sizes, device = bench.sizes, bench.device
+    b, w, t = sizes.batch, sizes.width, sizes.image_tokens + sizes.text_tokens + 2
+    shapes = [(b * t, w, w, False)]  # rows, in, out, whether a gradient goes on to what is below
+    attended = []
+    for layer in range(sizes.depth):
+        queries = 2 if trimmed and layer == sizes.depth - 1 else t
+        shapes += [(b * queries, w, w, True), (b * t, w, 2 * w, True), (b * queries, w, w, True)]
+        shapes += [(b * queries, w, EXPANSION * w, True), (b * queries, EXPANSION * w, w, True)]
+        attended.append(queries)
+    layers = [
+        (torch.randn(n, i, device=device), torch.randn(o, i, device=device), torch.randn(n, o, device=device), below)
+        for n, i, o, below in shapes
+    ]
+    head = w // sizes.heads
+    tensors = [
+        [torch.randn(b, sizes.heads, n, head, device=device, requires_grad=True) for n in (queries, t, t)]
+        for queries in attended
+    ]
+
+    def step() -> None:
+        for x, weight, gradient, below in layers:
+            x @ weight.T
+            gradient.T @ x
+            if below:
+                gradient @ weight
+        for q, k, v in tensors:
+            out = scaled_dot_product_attention(q, k, v)
+            torch.autograd.grad(out, (q, k, v), out.detach())
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+
+    step()
+    return step
+
+
+def later_fusion(bench: FusionBench, layer: int, pool: str = "") -> BenchRow:
+    """Steps a second of midfusion where images join at a layer, pooled or not, over those where all join at 0."""
+    depth = 4
+    first = _steps(bench, 0, "", depth)
+    ours = _steps(bench, layer, pool, depth)
+    what = f"midfusion, images at {layer} of {depth}{', ' + pool if pool else ''} / at 0"
+    return BenchRow(f"midfusion_{layer}{'_pooled' if pool else ''}", what, "steps/s", ours, first, ours / first)
+
+
+def _steps(bench: FusionBench, layer: int, pool: str, depth: int) -> float:
+    key = f"{layer} {pool}"
+    if key not in bench.early:
+        options = {"fusion_spec": f"0:text,{layer}:image", "pool": pool, "depth": depth}
+        config = TrainConfig(fusion="midfusion", fusion_options=options, batch_size=bench.sizes.batch, loss="bce")
+        problem = bench.problem(config)
+        bench.early[key] = measure_costs(problem, problem.resolve(config)).steps_per_second
+    return bench.early[key]
+
+
+def item(bench: FusionBench, fusion: str) -> BenchRow:
+    """The time to predict a sample from cached features."""
+    options = {"architecture": BERT} if fusion == "lit" else {}
+    config = TrainConfig(fusion=fusion, fusion_options=options, batch_size=bench.sizes.batch, loss="bce")
+    problem = bench.problem(config)
+    costs = measure_costs(problem, problem.resolve(config))
+    note = f"{costs.parameters / 1e6:.2f}M parameters, {costs.steps_per_second:.1f} steps/s of {bench.sizes.batch} rows"
+    return BenchRow(f"item_{fusion}", f"{fusion}: to predict one", "ms", costs.ms_per_item, note=note)
+
+
+MEASUREMENTS: dict[str, Callable[[FusionBench], BenchRow]] = {
+    "a step of cma": cma_step,
+    "joining halfway": partial(later_fusion, layer=2),
+    "joining last": partial(later_fusion, layer=4),
+    "pooled to 14": partial(later_fusion, layer=0, pool="image=mean:14"),
+    "pooled to 1": partial(later_fusion, layer=0, pool="image=mean:1"),
+    "pooled to 14 by attention": partial(later_fusion, layer=0, pool="image=attention:14"),
+    **{fusion: partial(item, fusion=fusion) for fusion in FUSIONS},
+}
+
+
+def bench_fusion(
+    folder: Path,
+    *,
+    device: str = "auto",
+    sizes: FusionSizes | None = None,
+    on_progress: OnProgress = lambda what, done, total: None,
+) -> list[BenchRow]:
+    """Measure fusions over random features, which are in ``folder`` for that while.
+
+    Raises ConfigError for a device that is not there.
+    """
+    sizes, device = sizes or FusionSizes(), resolve_device(device)
+    with temporary(folder) as made:
+        return measure_all(MEASUREMENTS, FusionBench(made, device, sizes), on_progress)
