@@ -34,11 +34,20 @@ UsedEncoders = Annotated[
     list[str] | None,
     typer.Option("--encoder", metavar="SPEC", help="Which features; repeatable.", show_default="all in the store"),
 ]
-Views = Annotated[str, typer.Option("--views", metavar="LIST", help="pooled, tokens, or pooled,tokens.")]
+Views = Annotated[
+    str,
+    typer.Option(
+        "--views",
+        metavar="LIST",
+        help="pooled, tokens, ids (the numbers of a text's tokens), or several: pooled,tokens.",
+    ),
+]
 BatchSize = Annotated[
     int | None, typer.Option("--batch-size", metavar="N", help="Samples at a time.", show_default="32, on CUDA 256")
 ]
-Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="float16, float32, or int8 for tokens.")]
+Dtype = Annotated[
+    str, typer.Option("--dtype", metavar="NAME", help="float16, float32, or int8 for tokens; ids are int32.")
+]
 Limit = Annotated[
     int | None, typer.Option("--limit", metavar="N", min=1, help="Only N samples, in a store of their own.")
 ]

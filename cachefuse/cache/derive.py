@@ -37,9 +37,7 @@ def derive(
     """
     store, view = features.store, "pooled"
     missing = features.missing_rows(view)
-    offsets = store.items(features.modality)
-    present = store.present(features.modality)
-    present = present if offsets is None else np.repeat(present, np.diff(offsets))
+    present = store.present_rows(features.modality)
     n_tokens = rows.shape[1] if len(rows.shape) == 3 else int(getattr(rows, "lengths", np.ones(1)).max(initial=1))
     size = max(1, min(MOST_ROWS, AT_ONCE // max(1, n_tokens * rows.shape[-1])))
     with ViewWriter(features, view, ragged=False, dtype=dtypes[view]) as writer:

@@ -12,6 +12,7 @@ import numpy as np
 
 from cachefuse.cache.derive import base_rows, derive
 from cachefuse.cache.features import Features
+from cachefuse.cache.layout import IDS
 from cachefuse.cache.lock import only_writer
 from cachefuse.cache.pipeline import (
     Clock,
@@ -21,6 +22,7 @@ from cachefuse.cache.pipeline import (
     item_owners,
     item_sources,
     prepare_in_order,
+    views_to_encode,
 )
 from cachefuse.cache.plan import check_room, row_bytes
 from cachefuse.cache.request import Request, check_options, open_request
@@ -31,7 +33,7 @@ from cachefuse.encoders import EncoderSpec
 from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import CacheError, ConfigError
 
-WINDOW_BATCHES = {"pooled": 16, "tokens": 4}  # of texts; tokens of many long ones would fill the memory
+WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16}  # of texts; tokens of many long ones would fill the memory
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ def extract(
     Interrupted at any moment, the next call goes on at the first block that is not whole. A sample that can't be
     encoded keeps its row (zeros), is marked absent and listed; more than ``max_bad`` of them raise CacheError, as do
     samples whose content has changed, unless ``refresh`` computes them again, and a disk without room for the features.
-    With dtype int8, tokens are quantised (a float16 scale a row) and pooled features are float16.
+    With dtype int8, tokens are quantised (a float16 scale a row) and pooled features are float16. The view ids, the
+    numbers of a text's tokens, is made by the encoders that have it, in int32 whatever the dtype.
     """
     check_options(encoders, views, batch_size, dtype)
     if not 0 <= max_bad <= 1:
@@ -117,9 +120,9 @@ def extract_into(store: FeatureStore, request: Request, max_bad: float, on_progr
 
 def make_job(request: Request, store: FeatureStore, spec: EncoderSpec, tower: Tower, max_bad: float) -> "Job":
     """Find what one encoder has to do for one modality. Raises CacheError if what is stored was made differently."""
-    source = str(spec)
-    features = store.require_features(spec.short, tower.modality, request.provenance(tower), source, request.dtypes)
-    return Job(request.dataset, store, features, tower, request.dtypes, request.batch_size, max_bad)
+    source, dtypes = str(spec), request.dtypes(tower)
+    features = store.require_features(spec.short, tower.modality, request.provenance(tower), source, dtypes)
+    return Job(request.dataset, store, features, tower, dtypes, request.batch_size, max_bad)
 
 
 @dataclass
@@ -176,13 +179,7 @@ class Job:
             )
         windows, clock = self._windows(), Clock()
         with ExitStack() as stack:
-            writers = {
-                view: stack.enter_context(
-                    ViewWriter(self.features, view, ragged=self.tower.ragged and view == "tokens", dtype=dtype)
-                )
-                for view, dtype in self.dtypes.items()
-                if self.needed[view].any()
-            }
+            writers = {view: stack.enter_context(self._writer(view)) for view in self.dtypes if self.needed[view].any()}
             write = stack.enter_context(in_background(lambda writer, rows, values: writer.add(rows, values)))
             rows = chain.from_iterable(windows)
             prepared = stack.enter_context(
@@ -192,11 +189,12 @@ class Job:
                 with clock.spend("reading"):
                     items = list(islice(prepared, len(window)))
                 self._note_bad(window, items)
+                needed = {view: mask[window.start : window.stop] for view, mask in self.needed.items()}
                 with clock.spend("encoding"):
-                    encoded = encode_prepared(self.tower, items, tuple(self.dtypes), self.batch_size)
+                    encoded = encode_prepared(self.tower, items, views_to_encode(needed), self.batch_size)
                 with clock.spend("writing"):
                     for view, writer in writers.items():
-                        wanted = np.flatnonzero(self.needed[view][window.start : window.stop])
+                        wanted = np.flatnonzero(needed[view])
                         write(writer, wanted + window.start, [encoded[view][i] for i in wanted])
                 done = progress.done + int(self.pending[window.start : window.stop].sum())
                 progress = replace(progress, done=done, bottleneck=clock.bottleneck)
@@ -204,6 +202,11 @@ class Job:
         if any(view not in self.features.views for view in self.dtypes):
             raise CacheError(f"no sample of {self.dataset.name} has a usable {self.tower.modality}")
         return n_pending
+
+    def _writer(self, view: str) -> ViewWriter:
+        ragged = view == IDS or (self.tower.ragged and view == "tokens")
+        vocabulary = self.tower.vocabulary if view == IDS else 0
+        return ViewWriter(self.features, view, ragged=ragged, dtype=self.dtypes[view], vocabulary=vocabulary)
 
     @property
     def _window(self) -> int:
@@ -227,6 +230,11 @@ class Job:
     def _owners(self) -> np.ndarray:
         return item_owners(self.dataset, self.tower.modality)
 
+    def _owners_of(self, row: int) -> list[int]:
+        """Return every sample that a row belongs to."""
+        shared = self.dataset.image_rows if self.tower.modality == "image" else None
+        return [int(self._owners[row])] if shared is None else np.flatnonzero(shared == row).tolist()
+
     def _describe(self, row: int) -> str:
         name = getattr(self.sources[row], "name", "")
         return f"sample {self.dataset.ids[self._owners[row]]}{f' ({name})' if name else ''}"
@@ -235,9 +243,10 @@ class Job:
         """List the samples that can't be used. Raises CacheError if they are too many by now."""
         modality = self.tower.modality
         bad = [
-            BadSample(self.dataset.ids[self._owners[row]], modality, getattr(self.sources[row], "name", ""), str(item))
+            BadSample(self.dataset.ids[sample], modality, getattr(self.sources[row], "name", ""), str(item))
             for row, item in zip(rows, items, strict=True)
             if is_bad(item)
+            for sample in self._owners_of(row)
         ]
         if not bad:
             return

@@ -16,7 +16,7 @@ from cachefuse.cache.journal import append_lines, read_lines
 from cachefuse.cache.layout import DTYPES, block_rows, checksum, provenance_key, seal, unseal
 from cachefuse.cache.opening import open_rows
 from cachefuse.cache.rows import Rows
-from cachefuse.cache.views import OFFSETS, View, declare_group
+from cachefuse.cache.views import View, declare_group
 from cachefuse.errors import CacheError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Written:
 
 
 class Features:
-    """One encoder's features of one modality: views (pooled, tokens) of N rows, kept in blocks.
+    """One encoder's features of one modality: views (pooled, tokens, ids) of N rows, kept in blocks.
 
     A row is there if the journal says so, and a block is what the journal says only if its checksum fits.
     """
@@ -169,8 +169,8 @@ class Features:
         arrays = {}
         n_rows = written.rows
         if about.ragged:
-            arrays[OFFSETS] = np.fromfile(files[OFFSETS], "<i8")
-            n_rows = int(arrays[OFFSETS][-1])
+            arrays[about.offsets] = np.fromfile(files[about.offsets], "<i8")
+            n_rows = int(arrays[about.offsets][-1])
         for name, (shape, dtype) in about.arrays.items():
             size = n_rows * math.prod(shape) * dtype.itemsize
             if not 0 <= size <= files[name].stat().st_size:
@@ -183,13 +183,14 @@ class Features:
     def begin(self, view: View) -> None:
         """Add a view that is new."""
         self.views[view.name] = view
-        self._meta["views"] = [vars(view) for view in self.views.values()]
+        self._meta["views"] = [view.to_dict() for view in self.views.values()]
         declare_group(self.path, {"cachefuse": seal(self._meta)})
 
-    def new_view(self, name: str, row_shape: tuple[int, ...], *, ragged: bool, dtype: str) -> View:
-        """Return how a view of rows (D,), (T, D), or where ragged (T_i, D) with T_i near the given T, is to be kept."""
+    def new_view(self, name: str, row_shape: tuple[int, ...], *, ragged: bool, dtype: str, vocabulary: int = 0) -> View:
+        """Return how a view is to be kept whose rows are (D,), (T, D), or where ragged (T_i, D), or (T_i,) of ids, with
+        T_i near the given T."""
         row_bytes = math.prod(row_shape) * np.dtype(DTYPES[dtype]).itemsize
-        return View(name, row_shape, block_rows(self.n_rows, row_bytes), ragged, dtype)
+        return View(name, row_shape, block_rows(self.n_rows, row_bytes), ragged, dtype, vocabulary)
 
     def rows(self, view: str = "pooled", *, whole: bool = True) -> Rows:
         """Return a view's rows, to be read as they are asked for.
@@ -214,7 +215,10 @@ class Features:
         return rows
 
     def read(self, view: str = "pooled", rows: int | slice | np.ndarray | None = None) -> Any:
-        """Return rows of a view: (n, D), (n, T, D), or for ragged tokens a list of n (T_i, D) arrays; see ``rows``."""
+        """Return rows of a view: (n, D), (n, T, D), for ragged tokens a list of n (T_i, D) arrays, for ids of (T_i,).
+
+        See ``rows``.
+        """
         return self.rows(view)[slice(None) if rows is None else rows]
 
     def name(self, view: str) -> str:

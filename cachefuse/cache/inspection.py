@@ -62,7 +62,7 @@ def inspect_store(store: FeatureStore) -> Inspection:
 
 def _view(features: Features, name: str) -> StoredView:
     view, n_blocks = features.views[name], features.n_blocks(name)
-    row_shape: tuple[int | str, ...] = ("T", view.row_shape[-1]) if view.ragged else view.row_shape
+    row_shape: tuple[int | str, ...] = ("T", *view.token_shape) if view.ragged else view.row_shape
     written = [features.written(name, block) for block in range(n_blocks)]
     return StoredView(
         encoder=features.encoder,

@@ -13,7 +13,7 @@ from cachefuse.cache.layout import checksum
 from cachefuse.cache.mapped import AVAILABLE
 from cachefuse.cache.rows import RaggedRows, Rows
 from cachefuse.cache.shard import check_index, shard_bytes
-from cachefuse.cache.views import OFFSETS, View, block_name
+from cachefuse.cache.views import View, block_name
 
 if TYPE_CHECKING:
     from cachefuse.cache.features import Features
@@ -42,15 +42,15 @@ def open_rows(features: "Features", view: str, there: np.ndarray) -> Rows:
 def _offsets(features: "Features", view: View, blocks: list[int], n_blocks: int, foreign: bool) -> np.ndarray:
     """Return (n_blocks, block_rows + 1) offsets; zeros where a block is not there."""
     offsets = np.zeros((n_blocks, view.block_rows + 1), np.int64)
-    read = _reader(features.path / OFFSETS, 1) if foreign and blocks else None
+    read = _reader(features.path / view.offsets, 1) if foreign and blocks else None
     for block in blocks:
-        file, written = view.files(features.path, block)[OFFSETS], features.written(view.name, block)
+        file, written = view.files(features.path, block)[view.offsets], features.written(view.name, block)
         try:
             values = np.fromfile(file, "<i8") if read is None else read(block, slice(0, 1))[0]
         except Exception as error:  # whatever zarr-python raises on what was changed
             raise DamagedBlockError(features.name(view.name), block, file, str(error)) from error
         fits = values.shape == offsets[block].shape and values[0] == 0 and (np.diff(values) >= 0).all()
-        if not fits or written is None or checksum(values) != written.files[OFFSETS][1]:
+        if not fits or written is None or checksum(values) != written.files[view.offsets][1]:
             raise DamagedBlockError(
                 features.name(view.name), block, file, "its offsets are not those that were written"
             )

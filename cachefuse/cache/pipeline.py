@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from cachefuse.cache.layout import IDS
 from cachefuse.cache.samples import text_offsets
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import Tower
@@ -22,7 +23,10 @@ STAGES = ("reading", "encoding", "writing")
 
 
 def item_sources(dataset: Dataset, modality: str) -> list[Any]:
-    """Return one source a feature row: images or texts, flat where samples have several texts."""
+    """Return one source a feature row: images, each once where samples share them, or texts, flat where a sample has
+    several."""
+    if modality == "image" and dataset.image_rows is not None:
+        return list(dict.fromkeys(dataset.images or ()))
     if modality == "image":
         return dataset.images or []
     if text_offsets(dataset) is not None:
@@ -31,7 +35,9 @@ def item_sources(dataset: Dataset, modality: str) -> list[Any]:
 
 
 def item_owners(dataset: Dataset, modality: str) -> np.ndarray:
-    """Return the sample that each feature row belongs to."""
+    """Return the sample, or the first of those, that each feature row belongs to."""
+    if modality == "image" and dataset.image_rows is not None:
+        return np.unique(dataset.image_rows, return_index=True)[1]
     offsets = text_offsets(dataset) if modality == "text" else None
     return np.arange(len(dataset)) if offsets is None else np.repeat(np.arange(len(dataset)), np.diff(offsets))
 
@@ -94,6 +100,16 @@ def in_order(
         if not waiting:
             return
         yield waiting.popleft().result()
+
+
+def views_to_encode(needed: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Return the views to encode where some rows are missing in each, (n,) bool by view.
+
+    All but ids come together if one is missing: which of them are asked for may change a model's last bits, and with
+    them what a resumed run writes. Without them ids need no model.
+    """
+    missing = {view for view, rows in needed.items() if rows.any()}
+    return tuple(view for view in needed if (view in missing if view == IDS else missing - {IDS}))
 
 
 def encode_prepared(

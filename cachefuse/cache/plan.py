@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 
 from cachefuse.cache.derive import base_rows
-from cachefuse.cache.layout import DTYPES
-from cachefuse.cache.pipeline import encode_prepared, is_bad, item_sources, prepare_in_order, prepare_source
+from cachefuse.cache.layout import DTYPES, IDS
+from cachefuse.cache.pipeline import (
+    encode_prepared,
+    is_bad,
+    item_sources,
+    prepare_in_order,
+    prepare_source,
+    views_to_encode,
+)
 from cachefuse.cache.request import Request, open_request
 from cachefuse.cache.rows import Rows
 from cachefuse.cache.store import FeatureStore
@@ -83,14 +90,17 @@ def plan(
     planned, seconds = [], {}
     for spec, tower in request.towers:
         sources = item_sources(dataset, tower.modality)
-        missing = {view: _missing(store, spec.short, request, tower, view, len(sources)) for view in request.dtypes}
-        for view, kind in request.dtypes.items():
+        dtypes = request.dtypes(tower)
+        missing = {view: _missing(store, spec.short, request, tower, view, len(sources)) for view in dtypes}
+        for view, kind in dtypes.items():
             n_bytes = row_bytes(tower, sources, view, kind)
             n_missing = int(missing[view].sum())
             planned.append(PlannedView(spec.short, tower.modality, view, kind, len(sources), n_missing, n_bytes))
         pending = int(np.logical_or.reduce(list(missing.values())).sum())
         base = base_rows(store, tower) if store is not None and isinstance(tower, DerivedTower) else None
-        a_row = _seconds_a_row(tower, sources, request) if pending and base is None else 0.0
+        a_row = 0.0
+        if pending and base is None:
+            a_row = _seconds_a_row(tower, sources, views_to_encode(missing), request.batch_size)
         if pending and base is not None and isinstance(tower, DerivedTower):
             a_row = _seconds_to_derive(tower, base)
         seconds[(spec.short, tower.modality)] = pending * a_row
@@ -101,16 +111,21 @@ def row_bytes(tower: Tower, sources: Sequence[Any], view: str, dtype: str) -> fl
     """Return the bytes that a row takes; of tokens that differ in number, by the lengths of some of the texts."""
     if view == "pooled":
         return float(tower.width * np.dtype(DTYPES[dtype]).itemsize)
+    if view == IDS:
+        return _mean_length(tower, sources) * np.dtype(DTYPES[dtype]).itemsize
     if tower.token_shape is None:
         return 0.0  # not known before the first sample
     n_tokens, width = tower.token_shape
     token_bytes = width * np.dtype(DTYPES[dtype]).itemsize + (2 if dtype == "int8" else 0)
-    if not tower.ragged:
-        return float(n_tokens * token_bytes)
+    return (_mean_length(tower, sources) if tower.ragged else float(n_tokens)) * token_bytes
+
+
+def _mean_length(tower: Tower, sources: Sequence[Any]) -> float:
+    """Return how many tokens some of the texts have, on average."""
     step = max(1, len(sources) // MEASURED_TEXTS)
     prepared = [prepare_source(tower, source) for source in sources[::step][:MEASURED_TEXTS]]
     lengths = [0 if is_bad(item) else tower.length(item) for item in prepared]
-    return float(np.mean(lengths) * token_bytes) if lengths else 0.0
+    return float(np.mean(lengths)) if lengths else 0.0
 
 
 def check_room(store_path: Path, n_bytes: int) -> None:
@@ -141,7 +156,7 @@ def _missing(
     missing = np.ones(n_rows, bool)
     features = store.open_features(encoder, tower.modality) if store else None
     if features is not None and store is not None and features.n_written:
-        store.check_same(features, request.provenance(tower), request.dtypes)
+        store.check_same(features, request.provenance(tower), request.dtypes(tower))
         there = min(features.n_rows, n_rows)
         missing[:there] = False
         rows = features.missing_rows(view)
@@ -158,17 +173,16 @@ def _seconds_to_derive(tower: DerivedTower, base: Rows) -> float:
     return (time.perf_counter() - begun) / max(1, len(rows))
 
 
-def _seconds_a_row(tower: Tower, sources: Sequence[Any], request: Request) -> float:
+def _seconds_a_row(tower: Tower, sources: Sequence[Any], views: Sequence[str], size: int) -> float:
     """Encode a few batches, spread over the dataset, as extract would, and return the seconds that a row takes."""
-    size = request.batch_size
     n = min(len(sources), (1 + PROBE_BATCHES) * size)
     rows = np.linspace(0, len(sources) - 1, n).round().astype(int).tolist()
     with prepare_in_order(tower, sources, rows, 2 * size) as prepared:
         first = list(islice(prepared, size)) if n > size else []
-        encode_prepared(tower, first, tuple(request.dtypes), size)
+        encode_prepared(tower, first, views, size)
         begun = time.perf_counter()
         rest = list(prepared) if tower.modality == "text" else []
         while rest or (rest := list(islice(prepared, size))):
-            encode_prepared(tower, rest, tuple(request.dtypes), size)
+            encode_prepared(tower, rest, views, size)
             rest = []
         return (time.perf_counter() - begun) / (n - len(first))

@@ -123,7 +123,10 @@ class Rows:
 
 
 class RaggedRows(Rows):
-    """N rows of (T_i, D) tokens each: ``shape`` is (N, D). Items are lists of arrays; ``padded`` gives tensors."""
+    """N rows of (T_i, D) tokens each, or (T_i,) ids: ``shape`` is (N, D), or (N,).
+
+    Items are lists of arrays; ``padded`` gives tensors.
+    """
 
     def __init__(
         self, values: Blocks, offsets: np.ndarray, n_rows: int, block_rows: int, scales: Blocks | None = None
@@ -145,7 +148,10 @@ class RaggedRows(Rows):
         raise TypeError("rows differ in their number of tokens; take them with padded() or as a list")
 
     def padded(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens (B, T_max, D), zero where a row has none, and the mask (B, T_max) bool of those that are."""
+        """Return tokens (B, T_max, D), zero where a row has none, and the mask (B, T_max) bool of those that are.
+
+        Of ids they are (B, T_max) int32; zero is an id too, so that the mask alone tells.
+        """
         flat, lengths = self._flat(index)
         mask = torch.arange(int(lengths.max(initial=0))) < torch.from_numpy(lengths)[:, None]
         tokens = torch.zeros(*mask.shape, *self.shape[1:], dtype=self.dtype)

@@ -46,6 +46,8 @@ def sample_columns(dataset: Dataset) -> Columns:
     offsets = text_offsets(dataset)
     if offsets is not None:
         columns["items/text"] = offsets
+    if dataset.image_rows is not None:
+        columns["rows/image"] = dataset.image_rows
     return columns
 
 
@@ -104,9 +106,19 @@ def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
             + (f" and is now {now[row]!r}" if row < len(now) else " and is gone")
             + "; rows may only be appended. Use another --workspace, or delete the store to extract again"
         )
-    if ("items/text" in new) != (path / "samples" / "items" / "text").is_dir():
+    if ("items/text" in new) != _has(path, "items/text"):
         raise CacheError(
             f"{path}: some samples now have several texts where all had one, or the reverse. "
+            f"Use another --workspace, or delete the store to extract again"
+        )
+    if ("rows/image" in new) != _has(path, "rows/image"):
+        raise CacheError(
+            f"{path}: samples now share images where each had its own, or the reverse. "
+            f"Use another --workspace, or delete the store to extract again"
+        )
+    if "rows/image" in old and not np.array_equal(new["rows/image"][: len(old["rows/image"])], old["rows/image"]):
+        raise CacheError(
+            f"{path}: some samples are now about another image. "
             f"Use another --workspace, or delete the store to extract again"
         )
     if "items/text" in old and not np.array_equal(new["items/text"][: len(old["items/text"])], old["items/text"]):
@@ -114,6 +126,13 @@ def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
             f"{path}: some samples now have another number of texts. "
             f"Use another --workspace, or delete the store to extract again"
         )
+
+
+def _has(path: Path, name: str) -> bool:
+    """Whether the store at ``path`` has an array, be it damaged or lost."""
+    with suppress(CacheError):
+        return name in read_about(path)["columns"]
+    return (path / "samples" / name).is_dir()
 
 
 def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int] = ()) -> None:

@@ -1,7 +1,7 @@
 """The feature store: one Zarr v3 group a dataset, rows aligned across encoders and modalities.
 
-    samples/{id, split, target, digest, stamp, present/<modality>, items/<modality>}
-    features/<encoder>/<modality>/{pooled, tokens, scales, offsets, journal.jsonl}
+    samples/{id, split, target, digest, stamp, present/<modality>, items/<modality>, rows/<modality>}
+    features/<encoder>/<modality>/{pooled, tokens, scales, offsets, ids, ids_offsets, journal.jsonl}
 
 A block of rows is the unit of work, of resume and of a file. A row exists if the journal says so: a shard that is
 absent would read as zeros, so nothing is read that the journal does not list.
@@ -22,11 +22,11 @@ import zarr
 from cachefuse.cache import update
 from cachefuse.cache.features import JOURNAL, Features
 from cachefuse.cache.journal import append_lines, read_lines
-from cachefuse.cache.layout import FORMAT, differing_fields, provenance_key, unseal
+from cachefuse.cache.layout import FORMAT, IDS, differing_fields, provenance_key, unseal
 from cachefuse.cache.samples import LEDGER, column_checksum, finish_replacing, read_about, read_column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import Manifest
-from cachefuse.errors import CacheError
+from cachefuse.errors import CacheError, ConfigError
 from cachefuse.runtime import slug
 
 
@@ -109,7 +109,11 @@ class FeatureStore:
 
     @cached_property
     def targets(self) -> np.ndarray:
-        """(N, C) int8 for multi-label, (N,) int32 for classes, -1 where unlabelled; (N,) float32 for scores, or NaN."""
+        """(N, C) int8 for multi-label, (N,) int32 for classes, -1 where unlabelled; (N,) float32 for scores, or NaN.
+
+        Of visual question answering (N, 10) int32, the classes of the answers given: -2 for one that is no class, -1
+        where there is none.
+        """
         return self._column("target")
 
     @cached_property
@@ -146,24 +150,69 @@ class FeatureStore:
         return self._column(f"present/{modality}") if modality in self.modalities else np.zeros(len(self), bool)
 
     def items(self, modality: str) -> np.ndarray | None:
-        """Return (N + 1,) offsets of each sample's items where a sample has several (captions), else None."""
+        """Return (N + 1,) offsets of each sample's items where a sample has several (captions), else None.
+
+        Raises ConfigError where samples share rows instead, which ``feature_rows`` gives: whoever asks for items would
+        take one row for another's.
+        """
+        if self.shared_rows(modality) is not None:
+            raise ConfigError(f"several samples of {self.dataset} are about one {modality}, and this reads one of each")
         name = f"items/{modality}"
         return self._column(name) if name in read_about(self.path)["columns"] else None
 
+    def shared_rows(self, modality: str) -> np.ndarray | None:
+        """Return (N,) the feature row of each sample where samples share them (questions about one image), else None.
+
+        Rows are numbered as they first occur.
+        """
+        name = f"rows/{modality}"
+        return self._column(name) if name in read_about(self.path)["columns"] else None
+
+    def feature_rows(self, modality: str, samples: np.ndarray | None = None) -> np.ndarray:
+        """Return which row of a modality's features each sample reads, (N,) int64, or (n,) of some samples (n,).
+
+        It is the sample's own number, but where samples share rows. Raises ConfigError where a sample has several rows
+        (captions), which ``items`` gives.
+        """
+        shared = self.shared_rows(modality)
+        if shared is None and self.items(modality) is not None:
+            raise ConfigError(f"{self.dataset} has several {modality}s a sample, and this reads one of each")
+        rows = np.arange(len(self)) if shared is None else shared
+        return rows if samples is None else rows[samples]
+
     def n_items(self, modality: str) -> int:
         """Return the number of rows in this modality's features."""
-        offsets = self.items(modality)
-        return len(self) if offsets is None else int(offsets[-1])
+        return self._rows_before(modality, len(self))
 
     def sample_of(self, modality: str, row: int) -> str:
-        """Return the id of the sample that a row of a modality's features belongs to."""
+        """Return the id of the sample, or of the first, that a row of a modality's features belongs to."""
+        shared = self.shared_rows(modality)
+        if shared is not None:
+            return str(self.ids[int((shared == row).argmax())])
         offsets = self.items(modality)
         return str(self.ids[row if offsets is None else int(np.searchsorted(offsets, row, side="right")) - 1])
 
+    def present_rows(self, modality: str) -> np.ndarray:
+        """Return which rows of a modality's features are those of samples that have it, (n_items,) bool."""
+        present, shared = self.present(modality), self.shared_rows(modality)
+        if shared is not None:
+            rows = np.zeros(self.n_items(modality), bool)
+            rows[shared[present]] = True
+            return rows
+        offsets = self.items(modality)
+        return present if offsets is None else np.repeat(present, np.diff(offsets))
+
     def appended_at(self, modality: str) -> tuple[int, ...]:
         """Return the feature rows at which samples were appended to a store that was there, ascending."""
+        return tuple(self._rows_before(modality, sample) for sample in read_about(self.path)["appended_at"])
+
+    def _rows_before(self, modality: str, sample: int) -> int:
+        """Return how many feature rows the samples before one have."""
+        shared = self.shared_rows(modality)
+        if shared is not None:
+            return int(shared[:sample].max(initial=-1)) + 1
         offsets = self.items(modality)
-        return tuple(int(row if offsets is None else offsets[row]) for row in read_about(self.path)["appended_at"])
+        return int(sample if offsets is None else offsets[sample])
 
     def features(self) -> "list[Features]":
         """Return what has been extracted, sorted by encoder and modality."""
@@ -211,7 +260,8 @@ class FeatureStore:
         mixed = [name for name in stored if "int8" in (stored[name], dtypes.get(name)) and name in dtypes]
         old = {**features.provenance, **{f"dtype of {name}": stored[name] for name in mixed}}
         new = {**provenance, **{f"dtype of {name}": dtypes[name] for name in mixed}}
-        fields = differing_fields(old, new)
+        # Ids are the same whatever the other features are kept in.
+        fields = [field for field in differing_fields(old, new) if field != "dtype" or set(dtypes) != {IDS}]
         differing = [f"{field} ({old.get(field)} there, {new.get(field)} here)" for field in fields]
         if differing:
             raise CacheError(

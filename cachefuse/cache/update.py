@@ -82,7 +82,7 @@ def update(store: "FeatureStore", dataset: Dataset, refresh: bool, on_progress: 
     if names:
         _forget(store, new, changed)
     fresh = set(names)  # whatever was wrong with them may be mended
-    ledger = [vars(line) for line in store.ledger() if line.id not in fresh]
+    ledger = _with_sharers([vars(line) for line in store.ledger() if line.id not in fresh], new)
     _mark_present(ledger, old, new, changed)
     if appended is None or not same_columns(old, new):
         appended = [*(appended or []), *([n] if 0 < n < len(dataset) else [])]
@@ -100,12 +100,25 @@ def _lost(store: "FeatureStore", old: Columns) -> CacheError:
 def _forget(store: "FeatureStore", new: Columns, changed: np.ndarray) -> None:
     """Mark what was computed from samples that changed as outdated, whichever encoder it is from."""
     for features in store.features():
-        offsets = new.get(f"items/{features.modality}")
-        rows = changed
+        offsets, shared = new.get(f"items/{features.modality}"), new.get(f"rows/{features.modality}")
+        rows = changed if shared is None else np.unique(shared[changed])
         if offsets is not None:
             rows = np.concatenate([np.arange(offsets[sample], offsets[sample + 1]) for sample in changed])
         for view in features.views:
             features.forget(view, rows.tolist())
+
+
+def _with_sharers(ledger: list[dict[str, Any]], new: Columns) -> list[dict[str, Any]]:
+    """Return a ledger that also lists the samples, appended ones maybe, that share a row with one that is listed."""
+    added: list[dict[str, Any]] = []
+    for name in [name for name in new if name.startswith("rows/")]:
+        lines = {line["id"]: line for line in ledger if line["modality"] == name.removeprefix("rows/")}
+        if lines:
+            ids, rows = new["id"].tolist(), new[name].tolist()
+            by_row = {row: lines[sample] for sample, row in zip(ids, rows, strict=True) if sample in lines}
+            sharing = [(sample, row) for sample, row in zip(ids, rows, strict=True) if row in by_row]
+            added += [{**by_row[row], "id": sample} for sample, row in sharing if sample not in lines]
+    return [*ledger, *added]
 
 
 def _mark_present(ledger: Sequence[dict[str, Any]], old: Columns, new: Columns, changed: np.ndarray) -> None:

@@ -12,6 +12,7 @@ import zarr
 from cachefuse.cache.blocks import DamagedBlockError
 from cachefuse.cache.extract import OnProgress, extract_into
 from cachefuse.cache.features import Features
+from cachefuse.cache.layout import FEATURE_DTYPES, IDS
 from cachefuse.cache.lock import only_writer
 from cachefuse.cache.opening import open_rows
 from cachefuse.cache.request import open_request
@@ -108,7 +109,8 @@ def repair(
             if features is None:
                 continue
             view = features.views[path[2]]
-            request = open_request(dataset, [features.source], [view.name], device, None, view.dtype)
+            dtype = view.dtype if view.dtype in FEATURE_DTYPES else "float16"  # of ids it plays no part
+            request = open_request(dataset, [features.source], [view.name], device, None, dtype)
             towers = tuple(place for place in request.towers if place[1].modality == features.modality)
             view.declare(features.path, features.n_rows)
             for damage in found.damage:
@@ -185,12 +187,20 @@ class _Check:
     def _count(self, block: int, values: Any) -> None:
         ragged = isinstance(values, list)
         flat = np.concatenate(values) if ragged else values
-        nan, inf = int(np.isnan(flat).sum()), int(np.isinf(flat).sum())
-        self.nan, self.inf = self.nan + nan, self.inf + inf
-        if nan or inf:
-            self._note(block, f"it holds {nan:,} NaN and {inf:,} infinite values")
+        if self.view == IDS:
+            wrong = (flat < 0) | (flat >= self.features.views[self.view].vocabulary)
+            if wrong.any():
+                self._note(block, f"it holds {int(wrong.sum()):,} token ids that are not of the vocabulary")
+        else:
+            nan, inf = int(np.isnan(flat).sum()), int(np.isinf(flat).sum())
+            self.nan, self.inf = self.nan + nan, self.inf + inf
+            if nan or inf:
+                self._note(block, f"it holds {nan:,} NaN and {inf:,} infinite values")
         rows = self.features.rows_of(self.view, block)
-        empty = ~np.array([row.any() for row in values]) if ragged else ~values.reshape(len(values), -1).any(axis=1)
+        if ragged:  # the id 0 is a token like any other
+            empty = np.array([not len(row) if self.view == IDS else not row.any() for row in values])
+        else:
+            empty = ~values.reshape(len(values), -1).any(axis=1)
         self.zero += int((empty & self._present[rows.start : rows.stop]).sum())
 
     def _check_metadata(self, name: str, block: int | None) -> None:
@@ -223,7 +233,6 @@ def _check_samples(store: FeatureStore) -> Iterator[Damage]:
 def _present_rows(features: Features) -> np.ndarray:
     """Return which rows have a sample with this modality; all, where the samples can't say."""
     try:
-        present, offsets = features.store.present(features.modality), features.store.items(features.modality)
+        return features.store.present_rows(features.modality)
     except CacheError:
         return np.ones(features.n_rows, bool)
-    return present if offsets is None else np.repeat(present, np.diff(offsets))

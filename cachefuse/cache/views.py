@@ -9,20 +9,18 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cachefuse.cache.layout import DTYPES, MAX_BLOCK_ROWS, VIEWS
+from cachefuse.cache.layout import DTYPES, IDS, MAX_BLOCK_ROWS, VIEWS
 from cachefuse.cache.shard import INDEX_CODECS, chunk_rows, padded_rows
 from cachefuse.errors import CacheError
 from cachefuse.runtime import make_folder, write_atomically
-
-OFFSETS = "offsets"
 
 
 @dataclass(frozen=True)
 class View:
     """How one view is stored: a row's shape, rows a block, whether rows differ in their number of tokens, the dtype.
 
-    ``row_shape`` is (D,) or (T, D); where ragged, T is only what a row was expected to have. Rows of dtype int8 have a
-    float16 scale for each vector of D.
+    ``row_shape`` is (D,), (T, D), or of ids (T,); where ragged, T is only what a row was expected to have. Rows of
+    dtype int8 have a float16 scale for each vector of D. ``vocabulary`` is that of ids: every id is less.
     """
 
     name: str
@@ -30,6 +28,7 @@ class View:
     block_rows: int
     ragged: bool
     dtype: str
+    vocabulary: int = 0
 
     @classmethod
     def from_dict(cls, values: Any) -> "View":
@@ -40,21 +39,39 @@ class View:
             sound = view.name in VIEWS and view.dtype in DTYPES and 1 <= len(view.row_shape) <= 2
             sound = sound and all(type(n) is int and n >= 1 for n in sizes)
             sound = sound and view.block_rows <= MAX_BLOCK_ROWS and view.block_rows.bit_count() == 1
+            sound = sound and type(view.vocabulary) is int and (view.name == IDS) == (view.vocabulary > 0)
+            sound = sound and (view.name == IDS) == (view.dtype == "int32")
+            sound = sound and (view.name != IDS or (view.ragged and len(view.row_shape) == 1))
         except (TypeError, KeyError):
             sound = False
         if not sound:
             raise CacheError(f"not a view that cachefuse makes: {values}")
         return view
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a store says of it."""
+        return {name: value for name, value in vars(self).items() if name != "vocabulary" or value}
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """The shape of one token where they are ragged: (D,), or () of ids."""
+        return self.row_shape[1:]
+
+    @property
+    def offsets(self) -> str:
+        """The name of the array that says where each ragged row begins."""
+        return "ids_offsets" if self.name == IDS else "offsets"
+
     @property
     def empty(self) -> np.ndarray:
         """The row of a sample without this modality: zeros, or no tokens."""
-        return np.zeros((0, self.row_shape[-1]) if self.ragged else self.row_shape, np.float32)
+        shape = (0, *self.token_shape) if self.ragged else self.row_shape
+        return np.zeros(shape, np.int32 if self.name == IDS else np.float32)
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """The arrays of shards that hold it: name -> (shape of a row, or of a token where ragged; dtype)."""
-        shape = self.row_shape[-1:] if self.ragged else self.row_shape
+        shape = self.token_shape if self.ragged else self.row_shape
         found = {self.name: (shape, np.dtype(DTYPES[self.dtype]))}
         if self.dtype == "int8":
             found["scales"] = (shape[:-1], np.dtype(DTYPES["float16"]))
@@ -67,7 +84,7 @@ class View:
             place = [block_name(block), "c", "0"] if self.ragged else ["c", str(block)]
             found[name] = group.joinpath(name, *place, *("0" for _ in shape))
         if self.ragged:
-            found[OFFSETS] = group / OFFSETS / "c" / str(block) / "0"
+            found[self.offsets] = group / self.offsets / "c" / str(block) / "0"
         return found
 
     def declare(self, group: Path, n_rows: int) -> None:
@@ -80,7 +97,7 @@ class View:
         if self.ragged:
             size = self.block_rows + 1
             shape = (-(-n_rows // self.block_rows), size)
-            _declare(group / OFFSETS, shape=shape, chunks=(1, size), dtype=np.dtype("<i8"))
+            _declare(group / self.offsets, shape=shape, chunks=(1, size), dtype=np.dtype("<i8"))
 
     def is_foreign(self, group: Path, block: int) -> bool:
         """Whether another program laid out a block's arrays: compressed, unsharded, or in shards of another size.

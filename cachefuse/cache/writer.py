@@ -9,10 +9,10 @@ from typing import Self
 import numpy as np
 
 from cachefuse.cache.features import Features, Written
-from cachefuse.cache.layout import DTYPES, checksum
+from cachefuse.cache.layout import DTYPES, IDS, checksum
 from cachefuse.cache.rows import quantise
 from cachefuse.cache.shard import ShardWriter
-from cachefuse.cache.views import OFFSETS, View, block_name, declare_shards
+from cachefuse.cache.views import View, block_name, declare_shards
 from cachefuse.errors import CacheError
 from cachefuse.runtime import make_folder, write_atomically
 
@@ -23,23 +23,25 @@ class ViewWriter:
     """Takes the missing rows of one view, in order, and finishes each block as its last one comes.
 
     Rows of a block that are there already are kept: they are copied, and the new ones put between or after them.
-    Use it as a context manager: a block that is not finished leaves nothing behind.
+    Use it as a context manager: a block that is not finished leaves nothing behind. ``vocabulary`` is that of ids.
     """
 
-    def __init__(self, features: Features, view: str, *, ragged: bool, dtype: str) -> None:
+    def __init__(self, features: Features, view: str, *, ragged: bool, dtype: str, vocabulary: int = 0) -> None:
         self.features = features
         self.view = view
         self._ragged = ragged
         self._dtype = dtype
+        self._vocabulary = vocabulary
         self._unshaped: list[tuple[int, np.ndarray | None]] = []  # rows before the first that shows its width
         self._block: _BlockWriter | None = None
         if view in features.views:
             features.views[view].declare(features.path, features.n_rows)
 
     def add(self, rows: np.ndarray, values: Values) -> None:
-        """Take rows (D,) or (T, D) by number, ascending; None, for a sample that can't be encoded, becomes zeros.
+        """Take rows (D,), (T, D), or (T,) of ids by number, ascending; None, for a bad sample, becomes zeros.
 
-        Raises CacheError, naming the sample, for values that are not finite in the view's dtype.
+        Raises CacheError, naming the sample, for values that are not finite in the view's dtype, and for ids that are
+        not of the vocabulary.
         """
         pairs = [*self._unshaped, *zip(rows.tolist(), values, strict=True)]
         if self.view not in self.features.views:
@@ -58,7 +60,9 @@ class ViewWriter:
 
     def _begin(self, shapes: list[tuple[int, ...]]) -> None:
         mean = tuple(max(1, round(length)) for length in np.mean(shapes, axis=0).tolist())
-        view = self.features.new_view(self.view, mean, ragged=self._ragged, dtype=self._dtype)
+        view = self.features.new_view(
+            self.view, mean, ragged=self._ragged, dtype=self._dtype, vocabulary=self._vocabulary
+        )
         view.declare(self.features.path, self.features.n_rows)
         self.features.begin(view)
 
@@ -128,9 +132,10 @@ class _BlockWriter:
         if self.view.ragged:
             offsets = np.full(self.view.block_rows + 1, sum(self._lengths), np.int64)
             offsets[: len(self._lengths) + 1] = np.cumsum([0, *self._lengths])
-            make_folder(paths[OFFSETS].parent)
-            write_atomically(paths[OFFSETS], offsets.astype("<i8").tobytes())
-            files[OFFSETS] = offsets.nbytes, checksum(offsets.astype("<i8"))
+            place = paths[self.view.offsets]
+            make_folder(place.parent)
+            write_atomically(place, offsets.astype("<i8").tobytes())
+            files[self.view.offsets] = offsets.nbytes, checksum(offsets.astype("<i8"))
         self._open.close()
         self.features.note_written(self.view.name, self.block, Written(len(self._rows), files, cosine=self._cosine()))
 
@@ -156,10 +161,12 @@ class _BlockWriter:
             return
         given = [self.view.empty if value is None else value for value in values]
         flat = np.concatenate(given) if self.view.ragged else np.stack(given)
+        if self.view.name == IDS:
+            self._check_ids(rows, given)
         dtype = "float16" if self.view.dtype == "int8" else self.view.dtype
         with np.errstate(over="ignore"):
             data = np.ascontiguousarray(flat, dtype=DTYPES[dtype])
-        if not np.isfinite(data).all():
+        if self.view.name != IDS and not np.isfinite(data).all():
             raise CacheError(self._not_finite(rows, given, dtype))
         self._lengths += [len(value) for value in given] if self.view.ragged else []
         self._next = rows[-1] + 1
@@ -177,7 +184,7 @@ class _BlockWriter:
         assert self._kept is not None, "rows come in order, and none is left out"
         here = slice(self._next - self._rows.start, stop - self._rows.start)
         if self.view.ragged:
-            offsets = self._kept[OFFSETS][here.start : here.stop + 1]
+            offsets = self._kept[self.view.offsets][here.start : here.stop + 1]
             self._lengths += np.diff(offsets).tolist()
             here = slice(int(offsets[0]), int(offsets[-1]))
         for name, shard in self._shards.items():
@@ -193,6 +200,17 @@ class _BlockWriter:
         cause = "overflow float16; use --dtype float32" if overflow else "are NaN or infinite; try --device cpu"
         sample = self.features.store.sample_of(self.features.modality, row)
         return f"{self.features.encoder}: {self.features.modality} {self.view.name} features of sample {sample} {cause}"
+
+    def _check_ids(self, rows: list[int], values: list[np.ndarray]) -> None:
+        """Raise CacheError, naming the sample, for ids that an embedding of the vocabulary has no row for."""
+        for row, ids in zip(rows, values, strict=True):
+            wrong = ids[(ids < 0) | (ids >= self.view.vocabulary)]
+            if len(wrong):
+                sample = self.features.store.sample_of(self.features.modality, row)
+                raise CacheError(
+                    f"{self.features.encoder}: sample {sample} has the token id {wrong[0]}; "
+                    f"the vocabulary has {self.view.vocabulary:,}"
+                )
 
 
 def _cosines(values: np.ndarray, quantised: np.ndarray) -> np.ndarray:

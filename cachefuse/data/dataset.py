@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,12 @@ class Dataset:
     """N samples. Missing modalities are None; ``images[i]`` None and ``texts[i]`` () where one sample lacks them.
 
     targets: (N, C) int8 of 0 and 1 for multi-label, (N,) int32 class indices for multi-class and paraphrase; -1 where
-    unlabelled. (N,) float32 scores for similarity, NaN where unlabelled.
+    unlabelled. (N,) float32 scores for similarity, NaN where unlabelled. Of several tasks (N, C) int8 of 0 and 1, and
+    -1 in all columns of a task whose label the row lacks; classes are called "color=red".
 
-    A sample of similarity or paraphrase is a pair: ``texts[i]`` are its two sentences, also where one is empty.
+    A sample of similarity or paraphrase is a pair: ``texts[i]`` are its two sentences, also where one is empty. One of
+    visual question answering is a question: (N, 10) int32 classes of the answers that people gave, -2 for one that is
+    no class, and of those ``shares_images`` that are about one image have the features of one.
     """
 
     manifest: Manifest
@@ -45,6 +49,7 @@ class Dataset:
     texts: list[tuple[str, ...]] | None
     notes: tuple[str, ...] = ()
     name: str = ""
+    shares_images: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,12 +59,24 @@ class Dataset:
         """The modalities that this copy of the data has."""
         return tuple(m for m, column in (("image", self.images), ("text", self.texts)) if column is not None)
 
+    @cached_property
+    def image_rows(self) -> np.ndarray | None:
+        """(N,) the number of each sample's image, where samples share them, else None: equal ones have one number.
+
+        They are numbered as they first occur, so that samples to come change no number; a sample without an image
+        shares the number of the others without.
+        """
+        if not self.shares_images or self.images is None:
+            return None
+        numbers: dict[ImageSource | None, int] = {}
+        return np.array([numbers.setdefault(image, len(numbers)) for image in self.images], np.int64)
+
     def stamps(self) -> list[str]:
         """Return N fingerprints of 16 characters, over each sample's texts and its image's stamp; reads no image.
 
         A sample whose stamp is what it was has the digest that it had.
         """
-        return self._fingerprints(range(len(self)), lambda image: image.stamp())
+        return self._fingerprints(range(len(self)), self._once(lambda image: image.stamp()))
 
     def digests(
         self,
@@ -72,15 +89,27 @@ class Dataset:
         """
         rows = range(len(self)) if rows is None else rows
         digests: list[str] = []
+        of_image = self._once(lambda image: image.digest())
         with ThreadPoolExecutor(n_threads(), thread_name_prefix="digest") as pool:
             run = map if self.images is None else pool.map
             for start in range(0, len(rows), WINDOW):
                 window = rows[start : start + WINDOW]
                 batches = [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
-                for hashed in run(lambda batch: self._fingerprints(batch, lambda image: image.digest()), batches):
+                for hashed in run(lambda batch: self._fingerprints(batch, of_image), batches):
                     digests += hashed
                     on_progress(len(digests), len(rows))
         return digests
+
+    def _once(self, of_image: Callable[[ImageSource], str]) -> Callable[[ImageSource], str]:
+        """Return a function of an image that, where samples share images, is computed once for each."""
+        known: dict[ImageSource, str] = {}
+
+        def look_up(image: ImageSource) -> str:
+            if image not in known:
+                known[image] = of_image(image)
+            return known[image]
+
+        return look_up if self.shares_images else of_image
 
     def _fingerprints(self, rows: Sequence[int], of_image: Callable[[ImageSource], str]) -> list[str]:
         fingerprints = []
@@ -146,6 +175,7 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
         texts=samples.texts,
         notes=tuple(notes),
         name=manifest.name,
+        shares_images=samples.shares_images,
     )
 
 

@@ -1,9 +1,10 @@
 """A dataset described as data: one TOML file, typed and checked; each problem is named with its file and key."""
 
 import math
+import re
 import tomllib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -13,10 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from cachefuse.data.readers import READERS
 from cachefuse.data.readers.base import Reader
+from cachefuse.data.readers.table import TableReader
 from cachefuse.errors import ManifestError, UnknownNameError
+from cachefuse.metrics import MEAN, METRICS, TaskSlice, main_metric
 from cachefuse.registry import lookup
 
-Task = Literal["multilabel", "multiclass", "retrieval", "similarity", "paraphrase"]
+Task = Literal["multilabel", "multiclass", "retrieval", "similarity", "paraphrase", "vqa", "multitask"]
+MULTITASK = "multitask"
 PAIRS = ("similarity", "paraphrase")  # tasks whose samples are pairs of sentences
 
 DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
@@ -25,8 +29,12 @@ DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
     "retrieval": (),
     "similarity": (),
     "paraphrase": (),
+    "vqa": (),
+    "multitask": (),  # those of its tasks
 }
+USUAL_ANSWERS = 3129  # that most models of VQA v2 choose from
 MAX_BYTES = 1 << 20
+_TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 class Strict(BaseModel):
@@ -48,6 +56,31 @@ class SubmissionFormat(Strict):
     separator: str = " "
 
 
+class LabelTask(Strict):
+    """One of several tasks on the same samples, each with labels, classes and missing labels of its own.
+
+    ``column`` is that of the labels, by default the task's name. Without ``min_labels`` an empty cell of a multi-label
+    column says that the sample has none of the labels, with it that they are not known.
+    """
+
+    task: Literal["multilabel", "multiclass"]
+    column: str = ""
+    classes: tuple[str, ...] | None = None
+    min_labels: int = Field(default=0, ge=0)
+
+    @field_validator("classes")
+    @classmethod
+    def _classes_differ(cls, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return _distinct(classes)
+
+    @field_validator("min_labels")
+    @classmethod
+    def _min_labels_fit(cls, min_labels: int, info: ValidationInfo) -> int:
+        if min_labels and info.data.get("task") == "multiclass":
+            raise ValueError("is for multi-label tasks; a multi-class one has one label a row")
+        return min_labels
+
+
 class Manifest(Strict):
     """A dataset: how to read it, what its task is, how it is split, and what a submission looks like."""
 
@@ -59,6 +92,10 @@ class Manifest(Strict):
     classes: tuple[str, ...] | None = Field(default=None, validate_default=True)
     # The lowest and the highest score of similarity.
     scale: tuple[float, float] | None = Field(default=None, validate_default=True)
+    # How many of the most frequent answers are classes of visual question answering, where ``classes`` does not say.
+    answers: int | None = Field(default=None, ge=1, validate_default=True)
+    # By name, of the task multitask: what is to be told of each sample.
+    tasks: dict[str, LabelTask] = Field(default={}, validate_default=True)
     min_labels: int = Field(default=0, ge=0)
     splits: dict[str, HashSplit] = {}
     metrics: tuple[str, ...] = ()
@@ -76,17 +113,9 @@ class Manifest(Strict):
             raise ValueError(
                 "must name the two classes of a paraphrase task: that of pairs that differ, then that of paraphrases"
             )
-        if classes is None:
-            return None
-        names = Counter(name.strip() for name in classes)  # labels are read without the spaces around them
-        repeated = sorted(name for name, n in names.items() if n > 1)
-        if repeated:
-            raise ValueError(f"listed twice: {', '.join(repeated)}")
-        if not names:
-            raise ValueError("must name at least one class, or be left out")
-        if "" in names:
-            raise ValueError("a class must have a name")
-        return tuple(names)
+        if classes is not None and info.data.get("task") == MULTITASK:
+            raise ValueError("belong to the tasks of a multitask dataset, such as [tasks.color]")
+        return _distinct(classes)
 
     @field_validator("scale")
     @classmethod
@@ -102,6 +131,49 @@ class Manifest(Strict):
             raise ValueError(f"must be a lower and a higher number. Got {list(scale)} instead")
         return scale
 
+    @field_validator("answers")
+    @classmethod
+    def _answers_fit(cls, answers: int | None, info: ValidationInfo) -> int | None:
+        task = info.data.get("task")
+        if task == "vqa":
+            return answers or USUAL_ANSWERS
+        if answers is not None and task is not None:
+            raise ValueError(f"is for the task vqa alone, and this one is {task}")
+        return answers
+
+    @field_validator("tasks")
+    @classmethod
+    def _tasks_fit(cls, tasks: dict[str, LabelTask], info: ValidationInfo) -> dict[str, LabelTask]:
+        task, reader = info.data.get("task"), info.data.get("reader") or {}
+        if task != MULTITASK:
+            if tasks and task is not None:
+                raise ValueError(f"are for the task {MULTITASK} alone, and this one is {task}")
+            return tasks
+        if not tasks:
+            raise ValueError('there must be at least one, such as [tasks.color] with task = "multiclass"')
+        for name in tasks:
+            if not _TASK_NAME.fullmatch(name):
+                raise ValueError(f"a task's name must be of lower-case letters, digits, - and _. Got {name!r} instead")
+        if reader and reader["kind"] != "table":
+            raise ValueError(f"are read from the columns of a table, and reader {reader['kind']!r} gives one label")
+        if "labels" in reader:
+            raise ValueError("name a column of labels each; leave out the reader's labels")
+        return tasks
+
+    @field_validator("min_labels")
+    @classmethod
+    def _min_labels_fit(cls, min_labels: int, info: ValidationInfo) -> int:
+        if min_labels and info.data.get("task") == MULTITASK:
+            raise ValueError("belongs to the multi-label tasks of a multitask dataset, such as [tasks.tags]")
+        return min_labels
+
+    @field_validator("submission")
+    @classmethod
+    def _columns_differ(cls, submission: SubmissionFormat, info: ValidationInfo) -> SubmissionFormat:
+        if submission.id in (info.data.get("tasks") or {}):
+            raise ValueError(f"the column of ids is called as task {submission.id!r} is; set another id")
+        return submission
+
     @field_validator("reader")
     @classmethod
     def _reader_opens(cls, reader: dict[str, Any]) -> dict[str, Any]:
@@ -113,27 +185,64 @@ class Manifest(Strict):
     @field_validator("metrics")
     @classmethod
     def _metrics_exist(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
-        from cachefuse.metrics import METRICS
-
         for name in metrics:
             _known(METRICS, name, "metric")
         return metrics
 
     def open_reader(self) -> Reader:
         """Return the reader with this manifest's options."""
-        return _open_reader(self.reader)
+        reader = _open_reader(self.reader)
+        if not isinstance(reader, TableReader) or not self.tasks:
+            return reader
+        return reader.for_tasks(
+            {name: (task.column or name, task.task == "multilabel") for name, task in self.tasks.items()}
+        )
 
     @property
     def reported_metrics(self) -> tuple[str, ...]:
-        """The metrics to report: those listed, or the task's usual ones."""
-        return self.metrics or DEFAULT_METRICS[self.task]
+        """The metrics to report: those listed, or the task's usual ones; of several tasks each's, after their mean."""
+        if not self.tasks:
+            return self.metrics or DEFAULT_METRICS[self.task]
+        usual = {name: (*DEFAULT_METRICS[task.task], "recall_at_p90") for name, task in self.tasks.items()}
+        return (MEAN, *(f"{name}.{metric}" for name in self.tasks for metric in self.metrics or usual[name]))
 
     @property
     def main_metric(self) -> str:
         """The metric to prefer a model by: the first of them that is higher for a better one."""
-        from cachefuse.metrics import main_metric
-
         return main_metric(self.reported_metrics)
+
+    def task_slices(self, classes: Sequence[str]) -> tuple[TaskSlice, ...]:
+        """Return the tasks with their columns among these classes; those of several tasks are called "color=red".
+
+        Raises ManifestError if they are not the classes of these tasks.
+        """
+        if not self.tasks:
+            return (TaskSlice("", self.task, slice(0, len(classes)), self.min_labels),)
+        slices, start = [], 0
+        for name, task in self.tasks.items():
+            n = sum(own.startswith(f"{name}=") for own in classes[start:])
+            slices.append(TaskSlice(name, task.task, slice(start, start + n), task.min_labels))
+            if not n or not all(own.startswith(f"{name}=") for own in classes[start : start + n]):
+                raise ManifestError(f"{self.name}: classes such as {', '.join(classes[:3])} are not those of its tasks")
+            start += n
+        if start < len(classes):
+            raise ManifestError(f"{self.name}: class {classes[start]!r} is of none of its tasks")
+        return tuple(slices)
+
+
+def _distinct(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """Return names of classes without the spaces around them, as labels are read; they must differ."""
+    if classes is None:
+        return None
+    names = Counter(name.strip() for name in classes)
+    repeated = sorted(name for name, n in names.items() if n > 1)
+    if repeated:
+        raise ValueError(f"listed twice: {', '.join(repeated)}")
+    if not names:
+        raise ValueError("must name at least one class, or be left out")
+    if "" in names:
+        raise ValueError("a class must have a name")
+    return tuple(names)
 
 
 def _open_reader(reader: Mapping[str, Any]) -> Reader:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 
+from cachefuse.data.answers import encode_answers, frequent_answers
 from cachefuse.data.manifest import PAIRS, Manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import DataError
@@ -13,7 +15,8 @@ UNLABELLED = -1
 
 
 def encode_targets(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the classes, () where the task has none, and the targets of ``encode_labels`` or ``encode_scores``.
+    """Return the classes, () where the task has none, and the targets of ``encode_labels``, ``encode_scores``,
+    ``encode_answers`` or ``encode_tasks``.
 
     Raises DataError as those do, where there are no classes, and where a sample of a task about pairs is no pair.
     """
@@ -21,11 +24,17 @@ def encode_targets(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...
         _check_pairs(samples, manifest)
     if manifest.scale is not None:
         return (), encode_scores(samples, manifest.scale)
-    classes = manifest.classes or samples.classes or find_classes(samples.labels)
+    if manifest.tasks:
+        return encode_tasks(samples, manifest)
+    classes = manifest.classes or samples.classes
+    if not classes:
+        classes = find_answers(samples, manifest.answers) if manifest.answers else find_classes(samples.labels)
     if manifest.task == "retrieval":
         classes = ()
     elif not classes:
         raise DataError(f"{manifest.name}: no row has a label, so there are no classes to learn")
+    if manifest.task == "vqa":
+        return classes, encode_answers(samples.ids, samples.labels, classes)
     return classes, encode_labels(samples, classes, manifest.task, manifest.min_labels)
 
 
@@ -44,6 +53,12 @@ def find_classes(labels: Iterable[tuple[str, ...] | None]) -> tuple[str, ...]:
     if all(name.isascii() and name.isdigit() and len(name) < 19 for name in found):
         return tuple(sorted(found, key=lambda name: (int(name), name)))
     return tuple(sorted(found))
+
+
+def find_answers(samples: Samples, n: int) -> tuple[str, ...]:
+    """Return the ``n`` most frequent answers in train, or where nobody answered there in all splits."""
+    answered = [(split, row) for split, row in zip(samples.splits, samples.labels, strict=True) if row]
+    return frequent_answers([row for split, row in answered if split == "train"] or [row for _, row in answered], n)
 
 
 def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_labels: int = 0) -> np.ndarray:
@@ -79,6 +94,31 @@ def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_lab
     return targets
 
 
+def encode_tasks(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the classes of several tasks, one task's after another's and called "color=red", and targets (N, C) int8.
+
+    They are 0 and 1, and -1 in all columns of a task whose label a row lacks. Raises DataError, naming the task, as
+    ``encode_labels`` does, and where no row has its label.
+    """
+    classes: list[str] = []
+    targets = []
+    for name, task in manifest.tasks.items():
+        own = replace(samples, labels=samples.task_labels[name])
+        names = task.classes or find_classes(own.labels)
+        if not names:
+            raise DataError(f"{manifest.name}: no row has a label of task {name}, so there are no classes to learn")
+        try:
+            found = encode_labels(own, names, task.task, task.min_labels)
+        except DataError as error:
+            raise DataError(f"task {name}: {error}") from error
+        if found.ndim == 1:
+            hot = (found[:, None] == np.arange(len(names))).astype(np.int8)
+            found = np.where(found[:, None] == UNLABELLED, np.int8(UNLABELLED), hot)
+        classes += [f"{name}={own_class}" for own_class in names]
+        targets.append(found)
+    return tuple(classes), np.concatenate(targets, axis=1)
+
+
 def encode_scores(samples: Samples, scale: tuple[float, float]) -> np.ndarray:
     """Return targets (N,) float32: the score that each row has as its label, NaN in unlabelled rows.
 
@@ -104,7 +144,7 @@ def encode_scores(samples: Samples, scale: tuple[float, float]) -> np.ndarray:
 
 
 def is_labelled(targets: np.ndarray) -> np.ndarray:
-    """Return (N,) bool: which rows have targets."""
+    """Return (N,) bool: which rows have targets, of several tasks those of any."""
     if targets.dtype.kind == "f":
         return ~np.isnan(targets)
-    return (targets != UNLABELLED) if targets.ndim == 1 else (targets[:, 0] != UNLABELLED)
+    return targets != UNLABELLED if targets.ndim == 1 else (targets != UNLABELLED).any(axis=1)

@@ -11,7 +11,8 @@ from cachefuse.errors import EncoderError
 ALIGNED = "aligned"  # the family of encoders that are made of others
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}  # weights in these can run code when they are loaded
 
-Features = dict[str, Any]  # view -> (B, D) or (B, T, D) float32 array, or for ragged tokens a list of B (T_i, D) arrays
+# view -> (B, D) or (B, T, D) float32 array; for ragged tokens a list of B (T_i, D) arrays, for ids of B (T_i,) int32
+Features = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Tower(ABC):
     token_shape: tuple[int, int] | None = None  # (T, D) of the token view; if ragged, T is that of one short text
     views: tuple[str, ...] = ("pooled", "tokens")
     ragged: bool = False  # whether samples differ in their number of tokens
+    vocabulary: int = 0  # of the view ids, if there is one: every id is less
 
     @property
     @abstractmethod
@@ -92,7 +94,8 @@ class Tower(ABC):
     def encode(self, batch: Sequence[Any], views: Collection[str]) -> Features:
         """Encode B prepared samples to the views asked for, so that no token nobody wants is copied.
 
-        ``pooled`` is (B, D); ``tokens`` is (B, T, D), or a list of B (T_i, D) if ragged.
+        ``pooled`` is (B, D); ``tokens`` is (B, T, D), or a list of B (T_i, D) if ragged; ``ids``, the numbers of a
+        text's tokens, special ones included, are a list of B (T_i,) int32. For ids alone the model is not run.
         """
 
 

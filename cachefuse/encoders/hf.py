@@ -1,12 +1,13 @@
 """transformers models by hub name or local folder: text (BERT, T5's encoder ...) or image (ViT, DINOv2 ...)."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -15,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import logging as library_logging
 
-from cachefuse.encoders.base import PICKLES, EncoderSpec, Tower, is_path
+from cachefuse.encoders.base import PICKLES, EncoderSpec, Features, Tower, is_path
 from cachefuse.encoders.frozen import (
     FrozenTower,
     fetch,
@@ -57,8 +58,12 @@ class HFImageTower(ImageTower):
 
 
 class HFTextTower(FrozenTower):
-    """Pooled: the mean of the real tokens (the convention of sentence-transformers), or the first one."""
+    """Pooled: the mean of the real tokens (the convention of sentence-transformers), or the first one.
 
+    Ids: the tokenizer's own, cut to what the model takes.
+    """
+
+    views = ("pooled", "tokens", "ids")
     ragged = True
 
     def __init__(self, model: nn.Module, tokenizer: Any, folder: Path, device: str, provenance: Mapping[str, str]):
@@ -68,6 +73,8 @@ class HFTextTower(FrozenTower):
         self.first = bool(pooling.get("pooling_mode_cls_token")) or pooling.get("pooling_mode") == "cls"
         ids = (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None), 0)
         self.pad_id = next(i for i in ids if i is not None)
+        # Models often have a few rows more than the tokenizer has tokens, and some tokenizers leave numbers out.
+        self.vocabulary = max(len(tokenizer), getattr(model.config, "vocab_size", None) or 0)
         facts = {
             **provenance,
             "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -85,6 +92,13 @@ class HFTextTower(FrozenTower):
     def length(self, prepared: Sequence[int]) -> int:
         return len(prepared)
 
+    def encode(self, batch: Sequence[Sequence[int]], views: Collection[str]) -> Features:
+        computed = [view for view in views if view != "ids"]
+        features = super().encode(batch, computed) if computed else {}
+        if "ids" in views:
+            features["ids"] = [np.array(ids, np.int32) for ids in batch]
+        return features
+
     def forward(self, batch: Sequence[Sequence[int]], tokens: bool) -> tuple[Tensor, Tensor | None]:
         ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True, padding_value=self.pad_id)  # (B, T)
         mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in batch])
@@ -101,9 +115,9 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
 
     Raises EncoderError for a folder without safetensors, a model of both modalities, or one that needs its own code.
     """
-    folder = _folder(spec)
+    folder = model_folder(spec)
     offline = {"trust_remote_code": False, "local_files_only": True}
-    with opening(spec), _quiet():
+    with opening(spec), quiet():
         config = AutoConfig.from_pretrained(folder, **offline)
         modality = _modality(spec, config)
         # Models trained with bfloat16's range overflow float16, and so do T5's activations.
@@ -132,7 +146,11 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         return {modality: tower.measure()}
 
 
-def _folder(spec: EncoderSpec) -> Path:
+def model_folder(spec: EncoderSpec) -> Path:
+    """Return the folder of a model's files, which the hub gives where it is no local one.
+
+    Raises EncoderError if it can't be had, or has no safetensors.
+    """
     if not spec.model:
         raise EncoderError("hf needs a model: hf:bert-base-uncased, or a local folder such as hf:./folder")
     if not is_path(spec.model):
@@ -213,7 +231,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the library's progress bars and load reports off the terminal, and put things back as they were."""
     level, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
     library_logging.set_verbosity_error()

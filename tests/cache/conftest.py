@@ -98,6 +98,8 @@ class ToyTower(Tower):
         found = {"pooled": np.stack([rows.sum(0) for rows in tokens]), "tokens": tokens}
         if not self.ragged:
             found["tokens"] = np.stack(tokens)
+        if "ids" in views:
+            found["ids"] = [codes.astype(np.int32) for codes in batch]
         return {view: found[view] for view in views}
 
 
@@ -111,10 +113,12 @@ class ToyImageTower(ToyTower):
 
 
 class ToyTextTower(ToyTower):
-    """A token a word."""
+    """A token a word; its id is one of 50."""
 
     modality = "text"
+    views = ("pooled", "tokens", "ids")
     ragged = True
+    vocabulary = 50
 
     def codes(self, sample):
         return np.array([zlib.crc32(word.encode()) % 50 for word in sample.split()], int)

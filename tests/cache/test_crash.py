@@ -195,7 +195,7 @@ def save_models(folder):
     vit = transformers.ViTConfig(image_size=32, patch_size=8, **small)
     transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "vit")
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
-    return "--encoder", "hf:./bert", "--encoder", "hf:./vit", "--views", "pooled,tokens"
+    return "--encoder", "hf:./bert", "--encoder", "hf:./vit", "--views", "pooled,tokens,ids"
 
 
 def cut_newest(store, rng):

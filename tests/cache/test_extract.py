@@ -267,7 +267,7 @@ def test_features_too_large_for_float16_are_an_error_that_names_the_sample(shape
     ("options", "message"),
     [
         ({"encoders": []}, "extract needs at least one encoder"),
-        ({"views": ("patches",)}, "unknown view 'patches'; choose from: pooled, tokens"),
+        ({"views": ("patches",)}, "unknown view 'patches'; choose from: pooled, tokens, ids"),
         ({"views": ()}, "unknown view ''; choose from"),
         ({"dtype": "int4"}, "unknown dtype 'int4'; choose from: float16, float32, int8"),
         ({"dtype": "int8"}, "dtype int8 is for tokens; add --views tokens, or pooled,tokens"),

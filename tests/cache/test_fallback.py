@@ -14,7 +14,7 @@ from cachefuse.cache.shard import shard_index
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError
 
-VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", "tokens")]
+VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", "tokens"), ("text", "ids")]
 
 
 def arrays(store_path):
@@ -63,7 +63,9 @@ def store_dtype(request):
 
 
 def make(dataset, store_path, dtype="float16"):
-    return extract(dataset, ["toy"], store_path, views=("pooled", "tokens"), device="cpu", dtype=dtype, batch_size=16)
+    return extract(
+        dataset, ["toy"], store_path, views=("pooled", "tokens", "ids"), device="cpu", dtype=dtype, batch_size=16
+    )
 
 
 def read(store_path, modality, view):
@@ -71,7 +73,7 @@ def read(store_path, modality, view):
     rows = FeatureStore(store_path).open_features("toy", modality).rows(view)
     index = np.array([79, 3, 64, 63, 3])
     found = [*rows[:], *rows[index], *rows[60:70], rows[-1]]
-    if view == "tokens" and modality == "text":
+    if view != "pooled" and modality == "text":
         return [*found, *rows.padded(torch.from_numpy(index))]
     return [*found, *rows.index_select(0, torch.from_numpy(index), out=torch.empty(5, *rows.shape[1:]).half())]
 

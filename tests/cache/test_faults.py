@@ -17,11 +17,11 @@ from cachefuse.cache.shard import ShardWriter
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError
 
-VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", "tokens")]
+VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", "tokens"), ("text", "ids")]
 
 
 def make(dataset, store_path, dtype="float16", **options):
-    options = {"views": ("pooled", "tokens"), "batch_size": 16, **options}
+    options = {"views": ("pooled", "tokens", "ids"), "batch_size": 16, **options}
     return extract(dataset, ["toy"], store_path, device="cpu", dtype=dtype, **options)
 
 
@@ -92,12 +92,14 @@ def test_a_shard_that_can_t_be_opened_leaves_nothing_of_those_beside_it(shapes, 
 
 # Files that are gone or cut short
 
-KINDS = [
-    "pooled/c/0/0",
-    "tokens/block-000000/c/0/0",
-    "scales/block-000000/c/0",
-    "offsets/c/0/0",
-]
+KINDS = {  # file -> its view
+    "pooled/c/0/0": "pooled",
+    "tokens/block-000000/c/0/0": "tokens",
+    "scales/block-000000/c/0": "tokens",
+    "offsets/c/0/0": "tokens",
+    "ids/block-000000/c/0": "ids",
+    "ids_offsets/c/0/0": "ids",
+}
 
 
 @pytest.fixture
@@ -106,16 +108,15 @@ def quantised(shapes, store_path, toy):
     return store_path
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "view"), KINDS.items())
 @pytest.mark.parametrize("left", [None, 0, 0.5, 0.99])
-def test_a_file_that_is_gone_or_cut_short_is_named_and_made_again(shapes, quantised, toy, tools, name, left):
+def test_a_file_that_is_gone_or_cut_short_is_named_and_made_again(shapes, quantised, toy, tools, name, view, left):
     before, values = arrays(tools.files(quantised)), read_views(quantised)
     file = quantised / "features" / "toy" / "text" / name
     if left is None:
         file.unlink()
     else:
         os.truncate(file, int(left * file.stat().st_size))
-    view = "pooled" if name.startswith("pooled") else "tokens"
     message = rf"toy \(text, {view}\) has 16 of 80 rows, and block 0 is damaged: it is gone, cut short or changed; run"
     with pytest.raises(CacheError, match=message):
         FeatureStore(quantised).open_features("toy", "text").read(view)
@@ -124,13 +125,12 @@ def test_a_file_that_is_gone_or_cut_short_is_named_and_made_again(shapes, quanti
     assert read_views(quantised) == values
 
 
-@pytest.mark.parametrize("name", KINDS[:3])
-def test_a_changed_byte_is_found_when_its_block_is_first_read(shapes, quantised, toy, name):
+@pytest.mark.parametrize(("name", "view"), [kind for kind in KINDS.items() if "offsets" not in kind[0]])
+def test_a_changed_byte_is_found_when_its_block_is_first_read(shapes, quantised, toy, name, view):
     with (quantised / "features" / "toy" / "text" / name).open("r+b") as file:
         byte = file.read(1)
         file.seek(0)
         file.write(bytes([byte[0] ^ 16]))
-    view = "pooled" if name.startswith("pooled") else "tokens"
     rows = FeatureStore(quantised).open_features("toy", "text").rows(view)
     with pytest.raises(CacheError, match=rf"toy \(text, {view}\): block 0 is damaged .* run cachefuse verify --repair"):
         rows[3]

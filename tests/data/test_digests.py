@@ -2,6 +2,7 @@ import hashlib
 import os
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -141,6 +142,21 @@ def test_only_the_given_rows_are_hashed():
     assert sorted(hashed) == [7, 70]
     dataset.stamps()
     assert len(hashed) == 2
+
+
+def test_an_image_that_samples_share_is_hashed_once():
+    hashed = []
+    sources = [Source(i, hashed.append) for i in range(5)]
+    shared = [sources[i] for i in (0, 0, 3, 3, 3, 0, 4)] + [None]
+    texts = [(f"text {i}",) for i in range(8)]
+    alone = make_dataset(shared, texts)
+    together = replace(alone, shares_images=True)
+    assert alone.digests() == together.digests()
+    assert alone.stamps() == together.stamps()
+    assert sorted(hashed) == sorted([0, 0, 3, 3, 3, 0, 4, 0, 3, 4])
+    assert alone.image_rows is None
+    assert together.image_rows.tolist() == [0, 0, 1, 1, 1, 0, 2, 3]
+    assert replace(together, images=None).image_rows is None
 
 
 def test_threads_give_the_digests_in_order(monkeypatch):

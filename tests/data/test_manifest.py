@@ -76,7 +76,7 @@ def test_builtin_manifests_say_what_a_user_needs():
     names = [manifest.name for manifest in manifests]
     assert names == sorted(names)
     assert {"comp5329", "fashiongen", "flickr8k", "food101", "mmimdb", "shapes"} <= set(names)
-    assert {"cifar10", "cifar100", "coco_captions", "mrpc", "qqp", "stsb", "tiny_imagenet"} <= set(names)
+    assert {"cifar10", "cifar100", "coco_captions", "mrpc", "qqp", "stsb", "tiny_imagenet", "vqa2"} <= set(names)
     for manifest in manifests:
         assert manifest.title
         assert manifest.licence
@@ -117,6 +117,16 @@ def test_pairs_have_a_scale_or_two_classes():
     assert parse_manifest(paraphrase, "x.toml").classes == ("no", "yes")
 
 
+def test_questions_have_as_many_answers_to_choose_from_as_is_usual_or_as_are_asked_for():
+    questions = HEAD.replace("multiclass", "vqa")
+    assert parse_manifest(questions + TABLE, "x.toml").answers == 3129
+    assert parse_manifest(questions + "answers = 9\n" + TABLE, "x.toml").answers == 9
+    assert parse_manifest(questions + TABLE, "x.toml").reported_metrics == ()
+    manifest = parse_manifest(HEAD + TABLE, "x.toml")
+    assert manifest.answers is None
+    assert "answers" not in manifest.model_dump(exclude_defaults=True)  # other datasets' stores say nothing of it
+
+
 def test_classes_are_names_without_the_spaces_around_them():
     assert parse_manifest(HEAD + 'classes = [" cat ", "guinea pig"]\n' + TABLE, "x.toml").classes == (
         "cat",
@@ -150,6 +160,11 @@ def test_classes_are_names_without_the_spaces_around_them():
         (PAIRS + "scale = [0]\n", r"scale\.1: field required"),
         (PAIRS + 'scale = ["low", 5]\n', r"scale\.0: input should be a valid number"),
         (HEAD + "scale = [0, 5]\n" + TABLE, "scale: is for the task similarity alone, and this one is multiclass"),
+        (HEAD + "answers = 9\n" + TABLE, "answers: is for the task vqa alone, and this one is multiclass"),
+        (
+            HEAD.replace("multiclass", "vqa") + "answers = 0\n" + TABLE,
+            "answers: input should be greater than or equal to 1",
+        ),
         (PAIRS.replace("similarity", "paraphrase"), "classes: must name the two classes of a paraphrase task"),
         (PAIRS.replace("similarity", "paraphrase") + 'classes = ["1"]\n', "classes: must name the two classes of a"),
         (PAIRS.replace("similarity", "paraphrase") + 'classes = ["0", "0"]\n', "classes: listed twice: 0"),

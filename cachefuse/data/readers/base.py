@@ -22,7 +22,7 @@ InsidePath = Annotated[str, AfterValidator(_inside)]  # a manifest may come from
 
 
 class ImageSource(Protocol):
-    """Where one image comes from; opened in a worker thread when it is encoded."""
+    """Where one image comes from, hashable; opened in a worker thread when it is encoded."""
 
     @property
     def name(self) -> str:
@@ -44,18 +44,23 @@ class Samples:
 
     images: None if the dataset has no images at all; an entry is None where one sample has none.
     texts: None if the dataset has no texts; an entry is a tuple of one or several texts (captions) of the sample.
-    labels: an entry is None where the sample is unlabelled, else its class names (one for multi-class).
+    labels: an entry is None where the sample is unlabelled, else its class names (one for multi-class), or the answers
+        that people gave to its question, as they wrote them.
+    task_labels: of a dataset of several tasks, the labels of each by its name; ``labels`` are then all None.
     groups: rows of one group never fall into two splits of a hash split (several images of one product).
+    shares_images: whether samples with equal images (many questions about one) have the features of one image.
     notes: what a user should know about this copy of the data, one sentence each.
     """
 
     ids: list[str] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
     labels: list[tuple[str, ...] | None] = field(default_factory=list)
+    task_labels: dict[str, list[tuple[str, ...] | None]] = field(default_factory=dict)
     images: list[ImageSource | None] | None = None
     texts: list[tuple[str, ...]] | None = None
     groups: list[str] | None = None
     classes: tuple[str, ...] | None = None
+    shares_images: bool = False
     notes: list[str] = field(default_factory=list)
 
 

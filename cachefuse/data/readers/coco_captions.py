@@ -1,13 +1,12 @@
 """COCO captions: photographs with about five captions each (arXiv:1504.00325), in the division of 2017 or of 2014."""
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import Reader, Samples, check_inside, is_inside, well_formed
-from cachefuse.data.readers.folder import note_links
+from cachefuse.data.readers.base import Reader, Samples, check_inside, well_formed
+from cachefuse.data.readers.folder import links_out, note_links
+from cachefuse.data.readers.json_file import list_of_objects, read_json
 from cachefuse.errors import DataError
 
 YEARS = ("2017", "2014")  # both divide the same photographs, so one of them is taken
@@ -59,8 +58,7 @@ def _splits(root: Path, year: str) -> dict[str, Path]:
 
 def _add(samples: Samples, split: str, path: Path, folder: Path, root: Path) -> None:
     images, captions = _read_annotations(check_inside(path, root))
-    with os.scandir(check_inside(folder, root)) as entries:
-        links = {entry.name for entry in entries if entry.is_symlink() and not is_inside(Path(entry.path), root)}
+    links = links_out(folder, root)
     skipped = []
     for key, name in images:
         samples.ids.append(key)
@@ -82,19 +80,14 @@ def _add(samples: Samples, split: str, path: Path, folder: Path, root: Path) -> 
 
 def _read_annotations(path: Path) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
     """Return each image's id and file name, and the captions by image. Raises DataError if the file is otherwise."""
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise DataError(f"{path.name}: is larger than {MAX_JSON_BYTES:,} bytes, which no COCO file is")
-    try:
-        # Most of the file is addresses and licences, of which nothing is kept.
-        content = json.loads(path.read_bytes(), object_hook=lambda found: {k: found[k] for k in KEPT & found.keys()})
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path.name}: not valid JSON: {error}") from error
+    # Most of the file is addresses and licences, of which nothing is kept.
+    content = read_json(path, MAX_JSON_BYTES, "COCO", lambda found: {k: found[k] for k in KEPT & found.keys()})
     images = [
         (_id(image, "id", f"{path.name}: image {i}"), _plain_name(image, f"{path.name}: image {i}"))
-        for i, image in enumerate(_list(content, "images", path), start=1)
+        for i, image in enumerate(list_of_objects(content, "images", path), start=1)
     ]
     captions: dict[str, list[str]] = {}
-    for i, annotation in enumerate(_list(content, "annotations", path), start=1):
+    for i, annotation in enumerate(list_of_objects(content, "annotations", path), start=1):
         where = f"{path.name}: annotation {i}"
         caption = annotation.get("caption")
         if not isinstance(caption, str):
@@ -103,13 +96,6 @@ def _read_annotations(path: Path) -> tuple[list[tuple[str, str]], dict[str, list
         if caption.strip():
             texts.append(well_formed(caption.strip()))
     return images, captions
-
-
-def _list(content: Any, key: str, path: Path) -> list[dict[str, Any]]:
-    values = content.get(key) if isinstance(content, dict) else None
-    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
-        raise DataError(f'{path.name}: must be a JSON object with a list "{key}" of objects')
-    return values
 
 
 def _id(entry: dict[str, Any], key: str, where: str) -> str:

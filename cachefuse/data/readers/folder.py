@@ -43,6 +43,12 @@ class FolderReader(Reader):
         return samples
 
 
+def links_out(folder: Path, root: Path) -> set[str]:
+    """Return the names of a folder's links that leave the root. Raises DataError if the folder itself is one."""
+    with os.scandir(check_inside(folder, root)) as entries:
+        return {entry.name for entry in entries if entry.is_symlink() and not is_inside(Path(entry.path), root)}
+
+
 def note_links(notes: list[str], links: list[str]) -> None:
     """Note how many links were not followed, if any."""
     if links:

@@ -2,11 +2,11 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, well_formed
@@ -35,18 +35,32 @@ class TableReader(Reader):
     split: str | None = None  # a column that overrides the file's split where it is not empty
     group: str | None = None
     header: tuple[str, ...] | None = None  # column names, for files that have none
+    _tasks: dict[str, tuple[str, bool]] = PrivateAttr(default_factory=dict)
+
+    def for_tasks(self, columns: Mapping[str, tuple[str, bool]]) -> "TableReader":
+        """Return a reader of the labels of several tasks: the column of each by name, and whether a row has several.
+
+        Each column may be left out of a file, where no row has that task's label.
+        """
+        reader = self.model_copy()
+        reader._tasks = dict(columns)
+        return reader
 
     def missing(self, root: Path) -> list[str]:
         return [file for file in self.files.values() if not (root / file).is_file()]
 
     def read(self, root: Path) -> Samples:
         tables = {split: read_columns(root / file, self.header) for split, file in self.files.items()}
-        if self.labels and not any(self.labels in columns for columns in tables.values()):
-            _need(self.labels, next(iter(tables.values())), next(iter(self.files.values())), "labels")
+        labels = {"reader.labels": self.labels} if self.labels else {}
+        labels |= {f"tasks.{name}.column": column for name, (column, _) in self._tasks.items()}
+        for key, column in labels.items():
+            if not any(column in columns for columns in tables.values()):
+                _need(column, next(iter(tables.values())), next(iter(self.files.values())), key)
         samples = Samples(
             images=[] if self.image else None,
             texts=[] if self.text else None,
             groups=[] if self.group else None,
+            task_labels={name: [] for name in self._tasks},
         )
         for split, columns in tables.items():
             self._add(samples, split, columns, root)
@@ -55,35 +69,41 @@ class TableReader(Reader):
     def _add(self, samples: Samples, split: str, columns: Columns, root: Path) -> None:
         file = self.files[split]
         n = len(next(iter(columns.values()), []))
-        named = _strings(_need(self.split, columns, file, "split")) if self.split else [""] * n
+        named = _strings(_need(self.split, columns, file, "reader.split")) if self.split else [""] * n
         splits = [name.strip() or split for name in named]
         columns = {**columns, "split": columns.get("split", splits)}
         first = len(samples.ids)
         samples.splits += splits
-        samples.ids += self._fill(self.id, columns, file, "id") if self.id else [str(first + i) for i in range(n)]
-        if self.labels and self.labels in columns:
-            samples.labels += [self._split_labels(value) for value in columns[self.labels]]
-        else:
-            samples.labels += [None] * n
+        samples.ids += (
+            self._fill(self.id, columns, file, "reader.id") if self.id else [str(first + i) for i in range(n)]
+        )
+        samples.labels += self._labels(columns, self.labels, True, n)
+        for task, (column, several) in self._tasks.items():
+            samples.task_labels[task] += self._labels(columns, column, several, n)
         if samples.images is not None and self.image:
-            paths = self._fill(self.image, columns, file, "image")
+            paths = self._fill(self.image, columns, file, "reader.image")
             samples.images += [FileImage(root / path, root) if path.strip() else None for path in paths]
         if samples.texts is not None and self.text:
-            texts = columns.get(self.text) or self._fill(self.text, columns, file, "text")
+            texts = columns.get(self.text) or self._fill(self.text, columns, file, "reader.text")
             samples.texts += [tuple(text for text in _strings(_as_list(value)) if text.strip()) for value in texts]
         if samples.groups is not None and self.group:
-            samples.groups += _strings(_need(self.group, columns, file, "group"))
+            samples.groups += _strings(_need(self.group, columns, file, "reader.group"))
 
     @staticmethod
     def places(template: str) -> set[str]:
         """Return the columns that a column name or template refers to."""
         return set(_PLACE.findall(template)) or {template}
 
-    def _split_labels(self, value: Any) -> tuple[str, ...] | None:
+    def _labels(self, columns: Columns, column: str | None, several: bool, n: int) -> list[tuple[str, ...] | None]:
+        if column is None or column not in columns:
+            return [None] * n
+        return [self._split_labels(value, several) for value in columns[column]]
+
+    def _split_labels(self, value: Any, several: bool) -> tuple[str, ...] | None:
         if _is_null(value):
             return None
         names = _strings(_as_list(value))
-        if self.separator and not isinstance(value, list):
+        if self.separator and several and not isinstance(value, list):
             names = names[0].split(self.separator)
         return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
@@ -169,7 +189,7 @@ def _read_parquet(path: Path) -> Columns:
 def _need(name: str, columns: Columns, file: str, key: str) -> list[Any]:
     if name not in columns:
         known = ", ".join(column for column in columns)
-        raise DataError(f"{file}: has no column {name!r}, which reader.{key} names; its columns are: {known}")
+        raise DataError(f"{file}: has no column {name!r}, which {key} names; its columns are: {known}")
     return columns[name]
 
 

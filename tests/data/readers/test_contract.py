@@ -89,6 +89,16 @@ def write_tiny_imagenet(root):
     (root / "val/val_annotations.txt").write_text("val_0.JPEG\tn01\t0\t0\t3\t3\n")
 
 
+def write_vqa2(root):
+    for split, numbers in (("train", (1, 2, 3)), ("val", (4,))):
+        for i in numbers:
+            save(root / f"{split}2014/COCO_{split}2014_{i:012d}.jpg")
+        rows = [{"question_id": 10 * i, "image_id": i, "question": "what? " * (i % 2)} for i in numbers]
+        (root / f"v2_OpenEnded_mscoco_{split}2014_questions.json").write_text(json.dumps({"questions": rows}))
+        rows = [{**row, "answers": [{"answer": "a dog"}] * 10} for row in rows]
+        (root / f"v2_mscoco_{split}2014_annotations.json").write_text(json.dumps({"annotations": rows}))
+
+
 # For each reader: how to write its miniature, its options, the number of rows.
 MINIATURES = {
     "cifar": (write_cifar, {"variant": "cifar10"}, 8),
@@ -112,6 +122,7 @@ MINIATURES = {
         4,
     ),
     "tiny_imagenet": (write_tiny_imagenet, {}, 4),
+    "vqa2": (write_vqa2, {}, 4),
 }
 
 

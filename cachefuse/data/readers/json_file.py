@@ -1,0 +1,29 @@
+"""JSON files of raw data: bounded in size, and what they hold is checked before anything relies on it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cachefuse.errors import DataError
+
+
+def read_json(path: Path, most_bytes: int, kind: str, keep: Callable[[dict[str, Any]], Any]) -> Any:
+    """Return a file's content with each object as ``keep`` leaves it, so that what nobody reads takes no memory.
+
+    Raises DataError, naming the file, if it is larger than any of its ``kind``, or not JSON.
+    """
+    if path.stat().st_size > most_bytes:
+        raise DataError(f"{path.name}: is larger than {most_bytes:,} bytes, which no {kind} file is")
+    try:
+        return json.loads(path.read_bytes(), object_hook=keep)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name}: not valid JSON: {error}") from error
+
+
+def list_of_objects(content: Any, key: str, path: Path) -> list[dict[str, Any]]:
+    """Return the list under a key. Raises DataError, naming the file, if it is none, or not all of it objects."""
+    values = content.get(key) if isinstance(content, dict) else None
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise DataError(f'{path.name}: must be a JSON object with a list "{key}" of objects')
+    return values

@@ -1,0 +1,178 @@
+"""VQA v2: questions about photographs of COCO, each answered by ten people (Goyal et al., arXiv 1612.00837)."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cachefuse.data.answers import N_ANSWERS
+from cachefuse.data.images import FileImage
+from cachefuse.data.readers.base import ImageSource, Reader, Samples, check_inside, well_formed
+from cachefuse.data.readers.folder import links_out, note_links
+from cachefuse.data.readers.json_file import list_of_objects, read_json
+from cachefuse.errors import DataError
+
+SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015"}
+UNANSWERED = ("test",)  # splits that were published without annotations
+MAX_JSON_BYTES = 1_000_000_000  # the largest has 390 MB
+MAX_IMAGE_ID = 10**12 - 1  # that the name of a file has room for
+KEPT = frozenset(("questions", "annotations", "question_id", "image_id", "question", "answers"))
+
+
+@dataclass(frozen=True)
+class SplitFiles:
+    """A split's files: its questions, their answers (None where nobody has them), the folder of its images."""
+
+    questions: Path
+    annotations: Path | None
+    images: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One row; ``image`` is one object for all questions about it, and ``group`` its number."""
+
+    id: str
+    split: str
+    answers: tuple[str, ...] | None
+    image: ImageSource | None
+    text: str
+    group: str
+
+
+class Vqa2Reader(Reader):
+    """Every question of the splits that are there; the id is the question's number, its text the question.
+
+    Questions about one image share it, and its features. They are of one group, so that a hash split never parts them.
+    """
+
+    def missing(self, root: Path) -> list[str]:
+        lacking = {split: _lacking(root, split) for split in SPLITS}
+        if not all(lacking.values()):
+            return []
+        return [name for split in SPLITS for name in lacking[split]]
+
+    def read(self, root: Path) -> Samples:
+        missing = self.missing(root)
+        if missing:
+            raise DataError(f"{root}: has no {' and no '.join(missing)}")
+        questions: list[Question] = []
+        notes: list[str] = []
+        for split in SPLITS:
+            lacking = _lacking(root, split)
+            if lacking:
+                notes.append(f"has no {split} split without {' and '.join(lacking)}")
+            else:
+                questions += _read_split(split, _files(root, split), root, notes)
+        return Samples(
+            ids=[question.id for question in questions],
+            splits=[question.split for question in questions],
+            labels=[question.answers for question in questions],
+            images=[question.image for question in questions],
+            texts=[(question.text,) if question.text else () for question in questions],
+            groups=[question.group for question in questions],
+            shares_images=True,
+            notes=notes,
+        )
+
+
+def _files(root: Path, split: str) -> SplitFiles:
+    """Return where a split's files are, or should be."""
+    name = SPLITS[split]
+    folders = [folder / name for folder in (root, root / "images")]
+    return SplitFiles(
+        questions=root / f"v2_OpenEnded_mscoco_{name}_questions.json",
+        annotations=None if split in UNANSWERED else root / f"v2_mscoco_{name}_annotations.json",
+        images=next((folder for folder in folders if folder.is_dir()), folders[0]),
+    )
+
+
+def _lacking(root: Path, split: str) -> list[str]:
+    """Return the files and folders that a split needs and that are not there."""
+    files = _files(root, split)
+    lacking = [path.name for path in (files.questions, files.annotations) if path is not None and not path.is_file()]
+    return lacking if files.images.is_dir() else [*lacking, f"{files.images.name}/"]
+
+
+def _read_split(split: str, files: SplitFiles, root: Path, notes: list[str]) -> Iterator[Question]:
+    questions = _read_questions(check_inside(files.questions, root))
+    answers: dict[int, tuple[str, ...]] = {}
+    if files.annotations is not None:
+        answers = _read_answers(check_inside(files.annotations, root), questions, notes)
+        unanswered = [number for number in questions if number not in answers]
+        if unanswered:
+            note = f"{len(unanswered):,} {split} questions have no answers in {files.annotations.name}"
+            notes.append(f"{note}, such as {unanswered[0]}")
+    links, skipped = links_out(files.images, root), []
+    images: dict[int, ImageSource | None] = {}
+    for number, (image, text) in questions.items():
+        if image not in images:
+            name = f"COCO_{SPLITS[split]}_{image:012d}.jpg"
+            images[image] = None if name in links else FileImage(files.images / name, root)
+            if name in links:
+                skipped.append(f"{files.images.name}/{name}")
+        yield Question(str(number), split, answers.get(number), images[image], text, group=str(image))
+    note_links(notes, skipped)
+
+
+def _read_questions(path: Path) -> dict[int, tuple[int, str]]:
+    """Return each question's image and text, by its number. Raises DataError if the file is otherwise."""
+    questions: dict[int, tuple[int, str]] = {}
+    content = read_json(path, MAX_JSON_BYTES, "VQA", _keep)
+    for i, question in enumerate(list_of_objects(content, "questions", path), start=1):
+        where = f"{path.name}: question {i}"
+        number, text = _number(question, "question_id", where), question.get("question")
+        if number in questions:
+            raise DataError(f"{where} has the question_id {number}, as one before it")
+        if not isinstance(text, str):
+            raise DataError(f"{where} must have a text. Got {str(text)[:80]!r} instead")
+        questions[number] = _number(question, "image_id", where), well_formed(text.strip())
+    return questions
+
+
+def _read_answers(path: Path, questions: dict[int, tuple[int, str]], notes: list[str]) -> dict[int, tuple[str, ...]]:
+    """Return the ten answers to each question. Raises DataError if the file is otherwise."""
+    answers: dict[int, tuple[str, ...]] = {}
+    once: dict[str, str] = {}  # few answers differ, so that each is kept once
+    unknown = []
+    content = read_json(path, MAX_JSON_BYTES, "VQA", _keep)
+    for i, annotation in enumerate(list_of_objects(content, "annotations", path), start=1):
+        where = f"{path.name}: annotation {i}"
+        number, image = _number(annotation, "question_id", where), _number(annotation, "image_id", where)
+        given = _answers(annotation, where)
+        if number in answers:
+            raise DataError(f"{where} is of question {number}, as one before it")
+        if number not in questions:
+            unknown.append(number)
+        elif questions[number][0] != image:
+            raise DataError(f"{where} is about image {image}, and its question {number} about {questions[number][0]}")
+        else:
+            answers[number] = tuple(once.setdefault(answer, answer) for answer in given)
+    if unknown:
+        notes.append(f"dropped {len(unknown):,} annotations of questions that are not there, such as {unknown[0]}")
+    return answers
+
+
+def _answers(annotation: dict[str, Any], where: str) -> list[str]:
+    """Return the answers that are not blank."""
+    given = annotation.get("answers")
+    if not isinstance(given, list) or len(given) != N_ANSWERS:
+        got = f"{len(given)} of them" if isinstance(given, list) else repr(str(given)[:80])
+        raise DataError(f'{where} must have a list "answers" of {N_ANSWERS}. Got {got} instead')
+    for answer in given:
+        if not isinstance(answer, str):
+            raise DataError(f"{where} must have texts as its answers. Got {str(answer)[:80]!r} instead")
+    return [well_formed(answer.strip()) for answer in given if answer.strip()]
+
+
+def _keep(found: dict[str, Any]) -> Any:
+    """Reduce an answer to its text, and leave out what is not read of other objects; there are millions."""
+    answer = found.get("answer")
+    return answer if isinstance(answer, str) else {key: found[key] for key in KEPT & found.keys()}
+
+
+def _number(entry: dict[str, Any], key: str, where: str) -> int:
+    value = entry.get(key)
+    if type(value) is not int or not 0 <= value <= MAX_IMAGE_ID:
+        raise DataError(f"{where} must have a whole number as its {key}. Got {str(value)[:80]!r} instead")
+    return value

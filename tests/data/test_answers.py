@@ -1,0 +1,182 @@
+"""Answers against figures worked out by hand, and against the steps of the VQA evaluation as they are published."""
+
+import numpy as np
+import pytest
+
+from cachefuse.data.answers import (
+    CONTRACTIONS,
+    N_ANSWERS,
+    encode_answers,
+    frequent_answers,
+    normalise_answer,
+    vqa_accuracy,
+)
+from cachefuse.errors import DataError
+
+# The normal form
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Yes", "yes"),
+        (" yes\n", "yes"),
+        ("2\tdogs", "2 dogs"),
+        ("two dogs", "2 dogs"),
+        ("None", "0"),
+        ("zero", "0"),
+        ("ten", "10"),
+        ("eleven", "eleven"),
+        ("a the AN", ""),
+        ("the cat on a mat", "cat on mat"),
+        ("theatre", "theatre"),
+        ("yes.", "yes"),
+        ("U.S.", "us"),
+        ("3.5", "3.5"),
+        (".5", ".5"),
+        ("5.", "5"),
+        ("t-shirt", "t shirt"),  # between two letters a mark is a space
+        ("t- shirt", "t shirt"),  # beside a space it goes
+        ("yes/no", "yes no"),
+        ("red,white", "red white"),
+        ("red, white", "red white"),
+        ("red, white,blue", "red whiteblue"),  # a mark goes everywhere if it is beside a space somewhere
+        ("red , t-shirt", "red t shirt"),  # each mark for itself
+        ("1,000", "1000"),
+        ("1,000 t-shirts", "1000 tshirts"),  # and every mark, beside a number with a comma
+        ("what?!", "what"),
+        ('"stop"', "stop"),
+        ("[a] {b} (c) <d> e=f+g\\h_i;j@k`l", "b c d e f g h i j k l"),
+        ("what's up", "what's up"),
+        ("whats up", "what's up"),
+        ("DONT KNOW", "don't know"),
+        ("couldnt've", "couldn't've"),
+        ("couldn'tve", "couldn't've"),
+        ("couldntve", "couldntve"),
+        ("yall'd've", "y'all'd've"),
+        ("y'all'dve", "y'all'd've"),
+        ("'ow'sat", "'ow's'at"),
+        ("twas", "'twas"),
+        ("oclock", "o'clock"),
+        ("somebody'd", "somebodyd"),
+        ("im", "im"),  # in the published table it is Im, which is never met in lower case
+        ("shes", "shes"),
+        ("", ""),
+        ("?", ""),
+        ("ñandú 日本", "ñandú 日本"),
+    ],
+)
+def test_the_normal_form(text, expected):
+    assert normalise_answer(text) == expected
+
+
+def test_contractions_lack_one_apostrophe():
+    assert len(CONTRACTIONS) == 114
+    reverse = {"somebody'd": "somebodyd"}
+    assert reverse.items() <= CONTRACTIONS.items()
+    for short, whole in CONTRACTIONS.items() - reverse.items():
+        assert short.replace("'", "") == whole.replace("'", "")
+        assert whole.count("'") == short.count("'") + 1
+
+
+@pytest.mark.parametrize("text", ["a t-shirt", "1,000 dollars", "dont", "three", "yes.", "u.s.a"])
+def test_the_normal_form_of_a_normal_form_is_itself(text):
+    once = normalise_answer(text)
+    assert normalise_answer(once) == once
+
+
+# Classes
+
+
+def test_the_most_frequent_answers_are_the_classes():
+    rows = [("Yes", "yes.", "no"), ("the", "?"), ("two", "2", "no", "blue"), ("red",)]
+    assert frequent_answers(rows, 10) == ("2", "no", "yes", "blue", "red")
+    assert frequent_answers(rows, 3) == ("2", "no", "yes")
+    assert frequent_answers([], 3) == ()
+    assert frequent_answers([("the",)], 3) == ()
+
+
+def test_answers_become_the_numbers_of_their_classes():
+    rows = [("Yes", "the", "no!", "blue"), None, (), ("yes",) * 10]
+    targets = encode_answers(["a", "b", "c", "d"], rows, ("no", "yes"))
+    assert (targets.dtype, targets.shape) == (np.int32, (4, N_ANSWERS))
+    assert targets.tolist() == [[1, -2, 0, -2, *[-1] * 6], [-1] * 10, [-1] * 10, [1] * 10]
+
+
+def test_classes_that_are_given_are_compared_in_their_normal_form():
+    assert encode_answers(["a"], [("two", "t shirt")], ("T-shirt", "Two"))[0, :2].tolist() == [1, 0]
+
+
+def test_more_answers_than_ten():
+    with pytest.raises(DataError, match=r"^row 'b' has 11 answers; a question has at most 10$"):
+        encode_answers(["a", "b"], [("x",), ("x",) * 11], ("x",))
+
+
+# How right an answer is
+
+GIVEN = [["yes"] * n + ["no"] * (10 - n) for n in range(11)]
+
+
+def test_three_people_who_gave_it_are_enough():
+    right = vqa_accuracy(["Yes."] * 11, GIVEN)
+    np.testing.assert_allclose(right, [0, 1 / 3, 2 / 3, *[1] * 8])
+
+
+def official(predicted, answers):
+    """Each person's answer is compared with those of the other nine."""
+    found = []
+    for i in range(len(answers)):
+        others = [answer for k, answer in enumerate(answers) if k != i]
+        found.append(min(1, others.count(predicted) / 3))
+    return sum(found) / len(found)
+
+
+def test_the_mean_over_nine_people_at_a_time():
+    right = vqa_accuracy(["yes"] * 11, GIVEN, leave_one_out=True)
+    np.testing.assert_allclose(right, [official("yes", row) for row in GIVEN])
+    np.testing.assert_allclose(right[:5], [0, 0.3, 0.6, 0.9, 1])
+    fewer = [["yes", "no"], ["yes"] * 3]
+    np.testing.assert_allclose(
+        vqa_accuracy(["yes"] * 2, fewer, leave_one_out=True), [official("yes", row) for row in fewer]
+    )
+
+
+@pytest.mark.parametrize("leave_one_out", [False, True])
+def test_class_numbers_are_measured_as_their_texts(leave_one_out):
+    rng = np.random.default_rng(0)
+    words = np.array(["yes", "no", "2", "blue", "a rare one", "another"])
+    texts = [tuple(row) for row in words[rng.integers(0, 6, (200, 10))].tolist()]
+    classes = ("yes", "no", "2", "blue")
+    targets = encode_answers([""] * 200, texts, classes)
+    predicted = rng.integers(0, 4, 200)
+    np.testing.assert_allclose(
+        vqa_accuracy(predicted, targets, leave_one_out=leave_one_out),
+        vqa_accuracy([classes[i] for i in predicted], texts, leave_one_out=leave_one_out),
+    )
+
+
+def test_nobody_s_answer_is_no_number():
+    assert np.isnan(vqa_accuracy(["yes"], [[]])).all()
+    targets = encode_answers(["a", "b"], [None, ("rare",)], ("yes",))
+    np.testing.assert_array_equal(vqa_accuracy(np.array([0, 0]), targets), [np.nan, 0])
+
+
+def test_what_is_no_class_is_never_right():
+    targets = encode_answers(["a"], [("rare",) * 10], ("yes",))
+    for predicted in (-2, -1):
+        assert vqa_accuracy(np.array([predicted]), targets).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("predicted", "answers", "got"),
+    [
+        (["yes"], [["yes"], ["no"]], "1 texts and 2 texts"),
+        (np.array([1]), [["yes"]], r"an array \(1,\) and 1 texts"),
+        (["yes"], np.zeros((1, 10), int), r"1 texts and an array \(1, 10\)"),
+        (np.zeros(2, int), np.zeros((3, 10), int), r"an array \(2,\) and an array \(3, 10\)"),
+    ],
+)
+def test_predictions_and_answers_of_other_kinds(predicted, answers, got):
+    expected = rf"^predictions and answers must be N class numbers and an array \(N, 10\), or .* Got {got} instead$"
+    with pytest.raises(DataError, match=expected):
+        vqa_accuracy(predicted, answers)
