@@ -51,11 +51,13 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         fusion_options: Mapping[str, Any] | None = None,
         without: Sequence[str] = TrainConfig.without,
         scheme: str = TrainConfig.scheme,
+        stages: Sequence[str] = TrainConfig.stages,
         head: str = TrainConfig.head,
         layers: Sequence[int] | None = TrainConfig.layers,
         activation: str = TrainConfig.activation,
         dropout: float | None = TrainConfig.dropout,
         modality_dropout: float = TrainConfig.modality_dropout,
+        shuffle: Mapping[str, float] | None = None,
         loss: str | None = TrainConfig.loss,
         loss_options: Mapping[str, float | str] | None = None,
         class_weights: str = TrainConfig.class_weights,
@@ -68,6 +70,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         ema: float = TrainConfig.ema,
         epochs: int | None = TrainConfig.epochs,
         batch_size: int | None = TrainConfig.batch_size,
+        accumulate: int = TrainConfig.accumulate,
         patience: int = TrainConfig.patience,
         monitor: str | None = TrainConfig.monitor,
         thresholds: str = TrainConfig.thresholds,
@@ -81,11 +84,13 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         self.fusion = fusion
         self.scheme = scheme
+        self.stages = stages
         self.head = head
         self.layers = layers
         self.activation = activation
         self.dropout = dropout
         self.modality_dropout = modality_dropout
+        self.shuffle = shuffle
         self.loss = loss
         self.loss_options = loss_options
         self.fusion_options = fusion_options
@@ -100,6 +105,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         self.ema = ema
         self.epochs = epochs
         self.batch_size = batch_size
+        self.accumulate = accumulate
         self.patience = patience
         self.monitor = monitor
         self.thresholds = thresholds
@@ -163,7 +169,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         values = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
         if not isinstance(seed, numbers.Integral):
             seed = check_random_state(seed).randint(2**31 - 1)
-        tables = {name: dict(values.get(name) or {}) for name in ("fusion_options", "loss_options")}
+        tables = {name: dict(values.get(name) or {}) for name in ("fusion_options", "loss_options", "shuffle")}
         return TrainConfig.from_dict({**values, **tables, "seed": int(seed)})
 
     def _view(self, X: Any, reset: bool) -> FeatureView:

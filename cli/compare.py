@@ -12,7 +12,7 @@ def compare(
         str, typer.Option(metavar="LIST", help="Fusions to compare.")
     ] = "image,text,concat,sum,mixed,tirg,cma,midfusion",
     folds: Annotated[int, typer.Option(metavar="K", help="Parts, each judged by models that have not seen it.")] = 5,
-    epochs: Annotated[int, typer.Option(metavar="N", help="Of every method.")] = 15,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Of every method.")] = 10,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Rows a step, of every method.")] = 64,
     pool: Annotated[
         str | None,

@@ -3,7 +3,6 @@
 import hashlib
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,12 +13,12 @@ from cachefuse.registry import lookup
 from cachefuse.runtime import slug, to_json
 from cachefuse.training.config import TrainConfig
 from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace, open_store, split_list
-from cachefuse_cli.train_options import takes_config
+from cachefuse_cli.train_options import given_options, takes_config
 
 TRIALS = "Trials"
 PRESET_NAMES = (
     "mmc-heads, mmc-fusion, mmc-losses, mmc-layers, mmc-batch, mmc-epochs, mmc-activation, mmc-dropout, mmc-greedy, "
-    "lit-table, where-to-fuse"
+    "cma-irrelevant, lit-table, where-to-fuse"
 )
 
 
@@ -72,7 +71,7 @@ def sweep(
             from cachefuse_cli import sweep_tables
 
             base = config()
-            changes = {field: getattr(base, field) for field in _given(context)}
+            changes = {field: getattr(base, field) for field in given_options(context) if field != "seed"}
             tried = _tried(grid, settings, preset, changes)
             store = open_store(workspace, dataset)
             views = presets.preset_views(preset, changes) if preset else views_of(base, tried)
@@ -93,12 +92,6 @@ def sweep(
         render.print_json(sweep_tables.sweeps_dict(results, folder, run))
     else:
         sweep_tables.sweeps_report(results, folder, run)
-
-
-def _given(context: typer.Context) -> list[str]:
-    """Return the settings of training that were given as options, the seed aside."""
-    sources = {field.name: context.get_parameter_source(field.name) for field in fields(TrainConfig)}
-    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE" and name != "seed"]
 
 
 def _tried(

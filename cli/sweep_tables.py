@@ -1,8 +1,9 @@
 """What people see of a sweep: a table that fills while it runs, on a terminal; and the one that it ends with."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from cachefuse.training.run import Run
     from cachefuse.training.sweep_result import SettingResult, SweepResult
 
-PAPER = "paper: samples-F1 of 5,000 rows, with CLIP features and 25,000 rows to train on"
 MAX_METRICS, BESIDE_COSTS = 4, 2  # that fit beside the settings, and beside costs; all are in the files
 COSTS = ("parameters", "MB", "ms/item", "steps/s")
 
@@ -61,30 +61,41 @@ class SweepProgress:
 def sweep_table(result: "SweepResult") -> Table:
     """A row for each setting that has a trial: means and standard deviations, the best of each metric standing out."""
     shown = [setting for setting in result.settings if setting.trials]
-    published = any(setting.published for setting in result.settings)
-    costs = any(setting.costs for setting in shown)
-    intervals = any(setting.interval for setting in shown)
-    metrics = result.metrics[: BESIDE_COSTS if costs else MAX_METRICS]
-    columns = [*(metric_title(metric) for metric in metrics), "s", *(["paper"] if published else [])]
-    columns[1:1] = ["95%"] * intervals
-    columns += COSTS * costs
+    named = any(setting.label for setting in result.settings)
     seeds = f"mean ± std of {len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
     title = escape(f"{result.title}\n{seeds}, {result.n_rows:,} rows of {result.split}")
-    named = any(setting.label for setting in result.settings)
+    columns = _columns(result, shown)
     table = new_table("" if named else escape(", ".join(result.fields)), *columns, numbers=len(columns), title=title)
     for column in table.columns[1:]:
         column.no_wrap = True
-    best = {metric: max((x for s in shown if (x := s.mean(metric)) == x), default=None) for metric in metrics}
     for setting in shown:
-        cells = [_figure(setting, metric, setting.mean(metric) == best[metric]) for metric in metrics]
-        if setting.n_diverged:
-            some = f"{setting.n_diverged} " if setting.n_diverged < len(setting.trials) else ""
-            cells[0] = Text(f"{some}diverged", "red")
-        cells[1:1] = [Text(_interval(setting))] * intervals
-        cells += [Text(f"{setting.seconds:.1f}")]
-        cells += [Text(_paper(setting))] * published + ([Text(text) for text in _costs(setting)] if costs else [])
-        table.add_row(Text(_label(result, setting)), *cells)
+        table.add_row(Text(_label(result, setting)), *(cell(setting) for cell in columns.values()))
     return table
+
+
+Cell = Callable[["SettingResult"], Text]
+
+
+def _columns(result: "SweepResult", shown: Sequence["SettingResult"]) -> dict[str, Cell]:
+    """Return the columns beside the settings: metrics, as many as fit, and what else is known of any of them."""
+    costs, curves = any(setting.costs for setting in shown), any(setting.curve for setting in shown)
+    named = any(setting.label for setting in shown)
+    metrics = result.metrics[: 1 if curves else BESIDE_COSTS if costs or named else MAX_METRICS]
+    columns: dict[str, Cell] = {}
+    for metric in metrics:
+        best = max((x for setting in shown if (x := setting.mean(metric)) == x), default=None)
+        columns[metric_title(metric)] = partial(_figure, metric=metric, best=best, first=metric == metrics[0])
+        if metric == metrics[0] and any(setting.interval for setting in shown):
+            columns["95%"] = lambda setting: Text(_interval(setting))
+    columns["s"] = lambda setting: Text(f"{setting.seconds:.1f}")
+    if any(setting.published for setting in result.settings):
+        columns["paper"] = lambda setting: Text(_paper(setting))
+    for i, name in enumerate(COSTS if costs else ()):
+        if not curves or i >= 2:  # their models are much alike in size, and have long names
+            columns[name] = partial(_cost, i=i)
+    if any(setting.trials[0].weights for setting in shown):
+        columns["text counts"] = lambda setting: Text(_share(setting.weight("text")))
+    return columns
 
 
 def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> None:
@@ -99,7 +110,7 @@ def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | No
                 console.print(Text(f"{_label(result, setting)}, seed {seeds}: {bad[0].diverged}"), soft_wrap=True)
         console.print()
     if any(setting.published for result in results for setting in result.settings):
-        console.print(Text(PAPER))
+        console.print(Text(results[0].paper))
     console.print(Text.assemble(("wrote ", "dim"), str(folder)), soft_wrap=True)
     if run is not None:
         console.print(Text(f"the best of it, refitted on every labelled row: {_pipeline(results)}"))
@@ -146,24 +157,32 @@ def _label(result: "SweepResult", setting: "SettingResult") -> str:
     return setting.named(result.fields)
 
 
-def _figure(setting: "SettingResult", metric: str, best: bool) -> Text:
+def _figure(setting: "SettingResult", metric: str, best: float | None, first: bool) -> Text:
     mean, std = setting.mean(metric), setting.std(metric)
+    if setting.n_diverged and first:
+        some = f"{setting.n_diverged} " if setting.n_diverged < len(setting.trials) else ""
+        return Text(f"{some}diverged", "red")
     if math.isnan(mean):
         return Text("-")
     spread = "" if math.isnan(std) else f"±{std:.3f}".replace("±0", "±")
-    return Text(f"{mean:.3f}{spread}", "bold green" if best else "")
+    return Text(f"{mean:.3f}{spread}", "bold green" if mean == best else "")
+
+
+def _share(x: float) -> str:
+    return "" if math.isnan(x) else f"{x:.2f}"
 
 
 def _interval(setting: "SettingResult") -> str:
     return "-".join(f"{x:.3f}".removeprefix("0") for x in setting.interval) if setting.interval else ""
 
 
-def _costs(setting: "SettingResult") -> list[str]:
+def _cost(setting: "SettingResult", i: int) -> Text:
     costs = setting.costs
     if costs is None:
-        return [""] * len(COSTS)
+        return Text("")
     parameters = f"{costs.parameters / 1e6:.2f}M"
-    return [parameters, f"{costs.size_mb:.1f}", f"{costs.ms_per_item:.3g}", f"{costs.steps_per_second:.3g}"]
+    texts = (parameters, f"{costs.size_mb:.1f}", f"{costs.ms_per_item:.3g}", f"{costs.steps_per_second:.3g}")
+    return Text(texts[i])
 
 
 def _paper(setting: "SettingResult") -> str:

@@ -1,12 +1,13 @@
 """`cachefuse train-head`."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace
-from cachefuse_cli.train_options import takes_config
+from cachefuse_cli.train_options import given_options, takes_config
 
 if TYPE_CHECKING:
     from cachefuse.training.config import TrainConfig
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 @takes_config
 def train_head(
     config: "Callable[[], TrainConfig]",
+    context: typer.Context,
+    preset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A paper's settings, which other options change: cma-paper, lit-paper."),
+    ] = None,
     dataset: StoreName = None,
     encoder: UsedEncoders = None,
     max_size_mb: Annotated[
@@ -35,6 +41,12 @@ def train_head(
             from cachefuse_cli.progress import TrainProgress
 
             settings = config()
+            if preset is not None:
+                from cachefuse.registry import lookup
+                from cachefuse.training.token_presets import RECIPES
+
+                given = {field: getattr(settings, field) for field in given_options(context)}
+                settings = replace(lookup(RECIPES, preset, "preset"), **given)
             store = open_store(workspace, dataset)
         with TrainProgress(settings.monitor or store.manifest.main_metric) as progress:
             run = run_train_head(

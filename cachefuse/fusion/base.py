@@ -57,6 +57,8 @@ class Fusion(nn.Module):
     modalities: ClassVar[tuple[str, ...] | None] = None  # None: all that are given
     parts: ClassVar[tuple[str, ...]] = ()  # that can be left out, to see what they are good for
     linear: ClassVar[bool] = False  # whether all weights but the heads' are in linear layers
+    stages: ClassVar[tuple[str, ...]] = ()  # in which it can be trained, in their order
+    per_task: ClassVar[bool] = False  # whether it takes ``tasks``, {name: classes}, to have parts for each of several
     defaults: ClassVar[Mapping[str, Any]] = {}  # settings of a training that differ from those of the others
 
     def __init__(
@@ -83,7 +85,8 @@ class Fusion(nn.Module):
     def options(cls) -> dict[str, Any]:
         """Return the options with their defaults."""
         parameters = inspect.signature(cls.__init__).parameters.values()
-        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "without"}
+        others = ("tasks", "without")  # which have settings of their own, or are the dataset's
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
     @classmethod
     def settle(cls, options: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
@@ -92,6 +95,10 @@ class Fusion(nn.Module):
 
     def initialize(self) -> None:
         """Take pretrained weights, where there are any, before training."""
+
+    def trained_in(self, stage: str) -> Iterable[nn.Parameter]:
+        """Return the parameters that one of its ``stages`` trains; the others are frozen in it."""
+        return self.parameters()
 
     def alone(self) -> "dict[str, nn.Module]":
         """Return the heads that the staged scheme trains first, each alone against the labels; none if there is one.

@@ -5,7 +5,7 @@ is its pooled feature; maps of their own take it and the tokens to the common wi
 modalities apart. Positions are those that the encoders have put into their tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -27,6 +27,7 @@ from cachefuse.fusion.pooling import PoolSpec, build_pools
 from cachefuse.fusion.transformer import TransformerBlock
 
 MODALITY_ATTENTION, SEQUENCE_ATTENTION = "modality-attention", "sequence-attention"
+WARM_UP, TUNING = "warm-up", "tuning"
 
 
 class CMAFusion(Fusion):
@@ -35,10 +36,15 @@ class CMAFusion(Fusion):
     lambda = softmax(w . c'_m) over the modalities that are present, with one vector w for all; w starts at 0, so that
     they count alike. Without modality attention they always do; without sequence attention c'_m is c_m, and no tokens
     are read. ``pool`` ("image=mean:16") is how a modality's tokens are pooled before; the paper takes all.
+
+    Each of several ``tasks``, {name: classes} in the order of the logits' columns, has a vector w and a head of its
+    own. The stage "tuning" trains these alone, after "warm-up", in which all is trained.
     """
 
     name = "cma"
     parts = (MODALITY_ATTENTION, SEQUENCE_ATTENTION)
+    stages = (WARM_UP, TUNING)
+    per_task = True
     defaults: ClassVar = {"dropout": 0.2, "lr": 3e-4, "weight_decay": 1e-4, "epochs": 15, "batch_size": 64}
 
     @classmethod
@@ -52,11 +58,12 @@ class CMAFusion(Fusion):
         head: HeadBuilder,
         *,
         depth: int = 2,
-        width: int = 384,
-        heads: int = 6,
+        width: int = 256,
+        heads: int = 4,
         dropout: float = 0.1,
         pool: PoolSpec = "",
         without: tuple[str, ...] = (),
+        tasks: Mapping[str, int] | None = None,
     ):
         super().__init__(widths, classes, head, {"without": without})
         if width < 1:
@@ -69,15 +76,33 @@ class CMAFusion(Fusion):
         self.pool = build_pools(pool, sequences) if depth else nn.ModuleDict()
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.relevance = None if MODALITY_ATTENTION in without else nn.Parameter(torch.zeros(width))
-        self.head = head(width, classes)
+        self.tasks = dict(tasks or {})
+        shape = (len(self.tasks), width) if self.tasks else (width,)
+        self.relevance = None if MODALITY_ATTENTION in without else nn.Parameter(torch.zeros(shape))
+        if self.tasks:
+            self.heads = nn.ModuleList(head(width, n) for n in self.tasks.values())
+        else:
+            self.head = head(width, classes)
+
+    def trained_in(self, stage: str) -> Iterable[nn.Parameter]:
+        heads = (self.heads if self.tasks else self.head).parameters()
+        return (
+            self.parameters() if stage == WARM_UP else [*heads, *([] if self.relevance is None else [self.relevance])]
+        )
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         summaries, here = self.summaries(features, present)
-        return self.head((self._lambda(summaries, here).unsqueeze(-1) * summaries).sum(1))
+        weights = self._lambda(summaries, here)
+        if not self.tasks:
+            return self.head((weights.unsqueeze(-1) * summaries).sum(1))
+        fused = (weights.unsqueeze(-1) * summaries.unsqueeze(1)).sum(2)  # (B, K, W)
+        return torch.cat([head(x) for head, x in zip(self.heads, fused.unbind(1), strict=True)], dim=1)
 
     def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Return lambda, how much each modality counts in each row, (B, M) in alphabetical order; 0 where absent."""
+        """Return lambda, how much each modality counts in each row, (B, M) in alphabetical order; 0 where absent.
+
+        Of K tasks, in their order, (B, K, M).
+        """
         return self._lambda(*self.summaries(features, present))
 
     def summaries(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -100,6 +125,9 @@ class CMAFusion(Fusion):
         return self.norm(x), here
 
     def _lambda(self, summaries: Tensor, here: Tensor) -> Tensor:
-        scores = summaries @ self.relevance if self.relevance is not None else torch.zeros_like(summaries[..., 0])
+        scores = torch.zeros_like(summaries[..., 0]) if self.relevance is None else summaries @ self.relevance.t()
+        if self.tasks:
+            scores = scores.mT if scores.ndim == 3 else scores.unsqueeze(1).expand(-1, len(self.tasks), -1)
+            here = here.unsqueeze(1)  # for scores (B, K, M)
         scores = scores.masked_fill(~here, torch.finfo(scores.dtype).min)
-        return zero_absent(scores.softmax(dim=1), here.any(1))
+        return zero_absent(scores.softmax(dim=-1), here.any(-1))

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cachefuse.cache.features import Features
 from cachefuse.cache.rows import SHUFFLE_BYTES, Columns, FlatTokens, JoinedRows, block_shuffle
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.tokens import Tokens, length_grouped
+from cachefuse.data.manifest import MULTITASK
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
 from cachefuse.errors import CacheError, ConfigError
@@ -35,9 +36,11 @@ Views = Callable[[str], Collection[str]]  # modality -> the views of it that are
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """N rows of features with presence (N,) bool, both by name ("image_tokens"), and targets (N, C) of 0 and 1.
+    """N rows of features with presence (N,) bool, both by name ("image_tokens"), and targets (N, C) of 0 and 1; of
+    several tasks also -1, in all columns of one whose label a row lacks.
 
     Features keep the store's dtype, and stay in its files until a batch takes them. ``labelled`` is (N,) bool.
+    ``sources`` (N,) by name say where features are another row's, which row's they are.
     """
 
     features: Mapping[str, Columns | Tokens]
@@ -45,6 +48,7 @@ class FeatureTable:
     targets: Tensor
     labelled: np.ndarray
     splits: np.ndarray
+    sources: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, split: str) -> Tensor:
         """Return the labelled rows of a split, (n,) int64."""
@@ -55,19 +59,21 @@ class FeatureTable:
         features, present = {}, {}
         for name, x in self.features.items():
             here = self.present[name].index_select(0, rows)  # (B,)
+            taken = self.sources[name][rows.cpu()] if name in self.sources else rows
             if isinstance(x, Tokens):
-                values, mask = x.read(rows.cpu())
+                values, mask = x.read(taken.cpu())
                 features[name], here = values.to(rows.device), mask.to(rows.device) & here[:, None]
             else:
-                features[name] = x.index_select(0, rows.to(x.device)).to(rows.device)
+                features[name] = x.index_select(0, taken.to(x.device)).to(rows.device)
             present[name] = here
         return features, present
 
     @property
     def lengths(self) -> np.ndarray | None:
         """The tokens of each row in all, (N,), where rows differ in them."""
-        ragged = [x.lengths for x in self.features.values() if isinstance(x, Tokens) and x.ragged]
-        return np.sum(ragged, axis=0) if ragged else None
+        ragged = {name: x.lengths for name, x in self.features.items() if isinstance(x, Tokens) and x.ragged}
+        of_row = [n[self.sources[name].numpy()] if name in self.sources else n for name, n in ragged.items()]
+        return np.sum(of_row, axis=0) if of_row else None
 
     def batches(self, order: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
         """Cut rows (n,) in a random order into batches (B,); rows alike in length, where they differ in it."""
@@ -97,7 +103,12 @@ class FeatureTable:
     def only(self, modalities: Iterable[str]) -> "FeatureTable":
         """Return the same rows with some of their modalities."""
         names = list(modalities)
-        return replace(self, features={m: self.features[m] for m in names}, present={m: self.present[m] for m in names})
+        return replace(
+            self,
+            features={name: self.features[name] for name in names},
+            present={name: self.present[name] for name in names},
+            sources={name: self.sources[name] for name in names if name in self.sources},
+        )
 
     def without(self, modalities: Collection[str]) -> "FeatureTable":
         """Return the same rows as if they lacked some modalities. Raises UnknownNameError for one that is not there."""
@@ -105,6 +116,22 @@ class FeatureTable:
             lookup(dict.fromkeys(modalities_of(self.present)), modality, "modality")
         gone = {name: torch.zeros_like(x) for name, x in self.present.items() if split_name(name)[0] in modalities}
         return replace(self, present={**self.present, **gone})
+
+    def shuffled(self, shares: Mapping[str, float], seed: int) -> "FeatureTable":
+        """Return the same rows where some modalities, for shares of the rows, are other rows'.
+
+        Raises UnknownNameError for a modality that is not there.
+        """
+        sources, present = dict(self.sources), dict(self.present)
+        for modality, share in shares.items():
+            lookup(dict.fromkeys(modalities_of(self.present)), modality, "modality")
+            generator = torch.Generator().manual_seed(seed)
+            n = len(self.labelled)
+            some = torch.randperm(n, generator=generator)[: round(share * n)]
+            source = torch.arange(n).index_copy_(0, some, some.roll(1))
+            for name in (name for name in self.present if split_name(name)[0] == modality):
+                sources[name], present[name] = source, present[name][source.to(present[name].device)]
+        return replace(self, sources=sources, present=present)
 
     def at_hand(self, standardize: nn.ModuleDict) -> "FeatureTable | None":
         """Return the same rows standardised, float32, in memory; None if that would take much of it, as tokens do."""
@@ -223,9 +250,10 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
 
 def _lacking(store: FeatureStore, found: Sequence[Features], views: Sequence[str]) -> CacheError:
     """Return the error of features that lack views which are read."""
-    encoders = " ".join(f"--encoder {features.source}" for features in found if not is_derived(features.encoder))
+    able = [features for features in found if not is_derived(features.encoder) and features.encoder != "classic"]
+    encoders = " ".join(f"--encoder {features.source}" for features in able) or "--encoder clip:ViT-B-32"
     lacking = sorted({view for features in found for view in views if view not in features.views})
-    every = dict.fromkeys([*found[0].views, *views]) if found else views
+    every = dict.fromkeys([*(able or found)[0].views, *views])
     return CacheError(
         f"{store.path} holds no {' and '.join(lacking)} of {found[0].modality}; make them with cachefuse extract "
         f"--dataset {store.dataset} {encoders} --views {','.join(every)}"
@@ -258,10 +286,12 @@ def load_table(
                 features[modality] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
             else:
                 features[feature_name(modality, view)] = Tokens(parts[0], group[0].views[view].vocabulary)
+    several = store.manifest.task == MULTITASK
+    targets = store.targets if several else multi_hot(store.targets, len(store.classes))
     return FeatureTable(
         features=features,
         present={name: torch.from_numpy(store.present(split_name(name)[0])) for name in features},
-        targets=torch.from_numpy(multi_hot(store.targets, len(store.classes))),
+        targets=torch.from_numpy(targets),
         labelled=is_labelled(store.targets),
         splits=store.splits,
     )

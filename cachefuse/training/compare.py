@@ -18,7 +18,7 @@ from cachefuse.training.sweep_result import SweepResult
 from cachefuse.training.used import used_features
 
 METHODS = ("image", "text", "concat", "sum", "mixed", "tirg", "cma", "midfusion")
-FOLDS, EPOCHS, BATCH_SIZE = 5, 15, 64
+FOLDS, EPOCHS, BATCH_SIZE = 5, 10, 64
 MAX_TOKENS = 64  # of a modality, that a method over tokens is given as they are; more are pooled
 POOLED_TO = 16
 

@@ -54,6 +54,7 @@ def _preset(title: str, base: TrainConfig, rows: Sequence[tuple[dict[str, Any], 
         base=base,
         settings=[setting for setting, _ in rows],
         title=title,
+        paper="paper: samples-F1 of 5,000 rows, with CLIP features and 25,000 rows to train on",
         published=[(round(mean / 100, 6), round(std / 100, 6)) for _, (mean, std) in rows],
     )
 
@@ -166,7 +167,7 @@ def preset_views(name: str, changes: Mapping[str, Any]) -> Views:
     if name not in TOKEN_PRESETS:
         return pooled
     base = replace(TOKEN_PRESETS[name][0], **changes)
-    settings = [own for _, own, _ in LIT_TABLE] if name == "lit-table" else []
+    settings = [own for _, own, _ in LIT_TABLE] if name == "lit-table" else []  # others read what their base does
     return views_of(base, settings)
 
 

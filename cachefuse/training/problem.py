@@ -13,10 +13,11 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.fusion.base import Origin
-from cachefuse.metrics import main_metric
+from cachefuse.metrics import TaskSlice, bind_metrics, main_metric
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable, Views, load_table, pooled, select_features
 from cachefuse.training.config import TASK_LOSS, TrainConfig, why_no_head
+from cachefuse.training.tasks import check_stages, settle_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,8 @@ OUT_OF_FOLD = "oof"  # train and val together, each row measured by a model that
 class Problem:
     """A table of features and targets (N, C) on a device; ``metrics`` are those to report.
 
-    ``origins`` says where each modality's features are from, where they are of one encoder.
+    ``origins`` says where each modality's features are from, where they are of one encoder. ``tasks`` are what the
+    columns are of; left out, the one ``task``.
     """
 
     name: str
@@ -38,6 +40,12 @@ class Problem:
     metrics: tuple[str, ...]
     min_labels: int = 0
     origins: Mapping[str, Origin] = field(default_factory=dict)
+    tasks: tuple[TaskSlice, ...] = ()
+
+    def __post_init__(self) -> None:
+        tasks = self.tasks or (TaskSlice("", self.task, slice(0, len(self.classes)), self.min_labels),)
+        object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "metrics", bind_metrics(self.metrics, tasks))
 
     @classmethod
     def of(
@@ -46,7 +54,9 @@ class Problem:
         """Return what a store's dataset asks of a table of its features, ``chosen`` by modality."""
         about = store.manifest
         origins = {m: Origin(group[0].source, group[0].provenance) for m, group in (chosen or {}).items()}
-        return cls(store.dataset, table, store.classes, about.task, about.reported_metrics, about.min_labels, origins)
+        tasks = about.task_slices(store.classes)
+        metrics = about.reported_metrics
+        return cls(store.dataset, table, store.classes, about.task, metrics, about.min_labels, origins, tasks)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -72,12 +82,20 @@ class Problem:
         return torch.cat([self.table.rows(split) for split in splits]).sort().values
 
     def targets(self, rows: Tensor) -> np.ndarray:
-        """Return the targets (n, C) of some rows, 0 or 1."""
+        """Return the targets (n, C) of some rows, 0 or 1, or -1 where a row lacks the label of one of several tasks."""
         return self.table.targets[rows.to(self.device)].cpu().numpy()
 
     def resolve(self, config: TrainConfig) -> TrainConfig:
-        """Return settings with none left open. Raises ConfigError for a loss that is not the task's."""
-        return config.resolve(self.task, len(self.train_rows()), self.origins)
+        """Return settings with none left open.
+
+        Raises ConfigError for a loss that is not the task's, and as ``settle_tasks`` and ``check_stages`` do.
+        """
+        check_stages(config)
+        return settle_tasks(config, self.tasks).resolve(self.task, len(self.train_rows()), self.origins)
+
+    def shuffled(self, config: TrainConfig) -> "Problem":
+        """Return the same problem with modalities shuffled as the settings ask for."""
+        return replace(self, table=self.table.shuffled(config.shuffle, config.seed)) if config.shuffle else self
 
     def only(self, names: Sequence[str]) -> "Problem":
         """Return the same problem with some of its features."""
@@ -105,8 +123,10 @@ def open_problem(
     manifest = store.manifest
     if manifest.task not in TASK_LOSS:
         raise ConfigError(why_no_head(manifest.task))
-    if manifest.task == "multiclass" and len(store.classes) < 2:
-        raise ConfigError(f"{store.dataset} has one class only, {store.classes[0]!r}: there is nothing to tell apart")
+    for task in manifest.task_slices(store.classes):
+        if task.kind == "multiclass" and task.n_classes < 2:
+            one = f"{task.name or store.dataset} has one class only, {store.classes[task.columns][0]!r}"
+            raise ConfigError(f"{one}: there is nothing to tell apart")
     chosen = select_features(store, encoders, views)
     single = {modality: group for modality, group in chosen.items() if store.items(modality) is None}
     for modality in chosen.keys() - single.keys() if single else ():

@@ -120,6 +120,7 @@ def shared_settings(config: TrainConfig, device: torch.device) -> TrainConfig | 
     model's own score or gradient (patience, clip-norm, L-BFGS) is done alone, and so are several members, and tokens.
     """
     own_way = config.optimizer == "lbfgs" or config.patience or config.clip_norm
+    own_way = own_way or config.accumulate > 1 or bool(config.shuffle)
     if own_way or config.members > 1 or not config.is_linear or (config.head != "linear" and device.type != "cuda"):
         return None
     free: dict[str, Any] = {
@@ -132,7 +133,12 @@ def shared_settings(config: TrainConfig, device: torch.device) -> TrainConfig | 
 
 
 def most_together(problem: Problem, config: TrainConfig, n_rows: int) -> int:
-    """Return how many models can be trained together on so many rows without taking much memory."""
+    """Return how many models can be trained together on so many rows without taking much memory.
+
+    Those of several tasks are trained alone: a row counts for the tasks whose labels it has.
+    """
+    if problem.tasks[0].name:
+        return 1
     with torch.device("meta"):
         n_weights = build_model(config, problem.widths, len(problem.classes)).n_parameters
     hidden = 0 if config.head == "linear" else sum(config.head_options()["layers"])

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError, TrainingError
+from cachefuse.fusion.base import modalities_of
 from cachefuse.losses import build_loss
 from cachefuse.metrics import METRICS, bootstrap_intervals
 from cachefuse.registry import lookup
@@ -31,12 +32,13 @@ from cachefuse.training.run import build_model, split_digest
 from cachefuse.training.stack import most_together, shared_settings, train_together
 from cachefuse.training.sweep_files import append_trials, only_sweep, read_trials, write_results
 from cachefuse.training.sweep_result import Curve, Published, SettingResult, SweepResult, Trial
-from cachefuse.training.train import split_parts, train_problem
+from cachefuse.training.train import Trained, split_parts, train_problem
 from cachefuse.training.used import UsedByName, used_features
 
 RESAMPLES = 1000  # of the bootstrap
 
-Outcome = tuple[HeldOut, float] | TrainingError  # what was said of the rows held out, by weights of which epoch
+# What was said of the rows held out, by weights of which epoch, in which modalities counted how much.
+Outcome = tuple[HeldOut, float, dict[str, float]] | TrainingError
 
 FIXED = {
     "seed": "seeds are given apart",
@@ -96,7 +98,8 @@ class Experiment:
 
     A setting's fusion options come on top of the base's. With ``costs`` an interval of each trial's score is found, and
     what each model costs is measured. ``fields`` are those that tell the settings apart, all that one changes unless
-    told; ``labels`` do so in words. ``curves`` say where each setting lies in a plot of curves.
+    told; ``labels`` do so in words. ``curves`` say where each setting lies in a plot of curves, ``paper`` what the
+    published figures are of.
     """
 
     base: TrainConfig
@@ -107,6 +110,7 @@ class Experiment:
     fields: tuple[str, ...] | None = None
     labels: Sequence[str] | None = None
     curves: Sequence[Curve] | None = None
+    paper: str = ""
 
 
 def sweep(
@@ -176,6 +180,7 @@ def run_sweep(
             split=OUT_OF_FOLD if base.folds else VAL,
             n_rows=len(_held_rows(problem, base)),
             seeds=tuple(seeds),
+            paper=experiment.paper,
             settings=tuple(
                 SettingResult(
                     _values(own[0]),
@@ -250,11 +255,12 @@ def _run(problem: Problem, batch: Mapping[str, TrainConfig], metrics: Sequence[s
     seconds = (time.perf_counter() - begun) / len(batch)
     trials = []
     for key, outcome, own in zip(batch, outcomes, figures, strict=True):
-        epoch, diverged = (math.nan, str(outcome)) if isinstance(outcome, TrainingError) else (outcome[1], "")
-        interval = None
-        if intervals and not isinstance(outcome, TrainingError):
-            interval = _interval(problem, batch[key], outcome[0], metrics[0])
-        trials.append(Trial(key, batch[key].seed, own, epoch, seconds, diverged, interval))
+        if isinstance(outcome, TrainingError):
+            trials.append(Trial(key, batch[key].seed, own, math.nan, seconds, str(outcome)))
+            continue
+        held, epoch, weights = outcome
+        interval = _interval(problem, batch[key], held, metrics[0]) if intervals else None
+        trials.append(Trial(key, batch[key].seed, own, epoch, seconds, interval=interval, weights=weights))
     return trials
 
 
@@ -271,6 +277,7 @@ def _figures(problem: Problem, config: TrainConfig, held: HeldOut, metrics: Sequ
 
 
 def _train_alone(problem: Problem, config: TrainConfig) -> list[Outcome]:
+    problem = problem.shuffled(config)
     try:
         trained = train_problem(problem, config)
     except TrainingError as error:
@@ -278,7 +285,21 @@ def _train_alone(problem: Problem, config: TrainConfig) -> list[Outcome]:
     if any(history.interrupted for history in trained.histories):
         raise KeyboardInterrupt
     assert trained.held is not None  # there are such rows: _check has seen to it
-    return [(trained.held, float(np.mean([history.best_epoch for history in trained.histories])))]
+    best = float(np.mean([history.best_epoch for history in trained.histories]))
+    return [(trained.held, best, _modality_weights(problem, trained))]
+
+
+def _modality_weights(problem: Problem, trained: Trained) -> dict[str, float]:
+    """Return how much each modality counts on average, in the rows that each model has not seen."""
+    assert trained.held is not None
+    found: list[torch.Tensor] = []
+    for _, model, fold in trained.members:
+        if not hasattr(model.fusion, "weights"):
+            return {}
+        mine = trained.held.rows[trained.held.parts == fold] if fold is not None else trained.held.rows
+        found.append(problem.table.only(model.widths).map(model.eval().modality_weights, torch.from_numpy(mine)))
+    means = torch.cat(found).double().mean(0).tolist()
+    return dict(zip(modalities_of(trained.members[0][1].widths), means, strict=True))
 
 
 def _train_together(problem: Problem, configs: Sequence[TrainConfig]) -> list[Outcome]:
@@ -298,7 +319,7 @@ def _train_together(problem: Problem, configs: Sequence[TrainConfig]) -> list[Ou
     outcomes: list[Outcome] = []
     for i, config in enumerate(configs):
         held = None if i in diverged else HeldOut.join(split, problem, rows, scores[i])
-        outcomes.append((held, float(config.n_epochs)) if held is not None else diverged[i])
+        outcomes.append((held, float(config.n_epochs), {}) if held is not None else diverged[i])
     return outcomes
 
 

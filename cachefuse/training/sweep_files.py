@@ -160,13 +160,12 @@ def plot_curves(result: SweepResult) -> dict[str, bytes]:
         means, stds = zip(*((s.mean(result.metrics[0]), s.std(result.metrics[0])) for _, s in points), strict=True)
         score.errorbar(x, means, yerr=stds if len(result.seeds) > 1 else None, marker="o", capsize=3, label=name)
         rate.plot(x, [s.costs.steps_per_second if s.costs else math.nan for _, s in points], marker="o")
-    for axes, what in (
-        (score, f"{result.metrics[0]}, {result.n_rows:,} rows of {result.split}"),
-        (rate, "steps a second"),
-    ):
+    score.set_title(f"{result.metrics[0]}, {result.n_rows:,} rows of {result.split}")
+    rate.set_title("steps a second")
+    for axes in (score, rate):
         axes.set_xlabel(next((s.curve.what for s in result.settings if s.curve), ""))
-        axes.set_title(what)
         axes.grid(alpha=0.3)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     rate.set_yscale("log")
     figure.suptitle(result.title)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)

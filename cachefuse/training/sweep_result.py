@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,8 @@ Published = tuple[float, float]  # mean and standard deviation; NaN for a traini
 class Trial:
     """One training: the figures of the rows held out, and the epoch that its weights are of; or why it diverged.
 
-    Where that was asked for, ``interval`` is the 95% interval of the metric to go by, and ``costs`` the model's.
+    ``weights`` are how much each modality counts, on average, in a fusion that weighs them. Where that was asked for,
+    ``interval`` is the 95% interval of the metric to go by, and ``costs`` the model's.
     """
 
     key: str
@@ -30,6 +31,7 @@ class Trial:
     diverged: str = ""
     interval: tuple[float, float] | None = None
     costs: Costs | None = None
+    weights: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ class SettingResult:
         """The 95% interval of the metric to go by over the rows, of its only trial; None if there are more."""
         return self.trials[0].interval if len(self.trials) == 1 else None
 
+    def weight(self, modality: str) -> float:
+        """Return how much a modality counts, on average over the trials; NaN where the fusion does not weigh them."""
+        return float(np.mean([trial.weights.get(modality, math.nan) for trial in self.trials]))
+
     def mean(self, metric: str) -> float:
         """Return the mean over the seeds; NaN if there is none yet, or one diverged."""
         return float(np.mean(self._figures(metric))) if self.trials else math.nan
@@ -109,6 +115,7 @@ class SweepResult:
     n_rows: int
     seeds: tuple[int, ...]
     settings: tuple[SettingResult, ...]
+    paper: str = ""  # what published figures are of
 
     @property
     def n_trials(self) -> int:

@@ -112,10 +112,10 @@ def test_its_parameters_are_the_settings_of_a_training():
     ours = {name: parameter.default for name, parameter in parameters.items()}
     assert ours.pop("min_labels") == 0
     assert ours.pop("device") == "auto"
-    assert ours.pop("loss_options") is ours.pop("fusion_options") is None
+    assert ours.pop("loss_options") is ours.pop("fusion_options") is ours.pop("shuffle") is None
     ours["seed"] = ours.pop("random_state")
     settings = {field.name: field.default for field in fields(TrainConfig)}
-    apart = ("view", "loss_options", "fusion_options")
+    apart = ("view", "loss_options", "fusion_options", "shuffle")
     assert ours == {name: value for name, value in settings.items() if name not in apart}
 
 

@@ -106,7 +106,7 @@ def test_bad_settings_are_one_line(cachefuse, workspace):
     assert "width must be a multiple of 4" in cachefuse("align", "--width", "30").error
     assert "targets must be one of soft, hard" in cachefuse("align", "--targets", "firm").error
     assert "is not in this store" in cachefuse("align", "--encoder", "hf:none").error
-    assert "holds no tokens features" in cachefuse("align", "--view", "tokens").error
+    assert "holds no tokens of image; make them with cachefuse extract" in cachefuse("align", "--view", "tokens").error
     assert "no features of gone" in cachefuse("align", "--dataset", "gone").error
     assert not list((workspace / "runs").glob("*dfe*"))
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cachefuse.training.presets import GREEDY, PRESETS
+from cachefuse.training.presets import GREEDY, PRESETS, TOKEN_PRESETS
 from cachefuse_cli.sweep import PRESET_NAMES
 
 QUICK = ("--head", "linear", "--epochs", "2", "--patience", "0", "--seeds", "2")
@@ -117,7 +117,7 @@ def test_fits_on_a_terminal(wide, cachefuse, workspace, fits):
 
 
 def test_the_presets_are_listed():
-    assert PRESET_NAMES.split(", ") == [*PRESETS, GREEDY]
+    assert PRESET_NAMES.split(", ") == [*PRESETS, GREEDY, *TOKEN_PRESETS]
 
 
 @pytest.mark.parametrize("seeds", ["0", "-3", "99999999999999999999"])
@@ -188,7 +188,7 @@ def test_the_greedy_preset_ends_in_a_run(cachefuse, workspace, monkeypatch, fits
         ((*LOSSES, "--refit"), "a sweep does without refit: models trained on every row have none left"),
         ((*LOSSES, "--dataset", "other"), "no features of other in workspace"),
         (("--settings", "none.toml"), "none.toml: No such file or directory"),
-        (("--preset", "mmc-losse"), "unknown preset 'mmc-losse' (did you mean 'mmc-losses'?); choose from: mmc-act"),
+        (("--preset", "mmc-losse"), "unknown preset 'mmc-losse' (did you mean 'mmc-losses'?); choose from: cma-irr"),
         (("--preset", "mmc-losses", "--loss", "asl"), "preset mmc-losses tries values of loss itself; leave it out"),
         (("--preset", "mmc-greedy"), "preset mmc-greedy tries values of epochs itself; leave it out"),
         (("--preset", "mmc-losses"), "head 'linear' has no hidden layers. Got (2048,) instead"),

@@ -39,7 +39,7 @@ def test_finds_the_dataset_by_its_manifest(cachefuse, workspace):
     [
         (
             ["--fusion", "smu"],
-            "unknown fusion 'smu' (did you mean 'sum'?); choose from: concat, gated, image, mixed, sum, text",
+            "unknown fusion 'smu' (did you mean 'sum'?); choose from: cma, concat, gated, image, ",
         ),
         (["--head", "ml"], "unknown head 'ml'"),
         (["--loss", "bc"], "unknown loss 'bc'"),
