@@ -185,7 +185,8 @@ def later_fusion(bench: FusionBench, layer: int, pool: str = "") -> BenchRow:
     first = _steps(bench, 0, "", depth)
     ours = _steps(bench, layer, pool, depth)
     what = f"midfusion, images at {layer} of {depth}{', ' + pool if pool else ''} / at 0"
-    return BenchRow(f"midfusion_{layer}{'_pooled' if pool else ''}", what, "steps/s", ours, first, ours / first)
+    name = "_".join(["midfusion", str(layer), *pool.partition("=")[2].split(":")]).rstrip("_")
+    return BenchRow(name, what, "steps/s", ours, first, ours / first)
 
 
 def _steps(bench: FusionBench, layer: int, pool: str, depth: int) -> float:

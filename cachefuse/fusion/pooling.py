@@ -44,41 +44,41 @@ class _SpanPool(_Pooling, ABC):
     """
 
     def forward(self, x: Tensor, mask: Tensor) -> Pooled:
-        spans, real = self._spans(x, mask)
+        k, n = torch.arange(self.n_tokens, device=x.device), mask.sum(1, keepdim=True)  # (K,), (B, 1)
+        start, end = k * n // self.n_tokens, -(-(k + 1) * n // self.n_tokens)  # (B, K) each
         here = self._any(mask)
-        return zero_absent(self.reduce(spans, real.unsqueeze(-1)), here), here
+        return zero_absent(self.reduce(x, mask, start, end), here), here
 
     @abstractmethod
-    def reduce(self, spans: Tensor, real: Tensor) -> Tensor:
-        """Reduce spans (B, K, L, D), of whose L tokens some are real (B, K, L, 1), to (B, K, D)."""
+    def reduce(self, x: Tensor, mask: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        """Reduce tokens (B, T, D) to (B, K, D): span k is of the real tokens from start up to end (B, K)."""
 
-    def _spans(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens of each span (B, K, L, D) and which are its own (B, K, L)."""
-        (batch, longest), k = mask.shape, torch.arange(self.n_tokens, device=x.device)
-        n = mask.sum(1, keepdim=True)  # (B, 1)
-        start, end = k * n // self.n_tokens, -(-(k + 1) * n // self.n_tokens)  # (B, K) each
+
+class MeanPool(_SpanPool):
+    """The mean of each span (equation 14); with one token, of all."""
+
+    def reduce(self, x: Tensor, mask: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        place = (mask.cumsum(1) - 1).unsqueeze(1)  # (B, 1, T), among the real tokens
+        inside = (start.unsqueeze(-1) <= place) & (place < end.unsqueeze(-1)) & mask.unsqueeze(1)  # (B, K, T)
+        # One product reads every token once; to gather the spans would copy all of them.
+        shares = inside.to(x.dtype) / (end - start).clamp(min=1).unsqueeze(-1)
+        return shares @ zero_absent(x, mask)
+
+
+class MaxPool(_SpanPool):
+    """The maximum of each span, in each dimension (equation 15)."""
+
+    def reduce(self, x: Tensor, mask: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        longest = mask.shape[1]
         # As long as any span may be, from shapes alone: to look at the mask, a GPU would have to be waited for.
         length = min(longest, -(-longest // self.n_tokens) + 1)
         place = start.unsqueeze(-1) + torch.arange(length, device=x.device)  # (B, K, L), among the real tokens
         real = place < end.unsqueeze(-1)
         order = mask.int().argsort(dim=1, descending=True, stable=True)  # (B, T), the real tokens first
         index = order.gather(1, place.clamp(max=longest - 1).flatten(1))  # (B, K L)
-        rows = torch.arange(batch, device=x.device).unsqueeze(-1)
-        return x[rows, index].unflatten(1, (self.n_tokens, length)), real
-
-
-class MeanPool(_SpanPool):
-    """The mean of each span (equation 14); with one token, of all."""
-
-    def reduce(self, spans: Tensor, real: Tensor) -> Tensor:
-        return spans.masked_fill(~real, 0).sum(2) / real.sum(2).clamp(min=1)
-
-
-class MaxPool(_SpanPool):
-    """The maximum of each span, in each dimension (equation 15)."""
-
-    def reduce(self, spans: Tensor, real: Tensor) -> Tensor:
-        return spans.masked_fill(~real, torch.finfo(spans.dtype).min).amax(2)
+        rows = torch.arange(len(x), device=x.device).unsqueeze(-1)
+        spans = x[rows, index].unflatten(1, (self.n_tokens, length))  # (B, K, L, D)
+        return spans.masked_fill(~real.unsqueeze(-1), torch.finfo(x.dtype).min).amax(2)
 
 
 class AttentionPool(_Pooling):

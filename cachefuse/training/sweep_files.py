@@ -11,6 +11,7 @@ import csv
 import io
 import json
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
@@ -28,6 +29,7 @@ from cachefuse.training.sweep_result import SettingResult, SweepResult, Trial
 
 JOURNAL = "trials.jsonl"
 DPI = 150
+MAX_LABEL = 50  # characters of a setting in a plot
 ROW_INCHES, MAX_INCHES = 0.32, 60.0  # the height of a setting in a plot, and of a plot
 
 
@@ -135,7 +137,7 @@ def plot(result: SweepResult) -> dict[str, bytes]:
     for y in rows:
         if settings[y].n_diverged:
             axes.text(0.01, y, "diverged", transform=axes.get_yaxis_transform(), color="tab:red", va="center")
-    axes.set_yticks(rows, [setting.named(result.fields) for setting in settings])
+    axes.set_yticks(rows, [textwrap.shorten(setting.named(result.fields), MAX_LABEL) for setting in settings])
     axes.set_ylim(len(settings) - 0.5, -0.5)
     axes.set_ylabel("" if settings[0].label else ", ".join(result.fields))
     axes.set_xlabel(f"{metric}, {result.n_rows:,} rows of {result.split}")

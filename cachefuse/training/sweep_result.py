@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from cachefuse.errors import TrainingError
+from cachefuse.fusion import FUSIONS
+from cachefuse.registry import lookup
 from cachefuse.training.config import TrainConfig, as_text
 from cachefuse.training.costs import Costs
 from cachefuse.training.run_files import Figure
@@ -94,8 +96,12 @@ class SettingResult:
         return self.label or ", ".join(text for name in fields if (text := self.text(name)))
 
     def text(self, name: str) -> str:
-        """Return a setting's value as it is given on the command line."""
-        return as_text(name, self.values[name])
+        """Return a setting's value as it is given on the command line; of a fusion's options those not its own."""
+        value = self.values[name]
+        if name == "fusion_options":
+            usual = lookup(FUSIONS, self.config.fusion, "fusion").options()
+            value = {key: x for key, x in value.items() if x != usual.get(key) and key != "architecture"}
+        return as_text(name, value)
 
     def _figures(self, metric: str) -> list[float]:
         return [trial.metrics.get(metric, math.nan) for trial in self.trials]

@@ -61,7 +61,7 @@ def lit_table(problem: Problem, base: TrainConfig) -> Experiment:
     """Return table 1: the text model alone, images alone, both with more or less of the method."""
     labels, settings, figures = zip(*LIT_TABLE, strict=True)
     published: Sequence[Published | None] = [
-        (own[problem.name] / 100, math.nan) if problem.name in own else None for own in figures
+        (round(own[problem.name] / 100, 6), math.nan) if problem.name in own else None for own in figures
     ]
     paper = "paper: accuracy of food101, micro-F1 of mmimdb and fashiongen, with BERT and CLIP ViT-B/32"
     return Experiment(base, settings, "locked image, tuned text", published, costs=True, labels=labels, paper=paper)

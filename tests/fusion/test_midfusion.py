@@ -16,7 +16,7 @@ from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.errors import ConfigError, UnknownNameError
 from cachefuse.fusion.midfusion import MidFusion, read_fusion_spec
 from cachefuse.fusion.pooling import read_pool
-from cachefuse.fusion.t5 import load_t5, read_settings
+from cachefuse.fusion.t5_weights import load_t5, read_settings
 from cachefuse.heads import MLP, Linear
 
 WIDTHS = {

@@ -1,0 +1,266 @@
+"""Fusions compared with equal budgets, what models cost, and the presets over tokens."""
+
+import csv
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cachefuse.errors import CacheError, ConfigError, UnknownNameError
+from cachefuse.fusion import FUSIONS
+from cachefuse.registry import lookup
+from cachefuse.training import costs
+from cachefuse.training.compare import METHODS, compare, default_pool
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.costs import measure_costs
+from cachefuse.training.presets import preset, preset_views
+from cachefuse.training.problem import open_problem
+from cachefuse.training.run import build_model
+from cachefuse.training.sweep import parse_setting, run_sweep, sweep
+from cachefuse.training.sweep_files import plot_curves, write_results
+from cachefuse.training.token_presets import RECIPES, TOKEN_PRESETS
+from cachefuse.training.train import train_head
+from cachefuse.training.used import used_features
+
+QUICK = {"folds": 2, "epochs": 1, "batch_size": 16}
+SMALL = {"cma": {"width": 8, "heads": 2}, "midfusion": {"width": 8, "depth": 4, "heads": 2}, "tirg": {"width": 8}}
+BERT = {
+    "model_type": "bert", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 8, "max_position_embeddings": 16,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    monkeypatch.setattr(costs, "SECONDS", 0.0)
+    monkeypatch.setattr(costs, "TIMES", 1)
+    monkeypatch.setattr("cachefuse.training.sweep.RESAMPLES", 20)
+
+
+def open_all(store, views):
+    problem, chosen = open_problem(store, views=views)
+    return store, problem, used_features(chosen, problem.widths)
+
+
+def test_every_method_has_the_same_rows_and_budget(toy_store, folder):
+    result = compare(toy_store(), folder=folder, **QUICK)
+    assert [setting.config.fusion for setting in result.settings] == list(METHODS)
+    assert result.fields == ("fusion",)
+    assert (result.split, result.n_rows) == ("oof", 52)
+    for setting in result.settings:
+        config, (trial,) = setting.config, setting.trials
+        assert (config.folds, config.epochs, config.batch_size, config.seed) == (2, 1, 16, 0)
+        low, high = setting.interval
+        assert low <= high
+        assert trial.metrics[result.metrics[0]] == setting.mean(result.metrics[0])
+        assert setting.costs.parameters > 0
+        assert setting.costs.size_mb == pytest.approx(setting.costs.parameters * 4e-6, rel=0.2)
+        assert setting.costs.ms_per_item > 0
+        assert setting.costs.steps_per_second > 0
+        assert ("image" in trial.weights) == (config.fusion == "cma")
+    rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+    assert [row["fusion"] for row in rows] == list(METHODS)
+    assert all(float(row["ms_per_item"]) > 0 and float(row["low"]) <= float(row["high"]) for row in rows)
+
+
+def test_is_what_train_head_says(toy_store, folder):
+    result = compare(toy_store(), folder=folder, methods=["sum"], **QUICK)
+    run = train_head(toy_store(), TrainConfig(fusion="sum", **QUICK))
+    metric = result.metrics[0]
+    assert result.settings[0].mean(metric) == pytest.approx(run.results["oof"].metrics[metric])
+    assert result.settings[0].costs.parameters == run.members[0].model.n_parameters
+
+
+def test_goes_on_where_it_was_stopped(toy_store, folder):
+    seen = []
+    compare(toy_store(), folder=folder, methods=["image", "text"], **QUICK)
+    compare(toy_store(), folder=folder, methods=["image", "text", "sum"], on_trial=seen.append, **QUICK)
+    assert [result.n_done for result in seen] == [2, 3]
+    assert len((folder / "trials.jsonl").read_bytes().splitlines()) == 3
+
+
+def test_says_what_it_can_not_compare(toy_store, make_store, folder):
+    with pytest.raises(UnknownNameError, match="unknown fusion 'smu'"):
+        compare(toy_store(), folder=folder, methods=["smu"])
+    with pytest.raises(ConfigError, match="compare needs at least one fusion"):
+        compare(toy_store(), folder=folder, methods=[])
+    pooled = make_store({"image": np.eye(8, dtype=np.float16)}, np.eye(8, dtype=np.int8), ["train"] * 8, name="pooled")
+    with pytest.raises(CacheError, match="holds no tokens of image; make them with cachefuse extract --dataset pooled"):
+        compare(pooled, folder=folder)
+    assert not (folder / "trials.jsonl").exists()
+
+
+def test_only_many_tokens_are_pooled_by_themselves(make_store, toy_store):
+    def views(modality):
+        return ("pooled", "tokens")
+
+    rng = np.random.default_rng(0)
+    x = {"image": rng.normal(size=(8, 4)).astype(np.float16)}
+    many = {"image": {"tokens": rng.normal(size=(8, 65, 4)).astype(np.float16)}}
+    store = make_store(x, np.eye(8, dtype=np.int8), ["train"] * 8, others=many, name="many")
+    assert default_pool(store, (), views) == "image=mean:16"
+    assert default_pool(toy_store(), (), views) == ""
+    assert default_pool(store, (), lambda modality: ("pooled",)) == ""
+
+
+def test_costs_leave_no_trace(toy_store):
+    """What is measured draws its own random numbers and changes neither the store nor a training after it."""
+    store, config = toy_store(), TrainConfig(fusion="sum", epochs=1)
+    before = train_head(store, config).members[0].model.state_dict()
+    _, problem, _ = open_all(store, config.views)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    measure_costs(problem, problem.resolve(config))
+    assert torch.equal(torch.get_rng_state(), state)
+    after = train_head(store, config).members[0].model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+class TestPresets:
+    @pytest.fixture
+    def store(self, toy_store):
+        return toy_store()
+
+    def test_where_to_fuse(self, store, folder, monkeypatch):
+        monkeypatch.setattr("cachefuse.training.token_presets.POOLINGS", ("", "mean:2", "attention:1"))
+        changes = {"fusion_options": {"width": 8, "depth": 4, "heads": 4}, "epochs": 1, "batch_size": 16}
+        opened = open_all(store, preset_views("where-to-fuse", changes))
+        experiment = preset("where-to-fuse", opened[1], changes)
+        assert [setting["fusion_options"]["fusion_spec"] for setting in experiment.settings[:5]] == [
+            f"0:text,{layer}:image" for layer in range(5)
+        ]
+        assert {curve.name for curve in experiment.curves} == {"all 4", "mean:2", "attention:1"}
+        result = run_sweep(*opened, replace(experiment, settings=experiment.settings[:10]), folder, [0])
+        assert [setting.curve.x for setting in result.settings] == [0, 1, 2, 3, 4] * 2
+        assert all(setting.config.fusion_options["width"] == 8 for setting in result.settings)
+        write_results(result, folder)
+        assert (folder / "curves.png").stat().st_size > 1000
+        assert plot_curves(result)["svg"] == (folder / "curves.svg").read_bytes()
+        first = next(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+        assert first["label"] == "all 4, at 0"
+
+    def test_lit_table(self, store, folder):
+        changes = {"fusion_options": {"architecture": BERT}, "epochs": 1, "batch_size": 16}
+        opened = open_all(store, preset_views("lit-table", changes))
+        experiment = preset("lit-table", opened[1], changes)
+        assert experiment.published == [None] * 5
+        settings = [{**own, "fusion_options": {"grid": 1}} if own.get("fusion_options") else own
+                    for own in experiment.settings]  # fmt: skip
+        result = run_sweep(*opened, replace(experiment, settings=settings), folder, [0])
+        labels = [setting.label for setting in result.settings]
+        assert labels == ["text", "image", "as MMBT", "without TIRG", "full"]
+        mmimdb = preset("lit-table", replace(opened[1], name="mmimdb"), changes)
+        assert [mean for mean, _ in mmimdb.published] == [0.633, 0.486, 0.647, 0.674, 0.686]
+
+    def test_an_irrelevant_modality(self, store, folder):
+        changes = {"fusion_options": SMALL["cma"], "epochs": 1, "batch_size": 16}
+        opened = open_all(store, preset_views("cma-irrelevant", changes))
+        result = run_sweep(*opened, preset("cma-irrelevant", opened[1], changes), folder, [0])
+        assert len(result.settings) == 9
+        for setting in result.settings:
+            assert 0 < setting.weight("text") < 1
+            if "modality-attention" in setting.config.without:
+                assert setting.weight("text") == pytest.approx(0.5, abs=0.01)
+        lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+        assert len(lines) == 9
+
+    def test_recipes_are_settings_that_build(self):
+        for config in RECIPES.values():
+            options = {"architecture": BERT} if config.fusion == "lit" else {}
+            resolved = replace(config, fusion_options={**config.fusion_options, **options}).resolve("multilabel", 100)
+            assert resolved.lr in (1e-5, 5e-5)
+        with torch.device("meta"):
+            paper = RECIPES["cma-paper"].resolve("multilabel", 100)
+            from cachefuse.cache.tokens import SequenceWidth
+
+            widths = {"image": 512, "text": 512, "image_tokens": SequenceWidth(768, 49),
+                      "text_tokens": SequenceWidth(512, 77)}  # fmt: skip
+            model = build_model(paper, widths, 18)
+        assert len(model.fusion.blocks) == 12
+        assert model.fusion.blocks[0].heads == 8
+
+    def test_what_a_preset_needs(self, make_store, folder):
+        x = {"image": np.eye(4, dtype=np.float16)}
+        store = make_store(x, np.array([0, 1, 0, 1], np.int32), ["train"] * 4, task="multiclass")
+        with pytest.raises(CacheError, match="holds no tokens of image"):
+            open_all(store, preset_views("where-to-fuse", {}))
+        with pytest.raises(UnknownNameError, match=r"unknown preset 'where-to-fus' .*where-to-fuse"):
+            preset("where-to-fus", None)
+        assert sorted(TOKEN_PRESETS) == ["cma-irrelevant", "lit-table", "where-to-fuse"]
+
+
+class TestShuffle:
+    def test_rows_get_others(self, toy_store):
+        _, problem, _ = open_all(toy_store(absent={"text": {3}}), TrainConfig(fusion="cma").views)
+        rows = torch.arange(60)
+        whole, _ = problem.table.batch(rows)
+        table = problem.table.shuffled({"text": 0.5}, seed=0)
+        moved, present = table.batch(rows)
+        assert torch.equal(moved["image"], whole["image"])
+        changed = (moved["text"] != whole["text"]).any(1)
+        assert changed.sum() == 30
+        source = table.sources["text"]
+        assert sorted(source.tolist()) == list(range(60))
+        assert torch.equal(moved["text"], whole["text"][source])
+        assert torch.equal(table.present["text"], problem.table.present["text"][source])
+        lengths = present["text_tokens"].sum(1)
+        expected = torch.tensor([1 + row % 5 for row in source.tolist()]) * table.present["text"]
+        assert torch.equal(lengths, expected)
+        assert np.array_equal(table.lengths, problem.table.lengths[source])
+
+    def test_all_or_none(self, toy_store):
+        _, problem, _ = open_all(toy_store(), TrainConfig().views)
+        assert problem.shuffled(TrainConfig()) is problem
+        everything = problem.table.shuffled({"text": 1.0}, seed=0).sources["text"]
+        assert (everything != torch.arange(60)).all()
+        assert torch.equal(problem.table.shuffled({"text": 0.0}, seed=0).sources["text"], torch.arange(60))
+
+    def test_trained_with_texts_of_others_they_are_of_no_use(self, toy_store):
+        config = TrainConfig(fusion="text", head="linear", epochs=30, batch_size=16, lr=0.05)
+        as_it_is, shuffled = (
+            train_head(toy_store(name=f"n{i}"), replace(config, shuffle=shares)).metrics["train"]["macro_ap"]
+            for i, shares in enumerate(({}, {"text": 1.0}))
+        )
+        assert shuffled < as_it_is - 0.05
+
+    def test_what_it_refuses(self, toy_store):
+        with pytest.raises(ConfigError, match=r"shuffle must give a share of the rows from 0 to 1. Got text=2 instead"):
+            TrainConfig(shuffle={"text": 2})
+        with pytest.raises(UnknownNameError, match="unknown modality 'txt'"):
+            train_head(toy_store(), TrainConfig(shuffle={"txt": 0.5}, epochs=1))
+
+
+@pytest.mark.parametrize("parts", [2, 3, 100])
+def test_parts_of_a_step_add_up_to_the_step(parts, toy_store):
+    """Adam's first step moves each weight by its gradient's sign alone, so SGD: gradients themselves are compared."""
+    config = TrainConfig(fusion="sum", optimizer="sgd", dropout=0.0, epochs=2, batch_size=16, lr=0.1)
+    store = toy_store()
+    whole, some = (train_head(store, replace(config, accumulate=n)).members[0].model.state_dict() for n in (1, parts))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(some[name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_are_of_a_mean():
+    with pytest.raises(ConfigError, match="accumulate adds up the parts of a mean; leave out loss option reduction"):
+        TrainConfig(accumulate=2, loss_options={"reduction": "sum"})
+    with pytest.raises(ConfigError, match="accumulate must be between 1 and"):
+        TrainConfig(accumulate=0)
+
+
+def test_a_grid_may_hold_fusions_that_read_other_views(toy_store, folder):
+    settings = [{"fusion": "sum"}, {"fusion": "cma", "fusion_options": SMALL["cma"]},
+                {"fusion": "midfusion", "fusion_options": SMALL["midfusion"]}]  # fmt: skip
+    result = sweep(toy_store(), TrainConfig(epochs=1, batch_size=16), settings, folder=folder, seeds=[0])
+    assert [len(setting.trials) for setting in result.settings] == [1, 1, 1]
+    assert [setting.trials[0].diverged for setting in result.settings] == [""] * 3
+
+
+def test_settings_are_those_of_every_fusion():
+    for name in FUSIONS:
+        options = {"architecture": BERT} if name == "lit" else {}
+        config = TrainConfig(fusion=name, fusion_options=options).resolve("multilabel", 1000)
+        assert set(config.fusion_options) == set(lookup(FUSIONS, name, "fusion").options())
+        assert None not in (config.epochs, config.batch_size, config.lr, config.dropout)
+    assert parse_setting({"fusion_options": {"depth": "3"}}) == {"fusion_options": {"depth": "3"}}
