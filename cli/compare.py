@@ -9,8 +9,9 @@ from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncode
 
 def compare(
     methods: Annotated[
-        str, typer.Option(metavar="LIST", help="Fusions to compare.")
-    ] = "image,text,concat,sum,mixed,tirg,cma,midfusion",
+        str | None,
+        typer.Option(metavar="LIST", help="Fusions to compare.", show_default="pooled ones, tirg, cma, midfusion"),
+    ] = None,
     folds: Annotated[int, typer.Option(metavar="K", help="Parts, each judged by models that have not seen it.")] = 5,
     epochs: Annotated[int, typer.Option(metavar="N", help="Of every method.")] = 10,
     batch_size: Annotated[int, typer.Option(metavar="N", help="Rows a step, of every method.")] = 64,
@@ -30,14 +31,15 @@ def compare(
 ) -> None:  # fmt: skip
     """Compare fusions over the same folds with equal budgets: score, interval, time, size.
 
-    Where a pooled head does as well as one over tokens, the table says so. No run is kept: train the one
-    that you choose by train-head.
+    The last line says which of them is enough: the cheapest whose score lies within the best's interval. No run
+    is kept: train the one that you choose by train-head.
     """
     from cachefuse_cli import render
 
     with render.interruptible("what has ended is kept; run the same command again to go on"):
         with render.status("loading features"):
             from cachefuse.runtime import slug
+            from cachefuse.training.compare import METHODS, enough
             from cachefuse.training.compare import compare as run_compare
             from cachefuse_cli import sweep_tables
 
@@ -47,7 +49,7 @@ def compare(
             result = run_compare(
                 store,
                 folder=folder,
-                methods=split_list(methods),
+                methods=split_list(methods) if methods is not None else METHODS,
                 folds=folds,
                 epochs=epochs,
                 batch_size=batch_size,
@@ -57,7 +59,10 @@ def compare(
                 device=device,
                 on_trial=progress.update,
             )
+    best = enough(result)
     if json:
-        render.print_json(sweep_tables.sweeps_dict([result], folder, None))
+        chosen = best.config.fusion if best else None
+        render.print_json({**sweep_tables.sweeps_dict([result], folder, None), "enough": chosen})
     else:
         sweep_tables.sweeps_report([result], folder, None)
+        sweep_tables.compare_verdict(result, best)

@@ -14,7 +14,7 @@ from cachefuse.training.config import TrainConfig
 from cachefuse.training.problem import open_problem
 from cachefuse.training.sweep import Experiment, run_sweep, views_of
 from cachefuse.training.sweep_files import write_results
-from cachefuse.training.sweep_result import SweepResult
+from cachefuse.training.sweep_result import SettingResult, SweepResult
 from cachefuse.training.used import used_features
 
 METHODS = ("image", "text", "concat", "sum", "mixed", "tirg", "cma", "midfusion")
@@ -60,6 +60,20 @@ def compare(
     result = run_sweep(store, problem, used, experiment, folder, [seed], on_trial)
     write_results(result, folder)
     return result
+
+
+def enough(result: SweepResult) -> SettingResult | None:
+    """Return the cheapest method, by the time it takes to predict, whose score lies within the best's interval.
+
+    None if every training diverged.
+    """
+    metric = result.metrics[0]
+    whole = [setting for setting in result.settings if setting.interval and setting.costs]
+    if not whole:
+        return None
+    low, _ = max(whole, key=lambda setting: setting.mean(metric)).interval or (0.0, 0.0)
+    near = [setting for setting in whole if setting.mean(metric) >= low]
+    return min(near, key=lambda setting: setting.costs.ms_per_item if setting.costs else 0.0)
 
 
 def default_pool(store: FeatureStore, encoders: Sequence[str], views: Any) -> str:

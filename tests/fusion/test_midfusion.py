@@ -330,7 +330,9 @@ def test_starts_without_a_bias_between_modalities():
 
 def test_what_joins_starts_at_the_scale_of_the_embedding():
     torch.manual_seed(0)
-    fusion = MidFusion({"image_tokens": SequenceWidth(100, 50), "text_ids": SequenceWidth(200, 50)}, C, Linear)
+    fusion = MidFusion(
+        {"image_tokens": SequenceWidth(100, 50), "text_ids": SequenceWidth(200, 50)}, C, Linear, text_view="ids"
+    )
     mask = torch.ones(4, 50, dtype=torch.bool)
     features = {"image_tokens": torch.randn(4, 50, 100), "text_ids": torch.randint(200, (4, 50))}
     for modality in ("image", "text"):

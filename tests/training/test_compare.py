@@ -12,7 +12,7 @@ from cachefuse.errors import CacheError, ConfigError, UnknownNameError
 from cachefuse.fusion import FUSIONS
 from cachefuse.registry import lookup
 from cachefuse.training import costs
-from cachefuse.training.compare import METHODS, compare, default_pool
+from cachefuse.training.compare import METHODS, compare, default_pool, enough
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.costs import measure_costs
 from cachefuse.training.presets import preset, preset_views
@@ -264,3 +264,21 @@ def test_settings_are_those_of_every_fusion():
         assert set(config.fusion_options) == set(lookup(FUSIONS, name, "fusion").options())
         assert None not in (config.epochs, config.batch_size, config.lr, config.dropout)
     assert parse_setting({"fusion_options": {"depth": "3"}}) == {"fusion_options": {"depth": "3"}}
+
+
+def test_the_cheapest_within_the_interval_of_the_best_is_enough(toy_store, folder):
+    result = compare(toy_store(), folder=folder, methods=["image", "text", "sum"], **QUICK)
+
+    def setting(of, score, low, ms):
+        trial = replace(
+            of.trials[0], metrics={result.metrics[0]: score}, interval=(low, score + 0.1),
+            costs=replace(of.trials[0].costs, ms_per_item=ms),
+        )  # fmt: skip
+        return replace(of, trials=(trial,))
+
+    image, text, both = result.settings
+    figures = [setting(image, 0.5, 0.4, 0.1), setting(text, 0.75, 0.6, 0.2), setting(both, 0.8, 0.7, 0.9)]
+    assert enough(replace(result, settings=tuple(figures))).config.fusion == "text"
+    figures[1] = setting(text, 0.69, 0.6, 0.2)
+    assert enough(replace(result, settings=tuple(figures))).config.fusion == "sum"
+    assert enough(replace(result, settings=())) is None

@@ -1,0 +1,53 @@
+"""`cachefuse compare`, on a terminal of 80 columns."""
+
+import json
+import re
+
+import pytest
+
+from cachefuse.training import costs
+
+QUICK = ("compare", "--methods", "image,text,sum,tirg", "--folds", "2", "--epochs", "1")
+
+
+@pytest.fixture(autouse=True)
+def hurried(monkeypatch):
+    monkeypatch.setattr(costs, "SECONDS", 0.0)
+    monkeypatch.setattr(costs, "TIMES", 1)
+    monkeypatch.setattr("cachefuse.training.sweep.RESAMPLES", 20)
+
+
+def test_a_table_of_what_to_choose_from(cachefuse, workspace, fits):
+    result = cachefuse(*QUICK)
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0].strip() == "mine: 2 folds, 1 epochs of 64 rows a step"
+    assert lines[1].strip() == "one seed, 120 rows of oof"
+    heads = ["fusion", "micro-F1", "95%", "macro-F1", "s", "parameters", "MB", "ms/item", "steps/s"]
+    assert lines[2].split() == heads
+    for name, line in zip(("image", "text", "sum", "tirg"), lines[3:7], strict=True):
+        assert re.match(rf"{name} +0\.\d+ +\.\d+-\.\d+ +0\.\d+ +[\d.]+ +[\d.]+M +[\d.]+ +[\d.e-]+ +[\d.e+]+$", line)
+    assert re.match(r"(image|text|sum|tirg) is enough: micro-F1 0\.\d+, (within|no cheaper)", lines[-2])
+    assert re.fullmatch(r"next  cachefuse train-head --fusion \w+", lines[-1])
+    fits("\n".join(lines[:8]))
+    again = cachefuse(*QUICK, "--json")
+    values = json.loads(again.out)
+    assert values["enough"] in ("image", "text", "sum", "tirg")
+    assert [setting["setting"]["fusion"] for setting in values["sweeps"][0]["settings"]] == QUICK[2].split(",")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--methods", "smu"), "unknown fusion 'smu' (did you mean 'sum'?)"),
+        (("--methods", ""), "unknown fusion ''"),
+        (("--folds", "1"), "folds must be 0 for none, or at least 2"),
+        (("--epochs", "0"), "epochs must be between 1 and"),
+        ((), "workspace/cache/mine.zarr holds no tokens of image; make them with cachefuse extract --dataset mine"),
+        (("--dataset", "nothing"), ""),
+    ],
+)
+def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):
+    result = cachefuse("compare", *args)
+    assert result.code == 1
+    assert result.error.startswith(message)
