@@ -1,7 +1,10 @@
 """How good a run is on labelled rows of its store: figures with bootstrap intervals, those of each class, ablations."""
 
-from collections.abc import Callable, Collection
+import csv
+import io
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,8 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError, RunError
 from cachefuse.fusion.base import modalities_of
-from cachefuse.metrics import bootstrap_intervals, evaluation_metrics
+from cachefuse.metrics import TaskSlice, bootstrap_intervals, evaluation_metrics
+from cachefuse.runtime import write_atomically
 from cachefuse.training.measure import HeldOut, figures
 from cachefuse.training.problem import TRAIN, VAL, Problem
 from cachefuse.training.run import Run, split_digest
@@ -25,9 +29,11 @@ class Evaluation:
 
     ``intervals`` are (low, high) by metric, ``per_class`` (C,) by figure. Where fusions of the run weigh the
     modalities (gated, cma), ``gates`` are their mean weights, and ``gates_per_class`` (C,) those over each class's
-    positive rows. ``caution``
-    says why the figures may tell little of new rows. They are of ``rows`` (n,), numbers in the store, with targets and
-    predictions (n, C) bool, and scores (n, C).
+    positive rows. ``caution`` says why the figures may tell little of new rows. They are of ``rows`` (n,), numbers in
+    the store, with targets and predictions (n, C) bool, and scores (n, C).
+
+    There are K ``tasks``; ``labelled`` (n, K) bool says which rows have the label of each, and ``weights`` (n, K, M)
+    how much each of the modalities in ``gates`` counts in each row for each task.
     """
 
     run: str
@@ -46,10 +52,49 @@ class Evaluation:
     targets: np.ndarray = field(compare=False, repr=False)
     scores: np.ndarray = field(compare=False, repr=False)
     predictions: np.ndarray = field(compare=False, repr=False)
+    tasks: tuple[TaskSlice, ...] = field(default=(), repr=False)
+    labelled: np.ndarray = field(default_factory=lambda: np.empty((0, 0), bool), compare=False, repr=False)
+    weights: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0)), compare=False, repr=False)
+
+    @property
+    def several(self) -> bool:
+        """Whether the dataset declares tasks, each of which is to be looked at by itself."""
+        return any(task.name for task in self.tasks)
+
+    def of_task(self, task: TaskSlice) -> "Evaluation":
+        """Return one task's part: of the rows that have its label, as if there were no other."""
+        k, own = self.tasks.index(task), task.columns
+        rows = self.labelled[:, k]
+        weights = self.weights[rows, k : k + 1]  # (n_k, 1, M)
+
+        def mine(values: dict[str, Any]) -> dict[str, Any]:
+            own_names = {name: name.removeprefix(task.named("")) for name in values if name.startswith(task.named(""))}
+            return {short: values[name] for name, short in own_names.items()}
+
+        return replace(
+            self,
+            n_rows=int(rows.sum()),
+            classes=tuple(map(task.own_class, self.classes[own])),
+            metrics=mine(self.metrics),
+            intervals=mine(self.intervals),
+            per_class={name: values[own] for name, values in self.per_class.items()},
+            gates={m: _mean(weights[..., i]) for i, m in enumerate(self.gates)},
+            gates_per_class={m: values[own] for m, values in self.gates_per_class.items()},
+            rows=self.rows[rows],
+            targets=self.targets[rows, own],
+            scores=self.scores[rows, own],
+            predictions=self.predictions[rows, own],
+            tasks=(replace(task, name="", columns=slice(0, task.n_classes)),),
+            labelled=np.ones((int(rows.sum()), 1), bool),
+            weights=weights,
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the figures and what they are of, but not the rows one by one."""
-        return {name: value for name, value in vars(self).items() if not isinstance(value, np.ndarray)}
+        """Return the figures and what they are of, but not the rows one by one; with those of several tasks by name."""
+        found = {name: x for name, x in vars(self).items() if name != "tasks" and not isinstance(x, np.ndarray)}
+        if self.several:
+            found["tasks"] = {task.name: self.of_task(task).as_dict() for task in self.tasks}
+        return found
 
 
 def evaluate(
@@ -85,6 +130,7 @@ def evaluate(
         task=run.task,
         metrics=manifest.reported_metrics,
         min_labels=manifest.min_labels,
+        tasks=run.tasks,
     )
     changed = split_digest(store) != run.split_digest
     caution = None
@@ -96,12 +142,13 @@ def evaluate(
         caution = _caution(run, split, changed)
         scores = run.scores(tables, rows)
         predictions = run.decide(scores)
-    names = tuple(dict.fromkeys((*problem.metrics, *evaluation_metrics(run.task, len(run.classes)))))
-    result = figures(replace(problem, metrics=names), rows, scores, predictions)
-    targets, intervals = problem.targets(rows), {}
+    usual = (t.named(name) for t in problem.tasks for name in evaluation_metrics(t.kind, t.n_classes))
+    problem = replace(problem, metrics=tuple(dict.fromkeys((*problem.metrics, *usual))))
+    result = figures(problem, rows, scores, predictions)
+    targets, names, intervals = problem.targets(rows), problem.metrics, {}
     if n_resamples:
         intervals = bootstrap_intervals(targets, scores, predictions, names, n_resamples, seed, on_progress=on_progress)
-    weights = _gates(run, tables, rows)
+    weights = _weights(run, tables, rows)
     return Evaluation(
         run=run.name,
         dataset=store.dataset,
@@ -110,16 +157,34 @@ def evaluate(
         n_rows=result.n_rows,
         classes=run.classes,
         metrics=result.metrics,
-        intervals=intervals,
+        intervals={str(name): ends for name, ends in intervals.items()},
         per_class=result.per_class,
         gates={modality: float(values.mean()) for modality, values in weights.items()},
-        gates_per_class={modality: _mean_by_class(targets, values) for modality, values in weights.items()},
+        gates_per_class={modality: _mean_by_class(targets, values, run.tasks) for modality, values in weights.items()},
         caution=caution,
         rows=rows.cpu().numpy(),
         targets=targets > 0,
         scores=scores,
         predictions=predictions,
+        tasks=run.tasks,
+        labelled=np.stack([task.labelled(targets) for task in run.tasks], axis=1),
+        weights=np.stack([*weights.values()], axis=-1) if weights else np.empty((len(rows), len(run.tasks), 0)),
     )
+
+
+def write_gates(found: Evaluation, store: FeatureStore, path: Path) -> None:
+    """Write how much each modality counts in each row, for each of several tasks, to a csv file: id, color.image, ...
+
+    Raises RunError if no fusion of the run weighs modalities.
+    """
+    if not found.gates:
+        raise RunError(f"run {found.run} does not weigh modalities, as the fusions gated and cma do")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["id", *(task.named(modality) for task in found.tasks for modality in found.gates)])
+    for row, weights in zip(found.rows, found.weights.reshape(len(found.rows), -1), strict=True):
+        writer.writerow([store.ids[row], *(f"{weight:.4f}" for weight in weights)])
+    write_atomically(path, text.getvalue().encode("utf-8"))
 
 
 def _means_held_out(held: HeldOut, split: str | None, changed: bool) -> bool:
@@ -164,20 +229,28 @@ def _caution(run: Run, split: str, changed: bool) -> str | None:
 
 
 @torch.inference_mode()
-def _gates(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:
-    """Return how much each modality counts in each of some rows (n,), on average over the members that weigh them."""
+def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:
+    """Return how much each modality counts in each of some rows (n,) for each task, (n, K).
+
+    It is the average over the members that weigh modalities; one that does so once does it for all tasks.
+    """
     weighing = [member for member in run.members if hasattr(member.model.fusion, "weights")]
     total = sum(member.weight for member in weighing)
     means: dict[str, np.ndarray] = {}
     for member in weighing:
         table = tables(member)
         model = member.model.to(table.targets.device).eval()
-        weights = table.map(model.modality_weights, rows.to(table.targets.device)).double().numpy()  # (n, M)
+        found = table.map(model.modality_weights, rows.to(table.targets.device)).double().numpy()
+        by_task = found if found.ndim == 3 else np.repeat(found[:, None], len(run.tasks), axis=1)  # (n, K, M)
         for m, modality in enumerate(modalities_of(model.widths)):
-            means[modality] = means.get(modality, 0) + member.weight / total * weights[:, m]
+            means[modality] = means.get(modality, 0) + member.weight / total * by_task[..., m]
     return means
 
 
-def _mean_by_class(targets: np.ndarray, values: np.ndarray) -> list[float]:
-    """Return the mean of values (n,) over the positive rows of each class, (C,); NaN where there are none."""
-    return [float(values[positive].mean()) if positive.any() else float("nan") for positive in targets.T > 0]
+def _mean_by_class(targets: np.ndarray, values: np.ndarray, tasks: Sequence[TaskSlice]) -> list[float]:
+    """Return the mean of a task's values, of (n, K), over the positive rows of each class, (C,); NaN without any."""
+    return [_mean(values[targets[:, c] > 0, k]) for k, task in enumerate(tasks) for c in task.numbers]
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if values.size else float("nan")

@@ -6,7 +6,7 @@ is finite wherever the logits are. ``reduction`` is "mean", "sum" or "none".
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,25 @@ def build_loss(
         return _reduce(each * torch.where(targets > 0, present, absent), reduction)
 
     return weighted
+
+
+def per_task(
+    losses: Sequence[tuple[slice, Callable[[Tensor, Tensor], Tensor]]],
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return ``loss(logits, targets)`` of several tasks: the mean of each one's, given with its columns of (B, C).
+
+    A task's loss is over the rows that have its label, those whose targets in its columns are not -1; 0 if none has.
+    """
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        total = logits.sum() * 0  # has a gradient, and the logits' device, also where no row has any label
+        for columns, own in losses:
+            here = targets[:, columns.start] >= 0  # (B,)
+            if here.any():
+                total = total + own(logits[here, columns], targets[here, columns])
+        return total / len(losses)
+
+    return loss
 
 
 def class_weights(targets: Tensor, kind: str, task: str) -> Tensor:

@@ -22,6 +22,7 @@ from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower, is_derived
 from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.fusion.base import IDS, TOKENS, split_name
+from cachefuse.metrics import TaskSlice
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FLAT, FeatureTable, stored_views
 from cachefuse.training.run import Member, Run
@@ -34,16 +35,27 @@ Asked = tuple[str, UsedFeatures]  # features by name, of one encoder
 
 @dataclass(frozen=True)
 class Predictions:
-    """n rows: ids, scores (n, C) between 0 and 1, and the labels decided on, (n, C) bool, in class order."""
+    """n rows: ids, scores (n, C) between 0 and 1, and the labels decided on, (n, C) bool, in class order.
+
+    ``tasks`` are the several that there may be, whose classes are called "color=red".
+    """
 
     ids: list[str]
     classes: tuple[str, ...]
     scores: np.ndarray
     labels: np.ndarray
+    tasks: tuple[TaskSlice, ...] = ()
 
     def names(self, row: int) -> list[str]:
         """Return the labels of a row, in class order."""
         return [self.classes[c] for c in np.flatnonzero(self.labels[row])]
+
+    def by_task(self, row: int) -> dict[str, list[str]]:
+        """Return the labels of a row for each of several tasks, {"color": ["red"]}."""
+        return {
+            task.name: [task.own_class(self.classes[c]) for c in task.numbers[self.labels[row, task.columns]]]
+            for task in self.tasks
+        }
 
 
 def predict_split(run: Run, store: FeatureStore, split: str | None = None, *, device: str = "auto") -> Predictions:
@@ -167,7 +179,7 @@ def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
 
 def _predict(run: Run, table_of: Callable[[Member], FeatureTable], rows: np.ndarray, ids: list[str]) -> Predictions:
     scores = run.scores(table_of, torch.from_numpy(rows))
-    return Predictions(ids, run.classes, scores, run.decide(scores))
+    return Predictions(ids, run.classes, scores, run.decide(scores), tuple(task for task in run.tasks if task.name))
 
 
 def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: UsedFeatures) -> Tower:

@@ -42,6 +42,7 @@ SCHEDULES = {
     "cosine": "cachefuse.training.optim:cosine",
     "onecycle": "cachefuse.training.optim:onecycle",
 }
+MEAN = "mean"  # of several tasks' main metrics
 METRIC_TITLES = {
     "micro_f1": "micro-F1", "macro_f1": "macro-F1", "samples_f1": "samples-F1", "weighted_f1": "weighted-F1",
     "macro_ap": "macro-AP", "micro_ap": "micro-AP", "accuracy": "accuracy", "exact_match": "exact match",
@@ -71,5 +72,6 @@ def resolve(entry: Any) -> Any:
 
 
 def metric_title(name: str) -> str:
-    """Return what tables call a metric."""
-    return METRIC_TITLES.get(name, name)
+    """Return what tables call a metric; that of one of several tasks begins with its name."""
+    task, _, metric = name.rpartition(".")
+    return f"{task} {METRIC_TITLES.get(metric, metric)}".lstrip()

@@ -3,6 +3,7 @@
 import csv
 import io
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 
 from cachefuse.data.manifest import Manifest
@@ -15,22 +16,26 @@ from cachefuse.runtime import write_atomically
 def write_submission(
     predictions: Predictions, manifest: Manifest, path: Path, sample_submission: Path | None = None
 ) -> Path:
-    """Write predictions in the manifest's format: one row an id, its labels in class order.
+    """Write predictions in the manifest's format: one row an id, its labels in class order; a column for each task.
 
     Rows stand in the order of the test file, or of ``sample_submission`` if one is given. Raises SubmissionError, and
     writes nothing, if an id occurs twice, a row has too few labels, or the rows are not those of the sample.
     """
     check_target(path)
     columns = manifest.submission
-    rows = {sample: predictions.names(i) for i, sample in enumerate(predictions.ids)}
+    names = tuple(task.name for task in predictions.tasks) or (columns.labels,)
+    rows = {
+        sample: list(predictions.by_task(i).values()) or [predictions.names(i)]
+        for i, sample in enumerate(predictions.ids)
+    }
     _check(predictions, manifest)
     order = predictions.ids
     if sample_submission is not None:
-        order = _check_sample(sample_submission, (columns.id, columns.labels), rows)
+        order = _check_sample(sample_submission, (columns.id, *names), rows)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([columns.id, columns.labels])
-    writer.writerows([sample, columns.separator.join(rows[sample])] for sample in order)
+    writer.writerow([columns.id, *names])
+    writer.writerows([sample, *(columns.separator.join(labels) for labels in rows[sample])] for sample in order)
     write_atomically(path, text.getvalue().encode("utf-8"))
     return path
 
@@ -47,19 +52,25 @@ def _check(predictions: Predictions, manifest: Manifest) -> None:
     repeated = [sample for sample, n in Counter(predictions.ids).items() if n > 1]
     if repeated:
         raise SubmissionError(f"id {repeated[0]!r} would be in the submission twice")
-    least = 1 if manifest.task == "multiclass" else manifest.min_labels
-    for i, n in enumerate(predictions.labels.sum(axis=1).tolist()):
-        if n < least:
-            raise SubmissionError(f"row {predictions.ids[i]!r} has {n} labels; the task asks for at least {least}")
-    for name in predictions.classes:
-        if len(predictions.classes) > 1 and manifest.submission.separator in name and manifest.task == "multilabel":
-            raise SubmissionError(
-                f"class {name!r} contains the separator {manifest.submission.separator!r}; set another in the "
-                f"manifest's [submission]"
-            )
+    for task in manifest.task_slices(predictions.classes):
+        least = 1 if task.kind == "multiclass" else task.min_labels
+        for i, n in enumerate(predictions.labels[:, task.columns].sum(axis=1).tolist()):
+            if n < least:
+                of = f"task {task.name}" if task.name else "the task"
+                raise SubmissionError(f"row {predictions.ids[i]!r} has {n} labels; {of} asks for at least {least}")
+        for name in predictions.classes[task.columns]:
+            if (
+                task.n_classes > 1
+                and manifest.submission.separator in task.own_class(name)
+                and task.kind == "multilabel"
+            ):
+                raise SubmissionError(
+                    f"class {name!r} contains the separator {manifest.submission.separator!r}; set another in the "
+                    f"manifest's [submission]"
+                )
 
 
-def _check_sample(path: Path, columns: tuple[str, str], rows: dict[str, list[str]]) -> list[str]:
+def _check_sample(path: Path, columns: tuple[str, ...], rows: Collection[str]) -> list[str]:
     """Return the sample's ids in its order, once they are found to be the predicted ones."""
     if not path.is_file():
         raise SubmissionError(f"no sample submission at {path}")
@@ -72,7 +83,7 @@ def _check_sample(path: Path, columns: tuple[str, str], rows: dict[str, list[str
     for problem, wrong in (
         ("lists an id twice", [name for name, n in Counter(ids).items() if n > 1]),
         ("has ids that are not predicted", [name for name in ids if name not in rows]),
-        ("lacks ids that are predicted", sorted(rows.keys() - set(ids))),
+        ("lacks ids that are predicted", sorted(set(rows) - set(ids))),
     ):
         if wrong:
             raise SubmissionError(f"{path.name} {problem}: {len(wrong):,}, such as {wrong[0]!r}")

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cachefuse.metrics import LOWER_IS_BETTER
-from cachefuse.registry import metric_title
+from cachefuse.metrics import LOWER_IS_BETTER, headline
+from cachefuse.registry import MEAN, metric_title
 from cachefuse.training.config import as_text
 from cachefuse_cli.render import MAX_CLASSES, new_table, out
 
@@ -31,15 +32,30 @@ def evaluation_dict(everything: "Evaluation", ablated: "Evaluation | None") -> d
 
 
 def evaluation_report(everything: "Evaluation", ablated: "Evaluation | None") -> None:
-    """Metrics with their intervals, figures a class, the gates' weights; or what is lost without some modalities."""
+    """Metrics with their intervals, figures a class, the gates' weights; or what is lost without some modalities.
+
+    All of it for each of several tasks.
+    """
     console = out()
     console.print(Text(f"{everything.dataset}, {everything.split}: {everything.n_rows:,} rows", style="dim"))
+    if not everything.several:
+        _report(console, everything, ablated)
+        return
+    mean = _ablation(everything, ablated, [MEAN]) if ablated else _metrics(everything, [MEAN])
+    console.print(mean)
+    for task in everything.tasks:
+        own = everything.of_task(task)
+        console.print(f"\n[bold]{escape(task.name)}[/] [dim]({own.n_rows:,} rows have its label)[/]")
+        _report(console, own, None if ablated is None else ablated.of_task(task))
+
+
+def _report(console: Console, everything: "Evaluation", ablated: "Evaluation | None") -> None:
     order, which = _order(everything)
     if ablated is None:
-        console.print(_metrics(everything))
+        console.print(_metrics(everything, list(everything.metrics)))
         console.print(_per_class(everything, order, which))
     else:
-        console.print(_ablation(everything, ablated))
+        console.print(_ablation(everything, ablated, list(everything.metrics)))
         console.print(_ablation_per_class(everything, ablated, order, which))
     if everything.gates:
         console.print(_gates(everything, order))
@@ -54,10 +70,10 @@ def _order(found: "Evaluation") -> tuple[list[int], str]:
     return order, f"classes, the {MAX_CLASSES} lowest F1 of {len(found.classes)}"
 
 
-def _metrics(found: "Evaluation") -> Table:
+def _metrics(found: "Evaluation", names: Sequence[str]) -> Table:
     columns = ["value", *(["95% interval"] if found.intervals else [])]
     table = new_table("metric", *columns, numbers=len(columns))
-    for name in found.metrics:
+    for name in names:
         table.add_row(metric_title(name), *_value(found, name))
     return table
 
@@ -70,12 +86,13 @@ def _per_class(found: "Evaluation", order: Sequence[int], which: str) -> Table:
     return table
 
 
-def _ablation(everything: "Evaluation", ablated: "Evaluation") -> Table:
+def _ablation(everything: "Evaluation", ablated: "Evaluation", names: Sequence[str]) -> Table:
     columns = "with everything", _without(ablated), "difference"
     table = new_table("metric", *columns, numbers=3)
-    for name, lost in _differences(everything, ablated).items():
+    lost = _differences(everything, ablated)
+    for name in names:
         values = (" ".join(_value(found, name)) for found in (everything, ablated))
-        table.add_row(metric_title(name), *values, _signed(lost))
+        table.add_row(metric_title(name), *values, _signed(lost[name]))
     return table
 
 
@@ -104,7 +121,7 @@ def runs_report(found: "Sequence[RunSummary]") -> None:
     console = out()
     for dataset in dict.fromkeys(run.dataset for run in found):
         runs = [run for run in found if run.dataset == dataset]
-        names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+        names = list(dict.fromkeys(name for run in runs for name in headline(run.metrics)))
         titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
         title = f"{escape(dataset)}: {len(runs):,} run{'s' * (len(runs) > 1)}, measured on rows held out"
         table = new_table("run", "rows", *titles, "MB", numbers=len(names) + 2, title=title)
@@ -124,7 +141,7 @@ def runs_report(found: "Sequence[RunSummary]") -> None:
 def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
     """The runs and their ensemble on the rows held out; the best of each column stands out where those are the same."""
     console = out()
-    names = joined.manifest.reported_metrics
+    names = headline(joined.manifest.reported_metrics)
     everyone = [*runs, joined]
     metrics = [{} if run.held is None else run.metrics.get(run.held.split, {}) for run in everyone]
     best = {name: _best(name, metrics) for name in names} if joined.held is not None else {}
@@ -147,7 +164,7 @@ def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
 
 def _best(name: str, metrics: Sequence[dict[str, float]]) -> float | None:
     values = [reached[name] for reached in metrics if not math.isnan(reached.get(name, math.nan))]
-    return (min if name in LOWER_IS_BETTER else max)(values, default=None)
+    return (min if name.rpartition(".")[2] in LOWER_IS_BETTER else max)(values, default=None)
 
 
 def _differences(everything: "Evaluation", ablated: "Evaluation") -> dict[str, float]:

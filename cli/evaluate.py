@@ -18,6 +18,10 @@ def evaluate(
         list[str] | None, typer.Option(metavar="MODALITY", help="As if no row had it; repeatable.")
     ] = None,
     intervals: Annotated[bool, typer.Option(help="95% intervals, by the bootstrap.")] = True,
+    gates: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write how much each modality counts in each row (gated, cma); a csv file."),
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Another dataset, with the same features.", show_default="the run's own"),
@@ -41,7 +45,7 @@ def evaluate(
         if kind_of(read_json(found / "run.json")) == ALIGNMENT:
             _evaluate_alignment(found, split, without, dataset, device, workspace, json)
         else:
-            _evaluate_head(found, split, without, intervals, dataset, device, workspace, json)
+            _evaluate_head(found, split, without, intervals, gates, dataset, device, workspace, json)
 
 
 def _evaluate_head(
@@ -49,6 +53,7 @@ def _evaluate_head(
     split: str | None,
     without: list[str] | None,
     intervals: bool,
+    gates: Path | None,
     dataset: str | None,
     device: str,
     workspace: Path,
@@ -58,6 +63,7 @@ def _evaluate_head(
 
     with render.status("loading the run"):
         from cachefuse.evaluation import evaluate as run_evaluate
+        from cachefuse.evaluation import write_gates
         from cachefuse.training.run import Run
         from cachefuse_cli import eval_tables
         from cachefuse_cli.options import open_store
@@ -80,6 +86,9 @@ def _evaluate_head(
         everything = measure()
     if everything.caution:
         render.note(everything.caution)
+    if gates is not None:
+        write_gates(ablated or everything, store, gates)
+        render.note(f"wrote {gates}")
     if json:
         render.print_json(eval_tables.evaluation_dict(everything, ablated))
     else:

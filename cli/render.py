@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cachefuse.registry import metric_title
+from cachefuse.registry import MEAN, metric_title
 
 if TYPE_CHECKING:
     from cachefuse.cache.extract import ExtractReport
@@ -147,6 +147,7 @@ def extract_dict(report: "ExtractReport") -> dict[str, Any]:
 
 NEXT = {
     "retrieval": "cachefuse align, with two encoders",
+    "vqa": "cachefuse inspect",
     "similarity": "cachefuse similarity",
     "paraphrase": "cachefuse similarity",
 }
@@ -195,19 +196,38 @@ def run_report(run: "Run") -> None:
     """Metrics a split, figures a class on the split that counts, the model's size and time, and what to do next."""
     console = out()
     run_line(run)
-    names = list(next(iter(run.metrics.values())))
-    table = new_table("split", "rows", *(metric_title(name) for name in names), numbers=len(names) + 1)
-    for split, result in run.results.items():
-        table.add_row(split, f"{result.n_rows:,}", *(_figure(result.metrics[name]) for name in names))
-    console.print(table)
+    console.print(_by_task(run) if run.several else _by_split(run))
     _per_class(console, run, list(run.metrics)[:2][-1] if run.held is None else run.held.split)
     models = f"{len(run.members)} models of together " if len(run.members) > 1 else ""
     console.print(f"{models}{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s{_epochs(run)}")
     if (run.thresholds != 0.5).any():
-        low, high = run.thresholds.min(), run.thresholds.max()
+        chosen = [x for task in run.tasks if task.kind == "multilabel" for x in run.thresholds[task.columns]]
+        low, high = min(chosen), max(chosen)
         console.print(f"a label's score must reach {low:.3f}" + (f" to {high:.3f}, by class" if low < high else ""))
     console.print(Text.assemble(("run   ", "dim"), str(run.path)), soft_wrap=True)
     console.print(Text.assemble(("next  ", "dim"), "cachefuse predict"), soft_wrap=True)
+
+
+def _by_split(run: "Run") -> Table:
+    names = list(next(iter(run.metrics.values())))
+    table = new_table("split", "rows", *(metric_title(name) for name in names), numbers=len(names) + 1)
+    for split, result in run.results.items():
+        table.add_row(split, f"{result.n_rows:,}", *(_figure(result.metrics[name]) for name in names))
+    return table
+
+
+def _by_task(run: "Run") -> Table:
+    """Of each split the mean of the tasks' first metrics, then a row for each task; some kinds lack some metrics."""
+    every = next(iter(run.metrics.values()))
+    names = list(dict.fromkeys(name.partition(".")[2] for name in every if "." in name))
+    titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
+    table = new_table("split", "task", MEAN, *titles, numbers=len(names) + 1)
+    for split, result in run.results.items():
+        table.add_row(split, f"[dim]{result.n_rows:,} rows[/]", _figure(result.metrics[MEAN]))
+        for task in run.tasks:
+            figures = (result.metrics.get(task.named(name)) for name in names)
+            table.add_row("", escape(task.name), "", *("" if x is None else _figure(x) for x in figures))
+    return table
 
 
 def _epochs(run: "Run") -> str:
@@ -252,14 +272,17 @@ def page_written(path: Path) -> None:
 def prediction(predictions: "Predictions", *, as_json: bool) -> None:
     """One new sample's labels and its likeliest classes."""
     scores, chosen = predictions.scores[0], predictions.labels[0]
-    order = sorted(range(len(scores)), key=lambda c: -scores[c])
+    groups = [task.numbers.tolist() for task in predictions.tasks] or [range(len(scores))]
+    order = [sorted(group, key=lambda c: -scores[c]) for group in groups]
     if as_json:
-        ranked = {predictions.classes[c]: float(scores[c]) for c in order}
-        print_json({"labels": predictions.names(0), "scores": ranked})
+        ranked = {predictions.classes[c]: float(scores[c]) for group in order for c in group}
+        by_task = {"tasks": predictions.by_task(0)} if predictions.tasks else {}
+        print_json({"labels": predictions.names(0), **by_task, "scores": ranked})
         return
     table = new_table("class", "score", "label", numbers=1)
-    for c in order[: max(10, int(chosen.sum()))]:
-        table.add_row(escape(predictions.classes[c]), f"{scores[c]:.3f}", "[green]yes[/]" if chosen[c] else "")
+    for group in order:
+        for c in group[: max(10 // len(order), int(chosen[group].sum()))]:
+            table.add_row(escape(predictions.classes[c]), f"{scores[c]:.3f}", "[green]yes[/]" if chosen[c] else "")
     out().print(table)
 
 

@@ -13,7 +13,11 @@ from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, SCHEDULES
 from cachefuse.training.config import TrainConfig
 
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"
-EXAMPLES = {"fusion": "depth=2", "loss": "gamma=2"}
+GIVEN = {
+    "fusion": "fusion-options are given as depth=2",
+    "loss": "loss-options are given as gamma=2",
+    "shuffle": "shuffle is given as text=0.5",
+}
 
 
 def choices(table: Iterable[str]) -> str:
@@ -31,17 +35,23 @@ OPTIONS = {
     "fusion": option(str, MODEL, "NAME", choices(FUSIONS)),
     "fusion_options": option(
         list[str] | None, MODEL, "KEY=X",
-        "cma: depth 2, width 384, heads 6, dropout 0.1; tirg: query image, width 512.",
+        "cma: depth 2, width 256, heads 4, dropout 0.1, pool; lit: grid, text_model; midfusion: fusion_spec, pool, "
+        "depth 4, width 256, decoder_layers 0, t5; tirg: query image, width 512.",
     ),
     "without": option(
-        list[str] | None, MODEL, "PART", "Leave a part out. cma: modality-attention, sequence-attention."
+        list[str] | None, MODEL, "PART",
+        "Leave a part out. cma: modality-attention, sequence-attention; lit: tirg, image.",
     ),
     "scheme": option(str, MODEL, "NAME", "joint, or staged: each head alone, then what joins them."),
+    "stages": option(str | None, MODEL, "LIST", "cma: warm-up,tuning, the latter of attentions and heads.", "one"),
     "head": option(str, MODEL, "NAME", choices(HEADS)),
     "layers": option(str | None, MODEL, "LIST", "Hidden widths: 2048,512.", "512"),
     "activation": option(str, MODEL, "NAME", choices(ACTIVATIONS)),
-    "dropout": option(float | None, MODEL, "P", "In the head's hidden layers.", "0.8; cma: 0.2"),
+    "dropout": option(float | None, MODEL, "P", "In the head's hidden layers.", "0.8; over tokens: 0.2; lit: 0.1"),
     "modality_dropout": option(float, MODEL, "P", "Train without each modality in so many of the rows."),
+    "shuffle": option(
+        list[str] | None, TRAINING, "MODALITY=X", "Give a share of the rows another's: what if it is irrelevant?"
+    ),
     "loss": option(str | None, TRAINING, "NAME", choices(LOSSES), "asl, multi-class: ce"),
     "loss_options": option(
         list[str] | None, TRAINING, "KEY=X",
@@ -50,15 +60,19 @@ OPTIONS = {
     "class_weights": option(str, TRAINING, "NAME", "none, balanced, or effective (number of rows)."),
     "sampler": option(str, TRAINING, "NAME", "shuffle, or balanced: rows of rare classes more often."),
     "optimizer": option(str, TRAINING, "NAME", choices(OPTIMIZERS)),
-    "lr": option(float | None, TRAINING, "X", "Learning rate.", "1e-3, sgd: 0.05, lbfgs: 1; cma: 3e-4"),
+    "lr": option(
+        float | None, TRAINING, "X", "Learning rate.", "1e-3, sgd: 0.05, lbfgs: 1; over tokens: 3e-4; lit: 5e-5"
+    ),
     "schedule": option(str | None, TRAINING, "NAME", choices(SCHEDULES), "cosine; lbfgs: constant"),
     "weight_decay": option(
-        float | None, TRAINING, "X", "L2 penalty; apart from the gradient in adamw.", "0; lbfgs: 0.003; cma: 1e-4"
+        float | None, TRAINING, "X", "L2 penalty; apart from the gradient in adamw.",
+        "0; lbfgs: 0.003; cma, midfusion: 1e-4",
     ),
     "clip_norm": option(float, TRAINING, "X", "Clip the gradient's norm; 0: never."),
     "ema": option(float, TRAINING, "D", "Decay of averaged weights, such as 0.999; 0: none."),
-    "epochs": option(int | None, TRAINING, "N", "At most.", "50, or 500 steps; lbfgs: 20; cma: 15"),
-    "batch_size": option(str | None, TRAINING, "N", "Rows a step, or all.", "256; cma: 64"),
+    "epochs": option(int | None, TRAINING, "N", "At most.", "50, or 500 steps; lbfgs: 20; over tokens: 15; lit: 30"),
+    "batch_size": option(str | None, TRAINING, "N", "Rows a step, or all.", "256; over tokens: 64; lit: 128"),
+    "accumulate": option(int, TRAINING, "N", "Pass a step's rows in N parts, where they take too much memory."),
     "patience": option(int, TRAINING, "N", "Stop after N epochs without a better validation score; 0: never."),
     "monitor": option(str | None, TRAINING, "METRIC", "What that score is.", "the dataset's first"),
     "thresholds": option(
@@ -74,7 +88,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-DEFAULTS = {"layers": None, "batch_size": None, "loss_options": None, "fusion_options": None, "without": None}
+DEFAULTS = dict.fromkeys(("layers", "batch_size", "loss_options", "fusion_options", "without", "shuffle", "stages"))
 
 
 def takes(
@@ -121,13 +135,24 @@ def parse_config(given: Mapping[str, Any]) -> TrainConfig:
             "layers": _parse_layers(given["layers"]),
             "batch_size": _parse_batch_size(given["batch_size"]),
             "fusion_options": _parse_pairs(given["fusion_options"] or (), "fusion"),
+            "shuffle": {
+                name: _number(f"shuffle {name}", value)
+                for name, value in _parse_pairs(given["shuffle"] or (), "shuffle").items()
+            },
             "without": tuple(dict.fromkeys(given["without"] or ())),
+            "stages": tuple(name.strip() for name in (given["stages"] or "").split(",") if name.strip()),
             "loss_options": {
-                name: value if name == "reduction" else _number(name, value)
+                name: value if name == "reduction" else _number(f"loss option {name}", value)
                 for name, value in _parse_pairs(given["loss_options"] or (), "loss").items()
             },
         }
     )
+
+
+def given_options(context: typer.Context) -> list[str]:
+    """Return the settings of training that were given as options."""
+    sources = {field.name: context.get_parameter_source(field.name) for field in fields(TrainConfig)}
+    return [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]
 
 
 takes_config = takes(TrainConfig, OPTIONS, DEFAULTS, parse_config)
@@ -157,9 +182,9 @@ def _parse_pairs(texts: Sequence[str], of: str) -> dict[str, str]:
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals:
-            raise ConfigError(f"{of}-options are given as {EXAMPLES[of]}. Got {text!r} instead")
+            raise ConfigError(f"{GIVEN[of]}. Got {text!r} instead")
         if name in options:
-            raise ConfigError(f"{of} option {name} is given twice")
+            raise ConfigError(f"{of} {'' if of == 'shuffle' else 'option '}{name} is given twice")
         options[name] = value
     return options
 
@@ -168,4 +193,4 @@ def _number(name: str, text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ConfigError(f"loss option {name} must be a number. Got {text!r} instead") from None
+        raise ConfigError(f"{name} must be a number. Got {text!r} instead") from None

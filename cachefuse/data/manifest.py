@@ -16,8 +16,8 @@ from cachefuse.data.readers import READERS
 from cachefuse.data.readers.base import Reader
 from cachefuse.data.readers.table import TableReader
 from cachefuse.errors import ManifestError, UnknownNameError
-from cachefuse.metrics import MEAN, METRICS, TaskSlice, main_metric
-from cachefuse.registry import lookup
+from cachefuse.metrics import METRICS, TaskSlice, main_metric
+from cachefuse.registry import MEAN, lookup
 
 Task = Literal["multilabel", "multiclass", "retrieval", "similarity", "paraphrase", "vqa", "multitask"]
 MULTITASK = "multitask"

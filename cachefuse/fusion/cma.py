@@ -34,11 +34,9 @@ class CMAFusion(Fusion):
     """[c_1; ...; c_M; tokens_1; ...; tokens_M] -> transformer -> sum of lambda_m c'_m -> head -> logits.
 
     lambda = softmax(w . c'_m) over the modalities that are present, with one vector w for all; w starts at 0, so that
-    they count alike. Without modality attention they always do; without sequence attention c'_m is c_m, and no tokens
-    are read. ``pool`` ("image=mean:16") is how a modality's tokens are pooled before; the paper takes all.
-
-    Each of several ``tasks``, {name: classes} in the order of the logits' columns, has a vector w and a head of its
-    own. The stage "tuning" trains these alone, after "warm-up", in which all is trained.
+    they count alike. Without modality attention they always do; without sequence attention c'_m is the normalised c_m,
+    and no tokens are read. ``pool`` ("image=mean:16") is how a modality's tokens are pooled before; the paper takes
+    all. What lambda gives a modality may be what its class token has read in the other's tokens.
     """
 
     name = "cma"

@@ -5,7 +5,8 @@ are bool. All C classes count, whether or not they occur. What is not defined fo
 average over nothing is NaN. Importing this package imports no SciPy.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -31,29 +32,41 @@ from cachefuse.metrics.ranking import (
     recall_at_p90,
     recall_at_precision,
 )
-from cachefuse.registry import lookup
+from cachefuse.metrics.tasks import MeanOf, OfTask, TaskMetric, TaskSlice, decide_tasks
+from cachefuse.registry import MEAN, lookup
 
 __all__ = [
-    "LOWER_IS_BETTER", "METRICS", "bootstrap_intervals", "decide", "evaluation_metrics", "main_metric", "per_class",
+    "LOWER_IS_BETTER", "METRICS", "TaskSlice", "bind_metrics", "bootstrap_intervals", "decide", "decide_tasks",
+    "evaluation_metrics", "headline", "main_metric", "per_class", "per_task_class",
 ]  # fmt: skip
 
 CHUNK = 1 << 23  # numbers in the largest array that a bootstrap makes
 MAX_TOGETHER = 64  # resamples
 
-METRICS: dict[str, Metric] = {
-    "accuracy": Metric(accuracy),
-    "calibration_error": Metric(calibration_error),
-    "exact_match": Metric(accuracy),  # what it is called in multi-label tasks
-    "macro_ap": Metric(macro_ap),
-    "macro_f1": Metric(macro_f1),
-    "micro_ap": Metric(micro_ap),
-    "micro_f1": Metric(micro_f1),
-    "recall_at_p90": Metric(recall_at_p90),
-    "samples_f1": Metric(samples_f1),
-    "top5_accuracy": Metric(top5_accuracy),
-    "top_calibration_error": Metric(top_calibration_error),
-    "weighted_f1": Metric(weighted_f1),
-}
+
+class _Metrics(dict[str, Any]):
+    """Metrics by name; the name of one task's metric, which is in no table, knows it itself."""
+
+    def __missing__(self, name: str) -> Any:
+        return name.metric if isinstance(name, TaskMetric) else lookup(self, name, "metric")
+
+
+METRICS: dict[str, Any] = _Metrics(
+    {
+        "accuracy": Metric(accuracy),
+        "calibration_error": Metric(calibration_error),
+        "exact_match": Metric(accuracy),  # what it is called in multi-label tasks
+        "macro_ap": Metric(macro_ap),
+        "macro_f1": Metric(macro_f1),
+        "micro_ap": Metric(micro_ap),
+        "micro_f1": Metric(micro_f1),
+        "recall_at_p90": Metric(recall_at_p90),
+        "samples_f1": Metric(samples_f1),
+        "top5_accuracy": Metric(top5_accuracy),
+        "top_calibration_error": Metric(top_calibration_error),
+        "weighted_f1": Metric(weighted_f1),
+    }
+)
 LOWER_IS_BETTER = frozenset({"calibration_error", "top_calibration_error"})
 
 EVALUATION_METRICS = {
@@ -71,6 +84,37 @@ EVALUATION_METRICS = {
 def main_metric(names: Sequence[str]) -> str:
     """Return the metric to prefer a model by: the first that is higher for a better one."""
     return next((name for name in names if name not in LOWER_IS_BETTER), "accuracy")
+
+
+def headline(names: Iterable[str]) -> list[str]:
+    """Return those of a list of metrics that stand for all of it: of several tasks the mean, and the first of each."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(name.rpartition(".")[0] or name, name)
+    return list(first.values())
+
+
+def bind_metrics(names: Sequence[str], tasks: Sequence[TaskSlice]) -> tuple[str, ...]:
+    """Return names of metrics that know what they measure: "color.accuracy" that task's, "mean" the tasks' main ones.
+
+    The main metric of a task is the first of the names that is its own. Those of a dataset's only task are as they are.
+    Raises UnknownNameError for a task or a metric that is not there.
+    """
+    named = {task.name: task for task in tasks}
+    if "" in named:
+        return tuple(names)
+    own = {name: [full.removeprefix(f"{name}.") for full in names if full.startswith(f"{name}.")] for name in named}
+
+    def bind(name: str) -> TaskMetric:
+        if name == MEAN:
+            return TaskMetric(name, MeanOf(tuple(of_task(t, main_metric(own[t])) for t in named)))
+        task, _, metric = name.partition(".")
+        return TaskMetric(name, of_task(task, metric))
+
+    def of_task(task: str, metric: str) -> OfTask:
+        return OfTask(lookup(METRICS, metric, "metric").definition, lookup(named, task, "task"))
+
+    return tuple(bind(name) for name in names)
 
 
 def evaluation_metrics(task: str, n_classes: int) -> tuple[str, ...]:
@@ -101,6 +145,14 @@ def per_class(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) 
     }
 
 
+def per_task_class(
+    targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray, tasks: Sequence[TaskSlice]
+) -> dict[str, np.ndarray]:
+    """Return what ``per_class`` does, (C,) each: a class's figures are over the rows that have its task's label."""
+    found = [per_class(*task.own(targets, scores, predictions)) for task in tasks]
+    return {name: np.concatenate([figures[name] for figures in found]) for name in found[0]}
+
+
 def bootstrap_intervals(
     targets: np.ndarray,
     scores: np.ndarray,
@@ -122,7 +174,7 @@ def bootstrap_intervals(
     Raises UnknownNameError for an unknown metric, ConfigError for a level outside (0, 1) or no resamples, DataError as
     the metrics do.
     """
-    metrics: dict[str, Metric] = {name: lookup(METRICS, name, "metric") for name in names}
+    metrics: dict[str, Metric | MeanOf] = {name: METRICS[name] for name in names}
     if n_resamples < 1:
         raise ConfigError(f"n_resamples must be at least 1. Got {n_resamples} instead.")
     if not 0 < level < 1:

@@ -133,9 +133,12 @@ def _option(name: str, value: Any) -> list[str]:
     option = f"--{name.replace('_', '-')}"
     if value is True:
         return [option]
-    if name == "loss_options":
-        return [word for key, number in value.items() for word in (option, f"{key}={number}")]
-    if name == "layers":
+    if name in ("loss_options", "fusion_options", "shuffle"):
+        given = {key: x for key, x in value.items() if x != "" and not isinstance(x, dict | None)}  # others are found
+        return [word for key, x in given.items() for word in (option, f"{key}={x}")]
+    if name == "without":
+        return [word for part in value for word in (option, part)]
+    if name in ("layers", "stages"):
         return [option, ",".join(map(str, value))]
     return [option, "all" if (name, value) == ("batch_size", 0) else str(value)]
 

@@ -34,11 +34,22 @@ def training_charts(run: Run) -> list[Chart]:
     metric = long_title(monitors.pop() or run.manifest.main_metric) if len(monitors) == 1 else "score"
     averaged = any(epoch.raw_score is not None for history in histories for epoch in history.epochs)
     kept = "averaged weights (EMA)" if averaged else "validation"
-    charts = [
-        epochs_chart("Loss", loss, histories, {"loss": "training", "val_loss": kept}),
-        epochs_chart(f"Validation {metric}", metric, histories, {"raw_score": "weights as they are", "score": kept}),
-    ]
+    charts = []
+    for stage in ("",) if run.sources else run.config.stages or ("",):
+        own, of = [_in_stage(history, stage) for history in histories], f", {stage}" if stage else ""
+        names = {"raw_score": "weights as they are", "score": kept}
+        charts += [
+            epochs_chart(f"Loss{of}", loss, own, {"loss": "training", "val_loss": kept}),
+            epochs_chart(f"Validation {metric}{of}", metric, own, names),
+        ]
     return [chart for chart in charts if chart.paths]
+
+
+def _in_stage(history: History, stage: str) -> History:
+    """Return what a training was in one of its stages."""
+    if stage not in history.earlier:
+        return history  # the last
+    return History(history.earlier[stage], history.stages[stage])
 
 
 def epochs_chart(title: str, y_label: str, histories: list[History], names: dict[str, str]) -> Chart:

@@ -3,7 +3,7 @@
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -34,7 +34,7 @@ class Label:
 class Example:
     """One row: its labels and, where the raw data is at hand, its texts and its picture or why there is none.
 
-    ``more`` labels are not shown.
+    ``more`` labels are not shown. ``gates`` is how much each modality counts here, where the run weighs them.
     """
 
     id: str
@@ -44,6 +44,7 @@ class Example:
     texts: tuple[str, ...] = ()
     picture: str = ""
     no_picture: str = ""
+    gates: dict[str, float] = field(default_factory=dict)
 
 
 def row_losses(targets: np.ndarray, scores: np.ndarray, task: str) -> np.ndarray:
@@ -58,18 +59,20 @@ def worst_examples(
     task: str,
     ids: np.ndarray,
     dataset: Dataset | None = None,
+    most: int = N_EXAMPLES,
 ) -> list[Example]:
     """Return the wrong rows with the highest loss, worst first; ``ids`` (N,) are the store's, in its order."""
     losses = row_losses(measured.targets, measured.scores, task)
     wrong = np.flatnonzero((measured.targets != measured.predictions).any(axis=1))
-    worst = wrong[np.argsort(-losses[wrong], kind="stable")][:N_EXAMPLES]
+    worst = wrong[np.argsort(-losses[wrong], kind="stable")][:most]
     place = {} if dataset is None else {sample: i for i, sample in enumerate(dataset.ids)}
     examples = []
     for i in worst.tolist():
         sample = str(ids[measured.rows[i]])
         labels, more = _labels(measured, classes, i)
         texts, picture, why = _raw(dataset, place.get(sample))
-        examples.append(Example(sample, float(losses[i]), labels, more, texts, picture, why))
+        gates = {m: float(measured.weights[i, 0, j]) for j, m in enumerate(measured.gates)}
+        examples.append(Example(sample, float(losses[i]), labels, more, texts, picture, why, gates))
     return examples
 
 

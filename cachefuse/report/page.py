@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
-from cachefuse.data.targets import is_labelled
 from cachefuse.evaluation import Evaluation
+from cachefuse.metrics import TaskSlice, headline
 from cachefuse.report import about, tables, words
 from cachefuse.report.curves import MAX_MODELS, precision_recall_chart, training_charts
-from cachefuse.report.gallery import worst_examples
+from cachefuse.report.gallery import N_EXAMPLES, worst_examples
 from cachefuse.report.measured import OnProgress, measure
 from cachefuse.report.render import check_target, render
 from cachefuse.runtime import write_atomically
@@ -55,58 +57,80 @@ def report_html(
     Raises as ``evaluate`` does.
     """
     measured, without, why_not = measure(run, store, split, device, on_progress)
-    multiclass = run.task == "multiclass"
-    thresholds = None if multiclass else run.thresholds
-    labelled = store.targets[is_labelled(store.targets)]
-    several = not multiclass and len(run.classes) > 1
     context: dict[str, Any] = {
         "run": run,
         "measured": measured,
         "ablations": without,
         "why_not": why_not,
-        "metrics": run.manifest.reported_metrics,
+        "metrics": headline(run.manifest.reported_metrics),
         "warnings": _warnings(run, measured),
-        "together": tables.cooccurrence(labelled > 0, run.classes) if several else None,
-        "n_labelled": len(labelled),
+        "together_of": [part for task in run.tasks if (part := _together(run, store, task))],
         "splits_note": words.splits_note(run),
-        "has_thresholds": not multiclass,
-        "thresholds_note": words.thresholds_note(run),
         "charts": training_charts(run),
         "training_note": words.training_note(run, MAX_MODELS) if run.histories else "",
         "facts": about.provenance(run),
         "settings": about.settings(run),
         "train_command": about.train_command(run),
         "predict_command": about.predict_command(run),
-    }
-    if measured is None:
-        return render(TEMPLATE, {**context, **_classes_on_last_split(run)})
-    figures = measured.per_class
-    chart, class_curves = precision_recall_chart(measured, run.classes)
-    confused = tables.confusion if multiclass else tables.mistakes
-    context |= {
-        "verdict": words.verdict(measured, run.task),
-        "weakest": tables.weakest(figures, run.classes),
-        "rows": words.rows_of(measured),
-        "classes": tables.class_figures(figures, run.classes, thresholds),
-        "precision_recall": chart,
-        "class_curves": class_curves,
-        "confused": confused(measured, run.classes),
-        "pairs": tables.frequent_mistakes(measured, run.classes),
-        "gates": tables.gates_by_class(measured),
-        "examples": worst_examples(measured, run.classes, run.task, store.ids, dataset),
         "has_raw": dataset is not None,
     }
-    return render(TEMPLATE, context)
+    if measured is None:
+        parts = [_classes_on_last_split(run, task) for task in run.tasks] if run.results else []
+    else:
+        parts = [_part(run, measured, task, store.ids, dataset) for task in run.tasks]
+    return render(TEMPLATE, {**context, "parts": parts})
 
 
-def _classes_on_last_split(run: Run) -> dict[str, Any]:
+def _part(run: Run, all_tasks: Evaluation, task: TaskSlice, ids: np.ndarray, dataset: Dataset | None) -> dict[str, Any]:
+    """Return what the page says of one task, of the dataset's only one or of several."""
+    measured = all_tasks.of_task(task) if task.name else all_tasks
+    multiclass, classes = task.kind == "multiclass", measured.classes
+    chart, class_curves = precision_recall_chart(measured, classes)
+    return {
+        "name": task.name,
+        "kind": task.kind,
+        "measured": measured,
+        "n_classes": task.n_classes,
+        "verdict": words.verdict(measured, task.kind),
+        "weakest": tables.weakest(measured.per_class, classes),
+        "rows": words.rows_of(measured),
+        "classes": tables.class_figures(measured.per_class, classes, _thresholds(run, task)),
+        "thresholds_note": "" if multiclass else words.thresholds_note(run, task.min_labels),
+        "precision_recall": chart,
+        "class_curves": class_curves,
+        "confused": (tables.confusion if multiclass else tables.mistakes)(measured, classes),
+        "pairs": tables.frequent_mistakes(measured, classes),
+        "gates": tables.gates_by_class(measured),
+        "examples": worst_examples(measured, classes, task.kind, ids, dataset, N_EXAMPLES // len(run.tasks)),
+    }
+
+
+def _thresholds(run: Run, task: TaskSlice) -> np.ndarray | None:
+    return None if task.kind == "multiclass" else run.thresholds[task.columns]
+
+
+def _together(run: Run, store: FeatureStore, task: TaskSlice) -> dict[str, Any] | None:
+    """Return which labels of a multi-label task come together in the store; None if that can't be."""
+    if task.kind == "multiclass" or task.n_classes < 2:
+        return None
+    (labelled,) = task.own(store.targets)
+    classes = tuple(task.own_class(name) for name in run.classes[task.columns])
+    together = tables.cooccurrence(labelled > 0, classes)
+    return {"name": task.name, "together": together, "n_labelled": len(labelled)}
+
+
+def _classes_on_last_split(run: Run, task: TaskSlice) -> dict[str, Any]:
     """Return the classes' figures on the last split that the run was measured on, seen or not."""
-    if not run.results:
-        return {"classes": []}
     split, result = list(run.results.items())[-1]
-    thresholds = None if run.task == "multiclass" else run.thresholds
-    figures = tables.class_figures(result.per_class, run.classes, thresholds)
-    return {"classes": figures, "rows": f"{result.n_rows:,} {split} rows"}
+    by = {name: values[task.columns] for name, values in result.per_class.items()}
+    classes = tuple(task.own_class(name) for name in run.classes[task.columns])
+    return {
+        "name": task.name,
+        "n_classes": task.n_classes,
+        "classes": tables.class_figures(by, classes, _thresholds(run, task)),
+        "thresholds_note": "" if task.kind == "multiclass" else words.thresholds_note(run, task.min_labels),
+        "rows": f"{result.n_rows:,} {split} rows",
+    }
 
 
 def _warnings(run: Run, measured: Evaluation | None) -> list[str]:

@@ -98,7 +98,7 @@ def verdict(measured: "Evaluation", task: str) -> str:
 
 def splits_note(run: "Run") -> str:
     """Say how the figures of each split came about."""
-    chosen = run.task == "multilabel" and bool((run.thresholds != HALF).any())
+    chosen = bool((run.thresholds != HALF).any())
     decided = ", and decided on by thresholds chosen on the others" if chosen else ""
     if OUT_OF_FOLD in run.results:
         return f"oof, out of fold, is train and val: each part is judged by models trained on the others{decided}."
@@ -111,9 +111,8 @@ def splits_note(run: "Run") -> str:
     return f"The models were trained on {'train and val' if whole else 'train'}."
 
 
-def thresholds_note(run: "Run") -> str:
-    """Say how scores become labels."""
-    least = run.manifest.min_labels
+def thresholds_note(run: "Run", least: int) -> str:
+    """Say how scores become labels, of which a row gets so many at least."""
     others = "; for rows held out, one that other rows chose" if run.held and (run.thresholds != HALF).any() else ""
     fewest = f" Each row gets at least {least} label{'s' * (least > 1)}." if least else ""
     return f"A label is given where its score reaches the threshold{others}.{fewest}"

@@ -254,9 +254,10 @@ def _lacking(store: FeatureStore, found: Sequence[Features], views: Sequence[str
     encoders = " ".join(f"--encoder {features.source}" for features in able) or "--encoder clip:ViT-B-32"
     lacking = sorted({view for features in found for view in views if view not in features.views})
     every = dict.fromkeys([*(able or found)[0].views, *views])
+    wide = " --dtype float32" if any(features.provenance.get("dtype") == "float32" for features in able) else ""
     return CacheError(
         f"{store.path} holds no {' and '.join(lacking)} of {found[0].modality}; make them with cachefuse extract "
-        f"--dataset {store.dataset} {encoders} --views {','.join(every)}"
+        f"--dataset {store.dataset} {encoders} --views {','.join(every)}{wide}"
     )
 
 

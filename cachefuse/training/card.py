@@ -5,11 +5,13 @@ import re
 from typing import TYPE_CHECKING
 
 from cachefuse.training.config import as_text
+from cachefuse.training.tasks import loss_of
 
 if TYPE_CHECKING:
     from cachefuse.training.run import Run
 
 MOST_CLASSES = 100
+KINDS = {"multiclass": "multi-class", "multilabel": "multi-label"}
 
 
 def model_card(run: "Run") -> str:
@@ -22,13 +24,13 @@ def model_card(run: "Run") -> str:
     lines = [
         "---",
         "library_name: cachefuse",
-        f"tags: [{'multi-label' if run.task == 'multilabel' else 'multi-class'}-classification, "
+        f"tags: [{', '.join(sorted({f'{KINDS[task.kind]}-classification' for task in run.tasks}))}, "
         f"{', '.join(run.modalities)}, feature-cache]",
         "---",
         "",
         f"# {_plain(run.name)}",
         "",
-        f"{what}, for the {len(run.classes)} classes of {_plain(run.dataset)} ({run.task}). {kind.capitalize()}, "
+        f"{what}, for the {len(run.classes)} classes of {_plain(run.dataset)} ({_task(run)}). {kind.capitalize()}, "
         f"{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; trained in {run.seconds:.0f} s.",
         "",
     ]
@@ -64,18 +66,19 @@ def model_card(run: "Run") -> str:
     lines += _table(
         ["class", "a score must reach"],
         [
-            [_plain(name), _threshold(run, threshold)]
-            for name, threshold in list(zip(run.classes, run.thresholds, strict=True))[:MOST_CLASSES]
+            [_plain(run.classes[c]), _threshold(task.kind, run.thresholds[c])]
+            for task in run.tasks
+            for c in task.numbers[: max(0, MOST_CLASSES - task.columns.start)]
         ],
     )
     if len(run.classes) > MOST_CLASSES:
         lines += ["", f"and {len(run.classes) - MOST_CLASSES:,} more, in `run.json`"]
     if not run.sources:
-        given = {name: value for name, value in config.to_dict().items() if value not in (None, {})}
+        given = {name: value for name, value in config.to_dict().items() if value not in (None, {}, ())}
         lines += ["", "## Settings", ""]
         lines += _table(["setting", "value"], [[name, _plain(as_text(name, value))] for name, value in given.items()])
     meaning = "Scores rank labels; with this loss they are no probabilities."
-    if config.loss in ("bce", "ce"):
+    if all(loss_of(task, config.loss or "") in ("bce", "ce") for task in run.tasks):
         meaning = "Scores are probabilities as the training rows had them: on rows of another kind they may be off."
     lines += [
         "",
@@ -92,8 +95,13 @@ def model_card(run: "Run") -> str:
     return "\n".join(lines)
 
 
-def _threshold(run: "Run", threshold: float) -> str:
-    if run.task == "multiclass":
+def _task(run: "Run") -> str:
+    """Return what kind of task a run is for, or its several ones with their kinds."""
+    return ", ".join(f"{task.name} {task.kind}" for task in run.tasks) if run.several else run.task
+
+
+def _threshold(kind: str, threshold: float) -> str:
+    if kind == "multiclass":
         return "the highest"
     return f"{threshold:.4f}" if threshold <= 1 else "more than 1: never predicted"
 

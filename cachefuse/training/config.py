@@ -11,7 +11,7 @@ from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, SCHEDULES
 
 MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
-TASK_LOSS = {"multiclass": "ce", "multilabel": "asl"}
+TASK_LOSS = {"multiclass": "ce", "multilabel": "asl", "multitask": "asl"}
 # What won by cross-validation (README, "Defaults"): an ASL that spares easy negatives and cuts nothing.
 LOSS_OPTIONS: dict[str, dict[str, float | str]] = {"asl": {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}}
 EPOCHS, MIN_STEPS = 50, 500  # small data take more epochs, to make as many steps
@@ -34,13 +34,15 @@ CHOICES = {
 class TrainConfig:
     """How a head is trained, and on which view of the features.
 
-    ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows. ``fusion_options`` are
-    the fusion's keyword arguments, ``without`` names parts of it to leave out. ``loss_options`` are the loss's keyword
-    arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip 0 unless told. None is resolved by
-    ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class), what the fusion has defaults of its
-    own for to those, ``lr`` to the optimizer's, ``dropout`` to 0.8, ``batch_size`` to 256,
-    ``weight_decay`` to 0 (0.003 for L-BFGS), ``schedule`` to cosine (constant for L-BFGS), ``epochs`` to 50 or as many
-    as make 500 steps (L-BFGS: 20).
+    ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows, which pass the model in
+    ``accumulate`` parts. ``fusion_options`` are the fusion's keyword arguments, ``without`` names parts of it to leave
+    out. ``loss_options`` are the loss's keyword arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip
+    0 unless told. None is resolved by ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class),
+    what the fusion has defaults of its own for to those, ``lr`` to the optimizer's, ``dropout`` to 0.8, ``batch_size``
+    to 256, ``weight_decay`` to 0 (0.003 for L-BFGS), ``schedule`` to cosine (constant for L-BFGS), ``epochs`` to 50 or
+    as many as make 500 steps (L-BFGS: 20).
+
+    ``shuffle`` {modality: share} gives so many of the rows another row's, to see how a fusion bears what is irrelevant.
 
     ``patience`` is the epochs without a better validation score after which training stops, 0 for never; the best
     epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None for the first of the
@@ -58,11 +60,13 @@ class TrainConfig:
     fusion_options: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     scheme: str = "joint"
+    stages: tuple[str, ...] = ()
     head: str = "mlp"
     layers: tuple[int, ...] | None = None
     activation: str = "relu"
     dropout: float | None = None
     modality_dropout: float = 0.0
+    shuffle: Mapping[str, float] = field(default_factory=dict)
     loss: str | None = None
     loss_options: Mapping[str, float | str] = field(default_factory=dict)
     class_weights: str = "none"
@@ -75,6 +79,7 @@ class TrainConfig:
     ema: float = 0.0
     epochs: int | None = None
     batch_size: int | None = None
+    accumulate: int = 1
     patience: int = 0
     monitor: str | None = None
     thresholds: str = "auto"
@@ -99,7 +104,7 @@ class TrainConfig:
         for name, least, most in (
             ("lr", 0, MAX_RATE), ("weight_decay", 0, MAX_RATE), ("clip_norm", 0, MAX_RATE),
             ("epochs", 1, 10**9), ("batch_size", 0, 10**12), ("patience", 0, 10**9), ("folds", 0, 1000),
-            ("members", 1, 1000),
+            ("members", 1, 1000), ("accumulate", 1, 10**6),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -120,6 +125,15 @@ class TrainConfig:
             lookup(METRICS, self.monitor, "metric")
         if self.threshold_metric is not None:
             lookup(THRESHOLD_METRICS, self.threshold_metric, "threshold metric")
+        for name in self.without:
+            if name not in self._fusion.parts:
+                parts = ", ".join(self._fusion.parts) or "none"
+                raise ConfigError(f"fusion {self.fusion!r} has no {name!r} to leave out; its parts are: {parts}")
+        if self.accumulate > 1 and self.loss_options.get("reduction") == "sum":
+            raise ConfigError("accumulate adds up the parts of a mean; leave out loss option reduction=sum")
+        for modality, share in self.shuffle.items():
+            if not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise ConfigError(f"shuffle must give a share of the rows from 0 to 1. Got {modality}={share} instead")
         if self.lr == 0:
             raise ConfigError("lr must be above 0. Got 0 instead")
         if not 0 <= self.seed < 2**63:
@@ -154,6 +168,11 @@ class TrainConfig:
     def is_linear(self) -> bool:
         """Whether the model's weights are all in linear layers over pooled features, its head's hidden ones aside."""
         return bool(self._fusion.linear) and self.view == "pooled"
+
+    @property
+    def mixed_precision(self) -> bool:
+        """Whether the model is trained in bfloat16 on CUDA: those over tokens are."""
+        return any(view in ("tokens", "ids") for modality in ("image", "text") for view in self.views(modality))
 
     def own_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the fusion."""
@@ -227,10 +246,6 @@ class TrainConfig:
             if name not in known:
                 choices = f"its options are: {', '.join(known)}" if known else "it has none"
                 raise ConfigError(f"fusion {self.fusion!r} has no option {name!r}; {choices}")
-        for name in self.without:
-            if name not in self._fusion.parts:
-                parts = ", ".join(self._fusion.parts) or "none"
-                raise ConfigError(f"fusion {self.fusion!r} has no {name!r} to leave out; its parts are: {parts}")
         return {
             name: _as_type(name, self.fusion_options.get(name, default), default) for name, default in known.items()
         }
@@ -254,8 +269,19 @@ class TrainConfig:
         plain = TrainConfig(**mine).resolve(task, 10**9)
         common = {name: getattr(TrainConfig, name) for name in ("fusion", "head", "optimizer")}
         plain = replace(plain, **common, loss=TASK_LOSS[task])
-        named = ((field.name, getattr(self, field.name)) for field in fields(self))
+        own = replace(self, fusion_options=self.changed_options())
+        plain = replace(plain, fusion_options={})
+        named = ((field.name, getattr(own, field.name)) for field in fields(self))
         return {name: value for name, value in named if value != getattr(plain, name)}
+
+    def changed_options(self) -> dict[str, Any]:
+        """Return the fusion's options that are not its own; what was found in a model's files is left out."""
+        usual = self._fusion.options()
+        return {
+            name: value
+            for name, value in self.fusion_options.items()
+            if name != "architecture" and value != usual.get(name)
+        }
 
     def with_seed(self, seed: int) -> "TrainConfig":
         return replace(self, seed=seed)
@@ -270,20 +296,27 @@ class TrainConfig:
         if unknown:
             raise ConfigError(f"unknown settings: {', '.join(unknown)}")
         layers = values.get("layers")
-        without = tuple(values.get("without", ()))
-        return cls(**{**values, "layers": None if layers is None else tuple(layers), "without": without})
+        lists = {name: tuple(values.get(name, ())) for name in ("without", "stages")}
+        return cls(**{**values, "layers": None if layers is None else tuple(layers), **lists})
+
+
+OPTION_KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}
 
 
 def _as_type(name: str, value: Any, default: Any) -> Any:
-    """Return an option's value, which may be given as text, as one of its default's type."""
+    """Return a fusion option's value, which may be given as text, as one of its default's type.
+
+    One that is written as text may also be a mapping, such as pool; of one that is None by default anything goes.
+    """
     kind = type(default)
-    if isinstance(value, kind) and not isinstance(value, bool):
+    if kind not in OPTION_KINDS or (kind is str and isinstance(value, Mapping)):
         return value
     try:
-        return kind(value) if isinstance(value, str | int) and kind in (int, float, str) else value
+        if isinstance(value, str) or type(value) is kind or (kind is float and type(value) is int):
+            return kind(value)
     except ValueError:
-        what = {int: "a whole number", float: "a number"}.get(kind, "text")
-        raise ConfigError(f"fusion option {name} must be {what}. Got {value!r} instead") from None
+        pass
+    raise ConfigError(f"fusion option {name} must be {OPTION_KINDS[kind]}. Got {value!r} instead")
 
 
 def why_no_head(task: str) -> str:
@@ -300,7 +333,7 @@ def as_text(name: str, value: Any) -> str:
     if isinstance(value, Mapping):
         return " ".join(f"{key}={as_text(key, x)}" for key, x in value.items())
     if isinstance(value, tuple | list):
-        return "-".join(map(str, value))
+        return ("-" if name == "layers" else ",").join(map(str, value))
     if name == "batch_size" and value == 0:
         return "all"
     return f"{value:g}" if isinstance(value, float) else str(value)

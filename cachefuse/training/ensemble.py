@@ -85,7 +85,7 @@ def _check_together(runs: Sequence[Run], store: FeatureStore) -> None:
             raise RunError(f"run {run.name} is of dataset {run.dataset}, and run {first.name} of {first.dataset}")
         if run.task != first.task:
             raise RunError(f"run {run.name} is for a {run.task} task, and run {first.name} for a {first.task} one")
-        if run.classes != first.classes:
+        if run.classes != first.classes or run.tasks != first.tasks:
             raise RunError(f"run {run.name} has other classes than run {first.name}; train one of them again")
     if store.dataset != first.dataset:
         raise RunError(f"the runs are of dataset {first.dataset}, and {store.path} holds features of {store.dataset}")

@@ -1,6 +1,6 @@
 """What the training of one model and of many at once have in common."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,15 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.fusion.model import FusionModel
-from cachefuse.losses import build_loss, class_weights
+from cachefuse.losses import build_loss, class_weights, per_task
+from cachefuse.metrics import TaskSlice
 from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
 from cachefuse.runtime import seed_everything
 from cachefuse.training.batches import FeatureTable, balanced_chances
-from cachefuse.training.config import TrainConfig
+from cachefuse.training.config import LOSS_OPTIONS, TrainConfig
 from cachefuse.training.ema import EMA
 from cachefuse.training.loop import History, fit
 from cachefuse.training.problem import Problem
 from cachefuse.training.run import build_model
+from cachefuse.training.tasks import loss_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class TrainingSet:
 def untrained_model(problem: Problem, config: TrainConfig) -> FusionModel:
     """Build the model that the settings describe, from their seed, on the problem's device."""
     seed_everything(config.seed)
-    model = build_model(config, problem.widths, len(problem.classes))
+    model = build_model(config, problem.widths, len(problem.classes), problem.tasks)
     model.fusion.initialize()
     return model.to(problem.device)
 
@@ -61,10 +63,24 @@ def untrained_model(problem: Problem, config: TrainConfig) -> FusionModel:
 def training_loss(
     problem: Problem, config: TrainConfig, data: TrainingSet, **options: str
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the settings' loss, with the class weights that they ask for, and other ``options`` than theirs."""
-    kind = config.class_weights
-    weights = None if kind == "none" else class_weights(data.targets, kind, problem.task)
-    return build_loss(config.resolve_loss(problem.task), {**config.loss_options, **options}, weights)
+    """Return the settings' loss, with the class weights that they ask for, and other ``options`` than theirs.
+
+    Of several tasks it is the mean of each one's own, as ``loss_of`` says; the settings' options are for their loss.
+    """
+    given = config.resolve_loss(problem.task)
+    reduction = {name: value for name, value in config.loss_options.items() if name == "reduction"}
+
+    def of_task(task: TaskSlice) -> Callable[[Tensor, Tensor], Tensor]:
+        name, weights = loss_of(task, given), None
+        own = config.loss_options if name == given else {**LOSS_OPTIONS.get(name, {}), **reduction}
+        if config.class_weights != "none":
+            targets = data.targets[task.labelled(data.targets), task.columns]
+            weights = class_weights(targets, config.class_weights, task.kind)
+        return build_loss(name, {**own, **options}, weights)
+
+    if not problem.tasks[0].name:
+        return of_task(problem.tasks[0])
+    return per_task([(task.columns, of_task(task)) for task in problem.tasks])
 
 
 def fit_module(
@@ -97,6 +113,8 @@ def fit_module(
         clip_norm=config.clip_norm,
         chances=balanced_chances(data.targets) if config.sampler == "balanced" else None,
         modality_dropout=config.modality_dropout,
+        accumulate=config.accumulate,
+        mixed_precision=config.mixed_precision and data.table.targets.device.type == "cuda",
         **watching,
     )
 
@@ -104,17 +122,36 @@ def fit_module(
 def fit_stages(
     config: TrainConfig, fusion: Any, data: TrainingSet, train: Callable[[str, nn.Module, TrainingSet], History]
 ) -> History:
-    """Train a fusion in one, or if staged each of its heads alone, frozen then, before what joins them.
-
-    A head alone learns from the rows that have what it reads.
-    """
-    stages: dict[str, int] = {}
-    for name, head in fusion.alone().items() if config.scheme == "staged" else ():
-        alone = train(name, head, data.only(head.widths))
-        if alone.interrupted:
-            raise KeyboardInterrupt
-        stages[name] = alone.best_epoch
-        head.requires_grad_(False)
-    history = replace(train("", fusion, data), stages=stages)
+    """Train a fusion stage by stage, each from the weights that were best in the one before; mostly there is one."""
+    histories: dict[str, History] = {}
+    for name, module, own in _stages(config, fusion, data):
+        histories[name] = train(name, module, own)
+        if histories[name].interrupted:
+            break
     fusion.requires_grad_(True)
-    return history
+    *earlier, last = histories
+    if last != (config.stages or ("",))[-1]:  # interrupted before the last stage
+        raise KeyboardInterrupt
+    return replace(
+        histories[last],
+        stages={name: history.best_epoch for name, history in histories.items() if name},
+        earlier={name: histories[name].epochs for name in earlier},
+    )
+
+
+def _stages(config: TrainConfig, fusion: Any, data: TrainingSet) -> Iterator[tuple[str, nn.Module, TrainingSet]]:
+    """Yield each stage with its name, what it trains, all else being frozen, and on what.
+
+    The scheme "staged" trains each head alone, on the rows that have what it reads, and then, as "", what joins them.
+    """
+    for stage in config.stages:
+        fusion.requires_grad_(False)
+        for parameter in fusion.trained_in(stage):
+            parameter.requires_grad_(True)
+        yield stage, fusion, data
+    if config.scheme == "staged":
+        for name, head in fusion.alone().items():
+            yield name, head, data.only(head.widths)
+            head.requires_grad_(False)
+    if not config.stages:
+        yield "", fusion, data

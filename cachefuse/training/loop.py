@@ -3,7 +3,7 @@
 import ctypes
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from cachefuse.errors import TrainingError
-from cachefuse.training.batches import Batches, FeatureTable, drop_modalities
+from cachefuse.metrics import TaskSlice
+from cachefuse.training.batches import Batch, Batches, FeatureTable, drop_modalities
 from cachefuse.training.ema import EMA
+from cachefuse.training.tasks import loss_of
 
 CHECKED_ROWS = 100_000  # of the training rows that what was learnt is measured on, however many there are
 KEPT_BYTES = 512 << 20  # of freed memory, that stay with the process
@@ -41,13 +43,15 @@ class Epoch:
 class History:
     """All epochs, which of them the weights come from, and whether training was interrupted.
 
-    ``stages`` are the best epochs of the heads that were trained alone before, by name.
+    ``stages`` are the best epochs by stage, where there were several, or by head that was trained alone before;
+    ``earlier`` all epochs of those that came before the last.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
     best_epoch: int = 0
     interrupted: bool = False
     stages: dict[str, int] = field(default_factory=dict)
+    earlier: dict[str, list[Epoch]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,17 @@ def fit(
     clip_norm: float = 0.0,
     chances: Tensor | None = None,
     modality_dropout: float = 0.0,
+    accumulate: int = 1,
+    mixed_precision: bool = False,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> History:
     """Train until ``epochs``, or ``patience`` epochs without a better validation; leaves the best weights in the model.
 
     Without validation, or with ``patience`` 0, the last epoch's weights stay; with ``ema`` its averaged ones. Modules
     whose parameters are all frozen are left in evaluation mode. ``chances`` (n,) are the rows' to be drawn, where they
-    are not all equal. Raises TrainingError if training diverges. Ctrl-C ends training at the best epoch so far, if
-    there is one.
+    are not all equal. A step's rows pass the model in ``accumulate`` parts, whose gradients add up to that of the mean
+    of all; with ``mixed_precision`` in bfloat16, on CUDA. Raises TrainingError if training diverges. Ctrl-C ends
+    training at the best epoch so far, if there is one.
     """
     keep_freed_memory()
     history = History()
@@ -99,12 +106,16 @@ def fit(
                 if modality_dropout:
                     present = drop_modalities(present, modality_dropout, generator)
 
-                def closure(features: Any = features, present: Any = present, targets: Any = targets) -> Any:
-                    logits = model(features, present)  # (B, C)
-                    value = loss(logits, targets)
+                def closure(batch: Any = (features, present, targets)) -> Any:
                     for parameter in parameters:
                         parameter.grad = None
-                    value.backward()
+                    value = torch.zeros((), device=train_rows.device)
+                    for features, present, targets in in_parts(batch, accumulate):
+                        with torch.autocast("cuda", torch.bfloat16, enabled=mixed_precision):
+                            logits = model(features, present)  # (B, C)
+                        part = loss(logits.float(), targets) * (len(targets) / len(batch[2]))
+                        part.backward()
+                        value += part.detach()
                     if clip_norm:
                         nn.utils.clip_grad_norm_(parameters, clip_norm)
                     return value
@@ -140,6 +151,17 @@ def fit(
             raise KeyboardInterrupt from None
         raise
     return history
+
+
+def in_parts(batch: Batch, n: int) -> Iterator[Batch]:
+    """Yield a batch in n parts, as equal as can be; itself if n is 1."""
+    features, present, targets = batch
+    for i in torch.arange(len(targets)).tensor_split(n) if n > 1 else (None,):
+        if i is None:
+            yield batch
+        elif len(i):
+            rows = slice(int(i[0]), int(i[-1]) + 1)
+            yield {m: x[rows] for m, x in features.items()}, {m: x[rows] for m, x in present.items()}, targets[rows]
 
 
 def keep_freed_memory() -> None:
@@ -207,13 +229,23 @@ def predict_logits(model: nn.Module, table: FeatureTable, rows: Tensor) -> Tenso
     return logits
 
 
-def to_scores(logits: Tensor, loss: str) -> Tensor:
-    """Return probabilities (n, C): a softmax where the loss was one over the classes, else a sigmoid for each."""
+def to_scores(logits: Tensor, loss: str, tasks: Sequence[TaskSlice] = ()) -> Tensor:
+    """Return probabilities (n, C): a softmax where the loss was one over the classes, else a sigmoid for each.
+
+    Of several tasks, each has its own columns and loss.
+    """
+    if tasks:
+        return torch.cat([to_scores(logits[:, task.columns], loss_of(task, loss)) for task in tasks], dim=1)
     return logits.softmax(dim=1) if loss == "ce" else logits.sigmoid()
 
 
-def predict_scores(model: nn.Module, table: FeatureTable, rows: Tensor, loss: str) -> np.ndarray:
-    """Return probabilities (n, C) float32 of some rows. Raises TrainingError if any is not finite."""
+def predict_scores(
+    model: nn.Module, table: FeatureTable, rows: Tensor, loss: str, tasks: Sequence[TaskSlice] = ()
+) -> np.ndarray:
+    """Return probabilities (n, C) float32 of some rows, as ``to_scores`` does.
+
+    Raises TrainingError if any is not finite.
+    """
     if not len(rows):
         return np.zeros((0, table.targets.shape[1]), np.float32)
-    return to_scores(predict_logits(model, table, rows.to(table.targets.device)), loss).numpy()
+    return to_scores(predict_logits(model, table, rows.to(table.targets.device)), loss, tasks).numpy()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cachefuse.data.folds import stratified_folds
 from cachefuse.errors import ConfigError
-from cachefuse.metrics import METRICS, decide, per_class
+from cachefuse.metrics import METRICS, TaskSlice, decide_tasks, per_task_class
 from cachefuse.training.batches import FeatureTable
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import CHECKED_ROWS, spread
@@ -58,11 +58,18 @@ class HeldOut:
         ``scores`` (n, C) of the same rows may take the place of its own once the thresholds are chosen.
         """
         scores = self.scores if scores is None else scores
+        predictions = decide_tasks(scores, problem.tasks)
         if not chooses(problem, config, len(self.rows)):
-            return decide(scores, problem.task, min_labels=problem.min_labels)
-        targets = problem.targets(torch.from_numpy(self.rows))
-        metric, per = _threshold_metric(problem, config), config.thresholds == "class"
-        return crossfit_decisions(targets, self.scores, self.parts, metric, per, problem.min_labels, scores)
+            return predictions
+        targets, per = problem.targets(torch.from_numpy(self.rows)), config.thresholds == "class"
+        for task in problem.tasks:
+            rows = np.flatnonzero(task.labelled(targets))  # no figure is of the others
+            if task.kind == "multilabel" and len(np.unique(self.parts[rows])) > 1:
+                metric, own = _threshold_metric(problem, config, task), np.ix_(rows, task.numbers)
+                predictions[own] = crossfit_decisions(
+                    targets[own], self.scores[own], self.parts[rows], metric, per, task.min_labels, scores[own]
+                )
+        return predictions
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Result:
 
 def chooses(problem: Problem, config: TrainConfig, n_held: int) -> bool:
     """Whether thresholds are chosen, on so many rows. Raises ConfigError if they were asked for and can't be."""
-    if problem.task != "multilabel":
+    if not any(task.kind == "multilabel" for task in problem.tasks):
         if config.thresholds in ("global", "class"):
             raise ConfigError("thresholds are for multi-label tasks; in a multi-class one the highest score decides")
         return False
@@ -89,12 +96,17 @@ def chooses(problem: Problem, config: TrainConfig, n_held: int) -> bool:
 
 
 def choose_for(problem: Problem, config: TrainConfig, held: HeldOut | None) -> np.ndarray:
-    """Return the thresholds (C,) to predict with: chosen on all rows held out, or 0.5."""
+    """Return the thresholds (C,) to predict with: chosen on all rows held out that have a task's label, or 0.5."""
+    thresholds = np.full(len(problem.classes), HALF)
     if held is None or not chooses(problem, config, len(held.rows)):
-        return np.full(len(problem.classes), HALF)
-    targets = problem.targets(torch.from_numpy(held.rows))
-    metric, per = _threshold_metric(problem, config), config.thresholds == "class"
-    return choose_thresholds(targets, held.scores, metric, per, problem.min_labels)
+        return thresholds
+    targets, per = problem.targets(torch.from_numpy(held.rows)), config.thresholds == "class"
+    for task in problem.tasks:
+        own_targets, scores = task.own(targets, held.scores)
+        if task.kind == "multilabel" and len(own_targets) >= 2:
+            metric = _threshold_metric(problem, config, task)
+            thresholds[task.columns] = choose_thresholds(own_targets, scores, metric, per, task.min_labels)
+    return thresholds
 
 
 def measure(problem: Problem, run: "Run", table_of: Callable[["Member"], FeatureTable]) -> dict[str, Result]:
@@ -122,15 +134,16 @@ def measure(problem: Problem, run: "Run", table_of: Callable[["Member"], Feature
 def figures(problem: Problem, rows: Tensor, scores: np.ndarray, predictions: np.ndarray) -> Result:
     """Return the dataset's metrics, and each class's figures, of scores and predictions (n, C) for some rows."""
     decided = problem.targets(rows), scores, predictions
-    by_class: dict[str, Any] = per_class(*decided)
+    by_class: dict[str, Any] = per_task_class(*decided, problem.tasks)
     return Result(
         n_rows=len(rows),
-        metrics={name: METRICS[name](*decided) for name in problem.metrics},
+        metrics={str(name): METRICS[name](*decided) for name in problem.metrics},
         per_class={name: values.tolist() for name, values in by_class.items()},
     )
 
 
-def _threshold_metric(problem: Problem, config: TrainConfig) -> str:
-    """Return the metric to choose thresholds for: the one asked for, or the dataset's first that is one of F1."""
-    listed = [name for name in problem.metrics if name in THRESHOLD_METRICS]
+def _threshold_metric(problem: Problem, config: TrainConfig, task: TaskSlice) -> str:
+    """Return the metric to choose thresholds for: the one asked for, or the task's first that is one of F1."""
+    names = {task.named(name): name for name in THRESHOLD_METRICS}
+    listed = [names[name] for name in problem.metrics if name in names]
     return config.threshold_metric or next(iter(listed), next(iter(THRESHOLD_METRICS)))

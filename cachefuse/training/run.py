@@ -29,7 +29,7 @@ from cachefuse.errors import RunError
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.base import modalities_of, split_name
 from cachefuse.fusion.model import FusionModel
-from cachefuse.metrics import decide
+from cachefuse.metrics import TaskSlice, decide_tasks
 from cachefuse.registry import HEADS, lookup
 from cachefuse.runtime import to_json, write_atomically
 from cachefuse.training.batches import FeatureTable
@@ -99,6 +99,16 @@ class Run:
         return self.manifest.task
 
     @property
+    def tasks(self) -> tuple[TaskSlice, ...]:
+        """What its columns of scores are of."""
+        return self.manifest.task_slices(self.classes)
+
+    @property
+    def several(self) -> bool:
+        """Whether the dataset declares tasks, each with classes and metrics of its own."""
+        return bool(self.manifest.tasks)
+
+    @property
     def features(self) -> UsedByName:
         """What its members read, each once, by name."""
         union: dict[str, dict[UsedFeatures, None]] = {}
@@ -166,12 +176,13 @@ class Run:
             table = table_of(member)
             model = member.model.to(table.targets.device)
             loss = member.config.resolve_loss(self.task)
-            total += member.weight / weights * predict_scores(model, table, rows, loss).astype(np.float64)
+            scores = predict_scores(model, table, rows, loss, self.tasks)
+            total += member.weight / weights * scores.astype(np.float64)
         return total.astype(np.float32)
 
     def decide(self, scores: np.ndarray) -> np.ndarray:
         """Return the labels (n, C) bool that scores (n, C) come to."""
-        return decide(scores, self.task, self.thresholds, self.manifest.min_labels)
+        return decide_tasks(scores, self.tasks, self.thresholds)
 
     def save(self, runs: Path) -> Path:
         """Write the run under ``runs`` in a new directory that is whole or not there at all; its card comes last."""
@@ -227,13 +238,14 @@ class Run:
         about = describe(path)
         with describing(path / "run.json"):
             config = TrainConfig.from_dict(about.config)
+            tasks = about.manifest.task_slices(about.classes)
             members = []
             for member in about.members:
                 settings = TrainConfig.from_dict(member.config)
                 settings.resolve_loss(about.manifest.task)
                 widths = widths_of(member.features)
                 with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
-                    model = build_model(settings, widths, len(about.classes))
+                    model = build_model(settings, widths, len(about.classes), tasks)
                 members.append(Member(settings, member.features, model, member.weight, member.fold))
         values = read_json(path / "history.json")
         with describing(path / "history.json"):
@@ -258,10 +270,19 @@ class Run:
         )
 
 
-def build_model(config: TrainConfig, widths: Mapping[str, int], n_classes: int) -> FusionModel:
-    """Build the untrained model that the settings describe, for features of the given widths by name."""
+def build_model(
+    config: TrainConfig, widths: Mapping[str, int], n_classes: int, tasks: Sequence[TaskSlice] = ()
+) -> FusionModel:
+    """Build the untrained model that the settings describe, for features of the given widths by name.
+
+    Its logits are those of ``n_classes``; a fusion that has parts for each of several ``tasks`` is told of them.
+    """
     head = partial(lookup(HEADS, config.head, "head"), **config.head_options())
-    return FusionModel(lookup(FUSIONS, config.fusion, "fusion")(dict(widths), n_classes, head, **config.own_options()))
+    fusion, options = lookup(FUSIONS, config.fusion, "fusion"), config.own_options()
+    named = {task.name: task.n_classes for task in tasks if task.name}
+    if named and fusion.per_task:
+        options["tasks"] = named
+    return FusionModel(fusion(dict(widths), n_classes, head, **options))
 
 
 def split_digest(store: FeatureStore) -> str:

@@ -50,10 +50,14 @@ KINDS = {
     float: "a number", int: "a whole number", str: "a name",
     "layers": "widths such as 2048-512", "batch_size": "a whole number, or all",
     "loss_options": "a table of numbers, in a --settings file: { gamma = 2 }",
+    "fusion_options": "a table, in a --settings file: { depth = 2 }",
+    "shuffle": "a table of shares, in a --settings file: { text = 0.5 }",
+    "without": "a list of parts", "stages": "a list of stages",
 }  # fmt: skip
 TEXTS: dict[str, Callable[[str], Any]] = {
     "layers": lambda text: text.split("-"),
     "batch_size": lambda text: 0 if text == "all" else text,
+    "without": lambda text: [part for part in text.split("+") if part],
 }
 
 

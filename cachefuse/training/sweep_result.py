@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 
 from cachefuse.errors import TrainingError
-from cachefuse.fusion import FUSIONS
-from cachefuse.registry import lookup
 from cachefuse.training.config import TrainConfig, as_text
 from cachefuse.training.costs import Costs
 from cachefuse.training.run_files import Figure
@@ -97,11 +95,7 @@ class SettingResult:
 
     def text(self, name: str) -> str:
         """Return a setting's value as it is given on the command line; of a fusion's options those not its own."""
-        value = self.values[name]
-        if name == "fusion_options":
-            usual = lookup(FUSIONS, self.config.fusion, "fusion").options()
-            value = {key: x for key, x in value.items() if x != usual.get(key) and key != "architecture"}
-        return as_text(name, value)
+        return as_text(name, self.config.changed_options() if name == "fusion_options" else self.values[name])
 
     def _figures(self, metric: str) -> list[float]:
         return [trial.metrics.get(metric, math.nan) for trial in self.trials]

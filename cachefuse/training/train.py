@@ -16,7 +16,7 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.folds import stratified_folds
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.model import FusionModel
-from cachefuse.metrics import METRICS, decide
+from cachefuse.metrics import METRICS, decide_tasks
 from cachefuse.runtime import own_randomness
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
@@ -98,9 +98,9 @@ def train_run(
     begun = time.perf_counter()
     config = problem.resolve(config)
     with torch.device("meta"):
-        untrained = build_model(config, problem.widths, len(problem.classes))
+        untrained = build_model(config, problem.widths, len(problem.classes), problem.tasks)
     _check_size(untrained, config, max_size_mb)
-    problem = problem.only(list(untrained.widths))
+    problem = problem.only(list(untrained.widths)).shuffled(config)
     trained = train_problem(problem, config, on_progress)
     own = {name: used[name] for name in untrained.widths}
     run = Run(
@@ -147,7 +147,7 @@ def train_problem(
             members.append((own, model, fold if config.folds else None))
             histories.append(history)
             table = problem.table.only(model.widths)
-            of_part.append(predict_scores(model, table, part.held, own.resolve_loss(problem.task)))
+            of_part.append(predict_scores(model, table, part.held, own.resolve_loss(problem.task), problem.tasks))
         scores.append(np.stack(of_part).mean(axis=0, dtype=np.float32))
     held = HeldOut.join(OUT_OF_FOLD if config.folds else VAL, problem, [part.held for part in parts], scores)
     thresholds = choose_for(problem, config, held)
@@ -200,7 +200,7 @@ def train_model(
 ) -> tuple[FusionModel, History]:
     """Train one model on a part's rows. ``epochs`` ends each stage at that one, for good, with the schedule of all.
 
-    The stages are named as the heads that are trained alone, and "" is the whole.
+    The stages are named as in the settings, or as the heads that are trained alone, and "" is the whole.
     """
     model = untrained_model(problem, config)
     data = TrainingSet.prepare(problem, model, part.train)
@@ -208,7 +208,7 @@ def train_model(
 
     def train(stage: str, module: Any, data: TrainingSet) -> History:
         validate = part.validate.to(problem.device)
-        validate = validate[data.table.any_present(validate)] if stage else validate
+        validate = validate if module is model.fusion else validate[data.table.any_present(validate)]
         score = partial(
             score_of, problem, validate, config.monitor or problem.metric, config.resolve_loss(problem.task)
         )
@@ -229,8 +229,8 @@ def train_model(
 
 def score_of(problem: Problem, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:
     """Return a metric of logits (n, C) for some rows (n,), decided on at a threshold of 0.5."""
-    scores = to_scores(logits, loss).numpy()
-    return METRICS[metric](problem.targets(rows), scores, decide(scores, problem.task, min_labels=problem.min_labels))
+    scores = to_scores(logits, loss, problem.tasks).numpy()
+    return METRICS[metric](problem.targets(rows), scores, decide_tasks(scores, problem.tasks))
 
 
 def _mean_best_epochs(histories: Sequence[History]) -> dict[str, int]:
@@ -251,7 +251,7 @@ def _tell(
 
 
 def _warn_of_rare_classes(problem: Problem, parts: Sequence[Part]) -> None:
-    positives = np.min([problem.targets(part.train).sum(axis=0) for part in parts], axis=0)
+    positives = np.min([(problem.targets(part.train) > 0).sum(axis=0) for part in parts], axis=0)
     absent = [name for name, n in zip(problem.classes, positives, strict=True) if n == 0]
     if absent:
         where = "the training rows" if len(parts) == 1 else "the training rows of some fold"

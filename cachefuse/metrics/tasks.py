@@ -1,0 +1,114 @@
+"""Several tasks in one problem: which columns are whose, and each one's metrics over the rows that have its label.
+
+Targets (N, C) are 0 or 1, and -1 throughout the columns of a task whose label a row lacks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cachefuse.metrics.base import Metric, Weighted
+from cachefuse.metrics.decisions import decide
+
+
+@dataclass(frozen=True)
+class TaskSlice:
+    """One task: its kind, "multiclass" or "multilabel", and its columns of targets, logits and scores (N, C).
+
+    ``name`` is "" where it is a dataset's only one. Each row gets at least ``min_labels``.
+    """
+
+    name: str
+    kind: str
+    columns: slice
+    min_labels: int = 0
+
+    @property
+    def n_classes(self) -> int:
+        return self.columns.stop - self.columns.start
+
+    @property
+    def numbers(self) -> np.ndarray:
+        """The numbers of its columns, (C_k,)."""
+        return np.arange(self.columns.start, self.columns.stop)
+
+    def named(self, what: str) -> str:
+        """Return what a metric of this task is called among those of all: "color.accuracy"."""
+        return f"{self.name}.{what}" if self.name else what
+
+    def own_class(self, name: str) -> str:
+        """Return what a class of this task is called by itself: "color=red" is "red"."""
+        return name.removeprefix(f"{self.name}=") if self.name else name
+
+    def labelled(self, targets: Any) -> Any:
+        """Return (N,) bool, of an array or a tensor (N, C) of targets: which rows have this task's label."""
+        return targets[:, self.columns.start] >= 0
+
+    def own(self, targets: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return this task's columns of arrays (N, C), targets first, in the n rows that have its label: (n, C_k)."""
+        rows = self.labelled(targets)
+        return tuple(x[rows, self.columns] for x in (targets, *others))
+
+
+def decide_tasks(scores: np.ndarray, tasks: Sequence[TaskSlice], thresholds: np.ndarray | None = None) -> np.ndarray:
+    """Turn scores (N, C) into predictions (N, C) bool, each task's as ``decide`` does, by default at 0.5."""
+    thresholds = np.full(scores.shape[1], 0.5) if thresholds is None else thresholds
+    return np.concatenate(
+        [decide(scores[:, t.columns], t.kind, thresholds[t.columns], t.min_labels) for t in tasks], axis=1
+    )
+
+
+@dataclass(frozen=True)
+class OfTask(Metric):
+    """A metric of one task's columns, over the rows that have its label; NaN where none has."""
+
+    task: TaskSlice
+
+    def weighted(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+        rows = self.task.labelled(targets)
+        figures = super().weighted(*self.task.own(targets, scores, predictions))
+
+        def of_labelled(weights: np.ndarray) -> np.ndarray:
+            mine = weights[rows]
+            drawn = mine.any(axis=0)  # the resamples that have such rows
+            values = np.full(weights.shape[1], np.nan)
+            values[drawn] = figures(mine[:, drawn])
+            return values
+
+        return of_labelled
+
+
+@dataclass(frozen=True)
+class MeanOf:
+    """The mean of several metrics; those that are not defined are left out, and NaN where none is."""
+
+    metrics: tuple[Metric, ...]
+
+    def __call__(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> float:
+        return float(self.weighted(targets, scores, predictions)(np.ones((len(targets), 1)))[0])
+
+    def weighted(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+        each = [metric.weighted(targets, scores, predictions) for metric in self.metrics]
+
+        def mean(weights: np.ndarray) -> np.ndarray:
+            values = np.stack([figures(weights) for figures in each])  # (K, R)
+            defined = np.isfinite(values).sum(axis=0)
+            return np.where(defined, np.nansum(values, axis=0) / np.maximum(defined, 1), np.nan)
+
+        return mean
+
+
+class TaskMetric(str):
+    """The name of a metric where there are several tasks, "color.accuracy" or "mean", which knows what it measures."""
+
+    metric: Metric | MeanOf
+
+    def __new__(cls, name: str, metric: Metric | MeanOf) -> "TaskMetric":
+        self = super().__new__(cls, name)
+        self.metric = metric
+        return self
+
+    def __reduce__(self) -> Any:
+        return str, (str(self),)  # a copy, or what is saved, is the plain name
