@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from cachefuse.data.dataset import Dataset, load_dataset
     from cachefuse.data.manifest import Manifest, builtin_manifests, load_manifest
     from cachefuse.encoders import open_encoder
-    from cachefuse.evaluation import Evaluation, evaluate
+    from cachefuse.evaluation import Evaluation, evaluate, write_gates
     from cachefuse.predict import Predictions, predict_samples, predict_split, read_input
     from cachefuse.report.alignment import write_alignment_report
     from cachefuse.report.page import report_html, write_report
@@ -97,6 +97,7 @@ _API = {
     "train_head": "cachefuse.training.train:train_head",
     "verify": "cachefuse.cache.verify:verify",
     "write_alignment_report": "cachefuse.report.alignment:write_alignment_report",
+    "write_gates": "cachefuse.evaluation:write_gates",
     "write_pairs": "cachefuse.alignment.pairs:write_pairs",
     "write_report": "cachefuse.report.page:write_report",
     "write_submission": "cachefuse.submission:write_submission",
@@ -150,6 +151,7 @@ __all__ = [
     "train_head",
     "verify",
     "write_alignment_report",
+    "write_gates",
     "write_pairs",
     "write_report",
     "write_submission",

@@ -218,6 +218,9 @@ class TokenWidth(int):
         self.n_tokens = n_tokens
         return self
 
+    def __reduce__(self) -> Any:
+        return type(self), (int(self), self.n_tokens)  # for copies, such as that of the model for averaged weights
+
 
 class FlatTokens:
     """The tokens of each sample side by side: rows (N, T, D), or ragged ones, as (N, T * D); zeros where one has fewer.

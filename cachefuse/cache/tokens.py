@@ -1,6 +1,7 @@
 """Token features as sequences: fixed or ragged rows of the store, read as batches padded to their longest row."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,9 @@ class SequenceWidth(int):
         self = super().__new__(cls, width)
         self.n_tokens = n_tokens
         return self
+
+    def __reduce__(self) -> Any:
+        return type(self), (int(self), self.n_tokens)  # for copies, such as that of the model for averaged weights
 
 
 class Tokens:

@@ -1,9 +1,7 @@
 """A dataset described as data: one TOML file, typed and checked; each problem is named with its file and key."""
 
 import math
-import re
 import tomllib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 from cachefuse.data.readers import READERS
 from cachefuse.data.readers.base import Reader
 from cachefuse.data.readers.table import TableReader
+from cachefuse.data.tasks import LabelTask, check_tasks, distinct, slices
 from cachefuse.errors import ManifestError, UnknownNameError
 from cachefuse.metrics import METRICS, TaskSlice, main_metric
 from cachefuse.registry import MEAN, lookup
@@ -34,7 +33,6 @@ DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
 }
 USUAL_ANSWERS = 3129  # that most models of VQA v2 choose from
 MAX_BYTES = 1 << 20
-_TASK_NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
 
 
 class Strict(BaseModel):
@@ -54,31 +52,6 @@ class SubmissionFormat(Strict):
     id: str = "id"
     labels: str = "labels"
     separator: str = " "
-
-
-class LabelTask(Strict):
-    """One of several tasks on the same samples, each with labels, classes and missing labels of its own.
-
-    ``column`` is that of the labels, by default the task's name. Without ``min_labels`` an empty cell of a multi-label
-    column says that the sample has none of the labels, with it that they are not known.
-    """
-
-    task: Literal["multilabel", "multiclass"]
-    column: str = ""
-    classes: tuple[str, ...] | None = None
-    min_labels: int = Field(default=0, ge=0)
-
-    @field_validator("classes")
-    @classmethod
-    def _classes_differ(cls, classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return _distinct(classes)
-
-    @field_validator("min_labels")
-    @classmethod
-    def _min_labels_fit(cls, min_labels: int, info: ValidationInfo) -> int:
-        if min_labels and info.data.get("task") == "multiclass":
-            raise ValueError("is for multi-label tasks; a multi-class one has one label a row")
-        return min_labels
 
 
 class Manifest(Strict):
@@ -115,7 +88,7 @@ class Manifest(Strict):
             )
         if classes is not None and info.data.get("task") == MULTITASK:
             raise ValueError("belong to the tasks of a multitask dataset, such as [tasks.color]")
-        return _distinct(classes)
+        return distinct(classes)
 
     @field_validator("scale")
     @classmethod
@@ -149,15 +122,7 @@ class Manifest(Strict):
             if tasks and task is not None:
                 raise ValueError(f"are for the task {MULTITASK} alone, and this one is {task}")
             return tasks
-        if not tasks:
-            raise ValueError('there must be at least one, such as [tasks.color] with task = "multiclass"')
-        for name in tasks:
-            if not _TASK_NAME.fullmatch(name):
-                raise ValueError(f"a task's name must be of lower-case letters, digits, - and _. Got {name!r} instead")
-        if reader and reader["kind"] != "table":
-            raise ValueError(f"are read from the columns of a table, and reader {reader['kind']!r} gives one label")
-        if "labels" in reader:
-            raise ValueError("name a column of labels each; leave out the reader's labels")
+        check_tasks(tasks, reader)
         return tasks
 
     @field_validator("min_labels")
@@ -218,31 +183,10 @@ class Manifest(Strict):
         """
         if not self.tasks:
             return (TaskSlice("", self.task, slice(0, len(classes)), self.min_labels),)
-        slices, start = [], 0
-        for name, task in self.tasks.items():
-            n = sum(own.startswith(f"{name}=") for own in classes[start:])
-            slices.append(TaskSlice(name, task.task, slice(start, start + n), task.min_labels))
-            if not n or not all(own.startswith(f"{name}=") for own in classes[start : start + n]):
-                raise ManifestError(f"{self.name}: classes such as {', '.join(classes[:3])} are not those of its tasks")
-            start += n
-        if start < len(classes):
-            raise ManifestError(f"{self.name}: class {classes[start]!r} is of none of its tasks")
-        return tuple(slices)
-
-
-def _distinct(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Return names of classes without the spaces around them, as labels are read; they must differ."""
-    if classes is None:
-        return None
-    names = Counter(name.strip() for name in classes)
-    repeated = sorted(name for name, n in names.items() if n > 1)
-    if repeated:
-        raise ValueError(f"listed twice: {', '.join(repeated)}")
-    if not names:
-        raise ValueError("must name at least one class, or be left out")
-    if "" in names:
-        raise ValueError("a class must have a name")
-    return tuple(names)
+        try:
+            return slices(self.tasks, classes)
+        except ValueError as error:
+            raise ManifestError(f"{self.name}: {error}") from error
 
 
 def _open_reader(reader: Mapping[str, Any]) -> Reader:

@@ -302,7 +302,7 @@ def _modality_weights(problem: Problem, trained: Trained) -> dict[str, float]:
             return {}
         mine = trained.held.rows[trained.held.parts == fold] if fold is not None else trained.held.rows
         found.append(problem.table.only(model.widths).map(model.eval().modality_weights, torch.from_numpy(mine)))
-    means = torch.cat(found).double().mean(0).tolist()
+    means = torch.cat(found).double().flatten(0, -2).mean(0).tolist()  # (n, M), or of K tasks (n, K, M)
     return dict(zip(modalities_of(trained.members[0][1].widths), means, strict=True))
 
 

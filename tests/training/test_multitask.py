@@ -167,27 +167,23 @@ def test_tasks_of_one_kind(tasks_store):
     text = MANIFEST.partition("[tasks.tags]")[0]
     problem = open_problem(tasks_store(text, CLASSES[:5], slice(0, 5)))[0]
     assert problem.resolve(TrainConfig()).loss == "ce"
-    with pytest.raises(
-        ConfigError, match="^loss 'asl' fits none of the tasks color, pattern: they are multi-class and t"
-    ):
+    with pytest.raises(ConfigError, match="loss 'asl' fits none of the tasks color, pattern: they are multi-class"):
         problem.resolve(TrainConfig(loss="asl"))
     with pytest.raises(ConfigError, match="thresholds are for multi-label tasks"):
         train_problem(problem, TrainConfig(thresholds="class", epochs=1))
 
 
 def test_settings_of_one_task_are_refused(problem):
-    with pytest.raises(ConfigError, match="^sampler 'balanced' draws rows by the classes of one task"):
+    with pytest.raises(ConfigError, match="sampler 'balanced' draws rows by the classes of one task"):
         problem.resolve(TrainConfig(sampler="balanced"))
-    with pytest.raises(
-        ConfigError, match="^of several tasks the mean of their main metrics is monitored; list another"
-    ):
+    with pytest.raises(ConfigError, match="of several tasks the mean of their main metrics is monitored; list anot"):
         problem.resolve(TrainConfig(monitor="macro_f1"))
 
 
 def test_figures_are_of_the_rows_that_have_the_label(tasks_store):
     run = train_head(tasks_store(), TrainConfig(head="linear", epochs=20))
     result = run.results["val"]
-    targets = run_targets(run, tasks_store)
+    targets = tasks_store().targets[run.held.rows]
     rows = targets[:, 0] >= 0
     scores = run.held.scores
     right = scores[rows, :3].argmax(1) == targets[rows, :3].argmax(1)
@@ -195,12 +191,8 @@ def test_figures_are_of_the_rows_that_have_the_label(tasks_store):
     names = ("color.accuracy", "pattern.accuracy", "tags.micro_f1")
     assert result.metrics["mean"] == pytest.approx(np.mean([result.metrics[name] for name in names]))
     assert result.per_class["support"] == (targets > 0).sum(0).tolist()
-    assert result.metrics["mean"] > 0.6
+    assert result.metrics["mean"] > 0.5  # by chance 0.4
     assert (run.thresholds[:5] == 0.5).all()
-
-
-def run_targets(run, tasks_store):
-    return tasks_store().targets[run.held.rows]
 
 
 @pytest.mark.parametrize("fusion", ["sum", "concat", "mixed", "gated", "tirg", "midfusion", "cma", "image"])
@@ -316,7 +308,7 @@ def test_gates_are_each_tasks_own(tasks_store, tmp_path):
     np.testing.assert_allclose(weights, expected, atol=1e-5)
     for k, task in enumerate(run.tasks):
         own, rows = found.of_task(task), targets[:, task.columns.start] >= 0
-        assert own.n_rows == rows.sum() == own.per_class["support"][0] * 0 + len(own.rows)
+        assert own.n_rows == rows.sum() == len(own.rows)
         assert own.classes == tuple(name.partition("=")[2] for name in CLASSES[task.columns])
         assert own.gates["image"] == pytest.approx(expected[rows, k, 0].mean(), abs=1e-5)
         first = targets[:, task.columns.start] > 0
@@ -367,6 +359,11 @@ def test_a_sweep_is_of_the_figures_of_runs(tasks_store, tmp_path):
     assert trial.metrics == pytest.approx(run.results["val"].metrics)
     again = sweep(store, base, [{"fusion": "sum"}, {"fusion": "concat"}], folder=tmp_path / "s", seeds=(0, 1))
     assert again.best.trials == result.best.trials
+
+
+def test_averaged_weights_over_tokens(tasks_store):
+    run = train_head(tasks_store(), cma(ema=0.9))
+    assert all(epoch.raw_score is not None for epoch in run.histories[0].epochs)
 
 
 def test_few_rows_with_a_label_choose_no_thresholds(tasks_store):
