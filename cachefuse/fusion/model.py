@@ -43,7 +43,7 @@ class FusionModel(nn.Module):
         return self.fusion(self.standardized(features), present)
 
     def modality_weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Return how much each modality counts in each row, (B, M), or (B, K, M) for K tasks, of a fusion that weighs."""
+        """Return how much each modality counts in each row, (B, M), of K tasks (B, K, M), if the fusion weighs them."""
         return self.fusion.weights(self.standardized(features), present)
 
     def standardized(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ class TrainConfig:
     to 256, ``weight_decay`` to 0 (0.003 for L-BFGS), ``schedule`` to cosine (constant for L-BFGS), ``epochs`` to 50 or
     as many as make 500 steps (L-BFGS: 20).
 
+    ``stages`` are those that the fusion's weights are trained in, one after the other, as "warm-up" and then "tuning".
     ``shuffle`` {modality: share} gives so many of the rows another row's, to see how a fusion bears what is irrelevant.
 
     ``patience`` is the epochs without a better validation score after which training stops, 0 for never; the best
