@@ -19,7 +19,7 @@ from cachefuse.encoders.base import EncoderSpec
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.base import IDS, TOKENS, Fusion, HeadBuilder, Origin, feature_name, modalities_of, zero_absent
 from cachefuse.fusion.dfe import masked_mean
-from cachefuse.fusion.pooling import PoolSpec, build_pools
+from cachefuse.fusion.pooling import MeanPool, PoolSpec, build_pools
 from cachefuse.fusion.t5 import T5, T5Decoder, T5Encoder, T5Settings, distances, shut_padding
 from cachefuse.fusion.t5_weights import load_t5, read_settings
 from cachefuse.fusion.text_model import check_tokenizer
@@ -130,9 +130,13 @@ class MidFusion(Fusion):
         """Return the tokens (B, T, W) with which a modality joins, 0 where its mask (B, T) says that they are none."""
         name, enter = self.names[modality], self.enter[modality]
         x, mask = features[name], present[name]
+        pool = dict(self.pool.items()).get(modality)
+        if isinstance(pool, MeanPool) and isinstance(enter, nn.Linear):
+            x, mask = pool(x, mask)  # a mean and a linear map may change places, and then few tokens are mapped
+            pool = None
         x = enter(x.masked_fill(~mask, 0) if isinstance(enter, nn.Embedding) else zero_absent(x, mask))
-        if modality in self.pool:
-            x, mask = self.pool[modality](x, mask)
+        if pool is not None:
+            x, mask = pool(x, mask)
         return zero_absent(x, mask), mask  # a map's bias, and the embedding of no token, are nothing that is there
 
     def bias(self, lengths: Sequence[int]) -> Tensor:
