@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from cachefuse.training.sweep_result import SettingResult, SweepResult
 
 MAX_METRICS, BESIDE_COSTS = 4, 2  # that fit beside the settings, and beside costs; all are in the files
-COSTS = ("parameters", "MB", "ms/item", "steps/s")
+COSTS = ("params", "MB", "ms/item", "steps/s")
 
 
 class SweepProgress:
@@ -93,7 +93,7 @@ def _columns(result: "SweepResult", shown: Sequence["SettingResult"]) -> dict[st
     for i, name in enumerate(COSTS if costs else ()):
         if not curves or i >= 2:  # their models are much alike in size, and have long names
             columns[name] = partial(_cost, i=i)
-    if any(setting.trials[0].weights for setting in shown):
+    if not costs and any(setting.trials[0].weights for setting in shown):  # beside costs there is no room
         columns["text counts"] = lambda setting: Text(_share(setting.weight("text")))
     return columns
 

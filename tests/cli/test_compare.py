@@ -23,7 +23,7 @@ def test_a_table_of_what_to_choose_from(cachefuse, workspace, fits):
     lines = result.out.splitlines()
     assert lines[0].strip() == "mine: 2 folds, 1 epochs of 64 rows a step"
     assert lines[1].strip() == "one seed, 120 rows of oof"
-    heads = ["fusion", "micro-F1", "95%", "macro-F1", "s", "parameters", "MB", "ms/item", "steps/s"]
+    heads = ["fusion", "micro-F1", "95%", "macro-F1", "s", "params", "MB", "ms/item", "steps/s"]
     assert lines[2].split() == heads
     for name, line in zip(("image", "text", "sum", "tirg"), lines[3:7], strict=True):
         assert re.match(rf"{name} +0\.\d+ +\.\d+-\.\d+ +0\.\d+ +[\d.]+ +[\d.]+M +[\d.]+ +[\d.e-]+ +[\d.e+]+$", line)
