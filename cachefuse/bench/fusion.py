@@ -184,7 +184,8 @@ def later_fusion(bench: FusionBench, layer: int, pool: str = "") -> BenchRow:
     depth = 4
     first = _steps(bench, 0, "", depth)
     ours = _steps(bench, layer, pool, depth)
-    what = f"midfusion, images at {layer} of {depth}{', ' + pool if pool else ''} / at 0"
+    kind = pool.partition("=")[2]
+    what = f"midfusion, images at {layer}{', ' + kind if kind else ''} / at 0"
     name = "_".join(["midfusion", str(layer), *pool.partition("=")[2].split(":")]).rstrip("_")
     return BenchRow(name, what, "steps/s", ours, first, ours / first)
 
