@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from cachefuse.training.feature_set import FeatureSet, FeatureView, open_features
     from cachefuse.training.run import Run
     from cachefuse.training.run_files import find_run, list_runs
-    from cachefuse.training.sweep import grid, sweep
+    from cachefuse.training.sweep import sweep
+    from cachefuse.training.sweep_settings import grid
     from cachefuse.training.train import train_head
 
 __version__ = "0.1.0"
@@ -76,7 +77,7 @@ _API = {
     "extract": "cachefuse.cache.extract:extract",
     "find_run": "cachefuse.training.run_files:find_run",
     "fine_tune": "cachefuse.alignment.finetune:fine_tune",
-    "grid": "cachefuse.training.sweep:grid",
+    "grid": "cachefuse.training.sweep_settings:grid",
     "inspect_store": "cachefuse.cache.inspection:inspect_store",
     "list_alignments": "cachefuse.alignment.run:list_alignments",
     "list_runs": "cachefuse.training.run_files:list_runs",

@@ -21,11 +21,13 @@ from cachefuse.data.targets import is_labelled
 from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower, is_derived
 from cachefuse.errors import BadSampleError, DataError, RunError
-from cachefuse.fusion.base import IDS, TOKENS, split_name
+from cachefuse.fusion.base import split_name
 from cachefuse.metrics import TaskSlice
+from cachefuse.registry import FLAT, IDS, TOKENS
 from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import FLAT, FeatureTable, stored_views
+from cachefuse.training.batches import FeatureTable
 from cachefuse.training.run import Member, Run
+from cachefuse.training.selection import stored_views
 from cachefuse.training.used import StoreTables, UsedFeatures, read_view
 
 logger = logging.getLogger(__name__)

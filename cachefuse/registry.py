@@ -7,6 +7,10 @@ from typing import Any
 
 from cachefuse.errors import UnknownNameError
 
+# What a store has of a modality: a vector a sample, vectors of its tokens, or their numbers; and as a training may read
+# tokens, side by side in place of a vector.
+POOLED, TOKENS, IDS, FLAT = "pooled", "tokens", "ids", "flat"
+
 # Named here rather than beside their code, so that listing the choices does not import torch.
 ACTIVATIONS = {"gelu": "torch.nn:GELU", "leaky_relu": "torch.nn:LeakyReLU", "relu": "torch.nn:ReLU"}
 HEADS = {"gmlp": "cachefuse.heads:GatedMLP", "linear": "cachefuse.heads:Linear", "mlp": "cachefuse.heads:MLP"}

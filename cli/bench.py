@@ -1,15 +1,12 @@
 """`cachefuse bench`: how far from this machine's limits."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Annotated
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 from cachefuse_cli.options import WORKSPACE, Device, Json, Workspace
-
-if TYPE_CHECKING:
-    from cachefuse.bench.timing import BenchRow
 
 bench = typer.Typer(
     name="bench",
@@ -34,12 +31,7 @@ def store(
 
     What is written there is removed again.
     """
-    from cachefuse_cli import render
-
-    with render.interruptible("nothing was kept; run the same command again"):
-        with render.status("loading torch"):
-            from cachefuse.bench.store import bench_store
-        _measure(partial(bench_store, workspace, memory=memory), device, json)
+    _measure("store", workspace, device, json, memory=memory)
 
 
 @bench.command()
@@ -48,27 +40,16 @@ def train(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json 
 
     What is written to the workspace's disk is removed again.
     """
-    from cachefuse_cli import render
-
-    with render.interruptible("nothing was kept; run the same command again"):
-        with render.status("loading torch"):
-            from cachefuse.bench.train import bench_train
-        _measure(partial(bench_train, workspace), device, json)
+    _measure("train", workspace, device, json)
 
 
 @bench.command()
 def align(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json = False) -> None:
     """Measure alignment and exact search on random features: a minute or two on two cores.
 
-       It takes 4 GB of memory and 2 GB of disk;
-    what is written there is removed again.
+    It takes 4 GB of memory and 2 GB of disk; what is written there is removed again.
     """
-    from cachefuse_cli import render
-
-    with render.interruptible("nothing was kept; run the same command again"):
-        with render.status("loading torch"):
-            from cachefuse.bench.align import bench_align
-        _measure(partial(bench_align, workspace), device, json)
+    _measure("align", workspace, device, json)
 
 
 @bench.command()
@@ -77,22 +58,23 @@ def fusion(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json
 
     What is written to the workspace's disk is removed again.
     """
+    _measure("fusion", workspace, device, json)
+
+
+def _measure(name: str, workspace: Path, device: str, json: bool, **options: Any) -> None:
+    """Take the measurements of ``cachefuse.bench.<name>``, and print them."""
     from cachefuse_cli import render
 
     with render.interruptible("nothing was kept; run the same command again"):
         with render.status("loading torch"):
-            from cachefuse.bench.fusion import bench_fusion
-        _measure(partial(bench_fusion, workspace), device, json)
+            from cachefuse.bench.timing import describe_machine
+            from cachefuse_cli import bench_tables
+            from cachefuse_cli.progress import BenchProgress
 
-
-def _measure(measure: "Callable[..., list[BenchRow]]", device: str, json: bool) -> None:
-    from cachefuse.bench.timing import describe_machine
-    from cachefuse_cli import bench_tables, render
-    from cachefuse_cli.progress import BenchProgress
-
-    machine = describe_machine(device)
-    with BenchProgress() as progress:
-        rows = measure(device=device, on_progress=progress.update)
+            measure = getattr(import_module(f"cachefuse.bench.{name}"), f"bench_{name}")
+        machine = describe_machine(device)
+        with BenchProgress() as progress:
+            rows = measure(workspace, device=device, on_progress=progress.update, **options)
     if json:
         render.print_json(bench_tables.bench_dict(machine, rows))
     else:

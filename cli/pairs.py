@@ -37,7 +37,7 @@ def pairs(
             from cachefuse.alignment.pairs import mine_pairs, write_pairs
             from cachefuse.errors import ConfigError
             from cachefuse.runtime import Workspace as WorkspacePaths
-            from cachefuse.training.batches import select_features
+            from cachefuse.training.selection import select_features
             from cachefuse_cli import align_tables
             from cachefuse_cli.options import open_store, reopen_dataset
             from cachefuse_cli.progress import RowsProgress

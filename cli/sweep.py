@@ -99,8 +99,8 @@ def _tried(
 ) -> list[dict[str, Any]]:
     """Return the settings to try; none for a preset, which knows its own."""
     from cachefuse.training.presets import GREEDY, PRESETS, TOKEN_PRESETS
-    from cachefuse.training.sweep import grid as combine
-    from cachefuse.training.sweep import parse_setting
+    from cachefuse.training.sweep_settings import grid as combine
+    from cachefuse.training.sweep_settings import parse_setting
 
     if [grid, settings, preset].count(None) != 2:
         raise ConfigError("a sweep needs one of --grid, --settings and --preset")

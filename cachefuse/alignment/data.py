@@ -13,10 +13,11 @@ from cachefuse.alignment.model import Aligner, Side
 from cachefuse.cache.features import Features
 from cachefuse.cache.rows import RaggedRows, Rows
 from cachefuse.cache.store import FeatureStore
+from cachefuse.cache.tokens import padded
 from cachefuse.data.manifest import PAIRS
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.heads import Standardize
-from cachefuse.training.batches import one_view, select_features
+from cachefuse.training.selection import one_view, select_features
 
 FIT_ROWS, FIT_TOKENS = 1 << 15, 1 << 17  # that a side's statistics are taken from, about that many at most
 PIECE_FLOATS = 1 << 24  # of features that are embedded at a time, at most
@@ -60,16 +61,14 @@ class SideRows:
         return first[owners] + np.arange(len(owners)) - (counts.cumsum() - counts)[owners], owners
 
 
-def as_tokens(rows: Rows, index: Tensor) -> Side:
-    """Return stored rows (B,) as tokens (B, T, D) and their mask (B, T); pooled features are one token.
+def as_tokens(rows: Rows | Tensor | Sequence[Tensor], index: Tensor) -> Side:
+    """Return rows (B,), stored or in memory, as tokens (B, T, D) with their mask (B, T); pooled ones are one token.
 
     A row without any token has one of zeros, so that it can be attended to.
     """
-    if isinstance(rows, RaggedRows):
-        return with_a_token(*rows.padded(index))
-    x = rows.index_select(0, index)
-    x = x.unsqueeze(1) if x.ndim == 2 else x
-    return x, torch.ones(x.shape[:2], dtype=torch.bool)
+    if isinstance(rows, Rows | Tensor) and len(rows.shape) == 2 and not isinstance(rows, RaggedRows):
+        return rows.index_select(0, index).unsqueeze(1), torch.ones(len(index), 1, dtype=torch.bool)
+    return with_a_token(*padded(rows, index))
 
 
 def with_a_token(x: Tensor, mask: Tensor) -> Side:

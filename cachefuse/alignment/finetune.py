@@ -25,14 +25,14 @@ from cachefuse.errors import ConfigError
 from cachefuse.fusion.model import FusionModel
 from cachefuse.heads import Standardize
 from cachefuse.losses import build_loss
-from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
+from cachefuse.registry import FLAT, OPTIMIZERS, SCHEDULES, lookup
 from cachefuse.runtime import own_randomness, resolve_device, seed_everything
-from cachefuse.training.batches import FLAT, load_table, one_view
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.loop import History, Validation, fit, predict_scores
 from cachefuse.training.measure import HeldOut, choose_for, measure
 from cachefuse.training.problem import VAL, Problem
 from cachefuse.training.run import Member, Run, build_model, split_digest
+from cachefuse.training.selection import load_table, one_view
 from cachefuse.training.train import Progress, score_of
 from cachefuse.training.used import used_features
 

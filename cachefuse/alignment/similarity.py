@@ -14,8 +14,8 @@ from cachefuse.data.manifest import PAIRS
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import ConfigError, DataError, RunError
-from cachefuse.training.batches import select_features
 from cachefuse.training.problem import TRAIN, VAL
+from cachefuse.training.selection import select_features
 
 TOLERANCES = np.linspace(0.1, 1, 100)  # CBMF, figure 3: "100 values spanning from 0.1 to 1"
 CHUNK = 4096  # pairs at a time

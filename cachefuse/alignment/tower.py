@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from cachefuse.alignment.data import with_a_token
+from cachefuse.alignment.data import as_tokens
 from cachefuse.alignment.run import Alignment
 from cachefuse.cache.derive import base_rows, derive
 from cachefuse.cache.features import Features
@@ -81,13 +80,12 @@ class AlignedTower(DerivedTower):
 
 def _as_tokens(rows: Any) -> tuple[Tensor, Tensor]:
     """Return rows (B, D), (B, T, D), or a list of (T_i, D), as tokens (B, T, D) with a mask (B, T)."""
-    if isinstance(rows, list):
-        lengths = torch.tensor([len(row) for row in rows])
-        x = pad_sequence([torch.from_numpy(np.ascontiguousarray(row)) for row in rows], batch_first=True)
-        return with_a_token(x, torch.arange(x.shape[1]) < lengths[:, None])
-    x = torch.from_numpy(np.ascontiguousarray(rows))
-    x = x.unsqueeze(1) if x.ndim == 2 else x
-    return x, torch.ones(x.shape[:2], dtype=torch.bool)
+    in_memory: Any = (
+        [torch.from_numpy(np.ascontiguousarray(row)) for row in rows]
+        if isinstance(rows, list)
+        else torch.from_numpy(np.ascontiguousarray(rows))
+    )
+    return as_tokens(in_memory, torch.arange(len(rows)))
 
 
 def open_aligned(spec: EncoderSpec, device: str) -> dict[str, Tower]:

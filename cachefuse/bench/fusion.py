@@ -13,7 +13,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cachefuse.bench.base import MANIFEST, N_CLASSES, OnProgress, measure_all, temporary
 from cachefuse.bench.timing import BenchRow, by_turns, timed
-from cachefuse.cache.layout import IDS
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.writer import ViewWriter
 from cachefuse.data.dataset import Dataset
@@ -21,6 +20,7 @@ from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.transformer import EXPANSION
+from cachefuse.registry import IDS
 from cachefuse.runtime import resolve_device
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.costs import measure_costs

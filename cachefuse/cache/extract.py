@@ -12,7 +12,6 @@ import numpy as np
 
 from cachefuse.cache.derive import base_rows, derive
 from cachefuse.cache.features import Features
-from cachefuse.cache.layout import IDS
 from cachefuse.cache.lock import only_writer
 from cachefuse.cache.pipeline import (
     Clock,
@@ -32,6 +31,7 @@ from cachefuse.data.dataset import Dataset
 from cachefuse.encoders import EncoderSpec
 from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.registry import IDS
 
 WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16}  # of texts; tokens of many long ones would fill the memory
 

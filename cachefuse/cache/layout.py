@@ -9,13 +9,13 @@ import google_crc32c
 import numpy as np
 
 from cachefuse.errors import CacheError
+from cachefuse.registry import IDS, POOLED, TOKENS
 
 FORMAT = 2  # of the store; a reader refuses what it does not know
 BLOCK_BYTES = 32 << 20  # the most that one block of a view holds
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 64, 4096
 CHUNKS_PER_BLOCK = 16
-IDS = "ids"  # the view of a text's token numbers
-VIEWS = ("pooled", "tokens", IDS)
+VIEWS = (POOLED, TOKENS, IDS)
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "|i1", "int32": "<i4"}
 FEATURE_DTYPES = ("float16", "float32", "int8")  # to choose from; ids are int32 whatever is chosen
 PIECE = 1 << 18  # bytes copied at a time for a checksum: they stay in the processor's cache

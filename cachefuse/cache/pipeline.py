@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from cachefuse.cache.layout import IDS
 from cachefuse.cache.samples import text_offsets
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
+from cachefuse.registry import IDS
 from cachefuse.runtime import n_threads
 
 WRITES_AHEAD = 2  # windows encoded and not yet written

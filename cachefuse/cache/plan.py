@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from cachefuse.cache.derive import base_rows
-from cachefuse.cache.layout import DTYPES, IDS
+from cachefuse.cache.layout import DTYPES
 from cachefuse.cache.pipeline import (
     encode_prepared,
     is_bad,
@@ -26,6 +26,7 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import CacheError
+from cachefuse.registry import IDS
 from cachefuse.runtime import format_bytes
 
 MEASURED_TEXTS = 64  # that show how many tokens texts have

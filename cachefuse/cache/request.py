@@ -4,11 +4,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cachefuse.cache.layout import FEATURE_DTYPES, IDS, VIEWS
+from cachefuse.cache.layout import FEATURE_DTYPES, VIEWS
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import ConfigError, EncoderError
+from cachefuse.registry import IDS
 from cachefuse.runtime import resolve_device, slug
 
 logger = logging.getLogger(__name__)

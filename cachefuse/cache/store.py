@@ -22,11 +22,12 @@ import zarr
 from cachefuse.cache import update
 from cachefuse.cache.features import JOURNAL, Features
 from cachefuse.cache.journal import append_lines, read_lines
-from cachefuse.cache.layout import FORMAT, IDS, differing_fields, provenance_key, unseal
+from cachefuse.cache.layout import FORMAT, differing_fields, provenance_key, unseal
 from cachefuse.cache.samples import LEDGER, column_checksum, finish_replacing, read_about, read_column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.registry import IDS
 from cachefuse.runtime import slug
 
 

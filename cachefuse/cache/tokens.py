@@ -57,14 +57,7 @@ class Tokens:
 
         T is that of the longest of these rows, and at least 1.
         """
-        if isinstance(self._rows, RaggedRows):
-            x, mask = self._rows.padded(index)
-        elif isinstance(self._rows, Rows):
-            x = self._rows.index_select(0, index)
-            mask = torch.ones(x.shape[:2], dtype=torch.bool)
-        else:
-            x = pad_sequence([self._rows[i] for i in index.tolist()], batch_first=True)
-            mask = torch.arange(x.shape[1]) < torch.from_numpy(self.lengths)[index, None]
+        x, mask = padded(self._rows, index)
         if not x.shape[1]:
             x, mask = x.new_zeros(len(x), 1, *x.shape[2:]), mask.new_zeros(len(x), 1)
         return (x.long() if self.is_ids else x), mask
@@ -78,6 +71,18 @@ class Tokens:
     def to(self, device: torch.device | str) -> "Tokens":
         """Return these tokens where they are: as they are large, batches are copied to another device, one by one."""
         return self
+
+
+def padded(rows: Rows | Tensor | Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens (B, T, D), or ids (B, T), of some rows (B,), stored or in memory, and the mask (B, T)."""
+    if isinstance(rows, RaggedRows):
+        return rows.padded(index)
+    if isinstance(rows, Rows | Tensor):
+        x = rows.index_select(0, index)
+        return x, torch.ones(x.shape[:2], dtype=torch.bool)
+    some = [rows[i] for i in index.tolist()]
+    x = pad_sequence(some, batch_first=True)
+    return x, torch.arange(x.shape[1]) < torch.tensor([[len(row)] for row in some])
 
 
 def length_grouped(order: Tensor, lengths: np.ndarray, size: int, generator: torch.Generator) -> Iterator[Tensor]:

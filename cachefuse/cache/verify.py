@@ -12,7 +12,7 @@ import zarr
 from cachefuse.cache.blocks import DamagedBlockError
 from cachefuse.cache.extract import OnProgress, extract_into
 from cachefuse.cache.features import Features
-from cachefuse.cache.layout import FEATURE_DTYPES, IDS
+from cachefuse.cache.layout import FEATURE_DTYPES
 from cachefuse.cache.lock import only_writer
 from cachefuse.cache.opening import open_rows
 from cachefuse.cache.request import open_request
@@ -23,6 +23,7 @@ from cachefuse.cache.views import block_name
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import is_derived
 from cachefuse.errors import CacheError
+from cachefuse.registry import IDS
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import zarr
 
-from cachefuse.cache.layout import DTYPES, IDS, MAX_BLOCK_ROWS, VIEWS
+from cachefuse.cache.layout import DTYPES, MAX_BLOCK_ROWS, VIEWS
 from cachefuse.cache.shard import INDEX_CODECS, chunk_rows, padded_rows
 from cachefuse.errors import CacheError
+from cachefuse.registry import IDS
 from cachefuse.runtime import make_folder, write_atomically
 
 

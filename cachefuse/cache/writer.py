@@ -9,11 +9,12 @@ from typing import Self
 import numpy as np
 
 from cachefuse.cache.features import Features, Written
-from cachefuse.cache.layout import DTYPES, IDS, checksum
+from cachefuse.cache.layout import DTYPES, checksum
 from cachefuse.cache.rows import quantise
 from cachefuse.cache.shard import ShardWriter
 from cachefuse.cache.views import View, block_name, declare_shards
 from cachefuse.errors import CacheError
+from cachefuse.registry import IDS
 from cachefuse.runtime import make_folder, write_atomically
 
 Values = Sequence[np.ndarray | None]

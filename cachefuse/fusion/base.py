@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
+from cachefuse.registry import IDS, POOLED, TOKENS
 
 HeadBuilder = Callable[[int, int], nn.Module]  # (width, classes) -> a head from (B, width) to (B, classes)
-POOLED, TOKENS, IDS = "pooled", "tokens", "ids"
 
 
 def feature_name(modality: str, view: str) -> str:
@@ -57,6 +57,7 @@ class Fusion(nn.Module):
     modalities: ClassVar[tuple[str, ...] | None] = None  # None: all that are given
     parts: ClassVar[tuple[str, ...]] = ()  # that can be left out, to see what they are good for
     linear: ClassVar[bool] = False  # whether all weights but the heads' are in linear layers
+    mixed_precision: ClassVar[bool] = False  # whether it is worth bfloat16 on CUDA, as transformers are
     stages: ClassVar[tuple[str, ...]] = ()  # in which it can be trained, in their order
     per_task: ClassVar[bool] = False  # whether it takes ``tasks``, {name: classes}, to have parts for each of several
     defaults: ClassVar[Mapping[str, Any]] = {}  # settings of a training that differ from those of the others

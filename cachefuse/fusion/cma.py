@@ -13,18 +13,10 @@ from torch import Tensor, nn
 
 from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import (
-    POOLED,
-    TOKENS,
-    Fusion,
-    HeadBuilder,
-    feature_name,
-    modalities_of,
-    split_name,
-    zero_absent,
-)
+from cachefuse.fusion.base import Fusion, HeadBuilder, feature_name, modalities_of, split_name, zero_absent
 from cachefuse.fusion.pooling import PoolSpec, build_pools
 from cachefuse.fusion.transformer import TransformerBlock
+from cachefuse.registry import POOLED, TOKENS
 
 MODALITY_ATTENTION, SEQUENCE_ATTENTION = "modality-attention", "sequence-attention"
 WARM_UP, TUNING = "warm-up", "tuning"
@@ -40,6 +32,7 @@ class CMAFusion(Fusion):
     """
 
     name = "cma"
+    mixed_precision = True
     parts = (MODALITY_ATTENTION, SEQUENCE_ATTENTION)
     stages = (WARM_UP, TUNING)
     per_task = True

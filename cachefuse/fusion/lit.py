@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import IDS, POOLED, TOKENS, Fusion, HeadBuilder, Origin, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder, Origin, zero_absent
 from cachefuse.fusion.dfe import masked_mean
 from cachefuse.fusion.text_model import build, load_weights, open_config
 from cachefuse.fusion.tirg import TIRG
+from cachefuse.registry import IDS, POOLED, TOKENS
 
 IMAGE_PART, TIRG_PART = "image", "tirg"
 
@@ -33,6 +34,7 @@ class LiTFusion(Fusion):
     """
 
     name = "lit"
+    mixed_precision = True
     modalities = ("image", "text")
     parts = (TIRG_PART, IMAGE_PART)
     defaults: ClassVar = {"dropout": 0.1, "lr": 5e-5, "weight_decay": 0.0, "epochs": 30, "batch_size": 128}

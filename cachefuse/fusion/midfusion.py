@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.encoders.base import EncoderSpec
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import IDS, TOKENS, Fusion, HeadBuilder, Origin, feature_name, modalities_of, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder, Origin, feature_name, modalities_of, zero_absent
 from cachefuse.fusion.dfe import masked_mean
 from cachefuse.fusion.pooling import MeanPool, PoolSpec, build_pools
 from cachefuse.fusion.t5 import T5, T5Decoder, T5Encoder, T5Settings, distances, shut_padding
 from cachefuse.fusion.t5_weights import load_t5, read_settings
 from cachefuse.fusion.text_model import check_tokenizer
+from cachefuse.registry import IDS, TOKENS
 
 TEXT = "text"
 FusionSpec = str | Mapping[Any, str | Sequence[str]]  # "0:text,6:image", or {0: ["text"], 6: ["image"]}
@@ -42,6 +43,7 @@ class MidFusion(Fusion):
     """
 
     name = "midfusion"
+    mixed_precision = True
     defaults: ClassVar = {"dropout": 0.2, "lr": 3e-4, "weight_decay": 1e-4, "epochs": 15, "batch_size": 64}
 
     @classmethod

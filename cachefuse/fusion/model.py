@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from cachefuse.cache.rows import Columns
 from cachefuse.cache.tokens import Tokens
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import IDS, Fusion, split_name
+from cachefuse.fusion.base import Fusion, split_name
 from cachefuse.fusion.late import HeadAlone
 from cachefuse.heads import Standardize
+from cachefuse.registry import IDS
 
 
 class FusionModel(nn.Module):

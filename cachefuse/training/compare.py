@@ -7,11 +7,10 @@ from typing import Any
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
-from cachefuse.fusion.base import TOKENS
-from cachefuse.registry import lookup
-from cachefuse.training.batches import select_features
+from cachefuse.registry import TOKENS, lookup
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.problem import open_problem
+from cachefuse.training.selection import select_features
 from cachefuse.training.sweep import Experiment, run_sweep, views_of
 from cachefuse.training.sweep_files import write_results
 from cachefuse.training.sweep_result import SettingResult, SweepResult

@@ -7,7 +7,7 @@ from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
-from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, OPTIMIZERS, SCHEDULES, lookup
+from cachefuse.registry import ACTIVATIONS, FLAT, HEADS, LOSSES, OPTIMIZERS, POOLED, SCHEDULES, TOKENS, lookup
 
 MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
@@ -22,7 +22,7 @@ WEIGHT_DECAYS = {"lbfgs": 3e-3}  # of others 0: without it, so thorough an optim
 SCHEMES = ("joint", "staged")
 THRESHOLDS = ("none", "global", "class")
 CHOICES = {
-    "view": ("pooled", "tokens"),
+    "view": (POOLED, TOKENS),
     "scheme": SCHEMES,
     "class_weights": ("none", "balanced", "effective"),
     "sampler": ("shuffle", "balanced"),
@@ -56,7 +56,7 @@ class TrainConfig:
     averaged. ``refit`` trains them once more on all of train and val, when epochs and thresholds are chosen.
     """
 
-    view: str = "pooled"
+    view: str = POOLED
     fusion: str = "sum"
     fusion_options: Mapping[str, Any] = field(default_factory=dict)
     without: tuple[str, ...] = ()
@@ -163,17 +163,17 @@ class TrainConfig:
     def views(self, modality: str) -> tuple[str, ...]:
         """Return the views that are read of a modality."""
         views = self._fusion.views(modality, self.own_options())
-        return ("flat",) if self.view == "tokens" and views == ("pooled",) else views
+        return (FLAT,) if self.view == TOKENS and views == (POOLED,) else views
 
     @property
     def is_linear(self) -> bool:
         """Whether the model's weights are all in linear layers over pooled features, its head's hidden ones aside."""
-        return bool(self._fusion.linear) and self.view == "pooled"
+        return bool(self._fusion.linear) and self.view == POOLED
 
     @property
     def mixed_precision(self) -> bool:
-        """Whether the model is trained in bfloat16 on CUDA: those over tokens are."""
-        return any(view in ("tokens", "ids") for modality in ("image", "text") for view in self.views(modality))
+        """Whether the model is trained in bfloat16 on CUDA."""
+        return bool(self._fusion.mixed_precision)
 
     def own_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the fusion."""

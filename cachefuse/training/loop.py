@@ -154,14 +154,12 @@ def fit(
 
 
 def in_parts(batch: Batch, n: int) -> Iterator[Batch]:
-    """Yield a batch in n parts, as equal as can be; itself if n is 1."""
+    """Yield a batch in n parts, as equal as can be, none of them empty."""
     features, present, targets = batch
-    for i in torch.arange(len(targets)).tensor_split(n) if n > 1 else (None,):
-        if i is None:
-            yield batch
-        elif len(i):
-            rows = slice(int(i[0]), int(i[-1]) + 1)
-            yield {m: x[rows] for m, x in features.items()}, {m: x[rows] for m, x in present.items()}, targets[rows]
+    size = -(-len(targets) // n)
+    for start in range(0, len(targets), size):
+        rows = slice(start, start + size)
+        yield {m: x[rows] for m, x in features.items()}, {m: x[rows] for m, x in present.items()}, targets[rows]
 
 
 def keep_freed_memory() -> None:

@@ -13,14 +13,14 @@ from typing import Any
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError
 from cachefuse.registry import lookup
-from cachefuse.training.batches import Views, pooled
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.problem import TRAIN, VAL, Problem
 from cachefuse.training.run import Run
+from cachefuse.training.selection import Views, pooled
 from cachefuse.training.sweep import Experiment, run_sweep, views_of
 from cachefuse.training.sweep_files import write_results
 from cachefuse.training.sweep_result import Published, SweepResult
-from cachefuse.training.token_presets import LIT_TABLE, TOKEN_PRESETS
+from cachefuse.training.token_presets import TOKEN_PRESETS
 from cachefuse.training.train import train_run
 from cachefuse.training.used import UsedByName
 
@@ -155,8 +155,8 @@ def preset(name: str, problem: Problem, changes: Mapping[str, Any] | None = None
     Raises UnknownNameError for another name, ConfigError for a change of what the preset tries.
     """
     if name in TOKEN_PRESETS:
-        base, make = TOKEN_PRESETS[name]
-        return make(problem, replace(base, **(changes or {})))
+        of_tokens = TOKEN_PRESETS[name]
+        return of_tokens.make(problem, replace(of_tokens.base, **(changes or {})))
     experiment: Experiment = lookup({**PRESETS, **TOKEN_PRESETS}, name, "preset")
     base = _changed(name, experiment.base, changes or {}, experiment.settings)
     return replace(experiment, base=base, settings=[_scaled(own, problem, base) for own in experiment.settings])
@@ -166,9 +166,8 @@ def preset_views(name: str, changes: Mapping[str, Any]) -> Views:
     """Return what is read by one or more of a preset's settings."""
     if name not in TOKEN_PRESETS:
         return pooled
-    base = replace(TOKEN_PRESETS[name][0], **changes)
-    settings = [own for _, own, _ in LIT_TABLE] if name == "lit-table" else []  # others read what their base does
-    return views_of(base, settings)
+    found = TOKEN_PRESETS[name]
+    return views_of(replace(found.base, **changes), found.reads)
 
 
 def greedy(

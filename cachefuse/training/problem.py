@@ -15,8 +15,9 @@ from cachefuse.errors import ConfigError, DataError
 from cachefuse.fusion.base import Origin
 from cachefuse.metrics import TaskSlice, bind_metrics, main_metric
 from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import FeatureTable, Views, load_table, pooled, select_features
+from cachefuse.training.batches import FeatureTable
 from cachefuse.training.config import TASK_LOSS, TrainConfig, why_no_head
+from cachefuse.training.selection import Views, load_table, pooled, select_features
 from cachefuse.training.tasks import check_stages, settle_tasks
 
 logger = logging.getLogger(__name__)

@@ -1,11 +1,13 @@
 """The experiments of the papers that look inside the sequence: where to fuse, and what tuning the text adds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import IDS, TOKENS, feature_name
+from cachefuse.fusion.base import feature_name
+from cachefuse.registry import IDS, TOKENS
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.problem import Problem
 from cachefuse.training.sweep import Curve, Experiment
@@ -77,10 +79,19 @@ def irrelevant(problem: Problem, base: TrainConfig) -> Experiment:
     return Experiment(base, settings, "captions shuffled among a share of the rows", labels=labels)
 
 
+@dataclass(frozen=True)
+class TokenPreset:
+    """``make(problem, base)`` returns the experiment; ``reads`` are settings that read other views than the base."""
+
+    base: TrainConfig
+    make: Callable[[Problem, TrainConfig], Experiment]
+    reads: Sequence[Mapping[str, Any]] = ()
+
+
 TOKEN_PRESETS = {
-    "cma-irrelevant": (TrainConfig(fusion="cma", epochs=10), irrelevant),
-    "lit-table": (TrainConfig(fusion="lit"), lit_table),
-    "where-to-fuse": (TrainConfig(fusion="midfusion", epochs=5), where_to_fuse),
+    "cma-irrelevant": TokenPreset(TrainConfig(fusion="cma", epochs=10), irrelevant),
+    "lit-table": TokenPreset(TrainConfig(fusion="lit"), lit_table, [setting for _, setting, _ in LIT_TABLE]),
+    "where-to-fuse": TokenPreset(TrainConfig(fusion="midfusion", epochs=5), where_to_fuse),
 }
 RECIPES: Mapping[str, TrainConfig] = {
     "cma-paper": TrainConfig(

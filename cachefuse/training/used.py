@@ -9,10 +9,11 @@ from cachefuse.cache.rows import TokenWidth
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.errors import RunError
-from cachefuse.fusion.base import POOLED, modalities_of, split_name
-from cachefuse.registry import lookup
+from cachefuse.fusion.base import modalities_of, split_name
+from cachefuse.registry import FLAT, POOLED, lookup
 from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import FLAT, FeatureTable, load_table
+from cachefuse.training.batches import FeatureTable
+from cachefuse.training.selection import load_table
 
 if TYPE_CHECKING:
     from cachefuse.training.run import Member, Run

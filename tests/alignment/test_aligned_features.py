@@ -32,8 +32,8 @@ from cachefuse.data.manifest import parse_manifest
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError, EncoderError, RunError, TrainingError
 from cachefuse.predict import predict_samples
-from cachefuse.training.batches import select_features
 from cachefuse.training.run_files import ALIGNMENT, find_run
+from cachefuse.training.selection import select_features
 
 MANIFEST = """
 name = "mine"

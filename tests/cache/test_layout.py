@@ -5,13 +5,7 @@ import pytest
 import zarr
 
 from cachefuse.cache.extract import extract
-from cachefuse.cache.layout import (
-    BLOCK_BYTES,
-    MAX_BLOCK_ROWS,
-    block_rows,
-    differing_fields,
-    provenance_key,
-)
+from cachefuse.cache.layout import BLOCK_BYTES, MAX_BLOCK_ROWS, block_rows, differing_fields, provenance_key
 from cachefuse.cache.pipeline import prepare_source
 from cachefuse.cache.shard import chunk_rows
 from cachefuse.cache.store import FeatureStore

@@ -14,8 +14,8 @@ from cachefuse.cache.verify import repair, verify
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.training.batches import load_table
 from cachefuse.training.problem import open_problem
+from cachefuse.training.selection import load_table
 
 N_IMAGES = 90  # two blocks of rows
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cachefuse.errors import CacheError, ConfigError, EncoderError
-from cachefuse.training.batches import Batches, FeatureTable, load_table, multi_hot, select_features
+from cachefuse.training.batches import Batches, FeatureTable, multi_hot
+from cachefuse.training.selection import load_table, select_features
 
 
 def values(store, width, seed=0):

@@ -18,8 +18,9 @@ from cachefuse.training.costs import measure_costs
 from cachefuse.training.presets import preset, preset_views
 from cachefuse.training.problem import open_problem
 from cachefuse.training.run import build_model
-from cachefuse.training.sweep import parse_setting, run_sweep, sweep
+from cachefuse.training.sweep import run_sweep, sweep
 from cachefuse.training.sweep_files import plot_curves, write_results
+from cachefuse.training.sweep_settings import parse_setting
 from cachefuse.training.token_presets import RECIPES, TOKEN_PRESETS
 from cachefuse.training.train import train_head
 from cachefuse.training.used import used_features

@@ -14,10 +14,10 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.evaluation import evaluate
 from cachefuse.predict import predict_split
-from cachefuse.training.batches import load_table
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.ensemble import ensemble
 from cachefuse.training.run import Run
+from cachefuse.training.selection import load_table
 from cachefuse.training.thresholds import choose_thresholds, crossfit_decisions
 from cachefuse.training.train import train_head
 from cachefuse.training.used import StoreTables

@@ -14,9 +14,9 @@ import torch
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.fusion.cma import CMAFusion
 from cachefuse.fusion.tirg import TIRGFusion
-from cachefuse.training.batches import load_table, select_features
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.run import Run, build_model
+from cachefuse.training.selection import load_table, select_features
 from cachefuse.training.train import train_head
 from cachefuse_cli.app import main
 from cachefuse_cli.train_options import DEFAULTS, parse_config

@@ -12,8 +12,9 @@ from cachefuse.training import presets
 from cachefuse.training.presets import BASE, CHAIN, PRESETS, greedy, preset
 from cachefuse.training.problem import open_problem
 from cachefuse.training.run import Run
-from cachefuse.training.sweep import parse_setting, run_sweep
+from cachefuse.training.sweep import run_sweep
 from cachefuse.training.sweep_files import JOURNAL
+from cachefuse.training.sweep_settings import parse_setting
 from cachefuse.training.used import used_features
 
 

@@ -13,8 +13,9 @@ import pytest
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.problem import open_problem
-from cachefuse.training.sweep import Experiment, grid, run_sweep, sweep
+from cachefuse.training.sweep import Experiment, run_sweep, sweep
 from cachefuse.training.sweep_files import JOURNAL
+from cachefuse.training.sweep_settings import grid
 from cachefuse.training.train import train_head
 from cachefuse.training.used import used_features
 

@@ -13,8 +13,9 @@ import pytest
 
 from cachefuse.errors import ConfigError
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.sweep import grid, sweep
+from cachefuse.training.sweep import sweep
 from cachefuse.training.sweep_files import JOURNAL, only_sweep, read_trials
+from cachefuse.training.sweep_settings import grid
 
 LINEAR = TrainConfig(head="linear", epochs=3, patience=0, batch_size=16, lr=0.01, loss="bce")
 

@@ -15,8 +15,9 @@ from cachefuse.fusion.cma import CMAFusion
 from cachefuse.fusion.model import FusionModel
 from cachefuse.heads import Linear, Standardize
 from cachefuse.training import batches as module
-from cachefuse.training.batches import Batches, drop_modalities, load_table, select_features
+from cachefuse.training.batches import Batches, drop_modalities
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.selection import load_table, select_features
 from cachefuse.training.train import train_head
 from cachefuse.training.used import StoreTables
 

@@ -14,9 +14,10 @@ from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import CacheError, ConfigError, RunError
 from cachefuse.predict import predict_samples, predict_split
-from cachefuse.training.batches import FLAT, load_table, one_view, select_features
+from cachefuse.registry import FLAT
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.run import Run
+from cachefuse.training.selection import load_table, one_view, select_features
 from cachefuse.training.train import train_head
 
 SHAPES = 'name = "shapes"\ntask = "multilabel"\nreader = { kind = "shapes", train = 60, test = 12 }'

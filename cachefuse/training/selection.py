@@ -1,0 +1,138 @@
+"""Which features of a store are read, in which views, and how they are opened."""
+
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from cachefuse.cache.features import Features
+from cachefuse.cache.rows import Columns, FlatTokens, JoinedRows
+from cachefuse.cache.store import FeatureStore
+from cachefuse.cache.tokens import Tokens
+from cachefuse.data.manifest import MULTITASK
+from cachefuse.data.targets import is_labelled
+from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
+from cachefuse.errors import CacheError, ConfigError
+from cachefuse.fusion.base import feature_name, split_name
+from cachefuse.registry import FLAT, IDS, POOLED, TOKENS
+from cachefuse.training.batches import FeatureTable, multi_hot
+
+logger = logging.getLogger(__name__)
+
+Views = Callable[[str], Collection[str]]  # modality -> the views of it that are read
+
+
+def pooled(modality: str) -> tuple[str, ...]:
+    """Return that pooled features are read."""
+    return (POOLED,)
+
+
+def one_view(view: str) -> Views:
+    """Return that one view is read of every modality."""
+    return lambda modality: (view,)
+
+
+def stored_views(views: Iterable[str]) -> list[str]:
+    """Return the views of a store that hold the views that are read."""
+    return [TOKENS if view == FLAT else view for view in views]
+
+
+def select_features(
+    store: FeatureStore, encoders: Sequence[str] = (), views: Views = pooled
+) -> dict[str, list[Features]]:
+    """Return the features to use, by modality: those of the named encoders, or all that have the whole views.
+
+    Aligned features, which are made of others, are taken only where they are named, or where there is nothing else. An
+    encoder may be named by its spec, its file or folder, or any part of it that fits one alone. Raises CacheError if
+    there are no features, or lack a view that is read, ConfigError for a name that fits none or several.
+    """
+    every = list(store.features())
+    if encoders:
+        every = [features for name in encoders for features in _find(every, name)] if every else every
+    read = {features.modality: stored_views(views(features.modality)) for features in every}
+    stored = [features for features in every if set(read[features.modality]) <= features.views.keys()]
+    for modality in read:
+        if not any(features.modality == modality for features in stored) and {TOKENS, IDS} & set(views(modality)):
+            raise _lacking(store, [features for features in every if features.modality == modality], read[modality])
+    if not stored:
+        view = next((name for names in read.values() for name in names), POOLED)
+        how = "" if view == POOLED else f" --views pooled,{view}"
+        raise CacheError(f"{store.path} holds no {view} features; run cachefuse extract{how} first")
+    if not encoders:
+        stored = [features for features in stored if not is_derived(features.encoder)] or stored
+        whole = [f for f in stored if not any(len(f.missing_rows(view)) for view in read[f.modality])]
+        for features in stored if whole else ():
+            if features not in whole:
+                logger.warning(
+                    "%s (%s) is left out: it lacks rows; run the same cachefuse extract again to go on",
+                    features.encoder,
+                    features.modality,
+                )
+        stored = whole or stored  # if none is whole, reading says how to go on
+    chosen: dict[str, list[Features]] = {}
+    for features in stored:
+        if features not in chosen.setdefault(features.modality, []):
+            chosen[features.modality].append(features)
+    return dict(sorted(chosen.items()))
+
+
+def _find(stored: Sequence[Features], name: str) -> list[Features]:
+    names = sorted({features.encoder for features in stored})
+    short = Path(name).name if is_path(name) else EncoderSpec.parse(name).short
+    exact = {f.encoder for f in stored if f.encoder == short or f.source == name}
+    found = sorted(exact) or [full for full in names if short in full]
+    if len(found) != 1:
+        problem = "fits several" if found else "is not in this store"
+        raise ConfigError(f"encoder {name!r} {problem}; choose from: {', '.join(names)}")
+    return [features for features in stored if features.encoder == found[0]]
+
+
+def _lacking(store: FeatureStore, found: Sequence[Features], views: Sequence[str]) -> CacheError:
+    """Return the error of features that lack views which are read."""
+    able = [features for features in found if not is_derived(features.encoder) and features.encoder != "classic"]
+    encoders = " ".join(f"--encoder {features.source}" for features in able) or "--encoder clip:ViT-B-32"
+    lacking = sorted({view for features in found for view in views if view not in features.views})
+    every = dict.fromkeys([*(able or found)[0].views, *views])
+    wide = " --dtype float32" if any(features.provenance.get("dtype") == "float32" for features in able) else ""
+    return CacheError(
+        f"{store.path} holds no {' and '.join(lacking)} of {found[0].modality}; make them with cachefuse extract "
+        f"--dataset {store.dataset} {encoders} --views {','.join(every)}{wide}"
+    )
+
+
+def load_table(
+    store: FeatureStore,
+    chosen: Mapping[str, Sequence[Features]],
+    views: Views = pooled,
+    n_tokens: Mapping[str, int] | None = None,
+) -> FeatureTable:
+    """Open the views of features that are read; several encoders of one modality are concatenated along their width.
+
+    Flat tokens are laid side by side, as many as the longest sample has, or ``n_tokens`` by modality. Raises
+    ConfigError if samples have several items of a modality (captions), or tokens come from several encoders, CacheError
+    if rows are missing.
+    """
+    features: dict[str, Columns | Tokens] = {}
+    for modality, group in chosen.items():
+        if store.items(modality) is not None:
+            raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
+        for view in views(modality):
+            parts = [part.rows(*stored_views([view])) for part in group]
+            if view == POOLED:
+                features[modality] = parts[0] if len(parts) == 1 else JoinedRows(parts)
+            elif len(parts) > 1:
+                raise ConfigError(f"{store.dataset} has {modality} tokens of several encoders; name one with --encoder")
+            elif view == FLAT:
+                features[modality] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
+            else:
+                features[feature_name(modality, view)] = Tokens(parts[0], group[0].views[view].vocabulary)
+    several = store.manifest.task == MULTITASK
+    targets = store.targets if several else multi_hot(store.targets, len(store.classes))
+    return FeatureTable(
+        features=features,
+        present={name: torch.from_numpy(store.present(split_name(name)[0])) for name in features},
+        targets=torch.from_numpy(targets),
+        labelled=is_labelled(store.targets),
+        splits=store.splits,
+    )
