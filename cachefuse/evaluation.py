@@ -15,7 +15,7 @@ from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError, RunError
 from cachefuse.fusion.base import modalities_of
-from cachefuse.metrics import TaskSlice, bootstrap_intervals, evaluation_metrics
+from cachefuse.metrics import RIGHT, TaskSlice, bootstrap_intervals, evaluation_metrics
 from cachefuse.runtime import write_atomically
 from cachefuse.training.measure import HeldOut, figures
 from cachefuse.training.problem import TRAIN, VAL, Problem
@@ -163,7 +163,7 @@ def evaluate(
         gates_per_class={modality: _mean_by_class(targets, values, run.tasks) for modality, values in weights.items()},
         caution=caution,
         rows=rows.cpu().numpy(),
-        targets=targets > 0,
+        targets=targets >= RIGHT,
         scores=scores,
         predictions=predictions,
         tasks=run.tasks,
@@ -249,7 +249,7 @@ def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarra
 
 def _mean_by_class(targets: np.ndarray, values: np.ndarray, tasks: Sequence[TaskSlice]) -> list[float]:
     """Return the mean of a task's values, of (n, K), over the positive rows of each class, (C,); NaN without any."""
-    return [_mean(values[targets[:, c] > 0, k]) for k, task in enumerate(tasks) for c in task.numbers]
+    return [_mean(values[targets[:, c] >= RIGHT, k]) for k, task in enumerate(tasks) for c in task.numbers]
 
 
 def _mean(values: np.ndarray) -> float:

@@ -16,6 +16,8 @@ from torch import Tensor
 from cachefuse.errors import ConfigError
 from cachefuse.registry import LOSSES, TARGETS, lookup
 
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, C) and targets (B, C) -> a number, or one a row
+
 BETA = 0.999  # of the effective number of samples: a class counts for at most 1,000 of its rows
 CLASS_WEIGHTS = ("balanced", "effective")
 TINY_NORM = 1e-6  # below it a vector has no direction, and its gradient would be one of rounding
@@ -119,9 +121,7 @@ def contrastive(
     return ((t * l1).sum() + (t.T * l2).sum()) / (2 * len(x))
 
 
-def build_loss(
-    name: str, options: Mapping[str, Any], weights: Tensor | None = None
-) -> Callable[[Tensor, Tensor], Tensor]:
+def build_loss(name: str, options: Mapping[str, Any], weights: Tensor | None = None) -> Loss:
     """Return ``loss(logits, targets)`` with its options set, and classes weighted by ``class_weights`` where given.
 
     Raises UnknownNameError for an unknown loss, ConfigError for an option that it does not take.
@@ -147,8 +147,8 @@ def build_loss(
 
 
 def per_task(
-    losses: Sequence[tuple[slice, Callable[[Tensor, Tensor], Tensor]]],
-) -> Callable[[Tensor, Tensor], Tensor]:
+    losses: Sequence[tuple[slice, Loss]],
+) -> Loss:
     """Return ``loss(logits, targets)`` of several tasks: the mean of each one's, given with its columns of (B, C).
 
     A task's loss is over the rows that have its label, those whose targets in its columns are not -1; 0 if none has.

@@ -51,7 +51,7 @@ METRIC_TITLES = {
     "micro_f1": "micro-F1", "macro_f1": "macro-F1", "samples_f1": "samples-F1", "weighted_f1": "weighted-F1",
     "macro_ap": "macro-AP", "micro_ap": "micro-AP", "accuracy": "accuracy", "exact_match": "exact match",
     "top5_accuracy": "top-5 accuracy", "recall_at_p90": "R@P90", "calibration_error": "ECE",
-    "top_calibration_error": "ECE (top)",
+    "top_calibration_error": "ECE (top)", "vqa_accuracy": "VQA accuracy",
 }  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 import csv
 import io
+import json
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from cachefuse.data.manifest import Manifest
@@ -18,8 +19,10 @@ def write_submission(
 ) -> Path:
     """Write predictions in the manifest's format: one row an id, its labels in class order; a column for each task.
 
-    Rows stand in the order of the test file, or of ``sample_submission`` if one is given. Raises SubmissionError, and
-    writes nothing, if an id occurs twice, a row has too few labels, or the rows are not those of the sample.
+    A ``path`` that ends in .json gets a list of objects with these columns as keys, and whole numbers as ids where they
+    are: what the evaluation of VQA reads. Rows stand in the order of the test file, or of ``sample_submission`` if one
+    is given. Raises SubmissionError, and writes nothing, if an id occurs twice, a row has too few labels, or the rows
+    are not those of the sample.
     """
     check_target(path)
     columns = manifest.submission
@@ -32,12 +35,20 @@ def write_submission(
     order = predictions.ids
     if sample_submission is not None:
         order = _check_sample(sample_submission, (columns.id, *names), rows)
+    lines = [(sample, *(columns.separator.join(labels) for labels in rows[sample])) for sample in order]
+    write_atomically(path, _as_text(path, (columns.id, *names), lines).encode("utf-8"))
+    return path
+
+
+def _as_text(path: Path, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+    if path.suffix == ".json":
+        whole = all(sample.isascii() and sample.isdigit() and len(sample) < 19 for sample, *_ in lines)
+        found = [(int(sample) if whole else sample, *labels) for sample, *labels in lines]
+        return json.dumps([dict(zip(header, line, strict=True)) for line in found], ensure_ascii=False) + "\n"
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([columns.id, *names])
-    writer.writerows([sample, *(columns.separator.join(labels) for labels in rows[sample])] for sample in order)
-    write_atomically(path, text.getvalue().encode("utf-8"))
-    return path
+    writer.writerows([header, *lines])
+    return text.getvalue()
 
 
 def check_target(path: Path) -> None:
@@ -53,17 +64,14 @@ def _check(predictions: Predictions, manifest: Manifest) -> None:
     if repeated:
         raise SubmissionError(f"id {repeated[0]!r} would be in the submission twice")
     for task in manifest.task_slices(predictions.classes):
-        least = 1 if task.kind == "multiclass" else task.min_labels
+        least = 1 if task.one_label else task.min_labels
         for i, n in enumerate(predictions.labels[:, task.columns].sum(axis=1).tolist()):
             if n < least:
                 of = f"task {task.name}" if task.name else "the task"
                 raise SubmissionError(f"row {predictions.ids[i]!r} has {n} labels; {of} asks for at least {least}")
         for name in predictions.classes[task.columns]:
-            if (
-                task.n_classes > 1
-                and manifest.submission.separator in task.own_class(name)
-                and task.kind == "multilabel"
-            ):
+            several = task.n_classes > 1 and not task.one_label
+            if several and manifest.submission.separator in task.own_class(name):
                 raise SubmissionError(
                     f"class {name!r} contains the separator {manifest.submission.separator!r}; set another in the "
                     f"manifest's [submission]"

@@ -147,7 +147,6 @@ def extract_dict(report: "ExtractReport") -> dict[str, Any]:
 
 NEXT = {
     "retrieval": "cachefuse align, with two encoders",
-    "vqa": "cachefuse inspect",
     "similarity": "cachefuse similarity",
     "paraphrase": "cachefuse similarity",
 }
@@ -201,7 +200,7 @@ def run_report(run: "Run") -> None:
     models = f"{len(run.members)} models of together " if len(run.members) > 1 else ""
     console.print(f"{models}{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s{_epochs(run)}")
     if (run.thresholds != 0.5).any():
-        chosen = [x for task in run.tasks if task.kind == "multilabel" for x in run.thresholds[task.columns]]
+        chosen = [x for task in run.tasks if not task.one_label for x in run.thresholds[task.columns]]
         low, high = min(chosen), max(chosen)
         console.print(f"a label's score must reach {low:.3f}" + (f" to {high:.3f}, by class" if low < high else ""))
     console.print(Text.assemble(("run   ", "dim"), str(run.path)), soft_wrap=True)

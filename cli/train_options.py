@@ -36,7 +36,7 @@ OPTIONS = {
     "fusion_options": option(
         list[str] | None, MODEL, "KEY=X",
         "cma: depth 2, width 256, heads 4, dropout 0.1, pool; lit: grid, text_model; midfusion: fusion_spec, pool, "
-        "depth 4, width 256, decoder_layers 0, t5; tirg: query image, width 512.",
+        "depth 4, width 256, decoder_layers 0, answers=text, t5; tirg: query image, width 512.",
     ),
     "without": option(
         list[str] | None, MODEL, "PART",

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
+from cachefuse.data.answers import N_ANSWERS, vqa_accuracy
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.metrics import LOWER_IS_BETTER, METRICS, decide, evaluation_metrics, main_metric, per_class
 
@@ -223,7 +224,9 @@ def test_top5_is_shown_where_it_can_tell_something():
 
 
 def test_evaluation_metrics_of_another_task():
-    with pytest.raises(ConfigError, match=r"'multiclass' or 'multilabel' to evaluate\. Got 'retrieval' instead\.$"):
+    with pytest.raises(
+        ConfigError, match=r"one of multiclass, multilabel, vqa to evaluate\. Got 'retrieval' instead\.$"
+    ):
         evaluation_metrics("retrieval", 7)
 
 
@@ -241,7 +244,7 @@ class TestInputs:
     def test_targets_that_are_neither_0_nor_1(self, measure, value):
         targets, scores, predictions = some()
         targets[3, 2] = value
-        with pytest.raises(DataError, match=rf"^targets must be 0 or 1\. Got {value} instead\.$"):
+        with pytest.raises(DataError, match=rf"^targets must be from 0 to 1\. Got {value} instead\.$"):
             measure(targets, scores, predictions)
 
     def test_scores_that_are_no_numbers(self, measure):
@@ -291,6 +294,7 @@ def test_one_class():
             "samples_f1": 1 / 5,
             "top5_accuracy": 2 / 5,
             "top_calibration_error": (0.1 + 0.7 + 0.7 + 0.2 + 0.1) / 5,
+            "vqa_accuracy": 1 / 5,
             "weighted_f1": 1 / 2,
         }
     )
@@ -353,8 +357,41 @@ class TestDecide:
         assert scores.tolist() == [[0.2, 0.1]]
 
     def test_unknown_task(self):
-        with pytest.raises(ConfigError, match=r"'multiclass' or 'multilabel' to decide on labels\. Got 'retrieval'"):
+        with pytest.raises(
+            ConfigError, match=r"one of multiclass, vqa, multilabel to decide on labels\. Got 'retrieval'"
+        ):
             decide(np.zeros((1, 2)), "retrieval")
+
+
+class TestAnswers:
+    """Targets that say how right each answer is."""
+
+    def test_accuracy_is_that_of_the_answers_given(self):
+        rng = np.random.default_rng(0)
+        answers = rng.integers(-2, 5, (60, N_ANSWERS))
+        answers[0] = -2  # none of them is a class
+        targets = np.minimum((answers[:, :, None] == np.arange(5)).sum(1) / 3, 1)
+        scores = rng.random((60, 5))
+        predictions = decide(scores, "vqa")
+        assert (predictions.sum(1) == 1).all()
+        right = vqa_accuracy(scores.argmax(1), answers)
+        assert METRICS["vqa_accuracy"](targets, scores, predictions) == pytest.approx(right.mean())
+        weights = rng.integers(0, 4, (60, 3)).astype(float)
+        found = METRICS["vqa_accuracy"].weighted(targets, scores, predictions)(weights)
+        np.testing.assert_allclose(found, weights.T @ right / weights.sum(0))
+
+    def test_to_the_others_an_answer_is_right_if_it_is_wholly_so(self):
+        targets = np.array([[1, 2 / 3], [1 / 3, 1], [2 / 3, 0]])
+        predictions = np.array([[True, False], [True, False], [True, False]])
+        figures = per_class(targets, np.array([[0.9, 0.1]] * 3), predictions)
+        assert figures["support"].tolist() == [1, 1]
+        np.testing.assert_allclose(figures["precision"], [1 / 3, 0])
+        np.testing.assert_allclose(figures["recall"], [1, 0])
+
+    @pytest.mark.parametrize("value", [-0.1, 1.1, np.nan])
+    def test_what_is_no_share(self, value):
+        with pytest.raises(DataError, match=rf"^targets must be from 0 to 1\. Got {value} instead\.$"):
+            METRICS["vqa_accuracy"](np.array([[value]]), np.ones((1, 1)), np.ones((1, 1), bool))
 
 
 def test_a_model_is_preferred_by_the_first_metric_that_is_higher_for_a_better_one():

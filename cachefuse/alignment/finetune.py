@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cachefuse.alignment.config import TUNING_RATE
 from cachefuse.alignment.model import Aligner
@@ -22,6 +22,7 @@ from cachefuse.cache.rows import TokenWidth
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.manifest import MULTITASK
 from cachefuse.errors import ConfigError
+from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
 from cachefuse.heads import Standardize
 from cachefuse.losses import build_loss
@@ -37,7 +38,7 @@ from cachefuse.training.train import Progress, score_of
 from cachefuse.training.used import used_features
 
 
-class TunedModel(nn.Module):
+class TunedModel(Learner):
     """Stored features {modality: (B, T * D)} through one side of an alignment and a head on it, to logits (B, C)."""
 
     def __init__(self, aligner: Aligner, side: int, modality: str, head: FusionModel, n_tokens: int = 0):

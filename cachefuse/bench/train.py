@@ -16,7 +16,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from cachefuse.bench.base import N_CLASSES, OnProgress, measure_all, temporary, write_store
 from cachefuse.bench.timing import BenchRow, by_turns, rates, seconds, timed
 from cachefuse.cache.store import FeatureStore
+from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
+from cachefuse.losses import Loss
 from cachefuse.runtime import resolve_device
 from cachefuse.training.batches import FeatureTable
 from cachefuse.training.config import TrainConfig
@@ -28,7 +30,6 @@ from cachefuse.training.stack import RowsFirst, StackedLoss, stack
 
 RATE = 1e-3
 Layers = tuple[int, ...]  # hidden widths; none for a linear head
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class TrainBench:
         table, model = self.problem.table, self.model(())
         model.fit_statistics(table.features, table.present, rows)
         x = model.standardize["text"](table.batch(rows)[0]["text"])
-        return TrainingSet(replace(table, features={"text": x}), rows, table.targets, model.standardize)
+        return TrainingSet(replace(table, features={"text": x}), rows, model.standardize)
 
     def model(self, layers: Layers) -> Any:
         """Return an untrained model: a linear head, or an MLP with hidden layers."""
         return untrained_model(self.problem, settings(layers))
 
-    def epoch(self, module: nn.Module, table: FeatureTable, n: int, loss: Loss | None = None, **options: Any) -> float:
+    def epoch(self, module: Learner, table: FeatureTable, n: int, loss: Loss | None = None, **options: Any) -> float:
         """Return the seconds of an epoch of ``fit``: the mean of ``n`` that follow a first one."""
         ends: list[float] = []
         fit(
@@ -127,7 +128,9 @@ def dataloader(bench: TrainBench) -> BenchRow:
     """A linear head's epoch, over the loop that PyTorch's tutorials teach."""
     fusion, table = bench.model(()).fusion, bench.data.table
     x: Any = table.features["text"]
-    loader = DataLoader(TensorDataset(x.cpu(), table.targets.cpu().float()), batch_size=bench.sizes.batch, shuffle=True)
+    loader = DataLoader(
+        TensorDataset(x.cpu(), bench.data.targets.cpu().float()), batch_size=bench.sizes.batch, shuffle=True
+    )
     head = nn.Linear(bench.sizes.width, N_CLASSES).to(bench.device)
     optimizer = torch.optim.Adam(head.parameters(), lr=RATE)
 

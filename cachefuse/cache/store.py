@@ -161,6 +161,10 @@ class FeatureStore:
         name = f"items/{modality}"
         return self._column(name) if name in read_about(self.path)["columns"] else None
 
+    def has_several(self, modality: str) -> bool:
+        """Return whether a sample has several items (captions) of this modality."""
+        return f"items/{modality}" in read_about(self.path)["columns"]
+
     def shared_rows(self, modality: str) -> np.ndarray | None:
         """Return (N,) the feature row of each sample where samples share them (questions about one image), else None.
 

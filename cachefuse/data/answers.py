@@ -86,14 +86,14 @@ def encode_answers(ids: Sequence[str], rows: Sequence[Sequence[str] | None], cla
     return targets
 
 
-def vqa_accuracy(
-    predicted: Sequence[str] | np.ndarray, answers: Sequence[Sequence[str]] | np.ndarray, *, leave_one_out: bool = False
-) -> np.ndarray:
+def vqa_accuracy(predicted: Sequence[str] | np.ndarray, answers: Sequence[Sequence[str]] | np.ndarray) -> np.ndarray:
     """Return how right each prediction is, (N,) from 0 to 1: ``min(people who gave it / 3, 1)``; NaN where nobody did.
 
+    Where fewer than three people answered at all, one that all of them gave is wholly right. (The evaluation server
+    compares with nine of the ten people at a time: for ten it comes to min(0.3 n, 1).)
+
     ``predicted`` are N texts with each question's answers as texts, or class numbers (N,) with ``answers`` (N, 10) as a
-    store's targets have them, which is exact, as a class can't be an answer that is none. The evaluation server's
-    figure is the mean over the people that compares with the other nine: ``leave_one_out``. Raises DataError if the two
+    store's targets have them, which is exact, as a class can't be an answer that is none. Raises DataError if the two
     differ in length, or are not of one kind.
     """
     if len(predicted) != len(answers) or isinstance(predicted, np.ndarray) != isinstance(answers, np.ndarray):
@@ -108,10 +108,7 @@ def vqa_accuracy(
         given = [[normalise_answer(answer) for answer in row] for row in answers]
         hits = np.array([row.count(normalise_answer(text)) for text, row in zip(predicted, given, strict=True)], int)
         people = np.array([len(row) for row in given], int)
-    right = np.minimum(hits / ENOUGH, 1)
-    if leave_one_out:  # those who gave it are compared with one fewer
-        without = np.minimum((hits - 1) / ENOUGH, 1)
-        right = (hits * without + (people - hits) * right) / np.maximum(people, 1)
+    right = np.minimum(hits / np.clip(people, 1, ENOUGH), 1)
     return np.where(people > 0, right, np.nan)
 
 

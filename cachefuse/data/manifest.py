@@ -19,7 +19,7 @@ from cachefuse.metrics import METRICS, TaskSlice, main_metric
 from cachefuse.registry import MEAN, lookup
 
 Task = Literal["multilabel", "multiclass", "retrieval", "similarity", "paraphrase", "vqa", "multitask"]
-MULTITASK = "multitask"
+MULTITASK, VQA = "multitask", "vqa"
 PAIRS = ("similarity", "paraphrase")  # tasks whose samples are pairs of sentences
 
 DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
@@ -28,7 +28,7 @@ DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
     "retrieval": (),
     "similarity": (),
     "paraphrase": (),
-    "vqa": (),
+    "vqa": ("vqa_accuracy",),
     "multitask": (),  # those of its tasks
 }
 USUAL_ANSWERS = 3129  # that most models of VQA v2 choose from
@@ -108,7 +108,7 @@ class Manifest(Strict):
     @classmethod
     def _answers_fit(cls, answers: int | None, info: ValidationInfo) -> int | None:
         task = info.data.get("task")
-        if task == "vqa":
+        if task == VQA:
             return answers or USUAL_ANSWERS
         if answers is not None and task is not None:
             raise ValueError(f"is for the task vqa alone, and this one is {task}")

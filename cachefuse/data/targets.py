@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from cachefuse.data.answers import encode_answers, frequent_answers
-from cachefuse.data.manifest import PAIRS, Manifest
+from cachefuse.data.manifest import PAIRS, VQA, Manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import DataError
 
@@ -33,7 +33,7 @@ def encode_targets(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...
         classes = ()
     elif not classes:
         raise DataError(f"{manifest.name}: no row has a label, so there are no classes to learn")
-    if manifest.task == "vqa":
+    if manifest.task == VQA:
         return classes, encode_answers(samples.ids, samples.labels, classes)
     return classes, encode_labels(samples, classes, manifest.task, manifest.min_labels)
 
@@ -77,6 +77,7 @@ def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_lab
     for i, (split, labels) in enumerate(zip(samples.splits, samples.labels, strict=True)):
         if labels is None or (not labels and (min_labels or task != "multilabel" or split not in with_labels)):
             continue
+        labels = tuple(dict.fromkeys(labels))
         unknown = [name for name in labels if name not in index]
         if unknown:
             raise DataError(

@@ -5,7 +5,7 @@ Features go by name: a modality's pooled ones by its own ("image"), its other vi
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
+from cachefuse.losses import Loss
 from cachefuse.registry import IDS, POOLED, TOKENS
 
 HeadBuilder = Callable[[int, int], nn.Module]  # (width, classes) -> a head from (B, width) to (B, classes)
@@ -42,7 +43,15 @@ class Origin:
     provenance: Mapping[str, str]
 
 
-class Fusion(nn.Module):
+class Learner(nn.Module):
+    """From features and what is present of them to logits (B, C), and to what training makes small."""
+
+    def objective(self, features: dict[str, Tensor], present: dict[str, Tensor], targets: Tensor, loss: Loss) -> Tensor:
+        """Return the loss of a batch; a model may have a shorter way to it than by all its logits."""
+        return loss(self(features, present).float(), targets)
+
+
+class Fusion(Learner):
     """From features and what is present of them to logits (B, C).
 
     Pooled features are (B, D) with presence (B,) bool; tokens are (B, T, D), ids (B, T), both with a mask (B, T) bool
@@ -90,9 +99,16 @@ class Fusion(nn.Module):
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
     @classmethod
-    def settle(cls, options: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
-        """Return options with those filled in that depend on files, or on where features (by modality) are from."""
+    def settle(
+        cls, options: Mapping[str, Any], origins: Mapping[str, Origin], classes: Sequence[str]
+    ) -> dict[str, Any]:
+        """Return options with those filled in that depend on files, the classes, or where features are from."""
         return dict(options)
+
+    @classmethod
+    def writes(cls, options: Mapping[str, Any]) -> bool:
+        """Return whether it writes the classes' names, with such options: its logits are then log-probabilities."""
+        return False
 
     def initialize(self) -> None:
         """Take pretrained weights, where there are any, before training."""

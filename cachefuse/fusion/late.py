@@ -7,7 +7,7 @@ they arrive standardised, and where a head of its own reads them, that head's lo
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, join, joint_width, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder, Learner, join, joint_width, zero_absent
 
 
 class ConcatFusion(Fusion):
@@ -38,7 +38,7 @@ class TextOnly(ConcatFusion):
     modalities = ("text",)
 
 
-class HeadAlone(nn.Module):
+class HeadAlone(Learner):
     """One head of a fusion, by itself: [x_1; ...; x_n] of its modalities -> head -> logits."""
 
     def __init__(self, head: nn.Module, widths: dict[str, int]):

@@ -6,7 +6,7 @@ trained.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -46,7 +46,9 @@ class LiTFusion(Fusion):
         return {"text": (IDS,), "image": image}.get(modality, ())
 
     @classmethod
-    def settle(cls, options: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
+    def settle(
+        cls, options: Mapping[str, Any], origins: Mapping[str, Origin], classes: Sequence[str]
+    ) -> dict[str, Any]:
         return open_config(options, origins.get("text"))
 
     def __init__(

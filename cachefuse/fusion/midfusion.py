@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.encoders.base import EncoderSpec
 from cachefuse.errors import ConfigError
+from cachefuse.fusion.answers import Answers, AnswerWriter, pieces_of, words_of
 from cachefuse.fusion.base import Fusion, HeadBuilder, Origin, feature_name, modalities_of, zero_absent
 from cachefuse.fusion.dfe import masked_mean
 from cachefuse.fusion.pooling import MeanPool, PoolSpec, build_pools
 from cachefuse.fusion.t5 import T5, T5Decoder, T5Encoder, T5Settings, distances, shut_padding
 from cachefuse.fusion.t5_weights import load_t5, read_settings
 from cachefuse.fusion.text_model import check_tokenizer
+from cachefuse.losses import Loss
 from cachefuse.registry import IDS, TOKENS
 
 TEXT = "text"
+CLASSES = "classes"
 FusionSpec = str | Mapping[Any, str | Sequence[str]]  # "0:text,6:image", or {0: ["text"], 6: ["image"]}
 
 
@@ -36,10 +39,11 @@ class MidFusion(Fusion):
     text joins at 0 and all others halfway; where there is no text, all join at 0. One that it does not name is not
     read. At the same layer they join in alphabetical order. ``pool`` says how a modality is pooled, and to how many
     tokens. The head gets the mean of the encoder's output, or with ``decoder_layers`` what a decoder of so many makes
-    of it. ``t5`` is the spec of a pretrained T5, whose sizes stand for ``width``, ``depth`` and ``heads``; the
-    ``text_view`` is then "ids", which must be of its tokenizer, and else "tokens", those of a frozen encoder.
-    ``architecture`` is found in its files. A mask's real tokens must lie side by side. Raises ConfigError for options
-    that contradict one another or what is at hand.
+    of it; with ``answers`` "text" there is none, and the decoder writes the classes' names: see ``AnswerWriter``. Their
+    ``answer_tokens`` are the T5's, or where there is none, words. ``t5`` is the spec of a pretrained T5, whose sizes
+    stand for ``width``, ``depth`` and ``heads``; the ``text_view`` is then "ids", which must be of its tokenizer, and
+    else "tokens", those of a frozen encoder. ``architecture`` is found in its files. A mask's real tokens must lie side
+    by side. Raises ConfigError for options that contradict one another or what is at hand.
     """
 
     name = "midfusion"
@@ -54,13 +58,25 @@ class MidFusion(Fusion):
         return (_view(modality, options),)
 
     @classmethod
-    def settle(cls, options: Mapping[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
-        if not options.get("t5") or options.get("architecture"):
-            return dict(options)
-        spec = EncoderSpec.parse(options["t5"])
-        if TEXT in origins:
-            check_tokenizer(spec, origins[TEXT])
-        return {**options, "t5": str(spec.absolute()), "architecture": asdict(read_settings(str(spec)))}
+    def settle(
+        cls, options: Mapping[str, Any], origins: Mapping[str, Origin], classes: Sequence[str]
+    ) -> dict[str, Any]:
+        found = dict(options)
+        spec = EncoderSpec.parse(options["t5"]) if options.get("t5") else None
+        if spec and not options.get("architecture"):
+            if TEXT in origins:
+                check_tokenizer(spec, origins[TEXT])
+            found |= {"t5": str(spec.absolute()), "architecture": asdict(read_settings(str(spec)))}
+        if cls.writes(options) and not options.get("answer_tokens"):
+            found["answer_tokens"] = pieces_of(classes, spec) if spec else words_of(classes)
+        return found
+
+    @classmethod
+    def writes(cls, options: Mapping[str, Any]) -> bool:
+        answers = options.get("answers") or CLASSES
+        if answers not in (CLASSES, TEXT):
+            raise ConfigError(f"answers must be {CLASSES} or {TEXT}. Got {answers!r} instead")
+        return bool(answers == TEXT)
 
     def initialize(self) -> None:
         if self.t5:
@@ -78,10 +94,12 @@ class MidFusion(Fusion):
         depth: int = 4,
         heads: int = 4,
         decoder_layers: int = 0,
+        answers: str = CLASSES,
         dropout: float = 0.1,
         text_view: str = "",
         t5: str = "",
         architecture: Mapping[str, Any] | None = None,
+        answer_tokens: Answers | None = None,
     ):
         if t5 and architecture is None:
             raise ConfigError(f"the sizes of {t5} are not known; train by train-head, which reads them from its files")
@@ -101,12 +119,27 @@ class MidFusion(Fusion):
         # after the last layer take no part in any attention.
         n = sum(len(group) for layer, group in joins.items() if layer < settings.num_layers)
         self.between = nn.Parameter(torch.zeros(n, n, settings.num_heads)) if n > 1 else None
-        self.decoder = FirstStep(self.settings) if decoder_layers else None
-        self.head = head(settings.d_model, classes)
+        self.decoder: FirstStep | AnswerWriter | None = None
+        self.head: nn.Module | None = None
+        if self.writes({"answers": answers}):
+            if not decoder_layers:
+                raise ConfigError("answers=text are written by a decoder; add decoder_layers=2 to --fusion-options")
+            if len(answer_tokens or ()) != classes:
+                raise ConfigError(f"answer_tokens must be those of {classes} classes. Got {len(answer_tokens or ())}")
+            self.decoder = AnswerWriter(self.settings, answer_tokens or ())
+        else:
+            self.decoder = FirstStep(self.settings) if decoder_layers else None
+            self.head = head(settings.d_model, classes)
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         x, mask = self.encode(features, present)
-        return self.head(masked_mean(x, mask) if self.decoder is None else self.decoder(x, mask))
+        x = masked_mean(x, mask) if self.decoder is None else self.decoder(x, mask)
+        return x if self.head is None else self.head(x)
+
+    def objective(self, features: dict[str, Tensor], present: dict[str, Tensor], targets: Tensor, loss: Loss) -> Tensor:
+        if isinstance(self.decoder, AnswerWriter):
+            return self.decoder.learn(*self.encode(features, present), targets)
+        return super().objective(features, present, targets, loss)
 
     def encode(self, features: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return the encoder's output (B, T, W) and the mask (B, T) of the real tokens, in the order of joining."""
@@ -166,7 +199,9 @@ class MidFusion(Fusion):
         for enter in self.enter.values():
             if isinstance(enter, nn.Embedding):
                 enter.load_state_dict(t5.embedding.state_dict())
-        if self.decoder is not None:
+        if isinstance(self.decoder, AnswerWriter):
+            self.decoder.load(t5)
+        elif self.decoder is not None:
             self.decoder.start.copy_(t5.embedding.weight[self.settings.decoder_start_token_id])
             weights = t5.decoder.state_dict()
             self.decoder.steps.load_state_dict({name: weights[name] for name in self.decoder.steps.state_dict()})

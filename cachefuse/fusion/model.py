@@ -1,6 +1,6 @@
 """The whole trained model: features as they are stored, standardised, fused to logits."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -8,13 +8,14 @@ from torch import Tensor, nn
 from cachefuse.cache.rows import Columns
 from cachefuse.cache.tokens import Tokens
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import Fusion, split_name
+from cachefuse.fusion.base import Fusion, Learner, split_name
 from cachefuse.fusion.late import HeadAlone
 from cachefuse.heads import Standardize
+from cachefuse.losses import Loss
 from cachefuse.registry import IDS
 
 
-class FusionModel(nn.Module):
+class FusionModel(Learner):
     """From stored features of any float dtype, and what is present of them, to logits (B, C), as a ``Fusion`` does.
 
     ``widths`` are those of the features in use, by name. Call ``fit_statistics`` before training: the statistics are
@@ -43,6 +44,9 @@ class FusionModel(nn.Module):
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         return self.fusion(self.standardized(features), present)
 
+    def objective(self, features: dict[str, Tensor], present: dict[str, Tensor], targets: Tensor, loss: Loss) -> Tensor:
+        return self.fusion.objective(self.standardized(features), present, targets, loss)
+
     def modality_weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Return how much each modality counts in each row, (B, M), of K tasks (B, K, M), if the fusion weighs them."""
         return self.fusion.weights(self.standardized(features), present)
@@ -53,12 +57,17 @@ class FusionModel(nn.Module):
         return {name: found[name](features[name]) if name in found else features[name] for name in self.widths}
 
     def fit_statistics(
-        self, features: Mapping[str, Columns | Tokens], present: dict[str, Tensor], rows: Tensor
+        self,
+        features: Mapping[str, Columns | Tokens],
+        present: dict[str, Tensor],
+        rows: Tensor,
+        feature_rows: Callable[[str, Tensor], Tensor] = lambda name, rows: rows,
     ) -> None:
         """Take the mean and standard deviation of each of the features over the rows (n,) int64 where it is present.
 
-        Those of tokens are over an even spread of the rows, where they are many. Raises ConfigError if a modality is
-        present in none of the rows, or a value is not finite.
+        ``feature_rows`` says which rows of the features of a name those are. Statistics of tokens are over an even
+        spread of the rows, where they are many. Raises ConfigError if a modality is present in none of the rows, or a
+        value is not finite.
         """
         for name in self.widths:
             here = rows[present[name][rows]]
@@ -66,4 +75,4 @@ class FusionModel(nn.Module):
                 modality = split_name(name)[0]
                 raise ConfigError(f"no training row has a usable {modality}; take a fusion that does without it")
             if name in self.standardize:
-                cast(Standardize, self.standardize[name]).fit(features[name], here)
+                cast(Standardize, self.standardize[name]).fit(features[name], feature_rows(name, here))

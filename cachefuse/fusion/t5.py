@@ -7,7 +7,7 @@ H heads, D a head's width, W width, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -20,7 +20,6 @@ from cachefuse.fusion.base import zero_absent
 from cachefuse.heads import Dropout
 
 KeyValues = tuple[Tensor, Tensor]  # (B, H, T, D) each
-Step = tuple[Tensor, KeyValues]  # tokens (B, T, W), and the keys and values to go on from
 Memory = tuple[list[KeyValues], Tensor]  # each layer's keys and values of the memory, and the bias that shuts padding
 
 FEED_FORWARDS = ("relu", "gated-gelu")  # of versions 1.0 and 1.1
@@ -213,14 +212,11 @@ class DecoderLayer(_Layer):
         super().__init__(settings)
         self.cross_attention_norm, self.cross_attention = norm(settings), Attention(settings)
 
-    def forward(self, x: Tensor, bias: Tensor, memory: KeyValues, shut: Tensor, past: KeyValues | None) -> Step:
-        """Map tokens (B, T, W) to (B, T, W); also return the keys and values of these and those ``past``."""
+    def forward(self, x: Tensor, bias: Tensor, memory: KeyValues, shut: Tensor) -> Tensor:
+        """Map tokens (B, T, W), with a bias that broadcasts to (B, H, T, T), to (B, T, W)."""
         normed = self.attention_norm(x)
-        keys, values = self.attention.keys_values(normed)
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        x = x + self.dropout(self.attention(normed, (keys, values), bias))
-        return self.read(x, memory, shut), (keys, values)
+        x = x + self.dropout(self.attention(normed, self.attention.keys_values(normed), bias))
+        return self.read(x, memory, shut)
 
     def read(self, x: Tensor, memory: KeyValues, shut: Tensor) -> Tensor:
         """Return tokens (B, T, W) after what follows their attention to themselves."""
@@ -263,17 +259,15 @@ class T5Decoder(nn.Module):
         shut = shut_padding(memory.new_zeros(1, 1, 1, mask.shape[1]), mask)
         return [layer.cross_attention.keys_values(memory) for layer in self.layers], shut
 
-    def forward(self, x: Tensor, memory: Memory, past: Sequence[KeyValues] = ()) -> tuple[Tensor, list[KeyValues]]:
-        """Map embedded tokens (B, T, W) to (B, T, W); also return what is ``past`` after them, layer by layer."""
-        n_past = past[0][0].shape[2] if past else 0
-        distance = distances(torch.arange(n_past + x.shape[1], device=x.device))[n_past:]  # (T, n_past + T)
-        bias = self.bias(distance).masked_fill(distance > 0, -torch.inf)
+    def forward(self, x: Tensor, memory: Memory, bias: Tensor | None = None) -> Tensor:
+        """Map embedded tokens (B, T, W) to (B, T, W); by default, each sees those before it, and itself."""
+        if bias is None:
+            distance = distances(torch.arange(x.shape[1], device=x.device))  # (T, T)
+            bias = self.bias(distance).masked_fill(distance > 0, -torch.inf)
         x = self.dropout(x)
-        now = []
-        for i, layer in enumerate(self.layers):
-            x, keys_values = layer(x, bias, memory[0][i], memory[1], past[i] if past else None)
-            now.append(keys_values)
-        return self.dropout(self.norm(x)), now
+        for layer, keys_values in zip(self.layers, memory[0], strict=True):
+            x = layer(x, bias, keys_values, memory[1])
+        return self.dropout(self.norm(x))
 
 
 class T5(nn.Module):
@@ -299,7 +293,7 @@ class T5(nn.Module):
         """
         before = F.pad(targets[:, :-1], (1, 0), value=self.settings.decoder_start_token_id)
         x = self.embedding(before.masked_fill(before < 0, self.settings.pad_token_id))
-        return self.logits(self.decoder(x, self.decoder.remember(memory, mask))[0])
+        return self.logits(self.decoder(x, self.decoder.remember(memory, mask)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the decoder's output (..., W) to logits (..., V)."""
@@ -310,21 +304,3 @@ class T5(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
         """Return the logits (B, T, V) of each of the targets (B, T), given those before it and a text (B, S)."""
         return self.decode(targets, self.encode(ids, mask), mask)
-
-    @torch.no_grad()
-    def generate(self, memory: Tensor, mask: Tensor, max_tokens: int) -> Tensor:
-        """Write the likeliest token again and again, given a memory (B, S, W) with a mask (B, S) of its real tokens.
-
-        Returns ids (B, T), T <= ``max_tokens``: those of a row end with EOS, and padding follows.
-        """
-        settings, remembered = self.settings, self.decoder.remember(memory, mask)
-        ids = torch.full((len(mask), 1), settings.decoder_start_token_id, device=mask.device)
-        done = torch.zeros_like(ids, dtype=torch.bool)
-        past: list[KeyValues] = []
-        for _ in range(max_tokens):
-            hidden, past = self.decoder(self.embedding(ids[:, -1:]), remembered, past)
-            best = self.logits(hidden).argmax(-1).masked_fill(done, settings.pad_token_id)  # (B, 1)
-            ids, done = torch.cat([ids, best], dim=1), done | (best == settings.eos_token_id)
-            if done.all():
-                break
-        return ids[:, 1:]

@@ -1,8 +1,9 @@
 """Classification metrics: ``metric(targets, scores, predictions) -> float``; and the step from scores to predictions.
 
-Targets (N, C) are 0 or 1 (one-hot for multi-class), scores (N, C) are higher for likelier labels, predictions (N, C)
-are bool. All C classes count, whether or not they occur. What is not defined for want of positives counts as 0, an
-average over nothing is NaN. Importing this package imports no SciPy.
+Targets (N, C) are 0 or 1 (one-hot for multi-class), of answers to questions also between: how right each is. Scores
+(N, C) are higher for likelier labels, predictions (N, C) are bool. All C classes count, whether or not they occur. What
+is not defined for want of positives counts as 0, an average over nothing is NaN. Importing this package imports no
+SciPy.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cachefuse.errors import ConfigError
-from cachefuse.metrics.base import Metric, checked, divide
+from cachefuse.metrics.base import RIGHT, Metric, checked, divide
 from cachefuse.metrics.calibration import calibration_error, top_calibration_error
 from cachefuse.metrics.decisions import (
     TOP,
@@ -22,6 +23,7 @@ from cachefuse.metrics.decisions import (
     micro_f1,
     samples_f1,
     top5_accuracy,
+    vqa_accuracy,
     weighted_f1,
 )
 from cachefuse.metrics.ranking import (
@@ -36,7 +38,7 @@ from cachefuse.metrics.tasks import MeanOf, OfTask, TaskMetric, TaskSlice, decid
 from cachefuse.registry import MEAN, lookup
 
 __all__ = [
-    "LOWER_IS_BETTER", "METRICS", "TaskSlice", "bind_metrics", "bootstrap_intervals", "decide", "decide_tasks",
+    "LOWER_IS_BETTER", "METRICS", "RIGHT", "TaskSlice", "bind_metrics", "bootstrap_intervals", "decide", "decide_tasks",
     "evaluation_metrics", "headline", "main_metric", "per_class", "per_task_class",
 ]  # fmt: skip
 
@@ -64,6 +66,7 @@ METRICS: dict[str, Any] = _Metrics(
         "samples_f1": Metric(samples_f1),
         "top5_accuracy": Metric(top5_accuracy),
         "top_calibration_error": Metric(top_calibration_error),
+        "vqa_accuracy": Metric(vqa_accuracy, graded=True),
         "weighted_f1": Metric(weighted_f1),
     }
 )
@@ -78,6 +81,7 @@ EVALUATION_METRICS = {
         "micro_f1", "macro_f1", "samples_f1", "weighted_f1", "exact_match", "macro_ap", "micro_ap", "recall_at_p90",
         "calibration_error",
     ),
+    "vqa": ("vqa_accuracy", "top5_accuracy", "macro_ap"),
 }  # fmt: skip
 
 
@@ -120,7 +124,7 @@ def bind_metrics(names: Sequence[str], tasks: Sequence[TaskSlice]) -> tuple[str,
 def evaluation_metrics(task: str, n_classes: int) -> tuple[str, ...]:
     """Return the names of the metrics that an evaluation shows, in order. Raises ConfigError for another task."""
     if task not in EVALUATION_METRICS:
-        raise ConfigError(f"task must be 'multiclass' or 'multilabel' to evaluate. Got {task!r} instead.")
+        raise ConfigError(f"task must be one of {', '.join(EVALUATION_METRICS)} to evaluate. Got {task!r} instead.")
     idle = {"top5_accuracy"} if n_classes <= TOP else set()  # it is always 1
     return tuple(name for name in EVALUATION_METRICS[task] if name not in idle)
 

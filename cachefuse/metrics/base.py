@@ -1,13 +1,14 @@
 """What a metric is: it is defined once, for rows that count several times; its plain value is that of weights 1."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from cachefuse.errors import DataError
 
+RIGHT = 1  # the target of a label that is wholly right; one of questions may be so in part
 Weighted = Callable[[np.ndarray], np.ndarray]  # weights (N, R), how often each row counts -> R figures, (R,)
 
 
@@ -16,34 +17,39 @@ class Metric:
     """``metric(targets, scores, predictions) -> float``, all (N, C); NaN without rows.
 
     ``weighted`` takes the same and returns a function from weights (N, R), how often each row counts in each of R
-    resamples, to R figures: those of the rows so repeated. Both raise DataError if the shapes differ, targets are not
-    0 or 1, or a score is NaN.
+    resamples, to R figures: those of the rows so repeated. Where a label may be right in part, only a ``graded`` metric
+    sees how far; for the others it counts where it is wholly so. Both raise DataError if the shapes differ, targets are
+    not from 0 to 1, or a score is NaN.
     """
 
     definition: Callable[[np.ndarray, np.ndarray, np.ndarray], Weighted]
+    graded: bool = field(default=False, kw_only=True)
 
     def __call__(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> float:
         weighted = self.weighted(targets, scores, predictions)
         return float(weighted(np.ones((len(targets), 1)))[0])
 
     def weighted(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-        targets, scores, predictions = checked(targets, scores, predictions)
+        right, scores, predictions = checked(targets, scores, predictions)
         if not len(targets):
             return lambda weights: np.full(weights.shape[1], np.nan)
-        return self.definition(targets, scores, predictions)
+        return self.definition(targets if self.graded else right, scores, predictions)
 
 
 def checked(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return targets and predictions as bool, and the scores. Raises DataError if they are not what metrics take."""
+    """Return as bool which targets are wholly right, the scores, and the predictions as bool.
+
+    Raises DataError if they are not what metrics take.
+    """
     if targets.ndim != 2 or not targets.shape == scores.shape == predictions.shape:
         got = ", ".join(str(x.shape) for x in (targets, scores, predictions))
         raise DataError(f"targets, scores and predictions must have one shape, (N, C). Got {got} instead.")
-    wrong = targets[(targets != 0) & (targets != 1)]
+    wrong = targets[~((targets >= 0) & (targets <= 1))]
     if len(wrong):
-        raise DataError(f"targets must be 0 or 1. Got {wrong[0]} instead.")
+        raise DataError(f"targets must be from 0 to 1. Got {wrong[0]} instead.")
     if np.isnan(scores).any():
         raise DataError("scores must be numbers. Got NaN instead.")
-    return targets.astype(bool), scores, predictions.astype(bool)
+    return targets >= RIGHT, scores, predictions.astype(bool)
 
 
 def divide(a: np.ndarray, b: np.ndarray, otherwise: float) -> np.ndarray:

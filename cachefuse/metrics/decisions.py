@@ -8,19 +8,21 @@ from cachefuse.errors import ConfigError
 from cachefuse.metrics.base import Weighted, divide, mean
 
 TOP = 5
+ONE_LABEL = ("multiclass", "vqa")  # the tasks in which a row gets one label, that of the highest score
 
 
 def decide(scores: np.ndarray, task: str, threshold: float | np.ndarray = 0.5, min_labels: int = 0) -> np.ndarray:
     """Turn scores (N, C) into predictions (N, C) bool.
 
-    Multi-class: the class with the highest score. Multi-label: the classes whose score reaches ``threshold``, one for
-    all or (C,); a row left with fewer than ``min_labels`` takes its next highest scores as well. Ties go to the class
-    that comes first. Raises ConfigError for another task.
+    Multi-class, and answers to questions: the class with the highest score. Multi-label: the classes whose score
+    reaches ``threshold``, one for all or (C,); a row left with fewer than ``min_labels`` takes its next highest scores
+    as well. Ties go to the class that comes first. Raises ConfigError for another task.
     """
-    if task == "multiclass":
+    if task in ONE_LABEL:
         return scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1])
     if task != "multilabel":
-        raise ConfigError(f"task must be 'multiclass' or 'multilabel' to decide on labels. Got {task!r} instead.")
+        kinds = ", ".join((*ONE_LABEL, "multilabel"))
+        raise ConfigError(f"task must be one of {kinds} to decide on labels. Got {task!r} instead.")
     chosen = scores >= threshold
     best_first = np.lexsort((-scores, ~chosen))  # along the classes: the chosen, then the others, each by score
     np.put_along_axis(chosen, best_first[:, :min_labels], True, axis=1)
@@ -30,6 +32,14 @@ def decide(scores: np.ndarray, task: str, threshold: float | np.ndarray = 0.5, m
 def accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the share of samples with every class right (for multi-label: exact match, or subset accuracy)."""
     return mean((targets == predictions).all(axis=1))
+
+
+def vqa_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+    """Return the mean of how right the answers are, min(people who gave it / 3, 1), as targets (N, C) have it.
+
+    Of several answers to one question, the one that is most right counts.
+    """
+    return mean(np.where(predictions, targets, 0).max(axis=1, initial=0))
 
 
 def top5_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:

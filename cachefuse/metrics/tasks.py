@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from cachefuse.metrics.base import Metric, Weighted
-from cachefuse.metrics.decisions import decide
+from cachefuse.metrics.decisions import ONE_LABEL, decide
 
 
 @dataclass(frozen=True)
 class TaskSlice:
-    """One task: its kind, "multiclass" or "multilabel", and its columns of targets, logits and scores (N, C).
+    """One task: its kind, "multiclass", "multilabel" or "vqa", and its columns of targets, logits and scores (N, C).
 
     ``name`` is "" where it is a dataset's only one. Each row gets at least ``min_labels``.
     """
@@ -24,6 +24,11 @@ class TaskSlice:
     kind: str
     columns: slice
     min_labels: int = 0
+
+    @property
+    def one_label(self) -> bool:
+        """Whether a row gets one label, that of the highest score, rather than all that reach a threshold."""
+        return self.kind in ONE_LABEL
 
     @property
     def n_classes(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.run import Alignment
+from cachefuse.fusion.options import FOUND
 from cachefuse.runtime import format_bytes
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.run import Run
@@ -95,7 +96,8 @@ def alignment_provenance(run: Alignment) -> list[tuple[str, str]]:
 
 def settings(run: Run) -> list[tuple[str, str]]:
     """Return each setting's name and value."""
-    return _named({**run.config.to_dict(), **run.config.head_options(), "lr": run.config.learning_rate})
+    heads = {} if run.config.writes else run.config.head_options()
+    return _named({**run.config.shown(), **heads, "lr": run.config.learning_rate})
 
 
 def alignment_settings(run: Alignment) -> list[tuple[str, str]]:
@@ -134,7 +136,7 @@ def _option(name: str, value: Any) -> list[str]:
     if value is True:
         return [option]
     if name in ("loss_options", "fusion_options", "shuffle"):
-        given = {key: x for key, x in value.items() if x != "" and not isinstance(x, dict | None)}  # others are found
+        given = {key: x for key, x in value.items() if x != "" and not isinstance(x, dict | None) and key not in FOUND}
         return [word for key, x in given.items() for word in (option, f"{key}={x}")]
     if name == "without":
         return [word for part in value for word in (option, part)]

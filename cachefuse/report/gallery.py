@@ -63,7 +63,10 @@ def worst_examples(
 ) -> list[Example]:
     """Return the wrong rows with the highest loss, worst first; ``ids`` (N,) are the store's, in its order."""
     losses = row_losses(measured.targets, measured.scores, task)
-    wrong = np.flatnonzero((measured.targets != measured.predictions).any(axis=1))
+    differ = measured.targets & ~measured.predictions if task == "vqa" else measured.targets != measured.predictions
+    if task == "vqa":  # one of several right answers is enough
+        differ &= ~(measured.targets & measured.predictions).any(axis=1, keepdims=True)
+    wrong = np.flatnonzero(differ.any(axis=1))
     worst = wrong[np.argsort(-losses[wrong], kind="stable")][:most]
     place = {} if dataset is None else {sample: i for i, sample in enumerate(dataset.ids)}
     examples = []

@@ -95,7 +95,7 @@ def _part(run: Run, all_tasks: Evaluation, task: TaskSlice, ids: np.ndarray, dat
         "weakest": tables.weakest(measured.per_class, classes),
         "rows": words.rows_of(measured),
         "classes": tables.class_figures(measured.per_class, classes, _thresholds(run, task)),
-        "thresholds_note": "" if multiclass else words.thresholds_note(run, task.min_labels),
+        "thresholds_note": "" if task.one_label else words.thresholds_note(run, task.min_labels),
         "precision_recall": chart,
         "class_curves": class_curves,
         "confused": (tables.confusion if multiclass else tables.mistakes)(measured, classes),
@@ -106,12 +106,12 @@ def _part(run: Run, all_tasks: Evaluation, task: TaskSlice, ids: np.ndarray, dat
 
 
 def _thresholds(run: Run, task: TaskSlice) -> np.ndarray | None:
-    return None if task.kind == "multiclass" else run.thresholds[task.columns]
+    return None if task.one_label else run.thresholds[task.columns]
 
 
 def _together(run: Run, store: FeatureStore, task: TaskSlice) -> dict[str, Any] | None:
     """Return which labels of a multi-label task come together in the store; None if that can't be."""
-    if task.kind == "multiclass" or task.n_classes < 2:
+    if task.one_label or task.n_classes < 2:
         return None
     (labelled,) = task.own(store.targets)
     classes = tuple(task.own_class(name) for name in run.classes[task.columns])
@@ -128,7 +128,7 @@ def _classes_on_last_split(run: Run, task: TaskSlice) -> dict[str, Any]:
         "name": task.name,
         "n_classes": task.n_classes,
         "classes": tables.class_figures(by, classes, _thresholds(run, task)),
-        "thresholds_note": "" if task.kind == "multiclass" else words.thresholds_note(run, task.min_labels),
+        "thresholds_note": "" if task.one_label else words.thresholds_note(run, task.min_labels),
         "rows": f"{result.n_rows:,} {split} rows",
     }
 

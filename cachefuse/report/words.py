@@ -87,6 +87,9 @@ def verdict(measured: "Evaluation", task: str) -> str:
     right = f"{_percent(np.mean((measured.targets == measured.predictions).all(axis=1)))}"
     if task == "multiclass":
         return f"The class is right for {right} of {rows_of(measured)}."
+    if task == "vqa":
+        accuracy = _percent(measured.metrics["vqa_accuracy"])
+        return f"VQA accuracy is {accuracy} on {rows_of(measured)}: an answer that three people gave is wholly right."
     hits = (measured.targets & measured.predictions).sum()
     there, given = measured.targets.sum(), measured.predictions.sum()
     found, correct = (_percent(hits / n) if n else "none" for n in (there, given))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cachefuse.cache.rows import SHUFFLE_BYTES, Columns, block_shuffle
 from cachefuse.cache.tokens import Tokens, length_grouped
+from cachefuse.data.answers import ENOUGH, NO_ANSWER
 from cachefuse.fusion.base import modalities_of, split_name
 from cachefuse.registry import lookup
 from cachefuse.runtime import total_memory
@@ -24,18 +25,41 @@ LOAD_ROWS = 4096  # brought into memory at a time
 PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # predicted at a time, at most
 
 
+class AnswerTargets:
+    """How right each answer to N questions is, (N, C) float32, as ``vqa_accuracy`` has it; made as it is asked for.
+
+    ``answers`` (N, 10) are the classes that people gave, and below 0 what is none.
+    """
+
+    def __init__(self, answers: Tensor, n_classes: int) -> None:
+        self.answers = answers
+        self.shape = (len(answers), n_classes)
+        self.device = answers.device
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        answers = self.answers[rows].long()  # (B, 10)
+        enough = (answers != NO_ANSWER).sum(1, keepdim=True).clamp(1, ENOUGH)  # (B, 1)
+        people = torch.zeros(len(answers), self.shape[1], device=self.device)
+        people.scatter_add_(1, answers.clamp(min=0), (answers >= 0).float())
+        return (people / enough).clamp_(max=1)
+
+    def to(self, device: str) -> "AnswerTargets":
+        """Return the same targets with their answers on a device."""
+        return AnswerTargets(self.answers.to(device), self.shape[1])
+
+
 @dataclass(frozen=True)
 class FeatureTable:
     """N rows of features with presence (N,) bool, both by name ("image_tokens"), and targets (N, C) of 0 and 1; of
-    several tasks also -1, in all columns of one whose label a row lacks.
+    several tasks also -1, in all columns of one whose label a row lacks; of answers to questions from 0 to 1.
 
     Features keep the store's dtype, and stay in its files until a batch takes them. ``labelled`` is (N,) bool.
-    ``sources`` (N,) by name say where features are another row's, which row's they are.
+    ``sources`` (N,) by name say which row of the features each row has, where that is not its own.
     """
 
     features: Mapping[str, Columns | Tokens]
     present: dict[str, Tensor]
-    targets: Tensor
+    targets: Tensor | AnswerTargets
     labelled: np.ndarray
     splits: np.ndarray
     sources: Mapping[str, Tensor] = field(default_factory=dict)
@@ -49,7 +73,7 @@ class FeatureTable:
         features, present = {}, {}
         for name, x in self.features.items():
             here = self.present[name].index_select(0, rows)  # (B,)
-            taken = self.sources[name][rows.cpu()] if name in self.sources else rows
+            taken = self.feature_rows(name, rows)
             if isinstance(x, Tokens):
                 values, mask = x.read(taken.cpu())
                 features[name], here = values.to(rows.device), mask.to(rows.device) & here[:, None]
@@ -57,6 +81,10 @@ class FeatureTable:
                 features[name] = x.index_select(0, taken.to(x.device)).to(rows.device)
             present[name] = here
         return features, present
+
+    def feature_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Return which rows of the features of a name some rows (n,) have."""
+        return self.sources[name][rows.cpu()] if name in self.sources else rows
 
     @property
     def lengths(self) -> np.ndarray | None:
@@ -120,7 +148,8 @@ class FeatureTable:
             some = torch.randperm(n, generator=generator)[: round(share * n)]
             source = torch.arange(n).index_copy_(0, some, some.roll(1))
             for name in (name for name in self.present if split_name(name)[0] == modality):
-                sources[name], present[name] = source, present[name][source.to(present[name].device)]
+                sources[name] = self.feature_rows(name, source)
+                present[name] = present[name][source.to(present[name].device)]
         return replace(self, sources=sources, present=present)
 
     def at_hand(self, standardize: nn.ModuleDict) -> "FeatureTable | None":

@@ -4,6 +4,7 @@ import html
 import re
 from typing import TYPE_CHECKING
 
+from cachefuse.metrics import TaskSlice
 from cachefuse.training.config import as_text
 from cachefuse.training.tasks import loss_of
 
@@ -11,20 +12,25 @@ if TYPE_CHECKING:
     from cachefuse.training.run import Run
 
 MOST_CLASSES = 100
-KINDS = {"multiclass": "multi-class", "multilabel": "multi-label"}
+KINDS = {
+    "multiclass": "multi-class-classification",
+    "multilabel": "multi-label-classification",
+    "vqa": "visual-question-answering",
+}
 
 
 def model_card(run: "Run") -> str:
     """Return the text of a run's README.md; names that come from data can't break its tables or add HTML."""
     config, n_models = run.config, len(run.members)
-    what = f"A {config.fusion} fusion of {' and '.join(run.modalities)} features with {config.head} heads"
+    heads = "a decoder" if config.writes else f"{config.head} heads"
+    what = f"A {config.fusion} fusion of {' and '.join(run.modalities)} features with {heads}"
     if run.sources:
         what = f"An ensemble of the runs {', '.join(_plain(name) for name in run.sources)}"
     kind = f"mean of {n_models} models" if n_models > 1 else "one model"
     lines = [
         "---",
         "library_name: cachefuse",
-        f"tags: [{', '.join(sorted({f'{KINDS[task.kind]}-classification' for task in run.tasks}))}, "
+        f"tags: [{', '.join(sorted({KINDS[task.kind] for task in run.tasks}))}, "
         f"{', '.join(run.modalities)}, feature-cache]",
         "---",
         "",
@@ -66,7 +72,7 @@ def model_card(run: "Run") -> str:
     lines += _table(
         ["class", "a score must reach"],
         [
-            [_plain(run.classes[c]), _threshold(task.kind, run.thresholds[c])]
+            [_plain(run.classes[c]), _threshold(task, run.thresholds[c])]
             for task in run.tasks
             for c in task.numbers[: max(0, MOST_CLASSES - task.columns.start)]
         ],
@@ -74,7 +80,7 @@ def model_card(run: "Run") -> str:
     if len(run.classes) > MOST_CLASSES:
         lines += ["", f"and {len(run.classes) - MOST_CLASSES:,} more, in `run.json`"]
     if not run.sources:
-        given = {name: value for name, value in config.to_dict().items() if value not in (None, {}, ())}
+        given = {name: value for name, value in config.shown().items() if value not in (None, {}, ())}
         lines += ["", "## Settings", ""]
         lines += _table(["setting", "value"], [[name, _plain(as_text(name, value))] for name, value in given.items()])
     meaning = "Scores rank labels; with this loss they are no probabilities."
@@ -100,8 +106,8 @@ def _task(run: "Run") -> str:
     return ", ".join(f"{task.name} {task.kind}" for task in run.tasks) if run.several else run.task
 
 
-def _threshold(kind: str, threshold: float) -> str:
-    if kind == "multiclass":
+def _threshold(task: TaskSlice, threshold: float) -> str:
+    if task.one_label:
         return "the highest"
     return f"{threshold:.4f}" if threshold <= 1 else "more than 1: never predicted"
 

@@ -1,17 +1,18 @@
 """The settings of one training, checked once."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
+from cachefuse.fusion.options import FOUND, changed_options, typed_options
 from cachefuse.registry import ACTIVATIONS, FLAT, HEADS, LOSSES, OPTIMIZERS, POOLED, SCHEDULES, TOKENS, lookup
 
 MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
-TASK_LOSS = {"multiclass": "ce", "multilabel": "asl", "multitask": "asl"}
+TASK_LOSS = {"multiclass": "ce", "multilabel": "asl", "multitask": "asl", "vqa": "bce"}
 # What won by cross-validation (README, "Defaults"): an ASL that spares easy negatives and cuts nothing.
 LOSS_OPTIONS: dict[str, dict[str, float | str]] = {"asl": {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}}
 EPOCHS, MIN_STEPS = 50, 500  # small data take more epochs, to make as many steps
@@ -19,6 +20,7 @@ DROPOUT, BATCH_SIZE = 0.8, 256  # of fusions that have no defaults of their own
 LBFGS_EPOCHS = 20  # of up to 20 iterations each
 LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
 WEIGHT_DECAYS = {"lbfgs": 3e-3}  # of others 0: without it, so thorough an optimizer overfits
+HEAD_SETTINGS = ("head", "layers", "activation")
 SCHEMES = ("joint", "staged")
 THRESHOLDS = ("none", "global", "class")
 CHOICES = {
@@ -37,10 +39,10 @@ class TrainConfig:
     ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows, which pass the model in
     ``accumulate`` parts. ``fusion_options`` are the fusion's keyword arguments, ``without`` names parts of it to leave
     out. ``loss_options`` are the loss's keyword arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip
-    0 unless told. None is resolved by ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class),
-    what the fusion has defaults of its own for to those, ``lr`` to the optimizer's, ``dropout`` to 0.8, ``batch_size``
-    to 256, ``weight_decay`` to 0 (0.003 for L-BFGS), ``schedule`` to cosine (constant for L-BFGS), ``epochs`` to 50 or
-    as many as make 500 steps (L-BFGS: 20).
+    0 unless told. None is resolved by ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class, bce
+    for answers to questions), what the fusion has defaults of its own for to those, ``lr`` to the optimizer's,
+    ``dropout`` to 0.8, ``batch_size`` to 256, ``weight_decay`` to 0 (0.003 for L-BFGS), ``schedule`` to cosine
+    (constant for L-BFGS), ``epochs`` to 50 or as many as make 500 steps (L-BFGS: 20).
 
     ``stages`` are those that the fusion's weights are trained in, one after the other, as "warm-up" and then "tuning".
     ``shuffle`` {modality: share} gives so many of the rows another row's, to see how a fusion bears what is irrelevant.
@@ -209,16 +211,38 @@ class TrainConfig:
         """The batch size; 0 for all rows, which L-BFGS always takes."""
         return 0 if self.optimizer == "lbfgs" else self._of("batch_size", BATCH_SIZE)
 
+    @property
+    def writes(self) -> bool:
+        """Whether the fusion writes the classes' names, and has no head."""
+        return bool(self._fusion.writes(self.fusion_options))
+
     def resolve_loss(self, task: str) -> str:
         """Return the loss for a task. Raises ConfigError if it can't be trained with the one that was asked for."""
         if task not in TASK_LOSS:
             raise ConfigError(why_no_head(task))
+        if self.writes:
+            self._check_writing(task)
+            return "ce"
         if self.loss == "ce" and task == "multilabel":
             raise ConfigError("loss 'ce' is for one label a row; a multi-label task takes asl, bce or focal")
         return self.loss or TASK_LOSS[task]
 
-    def resolve(self, task: str, n_rows: int, origins: Mapping[str, Any] | None = None) -> "TrainConfig":
-        """Return the same settings with none left open, for a task and so many rows to train on.
+    def _check_writing(self, task: str) -> None:
+        if task not in ("multiclass", "vqa"):
+            raise ConfigError(f"answers=text writes one answer a row, which a {task} task does not have")
+        if self.loss not in (None, "ce"):
+            raise ConfigError(f"answers=text learns by the probability of what is written: loss ce. Got {self.loss!r}")
+        if self.class_weights != "none" or self.loss_options:
+            raise ConfigError("answers=text takes no class weights or loss options; leave them out")
+
+    def resolve(
+        self,
+        task: str,
+        n_rows: int,
+        origins: Mapping[str, Any] | None = None,
+        classes: Sequence[str] = (),
+    ) -> "TrainConfig":
+        """Return the same settings with none left open, for a task, its classes and so many rows to train on.
 
         ``origins`` says where features, by modality, are from. Raises ConfigError as ``resolve_loss`` does, and for
         options that the fusion does not have.
@@ -229,7 +253,9 @@ class TrainConfig:
         loss = self.resolve_loss(task)
         return replace(
             self,
-            fusion_options=self._fusion.settle(self._fusion_options(), origins or {}),
+            fusion_options=self._fusion.settle(
+                typed_options(self._fusion, self.fusion_options), origins or {}, classes
+            ),
             loss=loss,
             loss_options={**LOSS_OPTIONS.get(loss, {}), **self.loss_options},
             lr=self.learning_rate,
@@ -239,17 +265,6 @@ class TrainConfig:
             batch_size=self._of("batch_size", BATCH_SIZE),
             epochs=self._of("epochs", epochs),
         )
-
-    def _fusion_options(self) -> dict[str, Any]:
-        """Return all options of the fusion. Raises ConfigError for one that it does not have, or of another type."""
-        known = self._fusion.options()
-        for name in self.fusion_options:
-            if name not in known:
-                choices = f"its options are: {', '.join(known)}" if known else "it has none"
-                raise ConfigError(f"fusion {self.fusion!r} has no option {name!r}; {choices}")
-        return {
-            name: _as_type(name, self.fusion_options.get(name, default), default) for name, default in known.items()
-        }
 
     def head_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the head; a linear head has no hidden layers to speak of."""
@@ -276,13 +291,19 @@ class TrainConfig:
         return {name: value for name, value in named if value != getattr(plain, name)}
 
     def changed_options(self) -> dict[str, Any]:
-        """Return the fusion's options that are not its own; what was found in a model's files is left out."""
-        usual = self._fusion.options()
-        return {
-            name: value
-            for name, value in self.fusion_options.items()
-            if name != "architecture" and value != usual.get(name)
-        }
+        """Return the fusion's options that are not its own; what was found in files or classes is left out."""
+        return changed_options(self._fusion, self.fusion_options)
+
+    def shown(self) -> dict[str, Any]:
+        """Return the settings as they are read: without what was found in files, or plays no part."""
+        options = {name: value for name, value in self.fusion_options.items() if name not in FOUND}
+        idle = HEAD_SETTINGS if self.writes else ()
+        return {k: v for k, v in {**self.to_dict(), "fusion_options": options}.items() if k not in idle}
+
+    @property
+    def head_name(self) -> str:
+        """What makes the logits: a head, or a decoder."""
+        return "decoder" if self.writes else self.head
 
     def with_seed(self, seed: int) -> "TrainConfig":
         return replace(self, seed=seed)
@@ -301,31 +322,10 @@ class TrainConfig:
         return cls(**{**values, "layers": None if layers is None else tuple(layers), **lists})
 
 
-OPTION_KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}
-
-
-def _as_type(name: str, value: Any, default: Any) -> Any:
-    """Return a fusion option's value, which may be given as text, as one of its default's type.
-
-    One that is written as text may also be a mapping, such as pool; of one that is None by default anything goes.
-    """
-    kind = type(default)
-    if kind not in OPTION_KINDS or (kind is str and isinstance(value, Mapping)):
-        return value
-    try:
-        if isinstance(value, str) or type(value) is kind or (kind is float and type(value) is int):
-            return kind(value)
-    except ValueError:
-        pass
-    raise ConfigError(f"fusion option {name} must be {OPTION_KINDS[kind]}. Got {value!r} instead")
-
-
 def why_no_head(task: str) -> str:
     """Return why there is no head to train on a dataset, and what to do instead, for a task that has no loss."""
     if task == "retrieval":
         return f"a {task} dataset has no labels, so there is no head to train on it"
-    if task == "vqa":
-        return f"a {task} dataset has the answers of several people to each question, which no loss here takes"
     return f"a {task} dataset is about pairs of sentences: measure them with cachefuse similarity"
 
 

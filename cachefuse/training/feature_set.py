@@ -98,7 +98,8 @@ class FeatureView:
         """Return a modality's features (n, D), an array; or a view of some rows."""
         if isinstance(key, str):
             picked = torch.from_numpy(self.rows)
-            values = lookup(self.table.features, key, "modality").index_select(0, picked).numpy()
+            source = lookup(self.table.features, key, "modality")
+            values = source.index_select(0, self.table.feature_rows(key, picked)).numpy()
             values[~self.table.present[key][picked].numpy()] = np.nan
             return values
         rows = np.ascontiguousarray(self.rows[key])  # (1,) for a single row
@@ -121,7 +122,7 @@ class FeatureView:
         """Return these rows as a table of their own, with targets (n, C) and splits (n,)."""
         rows = torch.from_numpy(self.rows)
         pooled: Any = self.table.features
-        features: dict[str, Any] = {modality: PickedRows(x, rows) for modality, x in pooled.items()}
+        features: dict[str, Any] = {m: PickedRows(x, self.table.feature_rows(m, rows)) for m, x in pooled.items()}
         return FeatureTable(
             features=features,
             present={modality: x[rows] for modality, x in self.table.present.items()},
@@ -154,8 +155,9 @@ class FeatureSet:
     def split(self, *names: str) -> tuple[FeatureView, np.ndarray]:
         """Return X and y of the labelled rows of some splits, in the store's order.
 
-        y is (n, C) int8, 0 or 1, for multi-label, and class numbers (n,) int32 for multi-class. Raises UnknownNameError
-        for a split that is not there, DataError if none of the rows is labelled.
+        y is (n, C) int8, 0 or 1, for multi-label, and class numbers (n,) int32 for multi-class; of questions those of
+        their answers, (n, 10), as the store's targets. Raises UnknownNameError for a split that is not there, DataError
+        if none of the rows is labelled.
         """
         rows = self.rows(*names).rows
         rows = rows[is_labelled(self.store.targets)[rows]]

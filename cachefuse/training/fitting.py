@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
-from cachefuse.losses import build_loss, class_weights, per_task
+from cachefuse.losses import Loss, build_loss, class_weights, per_task
 from cachefuse.metrics import TaskSlice
 from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
 from cachefuse.runtime import seed_everything
@@ -23,31 +24,35 @@ from cachefuse.training.tasks import loss_of
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What models of one part are trained on: rows (n,) of a table, and their targets (n, C).
+    """What models of one part are trained on: rows (n,) of a table.
 
     The table is standardised already where memory allows; elsewhere ``standardize`` is still to be applied.
     """
 
     table: FeatureTable
     rows: Tensor
-    targets: Tensor
     standardize: nn.ModuleDict | None
 
     @classmethod
     def prepare(cls, problem: Problem, model: FusionModel, rows: Tensor) -> "TrainingSet":
         """Take the model's statistics from its rows (n,), and bring the table to hand."""
         table, rows = problem.table.only(model.widths), rows.to(problem.device)
-        model.fit_statistics(table.features, table.present, rows)
+        model.fit_statistics(table.features, table.present, rows, table.feature_rows)
         at_hand = table.at_hand(model.standardize)
-        return cls(at_hand or table, rows, table.targets[rows], model.standardize if at_hand is None else None)
+        return cls(at_hand or table, rows, model.standardize if at_hand is None else None)
+
+    @property
+    def targets(self) -> Tensor:
+        """The rows' targets (n, C)."""
+        return self.table.targets[self.rows]
 
     def only(self, modalities: Iterable[str]) -> "TrainingSet":
         """Return some of the modalities, and the rows that have any of them."""
         table = self.table.only(modalities)
         here = table.any_present(self.rows)
-        return replace(self, table=table, rows=self.rows[here], targets=self.targets[here])
+        return replace(self, table=table, rows=self.rows[here])
 
-    def reading(self, module: Any) -> nn.Module:
+    def reading(self, module: Any) -> Learner:
         """Return a fusion, or a head of one, as it takes the table's features."""
         return module if self.standardize is None else FusionModel(module, self.standardize)
 
@@ -60,9 +65,7 @@ def untrained_model(problem: Problem, config: TrainConfig) -> FusionModel:
     return model.to(problem.device)
 
 
-def training_loss(
-    problem: Problem, config: TrainConfig, data: TrainingSet, **options: str
-) -> Callable[[Tensor, Tensor], Tensor]:
+def training_loss(problem: Problem, config: TrainConfig, data: TrainingSet, **options: str) -> Loss:
     """Return the settings' loss, with the class weights that they ask for, and other ``options`` than theirs.
 
     Of several tasks it is the mean of each one's own, as ``loss_of`` says; the settings' options are for their loss.
@@ -70,12 +73,14 @@ def training_loss(
     given = config.resolve_loss(problem.task)
     reduction = {name: value for name, value in config.loss_options.items() if name == "reduction"}
 
-    def of_task(task: TaskSlice) -> Callable[[Tensor, Tensor], Tensor]:
+    def of_task(task: TaskSlice) -> Loss:
         name, weights = loss_of(task, given), None
         own = config.loss_options if name == given else {**LOSS_OPTIONS.get(name, {}), **reduction}
         if config.class_weights != "none":
-            targets = data.targets[task.labelled(data.targets), task.columns]
-            weights = class_weights(targets, config.class_weights, task.kind)
+            targets = data.targets
+            targets = targets[task.labelled(targets), task.columns]
+            kind = "multiclass" if name == "ce" else task.kind  # a softmax weighs rows, and not each of their labels
+            weights = class_weights(targets, config.class_weights, kind)
         return build_loss(name, {**own, **options}, weights)
 
     if not problem.tasks[0].name:
@@ -86,8 +91,8 @@ def training_loss(
 def fit_module(
     config: TrainConfig,
     data: TrainingSet,
-    module: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    module: Learner,
+    loss: Loss,
     parameters: Any,
     *,
     epochs: int,
@@ -120,7 +125,7 @@ def fit_module(
 
 
 def fit_stages(
-    config: TrainConfig, fusion: Any, data: TrainingSet, train: Callable[[str, nn.Module, TrainingSet], History]
+    config: TrainConfig, fusion: Any, data: TrainingSet, train: Callable[[str, Learner, TrainingSet], History]
 ) -> History:
     """Train a fusion stage by stage, each from the weights that were best in the one before; mostly there is one."""
     histories: dict[str, History] = {}
@@ -139,7 +144,7 @@ def fit_stages(
     )
 
 
-def _stages(config: TrainConfig, fusion: Any, data: TrainingSet) -> Iterator[tuple[str, nn.Module, TrainingSet]]:
+def _stages(config: TrainConfig, fusion: Any, data: TrainingSet) -> Iterator[tuple[str, Learner, TrainingSet]]:
     """Yield each stage with its name, what it trains, all else being frozen, and on what.
 
     The scheme "staged" trains each head alone, on the rows that have what it reads, and then, as "", what joins them.

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from cachefuse.errors import TrainingError
+from cachefuse.fusion.base import Learner
+from cachefuse.losses import Loss
 from cachefuse.metrics import TaskSlice
 from cachefuse.training.batches import Batch, Batches, FeatureTable, drop_modalities
 from cachefuse.training.ema import EMA
@@ -63,8 +65,8 @@ class Validation:
 
 
 def fit(
-    model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    model: Learner,
+    loss: Loss,
     optimizer: torch.optim.Optimizer,
     table: FeatureTable,
     train_rows: Tensor,
@@ -112,8 +114,8 @@ def fit(
                     value = torch.zeros((), device=train_rows.device)
                     for features, present, targets in in_parts(batch, accumulate):
                         with torch.autocast("cuda", torch.bfloat16, enabled=mixed_precision):
-                            logits = model(features, present)  # (B, C)
-                        part = loss(logits.float(), targets) * (len(targets) / len(batch[2]))
+                            part = model.objective(features, present, targets, loss)
+                        part = part * (len(targets) / len(batch[2]))
                         part.backward()
                         value += part.detach()
                     if clip_norm:
@@ -183,7 +185,7 @@ def _train_mode(model: nn.Module) -> None:
 
 def _validate(
     model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    loss: Loss,
     table: FeatureTable,
     validation: Validation | None,
 ) -> tuple[float | None, float | None]:
@@ -198,7 +200,7 @@ def _is_better(score: float | None, best: float | None) -> bool:
     return score is None or best is None or not score <= best
 
 
-def check_learnt(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], table: FeatureTable, rows: Tensor) -> None:
+def check_learnt(model: nn.Module, loss: Loss, table: FeatureTable, rows: Tensor) -> None:
     """Raise TrainingError if a model does far worse on the rows it was trained on (n,) than one that says nothing."""
     rows = spread(rows, CHECKED_ROWS)
     logits = predict_logits(model, table, rows)  # (n, C)

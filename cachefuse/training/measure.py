@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefuse.data.folds import stratified_folds
 from cachefuse.errors import ConfigError
 from cachefuse.metrics import METRICS, TaskSlice, decide_tasks, per_task_class
 from cachefuse.training.batches import FeatureTable
@@ -45,10 +44,10 @@ class HeldOut:
             return None
         if len(rows) > 1:
             parts = np.repeat(np.arange(len(rows)), [len(part) for part in numbers])
-        elif len(all_rows) < 2:
-            parts = np.zeros(len(all_rows), np.int64)
+        elif len(all_rows) < 2 or all(task.one_label for task in problem.tasks):
+            parts = np.zeros(len(all_rows), np.int64)  # there are no thresholds to choose
         else:
-            parts = stratified_folds(problem.targets(rows[0]), min(CROSSFIT_PARTS, len(all_rows)), 0)
+            parts = problem.folds(rows[0], min(CROSSFIT_PARTS, len(all_rows)), 0).numpy()
         order = np.argsort(all_rows, kind="stable")
         return cls(split, all_rows[order], parts[order], all_scores[order])
 
@@ -85,7 +84,9 @@ def chooses(problem: Problem, config: TrainConfig, n_held: int) -> bool:
     """Whether thresholds are chosen, on so many rows. Raises ConfigError if they were asked for and can't be."""
     if not any(task.kind == "multilabel" for task in problem.tasks):
         if config.thresholds in ("global", "class"):
-            raise ConfigError("thresholds are for multi-label tasks; in a multi-class one the highest score decides")
+            raise ConfigError(
+                "thresholds are for multi-label tasks; where a row gets one label, the highest score decides"
+            )
         return False
     if n_held >= 2 or config.thresholds in ("none", "auto"):
         return n_held >= 2 and config.thresholds != "none"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cachefuse.cache.features import Features
 from cachefuse.cache.store import FeatureStore
+from cachefuse.data.folds import stratified_folds
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.fusion.base import Origin
@@ -31,7 +32,8 @@ class Problem:
     """A table of features and targets (N, C) on a device; ``metrics`` are those to report.
 
     ``origins`` says where each modality's features are from, where they are of one encoder. ``tasks`` are what the
-    columns are of; left out, the one ``task``.
+    columns are of; left out, the one ``task``. Rows of one of the ``groups`` (N,), as those about one image, are never
+    parted by folds.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Problem:
     min_labels: int = 0
     origins: Mapping[str, Origin] = field(default_factory=dict)
     tasks: tuple[TaskSlice, ...] = ()
+    groups: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         tasks = self.tasks or (TaskSlice("", self.task, slice(0, len(self.classes)), self.min_labels),)
@@ -57,7 +60,9 @@ class Problem:
         origins = {m: Origin(group[0].source, group[0].provenance) for m, group in (chosen or {}).items()}
         tasks = about.task_slices(store.classes)
         metrics = about.reported_metrics
-        return cls(store.dataset, table, store.classes, about.task, metrics, about.min_labels, origins, tasks)
+        shared = (store.shared_rows(modality) for modality in store.modalities)
+        groups = next((rows for rows in shared if rows is not None), None)
+        return cls(store.dataset, table, store.classes, about.task, metrics, about.min_labels, origins, tasks, groups)
 
     @property
     def widths(self) -> dict[str, int]:
@@ -83,8 +88,16 @@ class Problem:
         return torch.cat([self.table.rows(split) for split in splits]).sort().values
 
     def targets(self, rows: Tensor) -> np.ndarray:
-        """Return the targets (n, C) of some rows, 0 or 1, or -1 where a row lacks the label of one of several tasks."""
+        """Return the targets (n, C) of some rows, 0 or 1, or -1 where a row lacks the label of one of several tasks.
+
+        Of answers to questions they are from 0 to 1.
+        """
         return self.table.targets[rows.to(self.device)].cpu().numpy()
+
+    def folds(self, rows: Tensor, k: int, seed: int) -> Tensor:
+        """Return the fold of each of some rows, (n,) int64, as ``stratified_folds`` shares them out."""
+        groups = None if self.groups is None else self.groups[rows.cpu()]
+        return torch.from_numpy(stratified_folds(self.targets(rows), k, seed, groups))
 
     def resolve(self, config: TrainConfig) -> TrainConfig:
         """Return settings with none left open.
@@ -92,7 +105,7 @@ class Problem:
         Raises ConfigError for a loss that is not the task's, and as ``settle_tasks`` and ``check_stages`` do.
         """
         check_stages(config)
-        return settle_tasks(config, self.tasks).resolve(self.task, len(self.train_rows()), self.origins)
+        return settle_tasks(config, self.tasks).resolve(self.task, len(self.train_rows()), self.origins, self.classes)
 
     def shuffled(self, config: TrainConfig) -> "Problem":
         """Return the same problem with modalities shuffled as the settings ask for."""
@@ -125,11 +138,11 @@ def open_problem(
     if manifest.task not in TASK_LOSS:
         raise ConfigError(why_no_head(manifest.task))
     for task in manifest.task_slices(store.classes):
-        if task.kind == "multiclass" and task.n_classes < 2:
+        if task.one_label and task.n_classes < 2:
             one = f"{task.name or store.dataset} has one class only, {store.classes[task.columns][0]!r}"
             raise ConfigError(f"{one}: there is nothing to tell apart")
     chosen = select_features(store, encoders, views)
-    single = {modality: group for modality, group in chosen.items() if store.items(modality) is None}
+    single = {modality: group for modality, group in chosen.items() if not store.has_several(modality)}
     for modality in chosen.keys() - single.keys() if single else ():
         logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
     chosen = single or chosen

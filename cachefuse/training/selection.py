@@ -10,13 +10,13 @@ from cachefuse.cache.features import Features
 from cachefuse.cache.rows import Columns, FlatTokens, JoinedRows
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.tokens import Tokens
-from cachefuse.data.manifest import MULTITASK
+from cachefuse.data.manifest import MULTITASK, VQA
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.fusion.base import feature_name, split_name
 from cachefuse.registry import FLAT, IDS, POOLED, TOKENS
-from cachefuse.training.batches import FeatureTable, multi_hot
+from cachefuse.training.batches import AnswerTargets, FeatureTable, multi_hot
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +114,12 @@ def load_table(
     if rows are missing.
     """
     features: dict[str, Columns | Tokens] = {}
+    sources: dict[str, torch.Tensor] = {}
     for modality, group in chosen.items():
-        if store.items(modality) is not None:
+        shared = store.shared_rows(modality)
+        if shared is not None:
+            sources |= {feature_name(modality, name): torch.from_numpy(shared) for name in views(modality)}
+        elif store.has_several(modality):
             raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
         for view in views(modality):
             parts = [part.rows(*stored_views([view])) for part in group]
@@ -127,12 +131,18 @@ def load_table(
                 features[modality] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
             else:
                 features[feature_name(modality, view)] = Tokens(parts[0], group[0].views[view].vocabulary)
-    several = store.manifest.task == MULTITASK
-    targets = store.targets if several else multi_hot(store.targets, len(store.classes))
     return FeatureTable(
         features=features,
         present={name: torch.from_numpy(store.present(split_name(name)[0])) for name in features},
-        targets=torch.from_numpy(targets),
+        targets=_targets(store),
         labelled=is_labelled(store.targets),
         splits=store.splits,
+        sources=sources,
     )
+
+
+def _targets(store: FeatureStore) -> torch.Tensor | AnswerTargets:
+    if store.manifest.task == VQA:
+        return AnswerTargets(torch.from_numpy(store.targets), len(store.classes))
+    several = store.manifest.task == MULTITASK
+    return torch.from_numpy(store.targets if several else multi_hot(store.targets, len(store.classes)))

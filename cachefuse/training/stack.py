@@ -5,7 +5,7 @@ than H thin ones. Each model comes out as it would alone, but for rounding.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError, TrainingError
+from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
+from cachefuse.losses import Loss
 from cachefuse.runtime import own_randomness
 from cachefuse.training.batches import PIECE_ROWS
 from cachefuse.training.config import TrainConfig
@@ -26,8 +28,6 @@ from cachefuse.training.loop import CHECKED_ROWS, DIVERGED, Epoch, History, chec
 from cachefuse.training.problem import Problem
 from cachefuse.training.run import build_model
 from cachefuse.training.train import Part
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 MAX_FLOATS = 2**25  # in the largest tensor that models trained together make: 128 MB
 LOSS_FLOATS = 2**18  # that a loss takes at a time: larger tensors would be asked of the system again and again
@@ -186,7 +186,7 @@ def train_together(problem: Problem, configs: Sequence[TrainConfig], part: Part)
     return [diverged.get(i, models[i]) for i in places]
 
 
-class RowsFirst(nn.Module):
+class RowsFirst(Learner):
     """A stack that gives (B, H, C), as what handles logits expects the rows in front."""
 
     def __init__(self, stacked: Any):

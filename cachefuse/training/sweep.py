@@ -295,8 +295,8 @@ def _digest(store: FeatureStore, problem: Problem, used: UsedByName, metrics: Se
         "metrics": tuple(metrics),
     }
     digest = hashlib.blake2b(to_json(about).encode("utf-8", "surrogatepass"), digest_size=16)
-    tensors = (problem.table.targets, *problem.table.present.values())
-    for x in (problem.table.labelled, *(tensor.cpu().numpy() for tensor in tensors)):
+    present = (here.cpu().numpy() for here in problem.table.present.values())
+    for x in (store.targets, problem.table.labelled, *present):
         digest.update(x.tobytes())
     return digest.hexdigest()
 

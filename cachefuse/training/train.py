@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 
 from cachefuse.cache.store import FeatureStore
-from cachefuse.data.folds import stratified_folds
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import METRICS, decide_tasks
 from cachefuse.runtime import own_randomness
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
-from cachefuse.training.loop import Epoch, History, Validation, predict_scores, to_scores
+from cachefuse.training.loop import CHECKED_ROWS, Epoch, History, Validation, predict_scores, to_scores
 from cachefuse.training.measure import HeldOut, choose_for, chooses, measure
 from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL, Problem, open_problem
 from cachefuse.training.run import Member, Run, build_model, split_digest
@@ -104,7 +103,7 @@ def train_run(
     trained = train_problem(problem, config, on_progress)
     own = {name: used[name] for name in untrained.widths}
     run = Run(
-        name=f"{store.dataset}-{config.fusion}-{config.head}-{config.loss}",
+        name=f"{store.dataset}-{config.fusion}-{config.head_name}-{config.loss}",
         dataset=store.dataset,
         manifest=store.manifest,
         classes=problem.classes,
@@ -177,12 +176,12 @@ def split_parts(problem: Problem, config: TrainConfig) -> list[Part]:
             raise ConfigError(f"{problem.name} has no labelled validation rows to stop early on; take --folds 5")
         return [Part(train, val, val)]
     rows = problem.rows(TRAIN, VAL)
-    fold_of = torch.from_numpy(stratified_folds(problem.targets(rows), config.folds, config.seed))
+    fold_of = problem.folds(rows, config.folds, config.seed)
     parts = []
     for fold in range(config.folds):
         held, rest = rows[fold_of == fold], rows[fold_of != fold]
         if config.patience:
-            inner = torch.from_numpy(stratified_folds(problem.targets(rest), min(STOP_PARTS, len(rest)), config.seed))
+            inner = problem.folds(rest, min(STOP_PARTS, len(rest)), config.seed)
             parts.append(Part(rest[inner != 0], rest[inner == 0], held))
         else:
             parts.append(Part(rest, held, held))
@@ -251,12 +250,17 @@ def _tell(
 
 
 def _warn_of_rare_classes(problem: Problem, parts: Sequence[Part]) -> None:
-    positives = np.min([(problem.targets(part.train) > 0).sum(axis=0) for part in parts], axis=0)
+    positives = np.min([_positives(problem, part.train) for part in parts], axis=0)
     absent = [name for name, n in zip(problem.classes, positives, strict=True) if n == 0]
     if absent:
         where = "the training rows" if len(parts) == 1 else "the training rows of some fold"
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         logger.warning("class %r%s never occurs in %s, so nothing can be learnt of it there", absent[0], more, where)
+
+
+def _positives(problem: Problem, rows: Tensor) -> np.ndarray:
+    """Return how many of some rows (n,) have each class, (C,)."""
+    return np.sum([(problem.targets(part) > 0).sum(axis=0) for part in rows.split(CHECKED_ROWS)], axis=0)
 
 
 def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float | None) -> None:

@@ -1,10 +1,13 @@
+import json
 import logging
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from cachefuse_cli.app import main
 
@@ -95,3 +98,31 @@ def fits():
         assert not long, "\n".join(long)
 
     return check
+
+
+@pytest.fixture
+def write_vqa(folder):
+    """Write VQA v2 in its own layout: of each split's images, red ones with even numbers and green ones with odd."""
+
+    def write(splits, ask):
+        """``ask(image)`` gives the questions about an image, each with what ten people answered."""
+        rng = np.random.default_rng(0)
+        for split, images in splits.items():
+            (folder / "data" / split).mkdir(parents=True)
+            questions, annotations = [], []
+            for image in images:
+                pixels = rng.integers(0, 60, (12, 16, 3), dtype=np.uint8)
+                pixels[..., image % 2] += 150
+                Image.fromarray(pixels).save(folder / f"data/{split}/COCO_{split}_{image:012d}.jpg")
+                for k, (text, answers) in enumerate(ask(image)):
+                    number = {"image_id": image, "question_id": 1000 * image + k}
+                    questions.append({**number, "question": text})
+                    annotations.append({**number, "answers": [{"answer": answer} for answer in answers]})
+            name = f"data/v2_OpenEnded_mscoco_{split}_questions.json"
+            (folder / name).write_text(json.dumps({"questions": questions}))
+            if split != "test2015":
+                name = f"data/v2_mscoco_{split}_annotations.json"
+                (folder / name).write_text(json.dumps({"annotations": annotations}))
+        return folder / "data"
+
+    return write

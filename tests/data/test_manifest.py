@@ -121,7 +121,7 @@ def test_questions_have_as_many_answers_to_choose_from_as_is_usual_or_as_are_ask
     questions = HEAD.replace("multiclass", "vqa")
     assert parse_manifest(questions + TABLE, "x.toml").answers == 3129
     assert parse_manifest(questions + "answers = 9\n" + TABLE, "x.toml").answers == 9
-    assert parse_manifest(questions + TABLE, "x.toml").reported_metrics == ()
+    assert parse_manifest(questions + TABLE, "x.toml").reported_metrics == ("vqa_accuracy",)
     manifest = parse_manifest(HEAD + TABLE, "x.toml")
     assert manifest.answers is None
     assert "answers" not in manifest.model_dump(exclude_defaults=True)  # other datasets' stores say nothing of it

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cachefuse.errors import TrainingError
+from cachefuse.fusion.base import Learner
 from cachefuse.fusion.late import SumFusion
 from cachefuse.losses import bce
 from cachefuse.training.batches import Batches, FeatureTable
@@ -15,7 +16,7 @@ from cachefuse.training.loop import Validation, fit, keep_freed_memory, predict_
 from cachefuse.training.optim import NesterovSGD, adam
 
 
-class Probe(nn.Module):
+class Probe(Learner):
     """A linear model of one modality."""
 
     def __init__(self, width, classes):

@@ -7,6 +7,7 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from cachefuse.fusion.base import Learner
 from cachefuse.losses import bce, cross_entropy
 from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
 from cachefuse.training.batches import FeatureTable
@@ -16,7 +17,7 @@ from cachefuse.training.optim import LBFGS, NesterovSGD, adam, adamw, constant, 
 N, D, C = 120, 5, 3
 
 
-class Probe(nn.Module):
+class Probe(Learner):
     """A linear model of one modality."""
 
     def __init__(self):

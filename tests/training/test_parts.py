@@ -100,7 +100,7 @@ def test_thresholds_need_rows_to_choose_them_on(make_store):
 
 
 def test_a_multiclass_task_has_no_thresholds(toy_store):
-    with pytest.raises(ConfigError, match="thresholds are for multi-label tasks; in a multi-class one the highest"):
+    with pytest.raises(ConfigError, match="thresholds are for multi-label tasks; where a row gets one label"):
         train_head(toy_store("multiclass"), quick(thresholds="global"))
 
 

@@ -105,7 +105,7 @@ class TableReader(Reader):
         names = _strings(_as_list(value))
         if self.separator and several and not isinstance(value, list):
             names = names[0].split(self.separator)
-        return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+        return tuple(name.strip() for name in names if name.strip())
 
     def _fill(self, template: str, columns: Columns, file: str, key: str) -> list[str]:
         """Return a column's values, or a template's with each ``{column}`` replaced (nothing else is interpreted)."""

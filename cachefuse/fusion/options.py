@@ -1,0 +1,41 @@
+"""A fusion's options as they are given: checked, of the types of their defaults, and told apart from what was found."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from cachefuse.errors import ConfigError
+
+FOUND = ("architecture", "answer_tokens")  # options that are not given, but found in files or classes
+KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}
+
+
+def typed_options(fusion: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all options of a fusion. Raises ConfigError for one that it does not have, or of another type."""
+    known = fusion.options()
+    for name in given:
+        if name not in known:
+            choices = f"its options are: {', '.join(known)}" if known else "it has none"
+            raise ConfigError(f"fusion {fusion.name!r} has no option {name!r}; {choices}")
+    return {name: _as_type(name, given.get(name, default), default) for name, default in known.items()}
+
+
+def changed_options(fusion: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options that differ from the fusion's own; what was found is left out."""
+    usual = fusion.options()
+    return {name: value for name, value in options.items() if name not in FOUND and value != usual.get(name)}
+
+
+def _as_type(name: str, value: Any, default: Any) -> Any:
+    """Return an option's value, which may be given as text, as one of its default's type.
+
+    One that is written as text may also be a mapping, such as pool; of one that is None by default anything goes.
+    """
+    kind = type(default)
+    if kind not in KINDS or (kind is str and isinstance(value, Mapping)):
+        return value
+    try:
+        if isinstance(value, str) or type(value) is kind or (kind is float and type(value) is int):
+            return kind(value)
+    except ValueError:
+        pass
+    raise ConfigError(f"fusion option {name} must be {KINDS[kind]}. Got {value!r} instead")

@@ -1,0 +1,227 @@
+"""Heads that answer questions about images, and decoders that write the answers, from the raw files to a submission."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from cachefuse.cache.store import FeatureStore
+from cachefuse.data.answers import vqa_accuracy
+from cachefuse.errors import ConfigError
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.problem import open_problem
+from cachefuse.training.run import Run
+from cachefuse.training.train import split_parts
+
+SPLITS = {"train2014": range(1, 41), "val2014": range(41, 61), "test2015": range(61, 66)}
+WORDS = ("what", "colour", "is", "it", "?", "red", "green", "how", "many", "yes", "no", "dark", "two")
+WRITES = ("--fusion", "midfusion", "--fusion-options", "answers=text", "--fusion-options", "decoder_layers=2")
+
+
+def ask(image):
+    """Which answer is right depends on the image, on the question, or on both; some people err, or say another word."""
+    colour = ["red", "green"][image % 2]
+    return [
+        ("What colour is it?", [colour] * 7 + [f"Dark {colour}"] * 2 + ["a bottle"]),
+        ("Is it red?", [["yes", "no"][image % 2]] * 9 + ["maybe"]),
+        ("How many?", ["two"] * 10),
+    ]
+
+
+@pytest.fixture
+def data(write_vqa):
+    return write_vqa(SPLITS, ask)
+
+
+@pytest.fixture
+def extracted(cachefuse, data):
+    assert cachefuse("extract", "--dataset", "vqa2", "--data-dir", data, "--encoder", "classic").code == 0
+    return data
+
+
+@pytest.fixture
+def tokens(cachefuse, data, folder):
+    """The same with the tokens of a small ViT, and the ids of a small T5, whose folder it returns."""
+    torch.manual_seed(0)
+    vit = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=16
+    )
+    transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "vit")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder / "t5")
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
+    t5 = transformers.T5Config(vocab_size=len(vocabulary), decoder_start_token_id=0, **shape)
+    transformers.T5ForConditionalGeneration(t5).save_pretrained(folder / "t5")
+    for encoder, views in (("vit", "pooled,tokens"), ("t5", "pooled,tokens,ids")):
+        spec = f"hf:{folder / encoder}"
+        made = cachefuse("extract", "--dataset", "vqa2", "--data-dir", data, "--encoder", spec, "--views", views)
+        assert made.code == 0, made.err
+    return folder / "t5"
+
+
+def annotated(data, split):
+    """Return what people answered, as texts, by question."""
+    content = json.loads((data / f"v2_mscoco_{split}_annotations.json").read_text())
+    return {one["question_id"]: [x["answer"] for x in one["answers"]] for one in content["annotations"]}
+
+
+def predicted(cachefuse, folder, split):
+    assert cachefuse("predict", "--split", split, "--output", "answers.json").code == 0
+    return {row["question_id"]: row["answer"] for row in json.loads((folder / "answers.json").read_text())}
+
+
+def test_from_questions_to_a_submission(cachefuse, extracted, folder, fits):
+    result = cachefuse("train-head", "--epochs", "60", "--fusion", "concat")
+    assert result.code == 0
+    fits(result.out)
+    assert "split  rows  VQA accuracy" in result.out
+    evaluated = cachefuse("evaluate")
+    fits(evaluated.out)
+    assert "VQA accuracy" in evaluated.out
+    (run,) = json.loads(cachefuse("runs", "--json").out)
+    figure = run["metrics"]["vqa_accuracy"]
+    found, people = predicted(cachefuse, folder, "val"), annotated(extracted, "val2014")
+    assert found.keys() == people.keys()
+    # The figure is that of the texts that are written, judged by what is in the file.
+    assert vqa_accuracy(list(found.values()), list(people.values())).mean() == pytest.approx(figure)
+    assert figure > 0.9
+    assert cachefuse("predict").code == 0
+    with (folder / "submission.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["question_id"] for row in rows] == [
+        str(1000 * image + k) for image in SPLITS["test2015"] for k in range(3)
+    ]
+    assert {row["answer"] for row in rows} >= {"red", "green", "2"}
+    image = extracted / "test2015/COCO_test2015_000000000061.jpg"
+    one = cachefuse("predict", "--image", image, "--text", "How many?")
+    assert one.out.splitlines()[1].split()[::2] == ["2", "yes"]
+
+
+def test_the_report_says_how_right_the_answers_are(cachefuse, extracted, folder):
+    cachefuse("train-head", "--epochs", "2")
+    assert cachefuse("report", "--data-dir", extracted).code == 0
+    (path,) = folder.glob("workspace/runs/*/report.html")
+    page = path.read_text()
+    assert "VQA accuracy is" in page
+    assert "an answer that three people gave is wholly right" in page
+    (card,) = folder.glob("workspace/runs/*/README.md")
+    assert "tags: [visual-question-answering, image, text, feature-cache]" in card.read_text()
+
+
+def test_folds_never_part_questions_about_one_image(cachefuse, extracted, folder):
+    store = FeatureStore(folder / "workspace/cache/vqa2.zarr")
+    problem, _ = open_problem(store)
+    parts = split_parts(problem, TrainConfig(folds=4, patience=2))
+    images = store.feature_rows("image")
+    held = torch.cat([part.held for part in parts])
+    assert torch.equal(held.sort().values, problem.rows("train", "val"))
+    for part in parts:
+        assert not {*images[part.held]} & {*images[part.train]}
+        assert not {*images[part.validate]} & {*images[part.train]}
+        assert 30 <= len(part.held) <= 60
+    result = cachefuse("train-head", "--folds", "3", "--epochs", "5", "--json")
+    assert json.loads(result.out)["metrics"]["oof"]["vqa_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("loss", ["asl", "ce", "focal"])
+def test_other_losses_and_weights(cachefuse, extracted, loss):
+    result = cachefuse("train-head", "--epochs", "20", "--loss", loss, "--class-weights", "balanced", "--json")
+    assert json.loads(result.out)["metrics"]["val"]["vqa_accuracy"] > 0.6
+
+
+def test_a_sweep_goes_by_vqa_accuracy(cachefuse, extracted, folder):
+    (folder / "settings.toml").write_text('[[setting]]\nhead = "linear"\n[[setting]]\nloss = "ce"\n')
+    swept = cachefuse("sweep", "--settings", "settings.toml", "--epochs", "3", "--seeds", "2")
+    assert swept.code == 0, swept.err
+    assert "VQA accuracy" in swept.out
+
+
+class TestWritten:
+    def test_words(self, cachefuse, tokens, folder, data):
+        result = cachefuse("train-head", *WRITES, "--fusion-options", "width=32", "--fusion-options", "text_view=ids",
+                           "--epochs", "25", "--lr", "0.003", "--json")  # fmt: skip
+        assert result.code == 0, result.err
+        figure = json.loads(result.out)["metrics"]["val"]["vqa_accuracy"]
+        assert figure > 0.9
+        (path,) = folder.glob("workspace/runs/vqa2-midfusion-decoder-ce-1")
+        run = Run.load(path)
+        assert run.members[0].model.fusion.head is None
+        assert run.config.fusion_options["answer_tokens"][run.classes.index("dark red")] == [
+            run.config.fusion_options["answer_tokens"][run.classes.index("dark green")][0],
+            run.config.fusion_options["answer_tokens"][run.classes.index("red")][0],
+            1,
+        ]
+        found, people = predicted(cachefuse, folder, "val"), annotated(data, "val2014")
+        assert vqa_accuracy(list(found.values()), list(people.values())).mean() == pytest.approx(figure)
+        card = (path / "README.md").read_text()
+        assert "features with a decoder" in card
+        assert "answer" not in card.split("## Settings")[1].replace("answers=text", "")
+        evaluated = cachefuse("evaluate", "--without", "image", "--json")
+        assert json.loads(evaluated.out)["metrics"]["vqa_accuracy"] < figure
+
+    def test_a_pretrained_t5_writes_in_its_tokens(self, cachefuse, tokens, folder):
+        result = cachefuse("train-head", *WRITES, "--fusion-options", f"t5=hf:{tokens}", "--epochs", "2", "--json")
+        assert result.code == 0, result.err
+        run = Run.load(folder / "workspace/runs/vqa2-midfusion-decoder-ce-1")
+        number = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
+        written = dict(zip(run.classes, run.config.fusion_options["answer_tokens"], strict=True))
+        assert written["dark red"] == [number["dark"], number["red"], number["</s>"]]
+        assert written["bottle"] == written["maybe"] == [number["<unk>"], number["</s>"]]
+        assert run.members[0].model.fusion.decoder.settings.num_decoder_layers == 2
+        (tokens / "tokenizer.json").unlink()  # a run needs none of it
+        assert cachefuse("predict").code == 0
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (("--loss", "bce"), "answers=text learns by the probability of what is written: loss ce. Got 'bce'"),
+            (("--class-weights", "balanced"), "answers=text takes no class weights or loss options; leave them out"),
+            (("--thresholds", "class"), "thresholds are for multi-label tasks; where a row gets one label"),
+            (("--fusion-options", "t5=hf:./nowhere"), "can't open hf:./nowhere"),
+        ],
+    )
+    def test_what_does_not_fit(self, cachefuse, tokens, given, message):
+        result = cachefuse("train-head", *WRITES, *given)
+        assert result.code == 1
+        assert message in result.error
+
+    @pytest.mark.parametrize("task", ["multilabel", "multitask"])
+    def test_a_row_of_several_labels_has_no_one_answer(self, task):
+        config = TrainConfig(fusion="midfusion", fusion_options={"answers": "text", "decoder_layers": 1})
+        with pytest.raises(ConfigError, match=f"answers=text writes one answer a row, which a {task} task does not"):
+            config.resolve(task, 100)
+
+    def test_an_edited_run_is_refused(self, cachefuse, tokens, folder):
+        cachefuse(
+            "train-head", *WRITES, "--fusion-options", "width=16", "--fusion-options", "text_view=ids", "--epochs", "1"
+        )
+        path = folder / "workspace/runs/vqa2-midfusion-decoder-ce-1/run.json"
+        whole = json.loads(path.read_text())
+        for spoilt in ([["a"]] * 7, [[10**9]] * 7, [], 3, [[]] * 7, [[1, 2]] * 3):
+            for settings in (whole["config"], *(member["config"] for member in whole["members"])):
+                settings["fusion_options"]["answer_tokens"] = spoilt
+            path.write_text(json.dumps(whole))
+            result = cachefuse("predict")
+            assert result.code == 1
+            assert "run.json" in result.error or "weights" in result.error
+
+
+def test_targets_are_how_right_each_answer_is(cachefuse, extracted, folder):
+    store = FeatureStore(folder / "workspace/cache/vqa2.zarr")
+    problem, _ = open_problem(store)
+    rows = problem.rows("train", "val")
+    targets = problem.targets(rows)
+    assert targets.shape == (180, len(store.classes))
+    for c in range(len(store.classes)):
+        alone = np.full(len(rows), c)
+        np.testing.assert_allclose(targets[:, c], vqa_accuracy(alone, store.targets[rows.numpy()]), atol=1e-6)
+    assert {*np.unique(targets).tolist()} == {0.0, *np.float32([1 / 3, 2 / 3]).tolist(), 1.0}
