@@ -84,14 +84,14 @@ class AnswerWriter(nn.Module):
     """A T5 decoder that writes known answers: from a memory to the logarithm of each one's probability.
 
     It embeds, and scores, the tokens of answers alone; with the settings' ``tied`` by one table. Raises ConfigError for
-    answers without an end, or tokens that the settings' vocabulary, if there is one, does not have.
+    an answer without tokens, tokens that the settings' vocabulary, if there is one, does not have, or too many of them.
     """
 
     def __init__(self, settings: T5Settings, answers: Answers):
         super().__init__()
         every = {token for answer in answers for token in answer}
         most = settings.vocab_size or math.inf
-        if not (every and all(answers)) or not all(type(token) is int and 0 <= token < most for token in every):
+        if not every or not all(answers) or not all(type(token) is int and 0 <= token < most for token in every):
             raise ConfigError(f"answers must each be of one token or more, whole numbers from 0 to {most - 1}")
         tokens = sorted(every)
         if sum(map(len, answers)) * (1 + len(tokens)) > MOST:

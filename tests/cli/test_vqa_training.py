@@ -9,6 +9,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from cachefuse import open_features
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.answers import vqa_accuracy
 from cachefuse.errors import ConfigError
@@ -225,3 +226,40 @@ def test_targets_are_how_right_each_answer_is(cachefuse, extracted, folder):
         alone = np.full(len(rows), c)
         np.testing.assert_allclose(targets[:, c], vqa_accuracy(alone, store.targets[rows.numpy()]), atol=1e-6)
     assert {*np.unique(targets).tolist()} == {0.0, *np.float32([1 / 3, 2 / 3]).tolist(), 1.0}
+
+
+def test_notebooks_get_the_features_of_a_question_s_image(cachefuse, extracted, folder):
+    x, y = open_features("vqa2", workspace=folder / "workspace").split("train")
+    assert (x.shape, y.shape) == ((120, 724 + 1024), (120, 10))
+    store = FeatureStore(folder / "workspace/cache/vqa2.zarr")
+    stored = store.open_features("classic", "image").rows()[:]
+    np.testing.assert_array_equal(x["image"], stored[store.feature_rows("image")[:120]])
+    np.testing.assert_array_equal(x[4:9]["image"], x["image"][4:9])
+    table = x[4:9].to_table(torch.zeros(5, 1), np.array(["train"] * 5))
+    np.testing.assert_array_equal(table.batch(torch.tensor([0, 3]))[0]["image"].numpy(), x["image"][[4, 7]])
+
+
+def test_shuffled_images_are_other_questions_images(cachefuse, extracted, folder):
+    problem, _ = open_problem(FeatureStore(folder / "workspace/cache/vqa2.zarr"))
+    rows = torch.arange(len(problem.table.labelled))
+    own, theirs = (
+        table.batch(rows)[0]["image"] for table in (problem.table, problem.table.shuffled({"image": 1.0}, 0))
+    )
+    assert sorted(map(bytes, own.numpy())) == sorted(map(bytes, theirs.numpy()))
+    assert (own != theirs).any(1).float().mean() > 0.9
+
+
+def test_questions_of_one_s_own(cachefuse, extracted, folder):
+    """A table of them: an answer that all of fewer than three people gave is wholly right."""
+    rows = [f"{i},train2014/COCO_train2014_{i:012d}.jpg,Which?,{['red', 'green'][i % 2]}" for i in range(1, 41)]
+    (folder / "data/own.csv").write_text("\n".join(["id,image,question,answers", *rows, "41,,Which?,red|red|red|blue"]))
+    (folder / "own.toml").write_text(
+        'name = "own"\ntask = "vqa"\n[reader]\nkind = "table"\nfiles = { train = "own.csv" }\nid = "id"\n'
+        'image = "image"\ntext = "question"\nlabels = "answers"\nseparator = "|"\n'
+    )
+    assert cachefuse("extract", "--dataset", "./own.toml", "--data-dir", extracted, "--encoder", "classic").code == 0
+    store = FeatureStore(folder / "workspace/cache/own.zarr")
+    red, blue = store.classes.index("red"), store.classes.index("blue")
+    assert store.targets[40].tolist() == [red, red, red, blue, *[-1] * 6]
+    result = cachefuse("train-head", "--dataset", "own", "--epochs", "40", "--json")
+    assert json.loads(result.out)["metrics"]["train"]["vqa_accuracy"] > 0.95
