@@ -2,6 +2,9 @@
 
 import csv
 import json
+import re
+import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from cachefuse.training.problem import open_problem
 from cachefuse.training.run import Run
 from cachefuse.training.train import split_parts
 
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SPLITS = {"train2014": range(1, 41), "val2014": range(41, 61), "test2015": range(61, 66)}
 WORDS = ("what", "colour", "is", "it", "?", "red", "green", "how", "many", "yes", "no", "dark", "two")
 WRITES = ("--fusion", "midfusion", "--fusion-options", "answers=text", "--fusion-options", "decoder_layers=2")
@@ -46,27 +50,32 @@ def extracted(cachefuse, data):
 
 @pytest.fixture
 def tokens(cachefuse, data, folder):
-    """The same with the tokens of a small ViT, and the ids of a small T5, whose folder it returns."""
+    """The same with the tokens of a small ViT, and the ids of a small T5, whose folder it returns.
+
+    The folders are named as the README names those of larger models.
+    """
     torch.manual_seed(0)
     vit = transformers.ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=16
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
     )
-    transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "vit")
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "vit_s14")
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit_s14")
     vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(folder / "t5")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(
+        folder / "all-MiniLM-L6-v2"
+    )
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
     t5 = transformers.T5Config(vocab_size=len(vocabulary), decoder_start_token_id=0, **shape)
-    transformers.T5ForConditionalGeneration(t5).save_pretrained(folder / "t5")
-    for encoder, views in (("vit", "pooled,tokens"), ("t5", "pooled,tokens,ids")):
+    transformers.T5ForConditionalGeneration(t5).save_pretrained(folder / "all-MiniLM-L6-v2")
+    for encoder, views in (("vit_s14", "pooled,tokens"), ("all-MiniLM-L6-v2", "pooled,tokens,ids")):
         spec = f"hf:{folder / encoder}"
         made = cachefuse("extract", "--dataset", "vqa2", "--data-dir", data, "--encoder", spec, "--views", views)
         assert made.code == 0, made.err
-    return folder / "t5"
+    return folder / "all-MiniLM-L6-v2"
 
 
 def annotated(data, split):
@@ -144,6 +153,16 @@ def test_a_sweep_goes_by_vqa_accuracy(cachefuse, extracted, folder):
     swept = cachefuse("sweep", "--settings", "settings.toml", "--epochs", "3", "--seeds", "2")
     assert swept.code == 0, swept.err
     assert "VQA accuracy" in swept.out
+
+
+def test_the_readmes_commands(cachefuse, tokens, folder):
+    (block,) = re.findall(r"```\n(cachefuse extract --dataset vqa2.*?)```", README, flags=re.S)
+    (folder / "data").rename(folder / "vqa2")
+    for line in block.splitlines():
+        done = cachefuse(*shlex.split(line)[1:])
+        assert done.code == 0, done.err
+    written = json.loads((folder / "answers.json").read_text())
+    assert [row.keys() for row in written] == [{"question_id", "answer"}] * 15
 
 
 class TestWritten:
