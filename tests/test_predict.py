@@ -19,13 +19,6 @@ from cachefuse.predict import predict_samples, predict_split, read_input
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.train import train_head
 
-SHAPES = """
-name = "mine"
-task = "multilabel"
-min_labels = 1
-reader = { kind = "shapes", train = 120, test = 40 }
-splits = { val = { from = "train", fraction = 0.25 } }
-"""
 TABLE = """
 name = "mine"
 task = "multilabel"
@@ -40,8 +33,8 @@ labels = "Tags"
 
 
 @pytest.fixture(scope="session")
-def dataset():
-    return load_dataset(parse_manifest(SHAPES, "mine.toml"), Path())
+def dataset(mine):
+    return load_dataset(parse_manifest(mine, "mine.toml"), Path())
 
 
 @pytest.fixture(scope="session")

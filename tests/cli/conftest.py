@@ -1,6 +1,6 @@
+import contextlib
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +10,6 @@ import pytest
 from PIL import Image
 
 from cachefuse_cli.app import main
-
-MINE = """
-name = "mine"
-task = "multilabel"
-min_labels = 1
-reader = { kind = "shapes", train = 120, test = 40 }
-splits = { val = { from = "train", fraction = 0.25 } }
-"""
 
 
 @dataclass
@@ -42,12 +34,12 @@ def restored_logging():
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path, monkeypatch, mine):
     """An empty current folder with a manifest in it, on a terminal of 80 columns."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("CACHEFUSE_WORKSPACE", raising=False)
-    (tmp_path / "mine.toml").write_text(MINE)
+    (tmp_path / "mine.toml").write_text(mine)
     return tmp_path
 
 
@@ -64,22 +56,24 @@ def cachefuse(folder, capsys):
 
 
 @pytest.fixture(scope="session")
-def made(tmp_path_factory):
+def run_in():
+    """Run a command in a folder, for what is made once."""
+
+    def run(folder, *args):
+        with contextlib.chdir(folder), pytest.raises(SystemExit) as exit:
+            main([str(arg) for arg in args])
+        assert not exit.value.code
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory, mine, run_in):
     """A workspace with extracted features and one run, made once."""
     folder = tmp_path_factory.mktemp("made")
-    (folder / "mine.toml").write_text(MINE)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        for args in (
-            ["extract", "--dataset", "./mine.toml", "--encoder", "classic", "--json"],
-            ["train-head", "--head", "linear", "--epochs", "3", "--json"],
-        ):
-            with pytest.raises(SystemExit) as exit:
-                main(args)
-            assert not exit.value.code
-    finally:
-        os.chdir(before)
+    (folder / "mine.toml").write_text(mine)
+    run_in(folder, "extract", "--dataset", "./mine.toml", "--encoder", "classic", "--json")
+    run_in(folder, "train-head", "--head", "linear", "--epochs", "3", "--json")
     return folder / "workspace"
 
 

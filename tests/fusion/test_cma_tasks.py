@@ -6,16 +6,13 @@ import pytest
 import torch
 
 from cachefuse.cache.tokens import SequenceWidth
-from cachefuse.fusion.cma import MODALITY_ATTENTION, SEQUENCE_ATTENTION, TUNING, WARM_UP, CMAFusion
+from cachefuse.fusion.cma import MODALITY_ATTENTION, TUNING, WARM_UP, CMAFusion
 from cachefuse.heads import MLP
 
 WIDTHS = {"image": 6, "image_tokens": SequenceWidth(5, 4), "text": 4, "text_tokens": SequenceWidth(3, 7)}
 TASKS = {"color": 3, "type": 2, "keys": 4}
 B, W = 9, 8
 head = partial(MLP, layers=(5,))
-every_ablation = pytest.mark.parametrize(
-    "without", [(), (MODALITY_ATTENTION,), (SEQUENCE_ATTENTION,), (MODALITY_ATTENTION, SEQUENCE_ATTENTION)]
-)
 
 
 def build(tasks=TASKS, without=(), **options):
@@ -40,7 +37,6 @@ def inputs(fusion):
     return features, present
 
 
-@every_ablation
 def test_each_task_is_as_a_model_of_its_own(without):
     fusion = build(without=without)
     features, present = inputs(fusion)
@@ -78,7 +74,6 @@ def test_lambda_by_the_papers_formula():
     assert len({tuple(weights[5, k].tolist()) for k in range(3)}) == 3
 
 
-@every_ablation
 def test_gradients_reach_every_parameter(without):
     fusion = build(without=without).train()
     fusion(*inputs(fusion)).square().sum().backward()

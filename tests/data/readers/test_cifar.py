@@ -151,13 +151,11 @@ def test_beside_the_binary_version_pickles_do_no_harm(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["data_batch_2.bin", "batches.meta.txt", "cifar-10-batches-bin"])
-def test_links_out_of_the_data_folder(tmp_path, name):
+def test_links_out_of_the_data_folder(tmp_path, name, move_out):
     root = tmp_path / "root"
     write(root / "cifar-10-batches-bin", CIFAR10)
     (root / "cifar-10-batches-bin/batches.meta.txt").write_text("\n".join("abcdefghij"))
-    path = root / name if name == "cifar-10-batches-bin" else root / "cifar-10-batches-bin" / name
-    path.rename(tmp_path / "outside")
-    path.symlink_to(tmp_path / "outside")
+    move_out(root / name if name == "cifar-10-batches-bin" else root / "cifar-10-batches-bin" / name)
     with pytest.raises(DataError, match=r": lies outside the data folder .*root$"):
         load(root)
 

@@ -150,11 +150,10 @@ def test_links_out_of_the_data_folder_are_not_followed(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train", "val/images", "test/images", "words.txt", "val/val_annotations.txt"])
-def test_folders_and_files_that_are_links_out_of_the_data_folder(tmp_path, name):
+def test_folders_and_files_that_are_links_out_of_the_data_folder(tmp_path, name, move_out):
     root = tmp_path / "root"
     write(root)
-    (root / name).rename(tmp_path / "outside")
-    (root / name).symlink_to(tmp_path / "outside")
+    move_out(root / name)
     with pytest.raises(DataError, match=r": lies outside the data folder .*root$"):
         load(root)
 

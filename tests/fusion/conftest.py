@@ -1,0 +1,104 @@
+"""What several files say of one fusion: how it is built, and what it is given."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cachefuse.cache.tokens import SequenceWidth
+from cachefuse.fusion.base import feature_name
+from cachefuse.fusion.cma import MODALITY_ATTENTION, SEQUENCE_ATTENTION, CMAFusion
+from cachefuse.heads import Linear
+from cachefuse.registry import METHODS, lookup
+
+# The Deep Fusion Encoder
+
+SIDES = (6, 5)
+
+
+def build_dfe(method, op, seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    return lookup(METHODS, method, "method")(SIDES, 8, operation=op, dropout=dropout)
+
+
+def tokens(side, n_tokens=7, seed=0, lengths=True):
+    """Return four samples' tokens (B, T, D) and a mask; with ``lengths`` they have T, T - 1, ..., at least one."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, n_tokens, SIDES[side], generator=generator)
+    n = torch.arange(n_tokens, n_tokens - 4, -1).clamp(min=1) if lengths else torch.full((4,), n_tokens)
+    return x, torch.arange(n_tokens) < n[:, None]
+
+
+def padded(x, mask, n, value):
+    """Return tokens and mask with n more tokens, and ``value`` wherever a token is none."""
+    x = torch.cat([x, x.new_zeros(len(x), n, x.shape[2])], 1)
+    mask = torch.cat([mask, mask.new_zeros(len(x), n)], 1)
+    return torch.where(mask[..., None], x, x.new_tensor(value)), mask
+
+
+@pytest.fixture(scope="session")
+def dfe():
+    return SimpleNamespace(build=build_dfe, tokens=tokens, padded=padded)
+
+
+# CMA-CLIP
+
+WIDTHS = {
+    "text_tokens": SequenceWidth(3, 7), "text": 4, "image": 6, "audio_tokens": SequenceWidth(2, 3),
+    "image_tokens": SequenceWidth(5, 4), "audio": 3,
+}  # fmt: skip
+MODALITIES = ("audio", "image", "text")
+
+
+def build_cma(without=(), modalities=MODALITIES, depth=2, dtype=torch.float64, **options):
+    """A fusion as after some training: its relevance is no longer 0, nor any bias, nor a norm the identity."""
+    torch.manual_seed(0)
+    widths = {name: width for name, width in WIDTHS.items() if name.partition("_")[0] in modalities}
+    fusion = CMAFusion(widths, 3, Linear, width=8, heads=2, depth=depth, without=without, **options)
+    with torch.no_grad():
+        for parameter in fusion.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return fusion.to(dtype).eval()
+
+
+def inputs(dtype=torch.float64, filler=0.0):
+    """Ten rows, in which modalities are absent in every combination; texts have 0 to 7 tokens, images all 4.
+
+    What is absent, and padding, holds ``filler``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    here = {
+        "audio": torch.tensor([1, 1, 1, 1, 0, 0, 0, 1, 1, 0]).bool(),
+        "image": torch.tensor([1, 1, 0, 0, 1, 1, 0, 1, 1, 0]).bool(),
+        "text": torch.tensor([1, 0, 1, 0, 1, 0, 1, 1, 1, 0]).bool(),
+    }
+    lengths = {"audio": [3, 1, 2, 3, 3, 3, 1, 1, 0, 3], "image": [4] * 10, "text": [7, 5, 1, 2, 3, 6, 4, 0, 0, 7]}
+    features, present = {}, {}
+    for modality in MODALITIES:
+        name = feature_name(modality, "tokens")
+        features[modality] = torch.randn(10, WIDTHS[modality], generator=generator, dtype=dtype)
+        present[modality] = here[modality]
+        n, width = WIDTHS[name].n_tokens, WIDTHS[name]
+        features[name] = torch.randn(10, n, width, generator=generator, dtype=dtype)
+        present[name] = (torch.arange(n) < torch.tensor(lengths[modality])[:, None]) & here[modality][:, None]
+    features = {name: torch.where(present[name].unsqueeze(-1), x, filler) for name, x in features.items()}
+    return features, present
+
+
+def of(fusion, features, present):
+    """The inputs that a fusion reads."""
+    return {name: features[name] for name in fusion.widths}, {name: present[name] for name in fusion.widths}
+
+
+@pytest.fixture(scope="session")
+def cma():
+    return SimpleNamespace(WIDTHS=WIDTHS, build=build_cma, inputs=inputs, of=of)
+
+
+@pytest.fixture(
+    params=[(), (MODALITY_ATTENTION,), (SEQUENCE_ATTENTION,), (MODALITY_ATTENTION, SEQUENCE_ATTENTION)],
+    ids=lambda parts: "-".join(parts) or "whole",
+)
+def without(request):
+    """Every ablation of CMA-CLIP."""
+    return request.param

@@ -1,0 +1,168 @@
+"""Options of fusions and parts that are left out, on the command line."""
+
+import json
+import logging
+import re
+import shutil
+from dataclasses import fields
+
+import numpy as np
+import pytest
+
+from cachefuse.errors import ConfigError
+from cachefuse.fusion.cma import CMAFusion
+from cachefuse.fusion.tirg import TIRGFusion
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.run import Run
+from cachefuse_cli.app import main
+from cachefuse_cli.train_options import DEFAULTS, parse_config
+
+N = 10**6  # rows, of which an epoch makes enough steps
+
+
+def given(**values):
+    """What the command line says where these options are given."""
+    return {**{field.name: DEFAULTS.get(field.name, field.default) for field in fields(TrainConfig)}, **values}
+
+
+def test_the_command_line_parses_options_and_parts():
+    without = ["modality-attention", "sequence-attention", "modality-attention"]
+    config = parse_config(given(fusion="cma", fusion_options=["depth=1", "dropout=0.3"], without=without))
+    assert config == TrainConfig(
+        fusion="cma",
+        fusion_options={"depth": "1", "dropout": "0.3"},
+        without=("modality-attention", "sequence-attention"),
+    )
+    options = config.resolve("multilabel", N).fusion_options
+    assert (options["depth"], options["dropout"]) == (1, 0.3)
+    assert parse_config(given()) == TrainConfig()
+    text = parse_config(given(fusion="tirg", fusion_options=["query=text"]))
+    assert text.resolve("multilabel", N).fusion_options == {"query": "text", "width": 512}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["depth"], r"fusion-options are given as depth=2\. Got 'depth' instead"),
+        ([""], r"fusion-options are given as depth=2\. Got '' instead"),
+        (["depth=1", "depth=2"], "fusion option depth is given twice"),
+    ],
+)
+def test_what_does_not_parse_says_so(options, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(given(fusion="cma", fusion_options=options))
+
+
+@pytest.fixture
+def cachefuse(tmp_path, monkeypatch, capsys):
+    """Run a command in an empty folder; its exit code, results, and messages line by line."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("CACHEFUSE_WORKSPACE", raising=False)
+    logger = logging.getLogger("cachefuse")
+    handlers, propagate = list(logger.handlers), logger.propagate
+
+    def run(*args):
+        with pytest.raises(SystemExit) as exit:
+            main([str(arg) for arg in args])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return exit.value.code or 0, captured.out, captured.err.splitlines()
+
+    yield run
+    logger.handlers[:], logger.propagate = handlers, propagate
+
+
+@pytest.fixture
+def in_workspace(tmp_path):
+    """Have commands find a store."""
+
+    def copy(store):
+        shutil.copytree(store, tmp_path / "workspace" / "cache" / "made.zarr")
+
+    return copy
+
+
+def test_a_command_trains_with_options_and_parts(cachefuse, in_workspace, toy_store, tmp_path):
+    in_workspace(toy_store().path)
+    code, out, _ = cachefuse(
+        *("train-head", "--fusion", "cma", "--fusion-options", "depth=1", "--fusion-options", "width=8"),
+        *("--fusion-options", "heads=2", "--without", "modality-attention"),
+        *("--head", "linear", "--epochs", "2", "--json"),
+    )
+    assert code == 0
+    run = Run.load(tmp_path / "workspace" / "runs" / json.loads(out)["run"])
+    assert run.config.fusion_options.items() >= {"depth": 1, "width": 8, "heads": 2, "dropout": 0.1}.items()
+    assert run.config.without == ("modality-attention",)
+    assert (run.config.lr, run.config.batch_size) == (3e-4, 64)
+    assert sorted(run.features) == ["image", "image_tokens", "text", "text_tokens"]
+    code, out, _ = cachefuse("runs", "--json")
+    (listed,) = json.loads(out)
+    assert listed["settings"]["without"] == ["modality-attention"]
+    assert "lr" not in listed["settings"]
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """Where the toy store that all commands are refused on is kept."""
+    return tmp_path_factory.mktemp("shared") / "made.zarr"
+
+
+@pytest.fixture
+def made(shared, toy_store):
+    """The path of the toy store, made once."""
+    if not shared.exists():
+        toy_store().path.rename(shared)
+    return shared
+
+
+@pytest.mark.parametrize(
+    ("fusion", "args", "message"),
+    [
+        ("cma", ["dept=1"], "fusion 'cma' has no option 'dept'; its options are: depth, width, heads, dropout"),
+        ("cma", ["depth=x"], "fusion option depth must be a whole number. Got 'x' instead"),
+        ("cma", ["depth"], "fusion-options are given as depth=2. Got 'depth' instead"),
+        ("cma", ["heads=5"], "width must be a multiple of 5, the attention heads. Got "),
+        ("cma", ["width=-6"], "width must be at least 1. Got -6 instead"),
+        ("cma", ["dropout=2"], "dropout must be at least 0 and below 1. Got 2.0 instead"),
+        ("cma", ["dropout=nan"], "dropout must be at least 0 and below 1. Got nan instead"),
+        ("tirg", ["width=0"], "width must be at least 1. Got 0 instead"),
+        ("tirg", ["query=x"], "fusion 'tirg' adjusts a query, 'x' here, by one other modality. Got image, text"),
+        ("sum", ["depth=1"], "fusion 'sum' has no option 'depth'; it has none"),
+        ("cma", ["depth=1", "--without", "text"], "fusion 'cma' has no 'text' to leave out; its parts are: modality-a"),
+        ("tirg", ["width=8", "--without", "gate"], "fusion 'tirg' has no 'gate' to leave out; its parts are: none"),
+        ("cma", ["depth=1", "--optimizer", "lbfgs", "--head", "linear"], "optimizer 'lbfgs' is for linear models. Got"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_command_says_in_one_line_what_is_wrong(fusion, args, message, cachefuse, in_workspace, made, tmp_path):
+    in_workspace(made)
+    code, out, err = cachefuse("train-head", "--fusion", fusion, "--fusion-options", *args)
+    assert (code, out) == (1, "")
+    (line,) = [line for line in err if line.startswith("error: ")]
+    assert line.startswith(f"error: {message}")
+    assert not (tmp_path / "workspace" / "runs").exists()
+
+
+def test_a_command_says_how_to_make_the_tokens_that_are_not_there(cachefuse, in_workspace, make_store, tmp_path):
+    rng = np.random.default_rng(0)
+    x = {m: rng.normal(size=(20, 3)).astype(np.float16) for m in ("image", "text")}
+    in_workspace(make_store(x, np.ones((20, 2), np.int8), ["train"] * 20).path)
+    code, out, err = cachefuse("train-head", "--fusion", "cma")
+    assert (code, out) == (1, "")
+    assert err == [
+        "error: workspace/cache/made.zarr holds no tokens of image; make them with cachefuse extract --dataset made "
+        "--encoder toy --views pooled,tokens"
+    ]
+    assert cachefuse("train-head", "--fusion", "cma", "--without", "sequence-attention", "--epochs", "1")[0] == 0
+    assert len(list((tmp_path / "workspace" / "runs").glob("*-cma-*/run.json"))) == 1
+
+
+def test_the_help_names_options_and_parts(cachefuse):
+    code, out, _ = cachefuse("train-head", "--help")
+    text = re.sub(r"[\s│]+", " ", out)
+    assert code == 0
+    for fusion in (CMAFusion, TIRGFusion):
+        defaults = (f"{name} {value}" for name, value in fusion.options().items() if value not in ("", None))
+        assert f"{fusion.name}: {', '.join(defaults)}" in text
+    assert f"cma: {', '.join(CMAFusion.parts)}" in text
