@@ -80,17 +80,18 @@ def _columns(result: "SweepResult", shown: Sequence["SettingResult"]) -> dict[st
     """Return the columns beside the settings: metrics, as many as fit, and what else is known of any of them."""
     costs, curves = any(setting.costs for setting in shown), any(setting.curve for setting in shown)
     named = any(setting.label for setting in shown)
-    metrics = result.metrics[: 1 if curves else BESIDE_COSTS if costs or named else MAX_METRICS]
+    metrics = result.shown or result.metrics[: 1 if curves else BESIDE_COSTS if costs or named else MAX_METRICS]
     columns: dict[str, Cell] = {}
     for metric in metrics:
         best = max((x for setting in shown if (x := setting.mean(metric)) == x), default=None)
         columns[metric_title(metric)] = partial(_figure, metric=metric, best=best, first=metric == metrics[0])
-        if metric == metrics[0] and any(setting.interval for setting in shown):
+        if metric == metrics[0] and any(setting.interval for setting in shown) and not result.shown:
             columns["95%"] = lambda setting: Text(_interval(setting))
-    columns["s"] = lambda setting: Text(f"{setting.seconds:.1f}")
+    if not result.shown:  # a paper's own table has no room for more than its columns
+        columns["s"] = lambda setting: Text(f"{setting.seconds:.1f}")
     if any(setting.published for setting in result.settings):
         columns["paper"] = lambda setting: Text(_paper(setting))
-    for i, name in enumerate(COSTS if costs else ()):
+    for i, name in enumerate(COSTS[: 3 if result.shown else None] if costs else ()):
         if not curves or i >= 2:  # their models are much alike in size, and have long names
             columns[name] = partial(_cost, i=i)
     if not costs and any(setting.trials[0].weights for setting in shown):  # beside costs there is no room

@@ -47,7 +47,7 @@ class Experiment:
     A setting's fusion options come on top of the base's. With ``costs`` an interval of each trial's score is found, and
     what each model costs is measured. ``fields`` are those that tell the settings apart, all that one changes unless
     told; ``labels`` do so in words. ``curves`` say where each setting lies in a plot of curves, ``paper`` what the
-    published figures are of.
+    published figures are of, ``shown`` which metrics a table has, where not the first.
     """
 
     base: TrainConfig
@@ -59,6 +59,7 @@ class Experiment:
     labels: Sequence[str] | None = None
     curves: Sequence[Curve] | None = None
     paper: str = ""
+    shown: tuple[str, ...] = ()
 
 
 def sweep(
@@ -129,6 +130,7 @@ def run_sweep(
             n_rows=len(_held_rows(problem, base)),
             seeds=tuple(seeds),
             paper=experiment.paper,
+            shown=tuple(name for name in experiment.shown if name in metrics),
             settings=tuple(
                 SettingResult(
                     _values(own[0]),

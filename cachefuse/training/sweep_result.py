@@ -116,6 +116,7 @@ class SweepResult:
     seeds: tuple[int, ...]
     settings: tuple[SettingResult, ...]
     paper: str = ""  # what published figures are of
+    shown: tuple[str, ...] = ()  # the metrics of a table, where not the first
 
     @property
     def n_trials(self) -> int:

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from cachefuse.errors import CacheError, ConfigError, UnknownNameError
 from cachefuse.fusion import FUSIONS
@@ -24,6 +26,7 @@ from cachefuse.training.sweep_settings import parse_setting
 from cachefuse.training.token_presets import RECIPES, TOKEN_PRESETS
 from cachefuse.training.train import train_head
 from cachefuse.training.used import used_features
+from cachefuse_cli.sweep_tables import sweep_table
 
 QUICK = {"folds": 2, "epochs": 1, "batch_size": 16}
 
@@ -147,6 +150,21 @@ class TestPresets:
         result = run_sweep(*opened, replace(experiment, settings=settings), folder, [0])
         labels = [setting.label for setting in result.settings]
         assert labels == ["text", "image", "as MMBT", "without TIRG", "full"]
+        header = [column.header for column in sweep_table(result).columns]
+        assert header == [
+            "",
+            "micro-F1",
+            "macro-F1",
+            "macro-AP",
+            "params",
+            "MB",
+            "ms/item",
+        ]  # the paper's, and its size
+        console = Console(width=80)
+        table = sweep_table(
+            replace(result, settings=[replace(s, published=(0.638, math.nan)) for s in result.settings])
+        )
+        assert console.measure(table).maximum <= 80
         mmimdb = preset("lit-table", replace(opened[1], name="mmimdb"), changes)
         assert [mean for mean, _ in mmimdb.published] == [0.633, 0.486, 0.647, 0.674, 0.686]
 
