@@ -138,10 +138,11 @@ def build_loss(name: str, options: Mapping[str, Any], weights: Tensor | None = N
     def weighted(logits: Tensor, targets: Tensor) -> Tensor:
         each = loss(logits, targets, **{**options, "reduction": "none"})  # (B, C), or (B,) of a softmax
         if weights.ndim == 1:
-            of_row = (targets * weights.to(each.device)).sum(1)  # (B,)
+            # The mean of its labels' weights: a softmax's loss has their sum already.
+            of_row = (targets * weights.to(each.device)).sum(1) / targets.sum(1).clamp(min=TINY_NORM)  # (B,)
             return _reduce(each * (of_row if each.ndim == 1 else of_row.unsqueeze(1)), reduction)
         absent, present = weights.to(each.device)  # (C,) each
-        return _reduce(each * torch.where(targets > 0, present, absent), reduction)
+        return _reduce(each * torch.lerp(absent, present, targets.to(absent)), reduction)
 
     return weighted
 

@@ -42,7 +42,7 @@ def write_submission(
 
 def _as_text(path: Path, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
     if path.suffix == ".json":
-        whole = all(sample.isascii() and sample.isdigit() and len(sample) < 19 for sample, *_ in lines)
+        whole = all(sample.isdecimal() and len(sample) < 19 and str(int(sample)) == sample for sample, *_ in lines)
         found = [(int(sample) if whole else sample, *labels) for sample, *labels in lines]
         return json.dumps([dict(zip(header, line, strict=True)) for line in found], ensure_ascii=False) + "\n"
     text = io.StringIO(newline="")

@@ -27,18 +27,12 @@ TINY = Sizes(
 TINY_TRAIN = TrainSizes(pairs=1, epochs=2, rows=500, width=16, batch=128, small=(8,), large=(12, 8), heads=3)
 
 
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """A run with memory, what its progress was, and the folder it was in."""
-    folder, seen = tmp_path_factory.mktemp("bench"), []
+def test_every_row_is_there_and_finite(tmp_path):
+    """A run with memory: its rows, its progress, and what it leaves behind."""
+    seen = []
     rows = bench_store(
-        folder / "new" / "workspace", device="cpu", memory=True, sizes=TINY, on_progress=lambda *a: seen.append(a)
+        tmp_path / "new" / "workspace", device="cpu", memory=True, sizes=TINY, on_progress=lambda *a: seen.append(a)
     )
-    return rows, seen, folder
-
-
-def test_every_row_is_there_and_finite(measured):
-    rows, _, _ = measured
     assert [row.name for row in rows] == [
         "gather", "gather_zarr", "read_all", "write", "open", "extract", "text", "memory_train", "memory_extract"
     ]  # fmt: skip
@@ -48,16 +42,8 @@ def test_every_row_is_there_and_finite(measured):
         assert all(math.isfinite(figure) and figure > 0 for figure in figures if figure is not None), row
         assert (row.baseline is None) == (row.ratio is None) == (row.name == "open")
         assert (row.met is None) == (row.name == "read_all")
-
-
-def test_progress_names_each_measurement(measured):
-    rows, seen, _ = measured
     assert seen == [(what, i, len(rows)) for i, what in enumerate([*MEASUREMENTS, *OF_MEMORY])]
-
-
-def test_nothing_is_left(measured):
-    _, _, folder = measured
-    assert list(folder.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -341,6 +341,23 @@ class TestBuildLoss:
         torch.testing.assert_close(weighted, expected)
         torch.testing.assert_close(build_loss(name, {}, weights)(logits, targets), expected.mean())
 
+    @pytest.mark.parametrize("name", ALL)
+    def test_weights_of_1_change_nothing_where_labels_are_right_in_part(self, name):
+        logits = some()[0]
+        targets = (torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)) * 4).floor() / 3
+        weights = torch.ones(5) if name == "ce" else torch.ones(2, 5)
+        torch.testing.assert_close(
+            build_loss(name, {}, weights)(logits, targets), lookup(LOSSES, name, "loss")(logits, targets)
+        )
+
+    @pytest.mark.parametrize("kind", CLASS_WEIGHTS)
+    def test_the_mean_weight_is_one_where_labels_are_right_in_part(self, kind):
+        targets = (torch.rand((90, 5), generator=torch.Generator().manual_seed(0)) * 4).floor() / 3
+        weights = class_weights(targets, kind, "multilabel")
+        blank = torch.zeros(90, 5)
+        each = build_loss("bce", {"reduction": "none"}, weights)(blank, targets)
+        torch.testing.assert_close(each.mean(0) / math.log(2), torch.ones(5))
+
     def test_the_weighted_softmax_is_torchs(self):
         """torch divides by the sum of the weights, which is that of the rows where their mean is 1."""
         targets, numbers = skewed_classes()

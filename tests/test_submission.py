@@ -1,4 +1,5 @@
 import csv
+import json
 
 import numpy as np
 import pytest
@@ -34,6 +35,13 @@ def test_writes_the_manifests_columns_and_separator(three, tmp_path):
     shape = '[submission]\nid = "ImageID"\nlabels = "Tags, all"\nseparator = "|"'
     path = write_submission(three, manifest(shape), tmp_path / "s.csv")
     assert path.read_text() == 'ImageID,"Tags, all"\nr0,cat|owl\nr1,dog\nr2,\n'
+
+
+@pytest.mark.parametrize(("ids", "written"), [(["7", "10"], [7, 10]), (["007", "7"], ["007", "7"])])
+def test_json_has_numbers_where_all_ids_are(ids, written, tmp_path):
+    path = write_submission(predictions([[1, 0, 0], [0, 1, 1]], ids), manifest(), tmp_path / "s.json")
+    labels = ["cat", "dog owl"]
+    assert json.loads(path.read_text()) == [{"id": i, "labels": x} for i, x in zip(written, labels, strict=True)]
 
 
 def test_quotes_ids_that_need_it(tmp_path):

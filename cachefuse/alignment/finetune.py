@@ -20,7 +20,6 @@ from cachefuse.alignment.train import find_side
 from cachefuse.cache.lock import only_writer
 from cachefuse.cache.rows import TokenWidth
 from cachefuse.cache.store import FeatureStore
-from cachefuse.data.manifest import MULTITASK
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
@@ -96,8 +95,7 @@ def fine_tune(
     table = load_table(store, {modality: [find_side(run, run.sides[side], store)]}, views).to(resolve_device(device))
     problem = Problem.of(store, table)
     if problem.task not in ("multiclass", "multilabel"):
-        why = "has several tasks" if problem.task == MULTITASK else "has no labels"
-        raise ConfigError(f"{store.dataset} {why} to tune for; it is a dataset for {problem.task}")
+        raise ConfigError(f"fine-tune is for datasets of one set of labels; {store.dataset} is for {problem.task}")
     config = problem.resolve(config)
     with only_writer(store.path):  # or it would turn out after all the epochs that there is another
         pass

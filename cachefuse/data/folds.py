@@ -5,21 +5,13 @@ import numpy as np
 from cachefuse.errors import ConfigError
 
 
-def stratified_folds(
-    targets: np.ndarray, k: int, seed: int | np.random.Generator, groups: np.ndarray | None = None
-) -> np.ndarray:
-    """Return each row's fold (N,) int64, from 0 to k - 1, for targets (N, C) of 0 and 1, multi-label or one-hot.
+def stratified_folds(targets: np.ndarray, k: int, seed: int | np.random.Generator) -> np.ndarray:
+    """Return each row's fold (N,) int64, from 0 to k - 1, for targets (N, C): any above 0 is a label.
 
     Iterative stratification: Sechidis, Tsoumakas and Vlahavas, "On the stratification of multi-label data" (2011),
     algorithm 1. The rarest label goes first, each of its rows to the fold that has the fewest of that label, then the
-    fewest rows, then any; rows without labels come last. Rows of one of the ``groups`` (N,), if given, stay together,
-    and are shared out as one that has all their labels. Raises ConfigError unless k is from 2 to N, or to the groups.
+    fewest rows, then any; rows without labels come last. Raises ConfigError unless k is from 2 to N.
     """
-    if groups is not None:
-        _, first, of = np.unique(groups, return_index=True, return_inverse=True)
-        together = np.zeros((len(first), targets.shape[1]), bool)
-        np.logical_or.at(together, of, targets > 0)
-        return stratified_folds(together, k, seed)[of]
     n, classes = targets.shape
     if not 2 <= k <= n:
         raise ConfigError(f"folds must be from 2 to the number of rows, {n}. Got {k} instead.")

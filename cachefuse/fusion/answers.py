@@ -22,8 +22,8 @@ from cachefuse.errors import ConfigError
 from cachefuse.fusion.t5 import T5, T5Decoder, T5Settings, linear
 
 Answers = Sequence[Sequence[int]]  # the tokens of each, which end with that of an end
-START, END = 0, 1  # tokens of answers made of their own words
-AT_ONCE = 1 << 26  # numbers in the largest array that is made to score answers
+END = 1  # the token of an answer's end, where words are tokens
+AT_ONCE = 1 << 26  # numbers that the nodes of some rows take; the bias among nodes, N x N, comes on top
 MOST = 1 << 28  # places in the table of what may follow what
 
 
@@ -92,7 +92,7 @@ class AnswerWriter(nn.Module):
         every = {token for answer in answers for token in answer}
         most = settings.vocab_size or math.inf
         if not every or not all(answers) or not all(type(token) is int and 0 <= token < most for token in every):
-            raise ConfigError(f"answers must each be of one token or more, whole numbers from 0 to {most - 1}")
+            raise ConfigError(f"answers must each be of one token or more, whole numbers below {most}")
         tokens = sorted(every)
         if sum(map(len, answers)) * (1 + len(tokens)) > MOST:
             raise ConfigError(f"{len(answers):,} answers of {len(tokens):,} tokens are too many to write; take classes")

@@ -41,7 +41,7 @@ class AnswerTargets:
         enough = (answers != NO_ANSWER).sum(1, keepdim=True).clamp(1, ENOUGH)  # (B, 1)
         people = torch.zeros(len(answers), self.shape[1], device=self.device)
         people.scatter_add_(1, answers.clamp(min=0), (answers >= 0).float())
-        return (people / enough).clamp_(max=1)
+        return people.div_(enough).clamp_(max=1)
 
     def to(self, device: str) -> "AnswerTargets":
         """Return the same targets with their answers on a device."""
@@ -156,8 +156,9 @@ class FeatureTable:
         """Return the same rows standardised, float32, in memory; None if that would take much of it, as tokens do."""
         if any(isinstance(x, Tokens) for x in self.features.values()):
             return None
-        n_bytes = 4 * sum(x.shape[0] * x.shape[1] for x in (self.targets, *self.features.values()))
         device = self.targets.device
+        copied = self.features.values() if device.type == "cuda" else (self.targets, *self.features.values())
+        n_bytes = 4 * sum(x.shape[0] * x.shape[1] for x in copied)
         memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total_memory()
         if n_bytes > SHARE_AT_HAND * memory:
             return None

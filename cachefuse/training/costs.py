@@ -52,7 +52,8 @@ def measure_costs(problem: Problem, config: TrainConfig) -> Costs:
 
         def closure() -> torch.Tensor:
             optimizer.zero_grad()
-            value = loss(module(features, present), targets)
+            with torch.autocast("cuda", torch.bfloat16, enabled=config.mixed_precision and targets.is_cuda):
+                value = module.objective(features, present, targets, loss)
             value.backward()
             return value
 

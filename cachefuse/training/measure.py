@@ -47,7 +47,7 @@ class HeldOut:
         elif len(all_rows) < 2 or all(task.one_label for task in problem.tasks):
             parts = np.zeros(len(all_rows), np.int64)  # there are no thresholds to choose
         else:
-            parts = problem.folds(rows[0], min(CROSSFIT_PARTS, len(all_rows)), 0).numpy()
+            parts = problem.folds(rows[0], min(CROSSFIT_PARTS, problem.n_groups(rows[0])), 0).numpy()
         order = np.argsort(all_rows, kind="stable")
         return cls(split, all_rows[order], parts[order], all_scores[order])
 

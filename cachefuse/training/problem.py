@@ -16,7 +16,7 @@ from cachefuse.errors import ConfigError, DataError
 from cachefuse.fusion.base import Origin
 from cachefuse.metrics import TaskSlice, bind_metrics, main_metric
 from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import FeatureTable
+from cachefuse.training.batches import LOAD_ROWS, FeatureTable
 from cachefuse.training.config import TASK_LOSS, TrainConfig, why_no_head
 from cachefuse.training.selection import Views, load_table, pooled, select_features
 from cachefuse.training.tasks import check_stages, settle_tasks
@@ -60,8 +60,11 @@ class Problem:
         origins = {m: Origin(group[0].source, group[0].provenance) for m, group in (chosen or {}).items()}
         tasks = about.task_slices(store.classes)
         metrics = about.reported_metrics
-        shared = (store.shared_rows(modality) for modality in store.modalities)
-        groups = next((rows for rows in shared if rows is not None), None)
+        groups = None
+        for modality in store.modalities:
+            shared = store.shared_rows(modality)
+            if shared is not None:  # rows without what others share are each by themselves
+                groups = np.where(store.present(modality), shared, len(store) + np.arange(len(store)))
         return cls(store.dataset, table, store.classes, about.task, metrics, about.min_labels, origins, tasks, groups)
 
     @property
@@ -95,9 +98,22 @@ class Problem:
         return self.table.targets[rows.to(self.device)].cpu().numpy()
 
     def folds(self, rows: Tensor, k: int, seed: int) -> Tensor:
-        """Return the fold of each of some rows, (n,) int64, as ``stratified_folds`` shares them out."""
-        groups = None if self.groups is None else self.groups[rows.cpu()]
-        return torch.from_numpy(stratified_folds(self.targets(rows), k, seed, groups))
+        """Return the fold of each of some rows, (n,) int64, as ``stratified_folds`` shares them out, one group in one.
+
+        Raises ConfigError unless there are as many rows, or groups, as folds.
+        """
+        if self.groups is None:
+            return torch.from_numpy(stratified_folds(self.targets(rows), k, seed))
+        _, group = torch.from_numpy(self.groups)[rows.cpu()].unique(return_inverse=True)  # (n,)
+        labels = torch.zeros(int(group.max()) + 1, len(self.classes), dtype=torch.bool)
+        for row, of in zip(rows.split(LOAD_ROWS), group.split(LOAD_ROWS), strict=True):
+            have, label = np.nonzero(self.targets(row))
+            labels[of[have], label] = True  # a group has all the labels of its rows
+        return torch.from_numpy(stratified_folds(labels.numpy(), k, seed))[group]
+
+    def n_groups(self, rows: Tensor) -> int:
+        """Return how many folds some rows can be divided into at most."""
+        return len(rows) if self.groups is None else len(np.unique(self.groups[rows.cpu()]))
 
     def resolve(self, config: TrainConfig) -> TrainConfig:
         """Return settings with none left open.

@@ -117,20 +117,21 @@ def load_table(
     sources: dict[str, torch.Tensor] = {}
     for modality, group in chosen.items():
         shared = store.shared_rows(modality)
-        if shared is not None:
-            sources |= {feature_name(modality, name): torch.from_numpy(shared) for name in views(modality)}
-        elif store.has_several(modality):
+        if store.has_several(modality):
             raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
         for view in views(modality):
+            name = modality if view == FLAT else feature_name(modality, view)
             parts = [part.rows(*stored_views([view])) for part in group]
+            if shared is not None:
+                sources[name] = torch.from_numpy(shared)
             if view == POOLED:
-                features[modality] = parts[0] if len(parts) == 1 else JoinedRows(parts)
+                features[name] = parts[0] if len(parts) == 1 else JoinedRows(parts)
             elif len(parts) > 1:
                 raise ConfigError(f"{store.dataset} has {modality} tokens of several encoders; name one with --encoder")
             elif view == FLAT:
-                features[modality] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
+                features[name] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
             else:
-                features[feature_name(modality, view)] = Tokens(parts[0], group[0].views[view].vocabulary)
+                features[name] = Tokens(parts[0], group[0].views[view].vocabulary)
     return FeatureTable(
         features=features,
         present={name: torch.from_numpy(store.present(split_name(name)[0])) for name in features},

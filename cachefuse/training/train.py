@@ -181,7 +181,7 @@ def split_parts(problem: Problem, config: TrainConfig) -> list[Part]:
     for fold in range(config.folds):
         held, rest = rows[fold_of == fold], rows[fold_of != fold]
         if config.patience:
-            inner = problem.folds(rest, min(STOP_PARTS, len(rest)), config.seed)
+            inner = problem.folds(rest, min(STOP_PARTS, problem.n_groups(rest)), config.seed)
             parts.append(Part(rest[inner != 0], rest[inner == 0], held))
         else:
             parts.append(Part(rest, held, held))
@@ -271,7 +271,9 @@ def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float | No
     n_models = config.members * (1 if config.refit else max(1, config.folds))
     size = n_models * model.size_mb
     if size > max_size_mb:
-        ways = ["smaller --layers"] * (config.head != "linear") + ["fewer --members"] * (config.members > 1)
+        ways = ["smaller --layers"] * (config.head != "linear" and not config.writes) + ["fewer --members"] * (
+            config.members > 1
+        )
         ways += ["--refit, which keeps one model a seed and not one a fold"] * bool(config.folds and not config.refit)
         raise ConfigError(
             f"the model would take {size:.2f} MB{f' ({n_models} of them)' if n_models > 1 else ''}, and max-size-mb is "

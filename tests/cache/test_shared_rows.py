@@ -5,17 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 import zarr
 
 from cachefuse.cache.extract import extract
 from cachefuse.cache.plan import plan
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.verify import repair, verify
-from cachefuse.data.manifest import parse_manifest
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.training.problem import open_problem
-from cachefuse.training.selection import load_table
+from cachefuse.training.problem import Problem
+from cachefuse.training.selection import load_table, one_view
 
 N_IMAGES = 90  # two blocks of rows
 
@@ -287,17 +287,28 @@ def test_whoever_asks_for_items_is_told(questions, store_path, toy):
     message = "^several samples of small are about one image, and this reads one of each$"
     with pytest.raises(ConfigError, match=message):
         store.items("image")
-    with pytest.raises(ConfigError, match=message):
-        load_table(store, {"image": [store.open_features("toy", "image")]})
 
 
-def test_no_head_is_trained_on_questions_yet(questions, store_path, toy):
-    text = 'name = "small"\ntask = "vqa"\nreader = { kind = "vqa2" }\n'
-    targets = np.full((270, 10), -1, np.int32)
-    dataset = replace(questions, manifest=parse_manifest(text, "small.toml"), targets=targets, classes=("yes", "no"))
-    run(dataset, store_path)
+@pytest.mark.parametrize("view", ["pooled", "flat", "tokens"])
+def test_each_question_is_read_with_its_own_image(questions, store_path, toy, view):
+    run(questions, store_path)
     store = FeatureStore(store_path)
-    np.testing.assert_array_equal(store.targets, targets)
-    assert store.manifest.answers == 3129
-    with pytest.raises(ConfigError, match=r"^a vqa dataset has the answers of several people"):
-        open_problem(store)
+    table = load_table(store, {"image": [open_image(store_path)]}, one_view(view))
+    (name,) = table.features
+    stored = open_image(store_path).read("pooled" if view == "pooled" else "tokens")[store.feature_rows("image")]
+    found = table.batch(torch.arange(len(store)))[0][name].numpy()
+    np.testing.assert_array_equal(found, stored.reshape(found.shape))
+
+
+def test_folds_keep_an_image_together_and_no_image_is_none(questions, store_path, toy, shapes, tools):
+    run(make(tools, shapes, bad={0: "none"}), store_path)
+    store = FeatureStore(store_path)
+    problem = Problem.of(store, load_table(store, {"text": [store.open_features("toy", "text")]}))
+    rows = torch.arange(len(store))
+    folds, images = problem.folds(rows, 5, 0).numpy(), store.feature_rows("image")
+    alone = ~store.present("image")
+    assert alone.any()
+    for image in np.unique(images[~alone]):
+        assert len({*folds[images == image]}) == 1
+    assert len({*folds[alone]}) > 1
+    assert problem.n_groups(rows) == len(np.unique(images[~alone])) + alone.sum()

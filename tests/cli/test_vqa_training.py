@@ -16,7 +16,9 @@ from cachefuse import open_features
 from cachefuse.cache.store import FeatureStore
 from cachefuse.data.answers import vqa_accuracy
 from cachefuse.errors import ConfigError
+from cachefuse.fusion.answers import AnswerWriter
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.costs import measure_costs
 from cachefuse.training.problem import open_problem
 from cachefuse.training.run import Run
 from cachefuse.training.train import split_parts
@@ -127,7 +129,8 @@ def test_the_report_says_how_right_the_answers_are(cachefuse, extracted, folder)
     assert "tags: [visual-question-answering, image, text, feature-cache]" in card.read_text()
 
 
-def test_folds_never_part_questions_about_one_image(cachefuse, extracted, folder):
+def test_folds_never_part_questions_about_one_image(cachefuse, extracted, folder, monkeypatch):
+    monkeypatch.setattr("cachefuse.training.train.STOP_PARTS", 1000)  # more than there are images
     store = FeatureStore(folder / "workspace/cache/vqa2.zarr")
     problem, _ = open_problem(store)
     parts = split_parts(problem, TrainConfig(folds=4, patience=2))
@@ -199,6 +202,14 @@ class TestWritten:
         assert run.members[0].model.fusion.decoder.settings.num_decoder_layers == 2
         (tokens / "tokenizer.json").unlink()  # a run needs none of it
         assert cachefuse("predict").code == 0
+
+    def test_a_step_s_cost_is_that_of_learning(self, cachefuse, tokens, folder, monkeypatch):
+        config = TrainConfig(fusion="midfusion", fusion_options={"answers": "text", "decoder_layers": 1, "width": 8})
+        problem, _ = open_problem(FeatureStore(folder / "workspace/cache/vqa2.zarr"), views=config.views)
+        steps, real = [], AnswerWriter.learn
+        monkeypatch.setattr(AnswerWriter, "learn", lambda self, *args: steps.append(1) or real(self, *args))
+        assert measure_costs(problem, problem.resolve(config)).steps_per_second > 0
+        assert steps
 
     @pytest.mark.parametrize(
         ("given", "message"),

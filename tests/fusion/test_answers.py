@@ -148,7 +148,7 @@ class TestTokens:
 
     @pytest.mark.parametrize("answers", [[], [[]], [[3, 1], []], [[-1, 1]], [[VOCABULARY, 1]], [["a", 1]], [[2.0, 1]]])
     def test_what_can_not_be_written(self, answers):
-        with pytest.raises(ConfigError, match="answers must each be of one token or more, whole numbers from 0 to 22"):
+        with pytest.raises(ConfigError, match="answers must each be of one token or more, whole numbers below 23"):
             AnswerWriter(settings(), answers)
 
     def test_too_many(self, monkeypatch):
