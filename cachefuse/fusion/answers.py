@@ -2,9 +2,10 @@
 
 An answer is a path through a tree: its root is the start, and each token leads on to a node. At a node the decoder
 chooses among the tokens that lead to some answer, so that the probabilities of all answers add up to 1. To learn, only
-the paths of right answers are walked (teacher forcing); to answer, the whole tree, so that the likeliest answer is
+the paths of right answers are walked (teacher forcing); to answer, those of all, so that the likeliest answer is
 found where a greedy search or a beam may miss it. Shapes: C answers, L tokens of the longest, N nodes, U distinct
-tokens, B batch, S tokens of the memory that the decoder reads (the encoder's output), W its width.
+tokens, B batch, K answers for each of its rows, S tokens of the memory that the decoder reads (the encoder's output),
+W its width.
 """
 
 import math
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.t5 import T5, T5Decoder, T5Settings, linear
+from cachefuse.fusion.t5 import T5, Memory, T5Decoder, T5Settings, linear
 
 Answers = Sequence[Sequence[int]]  # the tokens of each, which end with that of an end
 END = 1  # the token of an answer's end, where words are tokens
-AT_ONCE = 1 << 26  # numbers that the nodes of some rows take; the bias among nodes, N x N, comes on top
+AT_ONCE = 1 << 26  # numbers that tokens walked side by side take
 MOST = 1 << 28  # places in the table of what may follow what
 
 
@@ -31,19 +32,16 @@ MOST = 1 << 28  # places in the table of what may follow what
 class AnswerTree:
     """The tree that answers' tokens make, the tokens numbered from 1 on and 0 being the start.
 
-    Of nodes: the ``token`` (N,) that led there, the ``depth`` (N,), the nodes on the way there and itself by depth
-    (``way``, (N, L), -1 beyond), and which tokens are ``allowed`` next (N, 1 + U). Of answers: the ``nodes`` (C, L) at
-    which their tokens are chosen, those tokens (``chosen``), which of them are there (``real``), and the logarithm of
-    the ``share`` (C,) that each has of its path: below 0 where several are written alike.
+    Of nodes: the ``token`` (N,) that led there, and which tokens are ``allowed`` next (N, 1 + U). Of answers: their
+    ``lengths`` (C,), the ``nodes`` (C, L) at which their tokens are chosen, those tokens (``chosen``), and the
+    logarithm of the ``share`` (C,) that each has of its path: below 0 where several are written alike.
     """
 
     token: Tensor
-    depth: Tensor
-    way: Tensor
     allowed: Tensor
+    lengths: Tensor
     nodes: Tensor
     chosen: Tensor
-    real: Tensor
     share: Tensor
 
     @classmethod
@@ -58,19 +56,16 @@ class AnswerTree:
             nodes.append([places.setdefault(prefix, len(places)) for prefix in written] + [0] * (length - len(answer)))
             chosen.append([numbers[token] for token in answer] + [0] * (length - len(answer)))
         with torch.device("cpu"):
+            at, taken, lengths = (torch.tensor(found) for found in (nodes, chosen, list(map(len, answers))))
+            real = torch.arange(length) < lengths.unsqueeze(1)
             allowed = torch.zeros(len(places), 1 + len(numbers), dtype=torch.bool)
-            real = torch.tensor([[i < len(answer) for i in range(length)] for answer in answers])
-            at, taken = torch.tensor(nodes), torch.tensor(chosen)
             allowed[at[real], taken[real]] = True
-            ways = [[places[prefix[:i]] for i in range(len(prefix) + 1)] for prefix in places]
             return cls(
                 token=torch.tensor([numbers[prefix[-1]] if prefix else 0 for prefix in places]),
-                depth=torch.tensor([len(prefix) for prefix in places]),
-                way=torch.tensor([way + [-1] * (length - len(way)) for way in ways]),
                 allowed=allowed,
+                lengths=lengths,
                 nodes=at,
                 chosen=taken,
-                real=real,
                 share=-torch.tensor([alike[tuple(answer)] for answer in answers], dtype=torch.float64).log(),
             )
 
@@ -106,19 +101,17 @@ class AnswerWriter(nn.Module):
 
     def forward(self, memory: Tensor, mask: Tensor) -> Tensor:
         """Return the log-probabilities (B, C) of all answers, given memories (B, S, W) and masks (B, S)."""
-        tree = self.tree(memory.device)
-        n = len(tree.token)
-        at_once = max(1, AT_ONCE // (n * (len(self.tokens) + 4 * memory.shape[2])))
-        before = (tree.way[:, tree.depth] == torch.arange(n, device=memory.device)).unsqueeze(0)  # (1, N, N)
-        distance = tree.depth - tree.depth.unsqueeze(1)  # (N, N)
-        bias = self.decoder.bias(distance).masked_fill(~before, -torch.inf)
+        lengths = self.tree(memory.device).lengths
+        room = AT_ONCE // (len(self.tokens) + 4 * memory.shape[2])  # for so many tokens
+        alike = [(lengths == n).nonzero().squeeze(1).split(max(1, room // n)) for n in lengths.unique().tolist()]
+        parts = [part for group in alike for part in group]  # answers of one length each, without any padding
+        places = torch.cat(parts).argsort()
+        rows = max(1, room // int(lengths.sum()))
         found = []
-        for some, real in zip(memory.split(at_once), mask.split(at_once), strict=True):
-            x = self.embedding(tree.token).expand(len(some), -1, -1)  # (b, N, W)
-            hidden = self.decoder(x, self.decoder.remember(some, real), bias)
-            steps = self.choices(hidden, tree.allowed).flatten(1)  # (b, N * (1 + U))
-            of_answers = steps[:, tree.nodes * len(self.tokens) + tree.chosen]  # (b, C, L)
-            found.append(of_answers.masked_fill(~tree.real, 0).sum(2) + tree.share.to(steps.dtype))
+        for some, real in zip(memory.split(rows), mask.split(rows), strict=True):
+            remembered = self.decoder.remember(some, real)
+            of_parts = [self.score(part.expand(len(some), -1), remembered) for part in parts]
+            found.append(torch.cat(of_parts, dim=1)[:, places])
         return torch.cat(found)
 
     def learn(self, memory: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
@@ -126,15 +119,24 @@ class AnswerWriter(nn.Module):
 
         It is ``cross_entropy`` of what ``forward`` returns, in a fraction of its time where there are many answers.
         """
-        tree = self.tree(memory.device)
         rows, answers = targets.nonzero(as_tuple=True)  # (P,) pairs of a row and a right answer
-        (keys_values, shut) = self.decoder.remember(memory, mask)
+        keys_values, shut = self.decoder.remember(memory, mask)
         memories = [(keys[rows], values[rows]) for keys, values in keys_values], shut[rows]
-        nodes = tree.nodes[answers]  # (P, L)
-        hidden = self.decoder(self.embedding(tree.token[nodes]), memories)
-        steps = self.choices(hidden, tree.allowed[nodes]).gather(2, tree.chosen[answers].unsqueeze(2)).squeeze(2)
-        of_pairs = steps.masked_fill(~tree.real[answers], 0).sum(1) + tree.share[answers].to(steps.dtype)
+        of_pairs = self.score(answers.unsqueeze(1), memories).squeeze(1)
         return -(targets[rows, answers] * of_pairs).sum() / len(targets)
+
+    def score(self, answers: Tensor, memory: Memory) -> Tensor:
+        """Return the log-probabilities (B, K) of K answers (B, K), by their numbers, for each remembered memory."""
+        tree = self.tree(answers.device)
+        answers, shape = answers.flatten(), answers.shape
+        lengths = tree.lengths[answers]
+        longest = int(lengths.max()) if len(lengths) else 1
+        nodes, chosen = tree.nodes[answers, :longest], tree.chosen[answers, :longest]  # (B * K, L)
+        hidden = self.decoder(self.embedding(tree.token[nodes]), memory)  # (B * K, L, W)
+        steps = self.choices(hidden, tree.allowed[nodes]).gather(2, chosen.unsqueeze(2)).squeeze(2)
+        beyond = torch.arange(longest, device=answers.device) >= lengths.unsqueeze(1)
+        found = steps.masked_fill(beyond, 0).sum(1) + tree.share[answers].to(steps.dtype)
+        return found.view(shape)
 
     def choices(self, hidden: Tensor, allowed: Tensor) -> Tensor:
         """Return the log-probabilities (..., 1 + U), float32, of the next token, which must be an ``allowed`` one."""

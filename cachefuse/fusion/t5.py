@@ -213,14 +213,16 @@ class DecoderLayer(_Layer):
         self.cross_attention_norm, self.cross_attention = norm(settings), Attention(settings)
 
     def forward(self, x: Tensor, bias: Tensor, memory: KeyValues, shut: Tensor) -> Tensor:
-        """Map tokens (B, T, W), with a bias that broadcasts to (B, H, T, T), to (B, T, W)."""
+        """Map tokens (B * K, T, W), K texts for each memory, with a bias that broadcasts to (B * K, H, T, T)."""
         normed = self.attention_norm(x)
         x = x + self.dropout(self.attention(normed, self.attention.keys_values(normed), bias))
         return self.read(x, memory, shut)
 
     def read(self, x: Tensor, memory: KeyValues, shut: Tensor) -> Tensor:
-        """Return tokens (B, T, W) after what follows their attention to themselves."""
-        x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), memory, shut))
+        """Return tokens (B * K, T, W) after what follows their attention to themselves."""
+        rows, width = max(1, len(memory[0])), x.shape[-1]
+        queries = self.cross_attention_norm(x).reshape(len(memory[0]), x.numel() // width // rows, width)  # K * T each
+        x = x + self.dropout(self.cross_attention(queries, memory, shut).reshape(x.shape))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -259,11 +261,10 @@ class T5Decoder(nn.Module):
         shut = shut_padding(memory.new_zeros(1, 1, 1, mask.shape[1]), mask)
         return [layer.cross_attention.keys_values(memory) for layer in self.layers], shut
 
-    def forward(self, x: Tensor, memory: Memory, bias: Tensor | None = None) -> Tensor:
-        """Map embedded tokens (B, T, W) to (B, T, W); by default, each sees those before it, and itself."""
-        if bias is None:
-            distance = distances(torch.arange(x.shape[1], device=x.device))  # (T, T)
-            bias = self.bias(distance).masked_fill(distance > 0, -torch.inf)
+    def forward(self, x: Tensor, memory: Memory) -> Tensor:
+        """Map embedded tokens (B * K, T, W), K texts for each memory; a token sees those before it, and itself."""
+        distance = distances(torch.arange(x.shape[1], device=x.device))  # (T, T)
+        bias = self.bias(distance).masked_fill(distance > 0, -torch.inf)
         x = self.dropout(x)
         for layer, keys_values in zip(self.layers, memory[0], strict=True):
             x = layer(x, bias, keys_values, memory[1])
