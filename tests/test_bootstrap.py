@@ -40,6 +40,19 @@ def test_weights_are_repeated_rows(name, task, seed):
         assert figure == pytest.approx(repeated, abs=1e-12, nan_ok=True)
 
 
+@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("task", TASKS)
+def test_a_few_rows_or_classes_at_a_time_give_the_same(name, task, monkeypatch):
+    data = made(task=task)
+    weights = np.random.default_rng(0).integers(1, 4, size=(40, 6)).astype(float)
+    expected = METRICS[name].weighted(*data)(weights)
+    monkeypatch.setattr("cachefuse.metrics.base.AT_ONCE", 24)  # three rows
+    monkeypatch.setattr("cachefuse.metrics.ranking.KEPT", 0)
+    figures = METRICS[name].weighted(*data)
+    for _ in range(2):
+        np.testing.assert_array_equal(figures(weights), expected)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_weights_are_those_of_scikit_learn(seed):
     targets, scores, predictions = data = made(30, task="multiclass", seed=seed)

@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 from itertools import pairwise
 
 import numpy as np
@@ -392,6 +393,22 @@ class TestAnswers:
     def test_what_is_no_share(self, value):
         with pytest.raises(DataError, match=rf"^targets must be from 0 to 1\. Got {value} instead\.$"):
             METRICS["vqa_accuracy"](np.array([[value]]), np.ones((1, 1)), np.ones((1, 1), bool))
+
+
+@pytest.mark.parametrize("function", [*map(METRICS.__getitem__, evaluation_metrics("vqa", 3129)), per_class])
+def test_many_answers_take_little_memory_beside_the_scores(function, monkeypatch):
+    monkeypatch.setattr("cachefuse.metrics.base.AT_ONCE", 1 << 16)
+    monkeypatch.setattr("cachefuse.metrics.ranking.KEPT", 1 << 16)
+    rng = np.random.default_rng(0)
+    scores = rng.random((1500, 1000), np.float32)
+    targets = np.eye(1000, dtype=np.float32)[rng.integers(1000, size=1500)]
+    predictions = decide(scores, "vqa")
+    function(targets[:9], scores[:9], predictions[:9])  # imports what it takes
+    tracemalloc.start()
+    function(targets, scores, predictions)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 0.75 * scores.nbytes
 
 
 def test_a_model_is_preferred_by_the_first_metric_that_is_higher_for_a_better_one():

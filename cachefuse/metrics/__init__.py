@@ -139,12 +139,13 @@ def per_class(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) 
     once = np.ones((len(targets), 1))
     hits, predicted, positives = (count[:, 0] for count in class_counts(targets, predictions)(once))
     undefined = 0.0 if len(targets) else np.nan
+    ap, recall_at_p90 = class_figures([average_precision, recall_at_precision], targets, scores)(once)[..., 0].T
     return {
         "precision": divide(hits, predicted, undefined),
         "recall": divide(hits, positives, undefined),
         "f1": divide(2 * hits, predicted + positives, undefined),
-        "ap": class_figures(average_precision, targets, scores)(once)[:, 0],
-        "recall_at_p90": class_figures(recall_at_precision, targets, scores)(once)[:, 0],
+        "ap": ap,
+        "recall_at_p90": recall_at_p90,
         "support": targets.sum(axis=0, dtype=np.int64),
     }
 

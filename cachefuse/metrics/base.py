@@ -8,6 +8,7 @@ from numpy.typing import ArrayLike
 
 from cachefuse.errors import DataError
 
+AT_ONCE = 1 << 24  # numbers in the arrays that a metric makes of rows
 RIGHT = 1  # the target of a label that is wholly right; one of questions may be so in part
 Weighted = Callable[[np.ndarray], np.ndarray]  # weights (N, R), how often each row counts -> R figures, (R,)
 
@@ -44,12 +45,18 @@ def checked(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) ->
     if targets.ndim != 2 or not targets.shape == scores.shape == predictions.shape:
         got = ", ".join(str(x.shape) for x in (targets, scores, predictions))
         raise DataError(f"targets, scores and predictions must have one shape, (N, C). Got {got} instead.")
-    wrong = targets[~((targets >= 0) & (targets <= 1))]
-    if len(wrong):
-        raise DataError(f"targets must be from 0 to 1. Got {wrong[0]} instead.")
-    if np.isnan(scores).any():
+    if not (targets.min(initial=0) >= 0 and targets.max(initial=1) <= 1):  # neither holds of NaN
+        raise DataError(f"targets must be from 0 to 1. Got {targets[~((targets >= 0) & (targets <= 1))][0]} instead.")
+    if np.isnan(scores.min(initial=0)):
         raise DataError("scores must be numbers. Got NaN instead.")
-    return targets >= RIGHT, scores, predictions.astype(bool)
+    return targets >= RIGHT, scores, predictions.astype(bool, copy=False)
+
+
+def by_rows(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
+    """Return what a function makes of rows (n, C) of arrays, (N, ...); of so many at a time that it takes little."""
+    n, classes = arrays[0].shape
+    size = max(1, AT_ONCE // max(1, classes))
+    return np.concatenate([function(*(x[i : i + size] for x in arrays)) for i in range(0, n, size)])
 
 
 def divide(a: np.ndarray, b: np.ndarray, otherwise: float) -> np.ndarray:

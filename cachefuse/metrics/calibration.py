@@ -3,7 +3,7 @@
 import numpy as np
 
 from cachefuse.errors import DataError
-from cachefuse.metrics.base import Weighted
+from cachefuse.metrics.base import Weighted, by_rows
 
 BINS = 15
 
@@ -15,11 +15,8 @@ def calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: np.n
     """
     if scores.min() < 0 or scores.max() > 1:
         raise DataError(f"scores must be in [0, 1] for calibration. Got {scores.min()} to {scores.max()} instead.")
-    n, classes = scores.shape
-    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], scores)  # each is (lower, upper]
-    bins += BINS * np.arange(n)[:, None]
-    gaps = np.bincount(bins.ravel(), (targets - scores.astype(np.float64)).ravel(), BINS * n).reshape(n, BINS)
-    return lambda weights: np.abs(gaps.T @ weights).sum(axis=0) / (classes * weights.sum(axis=0))
+    gaps = by_rows(_gaps, targets, scores)  # (N, 15)
+    return lambda weights: np.abs(gaps.T @ weights).sum(axis=0) / (scores.shape[1] * weights.sum(axis=0))
 
 
 def top_calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
@@ -29,3 +26,11 @@ def top_calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: 
     """
     top = scores.argmax(axis=1)[:, None]
     return calibration_error(*(np.take_along_axis(x, top, axis=1) for x in (targets, scores, predictions)))
+
+
+def _gaps(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return by how much targets exceed scores in each row and bin, (n, 15)."""
+    n = len(scores)
+    bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], scores)  # each is (lower, upper]
+    bins += BINS * np.arange(n)[:, None]
+    return np.bincount(bins.ravel(), (targets - scores.astype(np.float64)).ravel(), BINS * n).reshape(n, BINS)

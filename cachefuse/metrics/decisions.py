@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from cachefuse.errors import ConfigError
-from cachefuse.metrics.base import Weighted, divide, mean
+from cachefuse.metrics.base import Weighted, by_rows, divide, mean
 
 TOP = 5
 ONE_LABEL = ("multiclass", "vqa")  # the tasks in which a row gets one label, that of the highest score
@@ -31,7 +31,7 @@ def decide(scores: np.ndarray, task: str, threshold: float | np.ndarray = 0.5, m
 
 def accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the share of samples with every class right (for multi-label: exact match, or subset accuracy)."""
-    return mean((targets == predictions).all(axis=1))
+    return mean(by_rows(lambda right, chosen: (right == chosen).all(axis=1), targets, predictions))
 
 
 def vqa_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
@@ -39,7 +39,7 @@ def vqa_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarra
 
     Of several answers to one question, the one that is most right counts.
     """
-    return mean(np.where(predictions, targets, 0).max(axis=1, initial=0))
+    return mean(by_rows(lambda right, chosen: np.where(chosen, right, 0).max(axis=1), targets, predictions))
 
 
 def top5_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
@@ -47,8 +47,12 @@ def top5_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarr
 
     That order is scikit-learn's.
     """
-    top = scores.argsort(axis=1, kind="stable")[:, -TOP:]
-    return mean(np.take_along_axis(targets, top, axis=1).any(axis=1))
+
+    def found(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        top = scores.argsort(axis=1, kind="stable")[:, -TOP:]
+        return np.asarray(np.take_along_axis(targets, top, axis=1).any(axis=1))
+
+    return mean(by_rows(found, targets, scores))
 
 
 def micro_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
@@ -76,7 +80,11 @@ def weighted_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray
 
 def samples_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the mean F1 of the samples; a sample with no labels and none predicted counts as 0."""
-    return mean(_f1(*(x.sum(axis=1) for x in (targets & predictions, predictions, targets))))
+
+    def figures(targets: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+        return _f1(*(x.sum(axis=1) for x in (targets & predictions, predictions, targets)))
+
+    return mean(by_rows(figures, targets, predictions))
 
 
 def class_counts(targets: np.ndarray, predictions: np.ndarray) -> Callable[[np.ndarray], list[np.ndarray]]:

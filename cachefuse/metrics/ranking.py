@@ -1,6 +1,6 @@
 """Metrics of how scores rank samples: average precision, and recall at a precision."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -8,6 +8,9 @@ from cachefuse.metrics.base import Weighted, divide
 
 PRECISION = 0.9  # of recall_at_p90
 
+KEPT = 1 << 26  # scores: what is worked out of more takes too much memory to keep for the next resamples
+
+Steps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # weights (N, R) -> hits and precision (S, R), see _steps
 Figure = Callable[[np.ndarray, np.ndarray], np.ndarray]  # hits and precision (S, R), see _steps -> (R,)
 
 
@@ -41,23 +44,32 @@ def recall_at_precision(hits: np.ndarray, precision: np.ndarray) -> np.ndarray:
     return divide(reached, hits.sum(axis=0), np.nan)
 
 
-def class_figures(figure: Figure, targets: np.ndarray, scores: np.ndarray) -> Weighted:
-    """Return a function from weights (N, R) to a figure of each class, (C, R); NaN where it has no positives."""
-    classes = [_steps(targets[:, c : c + 1], scores[:, c : c + 1]) for c in range(targets.shape[1])]
-    return lambda weights: np.stack([figure(*steps(weights)) for steps in classes])
+def class_figures(figures: Sequence[Figure], targets: np.ndarray, scores: np.ndarray) -> Weighted:
+    """Return a function from weights (N, R) to K figures of each class, (C, K, R); NaN where it has no positives."""
+
+    def classes() -> Iterator[Steps]:
+        return (_steps(targets[:, c : c + 1], scores[:, c : c + 1]) for c in range(targets.shape[1]))
+
+    kept = list(classes()) if targets.size <= KEPT else None
+
+    def of_classes(weights: np.ndarray) -> np.ndarray:
+        at = (steps(weights) for steps in kept or classes())
+        return np.stack([[figure(hits, precision) for figure in figures] for hits, precision in at])
+
+    return of_classes
 
 
 def _mean_of_classes(figure: Figure, targets: np.ndarray, scores: np.ndarray) -> Weighted:
-    figures = class_figures(figure, targets, scores)
+    of_classes = class_figures([figure], targets, scores)
 
     def mean(weights: np.ndarray) -> np.ndarray:
-        values = figures(weights)  # (C, R)
+        values = of_classes(weights)[:, 0]  # (C, R)
         return divide(np.nansum(values, axis=0), np.isfinite(values).sum(axis=0), np.nan)
 
     return mean
 
 
-def _steps(targets: np.ndarray, scores: np.ndarray) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def _steps(targets: np.ndarray, scores: np.ndarray) -> Steps:
     """Take the S distinct scores of positives among all N * C as thresholds: recall grows at each, and nowhere else.
 
     Return a function from weights (N, R) to the positives that each threshold adds, from the highest on, and the

@@ -53,7 +53,8 @@ class TaskSlice:
 
     def own(self, targets: np.ndarray, *others: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return this task's columns of arrays (N, C), targets first, in the n rows that have its label: (n, C_k)."""
-        rows = self.labelled(targets)
+        labelled = self.labelled(targets)
+        rows = slice(None) if labelled.all() else labelled  # a view, where all are
         return tuple(x[rows, self.columns] for x in (targets, *others))
 
 

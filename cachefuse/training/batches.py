@@ -180,10 +180,16 @@ class FeatureTable:
         width += sum(4 * x.shape[1].n_tokens * (1 if x.is_ids else x.shape[1]) for x in self._tokens())
         size = max(1, min(PIECE_ROWS, PIECE_FLOATS // max(1, width)))
         if self.lengths is None or len(rows) <= size:
-            return torch.cat([function(*self.batch(part)).cpu() for part in rows.split(size)])
-        order = torch.from_numpy(self.lengths)[rows.cpu()].argsort(stable=True)
-        found = torch.cat([function(*self.batch(rows[part.to(rows.device)])).cpu() for part in order.split(size)])
-        return torch.empty_like(found).index_copy_(0, order, found)
+            order = torch.arange(len(rows))
+        else:
+            order = torch.from_numpy(self.lengths)[rows.cpu()].argsort(stable=True)
+        found = torch.empty(0)
+        for i, part in enumerate(order.split(size)):
+            made = function(*self.batch(rows[part.to(rows.device)])).cpu()
+            if i == 0:
+                found = made.new_empty(len(rows), *made.shape[1:])  # filled as it is made: it may be most of memory
+            found.index_copy_(0, part, made)
+        return found
 
     def _tokens(self) -> list[Tokens]:
         return [x for x in self.features.values() if isinstance(x, Tokens)]

@@ -16,7 +16,7 @@ from cachefuse.errors import TrainingError
 from cachefuse.fusion.base import Learner
 from cachefuse.losses import Loss
 from cachefuse.metrics import TaskSlice
-from cachefuse.training.batches import Batch, Batches, FeatureTable, drop_modalities
+from cachefuse.training.batches import PIECE_FLOATS, Batch, Batches, FeatureTable, drop_modalities
 from cachefuse.training.ema import EMA
 from cachefuse.training.tasks import loss_of
 
@@ -58,7 +58,10 @@ class History:
 
 @dataclass(frozen=True)
 class Validation:
-    """The rows (n,) that a model is validated on, and ``score(logits (n, C))``, higher for a better model."""
+    """The rows (n,) that a model is validated on, and ``score(logits (n, C))``, higher for a better model.
+
+    The logits are the score's to overwrite.
+    """
 
     rows: Tensor
     score: Callable[[Tensor], float]
@@ -192,7 +195,8 @@ def _validate(
     if validation is None:
         return None, None
     logits = predict_logits(model, table, validation.rows)  # (n, C)
-    return validation.score(logits), loss(logits, table.targets[validation.rows].cpu()).item()
+    val_loss = mean_loss(loss, logits, table, validation.rows)
+    return validation.score(logits), val_loss
 
 
 def _is_better(score: float | None, best: float | None) -> bool:
@@ -204,12 +208,19 @@ def check_learnt(model: nn.Module, loss: Loss, table: FeatureTable, rows: Tensor
     """Raise TrainingError if a model does far worse on the rows it was trained on (n,) than one that says nothing."""
     rows = spread(rows, CHECKED_ROWS)
     logits = predict_logits(model, table, rows)  # (n, C)
-    targets = table.targets[rows].cpu()
-    reached, blank = (loss(x, targets).item() for x in (logits, torch.zeros_like(logits)))
+    reached = mean_loss(loss, logits, table, rows)
+    blank = mean_loss(loss, logits.new_zeros(()).expand_as(logits), table, rows)
     if reached > DIVERGED * blank:
         raise TrainingError(
             f"training diverged: the loss is {reached:.4g}, where logits of 0 give {blank:.4g}; take a lower lr"
         )
+
+
+def mean_loss(loss: Loss, logits: Tensor, table: FeatureTable, rows: Tensor) -> float:
+    """Return the loss of logits (n, C) of some rows; of more than fit side by side, the mean of their parts'."""
+    size = max(1, PIECE_FLOATS // logits.shape[1])
+    parts = zip(logits.split(size), rows.split(size), strict=True)
+    return sum(loss(x, table.targets[part].cpu()).item() * len(part) for x, part in parts) / len(rows)
 
 
 def spread(rows: Tensor, most: int) -> Tensor:
@@ -220,13 +231,22 @@ def spread(rows: Tensor, most: int) -> Tensor:
 
 
 @torch.inference_mode()
-def predict_logits(model: nn.Module, table: FeatureTable, rows: Tensor) -> Tensor:
-    """Return the logits (n, C) of some rows, float32, on the CPU. Raises TrainingError if any is not finite."""
+def predict_logits(
+    model: nn.Module, table: FeatureTable, rows: Tensor, then: Callable[[Tensor], Tensor] = lambda logits: logits
+) -> Tensor:
+    """Return the logits (n, C) of some rows, float32, on the CPU, or what ``then`` makes of a batch's.
+
+    Raises TrainingError if any is not finite.
+    """
     model.eval()
-    logits = table.map(lambda features, present: model(features, present).float(), rows)
-    if not logits.isfinite().all():
-        raise TrainingError("the model's logits are not finite: its training diverged; take a lower lr")
-    return logits
+
+    def predict(features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        logits = model(features, present).float()
+        if not logits.isfinite().all():
+            raise TrainingError("the model's logits are not finite: its training diverged; take a lower lr")
+        return then(logits)
+
+    return table.map(predict, rows)
 
 
 def to_scores(logits: Tensor, loss: str, tasks: Sequence[TaskSlice] = ()) -> Tensor:
@@ -248,4 +268,5 @@ def predict_scores(
     """
     if not len(rows):
         return np.zeros((0, table.targets.shape[1]), np.float32)
-    return to_scores(predict_logits(model, table, rows.to(table.targets.device)), loss, tasks).numpy()
+    scores = predict_logits(model, table, rows.to(table.targets.device), lambda x: to_scores(x, loss, tasks))
+    return scores.numpy()

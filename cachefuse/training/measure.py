@@ -39,7 +39,7 @@ class HeldOut:
     def join(cls, split: str, problem: Problem, rows: list[Tensor], scores: list[np.ndarray]) -> "HeldOut | None":
         """Put the parts' rows and scores together, in the table's order; None if there are no rows."""
         numbers = [part.numpy() for part in rows]
-        all_rows, all_scores = np.concatenate(numbers), np.concatenate(scores)
+        all_rows = np.concatenate(numbers)
         if not len(all_rows):
             return None
         if len(rows) > 1:
@@ -49,7 +49,11 @@ class HeldOut:
         else:
             parts = problem.folds(rows[0], min(CROSSFIT_PARTS, problem.n_groups(rows[0])), 0).numpy()
         order = np.argsort(all_rows, kind="stable")
-        return cls(split, all_rows[order], parts[order], all_scores[order])
+        places = np.split(order.argsort(), np.cumsum([len(part) for part in numbers])[:-1])
+        all_scores = np.empty((len(all_rows), len(problem.classes)), np.float32)
+        for place, values in zip(places, scores, strict=True):
+            all_scores[place] = values
+        return cls(split, all_rows[order], parts[order], all_scores)
 
     def predictions(self, problem: Problem, config: TrainConfig, scores: np.ndarray | None = None) -> np.ndarray:
         """Return the labels (n, C) bool that are decided on, each part by what was chosen on the others.

@@ -17,6 +17,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import METRICS, decide_tasks
 from cachefuse.runtime import own_randomness
+from cachefuse.training.batches import LOAD_ROWS
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
 from cachefuse.training.loop import CHECKED_ROWS, Epoch, History, Validation, predict_scores, to_scores
@@ -137,7 +138,7 @@ def train_problem(
     members: list[tuple[TrainConfig, FusionModel, int | None]] = []
     histories, scores = [], []
     for fold, part in enumerate(parts):
-        of_part = []
+        mean = np.zeros((len(part.held), len(problem.classes)), np.float32)
         for own in seeds:
             tell = partial(_tell, on_progress, len(members) + 1, n_models, lambda stage: config.n_epochs)
             model, history = train_model(problem, own, part, on_epoch=tell)
@@ -146,8 +147,9 @@ def train_problem(
             members.append((own, model, fold if config.folds else None))
             histories.append(history)
             table = problem.table.only(model.widths)
-            of_part.append(predict_scores(model, table, part.held, own.resolve_loss(problem.task), problem.tasks))
-        scores.append(np.stack(of_part).mean(axis=0, dtype=np.float32))
+            mean += predict_scores(model, table, part.held, own.resolve_loss(problem.task), problem.tasks)
+        mean /= len(seeds)
+        scores.append(mean)
     held = HeldOut.join(OUT_OF_FOLD if config.folds else VAL, problem, [part.held for part in parts], scores)
     thresholds = choose_for(problem, config, held)
     if config.refit:
@@ -226,9 +228,12 @@ def train_model(
     return model, fit_stages(config, model.fusion, data, train)
 
 
+@torch.inference_mode()
 def score_of(problem: Problem, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:
-    """Return a metric of logits (n, C) for some rows (n,), decided on at a threshold of 0.5."""
-    scores = to_scores(logits, loss, problem.tasks).numpy()
+    """Return a metric of some rows (n,), decided on at 0.5; their scores take the place of the logits (n, C)."""
+    for part in logits.split(LOAD_ROWS):
+        part.copy_(to_scores(part, loss, problem.tasks))
+    scores = logits.numpy()
     return METRICS[metric](problem.targets(rows), scores, decide_tasks(scores, problem.tasks))
 
 

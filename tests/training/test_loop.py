@@ -12,7 +12,7 @@ from cachefuse.fusion.base import Learner
 from cachefuse.fusion.late import SumFusion
 from cachefuse.losses import bce
 from cachefuse.training.batches import Batches, FeatureTable
-from cachefuse.training.loop import Validation, fit, keep_freed_memory, predict_logits, spread, to_scores
+from cachefuse.training.loop import Validation, fit, keep_freed_memory, mean_loss, predict_logits, spread, to_scores
 from cachefuse.training.optim import NesterovSGD, adam
 
 
@@ -275,6 +275,21 @@ def test_scores_are_probabilities():
     logits = torch.tensor([[0.0, 2.0], [100.0, -100.0]])
     assert torch.equal(to_scores(logits, "bce"), logits.sigmoid())
     assert to_scores(logits, "ce").sum(1).tolist() == pytest.approx([1, 1])
+
+
+def test_many_rows_are_measured_in_parts(table, monkeypatch):
+    logits, rows = torch.randn(30, 3), torch.arange(30).flip(0)
+    expected = bce(logits, table.targets[rows].float()).item()
+    assert mean_loss(bce, logits, table, rows) == expected
+    seen = []
+
+    def loss(x, targets):
+        seen.append(len(x))
+        return bce(x, targets)
+
+    monkeypatch.setattr("cachefuse.training.loop.PIECE_FLOATS", 3 * 7)
+    assert mean_loss(loss, logits, table, rows) == pytest.approx(expected, abs=1e-7)
+    assert seen == [7, 7, 7, 7, 2]
 
 
 def test_rows_are_measured_evenly_where_they_are_many():
