@@ -173,7 +173,8 @@ def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
         return rows
     labelled = is_labelled(store.targets)
     # A training row that happens to have no label is none of those to submit.
-    for chosen in (~np.isin(store.splits, store.splits[labelled]), ~labelled, store.splits == "test"):
+    trained = np.unique(store.splits[labelled])  # by name: isin takes strings one by one
+    for chosen in (~np.isin(store.splits, trained), ~labelled, store.splits == "test"):
         if chosen.any():
             return np.flatnonzero(chosen)
     raise DataError(f"every row of {store.dataset} is labelled and none is in a test split; name one of: {known}")
