@@ -228,7 +228,6 @@ def _caution(run: Run, split: str, changed: bool) -> str | None:
     return None
 
 
-@torch.inference_mode()
 def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:
     """Return how much each modality counts in each of some rows (n,) for each task, (n, K).
 

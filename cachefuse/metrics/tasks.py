@@ -61,9 +61,8 @@ class TaskSlice:
 def decide_tasks(scores: np.ndarray, tasks: Sequence[TaskSlice], thresholds: np.ndarray | None = None) -> np.ndarray:
     """Turn scores (N, C) into predictions (N, C) bool, each task's as ``decide`` does, by default at 0.5."""
     thresholds = np.full(scores.shape[1], 0.5) if thresholds is None else thresholds
-    return np.concatenate(
-        [decide(scores[:, t.columns], t.kind, thresholds[t.columns], t.min_labels) for t in tasks], axis=1
-    )
+    decided = [decide(scores[:, t.columns], t.kind, thresholds[t.columns], t.min_labels) for t in tasks]
+    return np.concatenate(decided, axis=1) if len(decided) > 1 else decided[0]
 
 
 @dataclass(frozen=True)

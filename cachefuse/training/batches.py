@@ -170,8 +170,9 @@ class FeatureTable:
                 features[modality][part[0] : part[-1] + 1] = apply(x.index_select(0, part).to(device))
         return replace(self, features=features)
 
+    @torch.inference_mode()
     def map(self, function: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor], rows: Tensor) -> Tensor:
-        """Return what a function makes of the batches of some rows (n,), (n, ...) on the CPU.
+        """Return what a function makes of the batches of some rows (n,), (n, ...) on the CPU, without gradients.
 
         It gets as many rows at a time as take little memory; those of tokens alike in length.
         """

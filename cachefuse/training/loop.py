@@ -230,7 +230,6 @@ def spread(rows: Tensor, most: int) -> Tensor:
     return rows[torch.arange(most, device=rows.device) * len(rows) // most]
 
 
-@torch.inference_mode()
 def predict_logits(
     model: nn.Module, table: FeatureTable, rows: Tensor, then: Callable[[Tensor], Tensor] = lambda logits: logits
 ) -> Tensor:
