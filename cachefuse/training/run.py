@@ -170,16 +170,17 @@ class Run:
         return scores
 
     def _mean(self, members: Sequence[Member], table_of: Callable[[Member], FeatureTable], rows: Tensor) -> np.ndarray:
-        total = np.zeros((len(rows), len(self.classes)) if len(members) > 1 else 0)
-        weights = sum(member.weight for member in members)
-        for member in members:
+        def scores(member: Member) -> np.ndarray:
             table = table_of(member)
             model = member.model.to(table.targets.device)
-            loss = member.config.resolve_loss(self.task)
-            scores = predict_scores(model, table, rows, loss, self.tasks)
-            if len(members) == 1:
-                return scores
-            total += member.weight / weights * scores.astype(np.float64)
+            return predict_scores(model, table, rows, member.config.resolve_loss(self.task), self.tasks)
+
+        if len(members) == 1:
+            return scores(members[0])
+        total = np.zeros((len(rows), len(self.classes)))
+        weights = sum(member.weight for member in members)
+        for member in members:
+            total += member.weight / weights * scores(member).astype(np.float64)
         return total.astype(np.float32)
 
     def decide(self, scores: np.ndarray) -> np.ndarray:
