@@ -4,6 +4,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -37,8 +38,10 @@ def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
     with opening(parsed), ExitStack() as stack:
         paths = [path for path in [folder / "model.safetensors"] if path.is_file()]
         paths = paths or sorted(folder.glob("model-*.safetensors"))
-        files = [stack.enter_context(safe_open(path, "pt")) for path in paths]
-        stored = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+        stored: dict[str, Any] = {}
+        for path in paths:
+            file = stack.enter_context(safe_open(path, "pt"))
+            stored |= dict.fromkeys(file.keys(), file)
         weights = model.state_dict()
         missing = [name for name in weights if not stored.keys() & set(_keys(name))]
         if missing:
