@@ -172,13 +172,23 @@ def evaluate(
     )
 
 
+def check_weighs(run: Run) -> None:
+    """Raise RunError if no fusion of a run weighs modalities: to be told before it is measured, not after."""
+    if not any(hasattr(member.model.fusion, "weights") for member in run.members):
+        raise _weighs_none(run.name)
+
+
+def _weighs_none(name: str) -> RunError:
+    return RunError(f"run {name} does not weigh modalities, as the fusions gated and cma do")
+
+
 def write_gates(found: Evaluation, store: FeatureStore, path: Path) -> None:
     """Write how much each modality counts in each row, for each of several tasks, to a csv file: id, color.image, ...
 
     Raises RunError if no fusion of the run weighs modalities.
     """
     if not found.gates:
-        raise RunError(f"run {found.run} does not weigh modalities, as the fusions gated and cma do")
+        raise _weighs_none(found.run)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", *(task.named(modality) for task in found.tasks for modality in found.gates)])

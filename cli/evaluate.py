@@ -62,8 +62,9 @@ def _evaluate_head(
     from cachefuse_cli import render
 
     with render.status("loading the run"):
+        from cachefuse.evaluation import check_weighs, write_gates
         from cachefuse.evaluation import evaluate as run_evaluate
-        from cachefuse.evaluation import write_gates
+        from cachefuse.submission import check_target
         from cachefuse.training.run import Run
         from cachefuse_cli import eval_tables
         from cachefuse_cli.options import open_store
@@ -72,6 +73,9 @@ def _evaluate_head(
         opened = Run.load(path)
         store = open_store(workspace, dataset or opened.dataset)
     render.run_line(opened)
+    if gates is not None:
+        check_weighs(opened)
+        check_target(gates)
     with BenchProgress() as progress:
         measure = partial(
             run_evaluate,

@@ -75,6 +75,18 @@ def test_the_weights_of_gated_modalities(cachefuse, workspace, fits):
     fits(result.out)
 
 
+def test_weights_that_can_not_be_written_are_refused_before_anything_is_measured(cachefuse, workspace, monkeypatch):
+    measured = []
+    monkeypatch.setattr("cachefuse.evaluation.evaluate", lambda *args, **options: measured.append(args))
+    plain = cachefuse("evaluate", "--gates", "gates.csv")
+    assert (plain.code, "does not weigh modalities" in plain.error) == (1, True)
+    cachefuse("train-head", "--fusion", "gated", "--head", "linear", "--epochs", "1")
+    for target, why in ((".", "it is a folder"), ("nowhere/gates.csv", "there is no folder nowhere")):
+        result = cachefuse("evaluate", "--gates", target)
+        assert (result.code, result.error) == (1, f"can't write {target}: {why}")
+    assert measured == []
+
+
 def test_says_that_rows_were_trained_on_once(cachefuse, workspace):
     result = cachefuse("evaluate", "--split", "train", "--without", "text", "--no-intervals")
     assert result.code == 0
