@@ -1,6 +1,7 @@
 """Workers that test side by side take one thread each, and the slowest tests first, so that they end together.
 
 xdist gives each worker a run of tests to begin with, so the slow ones are dealt out to the beginnings of those.
+Without ``-m``, tests marked slow are left out, and the last line of the output says so.
 
 Then what tests of several folders are given.
 """
@@ -15,10 +16,38 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-def pytest_collection_modifyitems(items):
+RUN_SLOW = "python -m pytest -n 2 --dist worksteal -m slow"
+N_LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        leave_out(config, items)
     items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real", "slow")])
     n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     items[:] = [item for worker in range(n_workers) for item in items[worker::n_workers]]
+
+
+def leave_out(config, items):
+    """Deselect the tests marked slow."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    config.stash[N_LEFT_OUT] = len(slow)
+    if hasattr(config, "workeroutput"):  # a worker of xdist, which reports to the process that prints
+        config.workeroutput["n_left_out"] = len(slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    output = getattr(node, "workeroutput", {})  # a worker that crashed has none
+    node.config.stash[N_LEFT_OUT] = output.get("n_left_out", node.config.stash.get(N_LEFT_OUT, 0))
+
+
+def pytest_unconfigure(config):
+    n, reporter = config.stash.get(N_LEFT_OUT, 0), config.pluginmanager.get_plugin("terminalreporter")
+    if n and reporter:
+        reporter.write_line(f"slow tests left out: {n:,}; run them with: {RUN_SLOW}")
 
 
 @pytest.fixture(scope="session", autouse=True)
