@@ -94,11 +94,11 @@ def fits():
     return check
 
 
-@pytest.fixture
-def write_vqa(folder):
+@pytest.fixture(scope="session")
+def write_vqa():
     """Write VQA v2 in its own layout: of each split's images, red ones with even numbers and green ones with odd."""
 
-    def write(splits, ask):
+    def write(folder, splits, ask):
         """``ask(image)`` gives the questions about an image, each with what ten people answered."""
         rng = np.random.default_rng(0)
         for split, images in splits.items():

@@ -21,7 +21,7 @@ def questions(folder, write_vqa):
         colour = ["red", "green"][image % 2]
         return [(f"What colour is number {k}?", [colour] * (6 + k) + ["a rare one"] * (4 - k)) for k in range(4)]
 
-    return write_vqa(SPLITS, ask)
+    return write_vqa(folder, SPLITS, ask)
 
 
 def test_the_dataset_is_listed(cachefuse, questions):

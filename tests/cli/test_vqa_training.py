@@ -4,13 +4,15 @@ import csv
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, pre_tokenizers, processors
+from tokenizers.models import WordLevel
 
 from cachefuse import open_features
 from cachefuse.cache.store import FeatureStore
@@ -39,23 +41,34 @@ def ask(image):
     ]
 
 
-@pytest.fixture
-def data(write_vqa):
-    return write_vqa(SPLITS, ask)
+@pytest.fixture(scope="module")
+def raw(write_vqa, tmp_path_factory):
+    return write_vqa(tmp_path_factory.mktemp("raw"), SPLITS, ask)
 
 
 @pytest.fixture
-def extracted(cachefuse, data):
-    assert cachefuse("extract", "--dataset", "vqa2", "--data-dir", data, "--encoder", "classic").code == 0
+def data(raw, folder):
+    return shutil.copytree(raw, folder / "data")
+
+
+@pytest.fixture(scope="module")
+def features(raw, run_in, tmp_path_factory):
+    """A workspace with their features, made once."""
+    folder = tmp_path_factory.mktemp("features")
+    run_in(folder, "extract", "--dataset", "vqa2", "--data-dir", raw, "--encoder", "classic", "--json")
+    return folder / "workspace"
+
+
+@pytest.fixture
+def extracted(features, data, folder):
+    shutil.copytree(features, folder / "workspace")
     return data
 
 
-@pytest.fixture
-def tokens(cachefuse, data, folder):
-    """The same with the tokens of a small ViT, and the ids of a small T5, whose folder it returns.
-
-    The folders are named as the README names those of larger models.
-    """
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A folder with a small ViT and a small T5, named as the README names larger models."""
+    folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     vit = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
@@ -63,7 +76,7 @@ def tokens(cachefuse, data, folder):
     transformers.ViTModel(vit, add_pooling_layer=False).save_pretrained(folder / "vit_s14")
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder / "vit_s14")
     vocabulary = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "</s>"}
@@ -73,10 +86,22 @@ def tokens(cachefuse, data, folder):
     shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2}
     t5 = transformers.T5Config(vocab_size=len(vocabulary), decoder_start_token_id=0, **shape)
     transformers.T5ForConditionalGeneration(t5).save_pretrained(folder / "all-MiniLM-L6-v2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def token_features(raw, models, run_in):
+    """A workspace with the tokens of the ViT, and the ids of the T5, made once."""
     for encoder, views in (("vit_s14", "pooled,tokens"), ("all-MiniLM-L6-v2", "pooled,tokens,ids")):
-        spec = f"hf:{folder / encoder}"
-        made = cachefuse("extract", "--dataset", "vqa2", "--data-dir", data, "--encoder", spec, "--views", views)
-        assert made.code == 0, made.err
+        about = "--encoder", f"hf:./{encoder}", "--views", views
+        run_in(models, "extract", "--dataset", "vqa2", "--data-dir", raw, *about, "--json")
+    return models / "workspace"
+
+
+@pytest.fixture
+def tokens(models, token_features, data, folder):
+    """The same with the models beside it; the T5's folder is returned."""
+    shutil.copytree(models, folder, dirs_exist_ok=True)
     return folder / "all-MiniLM-L6-v2"
 
 
@@ -158,9 +183,12 @@ def test_a_sweep_goes_by_vqa_accuracy(cachefuse, extracted, folder):
     assert "VQA accuracy" in swept.out
 
 
-def test_the_readmes_commands(cachefuse, tokens, folder):
+@pytest.mark.slow
+def test_the_readmes_commands(cachefuse, models, data, folder):
     (block,) = re.findall(r"```\n(cachefuse extract --dataset vqa2.*?)```", README, flags=re.S)
-    (folder / "data").rename(folder / "vqa2")
+    data.rename(folder / "vqa2")
+    for name in ("vit_s14", "all-MiniLM-L6-v2"):
+        shutil.copytree(models / name, folder / name)
     for line in block.splitlines():
         done = cachefuse(*shlex.split(line)[1:])
         assert done.code == 0, done.err
