@@ -155,6 +155,6 @@ def test_a_damaged_store_of_another_dataset_is_passed_over(cachefuse, workspace)
 
 
 def test_more_than_fits_in_memory_is_one_line(cachefuse, workspace):
-    result = cachefuse("train-head", "--layers", "1000000,1000000")
+    result = cachefuse("train-head", "--layers", "1,1000000,1000000")
     assert result.error == "out of memory; try a smaller --batch-size, --layers or --limit"
     assert len(list((workspace / "runs").iterdir())) == 1
