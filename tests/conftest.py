@@ -70,6 +70,14 @@ splits = { val = { from = "train", fraction = 0.25 } }
 """
 
 
+@pytest.fixture
+def one_process(monkeypatch):
+    """Do here what a bench does in processes of their own, each of which takes seconds to start; memory is made up."""
+    from cachefuse.bench import process
+
+    monkeypatch.setattr(process, "run", lambda function, **arguments: (getattr(process, function)(**arguments), 1.0))
+
+
 @pytest.fixture(scope="session")
 def small_options():
     """Options of the fusions that are large by themselves, by their names."""

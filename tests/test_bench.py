@@ -27,6 +27,7 @@ TINY = Sizes(
 TINY_TRAIN = TrainSizes(pairs=1, epochs=2, rows=500, width=16, batch=128, small=(8,), large=(12, 8), heads=3)
 
 
+@pytest.mark.slow
 def test_every_row_is_there_and_finite(tmp_path):
     """A run with memory: its rows, its progress, and what it leaves behind."""
     seen = []

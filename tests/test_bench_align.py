@@ -6,7 +6,10 @@ from cachefuse.errors import ConfigError
 TINY = AlignSizes(pairs=2, samples=40, captions=2, width=8, batch=16, common=8, rows=3000, queries=3)
 
 
-def test_measures_an_epoch_and_a_search(tmp_path, monkeypatch):
+@pytest.mark.parametrize("memory", ["made up", pytest.param("measured", marks=pytest.mark.slow)])
+def test_measures_an_epoch_and_a_search(memory, tmp_path, monkeypatch, request):
+    if memory == "made up":
+        request.getfixturevalue("one_process")
     monkeypatch.setattr("cachefuse.bench.align.REST", 0)
     told = []
     folder = tmp_path / "here"

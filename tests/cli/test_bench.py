@@ -19,7 +19,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(store, "Sizes", lambda: TINY)
 
 
-def test_measures_the_store(cachefuse, tiny, folder):
+def test_measures_the_store(cachefuse, tiny, folder, one_process):
     result = cachefuse("bench", "store", "--device", "cpu", "--json")
     assert (result.code, result.err) == (0, "")  # whether or not such small sizes meet the goals
     found = json.loads(result.out)
