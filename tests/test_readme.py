@@ -112,6 +112,13 @@ def link_real_data(folder: Path) -> None:
     shutil.copy(folder / "photos" / "0.jpg", folder / "photo.jpg")
 
 
+def test_the_python_examples_import_what_there_is() -> None:
+    lines = [line for example in EXAMPLES for line in example.splitlines() if re.match("import |from ", line)]
+    assert len(lines) >= len(EXAMPLES)
+    exec("\n".join(lines), {})
+
+
+@pytest.mark.slow
 def test_the_python_examples_run_as_written(tmp_path: Path) -> None:
     printed = []
     for example in EXAMPLES:

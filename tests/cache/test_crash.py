@@ -231,8 +231,9 @@ def kill_and_compare(start, tmp_path, options, n_kills, cut=False, seed=0):
     return made + 1
 
 
-def test_killed_runs_end_with_the_same_bytes(start, tmp_path):
-    kill_and_compare(start, tmp_path, ("--encoder", "classic"), 4)
+@pytest.mark.parametrize("n_kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_killed_runs_end_with_the_same_bytes(start, tmp_path, n_kills):
+    kill_and_compare(start, tmp_path, ("--encoder", "classic"), n_kills)
 
 
 @pytest.mark.slow

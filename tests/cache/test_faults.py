@@ -56,7 +56,7 @@ class FullDisk:
         return call
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
 def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(shapes, store_path, toy, tools, monkeypatch, dtype):
     undisturbed = store_path.with_name("undisturbed.zarr")
     make(shapes, undisturbed, dtype)
@@ -232,6 +232,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_store_that_may_not_be_written_is_read_and_left_as_it_is(shapes, tmp_path, tools):
     store = tmp_path / "cache" / "small.zarr"
     extract(shapes, ["classic"], store, device="cpu")

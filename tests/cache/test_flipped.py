@@ -15,7 +15,7 @@ VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", 
 FLIPS = int(os.environ.get("CACHEFUSE_FLIPS", "80"))
 
 
-@pytest.fixture(params=["float16", "int8"])
+@pytest.fixture(params=["float16", pytest.param("int8", marks=pytest.mark.slow)])
 def stored(request, shapes, store_path, toy):
     """A store, and a call that extracts it again."""
 

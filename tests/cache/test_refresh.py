@@ -192,7 +192,7 @@ def test_appending_again_and_again_computes_each_row_once(grown, store_path, toy
     assert read_all(store_path) == read_all(fresh)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_an_interrupted_append_ends_with_the_bytes_of_one_that_was_not(grown, store_path, toy, tools, seed):
     """Features here depend on their batch, as those of real models do in their last bits."""
     undisturbed = store_path.with_name("undisturbed.zarr")

@@ -115,6 +115,7 @@ def test_from_a_table_to_predictions(cachefuse, extracted, fits):
     assert len((extracted / "all.csv").read_text().splitlines()) == 121
 
 
+@pytest.mark.slow
 def test_each_command_shows_the_tasks(cachefuse, extracted, fits):
     for args in (["--fusion", "gated", "--head", "linear", "--epochs", "30"], ["--head", "linear", "--epochs", "30"]):
         assert cachefuse("train-head", *args).code == 0

@@ -144,6 +144,7 @@ def test_a_preset(cachefuse, workspace, fits):
     fits(result.out)
 
 
+@pytest.mark.slow
 def test_the_greedy_preset_ends_in_a_run(cachefuse, workspace, monkeypatch, fits):
     from dataclasses import replace
 
@@ -243,6 +244,7 @@ def wait_for_lines(workspace, n, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_sigint_in_a_real_process(workspace, folder):
     process = subprocess.Popen([*COMMAND, *ENDLESS], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
@@ -257,6 +259,7 @@ def test_sigint_in_a_real_process(workspace, folder):
     assert wait_for_lines(workspace, 2, process) == kept
 
 
+@pytest.mark.slow
 def test_the_table_fills_on_a_terminal(workspace, folder):
     pid, terminal = pty.fork()
     if not pid:

@@ -128,6 +128,7 @@ app.main(["train-head", "--epochs", "1000000", "--patience", "0", "--layers", "8
 """
 
 
+@pytest.mark.slow
 def test_sigint_in_a_real_process(workspace, folder):
     process = subprocess.Popen(
         [sys.executable, "-c", SIGNALLED], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ

@@ -197,6 +197,7 @@ def test_the_readmes_commands(cachefuse, models, data, folder):
 
 
 class TestWritten:
+    @pytest.mark.slow
     def test_words(self, cachefuse, tokens, folder, data):
         result = cachefuse("train-head", *WRITES, "--fusion-options", "width=32", "--fusion-options", "text_view=ids",
                            "--epochs", "25", "--lr", "0.003", "--json")  # fmt: skip

@@ -21,7 +21,11 @@ def saved(tmp_path, name):
 
 @pytest.mark.parametrize(
     ("name", "width", "n_tokens"),
-    [("vit_tiny_patch16_224", 192, 196), ("resnet10t", 512, 36), ("swin_tiny_patch4_window7_224", 768, 49)],
+    [
+        ("vit_tiny_patch16_224", 192, 196),
+        ("resnet10t", 512, 36),
+        pytest.param("swin_tiny_patch4_window7_224", 768, 49, marks=pytest.mark.slow),
+    ],
 )
 def test_features_are_what_timm_gives(tmp_path, samples, name, width, n_tokens):
     model, spec = saved(tmp_path, name)

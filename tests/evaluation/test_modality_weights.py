@@ -122,6 +122,7 @@ def test_no_token_of_what_is_without_is_read(data, monkeypatch):
     np.testing.assert_array_equal(evaluate(other, data.store, without=["text"], n_resamples=0).scores, expected)
 
 
+@pytest.mark.slow
 def test_weights_by_folds_and_members_are_their_mean(data):
     run = train_head(data.store, replace(CMA, folds=2, members=2, epochs=3))
     rows = run.held.rows

@@ -142,6 +142,7 @@ def run(captioned_store):
     return train_head(captioned_store, TrainConfig(fusion="lit", epochs=1, batch_size=16, layers=(8,)))
 
 
+@pytest.mark.slow
 class TestMiniLM:
     def test_starts_as_it_is_and_is_tuned(self, run):
         config = run.config.fusion_options

@@ -34,6 +34,7 @@ def test_the_console_is_clean_and_no_script_runs(browse, tmp_path, page, hostile
         assert len(parse(dom).sections) == 9
 
 
+@pytest.mark.slow
 @in_a_browser
 @pytest.mark.parametrize(
     ("spoilt", "message"),

@@ -43,6 +43,7 @@ def open_all(store, views):
     return store, problem, used_features(chosen, problem.widths)
 
 
+@pytest.mark.slow
 def test_every_method_has_the_same_rows_and_budget(toy_store, folder):
     result = compare(toy_store(), folder=folder, **QUICK)
     assert [setting.config.fusion for setting in result.settings] == list(METHODS)
@@ -122,6 +123,7 @@ class TestPresets:
     def store(self, toy_store):
         return toy_store()
 
+    @pytest.mark.slow
     def test_where_to_fuse(self, store, folder, monkeypatch):
         monkeypatch.setattr("cachefuse.training.token_presets.POOLINGS", ("", "mean:2", "attention:1"))
         changes = {"fusion_options": {"width": 8, "depth": 4, "heads": 4}, "epochs": 1, "batch_size": 16}

@@ -148,6 +148,7 @@ def test_what_an_absent_row_holds_makes_no_difference(chances, modality_dropout)
     assert all(map(torch.equal, trained(0.0), trained(math.nan)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="what glibc does")
 def test_one_batchs_memory_serves_the_next():
     """In a process of its own: in one that has run other tests, it depends on what those left in the heap."""

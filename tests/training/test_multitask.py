@@ -349,6 +349,7 @@ def test_an_ensemble_of_fusions(tasks_store):
     np.testing.assert_allclose(both.weights, np.mean(alone, axis=0), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sweep_is_of_the_figures_of_runs(tasks_store, tmp_path):
     store = tasks_store()
     base = TrainConfig(head="linear", epochs=5)

@@ -323,6 +323,7 @@ def test_runs_of_several_models_come_back_as_they_were(settings, toy_store, tmp_
     assert again.results == run.results
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_with_everything_on(toy_store):
     store = toy_store(absent={"text": {3, 9}})
     config = TrainConfig(

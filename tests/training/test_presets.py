@@ -153,6 +153,7 @@ def test_the_greedy_chain(small, opened, tmp_path):
         assert (other.members[0].model.state_dict()[name] == tensor).all()
 
 
+@pytest.mark.slow
 def test_the_chain_goes_on_from_any_activation(small, opened, tmp_path, monkeypatch):
     only = replace(presets.PRESETS["mmc-activation"], settings=[{"activation": "relu"}], published=[(0.5, 0.0)])
     monkeypatch.setitem(presets.PRESETS, "mmc-activation", only)
@@ -173,6 +174,7 @@ def test_what_the_chain_chooses_is_not_changed(changes, small, opened, tmp_path)
         greedy(*opened, tmp_path, (0,), changes)
 
 
+@pytest.mark.slow
 def test_the_chain_with_folds(small, opened, tmp_path):
     results, run = greedy(*opened, tmp_path, (0,), {"folds": 2})
     assert {result.split for result in results} == {"oof"}

@@ -138,6 +138,7 @@ Run.load(Path(sys.argv[1])).save(Path(sys.argv[2]))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_save_leaves_no_run(saved, tmp_path):
     runs = tmp_path / "killed"
     process = subprocess.run([sys.executable, "-c", KILLED, saved, runs], env=os.environ, check=False)

@@ -179,7 +179,7 @@ def test_every_other_setting_holds_for_each(settings):
     assert_same_as_alone(make_problem(), mixed(**settings))
 
 
-@pytest.mark.parametrize("scheme", ["joint", "staged"])
+@pytest.mark.parametrize("scheme", ["joint", pytest.param("staged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("head", "activation"), [("mlp", name) for name in ACTIVATIONS] + [("gmlp", "gelu")])
 def test_heads_with_hidden_layers_too(head, activation, scheme):
     settings = {"layers": (8, 4), "activation": activation, "dropout": 0.0, "scheme": scheme, "lr": 0.005}
@@ -248,7 +248,7 @@ def test_leaves_the_random_state_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("scheme", ["joint", "staged"])
+@pytest.mark.parametrize("scheme", ["joint", pytest.param("staged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lr", [1e4, 1e6])
 def test_one_that_diverges_does_not_take_the_others_along(lr, scheme):
     problem = make_problem()

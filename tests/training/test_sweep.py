@@ -41,7 +41,11 @@ def table(path):
     ("base", "settings"),
     [
         (LINEAR, grid({"loss": ["bce", "asl"], "lr": [0.01, 0.1]})),
-        (replace(LINEAR, folds=3), grid({"fusion": ["sum", "image"], "class_weights": ["none", "balanced"]})),
+        pytest.param(
+            replace(LINEAR, folds=3),
+            grid({"fusion": ["sum", "image"], "class_weights": ["none", "balanced"]}),
+            marks=pytest.mark.slow,
+        ),
         (replace(LINEAR, thresholds="class"), [{"thresholds": "none"}, {"lr": 0.1}]),
         (MLP, grid({"dropout": [0.0, 0.5]})),
         (replace(MLP, patience=2, folds=2, members=2), [{"layers": (4,)}, {"layers": (4, 4)}]),
@@ -103,7 +107,7 @@ def test_the_metric_to_go_by_comes_first(toy_store, folder):
     assert sweep(toy_store(), base, [{}], folder=folder, seeds=(0,)).metrics[0] == "samples_f1"
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize("head", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
 def test_what_diverges_is_no_zero(head, toy_store, folder):
     base = replace(LINEAR if head == "linear" else MLP, optimizer="sgd", epochs=20)
     settings = [{"lr": 0.05}, {"lr": 1e5}]

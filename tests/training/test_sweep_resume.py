@@ -160,6 +160,7 @@ sweep(FeatureStore(Path(sys.argv[1])), base, settings, folder=Path(sys.argv[2]),
 """
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_kill(toy_store, folder):
     store = toy_store()
     command = [sys.executable, "-c", SLOW, str(store.path), str(folder)]

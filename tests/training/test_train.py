@@ -42,7 +42,16 @@ COMBINATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("fusion", "head", "loss"), COMBINATIONS)
+def is_quick(fusion, head, loss):
+    """Whether a combination is no slow test: each fusion with each head, and the losses by turns."""
+    turn = sorted(FUSIONS).index(fusion) + sorted(HEADS).index(head)
+    return fusion in LARGE or loss == sorted(LOSSES)[turn % len(LOSSES)]
+
+
+@pytest.mark.parametrize(
+    ("fusion", "head", "loss"),
+    [c if is_quick(*c) else pytest.param(*c, marks=pytest.mark.slow) for c in COMBINATIONS],
+)
 def test_every_combination_trains_and_survives_a_round_trip(fusion, head, loss, toy_store, small_options, tmp_path):
     for task in ("multilabel", "multiclass"):
         store = toy_store(task, absent={"text": {1, 41, 53}}, name=task)
