@@ -63,6 +63,7 @@ def test_the_vocabulary_has_a_number_for_every_row_of_the_model_and_every_token(
     assert opened(f"hf:{tmp_path}").vocabulary == 32
 
 
+@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif("CACHEFUSE_REAL_DATA" not in os.environ, reason="CACHEFUSE_REAL_DATA is unset")
 def test_a_real_vit_gives_what_transformers_gives(samples, batch_effect):
