@@ -1,7 +1,13 @@
-"""Exact search: the nearest stored rows by cosine, in one pass over the mapped store, in memory that does not grow."""
+"""Exact search: the nearest stored rows by cosine, in one pass over the mapped store, in memory that does not grow.
+
+Every row is compared by a quick product, in float16 or float32, whose error has a known bound. What may be among the
+best within that bound is decided in float64. So the order is that of the cosines, whatever a processor's library for
+matrix products rounds.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,7 +22,7 @@ SPAN = 1 << 16  # rows whose scores are looked through at a time
 # How far a product in float16 may be from the cosine: the query's rounding and the result's, 2^-11 each, and a margin.
 ROUNDING = 2**-9
 
-Scored = tuple[int, Tensor, Tensor]  # rows seen so far, their numbers (n,) where they may be among the best, cosines
+Coarse = tuple[int, Tensor]  # the number of the first row, and scores (Q, n) that are right within a bound
 
 
 @dataclass(frozen=True)
@@ -28,23 +34,50 @@ class Hits:
 
 
 class _Best:
-    """The k best so far of each query; of equal scores the first row comes first."""
+    """The k best so far of each query (Q, W) float64; of equal scores the first row comes first."""
 
-    def __init__(self, n_queries: int, k: int):
-        self.k = k
-        self.scores = torch.empty(n_queries, 0)
-        self.rows = torch.empty(n_queries, 0, dtype=torch.int64)
+    def __init__(self, rows: Rows, queries: Tensor, k: int, unit: bool, bound: float):
+        self.source, self.queries, self.k, self.unit, self.bound = rows, queries, k, unit, bound
+        self.scores = torch.full((len(queries), k), -torch.inf, dtype=torch.float64)
+        self.rows = torch.full((len(queries), k), -1)
 
-    def add(self, numbers: Tensor, scores: Tensor) -> None:
-        """Take in rows by number (n,), ascending, and their scores (Q, n)."""
-        if scores.shape[1] > 4 * self.k:  # what can't be among the best; of those equal to the last all are kept
-            least = scores.topk(self.k, dim=1).values[:, -1:]
-            near = (scores >= least).any(0)
-            numbers, scores = numbers[near], scores[:, near]
+    def add(self, first: int, coarse: Tensor) -> None:
+        """Take in rows from number ``first`` on, by scores (Q, n) within ``bound`` of theirs; -inf leaves one out."""
+        n = coarse.shape[1]
+        least = self.scores[:, -1] - self.bound
+        if n > self.k:
+            least = least.maximum(coarse.topk(self.k, dim=1).values[:, -1].double() - 2 * self.bound)
+        near = (coarse >= least.float().nextafter(torch.tensor(-torch.inf))[:, None]) & coarse.isfinite()
+        of, places = near.nonzero(as_tuple=True)  # (P,) pairs of a query and a row, in the rows' order
+        if not len(of):
+            return
+        exact = torch.cat(
+            [self._score(*pairs) for pairs in zip(of.split(PIECE), (places + first).split(PIECE), strict=True)]
+        )
+        counts = near.sum(1)
+        column = torch.arange(len(of)) - (counts.cumsum(0) - counts)[of]
+        shape = len(self.queries), int(counts.max())
+        scores = exact.new_full(shape, -torch.inf).index_put_((of, column), exact)
+        numbers = places.new_full(shape, -1).index_put_((of, column), places + first)
         joined = torch.cat([self.scores, scores], dim=1)
         order = joined.sort(dim=1, descending=True, stable=True).indices[:, : self.k]
-        self.rows = torch.cat([self.rows, numbers.expand(len(scores), -1)], dim=1).gather(1, order)
+        self.rows = torch.cat([self.rows, numbers], dim=1).gather(1, order)
         self.scores = joined.gather(1, order)
+
+    def _score(self, of: Tensor, numbers: Tensor) -> Tensor:
+        """Return the cosines (P,) float64 of queries and rows, both by number (P,)."""
+        x = self.source.index_select(0, numbers).double()
+        scores = _sum(x * self.queries[of])
+        return scores if self.unit else scores / _sum(x * x).sqrt().clamp(min=TINY_NORM)
+
+
+def _sum(x: Tensor) -> Tensor:
+    """Return the sum of each row (P, W), by halves: equal rows have equal sums, on any processor."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        added = x[:, :half] + x[:, half : 2 * half]
+        x = added if x.shape[1] % 2 == 0 else torch.cat([added, x[:, -1:]], dim=1)
+    return x[:, 0]
 
 
 @torch.inference_mode()
@@ -59,26 +92,45 @@ def nearest(
 ) -> Hits:
     """Return the ``k`` rows (N, W) with the highest cosine to each query (Q, W); fewer if there are fewer.
 
-    Every row is compared, and scores are those of float32. ``unit`` says that rows have length 1 already; ``keep`` (N,)
-    bool leaves rows out. Raises ConfigError for another width, or a k below 1.
+    Every row is compared, and the order is that of the cosines in float64. ``unit`` says that rows have length 1
+    already; ``keep`` (N,) bool leaves rows out. Raises ConfigError for another width, or a k below 1.
     """
     if k < 1:
         raise ConfigError(f"k must be at least 1. Got {k} instead")
     if queries.ndim != 2 or queries.shape[1] != rows.shape[1]:
         raise ConfigError(f"queries must have shape (Q, {rows.shape[1]}). Got {tuple(queries.shape)} instead")
-    queries = torch.nn.functional.normalize(queries.float(), dim=1, eps=TINY_NORM)
-    best = _Best(len(queries), min(k, len(rows)))
+    queries = torch.nn.functional.normalize(queries.double(), dim=1, eps=TINY_NORM)
+    half = unit and len(queries) == 1 and rows.dtype == torch.float16 and _float16_adds_up()
+    best = _Best(rows, queries, min(k, len(rows)), unit, ROUNDING if half else _float32_bound(rows.shape[1]))
     kept = None if keep is None else torch.from_numpy(keep)
-    half = unit and len(queries) == 1 and rows.dtype == torch.float16
-    for seen, numbers, scores in _near(rows, queries, best, kept) if half else _all(rows, queries, unit, kept):
-        best.add(numbers, scores)
+    for first, coarse in _in_float16(rows, queries) if half else _in_float32(rows, queries, unit):
+        seen = first + coarse.shape[1]
+        if kept is not None:
+            coarse = coarse.masked_fill(~kept[first:seen], -torch.inf)
+        best.add(first, coarse.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
         on_rows(seen, len(rows))
     n = int(best.scores.isfinite().sum(1).min()) if len(queries) else 0
-    return Hits(best.rows[:, :n].numpy(), best.scores[:, :n].numpy())
+    return Hits(best.rows[:, :n].numpy(), best.scores[:, :n].float().numpy())
 
 
-def _all(rows: Rows, queries: Tensor, unit: bool, keep: Tensor | None) -> Iterator[Scored]:
+def _float32_bound(width: int) -> float:
+    """Return how far a product in float32 of two rows of length 1 may be from the cosine, added up in any order."""
+    return (width + 8) * 2**-24
+
+
+@cache
+def _float16_adds_up() -> bool:
+    """Whether products of float16 are added up in float32 here, as ``ROUNDING`` takes for granted.
+
+    Added up in float16, these would end at a half.
+    """
+    x = torch.full((1, 4096), 2**-6, dtype=torch.float16)
+    return abs(float(torch.mv(x, x[0])) - 1) < ROUNDING
+
+
+def _in_float32(rows: Rows, queries: Tensor, unit: bool) -> Iterator[Coarse]:
     """Score every row in float32, converted a piece at a time."""
+    queries = queries.float()
     converted = torch.empty(PIECE, rows.shape[1])
     scores = torch.empty(SPAN, len(queries))
     for first, parts in _spans(rows, PIECE):
@@ -90,33 +142,19 @@ def _all(rows: Rows, queries: Tensor, unit: bool, keep: Tensor | None) -> Iterat
             if not unit:
                 out.div_(here.norm(dim=1, keepdim=True).clamp_(min=TINY_NORM))
             filled += len(part)
-        found = scores[:filled].T  # (Q, n)
-        if keep is not None:
-            found = found.masked_fill(~keep[first : first + filled], -torch.inf)
-        yield first + filled, torch.arange(first, first + filled), found
+        yield first, scores[:filled].T
 
 
-def _near(rows: Rows, query: Tensor, best: _Best, keep: Tensor | None) -> Iterator[Scored]:
-    """Score every row of length 1 in float16, as it lies there; and in float32 those that may be among the best.
-
-    A product in float16 reads half the bytes, and is known to within ``ROUNDING``: whatever is further than that from
-    the best is not among them.
-    """
+def _in_float16(rows: Rows, query: Tensor) -> Iterator[Coarse]:
+    """Score every row for one query in float16, as it lies there, which reads half the bytes."""
+    half = query[0].half()
     coarse = torch.empty(SPAN, dtype=torch.float16)
     for first, parts in _spans(rows, rows.block_rows):
         filled = 0
         for part in parts:
-            torch.mv(part, query[0].half(), out=coarse[filled : filled + len(part)])
+            torch.mv(part, half, out=coarse[filled : filled + len(part)])
             filled += len(part)
-        scores = coarse[:filled].float()
-        if keep is not None:
-            scores = scores.masked_fill_(~keep[first : first + filled], -torch.inf)
-        least = float(scores.topk(min(best.k, filled)).values[-1]) - 2 * ROUNDING
-        if best.scores.shape[1] == best.k:
-            least = max(least, float(best.scores[0, -1]) - ROUNDING)
-        numbers = ((scores >= least) & scores.isfinite()).nonzero()[:, 0] + first
-        exact = [rows.index_select(0, part).float() @ query[0] for part in numbers.split(PIECE)]
-        yield first + filled, numbers, torch.cat([*exact, torch.empty(0)])[None]
+        yield first, coarse[None, :filled].float()
 
 
 def _spans(rows: Rows, piece: int) -> Iterator[tuple[int, list[Tensor]]]:

@@ -229,6 +229,52 @@ class TestTies:
         assert nearest(InMemory(rows, 24), torch.eye(8)[:1], 4, unit=unit).rows.tolist() == [[10, 30, 50, 80]]
 
 
+class TestOrder:
+    """It is that of float64, also where float32 can't tell rows apart."""
+
+    @pytest.mark.parametrize("unit", [False, True])
+    @pytest.mark.parametrize("n_queries", [1, 3])
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32])
+    @pytest.mark.parametrize("width", [8, 512, 4096])
+    def test_of_rows_nearer_to_one_another_than_a_rounding(self, small_pieces, unit, n_queries, dtype, width):
+        rng = np.random.default_rng(width)
+        query = rng.normal(size=width)
+        query /= np.linalg.norm(query)
+        rows = query + 1e-3 * rng.normal(size=(200, width)) / np.sqrt(width)
+        if unit:
+            rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        rows = rows.astype(dtype)
+        queries = torch.from_numpy(query + 1e-4 * rng.normal(size=(n_queries, width)) / np.sqrt(width)).float()
+        exact = queries.double().numpy()
+        scores = (exact / np.linalg.norm(exact, axis=1, keepdims=True)) @ rows.astype(np.float64).T
+        if not unit:
+            scores /= np.linalg.norm(rows.astype(np.float64), axis=1)
+        for k in (1, 10, 199):
+            hits = nearest(InMemory(rows), queries, k, unit=unit)
+            best = -np.sort(-scores, axis=1)[:, :k]
+            np.testing.assert_allclose(np.take_along_axis(scores, hits.rows, 1), best, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("unit", [False, True])
+    @pytest.mark.parametrize("dtype", [np.float16, np.float32])
+    def test_of_equal_rows_the_first_comes_first(self, small_pieces, unit, dtype):
+        rows = np.repeat(some(10, 300), 9, axis=0)[np.random.default_rng(0).permutation(90)]
+        rows = (rows / np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)).astype(dtype)
+        query = torch.from_numpy(rows[:1]).float()
+        hits = nearest(InMemory(rows), query, 9, unit=unit)
+        assert hits.rows[0].tolist() == np.flatnonzero((rows == rows[0]).all(1)).tolist()
+
+    def test_where_float16_is_added_up_in_float16(self, small_pieces, monkeypatch):
+        """Then all is done in float32."""
+        rows = TestUnitRowsInFloat16().unit(200, 64)
+        query = torch.from_numpy(rows[:1]).float() + 0.1
+        expected = nearest(InMemory(rows), query, 30, unit=True)
+        monkeypatch.setattr(search, "_float16_adds_up", lambda: False)
+        monkeypatch.setattr(search, "_in_float16", None)
+        found = nearest(InMemory(rows), query, 30, unit=True)
+        assert found.rows.tolist() == expected.rows.tolist()
+        assert found.scores.tolist() == expected.scores.tolist()
+
+
 class TestUnitRowsInFloat16:
     """One query among rows of length 1 is looked for in float16 first, and must be found as in float32."""
 
@@ -238,14 +284,15 @@ class TestUnitRowsInFloat16:
 
     def assert_exact(self, rows, query, k, block=100, keep=None):
         """Scores are products with the rows as they are stored: rounding leaves their lengths a little off 1."""
-        scores = rows.astype(np.float64) @ (query / query.norm()).double().numpy()[0]
+        exact = query.double().numpy()[0]
+        scores = rows.astype(np.float64) @ (exact / np.linalg.norm(exact))
         scores[~keep if keep is not None else slice(0)] = -np.inf
         hits = nearest(InMemory(rows, block), query, k, unit=True, keep=keep)
         n = min(k, len(rows) if keep is None else int(keep.sum()))
         best = -np.sort(-scores)[:n]
         assert hits.scores.shape == (1, n)
-        np.testing.assert_allclose(hits.scores[0], best, rtol=0, atol=5e-7)
-        np.testing.assert_allclose(scores[hits.rows[0]], best, rtol=0, atol=5e-7)
+        np.testing.assert_allclose(hits.scores[0], best, rtol=1e-7, atol=1e-12)
+        np.testing.assert_allclose(scores[hits.rows[0]], best, rtol=0, atol=1e-12)
         assert len({*hits.rows[0].tolist()}) == n
 
     @pytest.mark.parametrize("n", [1, 7, 24, 25, 100, 201])
