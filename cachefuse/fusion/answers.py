@@ -32,9 +32,10 @@ MOST = 1 << 28  # places in the table of what may follow what
 class AnswerTree:
     """The tree that answers' tokens make, the tokens numbered from 1 on and 0 being the start.
 
-    Of nodes: the ``token`` (N,) that led there, and which tokens are ``allowed`` next (N, 1 + U). Of answers: their
-    ``lengths`` (C,), the ``nodes`` (C, L) at which their tokens are chosen, those tokens (``chosen``), and the
-    logarithm of the ``share`` (C,) that each has of its path: below 0 where several are written alike.
+    Of nodes: the ``token`` (N,) that led there, and which tokens are ``allowed`` next (N, 1 + U). Of paths, as many as
+    there are distinct answers: their ``lengths`` (D,), the ``nodes`` (D, L) at which their tokens are chosen, and those
+    tokens (``chosen``). Of answers: their ``path`` (C,), and the logarithm of the ``share`` (C,) that each has of it:
+    below 0 where several are written alike.
     """
 
     token: Tensor
@@ -42,6 +43,7 @@ class AnswerTree:
     lengths: Tensor
     nodes: Tensor
     chosen: Tensor
+    path: Tensor
     share: Tensor
 
     @classmethod
@@ -49,14 +51,15 @@ class AnswerTree:
         """Build the tree of answers whose tokens have these ``numbers``; on the CPU, whatever torch's default is."""
         places: dict[tuple[int, ...], int] = {(): 0}  # of what is written at a node
         alike = Counter(tuple(answer) for answer in answers)
+        paths = {answer: i for i, answer in enumerate(alike)}
         length = max(map(len, answers))
         nodes, chosen = [], []
-        for answer in answers:
+        for answer in paths:
             written = [tuple(answer[:i]) for i in range(len(answer))]
             nodes.append([places.setdefault(prefix, len(places)) for prefix in written] + [0] * (length - len(answer)))
             chosen.append([numbers[token] for token in answer] + [0] * (length - len(answer)))
         with torch.device("cpu"):
-            at, taken, lengths = (torch.tensor(found) for found in (nodes, chosen, list(map(len, answers))))
+            at, taken, lengths = (torch.tensor(found) for found in (nodes, chosen, list(map(len, paths))))
             real = torch.arange(length) < lengths.unsqueeze(1)
             allowed = torch.zeros(len(places), 1 + len(numbers), dtype=torch.bool)
             allowed[at[real], taken[real]] = True
@@ -66,6 +69,7 @@ class AnswerTree:
                 lengths=lengths,
                 nodes=at,
                 chosen=taken,
+                path=torch.tensor([paths[tuple(answer)] for answer in answers]),
                 share=-torch.tensor([alike[tuple(answer)] for answer in answers], dtype=torch.float64).log(),
             )
 
@@ -101,18 +105,20 @@ class AnswerWriter(nn.Module):
 
     def forward(self, memory: Tensor, mask: Tensor) -> Tensor:
         """Return the log-probabilities (B, C) of all answers, given memories (B, S, W) and masks (B, S)."""
-        lengths = self.tree(memory.device).lengths
+        tree = self.tree(memory.device)
+        lengths = tree.lengths
         room = AT_ONCE // (len(self.tokens) + 4 * memory.shape[2])  # for so many tokens
         alike = [(lengths == n).nonzero().squeeze(1).split(max(1, room // n)) for n in lengths.unique().tolist()]
-        parts = [part for group in alike for part in group]  # answers of one length each, without any padding
+        parts = [part for group in alike for part in group]  # paths of one length each, without any padding
         places = torch.cat(parts).argsort()
         rows = max(1, room // int(lengths.sum()))
         found = []
         for some, real in zip(memory.split(rows), mask.split(rows), strict=True):
             remembered = self.decoder.remember(some, real)
-            of_parts = [self.score(part.expand(len(some), -1), remembered) for part in parts]
+            of_parts = [self._walk(part.expand(len(some), -1), remembered) for part in parts]
             found.append(torch.cat(of_parts, dim=1)[:, places])
-        return torch.cat(found)
+        written = torch.cat(found)
+        return written[:, tree.path] + tree.share.to(written.dtype)
 
     def learn(self, memory: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
         """Return -sum_c t_c log p_c, the mean over the batch, for targets t (B, C): only paths of those above 0 count.
@@ -128,15 +134,20 @@ class AnswerWriter(nn.Module):
     def score(self, answers: Tensor, memory: Memory) -> Tensor:
         """Return the log-probabilities (B, K) of K answers (B, K), by their numbers, for each remembered memory."""
         tree = self.tree(answers.device)
-        answers, shape = answers.flatten(), answers.shape
-        lengths = tree.lengths[answers]
+        written = self._walk(tree.path[answers], memory)
+        return written + tree.share[answers].to(written.dtype)
+
+    def _walk(self, paths: Tensor, memory: Memory) -> Tensor:
+        """Return the log-probabilities (B, K) of K paths (B, K), by their numbers, for each remembered memory."""
+        tree = self.tree(paths.device)
+        paths, shape = paths.flatten(), paths.shape
+        lengths = tree.lengths[paths]
         longest = int(lengths.max()) if len(lengths) else 1
-        nodes, chosen = tree.nodes[answers, :longest], tree.chosen[answers, :longest]  # (B * K, L)
+        nodes, chosen = tree.nodes[paths, :longest], tree.chosen[paths, :longest]  # (B * K, L)
         hidden = self.decoder(self.embedding(tree.token[nodes]), memory)  # (B * K, L, W)
         steps = self.choices(hidden, tree.allowed[nodes]).gather(2, chosen.unsqueeze(2)).squeeze(2)
-        beyond = torch.arange(longest, device=answers.device) >= lengths.unsqueeze(1)
-        found = steps.masked_fill(beyond, 0).sum(1) + tree.share[answers].to(steps.dtype)
-        return found.view(shape)
+        beyond = torch.arange(longest, device=paths.device) >= lengths.unsqueeze(1)
+        return steps.masked_fill(beyond, 0).sum(1).view(shape)
 
     def choices(self, hidden: Tensor, allowed: Tensor) -> Tensor:
         """Return the log-probabilities (..., 1 + U), float32, of the next token, which must be an ``allowed`` one."""
