@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from cachefuse.report.alignment import write_alignment_report
     from cachefuse.report.page import report_html, write_report
     from cachefuse.submission import write_submission
+    from cachefuse.threads import set_threads
     from cachefuse.training.config import TrainConfig
     from cachefuse.training.ensemble import ensemble
     from cachefuse.training.feature_set import FeatureSet, FeatureView, open_features
@@ -93,6 +94,7 @@ _API = {
     "repair": "cachefuse.cache.verify:repair",
     "report_html": "cachefuse.report.page:report_html",
     "retrieve": "cachefuse.alignment.retrieve:retrieve",
+    "set_threads": "cachefuse.threads:set_threads",
     "similarity": "cachefuse.alignment.similarity:similarity",
     "sweep": "cachefuse.training.sweep:sweep",
     "train_head": "cachefuse.training.train:train_head",
@@ -147,6 +149,7 @@ __all__ = [
     "repair",
     "report_html",
     "retrieve",
+    "set_threads",
     "similarity",
     "sweep",
     "train_head",

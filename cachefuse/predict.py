@@ -25,6 +25,7 @@ from cachefuse.fusion.base import split_name
 from cachefuse.metrics import TaskSlice
 from cachefuse.registry import FLAT, IDS, TOKENS
 from cachefuse.runtime import resolve_device
+from cachefuse.threads import idle_threads
 from cachefuse.training.batches import FeatureTable
 from cachefuse.training.run import Member, Run
 from cachefuse.training.selection import stored_views
@@ -236,6 +237,7 @@ class Encoded:
         return torch.from_numpy(np.concatenate([np.stack(part.rows) for part in parts], axis=1))
 
 
+@idle_threads()
 def _encode(
     tower: Tower,
     sources: Sequence[ImageSource | str | None],

@@ -55,11 +55,6 @@ def resolve_device(name: str = "auto") -> str:
     return str(device)
 
 
-def n_threads() -> int:
-    """Return how many CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def total_memory() -> int:
     """Return the bytes of memory of the machine, or of the container that this runs in."""
     return min([_machine_memory(), *map(_limit, MEMORY_LIMITS)])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachefuse_cli.align_options import takes_align_config
-from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, Workspace
+from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, Threads, Workspace
 
 if TYPE_CHECKING:
     from cachefuse.alignment.config import AlignConfig
@@ -21,6 +21,7 @@ def align(
         typer.Option(metavar="SPEC", help="Which two; given twice.", show_default="the two that the store has"),
     ] = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

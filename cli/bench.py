@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, Device, Json, Workspace
+from cachefuse_cli.options import WORKSPACE, Device, Json, Threads, Workspace
 
 bench = typer.Typer(
     name="bench",
@@ -24,6 +24,7 @@ def store(
         ),
     ] = False,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
@@ -35,7 +36,9 @@ def store(
 
 
 @bench.command()
-def train(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json = False) -> None:
+def train(
+    device: Device = "auto", threads: Threads = None, workspace: Workspace = WORKSPACE, json: Json = False
+) -> None:
     """Measure the training of heads on random features: two to five minutes on two cores.
 
     What is written to the workspace's disk is removed again.
@@ -44,7 +47,9 @@ def train(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json 
 
 
 @bench.command()
-def align(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json = False) -> None:
+def align(
+    device: Device = "auto", threads: Threads = None, workspace: Workspace = WORKSPACE, json: Json = False
+) -> None:
     """Measure alignment and exact search on random features: a minute or two on two cores.
 
     It takes 4 GB of memory and 2 GB of disk; what is written there is removed again.
@@ -53,7 +58,9 @@ def align(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json 
 
 
 @bench.command()
-def fusion(device: Device = "auto", workspace: Workspace = WORKSPACE, json: Json = False) -> None:
+def fusion(
+    device: Device = "auto", threads: Threads = None, workspace: Workspace = WORKSPACE, json: Json = False
+) -> None:
     """Measure fusions over tokens, their training steps and predictions: some minutes on two cores.
 
     What is written to the workspace's disk is removed again.

@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace, open_store, split_list
+from cachefuse_cli.options import (
+    WORKSPACE,
+    Device,
+    Json,
+    StoreName,
+    Threads,
+    UsedEncoders,
+    Workspace,
+    open_store,
+    split_list,
+)
 
 
 def compare(
@@ -26,6 +36,7 @@ def compare(
     dataset: StoreName = None,
     encoder: UsedEncoders = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, Json, Seed, Workspace
+from cachefuse_cli.options import WORKSPACE, Json, Seed, Threads, Workspace
 
 FUSIONS = ("image", "text", "concat", "sum", "mixed")
 
@@ -15,6 +15,7 @@ def demo(
         "submission.csv"
     ),
     seed: Seed = 0,
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, Device, Json, Workspace
+from cachefuse_cli.options import WORKSPACE, Device, Json, Threads, Workspace
 
 
 def ensemble(
@@ -18,6 +18,7 @@ def ensemble(
         ),
     ] = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

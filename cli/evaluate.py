@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, Device, Json, RunName, Workspace
+from cachefuse_cli.options import WORKSPACE, Device, Json, RunName, Threads, Workspace
 
 
 def evaluate(
@@ -27,6 +27,7 @@ def evaluate(
         typer.Option(metavar="NAME", help="Another dataset, with the same features.", show_default="the run's own"),
     ] = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

@@ -7,7 +7,7 @@ import typer
 from cachefuse.alignment.config import TUNING_RATE
 from cachefuse.registry import metric_title
 from cachefuse_cli.align_options import AlignmentName, open_alignment
-from cachefuse_cli.options import WORKSPACE, Device, Json, Seed, StoreName, Workspace
+from cachefuse_cli.options import WORKSPACE, Device, Json, Seed, StoreName, Threads, Workspace
 
 STEP = 20  # epochs between the figures shown, as in the paper's tables
 
@@ -25,6 +25,7 @@ def fine_tune(
     ] = 0,
     seed: Seed = 0,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

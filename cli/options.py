@@ -56,11 +56,29 @@ Encoders = Annotated[
     typer.Option("--encoder", metavar="SPEC", help=r"family:model\[@weights]; may be given several times."),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        envvar="CACHEFUSE_THREADS",
+        metavar="N",
+        min=1,
+        callback=lambda n: _set_threads(n),
+        help="CPU threads to compute with.",
+        show_default="as many as there are idle cores",
+    ),
+]  # holds for the process: a command need not hand it on
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, same machine: same result.")]
 RunName = Annotated[
     str | None, typer.Option("--run", metavar="NAME", help="A run's name or folder.", show_default="the latest")
 ]
+
+
+def _set_threads(n: int | None) -> None:
+    from cachefuse.threads import set_threads
+
+    set_threads(n)
 
 
 def split_list(text: str) -> tuple[str, ...]:

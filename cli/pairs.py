@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, DataDir, Device, Json, StoreName, Workspace
+from cachefuse_cli.options import WORKSPACE, DataDir, Device, Json, StoreName, Threads, Workspace
 
 
 def pairs(
@@ -23,6 +23,7 @@ def pairs(
     ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, Device, Json, RunName, Workspace
+from cachefuse_cli.options import WORKSPACE, Device, Json, RunName, Threads, Workspace
 
 if TYPE_CHECKING:
     from cachefuse.predict import Predictions
@@ -38,6 +38,7 @@ def predict(
         Path | None, typer.Option("--input", metavar="FILE", help="New samples: a csv, jsonl or parquet file.")
     ] = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, DataDir, Device, Json, RunName, Workspace
+from cachefuse_cli.options import WORKSPACE, DataDir, Device, Json, RunName, Threads, Workspace
 
 if TYPE_CHECKING:
     from cachefuse.cache.store import FeatureStore
@@ -25,6 +25,7 @@ def report(
     ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

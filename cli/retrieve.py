@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachefuse_cli.align_options import AlignmentName, SpaceEncoder, open_space
-from cachefuse_cli.options import WORKSPACE, DataDir, Device, Json, Workspace
+from cachefuse_cli.options import WORKSPACE, DataDir, Device, Json, Threads, Workspace
 
 if TYPE_CHECKING:
     from cachefuse.cache.store import FeatureStore
@@ -33,6 +33,7 @@ def retrieve(
     ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

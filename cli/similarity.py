@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from cachefuse_cli.align_options import open_alignment
-from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace
+from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, Threads, UsedEncoders, Workspace
 
 
 def similarity(
@@ -20,6 +20,7 @@ def similarity(
         Path | None, typer.Option(metavar="FILE", help="Draw the tolerance curve: a .png, .svg or .pdf file.")
     ] = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

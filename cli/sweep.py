@@ -12,7 +12,17 @@ from cachefuse.errors import ConfigError
 from cachefuse.registry import lookup
 from cachefuse.runtime import slug, to_json
 from cachefuse.training.config import TrainConfig
-from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace, open_store, split_list
+from cachefuse_cli.options import (
+    WORKSPACE,
+    Device,
+    Json,
+    StoreName,
+    Threads,
+    UsedEncoders,
+    Workspace,
+    open_store,
+    split_list,
+)
 from cachefuse_cli.train_options import given_options, takes_config
 
 TRIALS = "Trials"
@@ -50,6 +60,7 @@ def sweep(
     dataset: StoreName = None,
     encoder: UsedEncoders = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

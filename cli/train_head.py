@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, UsedEncoders, Workspace
+from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, Threads, UsedEncoders, Workspace
 from cachefuse_cli.train_options import given_options, takes_config
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def train_head(
         float | None, typer.Option(metavar="MB", help="Refuse a model above a competition's limit.")
     ] = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

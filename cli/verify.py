@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from cachefuse_cli.options import WORKSPACE, DataDir, Device, Json, StoreName, Workspace, open_store, reopen_dataset
+from cachefuse_cli.options import (
+    WORKSPACE,
+    DataDir,
+    Device,
+    Json,
+    StoreName,
+    Threads,
+    Workspace,
+    open_store,
+    reopen_dataset,
+)
 
 
 def verify(
@@ -12,6 +22,7 @@ def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Compute damaged blocks again, from the raw data.")] = False,
     data_dir: DataDir = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

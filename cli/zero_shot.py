@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from cachefuse_cli.align_options import AlignmentName, SpaceEncoder, open_space
-from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, Workspace, split_list
+from cachefuse_cli.options import WORKSPACE, Device, Json, StoreName, Threads, Workspace, split_list
 
 
 def zero_shot(
@@ -26,6 +26,7 @@ def zero_shot(
     run: AlignmentName = None,
     encoder: SpaceEncoder = None,
     device: Device = "auto",
+    threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:

@@ -1,5 +1,7 @@
 """Workers that test side by side take one thread each, and the slowest tests first, so that they end together.
 
+The number of threads is fixed: by itself it follows what else the machine does, and the last digits follow it.
+
 xdist gives each worker a run of tests to begin with, so the slow ones are dealt out to the beginnings of those.
 Without ``-m``, tests marked slow are left out, and the last line of the output says so.
 
@@ -14,6 +16,7 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CACHEFUSE_THREADS", os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()))
 
 
 RUN_SLOW = "python -m pytest -n 2 --dist worksteal -m slow"

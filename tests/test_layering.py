@@ -15,6 +15,7 @@ LAYERS = (
     "errors",
     "registry",
     "runtime",
+    "threads",
     "metrics",
     "losses",
     "data",
@@ -117,7 +118,9 @@ class C:
     assert found == {"typing", "a.b", "c", "d", "cachefuse.errors", "e", "h"}
 
 
-@pytest.mark.parametrize("module", ["cachefuse", "cachefuse_cli.app", "cachefuse.registry", "cachefuse.runtime"])
+@pytest.mark.parametrize(
+    "module", ["cachefuse", "cachefuse_cli.app", "cachefuse.registry", "cachefuse.runtime", "cachefuse.threads"]
+)
 def test_importing_is_light(module):
     code = f"import sys, {module}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -10,7 +10,6 @@ import torch
 from cachefuse.errors import ConfigError
 from cachefuse.runtime import (
     Workspace,
-    n_threads,
     own_randomness,
     resolve_device,
     seed_everything,
@@ -63,10 +62,6 @@ def test_unknown_device(name):
 def test_unsupported_device(name):
     with pytest.raises(ConfigError, match=f"^device '{name}' is not supported; choose from: auto, cpu, cuda, cuda:0$"):
         resolve_device(name)
-
-
-def test_n_threads():
-    assert n_threads() >= 1
 
 
 @pytest.mark.parametrize("seed", [0, 2**40, -1])

@@ -17,6 +17,7 @@ from cachefuse.cache.tokens import padded
 from cachefuse.data.manifest import PAIRS
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.heads import Standardize
+from cachefuse.threads import idle_threads
 from cachefuse.training.selection import one_view, select_features
 
 FIT_ROWS, FIT_TOKENS = 1 << 15, 1 << 17  # that a side's statistics are taken from, about that many at most
@@ -170,6 +171,7 @@ def fit_statistics(model: Aligner, data: PairData, samples: np.ndarray) -> None:
 
 
 @torch.inference_mode()
+@idle_threads()
 def embed(model: Aligner, side: int, rows: SideRows, index: np.ndarray) -> Tensor:
     """Return the embeddings (n, W) of stored rows (n,), float32, on the CPU."""
     model.eval()

@@ -14,12 +14,14 @@ from cachefuse.alignment.data import PairData, embed, in_batches
 from cachefuse.alignment.model import Aligner, Side
 from cachefuse.alignment.ranks import Embedded, best_ranks, recall_at
 from cachefuse.errors import TrainingError
+from cachefuse.threads import adapt_threads, idle_threads
 from cachefuse.training.ema import EMA
 from cachefuse.training.loop import Epoch, History, keep_freed_memory
 
 ReadChunk = Callable[[int, Tensor], Side]  # (side, item rows) -> features and mask, on the model's device
 
 
+@idle_threads()
 def fit(
     model: Aligner,
     config: AlignConfig,
@@ -48,6 +50,7 @@ def fit(
 
     try:
         for epoch in range(1, config.epochs + 1):
+            threads = adapt_threads()
             model.train()
             total = torch.zeros((), device=device)
             n_pairs = 0
@@ -70,7 +73,7 @@ def fit(
                 score, val_loss = _validate(kept, data, validate, config)
                 judged = -val_loss if config.monitor == "loss" else score
                 better, best_score = judged > best_score, max(judged, best_score)
-            history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss))
+            history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss, threads=threads))
             if better:
                 best_state = {name: x.clone() for name, x in kept.state_dict().items()}
                 history.best_epoch = epoch

@@ -16,6 +16,7 @@ from torch import Tensor
 from cachefuse.cache.rows import Rows
 from cachefuse.errors import ConfigError
 from cachefuse.losses import TINY_NORM
+from cachefuse.threads import idle_threads
 
 PIECE = 1024  # rows converted and multiplied at a time: what a processor's cache holds
 SPAN = 1 << 16  # rows whose scores are looked through at a time
@@ -81,6 +82,7 @@ def _sum(x: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
+@idle_threads()
 def nearest(
     rows: Rows,
     queries: Tensor,

@@ -20,6 +20,7 @@ from cachefuse.bench.base import OnProgress, measure_all, temporary, write_store
 from cachefuse.bench.timing import BenchRow, by_turns, seconds, timed
 from cachefuse.fusion.transformer import EXPANSION
 from cachefuse.runtime import resolve_device
+from cachefuse.threads import same_threads
 from cachefuse.training.optim import adamw, constant
 
 K = 10
@@ -172,6 +173,7 @@ MEASUREMENTS: dict[str, Callable[[AlignBench], BenchRow]] = {
 }
 
 
+@same_threads()
 def bench_align(
     folder: Path,
     *,

@@ -22,6 +22,7 @@ from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.transformer import EXPANSION
 from cachefuse.registry import IDS
 from cachefuse.runtime import resolve_device
+from cachefuse.threads import same_threads
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.costs import measure_costs
 from cachefuse.training.fitting import TrainingSet, training_loss, untrained_model
@@ -221,6 +222,7 @@ MEASUREMENTS: dict[str, Callable[[FusionBench], BenchRow]] = {
 }
 
 
+@same_threads()
 def bench_fusion(
     folder: Path,
     *,

@@ -11,6 +11,7 @@ from cachefuse.bench.storage import gather, gather_zarr, read_all, write
 from cachefuse.bench.timing import BenchRow
 from cachefuse.errors import CacheError
 from cachefuse.runtime import resolve_device
+from cachefuse.threads import same_threads
 
 ROOM_TO_LEAVE = 1 << 30
 
@@ -29,6 +30,7 @@ OF_MEMORY: dict[str, Callable[[Bench], BenchRow]] = {
 }
 
 
+@same_threads()
 def bench_store(
     folder: Path,
     *,

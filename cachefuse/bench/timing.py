@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachefuse.runtime import n_threads, resolve_device
+from cachefuse.runtime import resolve_device
+from cachefuse.threads import n_cores
 
 
 @dataclass(frozen=True)
@@ -71,4 +72,4 @@ def describe_machine(device: str = "auto") -> dict[str, Any]:
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cpu = models[0] if models else platform.processor() or platform.machine()
     name = f"{device} ({torch.cuda.get_device_name(device)})" if device.startswith("cuda") else device
-    return {"cpu": cpu, "cores": n_threads(), "torch": torch.__version__, "device": name}
+    return {"cpu": cpu, "cores": n_cores(), "torch": torch.__version__, "device": name}

@@ -20,6 +20,7 @@ from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
 from cachefuse.losses import Loss
 from cachefuse.runtime import resolve_device
+from cachefuse.threads import same_threads
 from cachefuse.training.batches import FeatureTable
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.fitting import TrainingSet, training_loss, untrained_model
@@ -183,6 +184,7 @@ MEASUREMENTS: dict[str, Callable[[TrainBench], BenchRow]] = {
 }
 
 
+@same_threads()
 def bench_train(
     folder: Path,
     *,

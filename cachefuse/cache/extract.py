@@ -32,6 +32,7 @@ from cachefuse.encoders import EncoderSpec
 from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.registry import IDS
+from cachefuse.threads import idle_threads
 
 WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16}  # of texts; tokens of many long ones would fill the memory
 
@@ -161,6 +162,7 @@ class Job:
         missing = {view: int(mask.sum()) for view, mask in self.needed.items()}
         return sum(n * row_bytes(self.tower, self.sources, view, self.dtypes[view]) for view, n in missing.items() if n)
 
+    @idle_threads()
     def run(self, on_progress: OnProgress) -> int:
         """Compute the rows that are missing and return how many those are."""
         n_pending = int(self.pending.sum())

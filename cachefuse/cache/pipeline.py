@@ -16,7 +16,7 @@ from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
 from cachefuse.registry import IDS
-from cachefuse.runtime import n_threads
+from cachefuse.threads import idle_threads, n_cores
 
 WRITES_AHEAD = 2  # windows encoded and not yet written
 STAGES = ("reading", "encoding", "writing")
@@ -82,7 +82,7 @@ def prepare_in_order(
             what = f"{type(error).__name__}: {error}"
             raise EncoderError(f"can't prepare the {tower.modality} of {describe(row)}: {what}") from error
 
-    with ThreadPoolExecutor(n_threads(), thread_name_prefix="prepare") as pool:
+    with ThreadPoolExecutor(n_cores(), thread_name_prefix="prepare") as pool:
         try:
             yield in_order(pool, prepare, rows, ahead)
         finally:
@@ -112,6 +112,7 @@ def views_to_encode(needed: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     return tuple(view for view in needed if (view in missing if view == IDS else missing - {IDS}))
 
 
+@idle_threads()
 def encode_prepared(
     tower: Tower, prepared: Sequence[Any], views: Sequence[str], batch_size: int
 ) -> dict[str, list[np.ndarray | None]]:

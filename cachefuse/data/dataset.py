@@ -16,7 +16,7 @@ from cachefuse.data.readers.base import ImageSource, Samples
 from cachefuse.data.splits import apply_hash_splits
 from cachefuse.data.targets import encode_targets, is_labelled
 from cachefuse.errors import DataError, MissingDataError
-from cachefuse.runtime import n_threads
+from cachefuse.threads import n_cores
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Dataset:
         rows = range(len(self)) if rows is None else rows
         digests: list[str] = []
         of_image = self._once(lambda image: image.digest())
-        with ThreadPoolExecutor(n_threads(), thread_name_prefix="digest") as pool:
+        with ThreadPoolExecutor(n_cores(), thread_name_prefix="digest") as pool:
             run = map if self.images is None else pool.map
             for start in range(0, len(rows), WINDOW):
                 window = rows[start : start + WINDOW]

@@ -15,6 +15,7 @@ from cachefuse.data.answers import ENOUGH, NO_ANSWER
 from cachefuse.fusion.base import modalities_of, split_name
 from cachefuse.registry import lookup
 from cachefuse.runtime import total_memory
+from cachefuse.threads import idle_threads
 
 logger = logging.getLogger(__name__)
 
@@ -171,6 +172,7 @@ class FeatureTable:
         return replace(self, features=features)
 
     @torch.inference_mode()
+    @idle_threads()
     def map(self, function: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor], rows: Tensor) -> Tensor:
         """Return what a function makes of the batches of some rows (n,), (n, ...) on the CPU, without gradients.
 

@@ -16,6 +16,7 @@ from cachefuse.errors import TrainingError
 from cachefuse.fusion.base import Learner
 from cachefuse.losses import Loss
 from cachefuse.metrics import TaskSlice
+from cachefuse.threads import adapt_threads, idle_threads
 from cachefuse.training.batches import PIECE_FLOATS, Batch, Batches, FeatureTable, drop_modalities
 from cachefuse.training.ema import EMA
 from cachefuse.training.tasks import loss_of
@@ -30,7 +31,8 @@ DIVERGED = 10.0  # a loss this many times that of logits 0 is no longer one of a
 class Epoch:
     """What one epoch came to: the mean training loss and, with validation rows, their score and their loss.
 
-    With averaged weights, which are then those kept, ``raw_score`` is that of the weights as they are.
+    With averaged weights, which are then those kept, ``raw_score`` is that of the weights as they are. The last digits
+    depend on the number of CPU ``threads``.
     """
 
     epoch: int
@@ -39,6 +41,7 @@ class Epoch:
     best: bool
     val_loss: float | None = None
     raw_score: float | None = None
+    threads: int = 0
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Validation:
     score: Callable[[Tensor], float]
 
 
+@idle_threads()
 def fit(
     model: Learner,
     loss: Loss,
@@ -105,6 +109,7 @@ def fit(
     batches = Batches(table, train_rows, batch_size, generator, chances)
     try:
         for epoch in range(1, epochs + 1):
+            threads = adapt_threads()
             _train_mode(model)
             total = torch.zeros((), device=train_rows.device)
             for features, present, targets in batches:  # (B, D_m), (B,), (B, C)
@@ -137,7 +142,7 @@ def fit(
             score, val_loss = _validate(kept, loss, table, validation)
             raw_score = _validate(model, loss, table, validation)[0] if ema else None
             better = patience == 0 or epoch == 1 or _is_better(score, best_score)
-            history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss, raw_score))
+            history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss, raw_score, threads))
             if better:
                 best_state = {name: x.clone() for name, x in kept.state_dict().items()}
                 history.best_epoch, best_score = epoch, score

@@ -159,3 +159,20 @@ def test_more_than_fits_in_memory_is_one_line(cachefuse, workspace):
     result = cachefuse("train-head", "--layers", "1,1000000,1000000")
     assert result.error == "out of memory; try a smaller --batch-size, --layers or --limit"
     assert len(list((workspace / "runs").iterdir())) == 1
+
+
+def test_threads(cachefuse, workspace):
+    for number in ("1", "2"):
+        cachefuse("train-head", "--fusion", "image", "--head", "linear", "--epochs", "2", "--threads", number)
+        run = max((workspace / "runs").iterdir(), key=lambda path: (path / "run.json").stat().st_mtime_ns)
+        (history,) = json.loads((run / "history.json").read_text())["histories"]
+        assert [epoch["threads"] for epoch in history["epochs"]] == [int(number)] * 2
+
+
+@pytest.mark.parametrize("value", ["0", "two"])
+def test_no_number_of_threads(cachefuse, value, monkeypatch):
+    assert cachefuse("train-head", "--threads", value).code == 2
+    monkeypatch.setenv("CACHEFUSE_THREADS", value)
+    result = cachefuse("train-head")
+    assert result.code == 2
+    assert "CACHEFUSE" in result.err

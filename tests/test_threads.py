@@ -1,0 +1,248 @@
+"""The number of threads follows what is idle, unless a person fixes it."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from cachefuse import threads
+from cachefuse.errors import ConfigError
+from cachefuse.fusion.base import Learner
+from cachefuse.threads import Look, adapt_threads, fixed_threads, idle_threads, n_cores, n_idle_cores, same_threads
+from cachefuse.training.loop import fit
+
+
+@pytest.fixture(autouse=True)
+def by_what_is_idle(monkeypatch):
+    """As a person finds it: nothing is fixed, and nobody has looked yet; torch would take two threads."""
+    for name in ("CACHEFUSE_THREADS", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(threads, "_chosen", None)
+    monkeypatch.setattr(threads, "_last", None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def idle(monkeypatch):
+    """Return a list of the numbers of idle cores to find, one look after another; the last one stays."""
+    numbers = []
+    monkeypatch.setattr(threads, "n_cores", lambda: 8)
+    monkeypatch.setattr(threads, "n_idle_cores", lambda oldest_look: numbers.pop(0) if len(numbers) > 1 else numbers[0])
+    return numbers
+
+
+class TestFixed:
+    def test_by_nobody(self):
+        assert fixed_threads() is None
+
+    def test_by_the_environment(self, monkeypatch):
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert fixed_threads() == 2  # what torch has
+        monkeypatch.setenv("CACHEFUSE_THREADS", "5")
+        assert fixed_threads() == 5
+        monkeypatch.setenv("CACHEFUSE_THREADS", "")
+        assert fixed_threads() == 2
+
+    def test_by_a_call(self, monkeypatch):
+        monkeypatch.setenv("CACHEFUSE_THREADS", "5")
+        threads.set_threads(3)
+        assert fixed_threads() == 3
+        threads.set_threads(None)
+        assert fixed_threads() == 5
+
+    @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+    def test_no_number(self, monkeypatch, value):
+        monkeypatch.setenv("CACHEFUSE_THREADS", value)
+        with pytest.raises(
+            ConfigError, match=rf"^CACHEFUSE_THREADS must be a whole number above 0\. Got '{value}' instead"
+        ):
+            fixed_threads()
+
+    def test_none_at_all(self):
+        with pytest.raises(ConfigError, match=r"^threads must be a whole number above 0\. Got 0 instead"):
+            threads.set_threads(0)
+
+    def test_is_more_than_what_is_idle(self, idle):
+        idle[:] = [1]
+        threads.set_threads(4)
+        with idle_threads():
+            assert torch.get_num_threads() == 4
+        assert torch.get_num_threads() == 2
+
+
+class TestIdle:
+    def test_for_a_block(self, idle):
+        idle[:] = [1, 2, 1]
+        with idle_threads():
+            assert torch.get_num_threads() == 1
+            assert adapt_threads() == torch.get_num_threads() == 2
+            assert adapt_threads() == torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+
+    def test_no_more_than_torch_would_take(self, idle):
+        idle[:] = [8]
+        with idle_threads():
+            assert torch.get_num_threads() == 2
+
+    def test_a_block_in_a_block_may_take_more_again(self, idle):
+        idle[:] = [1, 2]
+        with idle_threads():
+            with idle_threads():
+                assert torch.get_num_threads() == 2
+            assert torch.get_num_threads() == 1
+
+    def test_after_an_error(self, idle):
+        idle[:] = [1]
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError), idle_threads():
+                1 / 0  # noqa: B018
+            assert torch.get_num_threads() == 2
+
+    def test_what_is_compared_takes_the_same(self, idle):
+        idle[:] = [1, 2]
+        with same_threads():
+            assert adapt_threads() == 1
+        with idle_threads():
+            assert torch.get_num_threads() == 2
+
+    def test_epochs_say_theirs(self, idle):
+        idle[:] = [2, 1, 2, 1, 2]
+        history = fit(*small_training(), epochs=3, batch_size=4, generator=torch.Generator())
+        assert [epoch.threads for epoch in history.epochs] == [1, 2, 1]
+        assert torch.get_num_threads() == 2
+
+
+def small_training():
+    """Return what ``fit`` takes: a linear model, loss, optimizer, table and rows."""
+    import numpy as np
+
+    from cachefuse.training.batches import FeatureTable
+
+    class Linear(Learner):
+        def __init__(self):
+            super().__init__()
+            self.widths = {"image": 3}
+            self.layer = torch.nn.Linear(3, 2)
+
+        def forward(self, features, present):
+            return self.layer(features["image"])
+
+    n = 8
+    table = FeatureTable(
+        features={"image": torch.randn(n, 3)},
+        present={"image": torch.ones(n, dtype=torch.bool)},
+        targets=torch.ones(n, 2, dtype=torch.uint8),
+        labelled=np.ones(n, bool),
+        splits=np.array(["train"] * n),
+    )
+    model = Linear()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits
+    return (
+        model,
+        lambda logits, targets: loss(logits, targets.float()),
+        torch.optim.SGD(model.parameters(), 0.1),
+        table,
+        torch.arange(n),
+    )
+
+
+class TestLooking:
+    """What a look makes of the times that the system counts."""
+
+    def look(self, monkeypatch, busy, cores=4):
+        """Return the idle cores where others had ``busy`` cores' time, in each of some intervals of a second."""
+        when, others = 100.0, 50.0
+        looks = [Look(when, others)]
+        for had in busy:
+            when, others = when + 1, others + had
+            looks.append(Look(when, others))
+        monkeypatch.setattr(threads, "n_cores", lambda: cores)
+        monkeypatch.setattr(threads, "_look", lambda: looks.pop(0))
+        monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(threads.time, "monotonic", lambda: looks[0].when)
+        return [n_idle_cores() for _ in busy]
+
+    def test_others_take_cores(self, monkeypatch):
+        assert self.look(monkeypatch, [0, 0.2, 0.5, 1, 2, 3, 4, 9, 0]) == [4, 4, 3, 3, 2, 1, 1, 1, 4]
+
+    def test_time_that_the_system_counts_late(self, monkeypatch):
+        """Own time is counted more finely, so that others may seem to have had less than none."""
+        assert self.look(monkeypatch, [-0.3, 0.0]) == [4, 4]
+
+    def test_an_old_look_says_nothing_of_now(self, monkeypatch):
+        looks = [Look(1000, 500), Look(1000.1, 500.2), Look(1000.2, 500.2)]
+        monkeypatch.setattr(threads, "n_cores", lambda: 4)
+        monkeypatch.setattr(threads, "_last", Look(100, 0, 4))
+        monkeypatch.setattr(threads, "_look", lambda: looks.pop(0))
+        monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
+        monkeypatch.setattr(threads.time, "monotonic", lambda: 1000.0)
+        assert n_idle_cores(oldest_look=1.0) == 2
+
+    def test_a_look_a_moment_ago_is_kept(self, monkeypatch):
+        monkeypatch.setattr(threads, "_last", Look(time.monotonic(), 0, 7))
+        monkeypatch.setattr(threads, "_look", None)
+        assert n_idle_cores() == 7
+
+    def test_at_this_machine(self):
+        assert 1 <= n_idle_cores() <= n_cores() <= os.cpu_count()
+
+    def test_beside_busy_processes(self):
+        """However busy the machine is otherwise, none of these cores is idle."""
+        busy = [
+            subprocess.Popen([sys.executable, "-c", "while True: pass"])  # they end with the test
+            for _ in range(n_cores() + 2)
+        ]
+        try:
+            time.sleep(0.5)
+            found = [n_idle_cores(oldest_look=0) for _ in range(3)]
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
+        assert sorted(found)[1] == 1
+
+
+class TestCores:
+    @pytest.mark.parametrize(
+        ("files", "group", "cores"),
+        [
+            ({}, "0::/\n", 8),
+            ({"cpu.max": "max 100000"}, "0::/\n", 8),
+            ({"cpu.max": "250000 100000"}, "0::/\n", 2),
+            ({"cpu.max": "50000 100000"}, "0::/\n", 1),
+            ({"cpu.max": "400000 100000", "a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, "0::/a/b\n", 3),
+            ({"cpu.max": "400000 100000", "other/cpu.max": "100000 100000"}, "0::/a\n", 4),
+            ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/x\n0::/\n", 3),
+            ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/\n", 8),
+            ({"cpu.max": "what"}, "0::/\n", 8),
+            ({"cpu.max": ""}, "0::/\n", 8),
+        ],
+    )
+    def test_of_a_container(self, tmp_path, monkeypatch, files, group, cores):
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+        (tmp_path / "own").write_text(group)
+        monkeypatch.setattr(threads, "CGROUPS", tmp_path)
+        monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "own")
+        monkeypatch.setattr(threads, "_affinity", lambda: set(range(8)))
+        assert n_cores() == cores
+
+    def test_without_control_groups(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "missing")
+        monkeypatch.setattr(threads, "_affinity", lambda: None)
+        assert n_cores() == os.cpu_count()
+
+    @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to cores")
+    def test_of_a_process_that_is_pinned(self):
+        core = min(os.sched_getaffinity(0))
+        code = f"import os; os.sched_setaffinity(0, {{{core}}})\n"
+        code += "from cachefuse.threads import *; print(n_cores(), n_idle_cores())"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout.split() == ["1", "1"]
