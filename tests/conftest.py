@@ -62,6 +62,26 @@ def heed_interrupts():
 
 
 @pytest.fixture(scope="session")
+def growth():
+    """Return by how many times the processor's time of ``work(n)`` grows when n is four times as large."""
+    import time
+
+    def growth(work, n):
+        def least(size):
+            taken = []
+            for _ in range(3):
+                begun = time.process_time()
+                work(size)
+                taken.append(time.process_time() - begun)
+            return min(taken)
+
+        work(n)  # whatever is done once
+        return least(4 * n) / least(n)
+
+    return growth
+
+
+@pytest.fixture(scope="session")
 def mine():
     """A manifest of small shapes, as a user might write it."""
     return """

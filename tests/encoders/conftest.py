@@ -1,6 +1,7 @@
 """Small models with random weights, saved as users' folders and files are: one way to open each kind of encoder."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -198,7 +199,13 @@ def batch_effect() -> Callable[[Tower, list], float]:
 
 
 @pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The hub's library with an empty cache and a hub that refuses connections, so that the network has no say."""
+def no_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
+    """The hub's library with an empty cache and a hub that refuses connections, so that the network has no say.
+
+    Returns the seconds that are waited, which fill up as it is asked again; nothing is waited.
+    """
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    return waited

@@ -1,6 +1,5 @@
 import json
 import logging
-import time
 
 import numpy as np
 import open_clip
@@ -129,9 +128,8 @@ def test_errors_say_what_to_do(spec, message):
     [("clip:ViT-B-32", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"), ("clip:RN50", "timm/resnet50_clip.openai")],
 )
 def test_without_the_hub_the_error_is_quick_and_says_what_works(no_hub, spec, repo):
-    start = time.perf_counter()
     with pytest.raises(
         EncoderError, match=rf"tried {repo} on the Hugging Face hub .*offline: `classic`, or .*@\./weig"
     ):
         open_encoder(spec)
-    assert time.perf_counter() - start < 10
+    assert sum(no_hub) < 5

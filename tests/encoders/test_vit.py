@@ -1,5 +1,3 @@
-import time
-
 import numpy as np
 import pytest
 import timm
@@ -84,9 +82,8 @@ def test_errors_say_what_to_do(spec, message):
 
 
 def test_without_the_hub_the_error_is_quick_and_says_what_works(no_hub):
-    start = time.perf_counter()
     with pytest.raises(
         EncoderError, match=r"tried timm/resnet18\.a1_in1k on the Hugging Face hub .*offline: `classic`"
     ):
         open_encoder("timm:resnet18")
-    assert time.perf_counter() - start < 10
+    assert sum(no_hub) < 5
