@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("CACHEFUSE_THREADS", os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()))
+    os.environ["CACHEFUSE_THREADS"] = os.environ.setdefault("OMP_NUM_THREADS", "1")
+else:
+    os.environ.setdefault("CACHEFUSE_THREADS", os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()))
 
 
 RUN_SLOW = "python -m pytest -n 2 --dist worksteal -m slow"
