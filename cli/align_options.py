@@ -32,7 +32,7 @@ OPTIONS = {
     "ema": option(float, TRAINING, "D", "Decay of averaged weights; 0: none."),
     "patience": option(int, TRAINING, "N", "Stop after N epochs that were no better on val; 0: never."),
     "monitor": option(str, TRAINING, "NAME", "What better means: r1, recall at 1 both ways, or loss."),
-    "seed": option(int, TRAINING, "N", "Same seed, same machine: same result."),
+    "seed": option(int, TRAINING, "N", "Same seed, machine, libraries and threads: same result."),
 }
 
 takes_align_config = takes(AlignConfig, OPTIONS, {}, lambda given: AlignConfig(**given))

@@ -32,7 +32,7 @@ def compare(
             show_default="mean:16 of a modality with more than 64",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Same seed, same machine: same result.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Same seed, machine, libraries and threads: same result.")] = 0,
     dataset: StoreName = None,
     encoder: UsedEncoders = None,
     device: Device = "auto",

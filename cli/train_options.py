@@ -84,7 +84,7 @@ OPTIONS = {
     "folds": option(int, CHOOSING, "K", "Train K models on train and val, each measured on what it has not seen."),
     "members": option(int, CHOOSING, "S", "Average S models that differ in their seed."),
     "refit": option(bool, CHOOSING, "", "Then train on all of train and val."),
-    "seed": option(int, CHOOSING, "N", "Same seed, same machine: same result."),
+    "seed": option(int, CHOOSING, "N", "Same seed, machine, libraries and threads: same result."),
 }  # fmt: skip
 
 

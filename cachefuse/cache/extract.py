@@ -218,8 +218,9 @@ class Job:
 
     def _windows(self) -> list[range]:
         """Return the windows with pending rows. They lie where they always lie and are encoded whole, so that a
-        resumed run makes the same batches, and with them the same bytes, as one that was never interrupted. They
-        begin anew where samples were appended, so that only those are computed."""
+        resumed run makes the same batches as one that was never interrupted: on one machine, with the same library
+        versions and number of threads, the same bytes. They begin anew where samples were appended, so that only
+        those are computed."""
         starts = [0, *self.store.appended_at(self.tower.modality), len(self.pending)]
         windows = (
             range(start, min(start + self._window, end))
