@@ -33,7 +33,7 @@ train = 800
 test = 200
 """
 PROGRAM = str(Path(sys.executable).with_name("cachefuse"))
-PATIENCE = 120  # seconds
+PATIENCE = 600  # seconds, on a machine however busy
 
 
 @pytest.fixture

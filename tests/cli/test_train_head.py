@@ -137,7 +137,7 @@ def test_sigint_in_a_real_process(workspace, folder):
         assert process.stderr.readline() == "epoch 1\n"
         time.sleep(0.2)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130

@@ -162,7 +162,7 @@ def test_an_image_that_samples_share_is_hashed_once():
 def test_threads_give_the_digests_in_order(monkeypatch):
     monkeypatch.setattr(module, "n_cores", lambda: 8)
     monkeypatch.setattr(module, "BATCH", 4)
-    meeting = threading.Barrier(8, timeout=10)  # passed only if eight threads hash at once
+    meeting = threading.Barrier(8, timeout=60)  # passed only if eight threads hash at once
     sources = [Source(i, lambda number: number % 4 == 0 and number < 32 and meeting.wait()) for i in range(1000)]
     expected = [hash_parts(f"image:digest {i}") for i in range(1000)]
     assert make_dataset(sources).digests() == expected

@@ -17,7 +17,7 @@ def browse(tmp_path):
             "--enable-logging=stderr", "--v=0", "--hide-scrollbars", "--allow-file-access-from-files",
             "--dump-dom", page.as_uri(),
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
         return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
     return load
