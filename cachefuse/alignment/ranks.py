@@ -26,22 +26,24 @@ def best_ranks(queries: Embedded, gallery: Embedded) -> np.ndarray:
     """Return the rank (q,) at which each query finds the first item of its own sample; 1 is the best.
 
     Items of other samples with the same score, or with none (NaN), come before it, so that vectors that are all alike,
-    or broken, find nothing. Where both sides are of the same items, an item itself is left out, unless its sample has
-    no other.
+    or broken, find nothing. What is the same is decided in float64: in float32 equal vectors may have scores that differ
+    in their last digit, by their places in the product. Where both sides are of the same items, an item itself is left
+    out, unless its sample has no other.
     """
     ranks = []
-    vectors, owner = gallery.vectors.T, torch.from_numpy(gallery.owners)
+    vectors, owner = gallery.vectors.double().T, torch.from_numpy(gallery.owners)
+    same = (len(vectors) + 8) * 2**-53  # as far as scores of equal vectors may be apart
     step = max(1, BLOCK_FLOATS // max(1, len(owner)))
     for start in range(0, len(queries.owners), step):
         here = slice(start, start + step)
-        scores = queries.vectors[here] @ vectors  # (b, g)
+        scores = queries.vectors[here].double() @ vectors  # (b, g)
         own = torch.from_numpy(queries.owners[here])[:, None] == owner
         if queries.items is not None and gallery.items is not None:
             itself = torch.from_numpy(queries.items[here])[:, None] == torch.from_numpy(gallery.items)
             itself &= own.sum(1, keepdim=True) > 1
             scores[itself] = -torch.inf
         best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
-        ranks.append(1 + (~own & ~(scores < best)).sum(1))
+        ranks.append(1 + (~own & ~(scores < best - same)).sum(1))
     return torch.cat(ranks).numpy() if ranks else np.zeros(0, np.int64)
 
 
