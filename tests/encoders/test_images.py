@@ -84,6 +84,10 @@ def test_timm_transforms_are_cut(config, device):
 
 
 def processor(name, **options):
+    """A processor by its name in transformers 5: by torchvision, or with the end Pil by Pillow and NumPy."""
+    if transformers.__version__.startswith("4."):  # there NameFast, and Name
+        fast = f"{name}Fast"
+        name = fast if hasattr(transformers, fast) else name.removesuffix("Pil")
     return getattr(transformers, name)(**options)
 
 

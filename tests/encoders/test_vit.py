@@ -73,7 +73,7 @@ def test_weights_of_another_model_are_refused(tmp_path):
         ("timm:resnet18@a1_in1k", "a tag is written timm:name.tag"),
         ("timm:resnet18@./nowhere.safetensors", "there is no file nowhere.safetensors"),
         ("timm:resnet18@weights.pth", "weights.pth is not a .safetensors file; a pickle can run code"),
-        ("timm:test_vit_relpos", "timm has no pretrained weights for test_vit_relpos; give a file"),
+        ("timm:test_vit4", "timm has no pretrained weights for test_vit4; give a file"),
     ],
 )
 def test_errors_say_what_to_do(spec, message):
