@@ -17,7 +17,9 @@ def read_json(path: Path, most_bytes: int, kind: str, keep: Callable[[dict[str, 
         raise DataError(f"{path.name}: is larger than {most_bytes:,} bytes, which no {kind} file is")
     try:
         return json.loads(path.read_bytes(), object_hook=keep)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:  # Python versions word it differently
+        raise DataError(f"{path.name}: not valid JSON: nested too deeply") from error
+    except ValueError as error:
         raise DataError(f"{path.name}: not valid JSON: {error}") from error
 
 

@@ -205,7 +205,7 @@ def test_folders_and_files_that_are_links_out_of_the_data_folder(tmp_path, name,
     [
         (b"", "not valid JSON: Expecting value: line 1"),
         (b'{"questions": "\xff"}', "not valid JSON: 'utf-8' codec can't decode"),
-        (b"[" * 100_000, "not valid JSON: maximum recursion depth"),
+        (b"[" * 100_000, "not valid JSON: nested too deeply"),
         (b"[]", 'must be a JSON object with a list "KEY" of objects$'),
         (b'{"questions": {}, "annotations": 3}', 'must be a JSON object with a list "KEY" of objects$'),
         (b'{"questions": [3], "annotations": [{"answer": "x"}]}', 'must be a JSON object with a list "KEY" of obj'),
