@@ -1,3 +1,4 @@
+import functools
 import shutil
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def store(extracted, tmp_path):
     return FeatureStore(shutil.copytree(extracted, tmp_path / "mine.zarr"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def add_features():
     def add(store, encoder, modality, values, source=None, blocks=None, **others):
         """Write features (N, D) under a made-up encoder, only some blocks if given.
@@ -61,9 +62,11 @@ def add_features():
     return add
 
 
-@pytest.fixture
-def make_store(tmp_path, add_features):
-    def make(features, targets, splits, *, task="multilabel", absent=None, metrics=(), name="made", others=None):
+@pytest.fixture(scope="session")
+def make_store_in(add_features):
+    def make(
+        folder, features, targets, splits, *, task="multilabel", absent=None, metrics=(), name="made", others=None
+    ):
         """A store of features {modality: (N, D)}, with ``absent`` {modality: rows}, and other views by modality."""
         absent = absent or {}
         n, n_classes = len(targets), targets.shape[1] if targets.ndim == 2 else targets.max(initial=0) + 1
@@ -82,7 +85,7 @@ def make_store(tmp_path, add_features):
             texts=texts if "text" in features else None,
             name=name,
         )
-        store = FeatureStore.for_dataset(tmp_path / f"{name}.zarr", dataset)
+        store = FeatureStore.for_dataset(folder / f"{name}.zarr", dataset)
         for modality, values in features.items():
             add_features(store, "toy", modality, values, **(others or {}).get(modality, {}))
         return store
@@ -91,10 +94,13 @@ def make_store(tmp_path, add_features):
 
 
 @pytest.fixture
-def toy_store(make_store):
-    """60 rows that a linear head can learn: 40 train, 12 val, 8 unlabelled test."""
+def make_store(tmp_path, make_store_in):
+    return functools.partial(make_store_in, tmp_path)
 
-    def make(task="multilabel", seed=0, **options):
+
+@pytest.fixture(scope="session")
+def toy_store_in(make_store_in):
+    def make(folder, task="multilabel", seed=0, **options):
         rng = np.random.default_rng(seed)
         x = {"image": rng.normal(size=(60, 6)).astype(np.float16), "text": rng.normal(size=(60, 5)).astype(np.float16)}
         signal = np.concatenate([x["image"], x["text"]], axis=1).astype(np.float32) @ rng.normal(size=(11, 3))
@@ -109,7 +115,30 @@ def toy_store(make_store):
             },
         }
         splits = ["train"] * 40 + ["val"] * 12 + ["test"] * 8
-        return make_store(x, targets, splits, task=task, others=others, **options)
+        return make_store_in(folder, x, targets, splits, task=task, others=others, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def toy_stores():
+    """The folders of toy stores that are there already, by what was asked for."""
+    return {}
+
+
+@pytest.fixture
+def toy_store(toy_store_in, toy_stores, tmp_path, tmp_path_factory):
+    """60 rows that a linear head can learn: 40 train, 12 val, 8 unlabelled test; made once, and copied."""
+
+    def make(*args, name="made", **options):
+        path, asked = tmp_path / f"{name}.zarr", repr((args, name, options))
+        if path.exists():
+            return toy_store_in(tmp_path, *args, name=name, **options)
+        if asked not in toy_stores:
+            folder = tmp_path_factory.mktemp("toy")
+            toy_store_in(folder, *args, name=name, **options)
+            toy_stores[asked] = folder / path.name
+        return FeatureStore(shutil.copytree(toy_stores[asked], path))
 
     return make
 
