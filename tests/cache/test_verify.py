@@ -17,10 +17,17 @@ from cachefuse.errors import CacheError
 VIEWS = ("pooled", "tokens")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Where the store is that each test gets a copy of, once the first has made it."""
+    return tmp_path_factory.mktemp("made") / "small.zarr"
+
+
 @pytest.fixture
-def store(shapes, store_path, toy):
-    extract(shapes, ["toy"], store_path, views=VIEWS, device="cpu", batch_size=8)
-    return FeatureStore(store_path)
+def store(shapes, store_path, toy, made):
+    if not made.exists():
+        extract(shapes, ["toy"], made, views=VIEWS, device="cpu", batch_size=8)
+    return FeatureStore(shutil.copytree(made, store_path))
 
 
 def flip(path, place):

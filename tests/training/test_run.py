@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -22,9 +23,15 @@ from cachefuse.training.used import match_features
 QUICK = TrainConfig(head="linear", epochs=2, loss="bce")
 
 
+@pytest.fixture(scope="module")
+def once(toy_store_in, tmp_path_factory):
+    return train_head(toy_store_in(tmp_path_factory.mktemp("once")), QUICK)
+
+
 @pytest.fixture
-def trained(toy_store):
-    return train_head(toy_store(), QUICK)
+def trained(once):
+    """A copy of one run, which a test may spoil."""
+    return deepcopy(once)
 
 
 @pytest.fixture
@@ -68,19 +75,13 @@ def test_counts_parameters_and_size(trained):
     assert trained.size_mb == pytest.approx(4 * (trained.n_parameters + 2 * 11) / 1e6)
 
 
-def test_names_count_up_and_the_latest_is_by_date(trained, tmp_path):
-    runs = tmp_path / "runs"
-    paths = [train_head(match_store(trained, tmp_path), QUICK).save(runs) for _ in range(3)]
+def test_names_count_up_and_the_latest_is_by_date(toy_store, tmp_path):
+    runs, store = tmp_path / "runs", toy_store()
+    paths = [train_head(store, QUICK).save(runs) for _ in range(3)]
     assert [path.name for path in paths] == [f"made-sum-linear-bce-{n}" for n in (1, 2, 3)]
     assert find_run(runs) == paths[2]
     edit(paths[0] / "run.json", lambda values: values.update(created="2999-01-01T00:00:00"))
     assert find_run(runs) == paths[0]
-
-
-def match_store(trained, tmp_path):
-    from cachefuse.cache.store import FeatureStore
-
-    return FeatureStore(tmp_path / f"{trained.dataset}.zarr")
 
 
 def test_runs_saved_at_once_all_find_a_name(trained, tmp_path):
@@ -350,15 +351,15 @@ def test_refuses_a_store_with_other_classes(saved, make_store):
         match(saved, other)
 
 
-def test_refuses_a_store_without_the_encoder(saved, trained, tmp_path):
-    store = match_store(trained, tmp_path)
+def test_refuses_a_store_without_the_encoder(saved, toy_store):
+    store = toy_store()
     shutil.rmtree(store.path / "features" / "toy" / "text")
     with pytest.raises(RunError, match=r"was trained on toy \(text\), which .* lacks"):
         match(saved, store)
 
 
-def test_refuses_a_store_made_differently(saved, trained, tmp_path, add_features):
-    store = match_store(trained, tmp_path)
+def test_refuses_a_store_made_differently(saved, toy_store, add_features):
+    store = toy_store()
     shutil.rmtree(store.path / "features" / "toy" / "text")
     add_features(store, "toy", "text", np.zeros((60, 5), np.float32))
     with pytest.raises(

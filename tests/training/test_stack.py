@@ -156,7 +156,7 @@ def test_linear_layers_with_and_without_bias(bias):
     torch.testing.assert_close(stacked(own), torch.stack([layer(x) for layer, x in zip(layers, own, strict=True)]))
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("adamw", marks=pytest.mark.slow), "sgd"])
 @pytest.mark.parametrize("fusion", LINEAR)
 def test_linear_heads_trained_together_are_those_trained_alone(fusion, optimizer):
     assert_same_as_alone(make_problem(), mixed(fusion=fusion, optimizer=optimizer))
