@@ -69,7 +69,9 @@ Threads = Annotated[
     ),
 ]  # holds for the process: a command need not hand it on
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Seed = Annotated[int, typer.Option("--seed", metavar="N", help="Same seed, machine, libraries and threads: same result.")]
+Seed = Annotated[
+    int, typer.Option("--seed", metavar="N", help="Same seed, machine, libraries and threads: same result.")
+]
 RunName = Annotated[
     str | None, typer.Option("--run", metavar="NAME", help="A run's name or folder.", show_default="the latest")
 ]

@@ -26,7 +26,7 @@ def best_ranks(queries: Embedded, gallery: Embedded) -> np.ndarray:
     """Return the rank (q,) at which each query finds the first item of its own sample; 1 is the best.
 
     Items of other samples with the same score, or with none (NaN), come before it, so that vectors that are all alike,
-    or broken, find nothing. What is the same is decided in float64: in float32 equal vectors may have scores that differ
+    or broken, find nothing. What is the same is decided in float64: in float32 the scores of equal vectors may differ
     in their last digit, by their places in the product. Where both sides are of the same items, an item itself is left
     out, unless its sample has no other.
     """
