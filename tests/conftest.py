@@ -3,7 +3,7 @@
 The number of threads is fixed: by itself it follows what else the machine does, and the last digits follow it.
 
 xdist gives each worker a run of tests to begin with, so the slow ones are dealt out to the beginnings of those.
-Without ``-m``, tests marked slow are left out, and the last line of the output says so.
+Tests marked slow are left out, and the last line of the output says so, unless ``-m`` or a single test is named.
 
 Then what tests of several folders are given.
 """
@@ -25,7 +25,7 @@ N_LEFT_OUT = pytest.StashKey[int]()
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr:
+    if not config.option.markexpr and not any("::" in name for name in config.args):
         leave_out(config, items)
     items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real", "slow")])
     n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))

@@ -1,4 +1,4 @@
-"""Slow tests are left out unless ``-m`` is given, and the last line says so."""
+"""Slow tests are left out unless ``-m`` or a test is given, and the last line says so."""
 
 import os
 import shutil
@@ -42,9 +42,16 @@ def test_the_last_line_says_what_was_left_out(options, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "n"), [(("-m", "slow"), 2), (("-n", "2", "-m", "slow or not slow"), 3)], ids=["slow", "all"]
+    ("options", "n"),
+    [
+        (("-m", "slow"), 2),
+        (("-n", "2", "-m", "slow or not slow"), 3),
+        (("test_three.py::test_slow",), 2),
+        (("-n", "2", "test_three.py::test_slow[1]"), 1),
+    ],
+    ids=["slow", "all", "named", "one"],
 )
-def test_an_expression_decides_by_itself(options, n, tmp_path):
+def test_what_is_asked_for_is_run(options, n, tmp_path):
     _, last = run(tmp_path, *options)
     assert f"{n} passed" in last
 
