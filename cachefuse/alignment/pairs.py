@@ -19,6 +19,7 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.losses import TINY_NORM
 from cachefuse.runtime import make_folder, resolve_device, slug, write_atomically
+from cachefuse.threads import idle_threads
 
 BLOCK = 2048  # texts compared with as many others at a time
 CANDIDATES = 16  # nearest texts of each among which its partner is
@@ -37,6 +38,7 @@ class Pairs:
         return sum(len(rows) for rows in self.rows.values())
 
 
+@idle_threads()
 def mine_pairs(
     features: Features,
     texts: list[tuple[str, ...]],

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cachefuse.threads import idle_threads
+
 BLOCK_FLOATS = 1 << 24  # of scores at a time
 
 
@@ -22,6 +24,7 @@ class Embedded:
 
 
 @torch.inference_mode()
+@idle_threads()
 def best_ranks(queries: Embedded, gallery: Embedded) -> np.ndarray:
     """Return the rank (q,) at which each query finds the first item of its own sample; 1 is the best.
 

@@ -13,6 +13,7 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.losses import TINY_NORM
+from cachefuse.threads import idle_threads
 
 PROMPT = "a photo of a {}"
 TOP = 5
@@ -37,6 +38,7 @@ class ZeroShot:
         return 1 / len(self.classes)
 
 
+@idle_threads()
 def zero_shot(
     space: Space,
     store: FeatureStore,
