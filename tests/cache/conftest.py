@@ -2,6 +2,7 @@
 
 import sys
 import threading
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -58,11 +59,16 @@ class Toy:
     on_encode: Callable[[list[np.ndarray]], None] = lambda batch: None
     change: Callable[[np.ndarray], np.ndarray] = lambda features: features
 
-    def interrupt_after(self, n_batches: int) -> None:
-        """Have the encoding interrupted, once, when so many batches are done."""
+    def interrupt_after(self, n_batches: int, store: Path | None = None, n_blocks: int = 0) -> None:
+        """Have the encoding interrupted, once, when so many batches are done.
+
+        Until then so many blocks of a store's images are written, which is done in the background.
+        """
 
         def interrupt(batch: list[np.ndarray]) -> None:
             if len(self.batches) == n_batches:
+                while store is not None and finished_blocks(store / "features" / "toy" / "image") < n_blocks:
+                    time.sleep(0.001)
                 self.on_encode = lambda batch: None
                 raise KeyboardInterrupt
 
@@ -71,6 +77,11 @@ class Toy:
     @property
     def n_encoded(self) -> int:
         return sum(len(batch) for _, batch, _ in self.batches)
+
+
+def finished_blocks(features: Path) -> int:
+    journal = features / "journal.jsonl"
+    return len(journal.read_bytes().splitlines()) if journal.is_file() else 0
 
 
 class ToyTower(Tower):

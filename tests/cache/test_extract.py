@@ -58,7 +58,7 @@ def test_a_resumed_run_makes_the_same_batches(shapes, store_path, toy):
 
 
 def test_an_incomplete_view_is_not_read(shapes, store_path, toy):
-    toy.interrupt_after(9)
+    toy.interrupt_after(9, store_path, n_blocks=1)
     with pytest.raises(KeyboardInterrupt):
         run(shapes, store_path, batch_size=8)
     with pytest.raises(CacheError, match=r"toy \(image, pooled\) has 64 of 80 rows; run the same .* again to go on"):

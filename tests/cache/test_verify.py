@@ -197,7 +197,7 @@ def test_a_group_whose_description_is_lost_is_damage_and_is_not_thrown_away(shap
 
 
 def test_repair_computes_the_damaged_view_of_the_damaged_modality_alone(shapes, store_path, toy):
-    toy.interrupt_after(10)
+    toy.interrupt_after(10, store_path, n_blocks=2)
     with pytest.raises(KeyboardInterrupt):
         extract(shapes, ["toy"], store_path, views=VIEWS, device="cpu", batch_size=8)
     flip(store_path / "features" / "toy" / "image" / "tokens" / "c" / "0" / "0" / "0", 3)
@@ -229,7 +229,7 @@ def test_the_cosine_of_a_block_is_that_of_all_its_rows_after_some_were_computed_
 
 
 def test_blocks_that_were_never_finished_are_no_damage(shapes, store_path, toy):
-    toy.interrupt_after(9)
+    toy.interrupt_after(9, store_path, n_blocks=1)
     with pytest.raises(KeyboardInterrupt):
         extract(shapes, ["toy"], store_path, device="cpu", batch_size=8)
     found = verify(FeatureStore(store_path))
