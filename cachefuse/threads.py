@@ -7,6 +7,7 @@ at the machine when it begins, and again between epochs and between windows of s
 that share it, so the same bytes take the same number.
 """
 
+import logging
 import math
 import os
 import threading
@@ -18,15 +19,20 @@ from pathlib import Path
 
 from cachefuse.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 VARIABLE = "CACHEFUSE_THREADS"
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 MOMENT = 0.1  # seconds; the system counts in hundredths
+MOST = 512  # threads: far more than that end torch
 RECENT = 1.0  # seconds for which a look is of now
 IDLE = 0.7  # of a core's time that makes it count as idle: a machine at rest does a little all the time
 BUSY = ("nice", "irq", "softirq", "steal")  # beside user and system time, where a system tells them apart
 
 _chosen: int | None = None
+_n_active = 0  # blocks of ``idle_threads``, in all Python threads
+_usual = 1  # the number of threads outside of them
 _active = threading.local()
 _lock = threading.Lock()
 
@@ -46,19 +52,21 @@ _last: Look | None = None
 def set_threads(n: int | None) -> None:
     """Have torch compute with ``n`` threads whenever cachefuse does; with None by what is idle, as it is at first.
 
-    Raises ConfigError for a number below 1.
+    Raises ConfigError for a number below 1 or above ``MOST``.
     """
     global _chosen
     _chosen = None if n is None else _checked(n, "threads")
 
 
 def fixed_threads() -> int | None:
-    """Return the number of threads that a person has fixed, or None. Raises ConfigError if it is no number above 0."""
+    """Return the number of threads that a person has fixed, or None. Raises ConfigError if it can't be one."""
+    if (same := getattr(_active, "same", None)) is not None:
+        return int(same)
     if _chosen is not None:
         return _chosen
     if given := os.environ.get(VARIABLE):
         return _checked(given, VARIABLE)
-    if os.environ.get("OMP_NUM_THREADS"):  # torch has read it
+    if os.environ.get("OMP_NUM_THREADS"):  # torch has read it, and made of it what it can
         import torch
 
         return torch.get_num_threads()
@@ -70,8 +78,8 @@ def _checked(value: int | str, name: str) -> int:
         n = int(value)
     except ValueError:
         n = 0
-    if n < 1:
-        raise ConfigError(f"{name} must be a whole number above 0. Got {value!r} instead")
+    if not 1 <= n <= MOST:
+        raise ConfigError(f"{name} must be a whole number from 1 to {MOST}. Got {value!r} instead")
     return n
 
 
@@ -80,8 +88,14 @@ def idle_threads() -> Iterator[None]:
     """Compute with as many threads as there are idle cores, or the fixed number, and afterwards as before."""
     import torch
 
-    before = torch.get_num_threads()
+    global _n_active, _usual
     begins = not hasattr(_active, "most")
+    with _lock:
+        if not _n_active:
+            _usual = torch.get_num_threads()
+        _n_active += 1
+        # A new Python thread has the number that another one computes with just now; it is not the usual one.
+        before = _usual if begins else torch.get_num_threads()
     if begins:
         _active.most = min(before, n_cores())
     try:
@@ -92,6 +106,8 @@ def idle_threads() -> Iterator[None]:
             del _active.most
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
+        with _lock:
+            _n_active -= 1
 
 
 @contextmanager
@@ -100,12 +116,12 @@ def same_threads() -> Iterator[None]:
     import torch
 
     with idle_threads():
-        before = _chosen
-        set_threads(torch.get_num_threads())
+        before = getattr(_active, "same", None)
+        _active.same = torch.get_num_threads()
         try:
             yield
         finally:
-            set_threads(before)
+            _active.same = before
 
 
 def adapt_threads(oldest_look: float = math.inf) -> int:
@@ -128,12 +144,16 @@ def n_idle_cores(oldest_look: float = math.inf) -> int:
         age = math.inf if _last is None else time.monotonic() - _last.when
         if _last is not None and age < MOMENT:
             return _last.n_idle
-        if _last is None or age > oldest_look:
-            _last = _look()
-            time.sleep(MOMENT)
-        now = _look()
-        busy = (now.others - _last.others) / (now.when - _last.when)
-        _last = replace(now, n_idle=max(1, int(n_cores() - max(0.0, busy) + 1 - IDLE)))
+        try:
+            if _last is None or age > oldest_look:
+                _last = _look()
+                time.sleep(MOMENT)
+            now = _look()
+        except Exception as error:  # of many kinds, where a system does not let its load be seen
+            logger.debug("the load of this machine can't be seen: %s: %s", type(error).__name__, error)
+            return n_cores()
+        busy = max(0.0, (now.others - _last.others) / (now.when - _last.when))
+        _last = replace(now, n_idle=max(1, int(min(n_cores(), _n_allowed() - busy + 1 - IDLE))))
         return _last.n_idle
 
 
@@ -149,8 +169,11 @@ def _look() -> Look:
 
 def n_cores() -> int:
     """Return how many cores this process may use: by its affinity, and by the quota of its container."""
-    allowed = len(_affinity() or ()) or os.cpu_count() or 1
-    return max(1, int(min(allowed, _quota())))
+    return max(1, int(min(_n_allowed(), _quota())))
+
+
+def _n_allowed() -> int:
+    return len(_affinity() or ()) or os.cpu_count() or 1
 
 
 def _affinity() -> set[int] | None:
@@ -160,26 +183,30 @@ def _affinity() -> set[int] | None:
 
 def _quota() -> float:
     """Return how many cores' time this process may use, by the limits of its control groups (versions 2 and 1)."""
-    try:
-        group = OWN_CGROUP.read_text().rpartition("0::")[2].strip().strip("/")
-    except OSError:
-        return math.inf
-    folders = [CGROUPS / group, *(CGROUPS / group).parents]
-    limits = [_limit(*_words(folder / "cpu.max")) for folder in folders if folder.is_relative_to(CGROUPS)]
-    old = CGROUPS / "cpu"
-    limits.append(_limit(*_words(old / "cpu.cfs_quota_us"), *_words(old / "cpu.cfs_period_us")))
+    limits = [math.inf]
+    for line in _read(OWN_CGROUP).splitlines():
+        controllers, _, group = line.partition(":")[2].partition(":")
+        root = CGROUPS / "cpu" if "cpu" in controllers.split(",") else CGROUPS
+        if root == CGROUPS and controllers:
+            continue
+        own = root / group.strip("/")
+        for folder in (own, *own.parents):
+            if folder.is_relative_to(root):
+                limits.append(_limit(_read(folder / "cpu.max")))
+                limits.append(_limit(f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"))
     return min(limits)
 
 
-def _words(path: Path) -> list[str]:
+def _read(path: Path) -> str:
     try:
-        return path.read_text().split()
-    except OSError:
-        return []
+        return path.read_text("utf-8")
+    except (OSError, ValueError):  # there is none, or it is not what it should be
+        return ""
 
 
-def _limit(quota: str = "max", period: str = "0") -> float:
+def _limit(quota_and_period: str) -> float:
     try:
-        return int(quota) / int(period) if int(quota) > 0 else math.inf
+        quota, period = map(int, quota_and_period.split())
+        return quota / period if quota > 0 else math.inf
     except (ValueError, ZeroDivisionError):  # "max", or no such file
         return math.inf

@@ -63,6 +63,7 @@ Threads = Annotated[
         envvar="CACHEFUSE_THREADS",
         metavar="N",
         min=1,
+        max=512,
         callback=lambda n: _set_threads(n),
         help="CPU threads to compute with.",
         show_default="as many as there are idle cores",

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["CACHEFUSE_THREADS"] = os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["CACHEFUSE_THREADS"] = os.environ.setdefault("OMP_NUM_THREADS", "1").partition(",")[0]
 else:
     os.environ.setdefault("CACHEFUSE_THREADS", os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()))
 

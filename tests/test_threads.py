@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -56,16 +58,16 @@ class TestFixed:
         threads.set_threads(None)
         assert fixed_threads() == 5
 
-    @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+    @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "100000", "99999999999999999999"])
     def test_no_number(self, monkeypatch, value):
         monkeypatch.setenv("CACHEFUSE_THREADS", value)
         with pytest.raises(
-            ConfigError, match=rf"^CACHEFUSE_THREADS must be a whole number above 0\. Got '{value}' instead"
+            ConfigError, match=rf"^CACHEFUSE_THREADS must be a whole number from 1 to 512\. Got '{value}' instead"
         ):
             fixed_threads()
 
     def test_none_at_all(self):
-        with pytest.raises(ConfigError, match=r"^threads must be a whole number above 0\. Got 0 instead"):
+        with pytest.raises(ConfigError, match=r"^threads must be a whole number from 1 to 512\. Got 0 instead"):
             threads.set_threads(0)
 
     def test_is_more_than_what_is_idle(self, idle):
@@ -118,6 +120,39 @@ class TestIdle:
         assert torch.get_num_threads() == 2
 
 
+class TestPythonThreads:
+    def test_a_new_one_has_the_usual_number_afterwards(self, idle):
+        idle[:] = [1, 2]
+
+        def work():
+            with idle_threads():
+                first = torch.get_num_threads()
+            return first, torch.get_num_threads()
+
+        with ThreadPoolExecutor(1) as pool:
+            with idle_threads():
+                assert pool.submit(work).result() == (2, 2)
+            idle[:] = [2]
+            assert pool.submit(work).result() == (2, 2)
+        assert torch.get_num_threads() == 2
+
+    def test_what_is_compared_in_two_at_once(self, idle):
+        idle[:] = [1]
+        meeting = threading.Barrier(2, timeout=60)
+
+        def work(first):
+            with same_threads():
+                meeting.wait()
+                if first:
+                    meeting.wait()
+            if not first:
+                meeting.wait()
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(work, [True, False]))
+        assert fixed_threads() is None
+
+
 def small_training():
     """Return what ``fit`` takes: a linear model, loss, optimizer, table and rows."""
     import numpy as np
@@ -155,14 +190,15 @@ def small_training():
 class TestLooking:
     """What a look makes of the times that the system counts."""
 
-    def look(self, monkeypatch, busy, cores=4):
+    def look(self, monkeypatch, busy, cores=4, quota=99):
         """Return the idle cores where others had ``busy`` cores' time, in each of some intervals of a second."""
         when, others = 100.0, 50.0
         looks = [Look(when, others)]
         for had in busy:
             when, others = when + 1, others + had
             looks.append(Look(when, others))
-        monkeypatch.setattr(threads, "n_cores", lambda: cores)
+        monkeypatch.setattr(threads, "_affinity", lambda: set(range(cores)))
+        monkeypatch.setattr(threads, "_quota", lambda: quota)
         monkeypatch.setattr(threads, "_look", lambda: looks.pop(0))
         monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
         monkeypatch.setattr(threads.time, "monotonic", lambda: looks[0].when)
@@ -171,13 +207,24 @@ class TestLooking:
     def test_others_take_cores(self, monkeypatch):
         assert self.look(monkeypatch, [0, 0.2, 0.5, 1, 2, 3, 4, 9, 0]) == [4, 4, 3, 3, 2, 1, 1, 1, 4]
 
+    def test_a_quota_is_less_than_what_is_idle(self, monkeypatch):
+        assert self.look(monkeypatch, [30, 62, 63], cores=64, quota=4) == [4, 2, 1]
+
+    @pytest.mark.parametrize("error", [PermissionError, FileNotFoundError, NotImplementedError, ValueError])
+    def test_where_the_load_can_not_be_seen(self, monkeypatch, error):
+        def refuse(**options):
+            raise error("no")
+
+        monkeypatch.setattr("psutil.cpu_times", refuse)
+        assert n_idle_cores() == n_cores()
+
     def test_time_that_the_system_counts_late(self, monkeypatch):
         """Own time is counted more finely, so that others may seem to have had less than none."""
         assert self.look(monkeypatch, [-0.3, 0.0]) == [4, 4]
 
     def test_an_old_look_says_nothing_of_now(self, monkeypatch):
         looks = [Look(1000, 500), Look(1000.1, 500.2), Look(1000.2, 500.2)]
-        monkeypatch.setattr(threads, "n_cores", lambda: 4)
+        monkeypatch.setattr(threads, "_affinity", lambda: set(range(4)))
         monkeypatch.setattr(threads, "_last", Look(100, 0, 4))
         monkeypatch.setattr(threads, "_look", lambda: looks.pop(0))
         monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
@@ -222,6 +269,14 @@ class TestCores:
             ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "4:cpu:/\n", 8),
             ({"cpu.max": "what"}, "0::/\n", 8),
             ({"cpu.max": ""}, "0::/\n", 8),
+            ({"cpu.max": "1 2 3"}, "0::/\n", 8),
+            ({"cpu.max": "300000 100000"}, "0::/../..\n", 3),
+            ({"cpu.max": "300000 100000"}, "\0\n0::/\0\n", 3),
+            (
+                {"cpu/docker/x/cpu.cfs_quota_us": "200000", "cpu/docker/x/cpu.cfs_period_us": "100000"},
+                "9:memory:/y\n4:cpu,cpuacct:/docker/x\n",
+                2,
+            ),
         ],
     )
     def test_of_a_container(self, tmp_path, monkeypatch, files, group, cores):

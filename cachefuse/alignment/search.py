@@ -43,12 +43,16 @@ class _Best:
         self.rows = torch.full((len(queries), k), -1)
 
     def add(self, first: int, coarse: Tensor) -> None:
-        """Take in rows from number ``first`` on, by scores (Q, n) within ``bound`` of theirs; -inf leaves one out."""
-        n = coarse.shape[1]
+        """Take in rows from number ``first`` on, by scores (Q, n) within ``bound`` of theirs.
+
+        -inf leaves a row out, and inf says that nothing is known of it.
+        """
+        unsure = coarse == torch.inf
+        known = coarse.masked_fill(unsure, -torch.inf)
         least = self.scores[:, -1] - self.bound
-        if n > self.k:
-            least = least.maximum(coarse.topk(self.k, dim=1).values[:, -1].double() - 2 * self.bound)
-        near = (coarse >= least.float().nextafter(torch.tensor(-torch.inf))[:, None]) & coarse.isfinite()
+        if known.shape[1] > self.k:
+            least = least.maximum(known.topk(self.k, dim=1).values[:, -1].double() - 2 * self.bound)
+        near = (known >= least.float().nextafter(torch.tensor(-torch.inf))[:, None]) & (known > -torch.inf) | unsure
         of, places = near.nonzero(as_tuple=True)  # (P,) pairs of a query and a row, in the rows' order
         if not len(of):
             return
@@ -66,10 +70,12 @@ class _Best:
         self.scores = joined.gather(1, order)
 
     def _score(self, of: Tensor, numbers: Tensor) -> Tensor:
-        """Return the cosines (P,) float64 of queries and rows, both by number (P,)."""
+        """Return the cosines (P,) float64 of queries and rows, both by number (P,); -inf where a row is not finite."""
         x = self.source.index_select(0, numbers).double()
         scores = _sum(x * self.queries[of])
-        return scores if self.unit else scores / _sum(x * x).sqrt().clamp(min=TINY_NORM)
+        if not self.unit:
+            scores = scores / _sum(x * x).sqrt().clamp(min=TINY_NORM)
+        return scores.masked_fill(~scores.isfinite(), -torch.inf)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -95,21 +101,29 @@ def nearest(
     """Return the ``k`` rows (N, W) with the highest cosine to each query (Q, W); fewer if there are fewer.
 
     Every row is compared, and the order is that of the cosines in float64. ``unit`` says that rows have length 1
-    already; ``keep`` (N,) bool leaves rows out. Raises ConfigError for another width, or a k below 1.
+    already; ``keep`` (N,) bool leaves rows out, and so does a value in them that is not finite. Raises ConfigError for
+    another width, queries that are not finite, a ``keep`` of another shape, or a k below 1.
     """
     if k < 1:
         raise ConfigError(f"k must be at least 1. Got {k} instead")
     if queries.ndim != 2 or queries.shape[1] != rows.shape[1]:
         raise ConfigError(f"queries must have shape (Q, {rows.shape[1]}). Got {tuple(queries.shape)} instead")
-    queries = torch.nn.functional.normalize(queries.double(), dim=1, eps=TINY_NORM)
+    queries = queries.double()
+    if not queries.isfinite().all():
+        raise ConfigError("queries must be finite. Got NaN or infinity instead")
+    if keep is not None and (keep.dtype != bool or keep.shape != (len(rows),)):
+        raise ConfigError(f"keep must be ({len(rows)},) bool. Got {keep.shape} {keep.dtype} instead")
+    queries = queries / queries.abs().amax(1, keepdim=True).clamp(min=torch.finfo(queries.dtype).tiny)
+    queries = torch.nn.functional.normalize(queries, dim=1, eps=TINY_NORM)
     half = unit and len(queries) == 1 and rows.dtype == torch.float16 and _float16_adds_up()
     best = _Best(rows, queries, min(k, len(rows)), unit, ROUNDING if half else _float32_bound(rows.shape[1]))
     kept = None if keep is None else torch.from_numpy(keep)
     for first, coarse in _in_float16(rows, queries) if half else _in_float32(rows, queries, unit):
         seen = first + coarse.shape[1]
+        coarse = coarse.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.inf)
         if kept is not None:
             coarse = coarse.masked_fill(~kept[first:seen], -torch.inf)
-        best.add(first, coarse.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf))
+        best.add(first, coarse)
         on_rows(seen, len(rows))
     n = int(best.scores.isfinite().sum(1).min()) if len(queries) else 0
     return Hits(best.rows[:, :n].numpy(), best.scores[:, :n].float().numpy())
@@ -142,7 +156,8 @@ def _in_float32(rows: Rows, queries: Tensor, unit: bool) -> Iterator[Coarse]:
             out = scores[filled : filled + len(part)]
             torch.mm(here, queries.T, out=out)
             if not unit:
-                out.div_(here.norm(dim=1, keepdim=True).clamp_(min=TINY_NORM))
+                lengths = torch.linalg.vector_norm(here, dim=1, keepdim=True, dtype=torch.float64)
+                out.copy_(out / lengths.clamp_(min=TINY_NORM))  # in float32 lengths of large values have no bound
             filled += len(part)
         yield first, scores[:filled].T
 

@@ -275,6 +275,35 @@ class TestOrder:
         assert found.scores.tolist() == expected.scores.tolist()
 
 
+class TestLargeValues:
+    """Their squares, and their products with a query, may be more than float32 holds."""
+
+    @pytest.mark.parametrize("factor", [1e12, 1e25, 1e37])
+    def test_of_some_rows(self, small_pieces, factor):
+        rows = some(90, 16, dtype=np.float32)
+        rows[3::20] *= np.float32(factor)
+        queries = torch.from_numpy(np.float64(rows[[3, 4]]) * 1e150)
+        assert_nearest(nearest(InMemory(rows), queries, 12), rows, queries * 1e-150, 12)
+
+    def test_rows_that_are_not_finite_are_not_found(self, small_pieces):
+        rows = some(60, dtype=np.float32)
+        rows[7], rows[8, 2], rows[9, 0], rows[9, 1] = np.nan, np.inf, np.inf, -np.inf
+        queries = torch.from_numpy(some(2, seed=1)).float()
+        for unit in (False, True):
+            found = nearest(InMemory(rows), queries, 60, unit=unit)
+            assert sorted(found.rows[0].tolist()) == [row for row in range(60) if row not in (7, 8, 9)]
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf])
+    def test_queries_that_are_not_finite(self, value):
+        with pytest.raises(ConfigError, match=r"^queries must be finite\. Got NaN or infinity instead$"):
+            nearest(InMemory(some(9)), torch.tensor([[1.0] * 8, [value] * 8]), 3)
+
+    @pytest.mark.parametrize("keep", [np.ones(8, bool), np.ones(10, bool), np.ones(9, int)])
+    def test_a_keep_of_another_shape(self, keep):
+        with pytest.raises(ConfigError, match=r"^keep must be \(9,\) bool\. Got "):
+            nearest(InMemory(some(9)), torch.ones(1, 8), 3, keep=keep)
+
+
 class TestUnitRowsInFloat16:
     """One query among rows of length 1 is looked for in float16 first, and must be found as in float32."""
 
