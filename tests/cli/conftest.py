@@ -25,12 +25,19 @@ class Result:
         return line.removeprefix("error: ")
 
 
-@pytest.fixture(autouse=True)
-def restored_logging():
+@contextlib.contextmanager
+def keep_logging():
+    """Undo what a command does to the logger, so that later tests find their messages where they look."""
     logger = logging.getLogger("cachefuse")
     handlers, propagate = list(logger.handlers), logger.propagate
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
+
+
+@pytest.fixture(autouse=True)
+def restored_logging():
+    with keep_logging():
+        yield
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def run_in():
     """Run a command in a folder, for what is made once."""
 
     def run(folder, *args):
-        with contextlib.chdir(folder), pytest.raises(SystemExit) as exit:
+        with contextlib.chdir(folder), keep_logging(), pytest.raises(SystemExit) as exit:
             main([str(arg) for arg in args])
         assert not exit.value.code
 
