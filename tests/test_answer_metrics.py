@@ -42,6 +42,7 @@ class TestAnswers:
 
 
 @pytest.mark.parametrize("function", [*map(METRICS.__getitem__, evaluation_metrics("vqa", 3129)), per_class])
+@pytest.mark.slow
 def test_many_answers_take_little_memory_beside_the_scores(function, monkeypatch):
     monkeypatch.setattr("cachefuse.metrics.base.AT_ONCE", 1 << 16)
     monkeypatch.setattr("cachefuse.metrics.ranking.KEPT", 1 << 16)

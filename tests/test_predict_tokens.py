@@ -73,6 +73,7 @@ def test_raw_samples_score_as_their_stored_tokens(runs, captioned_store, caption
     np.testing.assert_allclose(backwards.scores, stored.scores[::-1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_sample_alone_scores_as_among_others(runs, captioned):
     """Its text is padded to no other's length."""
     together = predict_samples(runs["cma"], samples_of(captioned, TEST)).scores

@@ -45,7 +45,7 @@ def test_the_last_line_says_what_was_left_out(options, tmp_path):
     ("options", "n"),
     [
         (("-m", "slow"), 2),
-        (("-n", "2", "-m", "slow or not slow"), 3),
+        (("-m", "slow or not slow"), 3),
         (("test_three.py::test_slow",), 2),
         (("-n", "2", "test_three.py::test_slow[1]"), 1),
     ],

@@ -152,6 +152,7 @@ def test_each_command_shows_the_tasks(cachefuse, extracted, fits):
     assert "| color=red | the highest |" in card
 
 
+@pytest.mark.slow
 def test_staged_training_over_tokens(cachefuse, products, folder, vit, fits):
     shutil.copytree(products, folder, dirs_exist_ok=True)
     shutil.copytree(vit, folder / "vit")

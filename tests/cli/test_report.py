@@ -135,6 +135,7 @@ def test_an_interrupt_writes_nothing(cachefuse, workspace, monkeypatch):
         "--fusion text --optimizer lbfgs --head linear --modality-dropout 0.1",
     ],
 )
+@pytest.mark.slow
 def test_its_command_trains_the_same_run_again(options, cachefuse, workspace):
     assert cachefuse("train-head", "--epochs", "2", *shlex.split(options), "--json").code == 0
     cachefuse("report", "--output", "r.html")

@@ -110,6 +110,7 @@ def test_settings_from_a_file(cachefuse, workspace):
 @pytest.mark.parametrize(
     "wide", [("--grid", "dropout=0.1,0.2", "--grid", "layers=1024-512-256-128,8", "--grid", "weight-decay=0.0001,0")]
 )
+@pytest.mark.slow
 def test_fits_on_a_terminal(wide, cachefuse, workspace, fits):
     result = cachefuse("sweep", "--epochs", "1", "--seeds", "1", "--grid", "class_weights=balanced,effective", *wide)
     assert result.code == 0

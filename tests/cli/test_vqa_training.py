@@ -232,6 +232,7 @@ class TestWritten:
         (tokens / "tokenizer.json").unlink()  # a run needs none of it
         assert cachefuse("predict").code == 0
 
+    @pytest.mark.slow
     def test_a_step_s_cost_is_that_of_learning(self, cachefuse, tokens, folder, monkeypatch):
         config = TrainConfig(fusion="midfusion", fusion_options={"answers": "text", "decoder_layers": 1, "width": 8})
         problem, _ = open_problem(FeatureStore(folder / "workspace/cache/vqa2.zarr"), views=config.views)

@@ -24,6 +24,7 @@ def browse(tmp_path):
 
 
 @in_a_browser
+@pytest.mark.slow
 def test_the_console_is_clean_and_no_script_runs(browse, tmp_path, page, hostile_page, parse):
     for name, html in (("page", page), ("hostile", hostile_page)):
         (tmp_path / f"{name}.html").write_bytes(html.encode())

@@ -119,6 +119,7 @@ def small(monkeypatch):
     monkeypatch.setattr(presets, "BASE", replace(BASE, layers=(4,), epochs=2))
 
 
+@pytest.mark.slow
 def test_the_greedy_chain(small, opened, tmp_path):
     store = opened[0]
     heard = []

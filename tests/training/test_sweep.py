@@ -66,6 +66,7 @@ def test_a_trial_is_what_train_head_says(base, settings, toy_store, folder):
     assert result.split == ("oof" if base.folds else "val")
 
 
+@pytest.mark.slow
 def test_linear_heads_are_trained_together_by_seed(toy_store, folder):
     heard = []
     settings = grid({"lr": [0.01, 0.1], "loss": ["bce", "asl"], "dropout": [0, 0.5]})
@@ -108,6 +109,7 @@ def test_the_metric_to_go_by_comes_first(toy_store, folder):
 
 
 @pytest.mark.parametrize("head", ["linear", pytest.param("mlp", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_what_diverges_is_no_zero(head, toy_store, folder):
     base = replace(LINEAR if head == "linear" else MLP, optimizer="sgd", epochs=20)
     settings = [{"lr": 0.05}, {"lr": 1e5}]
