@@ -25,7 +25,7 @@ from cachefuse.fusion.base import split_name
 from cachefuse.metrics import TaskSlice
 from cachefuse.registry import FLAT, IDS, TOKENS
 from cachefuse.runtime import resolve_device
-from cachefuse.threads import idle_threads
+from cachefuse.threads import adapt_threads, idle_threads
 from cachefuse.training.batches import FeatureTable
 from cachefuse.training.run import Member, Run
 from cachefuse.training.selection import stored_views
@@ -256,6 +256,7 @@ def _encode(
             if is_bad(item):
                 bad[row] = item
             if len(window) == size or row == len(sources) - 1:
+                adapt_threads()
                 first = row + 1 - len(window)
                 encoded = encode_prepared(tower, window, tuple(dict.fromkeys(views)), size)
                 for out, view in zip(outs, views, strict=True):

@@ -2,9 +2,9 @@
 
 Threads of one product wait for each other. On a core that other work keeps busy one of them is late at every product,
 and all others spin meanwhile: beside four busy processes, two threads take several times as long as one. So work looks
-at the machine when it begins, and again between epochs and between windows of samples. `set_threads`,
-``CACHEFUSE_THREADS`` or ``OMP_NUM_THREADS`` fix the number. A sum depends in its last digits on the number of threads
-that share it, so the same bytes take the same number.
+at the machine when it begins, and again between epochs and between windows of samples. `set_threads` and
+``CACHEFUSE_THREADS`` fix the number; where ``OMP_NUM_THREADS`` is set, torch's own stays. A sum depends in its last
+digits on the number of threads that share it, so the same bytes take the same number.
 """
 
 import logging
@@ -85,25 +85,28 @@ def _checked(value: int | str, name: str) -> int:
 
 @contextmanager
 def idle_threads() -> Iterator[None]:
-    """Compute with as many threads as there are idle cores, or the fixed number, and afterwards as before."""
+    """Compute with as many threads as there are idle cores, or the fixed number, and afterwards as before.
+
+    Inside of another such block it changes nothing.
+    """
     import torch
 
     global _n_active, _usual
-    begins = not hasattr(_active, "most")
+    if hasattr(_active, "most"):
+        yield
+        return
     with _lock:
         if not _n_active:
+            # While another Python thread computes, torch's number is the one that it takes just now.
             _usual = torch.get_num_threads()
         _n_active += 1
-        # A new Python thread has the number that another one computes with just now; it is not the usual one.
-        before = _usual if begins else torch.get_num_threads()
-    if begins:
-        _active.most = min(before, n_cores())
+        before = _usual
+    _active.most = min(before, n_cores())
     try:
-        adapt_threads(oldest_look=RECENT if begins else math.inf)
+        adapt_threads(oldest_look=RECENT)
         yield
     finally:
-        if begins:
-            del _active.most
+        del _active.most
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
         with _lock:

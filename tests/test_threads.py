@@ -92,18 +92,19 @@ class TestIdle:
         with idle_threads():
             assert torch.get_num_threads() == 2
 
-    def test_a_block_in_a_block_may_take_more_again(self, idle):
+    def test_a_block_in_a_block_changes_nothing(self, idle):
         idle[:] = [1, 2]
         with idle_threads():
             with idle_threads():
-                assert torch.get_num_threads() == 2
+                assert torch.get_num_threads() == 1
             assert torch.get_num_threads() == 1
+            assert adapt_threads() == 2
 
     def test_after_an_error(self, idle):
         idle[:] = [1]
         for _ in range(2):
-            with pytest.raises(ZeroDivisionError), idle_threads():
-                1 / 0  # noqa: B018
+            with pytest.raises(ConfigError), idle_threads():
+                raise ConfigError
             assert torch.get_num_threads() == 2
 
     def test_what_is_compared_takes_the_same(self, idle):

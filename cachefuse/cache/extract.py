@@ -32,7 +32,7 @@ from cachefuse.encoders import EncoderSpec
 from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.registry import IDS
-from cachefuse.threads import idle_threads
+from cachefuse.threads import adapt_threads, idle_threads
 
 WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16}  # of texts; tokens of many long ones would fill the memory
 
@@ -188,6 +188,7 @@ class Job:
                 prepare_in_order(self.tower, self.sources, rows, 2 * self._window, self._describe)
             )
             for window in windows:
+                adapt_threads()
                 with clock.spend("reading"):
                     items = list(islice(prepared, len(window)))
                 self._note_bad(window, items)
