@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cachefuse.alignment import search
 from cachefuse.alignment.data import PairData, SideRows
 from cachefuse.cache.store import FeatureStore
 from cachefuse.cache.writer import ViewWriter
@@ -19,6 +20,48 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(n)
+
+
+class InMemory:
+    """Rows (N, W) as a store gives them, in order a block at a time."""
+
+    def __init__(self, x, block=100):
+        self.x, self.shape, self.block_rows = torch.as_tensor(x), tuple(np.shape(x)), block
+        self.dtype = self.x.dtype
+
+    def __len__(self):
+        return len(self.x)
+
+    def in_order(self, size):
+        for start in range(0, len(self.x), self.block_rows):
+            stop = min(start + self.block_rows, len(self.x))
+            for first in range(start, stop, size):
+                yield first, self.x[first : min(first + size, stop)]
+
+    def index_select(self, dim, index):
+        return self.x.index_select(dim, index)
+
+
+@pytest.fixture(scope="session")
+def in_memory():
+    return InMemory
+
+
+@pytest.fixture(scope="session")
+def some():
+    """Return ``some(n, width)``: rows (n, width) of length 3 or so."""
+
+    def some(n, width=8, seed=0, dtype=np.float16):
+        return (np.random.default_rng(seed).normal(size=(n, width)) * 3).astype(dtype)
+
+    return some
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Rows are multiplied 8 at a time, and looked through 24 at a time."""
+    monkeypatch.setattr(search, "PIECE", 8)
+    monkeypatch.setattr(search, "SPAN", 24)
 
 
 def write_features(store, encoder, modality, rows, *, view="pooled", dtype="float16"):
