@@ -8,6 +8,7 @@ from cachefuse.training import costs
 TINY = FusionSizes(pairs=1, rows=24, batch=8, width=8, image_tokens=16, text_tokens=4, heads=2)
 
 
+@pytest.mark.slow
 def test_measures_a_step_later_fusion_and_every_fusion(tmp_path, monkeypatch):
     monkeypatch.setattr(costs, "SECONDS", 0.0)
     monkeypatch.setattr(costs, "TIMES", 1)

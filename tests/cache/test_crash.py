@@ -74,6 +74,7 @@ def extract_here(tmp_path, store):
     return extract(dataset, ["classic"], store, device="cpu", batch_size=8)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(start, tmp_path):
     extract_here(tmp_path, tmp_path / "undisturbed.zarr")
     store = Workspace(tmp_path / "killed").store("crash")

@@ -19,6 +19,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(store, "Sizes", lambda: TINY)
 
 
+@pytest.mark.slow
 def test_measures_the_store(cachefuse, tiny, folder, one_process):
     result = cachefuse("bench", "store", "--device", "cpu", "--json")
     assert (result.code, result.err) == (0, "")  # whether or not such small sizes meet the goals
