@@ -57,7 +57,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=["float16", "int8"])
+@pytest.fixture(params=["float16", pytest.param("int8", marks=pytest.mark.slow)])
 def store_dtype(request):
     return request.param
 

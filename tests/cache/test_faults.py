@@ -56,7 +56,8 @@ class FullDisk:
         return call
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_a_disk_that_is_full_at_any_moment_costs_nothing_but_time(shapes, store_path, toy, tools, monkeypatch, dtype):
     undisturbed = store_path.with_name("undisturbed.zarr")
     make(shapes, undisturbed, dtype)

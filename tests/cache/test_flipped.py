@@ -11,11 +11,13 @@ from cachefuse.cache.extract import extract
 from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError, CachefuseError
 
+pytestmark = pytest.mark.slow
+
 VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", "tokens"), ("text", "ids")]
 FLIPS = int(os.environ.get("CACHEFUSE_FLIPS", "80"))
 
 
-@pytest.fixture(params=["float16", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.fixture(params=["float16", "int8"])
 def stored(request, shapes, store_path, toy):
     """A store, and a call that extracts it again."""
 

@@ -52,6 +52,7 @@ def test_the_console_would_tell(spoilt, message, browse, tmp_path, page):
     assert message in console[0]
 
 
+@pytest.mark.slow
 @in_a_browser
 def test_nothing_is_wider_than_a_phone(browse, tmp_path, page, hostile_page):
     wide = page.replace("<main>", '<main><p style="width: 361px">too wide</p>')
