@@ -126,6 +126,7 @@ def test_a_store_in_another_layout_is_not_computed_again(shapes, store_path, toy
     assert not any(make(shapes, store_path).computed.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_store_in_another_layout_can_be_added_to(tools, store_path, toy, layout):
     grown = tools.make_shapes(test=90)

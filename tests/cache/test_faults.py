@@ -183,7 +183,7 @@ METADATA = [
 
 
 @pytest.mark.parametrize("name", METADATA)
-@pytest.mark.parametrize("left", [None, 0, 0.5])
+@pytest.mark.parametrize("left", [None, pytest.param(0, marks=pytest.mark.slow), 0.5])
 def test_metadata_that_is_gone_or_cut_short_is_never_read_as_something_else(shapes, store_path, toy, name, left):
     make(shapes, store_path)
     store = FeatureStore(store_path)
