@@ -118,6 +118,7 @@ def test_first_frame_of_an_animation():
         (png_claiming(12_000, 10_000), r"^has 12000 x 10000 pixels, over the limit of 100,000,000$"),
         (png_claiming(0, 5), "^can't be decoded: |not of a supported format"),
     ],
+    ids=["empty", "html", "cut", "header", "eps", "pdf", "damaged", "huge", "large", "no width"],  # a PDF has its date
 )
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_is_no_image(data, message):
