@@ -34,12 +34,6 @@ def keep_logging():
     logger.handlers[:], logger.propagate = handlers, propagate
 
 
-@pytest.fixture(autouse=True)
-def restored_logging():
-    with keep_logging():
-        yield
-
-
 @pytest.fixture
 def folder(tmp_path, monkeypatch, mine):
     """An empty current folder with a manifest in it, on a terminal of 80 columns."""
@@ -53,7 +47,7 @@ def folder(tmp_path, monkeypatch, mine):
 @pytest.fixture
 def cachefuse(folder, capsys):
     def run(*args):
-        with pytest.raises(SystemExit) as exit:
+        with keep_logging(), pytest.raises(SystemExit) as exit:
             main([str(arg) for arg in args])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
