@@ -116,6 +116,7 @@ def test_memory_is_left_out_where_the_system_does_not_tell(tmp_path, monkeypatch
     assert row.note.startswith("not measured: only Linux")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux only")
 def test_memory_that_a_process_takes_is_seen(monkeypatch):
     def peak(megabytes):

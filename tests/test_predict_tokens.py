@@ -82,6 +82,7 @@ def test_a_sample_alone_scores_as_among_others(runs, captioned):
         np.testing.assert_allclose(alone[0], together[i], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_on_quantised_tokens_takes_raw_samples(quantised, captioned):
     """Which are not quantised: their scores are as near as int8 is."""
     run = train_head(quantised, CMA)
@@ -174,6 +175,7 @@ def joined(runs, captioned_store, tmp_path_factory):
     return Run.load(run.save(tmp_path_factory.mktemp("joined")))
 
 
+@pytest.mark.slow
 def test_an_ensemble_over_tokens_and_pooled_features_is_the_mean_of_its_runs(joined, runs, captioned_store, captioned):
     every = [runs[name] for name in ("cma", "sum", "flat")]
     stored = predict_split(joined, captioned_store, "test")

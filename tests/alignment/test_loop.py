@@ -56,7 +56,10 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(x, b[name]) for name, x in a.items())
 
 
-@pytest.mark.parametrize(("method", "op"), [("dfe", "add"), ("dfe", "dot-attention"), ("projection", "add")])
+@pytest.mark.parametrize(
+    ("method", "op"),
+    [("dfe", "add"), pytest.param("dfe", "dot-attention", marks=pytest.mark.slow), ("projection", "add")],
+)
 @pytest.mark.parametrize("targets", TARGETS)
 def test_training_finds_what_belongs_together(correlated, method, op, targets):
     """64 images and 128 texts that were not trained on, chance 1 in 64 to 1 in 128."""

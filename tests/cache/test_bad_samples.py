@@ -101,6 +101,7 @@ def test_several_bad_texts_of_a_sample_are_one_line(shapes, store_path, toy, too
     assert [(line.id, line.modality) for line in report.bad] == [("row-4", "text")]
 
 
+@pytest.mark.slow
 def test_many_bad_samples_take_linear_time(shapes, tmp_path, toy, tools, growth):
     stores = count()
 

@@ -180,7 +180,7 @@ def grown(tools):
     return tools.make_shapes(test=150)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "int8"])
 def test_appending_again_and_again_computes_each_row_once(grown, store_path, toy, tools, dtype):
     for n in (20, 21, 64, 100, 210):
         toy.batches.clear()

@@ -127,6 +127,7 @@ def test_evaluate_runs_and_predict_know_alignments(cachefuse, space, run, fits):
     assert "--without is for heads" in cachefuse("evaluate", "--without", "image").error
 
 
+@pytest.mark.slow
 def test_report_is_a_page_with_its_plots(cachefuse, space, run):
     result = cachefuse("report")
     assert result.code == 0

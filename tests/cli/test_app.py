@@ -40,6 +40,7 @@ def test_an_error_is_one_line_on_stderr(cachefuse):
     assert result.err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(folder):
     script = "import sys; from cachefuse_cli.app import main; main(sys.argv[1:])"
     command = [sys.executable, "-c", script, "train-head", "--debug"]

@@ -109,7 +109,8 @@ def test_one_class(dataset, open_store, parse, quick):
     assert [row[0] for row in found.rows["classes"]] == ["class", "<i>only</i>"]
 
 
-@pytest.mark.parametrize("n", [150, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [150, 1000])
 def test_many_classes(n, dataset, open_store, parse, quick):
     rng = np.random.default_rng(0)
     targets = np.where(dataset.targets[:, :1] < 0, -1, rng.random((len(dataset), n)) < 0.02).astype(np.int8)

@@ -189,6 +189,7 @@ def test_two_at_once_do_not_share_a_folder(toy_store, folder):
     sweep(toy_store(name="b"), LINEAR, [{}], folder=folder, seeds=(0,))
 
 
+@pytest.mark.slow
 def test_other_content_or_labels_are_other_trials(toy_store, folder):
     def trained(**columns):
         store = toy_store()
