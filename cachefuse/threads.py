@@ -9,6 +9,7 @@ digits on the number of threads that share it, so the same bytes take the same n
 
 import logging
 import math
+import operator
 import os
 import threading
 import time
@@ -35,6 +36,16 @@ _n_active = 0  # blocks of ``idle_threads``, in all Python threads
 _usual = 1  # the number of threads outside of them
 _active = threading.local()
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """Let a forked process take the lock that a thread may hold which it does not have."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 @dataclass(frozen=True)
@@ -75,8 +86,8 @@ def fixed_threads() -> int | None:
 
 def _checked(value: int | str, name: str) -> int:
     try:
-        n = int(value)
-    except ValueError:
+        n = int(value) if isinstance(value, str) else operator.index(value)
+    except (TypeError, ValueError):
         n = 0
     if not 1 <= n <= MOST:
         raise ConfigError(f"{name} must be a whole number from 1 to {MOST}. Got {value!r} instead")

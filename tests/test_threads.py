@@ -1,5 +1,6 @@
 """The number of threads follows what is idle, unless a person fixes it."""
 
+import math
 import os
 import subprocess
 import sys
@@ -66,9 +67,10 @@ class TestFixed:
         ):
             fixed_threads()
 
-    def test_none_at_all(self):
-        with pytest.raises(ConfigError, match=r"^threads must be a whole number from 1 to 512\. Got 0 instead"):
-            threads.set_threads(0)
+    @pytest.mark.parametrize("value", [0, 2.7, math.inf, []])
+    def test_none_at_all(self, value):
+        with pytest.raises(ConfigError, match=r"^threads must be a whole number from 1 to 512\. Got .* instead"):
+            threads.set_threads(value)
 
     def test_is_more_than_what_is_idle(self, idle):
         idle[:] = [1]
@@ -222,6 +224,27 @@ class TestLooking:
     def test_time_that_the_system_counts_late(self, monkeypatch):
         """Own time is counted more finely, so that others may seem to have had less than none."""
         assert self.look(monkeypatch, [-0.3, 0.0]) == [4, 4]
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # what it warns of is what is tried
+    def test_a_process_forked_while_a_thread_looks(self, monkeypatch):
+        looking = threading.Event()
+
+        def sleep(seconds):
+            looking.set()
+            forked.wait(60)
+
+        forked = threading.Event()
+        monkeypatch.setattr(threads.time, "sleep", sleep)
+        thread = threading.Thread(target=n_idle_cores, args=(1.0,))
+        thread.start()
+        assert looking.wait(60)
+        child = os.fork()
+        if not child:
+            os._exit(0 if threads._lock.acquire(timeout=5) else 1)
+        forked.set()
+        thread.join()
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
     def test_an_old_look_says_nothing_of_now(self, monkeypatch):
         looks = [Look(1000, 500), Look(1000.1, 500.2), Look(1000.2, 500.2)]

@@ -52,7 +52,9 @@ class _Best:
         least = self.scores[:, -1] - self.bound
         if known.shape[1] > self.k:
             least = least.maximum(known.topk(self.k, dim=1).values[:, -1].double() - 2 * self.bound)
-        near = (known >= least.float().nextafter(torch.tensor(-torch.inf))[:, None]) & (known > -torch.inf) | unsure
+        near = (known >= least.float().nextafter(torch.tensor(-torch.inf, dtype=torch.float32))[:, None]) & (
+            known > -torch.inf
+        ) | unsure
         of, places = near.nonzero(as_tuple=True)  # (P,) pairs of a query and a row, in the rows' order
         if not len(of):
             return
@@ -147,8 +149,8 @@ def _float16_adds_up() -> bool:
 def _in_float32(rows: Rows, queries: Tensor, unit: bool) -> Iterator[Coarse]:
     """Score every row in float32, converted a piece at a time."""
     queries = queries.float()
-    converted = torch.empty(PIECE, rows.shape[1])
-    scores = torch.empty(SPAN, len(queries))
+    converted = torch.empty(PIECE, rows.shape[1], dtype=torch.float32)
+    scores = torch.empty(SPAN, len(queries), dtype=torch.float32)
     for first, parts in _spans(rows, PIECE):
         filled = 0
         for part in parts:

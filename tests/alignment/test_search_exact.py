@@ -34,6 +34,19 @@ def assert_exact(in_memory):
     return assert_exact
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.float16])
+def test_whatever_torchs_default_type_is(default, in_memory):
+    rows = unit(300, 16).astype(np.float32)
+    query = torch.from_numpy(unit(1, 16, seed=1).astype(np.float32))
+    expected = nearest(in_memory(rows), query, 5)
+    torch.set_default_dtype(default)
+    try:
+        hits = nearest(in_memory(rows), query, 5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert hits.rows.tolist() == expected.rows.tolist()
+
+
 class TestOrder:
     """It is that of float64, also where float32 can't tell rows apart."""
 
