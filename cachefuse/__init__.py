@@ -24,30 +24,31 @@ if TYPE_CHECKING:
     from cachefuse.bench.align import bench_align
     from cachefuse.bench.store import bench_store
     from cachefuse.bench.train import bench_train
-    from cachefuse.cache.extract import extract
-    from cachefuse.cache.features import Features
-    from cachefuse.cache.inspection import inspect_store
-    from cachefuse.cache.plan import plan
-    from cachefuse.cache.store import FeatureStore
-    from cachefuse.cache.verify import repair, verify
     from cachefuse.classifier import FusionClassifier
     from cachefuse.data.dataset import Dataset, load_dataset
     from cachefuse.data.manifest import Manifest, builtin_manifests, load_manifest
     from cachefuse.encoders import open_encoder
-    from cachefuse.evaluation import Evaluation, evaluate, write_gates
-    from cachefuse.predict import Predictions, predict_samples, predict_split, read_input
-    from cachefuse.report.alignment import write_alignment_report
-    from cachefuse.report.page import report_html, write_report
-    from cachefuse.submission import write_submission
+    from cachefuse.experiments.settings import grid
+    from cachefuse.experiments.sweep import sweep
+    from cachefuse.extraction.extract import extract
+    from cachefuse.extraction.plan import plan
+    from cachefuse.extraction.verify import repair, verify
+    from cachefuse.report.alignment_page import write_alignment_report
+    from cachefuse.report.run_page import report_html, write_report
+    from cachefuse.runs.ensemble import ensemble
+    from cachefuse.runs.evaluate import Evaluation, evaluate, write_gates
+    from cachefuse.runs.files import find_run, list_runs
+    from cachefuse.runs.predict import Predictions, predict_samples, predict_split, read_input
+    from cachefuse.runs.run import Run
+    from cachefuse.runs.save import load_run, save_run
+    from cachefuse.runs.submission import write_submission
+    from cachefuse.runs.train import train_head
+    from cachefuse.store.features import Features
+    from cachefuse.store.inspect import inspect_store
+    from cachefuse.store.store import FeatureStore
     from cachefuse.threads import set_threads
     from cachefuse.training.config import TrainConfig
-    from cachefuse.training.ensemble import ensemble
     from cachefuse.training.feature_set import FeatureSet, FeatureView, open_features
-    from cachefuse.training.run import Run
-    from cachefuse.training.run_files import find_run, list_runs
-    from cachefuse.training.sweep import sweep
-    from cachefuse.training.sweep_settings import grid
-    from cachefuse.training.train import train_head
 
 __version__ = "0.1.0"
 
@@ -57,53 +58,55 @@ _API = {
     "Alignment": "cachefuse.alignment.run:Alignment",
     "Dataset": "cachefuse.data.dataset:Dataset",
     "EncoderSpace": "cachefuse.alignment.space:EncoderSpace",
-    "Evaluation": "cachefuse.evaluation:Evaluation",
+    "Evaluation": "cachefuse.runs.evaluate:Evaluation",
     "FeatureSet": "cachefuse.training.feature_set:FeatureSet",
-    "FeatureStore": "cachefuse.cache.store:FeatureStore",
+    "FeatureStore": "cachefuse.store.store:FeatureStore",
     "FeatureView": "cachefuse.training.feature_set:FeatureView",
-    "Features": "cachefuse.cache.features:Features",
+    "Features": "cachefuse.store.features:Features",
     "FusionClassifier": "cachefuse.classifier:FusionClassifier",
     "Manifest": "cachefuse.data.manifest:Manifest",
-    "Predictions": "cachefuse.predict:Predictions",
-    "Run": "cachefuse.training.run:Run",
+    "Predictions": "cachefuse.runs.predict:Predictions",
+    "Run": "cachefuse.runs.run:Run",
     "TrainConfig": "cachefuse.training.config:TrainConfig",
     "align": "cachefuse.alignment.train:align",
     "bench_align": "cachefuse.bench.align:bench_align",
     "bench_store": "cachefuse.bench.store:bench_store",
     "bench_train": "cachefuse.bench.train:bench_train",
     "builtin_manifests": "cachefuse.data.manifest:builtin_manifests",
-    "ensemble": "cachefuse.training.ensemble:ensemble",
-    "evaluate": "cachefuse.evaluation:evaluate",
+    "ensemble": "cachefuse.runs.ensemble:ensemble",
+    "evaluate": "cachefuse.runs.evaluate:evaluate",
     "evaluate_alignment": "cachefuse.alignment.train:evaluate_alignment",
-    "extract": "cachefuse.cache.extract:extract",
-    "find_run": "cachefuse.training.run_files:find_run",
+    "extract": "cachefuse.extraction.extract:extract",
+    "find_run": "cachefuse.runs.files:find_run",
     "fine_tune": "cachefuse.alignment.finetune:fine_tune",
-    "grid": "cachefuse.training.sweep_settings:grid",
-    "inspect_store": "cachefuse.cache.inspection:inspect_store",
+    "grid": "cachefuse.experiments.settings:grid",
+    "inspect_store": "cachefuse.store.inspect:inspect_store",
     "list_alignments": "cachefuse.alignment.run:list_alignments",
-    "list_runs": "cachefuse.training.run_files:list_runs",
+    "list_runs": "cachefuse.runs.files:list_runs",
     "load_dataset": "cachefuse.data.dataset:load_dataset",
+    "load_run": "cachefuse.runs.save:load_run",
     "load_manifest": "cachefuse.data.manifest:load_manifest",
     "mine_pairs": "cachefuse.alignment.pairs:mine_pairs",
     "open_encoder": "cachefuse.encoders:open_encoder",
     "open_features": "cachefuse.training.feature_set:open_features",
-    "plan": "cachefuse.cache.plan:plan",
-    "predict_samples": "cachefuse.predict:predict_samples",
-    "predict_split": "cachefuse.predict:predict_split",
-    "read_input": "cachefuse.predict:read_input",
-    "repair": "cachefuse.cache.verify:repair",
-    "report_html": "cachefuse.report.page:report_html",
+    "plan": "cachefuse.extraction.plan:plan",
+    "predict_samples": "cachefuse.runs.predict:predict_samples",
+    "predict_split": "cachefuse.runs.predict:predict_split",
+    "read_input": "cachefuse.runs.predict:read_input",
+    "repair": "cachefuse.extraction.verify:repair",
+    "report_html": "cachefuse.report.run_page:report_html",
     "retrieve": "cachefuse.alignment.retrieve:retrieve",
+    "save_run": "cachefuse.runs.save:save_run",
     "set_threads": "cachefuse.threads:set_threads",
     "similarity": "cachefuse.alignment.similarity:similarity",
-    "sweep": "cachefuse.training.sweep:sweep",
-    "train_head": "cachefuse.training.train:train_head",
-    "verify": "cachefuse.cache.verify:verify",
-    "write_alignment_report": "cachefuse.report.alignment:write_alignment_report",
-    "write_gates": "cachefuse.evaluation:write_gates",
+    "sweep": "cachefuse.experiments.sweep:sweep",
+    "train_head": "cachefuse.runs.train:train_head",
+    "verify": "cachefuse.extraction.verify:verify",
+    "write_alignment_report": "cachefuse.report.alignment_page:write_alignment_report",
+    "write_gates": "cachefuse.runs.evaluate:write_gates",
     "write_pairs": "cachefuse.alignment.pairs:write_pairs",
-    "write_report": "cachefuse.report.page:write_report",
-    "write_submission": "cachefuse.submission:write_submission",
+    "write_report": "cachefuse.report.run_page:write_report",
+    "write_submission": "cachefuse.runs.submission:write_submission",
     "zero_shot": "cachefuse.alignment.zero_shot:zero_shot",
 }
 __all__ = [
@@ -139,6 +142,7 @@ __all__ = [
     "list_runs",
     "load_dataset",
     "load_manifest",
+    "load_run",
     "mine_pairs",
     "open_encoder",
     "open_features",
@@ -149,6 +153,7 @@ __all__ = [
     "repair",
     "report_html",
     "retrieve",
+    "save_run",
     "set_threads",
     "similarity",
     "sweep",

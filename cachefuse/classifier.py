@@ -16,14 +16,14 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from cachefuse.data.folds import stratified_folds
 from cachefuse.data.manifest import DEFAULT_METRICS
+from cachefuse.device import resolve_device
 from cachefuse.errors import DataError
 from cachefuse.metrics import decide
-from cachefuse.runtime import resolve_device
-from cachefuse.training.batches import multi_hot
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.data import TRAIN, VAL, Problem
 from cachefuse.training.feature_set import FeatureView
-from cachefuse.training.loop import predict_scores
-from cachefuse.training.problem import TRAIN, VAL, Problem
+from cachefuse.training.feature_table import multi_hot
+from cachefuse.training.inference import predict_scores
 from cachefuse.training.train import train_problem
 
 HELD_PARTS = 10  # one in so many rows is held out, where epochs or thresholds are chosen on it

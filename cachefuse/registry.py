@@ -1,51 +1,16 @@
-"""Registries are plain dictionaries from a name to an object, or to "module:attribute" where importing it is costly."""
+"""Registries: from a name to an object, or to "module:attribute" where importing it is costly.
+
+Another installed package adds entries by an entry point, in a group that is called as the registry is.
+"""
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from functools import cached_property
 from typing import Any
 
 from cachefuse.errors import UnknownNameError
 
-# What a store has of a modality: a vector a sample, vectors of its tokens, or their numbers; and as a training may read
-# tokens, side by side in place of a vector.
-POOLED, TOKENS, IDS, FLAT = "pooled", "tokens", "ids", "flat"
-
-# Named here rather than beside their code, so that listing the choices does not import torch.
-ACTIVATIONS = {"gelu": "torch.nn:GELU", "leaky_relu": "torch.nn:LeakyReLU", "relu": "torch.nn:ReLU"}
-HEADS = {"gmlp": "cachefuse.heads:GatedMLP", "linear": "cachefuse.heads:Linear", "mlp": "cachefuse.heads:MLP"}
-LOSSES = {
-    "asl": "cachefuse.losses:asl",
-    "bce": "cachefuse.losses:bce",
-    "ce": "cachefuse.losses:cross_entropy",
-    "focal": "cachefuse.losses:focal",
-}
-METHODS = {"dfe": "cachefuse.fusion.dfe:DeepFusionEncoder", "projection": "cachefuse.fusion.dfe:ProjectionEncoder"}
-OPERATIONS = {
-    "add": "cachefuse.fusion.dfe:Add",
-    "additive-attention": "cachefuse.fusion.dfe:AdditiveAttention",
-    "concat": "cachefuse.fusion.dfe:Concat",
-    "dot-attention": "cachefuse.fusion.dfe:DotAttention",
-    "mul": "cachefuse.fusion.dfe:Multiply",
-}
-POOLINGS = {
-    "attention": "cachefuse.fusion.pooling:AttentionPool",
-    "max": "cachefuse.fusion.pooling:MaxPool",
-    "mean": "cachefuse.fusion.pooling:MeanPool",
-}
-TARGETS = ("soft", "hard")  # of the contrastive loss
-ATTENTION_HEADS = 4  # of the Deep Fusion Encoder's transformer block
-OPTIMIZERS = {
-    "adam": "cachefuse.training.optim:adam",
-    "adamw": "cachefuse.training.optim:adamw",
-    "lbfgs": "cachefuse.training.optim:LBFGS",
-    "sgd": "cachefuse.training.optim:NesterovSGD",
-}
-SCHEDULES = {
-    "constant": "cachefuse.training.optim:constant",
-    "cosine": "cachefuse.training.optim:cosine",
-    "onecycle": "cachefuse.training.optim:onecycle",
-}
 MEAN = "mean"  # of several tasks' main metrics
 METRIC_TITLES = {
     "micro_f1": "micro-F1", "macro_f1": "macro-F1", "samples_f1": "samples-F1", "weighted_f1": "weighted-F1",
@@ -53,6 +18,45 @@ METRIC_TITLES = {
     "top5_accuracy": "top-5 accuracy", "recall_at_p90": "R@P90", "calibration_error": "ECE",
     "top_calibration_error": "ECE (top)", "vqa_accuracy": "VQA accuracy",
 }  # fmt: skip
+
+
+class Registry(MutableMapping[str, Any]):
+    """Objects by name; ``registry[name]`` imports what an entry names, and raises UnknownNameError with the choices.
+
+    ``kind`` is what messages call an entry. ``group`` is that of the entry points by which installed packages add to
+    it. An entry of this package goes before one of the same name.
+    """
+
+    def __init__(self, kind: str, group: str, entries: Mapping[str, Any]) -> None:
+        self.kind, self.group, self._own = kind, group, dict(entries)
+
+    @cached_property
+    def _others(self) -> dict[str, str]:
+        from importlib.metadata import entry_points  # takes a while: only where another package may matter
+
+        return {point.name: point.value for point in entry_points(group=self.group)}
+
+    @property
+    def _entries(self) -> dict[str, Any]:
+        return dict(sorted({**self._others, **self._own}.items()))
+
+    def __getitem__(self, name: str) -> Any:
+        return resolve(self._own[name]) if name in self._own else lookup(self._entries, name, self.kind)
+
+    def __setitem__(self, name: str, entry: Any) -> None:
+        self._own[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._own[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._own or name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:

@@ -7,28 +7,28 @@ from typing import Annotated
 import typer
 
 from cachefuse.errors import CachefuseError
-from cachefuse_cli.align import align
-from cachefuse_cli.bench import bench
-from cachefuse_cli.compare import compare
-from cachefuse_cli.datasets import datasets
-from cachefuse_cli.demo import demo
-from cachefuse_cli.encoders import encoders
-from cachefuse_cli.ensemble import ensemble
-from cachefuse_cli.evaluate import evaluate
-from cachefuse_cli.extract import extract
-from cachefuse_cli.fine_tune import fine_tune
-from cachefuse_cli.inspect import inspect
-from cachefuse_cli.pairs import pairs
-from cachefuse_cli.plan import plan
-from cachefuse_cli.predict import predict
-from cachefuse_cli.report import report
-from cachefuse_cli.retrieve import retrieve
-from cachefuse_cli.runs import runs
-from cachefuse_cli.similarity import similarity
-from cachefuse_cli.sweep import sweep
-from cachefuse_cli.train_head import train_head
-from cachefuse_cli.verify import verify
-from cachefuse_cli.zero_shot import zero_shot
+from cachefuse_cli.commands.align import align
+from cachefuse_cli.commands.bench import bench
+from cachefuse_cli.commands.compare import compare
+from cachefuse_cli.commands.datasets import datasets
+from cachefuse_cli.commands.demo import demo
+from cachefuse_cli.commands.encoders import encoders
+from cachefuse_cli.commands.ensemble import ensemble
+from cachefuse_cli.commands.evaluate import evaluate
+from cachefuse_cli.commands.extract import extract
+from cachefuse_cli.commands.fine_tune import fine_tune
+from cachefuse_cli.commands.inspect import inspect
+from cachefuse_cli.commands.pairs import pairs
+from cachefuse_cli.commands.plan import plan
+from cachefuse_cli.commands.predict import predict
+from cachefuse_cli.commands.report import report
+from cachefuse_cli.commands.retrieve import retrieve
+from cachefuse_cli.commands.runs import runs
+from cachefuse_cli.commands.similarity import similarity
+from cachefuse_cli.commands.sweep import sweep
+from cachefuse_cli.commands.train_head import train_head
+from cachefuse_cli.commands.verify import verify
+from cachefuse_cli.commands.zero_shot import zero_shot
 
 app = typer.Typer(
     name="cachefuse",
@@ -90,7 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         app(given, prog_name="cachefuse")
     except Exception as error:
-        from cachefuse_cli import render
+        from cachefuse_cli.shared import render
 
         told = isinstance(error, CachefuseError | OSError) or render.out_of_memory(error)
         if debug or not told:

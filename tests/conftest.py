@@ -153,8 +153,8 @@ def captioned():
 @pytest.fixture(scope="session")
 def captioned_store(captioned, token_encoders, tmp_path_factory):
     """Their pooled features, tokens and ids, for tests that leave them as they are."""
-    from cachefuse.cache.extract import extract
-    from cachefuse.cache.store import FeatureStore
+    from cachefuse.extraction.extract import extract
+    from cachefuse.store.store import FeatureStore
 
     path = tmp_path_factory.mktemp("captioned") / "shapes.zarr"
     extract(captioned, token_encoders, path, views=("pooled", "tokens", "ids"), device="cpu")

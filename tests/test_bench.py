@@ -17,7 +17,7 @@ from cachefuse.bench.store import MEASUREMENTS, OF_MEMORY, bench_store
 from cachefuse.bench.timing import BenchRow, by_turns, describe_machine, rates, timed
 from cachefuse.bench.train import TrainBench, TrainSizes, bench_train, matrix_products
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.heads import MLP, Linear
+from cachefuse.nn.heads import MLP, Linear
 
 TINY = Sizes(
     pairs=1, gather_pairs=2, disk_pairs=1, width=16,

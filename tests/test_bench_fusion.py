@@ -2,8 +2,8 @@ import pytest
 
 from cachefuse.bench.fusion import MEASUREMENTS, FusionBench, FusionSizes, bench_fusion, step_products
 from cachefuse.errors import ConfigError
+from cachefuse.experiments import costs
 from cachefuse.fusion import FUSIONS
-from cachefuse.training import costs
 
 TINY = FusionSizes(pairs=1, rows=24, batch=8, width=8, image_tokens=16, text_tokens=4, heads=2)
 

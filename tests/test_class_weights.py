@@ -8,8 +8,9 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.losses import CLASS_WEIGHTS, asl, bce, build_loss, class_weights, cross_entropy, focal
-from cachefuse.registry import LOSSES, lookup
+from cachefuse.nn import LOSSES
+from cachefuse.nn.losses import CLASS_WEIGHTS, asl, bce, build_loss, class_weights, cross_entropy, focal
+from cachefuse.registry import lookup
 
 ALL = sorted(LOSSES)
 ONE_HOT = torch.eye(5)[torch.arange(7) % 5]

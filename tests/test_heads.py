@@ -3,10 +3,21 @@ import pytest
 import torch
 from torch import nn
 
-from cachefuse.cache.rows import TokenWidth
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.heads import FIT_ROWS, MLP, ChannelGate, Dropout, GatedBlock, GatedMLP, Linear, SpatialGate, Standardize
-from cachefuse.registry import ACTIVATIONS, HEADS, lookup
+from cachefuse.nn import ACTIVATIONS, HEADS
+from cachefuse.nn.heads import (
+    FIT_ROWS,
+    MLP,
+    ChannelGate,
+    Dropout,
+    GatedBlock,
+    GatedMLP,
+    Linear,
+    SpatialGate,
+    Standardize,
+)
+from cachefuse.registry import lookup
+from cachefuse.store.rows import TokenWidth
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))

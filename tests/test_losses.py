@@ -6,8 +6,9 @@ import torch
 from torchvision.ops import sigmoid_focal_loss
 
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.losses import asl, bce, cross_entropy, focal
-from cachefuse.registry import LOSSES, lookup
+from cachefuse.nn import LOSSES
+from cachefuse.nn.losses import asl, bce, cross_entropy, focal
+from cachefuse.registry import lookup
 
 ALL = sorted(LOSSES)
 

@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 import zarr
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.samples import column_checksum
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import BadSampleError, DataError, RunError
-from cachefuse.predict import predict_samples, predict_split, read_input
+from cachefuse.extraction.extract import extract
+from cachefuse.runs.predict import predict_samples, predict_split, read_input
+from cachefuse.runs.train import train_head
+from cachefuse.store.columns import column_checksum
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.train import train_head
 
 TABLE = """
 name = "mine"
@@ -137,7 +137,7 @@ def test_refuses_samples_without_what_the_run_reads(reads, given, runs, dataset)
 
 
 def test_opens_an_encoder_once(run, dataset, monkeypatch):
-    import cachefuse.predict as module
+    import cachefuse.runs.predict as module
 
     opened, real = [], module.open_encoder
     monkeypatch.setattr(module, "open_encoder", lambda spec, device: opened.append(str(spec)) or real(spec, device))

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-import cachefuse.predict as module
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
+import cachefuse.runs.predict as module
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import CacheError, DataError, RunError
-from cachefuse.predict import predict_samples, predict_split
+from cachefuse.extraction.extract import extract
+from cachefuse.runs.ensemble import ensemble
+from cachefuse.runs.predict import predict_samples, predict_split
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.tables import StoreTables
+from cachefuse.runs.train import train_head
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.ensemble import ensemble
-from cachefuse.training.run import Run
-from cachefuse.training.train import train_head
-from cachefuse.training.used import StoreTables
 
 CMA = TrainConfig(
     fusion="cma", fusion_options={"depth": 2, "width": 16, "heads": 2}, head="linear", epochs=3, batch_size=16, lr=0.01
@@ -59,7 +59,7 @@ def stored_scores(run, store, rows, gone=()):
 
 
 def test_raw_samples_score_as_their_stored_tokens(runs, captioned_store, captioned, tmp_path):
-    run = Run.load(runs["cma"].save(tmp_path / "runs"))
+    run = load_run(save_run(runs["cma"], tmp_path / "runs"))
     assert {name: [used.tokens for used in group] for name, group in run.features.items()} == {
         "image": [0], "image_tokens": [4], "text": [0], "text_tokens": [14],
     }  # fmt: skip
@@ -172,7 +172,7 @@ def test_more_samples_than_a_window_keep_their_places(runs, captioned_store, cap
 def joined(runs, captioned_store, tmp_path_factory):
     """A mean of runs that read pooled features, tokens beside them, and tokens side by side in their place."""
     run = ensemble([runs["cma"], runs["sum"], runs["flat"]], captioned_store)
-    return Run.load(run.save(tmp_path_factory.mktemp("joined")))
+    return load_run(save_run(run, tmp_path_factory.mktemp("joined")))
 
 
 @pytest.mark.slow
@@ -237,9 +237,9 @@ def test_a_store_that_has_no_tokens_is_refused(runs, captioned, token_encoders, 
     ids=str,
 )
 def test_tokens_edited_into_nonsense_are_refused(change, message, runs, tmp_path):
-    path = runs["cma"].save(tmp_path / "runs")
+    path = save_run(runs["cma"], tmp_path / "runs")
     values = json.loads((path / "run.json").read_text())
     values["members"][0]["features"]["image_tokens"][0].update(change)
     (path / "run.json").write_text(json.dumps(values))
     with pytest.raises(RunError, match=message):
-        Run.load(path)
+        load_run(path)

@@ -6,9 +6,10 @@ import pytest
 
 from cachefuse.errors import CachefuseError, UnknownNameError
 from cachefuse.fusion import FUSIONS
-from cachefuse.losses import REDUCTIONS
 from cachefuse.metrics import METRICS
-from cachefuse.registry import ACTIVATIONS, HEADS, LOSSES, lookup, resolve
+from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
+from cachefuse.nn.losses import REDUCTIONS
+from cachefuse.registry import lookup, resolve
 
 TABLES = {
     "activation": ACTIVATIONS,

@@ -7,16 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError
-from cachefuse.runtime import (
-    Workspace,
-    own_randomness,
-    resolve_device,
-    seed_everything,
-    slug,
-    to_json,
-    write_atomically,
-)
+from cachefuse.files import slug, to_json, write_atomically
+from cachefuse.workspace import Workspace
 
 
 def test_workspace_paths(tmp_path):

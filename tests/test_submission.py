@@ -6,8 +6,8 @@ import pytest
 
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import DataError, SubmissionError
-from cachefuse.predict import Predictions
-from cachefuse.submission import write_submission
+from cachefuse.runs.predict import Predictions
+from cachefuse.runs.submission import write_submission
 
 CLASSES = ("cat", "dog", "owl")
 

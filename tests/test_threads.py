@@ -160,7 +160,7 @@ def small_training():
     """Return what ``fit`` takes: a linear model, loss, optimizer, table and rows."""
     import numpy as np
 
-    from cachefuse.training.batches import FeatureTable
+    from cachefuse.training.feature_table import FeatureTable
 
     class Linear(Learner):
         def __init__(self):

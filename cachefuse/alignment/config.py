@@ -4,8 +4,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from cachefuse.alignment import METHODS, OPERATIONS
 from cachefuse.errors import ConfigError
-from cachefuse.registry import ATTENTION_HEADS, METHODS, OPERATIONS, OPTIMIZERS, SCHEDULES, TARGETS, lookup
+from cachefuse.nn import ATTENTION_HEADS, TARGETS
+from cachefuse.registry import lookup
+from cachefuse.training import OPTIMIZERS, SCHEDULES
 
 VIEWS = ("pooled", "tokens")
 MONITORS = ("r1", "loss")

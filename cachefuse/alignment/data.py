@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from cachefuse.alignment.model import Aligner, Side
-from cachefuse.cache.features import Features
-from cachefuse.cache.rows import RaggedRows, Rows
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.tokens import padded
 from cachefuse.data.manifest import PAIRS
 from cachefuse.errors import ConfigError, DataError
-from cachefuse.heads import Standardize
+from cachefuse.nn.heads import Standardize
+from cachefuse.store.features import Features
+from cachefuse.store.rows import RaggedRows, Rows
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.tokens import padded
 from cachefuse.threads import idle_threads
 from cachefuse.training.selection import one_view, select_features
 

@@ -17,24 +17,29 @@ from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.run import Alignment
 from cachefuse.alignment.tower import aligned_features
 from cachefuse.alignment.train import find_side
-from cachefuse.cache.lock import only_writer
-from cachefuse.cache.rows import TokenWidth
-from cachefuse.cache.store import FeatureStore
+from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError
+from cachefuse.feature_spec import FLAT
 from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
-from cachefuse.heads import Standardize
-from cachefuse.losses import build_loss
-from cachefuse.registry import FLAT, OPTIMIZERS, SCHEDULES, lookup
-from cachefuse.runtime import own_randomness, resolve_device, seed_everything
+from cachefuse.nn.heads import Standardize
+from cachefuse.nn.losses import build_loss
+from cachefuse.registry import lookup
+from cachefuse.runs.features import used_features
+from cachefuse.runs.results import measure
+from cachefuse.runs.run import Member, Run, split_digest
+from cachefuse.store.lock import only_writer
+from cachefuse.store.rows import TokenWidth
+from cachefuse.store.store import FeatureStore
+from cachefuse.training import OPTIMIZERS, SCHEDULES
+from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.loop import History, Validation, fit, predict_scores
-from cachefuse.training.measure import HeldOut, choose_for, measure
-from cachefuse.training.problem import VAL, Problem
-from cachefuse.training.run import Member, Run, build_model, split_digest
+from cachefuse.training.data import VAL, Problem
+from cachefuse.training.held_out import HeldOut, choose_for
+from cachefuse.training.inference import predict_scores
+from cachefuse.training.loop import History, Validation, fit
 from cachefuse.training.selection import load_table, one_view
 from cachefuse.training.train import Progress, score_of
-from cachefuse.training.used import used_features
 
 
 class TunedModel(Learner):

@@ -15,8 +15,8 @@ from cachefuse.alignment.model import Aligner, Side
 from cachefuse.alignment.ranks import Embedded, best_ranks, recall_at
 from cachefuse.errors import TrainingError
 from cachefuse.threads import adapt_threads, idle_threads
-from cachefuse.training.ema import EMA
 from cachefuse.training.loop import Epoch, History, keep_freed_memory
+from cachefuse.training.optim import EMA
 
 ReadChunk = Callable[[int, Tensor], Side]  # (side, item rows) -> features and mask, on the model's device
 

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cachefuse.alignment import METHODS
 from cachefuse.alignment.config import AlignConfig
-from cachefuse.heads import Standardize
-from cachefuse.losses import TINY_NORM, contrastive
-from cachefuse.registry import METHODS, lookup
+from cachefuse.nn.heads import Standardize
+from cachefuse.nn.losses import TINY_NORM, contrastive
+from cachefuse.registry import lookup
 
 TEMPERATURE = 0.07  # at the start (arXiv 2103.00020)
 BOUNDS = math.log(0.01), math.log(1.0)  # of its logarithm

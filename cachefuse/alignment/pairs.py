@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional as F
 
 from cachefuse.alignment.retrieve import item_places
-from cachefuse.cache.features import Features
-from cachefuse.cache.pipeline import item_owners, item_sources
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.splits import ordered_splits
+from cachefuse.device import resolve_device
 from cachefuse.errors import ConfigError, DataError
-from cachefuse.losses import TINY_NORM
-from cachefuse.runtime import make_folder, resolve_device, slug, write_atomically
+from cachefuse.extraction.pipeline import item_owners, item_sources
+from cachefuse.files import make_folder, slug, write_atomically
+from cachefuse.nn.losses import TINY_NORM
+from cachefuse.store.features import Features
 from cachefuse.threads import idle_threads
 
 BLOCK = 2048  # texts compared with as many others at a time
@@ -57,22 +58,22 @@ def mine_pairs(
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold must be above 0 and at most 1. Got {threshold:g} instead")
-    store = features.store
-    owners, _ = item_places(store, "text")
-    several = store.items("text") is not None
+    samples = features.samples
+    owners, _ = item_places(samples, "text")
+    several = samples.items("text") is not None
     flat = [own for each in texts for own in (each if several else (each[0] if each else "",))]
     if len(flat) != len(owners):
         raise DataError(
-            f"{store.dataset} has {len(flat):,} texts, and its features {len(owners):,} rows; extract again"
+            f"{samples.dataset} has {len(flat):,} texts, and its features {len(owners):,} rows; extract again"
         )
     words: dict[str, int] = {}
     same = np.array([words.setdefault(" ".join(text.lower().split()), len(words)) for text in flat])
-    usable = store.present("text")[owners]
+    usable = samples.present("text")[owners]
     pairs = Pairs({}, {})
     total = int(usable.sum())
     done = 0
-    for split in ordered_splits(store.splits):
-        rows = np.flatnonzero(usable & (store.splits[owners] == split))
+    for split in ordered_splits(samples.splits):
+        rows = np.flatnonzero(usable & (samples.splits[owners] == split))
         x = torch.from_numpy(features.rows()[rows]).to(resolve_device(device))
         ends, near = _candidates(x, torch.from_numpy(same[rows]), threshold, partial(_tell, on_rows, done, total))
         chosen, cosines = _match(ends, near, owners[rows])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cachefuse.alignment.similarity import TOLERANCES, Figures, Scored
 from cachefuse.errors import ConfigError
-from cachefuse.runtime import write_atomically
+from cachefuse.files import write_atomically
 
 KINDS = (".png", ".svg", ".pdf")
 WIDTH, HEIGHT, DPI = 3.4, 2.9, 120

@@ -8,10 +8,11 @@ import numpy as np
 
 from cachefuse.alignment.search import nearest
 from cachefuse.alignment.space import OnRows, Space, silent
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError, DataError
+from cachefuse.store.samples import StoredSamples
+from cachefuse.store.store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,12 @@ def retrieve(
     return Found(str(image) if text is None else text, wanted, tuple(matches))
 
 
-def item_places(store: FeatureStore, modality: str) -> tuple[np.ndarray, np.ndarray]:
+def item_places(samples: StoredSamples, modality: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the sample of each row of a modality's features (n,), and its place among the sample's items (n,)."""
-    offsets = store.items(modality)
+    offsets = samples.items(modality)
     if offsets is None:
-        return np.arange(len(store)), np.zeros(len(store), np.int64)
-    owners = np.repeat(np.arange(len(store)), np.diff(offsets))
+        return np.arange(len(samples)), np.zeros(len(samples), np.int64)
+    owners = np.repeat(np.arange(len(samples)), np.diff(offsets))
     return owners, np.arange(len(owners)) - offsets[owners]
 
 

@@ -13,11 +13,9 @@ from safetensors.torch import save
 
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.model import Aligner
-from cachefuse.cache.features import Features
 from cachefuse.data.splits import USUAL, ordered_splits
-from cachefuse.runtime import to_json
-from cachefuse.training.loop import History
-from cachefuse.training.run_files import (
+from cachefuse.files import to_json
+from cachefuse.runs.files import (
     ALIGNMENT,
     FORMATS,
     WEIGHTS,
@@ -30,6 +28,8 @@ from cachefuse.training.run_files import (
     read_whole,
     write_run,
 )
+from cachefuse.store.features import Features
+from cachefuse.training.loop import History
 
 VERSIONS = ("cachefuse", "torch", "numpy", "zarr")
 MAX_WIDTH = 1 << 20  # of features that a run may say it reads

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefuse.cache.rows import Rows
 from cachefuse.errors import ConfigError
-from cachefuse.losses import TINY_NORM
+from cachefuse.nn.losses import TINY_NORM
+from cachefuse.store.rows import Rows
 from cachefuse.threads import idle_threads
 
 PIECE = 1024  # rows converted and multiplied at a time: what a processor's cache holds

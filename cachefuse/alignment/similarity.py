@@ -8,13 +8,13 @@ import numpy as np
 from cachefuse.alignment.run import Alignment
 from cachefuse.alignment.space import OnRows, silent
 from cachefuse.alignment.tower import aligned_features
-from cachefuse.cache.features import Features
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.manifest import PAIRS
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import ConfigError, DataError, RunError
-from cachefuse.training.problem import TRAIN, VAL
+from cachefuse.store.features import Features
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.data import TRAIN, VAL
 from cachefuse.training.selection import select_features
 
 TOLERANCES = np.linspace(0.1, 1, 100)  # CBMF, figure 3: "100 values spanning from 0.1 to 1"
@@ -100,13 +100,13 @@ def pair_cosines(first: Features, second: Features | None = None) -> np.ndarray:
 
     NaN for a sample that does not have two usable texts.
     """
-    store = first.store
-    offsets = store.items("text")
+    about = first.samples
+    offsets = about.items("text")
     if offsets is None:
-        raise DataError(f"{store.dataset} has one text a sample, where pairs have two")
-    usable = store.present("text") & (np.diff(offsets) == 2)
+        raise DataError(f"{about.dataset} has one text a sample, where pairs have two")
+    usable = about.present("text") & (np.diff(offsets) == 2)
     a, b = first.rows(), (second or first).rows()
-    cosines = np.full(len(store), np.nan)
+    cosines = np.full(len(about), np.nan)
     samples = np.flatnonzero(usable)
     for start in range(0, len(samples), CHUNK):
         part = samples[start : start + CHUNK]

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from cachefuse.alignment.run import Alignment
 from cachefuse.alignment.tower import aligned_features, side_spec
-from cachefuse.cache.features import Features
-from cachefuse.cache.pipeline import encode_prepared, is_bad, prepare_source
-from cachefuse.cache.store import FeatureStore
+from cachefuse.device import resolve_device
 from cachefuse.encoders import EncoderSpec, open_encoder
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, EncoderError, RunError
-from cachefuse.runtime import resolve_device
+from cachefuse.extraction.pipeline import encode_prepared, is_bad, prepare_source
+from cachefuse.store.features import Features
+from cachefuse.store.store import FeatureStore
 
 BATCH = 32
 

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from cachefuse.alignment.data import as_tokens
 from cachefuse.alignment.run import Alignment
-from cachefuse.cache.derive import base_rows, derive
-from cachefuse.cache.features import Features
-from cachefuse.cache.layout import DTYPES, provenance_key
-from cachefuse.cache.lock import only_writer
-from cachefuse.cache.store import FeatureStore
+from cachefuse.device import resolve_device
 from cachefuse.encoders import open_encoder
 from cachefuse.encoders.base import ALIGNED, DerivedTower, EncoderSpec, Tower
 from cachefuse.encoders.base import Features as Encoded
 from cachefuse.encoders.frozen import to_numpy, weights_digest
 from cachefuse.errors import EncoderError, RunError
-from cachefuse.runtime import resolve_device
+from cachefuse.extraction.derive import base_rows, derive
+from cachefuse.store.features import Features
+from cachefuse.store.format import DTYPES, provenance_key
+from cachefuse.store.lock import only_writer
+from cachefuse.store.store import FeatureStore
 
 SIDES = ("", "1", "2")  # after the @ of a spec
 _under_way: ContextVar[tuple[str, ...]] = ContextVar("alignments that are being opened", default=())

@@ -12,15 +12,16 @@ from cachefuse.alignment.loop import embed_samples, fit
 from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.ranks import Embedded, best_ranks, chance_at, modality_gap, recall_at
 from cachefuse.alignment.run import Alignment, Direction, Retrieval, UsedSide
-from cachefuse.cache.features import Features
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
+from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError, DataError, RunError
-from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
-from cachefuse.runtime import own_randomness, resolve_device, seed_everything
+from cachefuse.registry import lookup
+from cachefuse.runs.run import split_digest
+from cachefuse.store.features import Features
+from cachefuse.store.store import FeatureStore
+from cachefuse.training import OPTIMIZERS, SCHEDULES
+from cachefuse.training.data import TRAIN, VAL
 from cachefuse.training.loop import History
-from cachefuse.training.problem import TRAIN, VAL
-from cachefuse.training.run import split_digest
 from cachefuse.training.train import Progress
 
 KS = (1, 5, 10)

@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional as F
 
 from cachefuse.alignment.space import OnRows, Space, silent
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import ConfigError, DataError
-from cachefuse.losses import TINY_NORM
+from cachefuse.nn.losses import TINY_NORM
+from cachefuse.store.store import FeatureStore
 from cachefuse.threads import idle_threads
 
 PROMPT = "a photo of a {}"

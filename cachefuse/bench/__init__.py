@@ -1,0 +1,1 @@
+"""Speed and storage, measured on the machine at hand."""

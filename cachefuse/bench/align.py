@@ -18,8 +18,8 @@ from cachefuse.alignment.search import nearest
 from cachefuse.bench import process
 from cachefuse.bench.base import OnProgress, measure_all, temporary, write_store
 from cachefuse.bench.timing import BenchRow, by_turns, seconds, timed
-from cachefuse.fusion.transformer import EXPANSION
-from cachefuse.runtime import resolve_device
+from cachefuse.device import resolve_device
+from cachefuse.nn.transformer import EXPANSION
 from cachefuse.threads import same_threads
 from cachefuse.training.optim import adamw, constant
 

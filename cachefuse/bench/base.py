@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from cachefuse.bench.timing import BenchRow
-from cachefuse.cache.features import Features
-from cachefuse.cache.rows import Rows
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.writer import ViewWriter
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import parse_manifest
+from cachefuse.extraction.open_store import open_store
+from cachefuse.store.features import Features
+from cachefuse.store.rows import Rows
+from cachefuse.store.writer import ViewWriter
 
 ROW_BATCH = 4096  # rows of one random batch
 N_CLASSES = 18
@@ -105,7 +105,7 @@ def write_store(path: Path, n_rows: int, width: int, scale: float = 1.0) -> Feat
         texts=[("a text",)] * n_rows,
         name="bench",
     )
-    store = FeatureStore.for_dataset(path, dataset)
+    store = open_store(path, dataset)
     provenance = {"family": "bench", "dtype": "float16"}
     features = store.require_features("bench", "text", provenance, "bench", {"pooled": "float16"})
     some = (scale * rng.standard_normal((ROW_BATCH, width), np.float32)).astype(np.float16)

@@ -17,12 +17,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from cachefuse.bench.base import Bench
 from cachefuse.bench.timing import BenchRow, by_turns, rates, timed
-from cachefuse.cache.extract import WINDOW_BATCHES, Progress, extract
-from cachefuse.cache.pipeline import encode_prepared
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.encoders import open_encoder
+from cachefuse.extraction.extract import WINDOW_BATCHES, Progress, extract
+from cachefuse.extraction.pipeline import encode_prepared
 
 BATCH = 32
 IMAGE_FILES = 64  # written; a dataset of more samples has each of them several times

@@ -13,22 +13,24 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cachefuse.bench.base import MANIFEST, N_CLASSES, OnProgress, measure_all, temporary
 from cachefuse.bench.timing import BenchRow, by_turns, timed
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.writer import ViewWriter
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
+from cachefuse.device import resolve_device
+from cachefuse.experiments.costs import measure_costs
+from cachefuse.extraction.open_store import open_store
+from cachefuse.feature_spec import IDS
 from cachefuse.fusion import FUSIONS
-from cachefuse.fusion.transformer import EXPANSION
-from cachefuse.registry import IDS
-from cachefuse.runtime import resolve_device
+from cachefuse.nn.transformer import EXPANSION
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.writer import ViewWriter
 from cachefuse.threads import same_threads
+from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.costs import measure_costs
-from cachefuse.training.fitting import TrainingSet, training_loss, untrained_model
+from cachefuse.training.data import Problem, open_problem
 from cachefuse.training.loop import fit
 from cachefuse.training.optim import adam
-from cachefuse.training.problem import Problem, open_problem
+from cachefuse.training.train import TrainingSet
 
 VOCABULARY = 30_522  # of BERT
 BERT = {"model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 384, "num_hidden_layers": 6,
@@ -79,7 +81,7 @@ def write_tokens(path: Path, sizes: FusionSizes) -> FeatureStore:
         texts=[("a text",)] * n,
         name="bench",
     )
-    store = FeatureStore.for_dataset(path, dataset)
+    store = open_store(path, dataset)
     for modality, n_tokens in (("image", sizes.image_tokens), ("text", sizes.text_tokens)):
         views = {"pooled": (sizes.width,), "tokens": (n_tokens, sizes.width)}
         views |= {IDS: (n_tokens,)} if modality == "text" else {}

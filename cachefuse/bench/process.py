@@ -17,17 +17,17 @@ import torch
 from cachefuse.alignment.search import nearest
 from cachefuse.bench.base import ROW_BATCH, Bench, write_store
 from cachefuse.bench.timing import BenchRow, seconds
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import CacheError
+from cachefuse.extraction.extract import extract
+from cachefuse.runs.train import train_head
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.train import train_head
 
 SAMPLING = 0.005  # seconds between two looks at a process's memory
 ANONYMOUS = "RssAnon:"  # what a process has of its own: pages of mapped files, which the system may drop, don't count
-CODE = "import sys; from cachefuse.bench.process import run_here; run_here(*sys.argv[1:])"
+CODE = "import sys; ; run_here(*sys.argv[1:])"
 MOST_MEMORY = 1.5  # GB
 TRAIN_BATCH = 1024
 SHAPES = 'name = "shapes"\ntask = "multilabel"\nreader = {{ kind = "shapes", train = {}, test = 0 }}'

@@ -11,8 +11,8 @@ import zarr
 
 from cachefuse.bench.base import ROW_BATCH, Bench
 from cachefuse.bench.timing import BenchRow, by_turns, rates, seconds, timed
-from cachefuse.cache.layout import block_rows
-from cachefuse.cache.shard import ShardWriter
+from cachefuse.store.format import block_rows
+from cachefuse.store.shard import ShardWriter
 
 N_BATCHES = 9  # of ours beside one that zarr-python takes its time for
 WRITE_BATCH = 256

@@ -9,8 +9,8 @@ from cachefuse.bench.encoding import encode_texts, extract_images
 from cachefuse.bench.process import extract_memory, open_store, train_memory
 from cachefuse.bench.storage import gather, gather_zarr, read_all, write
 from cachefuse.bench.timing import BenchRow
+from cachefuse.device import resolve_device
 from cachefuse.errors import CacheError
-from cachefuse.runtime import resolve_device
 from cachefuse.threads import same_threads
 
 ROOM_TO_LEAVE = 1 << 30

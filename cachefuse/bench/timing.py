@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cachefuse.runtime import resolve_device
+from cachefuse.device import resolve_device
 from cachefuse.threads import n_cores
 
 

@@ -15,19 +15,20 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cachefuse.bench.base import N_CLASSES, OnProgress, measure_all, temporary, write_store
 from cachefuse.bench.timing import BenchRow, by_turns, rates, seconds, timed
-from cachefuse.cache.store import FeatureStore
+from cachefuse.device import resolve_device
 from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
-from cachefuse.losses import Loss
-from cachefuse.runtime import resolve_device
+from cachefuse.nn.losses import Loss
+from cachefuse.store.store import FeatureStore
 from cachefuse.threads import same_threads
-from cachefuse.training.batches import FeatureTable
+from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.fitting import TrainingSet, training_loss, untrained_model
+from cachefuse.training.data import Problem, open_problem
+from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.loop import fit
 from cachefuse.training.optim import adam
-from cachefuse.training.problem import Problem, open_problem
 from cachefuse.training.stack import RowsFirst, StackedLoss, stack
+from cachefuse.training.train import TrainingSet
 
 RATE = 1e-3
 Layers = tuple[int, ...]  # hidden widths; none for a linear head

@@ -1,0 +1,1 @@
+"""A dataset as data: manifests, readers, targets, splits."""

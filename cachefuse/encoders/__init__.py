@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cachefuse.encoders.base import EncoderSpec, Tower
-from cachefuse.registry import lookup, resolve
+from cachefuse.registry import Registry, resolve
 
 
 @dataclass(frozen=True)
@@ -16,38 +16,36 @@ class Family:
     about: str
 
 
-FAMILIES = {
-    "aligned": Family(
-        "cachefuse.alignment.tower:open_aligned",
-        "aligned:./workspace/runs/NAME",
-        "image, text",
-        "what cachefuse align made of two encoders; after @, of two text encoders, 1 or 2",
-    ),
-    "classic": Family(
-        "cachefuse.encoders.classic:open_classic",
-        "classic",
-        "image, text",
-        "histograms and hashed n-grams: no weights, fast, works everywhere",
-    ),
-    "clip": Family(
-        "cachefuse.encoders.clip:open_clip_towers",
-        "clip:ViT-B-32@laion2b_s34b_b79k",
-        "image, text",
-        "open_clip models; after @ a pretrained tag or a local .safetensors file",
-    ),
-    "hf": Family(
-        "cachefuse.encoders.hf:open_hf",
-        "hf:bert-base-uncased",
-        "image or text",
-        "transformers models by hub name or local folder; after @ a revision",
-    ),
-    "timm": Family(
-        "cachefuse.encoders.vit:open_timm",
-        "timm:vit_base_patch16_224",
-        "image",
-        "timm models; after @ a local .safetensors file",
-    ),
-}
+FAMILIES = Registry(
+    "encoder family",
+    "cachefuse.encoders",
+    {
+        "classic": Family(
+            "cachefuse.encoders.classic:open_classic",
+            "classic",
+            "image, text",
+            "histograms and hashed n-grams: no weights, fast, works everywhere",
+        ),
+        "clip": Family(
+            "cachefuse.encoders.clip:open_clip_towers",
+            "clip:ViT-B-32@laion2b_s34b_b79k",
+            "image, text",
+            "open_clip models; after @ a pretrained tag or a local .safetensors file",
+        ),
+        "hf": Family(
+            "cachefuse.encoders.hf:open_hf",
+            "hf:bert-base-uncased",
+            "image or text",
+            "transformers models by hub name or local folder; after @ a revision",
+        ),
+        "timm": Family(
+            "cachefuse.encoders.vit:open_timm",
+            "timm:vit_base_patch16_224",
+            "image",
+            "timm models; after @ a local .safetensors file",
+        ),
+    },
+)
 DEFAULT_ENCODER = FAMILIES["clip"].example
 
 
@@ -57,5 +55,5 @@ def open_encoder(spec: str | EncoderSpec, device: str = "cpu") -> dict[str, Towe
     Raises UnknownNameError for an unknown family, EncoderError if the model or its weights can't be had.
     """
     spec = EncoderSpec.parse(spec) if isinstance(spec, str) else spec
-    family: Family = lookup(FAMILIES, spec.family, "encoder family")
+    family: Family = FAMILIES[spec.family]
     return resolve(family.opener)(spec, device)

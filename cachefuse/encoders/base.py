@@ -118,3 +118,11 @@ class DerivedTower(Tower):
     @abstractmethod
     def transform(self, rows: Any) -> Any:
         """Map B stored rows, pooled (B, D), tokens (B, T, D), or a list of B (T_i, D), to (B, width) float32."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a modality's features are from: the encoder's ``source``, which opens it again, and its provenance."""
+
+    source: str
+    provenance: Mapping[str, str]

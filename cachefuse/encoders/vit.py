@@ -11,15 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower
-from cachefuse.encoders.frozen import (
-    fetch,
-    fingerprint,
-    flatten_map,
-    library,
-    local_weights,
-    opening,
-    weights_digest,
-)
+from cachefuse.encoders.frozen import fetch, fingerprint, flatten_map, library, local_weights, opening, weights_digest
 from cachefuse.encoders.images import ImageTower, split_compose
 from cachefuse.errors import EncoderError
 

@@ -6,41 +6,18 @@ Features go by name: a modality's pooled ones by its own ("image"), its other vi
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from cachefuse.encoders.base import Origin
 from cachefuse.errors import ConfigError
-from cachefuse.losses import Loss
-from cachefuse.registry import IDS, POOLED, TOKENS
+from cachefuse.feature_spec import POOLED, feature_name, modalities_of
+from cachefuse.nn.losses import Loss
+from cachefuse.nn.masking import zero_absent
 
 HeadBuilder = Callable[[int, int], nn.Module]  # (width, classes) -> a head from (B, width) to (B, classes)
-
-
-def feature_name(modality: str, view: str) -> str:
-    """Return what a modality's features of a view are called."""
-    return modality if view == POOLED else f"{modality}_{view}"
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """Return the modality and the view of features."""
-    modality, _, view = name.rpartition("_")
-    return (modality, view) if modality and view in (TOKENS, IDS) else (name, POOLED)
-
-
-def modalities_of(names: Iterable[str]) -> tuple[str, ...]:
-    """Return the modalities of features, each once, in alphabetical order."""
-    return tuple(sorted({split_name(name)[0] for name in names}))
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a modality's features are from: the encoder's ``source``, which opens it again, and its provenance."""
-
-    source: str
-    provenance: Mapping[str, str]
 
 
 class Learner(nn.Module):
@@ -136,11 +113,3 @@ def join(features: Mapping[str, Tensor], present: Mapping[str, Tensor], names: I
     first, *others = [zero_absent(features[m], present[m]) for m in names]
     # To concatenate one would copy it, and that takes as long as a linear head's product.
     return torch.cat([first, *others], dim=-1) if others else first
-
-
-def zero_absent(x: Tensor, present: Tensor) -> Tensor:
-    """Set what is absent of ``x`` (..., D) to 0; ``present`` (...) is bool: rows that are there, or real tokens."""
-    if present.device.type == "cpu" and present.all():  # a copy less; on a GPU to ask would be to wait
-        return x
-    # Filled, not multiplied: whatever an absent row holds, NaN included, stays out of the logits and the gradients.
-    return x.masked_fill(~present.unsqueeze(-1), 0)

@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import Fusion, HeadBuilder, feature_name, modalities_of, split_name, zero_absent
-from cachefuse.fusion.pooling import PoolSpec, build_pools
-from cachefuse.fusion.transformer import TransformerBlock
-from cachefuse.registry import POOLED, TOKENS
+from cachefuse.feature_spec import POOLED, TOKENS, feature_name, modalities_of, split_name
+from cachefuse.fusion.base import Fusion, HeadBuilder
+from cachefuse.nn.masking import zero_absent
+from cachefuse.nn.pooling import PoolSpec, build_pools
+from cachefuse.nn.transformer import TransformerBlock
+from cachefuse.store.tokens import SequenceWidth
 
 MODALITY_ATTENTION, SEQUENCE_ATTENTION = "modality-attention", "sequence-attention"
 WARM_UP, TUNING = "warm-up", "tuning"

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, join, joint_width, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder, join, joint_width
 from cachefuse.fusion.late import HeadAlone
+from cachefuse.nn.masking import zero_absent
 
 
 class GatedFusion(Fusion):

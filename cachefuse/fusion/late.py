@@ -7,7 +7,8 @@ they arrive standardised, and where a head of its own reads them, that head's lo
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, Learner, join, joint_width, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder, Learner, join, joint_width
+from cachefuse.nn.masking import zero_absent
 
 
 class ConcatFusion(Fusion):

@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cachefuse.encoders.base import Origin
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import Fusion, HeadBuilder, Origin, zero_absent
-from cachefuse.fusion.dfe import masked_mean
-from cachefuse.fusion.text_model import build, load_weights, open_config
+from cachefuse.feature_spec import IDS, POOLED, TOKENS
+from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.fusion.tirg import TIRG
-from cachefuse.registry import IDS, POOLED, TOKENS
+from cachefuse.nn.bert import build, load_weights, open_config
+from cachefuse.nn.masking import masked_mean, zero_absent
 
 IMAGE_PART, TIRG_PART = "image", "tirg"
 

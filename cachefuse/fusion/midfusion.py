@@ -14,18 +14,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from cachefuse.cache.tokens import SequenceWidth
-from cachefuse.encoders.base import EncoderSpec
+from cachefuse.encoders.base import EncoderSpec, Origin
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.answers import Answers, AnswerWriter, pieces_of, words_of
-from cachefuse.fusion.base import Fusion, HeadBuilder, Origin, feature_name, modalities_of, zero_absent
-from cachefuse.fusion.dfe import masked_mean
-from cachefuse.fusion.pooling import MeanPool, PoolSpec, build_pools
-from cachefuse.fusion.t5 import T5, T5Decoder, T5Encoder, T5Settings, distances, shut_padding
-from cachefuse.fusion.t5_weights import load_t5, read_settings
-from cachefuse.fusion.text_model import check_tokenizer
-from cachefuse.losses import Loss
-from cachefuse.registry import IDS, TOKENS
+from cachefuse.feature_spec import IDS, TOKENS, feature_name, modalities_of
+from cachefuse.fusion.base import Fusion, HeadBuilder
+from cachefuse.nn.answer_decoder import Answers, AnswerWriter, pieces_of, words_of
+from cachefuse.nn.bert import check_tokenizer
+from cachefuse.nn.losses import Loss
+from cachefuse.nn.masking import masked_mean, zero_absent
+from cachefuse.nn.pooling import MeanPool, PoolSpec, build_pools
+from cachefuse.nn.t5 import T5, T5Decoder, T5Encoder, T5Settings, distances, shut_padding
+from cachefuse.nn.t5_weights import load_t5, read_settings
+from cachefuse.store.tokens import SequenceWidth
 
 TEXT = "text"
 CLASSES = "classes"

@@ -5,14 +5,14 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from cachefuse.cache.rows import Columns
-from cachefuse.cache.tokens import Tokens
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import Fusion, Learner, split_name
+from cachefuse.feature_spec import IDS, split_name
+from cachefuse.fusion.base import Fusion, Learner
 from cachefuse.fusion.late import HeadAlone
-from cachefuse.heads import Standardize
-from cachefuse.losses import Loss
-from cachefuse.registry import IDS
+from cachefuse.nn.heads import Standardize
+from cachefuse.nn.losses import Loss
+from cachefuse.store.rows import Columns
+from cachefuse.store.tokens import Tokens
 
 
 class FusionModel(Learner):

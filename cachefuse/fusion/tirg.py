@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import Fusion, HeadBuilder, zero_absent
+from cachefuse.fusion.base import Fusion, HeadBuilder
+from cachefuse.nn.masking import zero_absent
 
 
 class TIRG(nn.Module):

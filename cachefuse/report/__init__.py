@@ -1,0 +1,1 @@
+"""Runs and alignments as HTML pages."""

@@ -9,9 +9,9 @@ import numpy as np
 
 from cachefuse.alignment.run import Alignment, shown_split
 from cachefuse.report.charts import log_ticks, text
+from cachefuse.report.formatting import cut
 from cachefuse.report.render import printable
-from cachefuse.report.retrieval import curves
-from cachefuse.report.words import cut
+from cachefuse.report.retrieval_page import curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachefuse.evaluation import Evaluation
 from cachefuse.report.charts import MAIN, SECOND, THIN, Chart, Line, line_chart, path
-from cachefuse.report.words import cut, long_title
+from cachefuse.report.formatting import cut, long_title
+from cachefuse.runs.evaluate import Evaluation
+from cachefuse.runs.run import Run
 from cachefuse.training.loop import History
-from cachefuse.training.run import Run
 
 MAX_MODELS = 50
 MAX_CLASSES = 12  # with a precision-recall curve

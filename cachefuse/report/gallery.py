@@ -11,7 +11,7 @@ from PIL import Image
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.readers.base import ImageSource
 from cachefuse.errors import BadSampleError
-from cachefuse.evaluation import Evaluation
+from cachefuse.runs.evaluate import Evaluation
 
 N_EXAMPLES = 24
 SIDE = 160  # px

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from functools import partial
 
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import RunError
-from cachefuse.evaluation import Evaluation, evaluate
-from cachefuse.training.run import Run
+from cachefuse.runs.evaluate import Evaluation, evaluate
+from cachefuse.runs.run import Run
+from cachefuse.store.store import FeatureStore
 
 OnProgress = Callable[[str, int, int], None]
 

@@ -9,11 +9,11 @@ from cachefuse.alignment.loop import embed_samples
 from cachefuse.alignment.ranks import Embedded, best_ranks
 from cachefuse.alignment.run import Alignment, shown_split
 from cachefuse.alignment.train import measured_splits, run_features
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
+from cachefuse.device import resolve_device
 from cachefuse.report.gallery import picture_of
-from cachefuse.runtime import resolve_device
-from cachefuse.training.run import split_digest
+from cachefuse.runs.run import split_digest
+from cachefuse.store.store import FeatureStore
 
 N_EACH = 4  # queries that are found first, and those with the worst ranks
 N_NEAREST = 5

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cachefuse.errors import ConfigError
-from cachefuse.report import words
+from cachefuse.report import formatting as words
 
 # What HTML can't hold, or UTF-8 can't: control characters, halves of surrogate pairs, non-characters.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cachefuse.evaluation import Evaluation
+from cachefuse.runs.evaluate import Evaluation
 
 MAX_ROWS = 100  # classes with figures
 MAX_CELLS = 40  # classes along a heatmap's side

@@ -6,9 +6,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from cachefuse.errors import ConfigError
+from cachefuse.feature_spec import FLAT, POOLED, TOKENS
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.options import FOUND, changed_options, typed_options
-from cachefuse.registry import ACTIVATIONS, FLAT, HEADS, LOSSES, OPTIMIZERS, POOLED, SCHEDULES, TOKENS, lookup
+from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
+from cachefuse.registry import lookup
+from cachefuse.training import OPTIMIZERS, SCHEDULES
 
 MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
@@ -122,7 +125,7 @@ class TrainConfig:
     def _check_together(self) -> None:
         # Imported here: listing the settings, as --help does, needs no NumPy.
         from cachefuse.metrics import LOWER_IS_BETTER, METRICS
-        from cachefuse.training.thresholds import THRESHOLD_METRICS
+        from cachefuse.metrics.thresholds import THRESHOLD_METRICS
 
         if self.monitor is not None:
             lookup(METRICS, self.monitor, "metric")

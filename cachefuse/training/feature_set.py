@@ -9,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cachefuse.cache.rows import Columns
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import DataError
 from cachefuse.registry import lookup
-from cachefuse.runtime import Workspace
-from cachefuse.training.batches import LOAD_ROWS, FeatureTable
-from cachefuse.training.problem import open_problem
+from cachefuse.store.rows import Columns
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.data import open_problem
+from cachefuse.training.feature_table import LOAD_ROWS, FeatureTable
+from cachefuse.workspace import Workspace
 
 FLOATS = ("float16", "float32", "float64")
 

@@ -3,25 +3,23 @@
 import ctypes
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from cachefuse.errors import TrainingError
 from cachefuse.fusion.base import Learner
-from cachefuse.losses import Loss
-from cachefuse.metrics import TaskSlice
+from cachefuse.nn.losses import Loss
 from cachefuse.threads import adapt_threads, idle_threads
-from cachefuse.training.batches import PIECE_FLOATS, Batch, Batches, FeatureTable, drop_modalities
-from cachefuse.training.ema import EMA
-from cachefuse.training.tasks import loss_of
+from cachefuse.training.batches import Batch, Batches, drop_modalities
+from cachefuse.training.feature_table import FeatureTable
+from cachefuse.training.inference import CHECKED_ROWS, mean_loss, predict_logits, spread
+from cachefuse.training.optim import EMA
 
-CHECKED_ROWS = 100_000  # of the training rows that what was learnt is measured on, however many there are
 KEPT_BYTES = 512 << 20  # of freed memory, that stay with the process
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # as malloc.h numbers them
 DIVERGED = 10.0  # a loss this many times that of logits 0 is no longer one of a model that learns
@@ -219,58 +217,3 @@ def check_learnt(model: nn.Module, loss: Loss, table: FeatureTable, rows: Tensor
         raise TrainingError(
             f"training diverged: the loss is {reached:.4g}, where logits of 0 give {blank:.4g}; take a lower lr"
         )
-
-
-def mean_loss(loss: Loss, logits: Tensor, table: FeatureTable, rows: Tensor) -> float:
-    """Return the loss of logits (n, C) of some rows; of more than fit side by side, the mean of their parts'."""
-    size = max(1, PIECE_FLOATS // logits.shape[1])
-    parts = zip(logits.split(size), rows.split(size), strict=True)
-    return sum(loss(x, table.targets[part].cpu()).item() * len(part) for x, part in parts) / len(rows)
-
-
-def spread(rows: Tensor, most: int) -> Tensor:
-    """Return rows (n,) as they are, or ``most`` of them, evenly spread."""
-    if len(rows) <= most:
-        return rows
-    return rows[torch.arange(most, device=rows.device) * len(rows) // most]
-
-
-def predict_logits(
-    model: nn.Module, table: FeatureTable, rows: Tensor, then: Callable[[Tensor], Tensor] = lambda logits: logits
-) -> Tensor:
-    """Return the logits (n, C) of some rows, float32, on the CPU, or what ``then`` makes of a batch's.
-
-    Raises TrainingError if any is not finite.
-    """
-    model.eval()
-
-    def predict(features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        logits = model(features, present).float()
-        if not logits.isfinite().all():
-            raise TrainingError("the model's logits are not finite: its training diverged; take a lower lr")
-        return then(logits)
-
-    return table.map(predict, rows)
-
-
-def to_scores(logits: Tensor, loss: str, tasks: Sequence[TaskSlice] = ()) -> Tensor:
-    """Return probabilities (n, C): a softmax where the loss was one over the classes, else a sigmoid for each.
-
-    Of several tasks, each has its own columns and loss.
-    """
-    if tasks:
-        return torch.cat([to_scores(logits[:, task.columns], loss_of(task, loss)) for task in tasks], dim=1)
-    return logits.softmax(dim=1) if loss == "ce" else logits.sigmoid()
-
-
-def predict_scores(
-    model: nn.Module, table: FeatureTable, rows: Tensor, loss: str, tasks: Sequence[TaskSlice] = ()
-) -> np.ndarray:
-    """Return probabilities (n, C) float32 of some rows, as ``to_scores`` does.
-
-    Raises TrainingError if any is not finite.
-    """
-    if not len(rows):
-        return np.zeros((0, table.targets.shape[1]), np.float32)
-    scores = predict_logits(model, table, rows.to(table.targets.device), lambda x: to_scores(x, loss, tasks))
-    return scores.numpy()

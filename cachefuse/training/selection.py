@@ -6,17 +6,16 @@ from pathlib import Path
 
 import torch
 
-from cachefuse.cache.features import Features
-from cachefuse.cache.rows import Columns, FlatTokens, JoinedRows
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.tokens import Tokens
 from cachefuse.data.manifest import MULTITASK, VQA
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.fusion.base import feature_name, split_name
-from cachefuse.registry import FLAT, IDS, POOLED, TOKENS
-from cachefuse.training.batches import AnswerTargets, FeatureTable, multi_hot
+from cachefuse.feature_spec import FLAT, IDS, POOLED, TOKENS, feature_name, split_name
+from cachefuse.store.features import Features
+from cachefuse.store.rows import Columns, FlatTokens, JoinedRows
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.tokens import Tokens
+from cachefuse.training.feature_table import AnswerTargets, FeatureTable, multi_hot
 
 logger = logging.getLogger(__name__)
 

@@ -16,18 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cachefuse.device import own_randomness
 from cachefuse.errors import ConfigError, TrainingError
 from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
-from cachefuse.losses import Loss
-from cachefuse.runtime import own_randomness
-from cachefuse.training.batches import PIECE_ROWS
+from cachefuse.nn.losses import Loss
+from cachefuse.training.build import build_model, training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
-from cachefuse.training.loop import CHECKED_ROWS, DIVERGED, Epoch, History, check_learnt, predict_logits, spread
-from cachefuse.training.problem import Problem
-from cachefuse.training.run import build_model
-from cachefuse.training.train import Part
+from cachefuse.training.data import Problem, TrainingSet
+from cachefuse.training.feature_table import PIECE_ROWS
+from cachefuse.training.inference import CHECKED_ROWS, predict_logits, spread
+from cachefuse.training.loop import DIVERGED, Epoch, History, check_learnt
+from cachefuse.training.split import Part
+from cachefuse.training.train import fit_module, fit_stages
 
 MAX_FLOATS = 2**25  # in the largest tensor that models trained together make: 128 MB
 LOSS_FLOATS = 2**18  # that a loss takes at a time: larger tensors would be asked of the system again and again

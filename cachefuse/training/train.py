@@ -1,10 +1,8 @@
 """Stage 2: light heads over cached features, from a problem to trained models, and from a store to a run."""
 
 import logging
-import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,33 +10,102 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefuse.cache.store import FeatureStore
-from cachefuse.errors import ConfigError
+from cachefuse.device import own_randomness
+from cachefuse.fusion.base import Learner
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import METRICS, decide_tasks
-from cachefuse.runtime import own_randomness
-from cachefuse.training.batches import LOAD_ROWS
+from cachefuse.nn.losses import Loss
+from cachefuse.registry import lookup
+from cachefuse.training import OPTIMIZERS, SCHEDULES
+from cachefuse.training.batches import balanced_chances
+from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.fitting import TrainingSet, fit_module, fit_stages, training_loss, untrained_model
-from cachefuse.training.loop import CHECKED_ROWS, Epoch, History, Validation, predict_scores, to_scores
-from cachefuse.training.measure import HeldOut, choose_for, chooses, measure
-from cachefuse.training.problem import OUT_OF_FOLD, TRAIN, VAL, Problem, open_problem
-from cachefuse.training.run import Member, Run, build_model, split_digest
-from cachefuse.training.used import UsedByName, used_features
+from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, Problem, TrainingSet
+from cachefuse.training.feature_table import LOAD_ROWS
+from cachefuse.training.held_out import HeldOut, choose_for, chooses
+from cachefuse.training.inference import CHECKED_ROWS, predict_scores, to_scores
+from cachefuse.training.loop import Epoch, History, Validation, fit
+from cachefuse.training.optim import EMA
+from cachefuse.training.split import Part, split_parts
 
 logger = logging.getLogger(__name__)
 
+
+def fit_module(
+    config: TrainConfig,
+    data: TrainingSet,
+    module: Learner,
+    loss: Loss,
+    parameters: Any,
+    *,
+    epochs: int,
+    **watching: Any,
+) -> History:
+    """Train a module's parameters, or groups of them, by ``fit``; ``watching`` are its validation and callbacks."""
+    module = data.reading(module)
+    optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
+        parameters, lr=config.learning_rate, weight_decay=config.penalty
+    )
+    steps = -(-len(data.rows) // (config.rows_a_step or len(data.rows)))
+    return fit(
+        module,
+        loss,
+        optimizer,
+        data.table,
+        data.rows,
+        epochs=epochs,
+        batch_size=config.rows_a_step,
+        generator=torch.Generator().manual_seed(config.seed),
+        schedule=lookup(SCHEDULES, str(config.schedule), "schedule")(optimizer, config.n_epochs * steps),
+        ema=EMA(module, config.ema) if config.ema else None,
+        clip_norm=config.clip_norm,
+        chances=balanced_chances(data.targets) if config.sampler == "balanced" else None,
+        modality_dropout=config.modality_dropout,
+        accumulate=config.accumulate,
+        mixed_precision=config.mixed_precision and data.table.targets.device.type == "cuda",
+        **watching,
+    )
+
+
+def fit_stages(
+    config: TrainConfig, fusion: Any, data: TrainingSet, train: Callable[[str, Learner, TrainingSet], History]
+) -> History:
+    """Train a fusion stage by stage, each from the weights that were best in the one before; mostly there is one."""
+    histories: dict[str, History] = {}
+    for name, module, own in _stages(config, fusion, data):
+        histories[name] = train(name, module, own)
+        if histories[name].interrupted:
+            break
+    fusion.requires_grad_(True)
+    *earlier, last = histories
+    if last != (config.stages or ("",))[-1]:  # interrupted before the last stage
+        raise KeyboardInterrupt
+    return replace(
+        histories[last],
+        stages={name: history.best_epoch for name, history in histories.items() if name},
+        earlier={name: histories[name].epochs for name in earlier},
+    )
+
+
+def _stages(config: TrainConfig, fusion: Any, data: TrainingSet) -> Iterator[tuple[str, Learner, TrainingSet]]:
+    """Yield each stage with its name, what it trains, all else being frozen, and on what.
+
+    The scheme "staged" trains each head alone, on the rows that have what it reads, and then, as "", what joins them.
+    """
+    for stage in config.stages:
+        fusion.requires_grad_(False)
+        for parameter in fusion.trained_in(stage):
+            parameter.requires_grad_(True)
+        yield stage, fusion, data
+    if config.scheme == "staged":
+        for name, head in fusion.alone().items():
+            yield name, head, data.only(head.widths)
+            head.requires_grad_(False)
+    if not config.stages:
+        yield "", fusion, data
+
+
 MEMBER_STRIDE = 1000  # between the seeds of members, so that runs of neighbouring seeds share none
-STOP_PARTS = 10  # with folds, one in so many of the rows to train on says when to stop
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows to train on, to validate on while training, and to measure on: (n,) int64 each."""
-
-    train: Tensor
-    validate: Tensor
-    held: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,66 +127,6 @@ class Trained:
     histories: list[History]
     held: HeldOut | None
     thresholds: np.ndarray
-
-
-def train_head(
-    store: FeatureStore,
-    config: TrainConfig,
-    *,
-    encoders: Sequence[str] = (),
-    device: str = "auto",
-    max_size_mb: float | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Run:
-    """Train a head on a store's ``train`` rows and measure it on every labelled split; nothing is written.
-
-    With ``config.folds``, ``train`` and ``val`` are taken together, and each part is measured by a model that has not
-    seen it ("oof"). Of ``train`` itself at most 100,000 rows, evenly spread, are measured.
-
-    ``encoders`` name the features to use, by default all that the store has. ``max_size_mb`` is the most that the
-    model may take, in 10^6 bytes. Raises ConfigError for settings that don't fit the dataset, a model that is too
-    large, or a modality that no training row has, DataError without training rows, TrainingError if training diverges.
-    """
-    problem, chosen = open_problem(store, encoders, device, config.views)
-    used = used_features(chosen, problem.widths)
-    return train_run(store, problem, used, config, max_size_mb=max_size_mb, on_progress=on_progress)
-
-
-def train_run(
-    store: FeatureStore,
-    problem: Problem,
-    used: UsedByName,
-    config: TrainConfig,
-    *,
-    max_size_mb: float | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Run:
-    """Do what ``train_head`` does, with a problem that is open already."""
-    begun = time.perf_counter()
-    config = problem.resolve(config)
-    with torch.device("meta"):
-        untrained = build_model(config, problem.widths, len(problem.classes), problem.tasks)
-    _check_size(untrained, config, max_size_mb)
-    problem = problem.only(list(untrained.widths)).shuffled(config)
-    trained = train_problem(problem, config, on_progress)
-    own = {name: used[name] for name in untrained.widths}
-    run = Run(
-        name=f"{store.dataset}-{config.fusion}-{config.head_name}-{config.loss}",
-        dataset=store.dataset,
-        manifest=store.manifest,
-        classes=problem.classes,
-        config=config,
-        members=[
-            Member(settings, own, model, 1 / len(trained.members), fold) for settings, model, fold in trained.members
-        ],
-        thresholds=trained.thresholds,
-        histories=trained.histories,
-        held=trained.held,
-        split_digest=split_digest(store),
-    )
-    run.results = measure(problem, run, lambda member: problem.table)
-    run.seconds = time.perf_counter() - begun
-    return run
 
 
 def train_problem(
@@ -163,31 +170,6 @@ def train_problem(
                 raise KeyboardInterrupt
             members.append((own, model, None))
     return Trained(members, histories, held, thresholds)
-
-
-def split_parts(problem: Problem, config: TrainConfig) -> list[Part]:
-    """Return the parts to train on: the dataset's own train and val, or K folds of both together.
-
-    With folds, where an epoch is to be chosen, a tenth of the rows to train on is kept apart for that, so that the part
-    measured has no say in it. Raises ConfigError if training is to stop early, and there are no rows to tell when.
-    """
-    train = problem.train_rows()
-    if not config.folds:
-        val = problem.rows(VAL)
-        if config.patience and not len(val):
-            raise ConfigError(f"{problem.name} has no labelled validation rows to stop early on; take --folds 5")
-        return [Part(train, val, val)]
-    rows = problem.rows(TRAIN, VAL)
-    fold_of = problem.folds(rows, config.folds, config.seed)
-    parts = []
-    for fold in range(config.folds):
-        held, rest = rows[fold_of == fold], rows[fold_of != fold]
-        if config.patience:
-            inner = problem.folds(rest, min(STOP_PARTS, problem.n_groups(rest)), config.seed)
-            parts.append(Part(rest[inner != 0], rest[inner == 0], held))
-        else:
-            parts.append(Part(rest, held, held))
-    return parts
 
 
 @own_randomness()
@@ -266,21 +248,3 @@ def _warn_of_rare_classes(problem: Problem, parts: Sequence[Part]) -> None:
 def _positives(problem: Problem, rows: Tensor) -> np.ndarray:
     """Return how many of some rows (n,) have each class, (C,)."""
     return np.sum([(problem.targets(part) > 0).sum(axis=0) for part in rows.split(CHECKED_ROWS)], axis=0)
-
-
-def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float | None) -> None:
-    if max_size_mb is None:
-        return
-    if not 0 < max_size_mb < math.inf:
-        raise ConfigError(f"max-size-mb must be a number above 0. Got {max_size_mb:g} instead")
-    n_models = config.members * (1 if config.refit else max(1, config.folds))
-    size = n_models * model.size_mb
-    if size > max_size_mb:
-        ways = ["smaller --layers"] * (config.head != "linear" and not config.writes) + ["fewer --members"] * (
-            config.members > 1
-        )
-        ways += ["--refit, which keeps one model a seed and not one a fold"] * bool(config.folds and not config.refit)
-        raise ConfigError(
-            f"the model would take {size:.2f} MB{f' ({n_models} of them)' if n_models > 1 else ''}, and max-size-mb is "
-            f"{max_size_mb:g}; take {', or '.join(ways) or 'fewer encoders'}"
-        )

@@ -6,11 +6,11 @@ import torch
 
 from cachefuse.alignment import search
 from cachefuse.alignment.data import PairData, SideRows
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.writer import ViewWriter
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
+from cachefuse.extraction.open_store import open_store
+from cachefuse.store.writer import ViewWriter
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def make_store(tmp_path):
             texts=words,
             name=name,
         )
-        store = FeatureStore.for_dataset(tmp_path / f"{name}.zarr", dataset)
+        store = open_store(tmp_path / f"{name}.zarr", dataset)
         for encoder, rows in (images or {}).items():
             write_features(store, encoder, "image", rows, **options)
         for encoder, rows in (texts or {}).items():

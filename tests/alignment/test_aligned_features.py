@@ -22,17 +22,18 @@ from cachefuse.alignment.space import AlignedSpace, EncoderSpace
 from cachefuse.alignment.tower import aligned_features
 from cachefuse.alignment.train import align
 from cachefuse.alignment.zero_shot import zero_shot
-from cachefuse.cache.extract import extract
-from cachefuse.cache.lock import only_writer
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.verify import repair, verify
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError, EncoderError, RunError, TrainingError
-from cachefuse.predict import predict_samples
-from cachefuse.training.run_files import ALIGNMENT, find_run
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.verify import repair, verify
+from cachefuse.runs.files import ALIGNMENT, find_run
+from cachefuse.runs.predict import predict_samples
+from cachefuse.runs.save import save_run
+from cachefuse.store.lock import only_writer
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.selection import select_features
 
 MANIFEST = """
@@ -267,12 +268,12 @@ class TestFineTuning:
         assert any(not torch.equal(before[name], after[name]) for name in before)
         assert torch.equal(before["log_temperature"], after["log_temperature"])
         assert head.results["test"].metrics["accuracy"] == 1
-        place = head.save(tmp_path / "runs")
+        place = save_run(head, tmp_path / "runs")
         shutil.move(tmp_path / "runs", tmp_path / "moved")
         from cachefuse.data.readers.base import Samples
-        from cachefuse.training.run import Run
+        from cachefuse.runs.save import load_run
 
-        moved = Run.load(tmp_path / "moved" / place.name)
+        moved = load_run(tmp_path / "moved" / place.name)
         image = FileImage(tmp_path / "colours" / "test" / "red" / "0.png")
         found = predict_samples(moved, Samples(ids=["0"], splits=[""], labels=[None], images=[image]), device="cpu")
         assert found.names(0) == ["red"]

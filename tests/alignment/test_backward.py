@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
+from cachefuse.alignment import METHODS, OPERATIONS
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.loop import backward
 from cachefuse.alignment.model import Aligner
-from cachefuse.registry import METHODS, OPERATIONS, TARGETS
+from cachefuse.nn import TARGETS
 
 WIDTHS = (6, 5)
 M, T = 10, 4

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cachefuse.errors import ConfigError
-from cachefuse.losses import contrastive
-from cachefuse.registry import TARGETS
+from cachefuse.nn import TARGETS
+from cachefuse.nn.losses import contrastive
 
 
 def some(m, d, seed=0, dtype=torch.float64, lengths=(0.1, 10)):

@@ -13,7 +13,9 @@ from cachefuse.alignment.loop import backward, embed_samples, fit
 from cachefuse.alignment.model import BOUNDS, TEMPERATURE, Aligner
 from cachefuse.alignment.ranks import best_ranks, recall_at
 from cachefuse.errors import TrainingError
-from cachefuse.registry import OPTIMIZERS, SCHEDULES, TARGETS, lookup
+from cachefuse.nn import TARGETS
+from cachefuse.registry import lookup
+from cachefuse.training import OPTIMIZERS, SCHEDULES
 
 WIDTHS = (6, 5)
 M, T = 10, 4

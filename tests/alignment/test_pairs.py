@@ -7,10 +7,10 @@ import pytest
 
 from cachefuse.alignment import pairs as module
 from cachefuse.alignment.pairs import Pairs, mine_pairs, write_pairs
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.errors import ConfigError, DataError
+from cachefuse.store.store import FeatureStore
 
 
 def crowded(counts, width=6, spread=0.6, seed=0):

@@ -12,10 +12,10 @@ from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
 from cachefuse.alignment.similarity import similarity
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
+from cachefuse.extraction.extract import extract
+from cachefuse.store.store import FeatureStore
 
 pytestmark = [
     pytest.mark.real,

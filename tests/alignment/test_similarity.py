@@ -12,8 +12,8 @@ from cachefuse.alignment import similarity as module
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.similarity import TOLERANCES, best_threshold, pair_cosines, similarity
 from cachefuse.alignment.train import align
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError, DataError, RunError
+from cachefuse.store.store import FeatureStore
 
 SCORED = 'task = "similarity"\nscale = [0.0, 5.0]'
 PARAPHRASES = 'task = "paraphrase"\nclasses = ["0", "1"]'

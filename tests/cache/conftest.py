@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset, load_dataset
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.encoders import FAMILIES, Family
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError
+from cachefuse.extraction.extract import extract
+from cachefuse.store.store import FeatureStore
 
 SHAPES = """
 name = "small"

@@ -6,10 +6,10 @@ from itertools import count
 import numpy as np
 import pytest
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.layout import unseal
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError
+from cachefuse.extraction.extract import extract
+from cachefuse.store.format import unseal
+from cachefuse.store.store import FeatureStore
 
 
 def run(dataset, store_path, *encoders, **options):

@@ -15,13 +15,13 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.journal import read_lines
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import CacheError
-from cachefuse.runtime import Workspace
+from cachefuse.extraction.extract import extract
+from cachefuse.store.format import read_lines
+from cachefuse.store.store import FeatureStore
+from cachefuse.workspace import Workspace
 
 MANIFEST = """
 name = "crash"

@@ -10,13 +10,13 @@ import filelock
 import numpy as np
 import pytest
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.lock import only_writer
-from cachefuse.cache.pipeline import encode_prepared, in_order, item_sources, prepare_source
-from cachefuse.cache.shard import ShardWriter
-from cachefuse.cache.store import FeatureStore
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError, EncoderError, UnknownNameError
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.pipeline import encode_prepared, in_order, item_sources, prepare_source
+from cachefuse.store.lock import only_writer
+from cachefuse.store.shard import ShardWriter
+from cachefuse.store.store import FeatureStore
 
 
 def run(dataset, store_path, *encoders, **options):

@@ -8,11 +8,11 @@ import pytest
 import torch
 import zarr
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.layout import checksum
-from cachefuse.cache.shard import shard_index
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError
+from cachefuse.extraction.extract import extract
+from cachefuse.store.format import checksum
+from cachefuse.store.shard import shard_index
+from cachefuse.store.store import FeatureStore
 
 VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", "tokens"), ("text", "ids")]
 

@@ -11,11 +11,11 @@ from contextlib import suppress
 
 import pytest
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.journal import read_lines
-from cachefuse.cache.shard import ShardWriter
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError
+from cachefuse.extraction.extract import extract
+from cachefuse.store.format import read_lines
+from cachefuse.store.shard import ShardWriter
+from cachefuse.store.store import FeatureStore
 
 VIEWS = [("image", "pooled"), ("image", "tokens"), ("text", "pooled"), ("text", "tokens"), ("text", "ids")]
 
@@ -215,8 +215,8 @@ def test_metadata_that_is_gone_or_cut_short_is_never_read_as_something_else(shap
 READ_AND_EXTRACT = """
 import os, sys
 from pathlib import Path
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
+from cachefuse.extraction.extract import extract
+from cachefuse.store.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import parse_manifest
 

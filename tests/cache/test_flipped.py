@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError, CachefuseError
+from cachefuse.extraction.extract import extract
+from cachefuse.store.store import FeatureStore
 
 pytestmark = pytest.mark.slow
 

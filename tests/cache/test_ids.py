@@ -9,15 +9,15 @@ import pytest
 import torch
 import zarr
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.features import JOURNAL
-from cachefuse.cache.inspection import inspect_store
-from cachefuse.cache.plan import plan
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.verify import repair, verify
-from cachefuse.cache.views import View
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.plan import plan
+from cachefuse.extraction.verify import repair, verify
+from cachefuse.store.features import JOURNAL
+from cachefuse.store.inspect import inspect_store
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.views import View
 
 ALL = ("pooled", "tokens", "ids")
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import zarr
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.layout import BLOCK_BYTES, MAX_BLOCK_ROWS, block_rows, differing_fields, provenance_key
-from cachefuse.cache.pipeline import prepare_source
-from cachefuse.cache.shard import chunk_rows
-from cachefuse.cache.store import FeatureStore
 from cachefuse.encoders import open_encoder
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.pipeline import prepare_source
+from cachefuse.store.format import BLOCK_BYTES, MAX_BLOCK_ROWS, block_rows, differing_fields, provenance_key
+from cachefuse.store.shard import chunk_rows
+from cachefuse.store.store import FeatureStore
 
 
 @pytest.mark.parametrize("n_rows", [1, 80, 5_000, 10**7])

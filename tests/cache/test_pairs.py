@@ -5,13 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import ConfigError
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.open_store import open_store
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.problem import open_problem
+from cachefuse.training.data import open_problem
 
 
 def run(dataset, store_path, *encoders, **options):
@@ -40,24 +41,24 @@ def pairs(tmp_path):
 
 
 def test_scores_of_which_some_are_absent_stay_as_they_are(pairs, store_path, tools):
-    store = FeatureStore.for_dataset(store_path, pairs)
+    store = open_store(store_path, pairs)
     assert store.targets.dtype == np.float32
     np.testing.assert_array_equal(store.targets, pairs.targets)
     assert np.flatnonzero(np.isnan(store.targets)).tolist() == [1]
     assert store.manifest == pairs.manifest
     assert store.classes == ()
     before, inode = tools.files(store_path), (store_path / "samples").stat().st_ino
-    store = FeatureStore.for_dataset(store_path, pairs)
+    store = open_store(store_path, pairs)
     np.testing.assert_array_equal(store.targets, pairs.targets)
     assert tools.files(store_path) == before
     assert (store_path / "samples").stat().st_ino == inode, "unchanged samples are not written anew"
 
 
 def test_scores_that_change_are_brought_up_to_date(pairs, store_path):
-    FeatureStore.for_dataset(store_path, pairs)
+    open_store(store_path, pairs)
     targets = pairs.targets.copy()
     targets[[1, 2]] = 4.5, np.nan
-    store = FeatureStore.for_dataset(store_path, replace(pairs, targets=targets))
+    store = open_store(store_path, replace(pairs, targets=targets))
     np.testing.assert_array_equal(store.targets, targets)
 
 
@@ -78,7 +79,7 @@ def test_a_pair_without_one_of_its_sentences_is_absent(pairs, store_path, toy):
     ids=lambda manifest: manifest.task,
 )
 def test_no_head_is_trained_on_pairs(pairs, store_path, manifest):
-    store = FeatureStore.for_dataset(store_path, replace(pairs, manifest=manifest))
+    store = open_store(store_path, replace(pairs, manifest=manifest))
     expected = rf"^a {manifest.task} dataset is about pairs of sentences: measure them with cachefuse similarity$"
     with pytest.raises(ConfigError, match=expected):
         TrainConfig().resolve_loss(manifest.task)

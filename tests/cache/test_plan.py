@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.plan import ROOM_TO_LEAVE, plan, row_bytes
-from cachefuse.cache.store import FeatureStore
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.plan import ROOM_TO_LEAVE, plan, row_bytes
+from cachefuse.store.store import FeatureStore
 
 
 def test_a_plan_says_what_extract_then_writes(shapes, store_path, toy):

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.features import JOURNAL
-from cachefuse.cache.journal import read_lines
-from cachefuse.cache.rows import _dequantise, quantise
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError
+from cachefuse.extraction.extract import extract
+from cachefuse.store.features import JOURNAL
+from cachefuse.store.format import read_lines
+from cachefuse.store.rows import _dequantise, quantise
+from cachefuse.store.store import FeatureStore
 
 LARGEST, SMALLEST = 65504.0, 2.0**-24  # of float16
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.features import JOURNAL
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.open_store import open_store
+from cachefuse.store.features import JOURNAL
+from cachefuse.store.store import FeatureStore
 
 
 def run(dataset, store_path, *encoders, **options):
@@ -99,7 +100,7 @@ def test_rows_of_other_encoders_are_missing_until_they_are_computed_too(shapes, 
 @pytest.mark.parametrize("line", [2, 3])
 def test_outdated_rows_are_not_read_though_a_line_that_says_so_is_damaged(shapes, store_path, toy, line):
     run(shapes, store_path, views=("pooled",))
-    FeatureStore.for_dataset(store_path, with_texts(shapes, {3: ("new",)}), refresh=True)
+    open_store(store_path, with_texts(shapes, {3: ("new",)}), refresh=True)
     journal = store_path / "features" / "toy" / "text" / JOURNAL
     lines = journal.read_bytes().splitlines(keepends=True)
     assert b"stale" in lines[line]
@@ -135,7 +136,7 @@ def test_a_mended_image_leaves_the_ledger_and_becomes_present(shapes, store_path
     report = run(dataset, store_path, refresh=True)
     assert report.computed == {("toy", "image"): 1}
     assert [line.id for line in report.bad] == ["row-9"]
-    for store in (FeatureStore(store_path), FeatureStore.for_dataset(store_path, dataset)):
+    for store in (FeatureStore(store_path), open_store(store_path, dataset)):
         assert [line.id for line in store.ledger()] == ["row-9"]
         assert np.flatnonzero(~store.present("image")).tolist() == [9]
     assert FeatureStore(store_path).open_features("toy", "image").read()[4].any()

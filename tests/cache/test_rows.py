@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.cache.blocks import BlockFile, MappedBlocks
-from cachefuse.cache.rows import JoinedRows, RaggedRows, Rows, block_shuffle
-from cachefuse.cache.shard import ShardWriter
 from cachefuse.errors import CacheError
+from cachefuse.store.blocks import BlockFile, MappedBlocks
+from cachefuse.store.rows import JoinedRows, RaggedRows, Rows, block_shuffle
+from cachefuse.store.shard import ShardWriter
 
 BLOCK_ROWS = 16
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import zarr
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.layout import checksum
-from cachefuse.cache.shard import ShardWriter, check_index, chunk_rows, padded_rows, shard_bytes, shard_index
-from cachefuse.cache.views import declare_shards
+from cachefuse.extraction.extract import extract
+from cachefuse.store.format import checksum
+from cachefuse.store.shard import ShardWriter, check_index, chunk_rows, padded_rows, shard_bytes, shard_index
+from cachefuse.store.views import declare_shards
 
 EMPTY = 2**64 - 1  # what stands in the index for an inner chunk that was left out
 

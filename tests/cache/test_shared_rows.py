@@ -8,13 +8,13 @@ import pytest
 import torch
 import zarr
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.plan import plan
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.verify import repair, verify
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.training.problem import Problem
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.plan import plan
+from cachefuse.extraction.verify import repair, verify
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.data import Problem
 from cachefuse.training.selection import load_table, one_view
 
 N_IMAGES = 90  # two blocks of rows

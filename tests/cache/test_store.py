@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import zarr
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.features import Features
-from cachefuse.cache.journal import append_lines, read_lines
-from cachefuse.cache.store import BadSample, FeatureStore
 from cachefuse.errors import CacheError
-from cachefuse.runtime import Workspace
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.open_store import open_store
+from cachefuse.store.features import Features
+from cachefuse.store.format import append_lines, read_lines
+from cachefuse.store.samples import BadSample
+from cachefuse.store.store import FeatureStore
+from cachefuse.workspace import Workspace
 
 
 def run(dataset, store_path, *encoders, **options):
@@ -91,7 +93,7 @@ def test_appended_rows_alone_are_computed(shapes, store_path, toy, tools):
 
 def test_before_appended_rows_are_computed_reading_says_so(shapes, store_path, toy, tools):
     run(shapes, store_path)
-    FeatureStore.for_dataset(store_path, tools.make_shapes(test=25))
+    open_store(store_path, tools.make_shapes(test=25))
     with pytest.raises(CacheError, match=r"toy \(image, pooled\) has 80 of 85 rows; .* again to go on"):
         pooled(store_path)
 
@@ -115,7 +117,7 @@ def test_labels_and_splits_change_without_computing(shapes, store_path, toy):
 
 
 def test_a_store_knows_its_dataset(shapes, store_path):
-    store = FeatureStore.for_dataset(store_path, shapes)
+    store = open_store(store_path, shapes)
     assert len(store) == 80
     assert store.dataset == "small"
     assert store.manifest == shapes.manifest
@@ -126,30 +128,30 @@ def test_a_store_knows_its_dataset(shapes, store_path):
 
 
 def test_removed_rows_are_refused(shapes, store_path, tools):
-    FeatureStore.for_dataset(store_path, shapes)
+    open_store(store_path, shapes)
     with pytest.raises(CacheError, match=r"row 80 was '00079' and is gone; rows may only be appended"):
-        FeatureStore.for_dataset(store_path, tools.head(shapes, 79))
+        open_store(store_path, tools.head(shapes, 79))
 
 
 def test_reordered_rows_are_refused(shapes, store_path):
-    FeatureStore.for_dataset(store_path, shapes)
+    open_store(store_path, shapes)
     order = ["00001", "00000", *shapes.ids[2:]]
     with pytest.raises(CacheError, match=r"row 1 was '00000' and is now '00001'"):
-        FeatureStore.for_dataset(store_path, replace(shapes, ids=order))
+        open_store(store_path, replace(shapes, ids=order))
 
 
 def test_changed_texts_are_refused(shapes, store_path):
-    FeatureStore.for_dataset(store_path, shapes)
+    open_store(store_path, shapes)
     texts = [(f"{text[0]}!",) if i in (3, 5) else text for i, text in enumerate(shapes.texts)]
     with pytest.raises(CacheError, match=r"2 samples changed since .*: 00003, 00005; add --refresh to comp"):
-        FeatureStore.for_dataset(store_path, replace(shapes, texts=texts))
+        open_store(store_path, replace(shapes, texts=texts))
 
 
 def test_several_texts_where_all_had_one_are_refused(shapes, store_path, tools):
-    FeatureStore.for_dataset(store_path, shapes)
+    open_store(store_path, shapes)
     grown = tools.make_shapes(test=21)
     with pytest.raises(CacheError, match="several texts where all had one"):
-        FeatureStore.for_dataset(store_path, replace(grown, texts=[*grown.texts[:-1], ("one", "two")]))
+        open_store(store_path, replace(grown, texts=[*grown.texts[:-1], ("one", "two")]))
 
 
 def test_features_made_differently_under_one_name_are_refused(shapes, store_path, toy):
@@ -177,12 +179,12 @@ def test_a_moved_or_copied_store_is_complete(shapes, store_path, toy, tmp_path):
 
 
 def test_a_store_of_another_version_is_refused(shapes, store_path):
-    FeatureStore.for_dataset(store_path, shapes)
+    open_store(store_path, shapes)
     group = zarr.open_group(store_path, mode="a")
     group.attrs["cachefuse"] = {**group.attrs["cachefuse"], "format": 99}
-    for open_store in (lambda: FeatureStore(store_path), lambda: FeatureStore.for_dataset(store_path, shapes)):
+    for open_it in (lambda: FeatureStore(store_path), lambda: open_store(store_path, shapes)):
         with pytest.raises(CacheError, match=r"not a feature store of this version \(format 99, not 2\)"):
-            open_store()
+            open_it()
 
 
 def test_a_foreign_group_is_refused(store_path):
@@ -281,7 +283,7 @@ def test_lines_survive_any_text_and_a_torn_line(tmp_path):
 
 
 def test_the_ledger_lists_a_sample_once(shapes, store_path):
-    store = FeatureStore.for_dataset(store_path, shapes)
+    store = open_store(store_path, shapes)
     bad = BadSample("00003", "image", "a.png", "is damaged")
     store.mark_bad([bad, replace(bad, reason="again")])
     store.mark_bad([bad, replace(bad, modality="text")])
@@ -293,9 +295,9 @@ def test_the_ledger_lists_a_sample_once(shapes, store_path):
 
 
 def test_presence_follows_the_ledger_even_if_a_kill_came_between(shapes, store_path):
-    FeatureStore.for_dataset(store_path, shapes).mark_bad([BadSample("00003", "image", "a.png", "is damaged")])
+    open_store(store_path, shapes).mark_bad([BadSample("00003", "image", "a.png", "is damaged")])
     assert FeatureStore(store_path).present("image").all()
-    FeatureStore.for_dataset(store_path, shapes)
+    open_store(store_path, shapes)
     np.testing.assert_array_equal(np.flatnonzero(~FeatureStore(store_path).present("image")), [3])
     assert len(FeatureStore(store_path).ledger()) == 1
 
@@ -318,7 +320,7 @@ def test_what_a_killed_process_left_is_swept_and_is_no_store(shapes, store_path,
 
 
 def test_an_update_of_the_samples_is_whole_or_not_at_all(shapes, store_path, monkeypatch):
-    FeatureStore.for_dataset(store_path, shapes).mark_bad([BadSample("00003", "image", "a.png", "is damaged")])
+    open_store(store_path, shapes).mark_bad([BadSample("00003", "image", "a.png", "is damaged")])
     changed = replace(shapes, splits=np.array(["holdout"] * 80))
     real = os.replace
 
@@ -332,15 +334,15 @@ def test_an_update_of_the_samples_is_whole_or_not_at_all(shapes, store_path, mon
 
     monkeypatch.setattr("os.replace", killed_at("samples"))
     with pytest.raises(KeyboardInterrupt):
-        FeatureStore.for_dataset(store_path, changed)
+        open_store(store_path, changed)
     assert FeatureStore(store_path).splits.tolist() == shapes.splits.tolist()
     monkeypatch.setattr("os.replace", killed_at(".samples.new"))
     with pytest.raises(KeyboardInterrupt):
-        FeatureStore.for_dataset(store_path, changed)
+        open_store(store_path, changed)
     monkeypatch.undo()
     with pytest.raises(CacheError, match="being updated when it was interrupted; run cachefuse extract again"):
         FeatureStore(store_path)
-    store = FeatureStore.for_dataset(store_path, changed)
+    store = open_store(store_path, changed)
     assert set(store.splits.tolist()) == {"holdout"}
     assert len(store.ledger()) == 1
     assert not [path for path in store_path.iterdir() if path.name.startswith(".")]

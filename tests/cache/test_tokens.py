@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.cache import tokens as module
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.tokens import SequenceWidth, Tokens, length_grouped
+from cachefuse.extraction.extract import extract
+from cachefuse.store import tokens as module
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.tokens import SequenceWidth, Tokens, length_grouped
 
 WIDTH, VOCABULARY = 5, 50
 EMPTY = (3, 70, 79)  # texts without any token, the last row among them

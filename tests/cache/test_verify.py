@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import zarr
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.journal import append_lines
-from cachefuse.cache.layout import checksum
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.verify import Damage, repair, verify
 from cachefuse.errors import CacheError
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.open_store import open_store
+from cachefuse.extraction.verify import Damage, repair, verify
+from cachefuse.store.format import append_lines, checksum
+from cachefuse.store.store import FeatureStore
 
 VIEWS = ("pooled", "tokens")
 
@@ -136,7 +136,7 @@ def test_without_ids_samples_that_are_gone_are_refused(shapes, store, tools):
     (chunk,) = [path for path in (store.path / "samples" / "id" / "c").rglob("*") if path.is_file()]
     flip(chunk, 12)
     with pytest.raises(CacheError, match=r"damaged \(id\): which row is whose"):
-        FeatureStore.for_dataset(store.path, tools.head(shapes, 70))
+        open_store(store.path, tools.head(shapes, 70))
 
 
 def test_lines_of_another_shape_in_the_journal_and_the_ledger_say_nothing(shapes, store):
@@ -157,7 +157,7 @@ def test_without_ids_a_sample_that_changed_can_t_be_told_from_one_that_moved(sha
     flip(chunk, 12)
     changed = replace(shapes, texts=[("another text",), *shapes.texts[1:]])
     with pytest.raises(CacheError, match=r"damaged \(id\): which row is whose"):
-        FeatureStore.for_dataset(store.path, changed, refresh=True)
+        open_store(store.path, changed, refresh=True)
 
 
 def test_a_column_of_samples_that_is_gone_is_damage_and_is_never_read_as_none(shapes, store):

@@ -16,16 +16,17 @@ from sklearn.metrics import accuracy_score
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from cachefuse import FeatureSet, FeatureView, FusionClassifier
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.folds import stratified_folds
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import ConfigError
-from cachefuse.predict import predict_split
-from cachefuse.training.batches import multi_hot
+from cachefuse.extraction.extract import extract
+from cachefuse.runs.predict import predict_split
+from cachefuse.runs.train import train_head
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.train import HeldOut, train_head
+from cachefuse.training.feature_table import multi_hot
+from cachefuse.training.train import HeldOut
 
 KINDS = np.array(["cat", "dog", "emu"])
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from cachefuse.alignment.run import Alignment
 from cachefuse.alignment.train import evaluate_alignment
-from cachefuse.cache.store import FeatureStore
+from cachefuse.store.store import FeatureStore
 
 QUICK = "--epochs", "3", "--width", "32", "--batch-size", "64", "--seed", "1"
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220)}

@@ -5,7 +5,7 @@ import pytest
 from cachefuse.bench import store, train
 from cachefuse.bench.base import Sizes
 from cachefuse.bench.timing import BenchRow
-from cachefuse_cli.bench_tables import bench_report
+from cachefuse_cli.shared.bench_tables import bench_report
 
 TINY = Sizes(
     pairs=1, gather_pairs=1, disk_pairs=1, width=16,

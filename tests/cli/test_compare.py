@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from cachefuse.training import costs
+from cachefuse.experiments import costs
 
 QUICK = ("compare", "--methods", "image,text,sum,tirg", "--folds", "2", "--epochs", "1")
 
@@ -14,7 +14,7 @@ QUICK = ("compare", "--methods", "image,text,sum,tirg", "--folds", "2", "--epoch
 def hurried(monkeypatch):
     monkeypatch.setattr(costs, "SECONDS", 0.0)
     monkeypatch.setattr(costs, "TIMES", 1)
-    monkeypatch.setattr("cachefuse.training.sweep.RESAMPLES", 20)
+    monkeypatch.setattr("cachefuse.experiments.sweep.RESAMPLES", 20)
 
 
 def test_a_table_of_what_to_choose_from(cachefuse, workspace, fits):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cachefuse.training.run import Run
+from cachefuse.runs.save import load_run
 
 
 @pytest.fixture
@@ -20,13 +20,13 @@ def two(cachefuse, workspace):
 def test_joins_runs_and_shows_them_side_by_side(cachefuse, workspace, two, fits):
     result = cachefuse("ensemble", *two)
     assert (result.code, result.err) == (0, "")
-    joined = Run.load(workspace / "runs" / "mine-ensemble-1")
+    joined = load_run(workspace / "runs" / "mine-ensemble-1")
     assert joined.sources == tuple(two)
     lines = result.out.splitlines()
     assert re.split(" {2,}", lines[0].strip()) == ["run", "held out", "micro-F1", "macro-F1", "samples-F1", "macro-AP"]
     names = ("micro_f1", "macro_f1", "samples_f1", "macro_ap")
     for line, name in zip(lines[1:4], [*two, "mine-ensemble-1"], strict=True):
-        run = Run.load(workspace / "runs" / name)
+        run = load_run(workspace / "runs" / name)
         rows = f"{len(run.held.rows)} val"
         assert re.split(" {2,}", line.strip()) == [name, rows, *(f"{run.metrics['val'][m]:.3f}" for m in names)]
     assert f"2 models of together {joined.n_parameters:,} parameters" in result.out
@@ -86,9 +86,9 @@ def test_the_best_of_a_column_stands_out_and_a_lower_calibration_error_is_better
 ):
     from rich.console import Console
 
-    from cachefuse_cli import eval_tables
+    from cachefuse_cli.shared import eval_tables
 
-    runs = [Run.load(workspace / "runs" / name) for name in two]
+    runs = [load_run(workspace / "runs" / name) for name in two]
     manifest = runs[0].manifest.model_copy(update={"metrics": ("micro_f1", "calibration_error", "macro_ap")})
     figures = [(0.7, 0.2, np.nan), (0.6, 0.1, 0.4), (0.7, 0.3, np.nan)]
     everyone = []

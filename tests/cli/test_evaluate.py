@@ -6,17 +6,17 @@ import shutil
 import pytest
 import zarr
 
-from cachefuse.cache.samples import column_checksum
-from cachefuse.cache.store import FeatureStore
-from cachefuse.evaluation import Evaluation, evaluate
-from cachefuse.training.run import Run
-from cachefuse.training.run_files import find_run
+from cachefuse.runs.evaluate import Evaluation, evaluate
+from cachefuse.runs.files import find_run
+from cachefuse.runs.save import load_run
+from cachefuse.store.columns import column_checksum
+from cachefuse.store.store import FeatureStore
 
 
 @pytest.fixture
 def figures(workspace):
     """What the library says of the workspace's run."""
-    return evaluate(Run.load(find_run(workspace / "runs")), FeatureStore(workspace / "cache" / "mine.zarr"))
+    return evaluate(load_run(find_run(workspace / "runs")), FeatureStore(workspace / "cache" / "mine.zarr"))
 
 
 def row(text, name):
@@ -77,7 +77,7 @@ def test_the_weights_of_gated_modalities(cachefuse, workspace, fits):
 
 def test_weights_that_can_not_be_written_are_refused_before_anything_is_measured(cachefuse, workspace, monkeypatch):
     measured = []
-    monkeypatch.setattr("cachefuse.evaluation.evaluate", lambda *args, **options: measured.append(args))
+    monkeypatch.setattr("cachefuse.runs.evaluate.evaluate", lambda *args, **options: measured.append(args))
     plain = cachefuse("evaluate", "--gates", "gates.csv")
     assert (plain.code, "does not weigh modalities" in plain.error) == (1, True)
     cachefuse("train-head", "--fusion", "gated", "--head", "linear", "--epochs", "1")
@@ -133,14 +133,14 @@ def test_an_interrupt_is_told(cachefuse, workspace, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cachefuse.evaluation.bootstrap_intervals", stop)
+    monkeypatch.setattr("cachefuse.runs.evaluate.bootstrap_intervals", stop)
     result = cachefuse("evaluate")
     assert (result.code, result.out) == (130, "")
 
 
 @pytest.mark.parametrize("without", [(), ("image", "text")])
 def test_many_classes_with_long_names_and_undefined_figures_fit_the_terminal(without, fits, capsys, monkeypatch):
-    from cachefuse_cli import eval_tables
+    from cachefuse_cli.shared import eval_tables
 
     monkeypatch.setenv("COLUMNS", "80")
     n = 40

@@ -152,7 +152,7 @@ def test_an_interrupt_writes_nothing(cachefuse, workspace, folder, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cachefuse.predict.predict_split", stop)
+    monkeypatch.setattr("cachefuse.runs.predict.predict_split", stop)
     result = cachefuse("predict")
     assert result.code == 130
     assert "note: interrupted; nothing was written; run the same command again" in result.err
@@ -160,8 +160,8 @@ def test_an_interrupt_writes_nothing(cachefuse, workspace, folder, monkeypatch):
 
 
 def test_long_class_names_and_many_classes_fit_the_terminal(fits, capsys, monkeypatch):
-    from cachefuse.predict import Predictions
-    from cachefuse_cli import render
+    from cachefuse.runs.predict import Predictions
+    from cachefuse_cli.shared import render
 
     monkeypatch.setenv("COLUMNS", "80")
     names = tuple(f"a very long class name that goes on and on, number {c}, and on and on and on" for c in range(40))

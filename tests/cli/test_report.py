@@ -117,7 +117,7 @@ def test_an_interrupt_writes_nothing(cachefuse, workspace, monkeypatch):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cachefuse.report.page.report_html", stop)
+    monkeypatch.setattr("cachefuse.report.run_page.report_html", stop)
     result = cachefuse("report")
     assert result.code == 130
     assert "note: interrupted; nothing was written; run the same command again" in result.err

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from cachefuse.training.run import Run
-from cachefuse.training.run_files import list_runs
+from cachefuse.runs.files import list_runs
+from cachefuse.runs.save import load_run
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def test_lists_the_latest_first_with_the_metrics_of_rows_held_out(several):
     assert [run.split for run in found] == ["val", "oof", "val"]
     assert [run.n_models for run in found] == [1, 2, 1]
     for run in found:
-        whole = Run.load(run.path)
+        whole = load_run(run.path)
         assert run.metrics == whole.metrics[run.split]
         assert run.n_rows == len(whole.held.rows)
         assert run.size_mb == pytest.approx(whole.size_mb, abs=1e-6)

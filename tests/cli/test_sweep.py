@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from cachefuse.training.presets import GREEDY, PRESETS, TOKEN_PRESETS
-from cachefuse_cli.sweep import PRESET_NAMES
+from cachefuse.experiments.presets import GREEDY, PRESETS, TOKEN_PRESETS
+from cachefuse_cli.commands.sweep import PRESET_NAMES
 
 QUICK = ("--head", "linear", "--epochs", "2", "--patience", "0", "--seeds", "2")
 LOSSES = ("--grid", "loss=bce,asl")
@@ -149,7 +149,7 @@ def test_a_preset(cachefuse, workspace, fits):
 def test_the_greedy_preset_ends_in_a_run(cachefuse, workspace, monkeypatch, fits):
     from dataclasses import replace
 
-    from cachefuse.training import presets
+    from cachefuse.experiments import presets
 
     for name, settings in {
         "mmc-layers": [{"layers": (4,)}, {"layers": (8, 4)}],

@@ -84,7 +84,7 @@ def test_says_that_features_are_incomplete(cachefuse, workspace):
 
 
 def interrupt_after(epochs, monkeypatch):
-    import cachefuse_cli.progress as progress
+    import cachefuse_cli.shared.progress as progress
 
     real = progress.TrainProgress.update
 
@@ -109,7 +109,7 @@ def test_an_interrupt_before_the_first_epoch_writes_nothing(cachefuse, workspace
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cachefuse.training.problem.load_table", stop)
+    monkeypatch.setattr("cachefuse.training.data.load_table", stop)
     result = cachefuse("train-head", *QUICK)
     assert (result.code, result.out) == (130, "")
     assert "note: interrupted; nothing was written; run the same command again" in result.err
@@ -118,7 +118,8 @@ def test_an_interrupt_before_the_first_epoch_writes_nothing(cachefuse, workspace
 
 SIGNALLED = """
 import sys
-from cachefuse_cli import app, progress
+from cachefuse_cli import app
+from cachefuse_cli.shared import progress
 real = progress.TrainProgress.update
 def update(self, now):
     real(self, now)

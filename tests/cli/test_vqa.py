@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.answers import vqa_accuracy
+from cachefuse.store.store import FeatureStore
 
 SPLITS = {"train2014": range(1, 13), "val2014": range(13, 17), "test2015": range(17, 20)}
 N_QUESTIONS = 4  # about each image

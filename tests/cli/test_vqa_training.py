@@ -15,15 +15,15 @@ from tokenizers import Tokenizer, pre_tokenizers, processors
 from tokenizers.models import WordLevel
 
 from cachefuse import open_features
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.answers import vqa_accuracy
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.answers import AnswerWriter
+from cachefuse.experiments.costs import measure_costs
+from cachefuse.nn.answer_decoder import AnswerWriter
+from cachefuse.runs.save import load_run
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.costs import measure_costs
-from cachefuse.training.problem import open_problem
-from cachefuse.training.run import Run
-from cachefuse.training.train import split_parts
+from cachefuse.training.data import open_problem
+from cachefuse.training.split import split_parts
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SPLITS = {"train2014": range(1, 41), "val2014": range(41, 61), "test2015": range(61, 66)}
@@ -155,7 +155,7 @@ def test_the_report_says_how_right_the_answers_are(cachefuse, extracted, folder)
 
 
 def test_folds_never_part_questions_about_one_image(cachefuse, extracted, folder, monkeypatch):
-    monkeypatch.setattr("cachefuse.training.train.STOP_PARTS", 1000)  # more than there are images
+    monkeypatch.setattr("cachefuse.training.split.STOP_PARTS", 1000)  # more than there are images
     store = FeatureStore(folder / "workspace/cache/vqa2.zarr")
     problem, _ = open_problem(store)
     parts = split_parts(problem, TrainConfig(folds=4, patience=2))
@@ -205,7 +205,7 @@ class TestWritten:
         figure = json.loads(result.out)["metrics"]["val"]["vqa_accuracy"]
         assert figure > 0.9
         (path,) = folder.glob("workspace/runs/vqa2-midfusion-decoder-ce-1")
-        run = Run.load(path)
+        run = load_run(path)
         assert run.members[0].model.fusion.head is None
         assert run.config.fusion_options["answer_tokens"][run.classes.index("dark red")] == [
             run.config.fusion_options["answer_tokens"][run.classes.index("dark green")][0],
@@ -223,7 +223,7 @@ class TestWritten:
     def test_a_pretrained_t5_writes_in_its_tokens(self, cachefuse, tokens, folder):
         result = cachefuse("train-head", *WRITES, "--fusion-options", f"t5=hf:{tokens}", "--epochs", "2", "--json")
         assert result.code == 0, result.err
-        run = Run.load(folder / "workspace/runs/vqa2-midfusion-decoder-ce-1")
+        run = load_run(folder / "workspace/runs/vqa2-midfusion-decoder-ce-1")
         number = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
         written = dict(zip(run.classes, run.config.fusion_options["answer_tokens"], strict=True))
         assert written["dark red"] == [number["dark"], number["red"], number["</s>"]]

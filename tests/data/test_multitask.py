@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import Manifest, parse_manifest
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import DataError, ManifestError
+from cachefuse.extraction.open_store import open_store
 from cachefuse.metrics import TaskSlice
 
 READER = 'reader = { kind = "table", files = { train = "all.csv" }, id = "id", text = "text", separator = " " }'
@@ -128,7 +128,7 @@ def test_metrics_of_the_tasks():
 
 def test_a_store_keeps_the_tasks_and_what_is_missing(load, tmp_path):
     data = load(HEAD + COLOR + TAGS)
-    store = FeatureStore.for_dataset(tmp_path / "mine.zarr", data)
+    store = open_store(tmp_path / "mine.zarr", data)
     np.testing.assert_array_equal(store.targets, data.targets)
     assert store.manifest == data.manifest
     assert list(store.manifest.tasks) == ["color", "keywords"]

@@ -19,9 +19,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.run import Alignment, UsedSide
-from cachefuse.cache.layout import provenance_key
 from cachefuse.encoders import open_encoder
 from cachefuse.encoders.base import EncoderSpec, Tower
+from cachefuse.store.format import provenance_key
 from cachefuse.training.loop import History
 
 WORDS = ("the", "a", "red", "blue", "circle", "square", "big", "small", "left", "right")

@@ -3,11 +3,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.writer import ViewWriter
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
+from cachefuse.extraction.open_store import open_store
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.writer import ViewWriter
 
 SPLITS = ["train"] * 60 + ["val"] * 30 + ["dev"] * 20 + ["test"] * 10
 
@@ -42,7 +43,7 @@ class Data:
             texts=[() if row in lacks["text"] else (f"text {row}",) for row in range(n)],
             name="made",
         )
-        self.store = FeatureStore.for_dataset(path, dataset)
+        self.store = open_store(path, dataset)
         for modality, values in self.x.items():
             made_by = {"dtype": "float16", "family": "made up"}
             features = self.store.require_features("toy", modality, made_by, "toy", {"pooled": "float16"})

@@ -10,13 +10,13 @@ from sklearn.metrics import (
     f1_score,
 )
 
-from cachefuse.evaluation import evaluate
 from cachefuse.metrics import METRICS
+from cachefuse.metrics.thresholds import choose_thresholds
+from cachefuse.runs.ensemble import ensemble
+from cachefuse.runs.evaluate import evaluate
+from cachefuse.runs.tables import StoreTables
+from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.ensemble import ensemble
-from cachefuse.training.thresholds import choose_thresholds
-from cachefuse.training.train import train_head
-from cachefuse.training.used import StoreTables
 
 QUICK = TrainConfig(head="linear", epochs=3, lr=0.03)
 

@@ -16,13 +16,13 @@ from sklearn.metrics import (
 
 import cachefuse
 from cachefuse.errors import ConfigError
-from cachefuse.evaluation import evaluate
 from cachefuse.metrics import bootstrap_intervals, evaluation_metrics
-from cachefuse.predict import predict_split
+from cachefuse.runs.evaluate import evaluate
+from cachefuse.runs.predict import predict_split
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.tables import StoreTables
+from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import Run
-from cachefuse.training.train import train_head
-from cachefuse.training.used import StoreTables
 
 CLASSES = 7
 
@@ -47,16 +47,16 @@ def measured(found):
     ids=str,
 )
 def test_figures_of_the_rows_held_out_are_those_of_the_training(settings, data, tmp_path):
-    path = train_head(data.store, replace(QUICK, **settings)).save(tmp_path / "runs")
+    path = save_run(train_head(data.store, replace(QUICK, **settings)), tmp_path / "runs")
     held = "oof" if "folds" in settings else "val"
     written = json.loads((path / "run.json").read_text())["results"][held]
-    found = evaluate(Run.load(path), data.store, n_resamples=0)
+    found = evaluate(load_run(path), data.store, n_resamples=0)
     assert (found.run, found.dataset, found.split, found.without) == (path.name, "made", held, ())
     assert found.n_rows == written["n_rows"] == (89 if held == "oof" else 29)
     assert measured(found) == written["metrics"]
     assert found.per_class == written["per_class"]
     assert found.caution is None
-    assert evaluate(Run.load(path), data.store, held, n_resamples=0) == found
+    assert evaluate(load_run(path), data.store, held, n_resamples=0) == found
 
 
 def test_those_of_a_multi_class_run_as_well(multiclass):

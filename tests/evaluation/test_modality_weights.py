@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.writer import ViewWriter
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.evaluation import evaluate
 from cachefuse.metrics import METRICS
+from cachefuse.runs.ensemble import ensemble
+from cachefuse.runs.evaluate import evaluate
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.tables import StoreTables
+from cachefuse.runs.train import train_head
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.writer import ViewWriter
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.ensemble import ensemble
-from cachefuse.training.run import Run
-from cachefuse.training.train import train_head
-from cachefuse.training.used import StoreTables
 
 CMA = TrainConfig(
     fusion="cma", fusion_options={"depth": 1, "width": 8, "heads": 2, "dropout": 0.0}, head="linear", dropout=0.0,
@@ -213,8 +213,8 @@ def test_an_ensemble_without_a_modality(run, data):
 
 
 def test_a_run_that_was_saved_has_the_same_weights(run, data, tmp_path):
-    path = run.save(tmp_path / "runs")
-    one, two = (evaluate(x, data.store, without=["text"], n_resamples=0) for x in (run, Run.load(path)))
+    path = save_run(run, tmp_path / "runs")
+    one, two = (evaluate(x, data.store, without=["text"], n_resamples=0) for x in (run, load_run(path)))
     assert one == replace(two, run=one.run)
     assert one.as_dict()["gates"] == two.as_dict()["gates"]
 
@@ -230,7 +230,7 @@ def test_pieces_make_no_difference(run, data, monkeypatch):
     expected = evaluate(run, data.store, n_resamples=0)
     asked = StoreTables([run], data.store, "cpu")(run.members[0])
     assert asked.lengths is not None
-    monkeypatch.setattr("cachefuse.training.batches.PIECE_FLOATS", 1000)
+    monkeypatch.setattr("cachefuse.training.feature_table.PIECE_FLOATS", 1000)
     found = evaluate(run, data.store, n_resamples=0)
     assert found.gates == pytest.approx(expected.gates)
     assert found.gates_per_class["text"] == pytest.approx(expected.gates_per_class["text"], nan_ok=True)

@@ -11,11 +11,11 @@ from sklearn.metrics import (
 )
 
 from cachefuse.errors import ConfigError, DataError, RunError, UnknownNameError
-from cachefuse.evaluation import evaluate
 from cachefuse.metrics import decide
-from cachefuse.predict import predict_split
+from cachefuse.runs.evaluate import evaluate
+from cachefuse.runs.predict import predict_split
+from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.train import train_head
 
 CLASSES = 7
 

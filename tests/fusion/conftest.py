@@ -5,11 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cachefuse.cache.tokens import SequenceWidth
-from cachefuse.fusion.base import feature_name
+from cachefuse.alignment import METHODS
+from cachefuse.feature_spec import feature_name
 from cachefuse.fusion.cma import MODALITY_ATTENTION, SEQUENCE_ATTENTION, CMAFusion
-from cachefuse.heads import Linear
-from cachefuse.registry import METHODS, lookup
+from cachefuse.nn.heads import Linear
+from cachefuse.registry import lookup
+from cachefuse.store.tokens import SequenceWidth
 
 # The Deep Fusion Encoder
 

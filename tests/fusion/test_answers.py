@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.answers import END, AnswerWriter, words_of
 from cachefuse.fusion.midfusion import MidFusion
-from cachefuse.fusion.t5 import T5, T5Settings
-from cachefuse.losses import cross_entropy
+from cachefuse.nn.answer_decoder import END, AnswerWriter, words_of
+from cachefuse.nn.losses import cross_entropy
+from cachefuse.nn.t5 import T5, T5Settings
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 23, 16, 5, 7
 # Of one token and of several, one the beginning of another, with paths that part early, late and never.
@@ -98,7 +98,7 @@ class TestProbabilities:
     def test_are_the_same_in_parts(self, pair, monkeypatch):
         _, writer = pair
         expected = writer(*memories())
-        monkeypatch.setattr("cachefuse.fusion.answers.AT_ONCE", 1)
+        monkeypatch.setattr("cachefuse.nn.answer_decoder.AT_ONCE", 1)
         torch.testing.assert_close(writer(*memories()), expected, rtol=0, atol=1e-13)
 
 
@@ -152,7 +152,7 @@ class TestTokens:
             AnswerWriter(settings(), answers)
 
     def test_too_many(self, monkeypatch):
-        monkeypatch.setattr("cachefuse.fusion.answers.MOST", 10)
+        monkeypatch.setattr("cachefuse.nn.answer_decoder.MOST", 10)
         with pytest.raises(ConfigError, match="8 answers of 8 tokens are too many to write; take classes"):
             AnswerWriter(settings(), ANSWERS)
 

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.cma import MODALITY_ATTENTION, SEQUENCE_ATTENTION, CMAFusion
 from cachefuse.fusion.model import FusionModel
-from cachefuse.fusion.transformer import TransformerBlock
-from cachefuse.heads import Linear
+from cachefuse.nn.heads import Linear
+from cachefuse.nn.transformer import TransformerBlock
+from cachefuse.store.tokens import SequenceWidth
 
 MODALITIES = ("audio", "image", "text")
 B, C, W, HEADS = 10, 3, 8, 2

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cachefuse.fusion.cma import CMAFusion
-from cachefuse.fusion.transformer import TransformerBlock
-from cachefuse.heads import MLP, Linear
+from cachefuse.nn.heads import MLP, Linear
+from cachefuse.nn.transformer import TransformerBlock
 
 MODALITIES = ("audio", "image", "text")
 B, C, W, HEADS = 10, 3, 8, 2

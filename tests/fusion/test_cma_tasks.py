@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.fusion.cma import MODALITY_ATTENTION, TUNING, WARM_UP, CMAFusion
-from cachefuse.heads import MLP
+from cachefuse.nn.heads import MLP
+from cachefuse.store.tokens import SequenceWidth
 
 WIDTHS = {"image": 6, "image_tokens": SequenceWidth(5, 4), "text": 4, "text_tokens": SequenceWidth(3, 7)}
 TASKS = {"color": 3, "type": 2, "keys": 4}

@@ -7,11 +7,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 
-from cachefuse.cache.tokens import SequenceWidth
+from cachefuse.feature_spec import split_name
 from cachefuse.fusion import FUSIONS
-from cachefuse.fusion.base import split_name
 from cachefuse.fusion.model import FusionModel
-from cachefuse.registry import HEADS, lookup
+from cachefuse.nn import HEADS
+from cachefuse.registry import lookup
+from cachefuse.store.tokens import SequenceWidth
 
 # All that a store may have; each fusion takes what it reads.
 WIDTHS = {

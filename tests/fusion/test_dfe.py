@@ -5,10 +5,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cachefuse.alignment import METHODS, OPERATIONS
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.data import as_tokens
 from cachefuse.alignment.model import Aligner
-from cachefuse.registry import METHODS, OPERATIONS, lookup
+from cachefuse.registry import lookup
 
 WIDTHS = (6, 5)
 B, T, W = 4, 7, 8

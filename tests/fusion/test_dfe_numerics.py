@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from cachefuse.alignment import OPERATIONS
+from cachefuse.alignment.dfe import DeepFusionEncoder, Projection
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.fusion.dfe import DeepFusionEncoder, Projection, masked_mean
-from cachefuse.fusion.transformer import EXPANSION, TransformerBlock
-from cachefuse.registry import ATTENTION_HEADS, OPERATIONS, lookup
+from cachefuse.nn import ATTENTION_HEADS
+from cachefuse.nn.masking import masked_mean
+from cachefuse.nn.transformer import EXPANSION, TransformerBlock
+from cachefuse.registry import lookup
 
 WIDTHS = (6, 5)
 W = 8

@@ -7,7 +7,7 @@ from torch import nn
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.gated import GatedFusion
-from cachefuse.heads import Linear
+from cachefuse.nn.heads import Linear
 
 WIDTHS = {"text": 3, "audio": 4, "image": 2}
 

@@ -4,7 +4,7 @@ from torch import nn
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.late import ConcatFusion, ImageOnly, MixedFusion, SumFusion, TextOnly
-from cachefuse.heads import Linear
+from cachefuse.nn.heads import Linear
 
 WIDTHS = {"text": 3, "image": 2}
 

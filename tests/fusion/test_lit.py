@@ -9,18 +9,18 @@ import torch
 import transformers
 from torch import nn
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.data.readers.base import Samples
+from cachefuse.encoders.base import Origin
 from cachefuse.errors import ConfigError, EncoderError
-from cachefuse.fusion.base import Origin
+from cachefuse.extraction.extract import extract
 from cachefuse.fusion.lit import LiTFusion
-from cachefuse.fusion.text_model import KINDS, build, load_weights, open_config
-from cachefuse.predict import predict_samples, predict_split
+from cachefuse.nn.bert import KINDS, build, load_weights, open_config
+from cachefuse.runs.predict import predict_samples, predict_split
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.train import train_head
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.tokens import SequenceWidth
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import Run
-from cachefuse.training.train import train_head
 
 B, C, W = 4, 3, 12
 SIZES = {"vocab_size": 20, "hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 16}
@@ -157,7 +157,7 @@ class TestMiniLM:
         assert all(moved)
 
     def test_comes_back_and_predicts_raw_samples_as_stored_ones(self, run, captioned_store, captioned, tmp_path):
-        loaded = Run.load(run.save(tmp_path / "runs"))
+        loaded = load_run(save_run(run, tmp_path / "runs"))
         expected = predict_split(run, captioned_store, "test")
         np.testing.assert_array_equal(predict_split(loaded, captioned_store, "test").scores, expected.scores)
         rows = np.flatnonzero(captioned_store.splits == "test")

@@ -12,12 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.midfusion import MidFusion
-from cachefuse.fusion.pooling import read_pool
-from cachefuse.fusion.t5_weights import load_t5, read_settings
-from cachefuse.heads import MLP, Linear
+from cachefuse.nn.heads import MLP, Linear
+from cachefuse.nn.pooling import read_pool
+from cachefuse.nn.t5_weights import load_t5, read_settings
+from cachefuse.store.tokens import SequenceWidth
 
 WIDTHS = {
     "audio_tokens": SequenceWidth(3, 4),

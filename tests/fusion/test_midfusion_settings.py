@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from cachefuse.cache.tokens import SequenceWidth
 from cachefuse.errors import ConfigError, UnknownNameError
 from cachefuse.fusion.midfusion import MidFusion, read_fusion_spec
-from cachefuse.fusion.pooling import read_pool
-from cachefuse.heads import Linear
+from cachefuse.nn.heads import Linear
+from cachefuse.nn.pooling import read_pool
+from cachefuse.store.tokens import SequenceWidth
 
 WIDTHS = {
     "audio_tokens": SequenceWidth(3, 4), "image": 7, "image_tokens": SequenceWidth(5, 6), "text": 4,

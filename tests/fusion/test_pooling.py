@@ -8,8 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.pooling import AttentionPool, MaxPool, MeanPool
-from cachefuse.registry import POOLINGS, lookup
+from cachefuse.nn import POOLINGS
+from cachefuse.nn.pooling import AttentionPool, MaxPool, MeanPool
+from cachefuse.registry import lookup
 
 LENGTHS = (9, 1, 0, 4, 7, 2)
 B, T, D = len(LENGTHS), max(LENGTHS), 8

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 
 from cachefuse.errors import ConfigError, EncoderError
-from cachefuse.fusion.t5 import T5, RelativeBias, T5Settings, distances
-from cachefuse.fusion.t5_weights import load_t5, read_settings
+from cachefuse.nn.t5 import T5, RelativeBias, T5Settings, distances
+from cachefuse.nn.t5_weights import load_t5, read_settings
 
 VOCABULARY, LENGTHS = 24, (200, 3, 1, 60)
 MORE = {"vocab_size": 40, "num_decoder_layers": 2, "dropout_rate": 0.5}

@@ -8,8 +8,8 @@ from torch import nn
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.model import FusionModel
 from cachefuse.fusion.tirg import TIRG, BatchNorm, TIRGFusion
-from cachefuse.heads import Linear
-from cachefuse.training.ema import EMA
+from cachefuse.nn.heads import Linear
+from cachefuse.training.optim import EMA
 
 WIDTHS = {"image": 3, "text": 4}
 EPS = 1e-5  # of batch normalisation

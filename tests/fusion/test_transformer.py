@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.transformer import EXPANSION, TransformerBlock
+from cachefuse.nn.transformer import EXPANSION, TransformerBlock
 
 B, T, W, HEADS = 5, 6, 12, 3
 

@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
-from cachefuse.evaluation import Evaluation
-from cachefuse.report.page import report_html
+from cachefuse.extraction.extract import extract
+from cachefuse.report.run_page import report_html
+from cachefuse.runs.evaluate import Evaluation
+from cachefuse.runs.save import save_run
+from cachefuse.runs.train import train_head
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.train import train_head
 
 SHAPES = """
 name = "mine"
@@ -65,7 +66,7 @@ def saved(store, tmp_path_factory):
     """A run of five folds, saved."""
     config = replace(QUICK, folds=5, patience=0, thresholds="class", epochs=6, ema=0.9)
     run = train_head(store, config)
-    run.save(tmp_path_factory.mktemp("runs"))
+    save_run(run, tmp_path_factory.mktemp("runs"))
     return run
 
 

@@ -13,13 +13,13 @@ from cachefuse.alignment.data import pair_data
 from cachefuse.alignment.loop import embed_samples
 from cachefuse.alignment.run import Alignment, Direction, Retrieval, shown_split
 from cachefuse.alignment.train import align, run_features
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.writer import ViewWriter
 from cachefuse.errors import ConfigError, RunError
-from cachefuse.report import retrieval
-from cachefuse.report.alignment import alignment_html, write_alignment_report
+from cachefuse.report import retrieval_page as retrieval
+from cachefuse.report.alignment_page import alignment_html, write_alignment_report
+from cachefuse.report.formatting import MINUS, UNDEFINED
 from cachefuse.report.neighbours import chosen
-from cachefuse.report.words import MINUS, UNDEFINED
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.writer import ViewWriter
 from cachefuse.training.loop import Epoch, History
 
 SHORT = AlignConfig(epochs=2, width=32, batch_size=64)

@@ -7,7 +7,7 @@ import pytest
 from cachefuse.alignment.retrieve import Found, Match
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError
-from cachefuse.report.found import found_html, write_found
+from cachefuse.report.found_page import found_html, write_found
 
 
 def matches(dataset, rows, items=None):

@@ -8,12 +8,13 @@ import pytest
 from sklearn.metrics import log_loss
 
 import cachefuse
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CachefuseError, ConfigError, DataError
+from cachefuse.extraction.open_store import open_store
+from cachefuse.report.formatting import cut
 from cachefuse.report.gallery import N_EXAMPLES
-from cachefuse.report.page import report_html, write_report
-from cachefuse.report.words import cut
-from cachefuse.training.run import Run
+from cachefuse.report.run_page import report_html, write_report
+from cachefuse.runs.save import load_run
+from cachefuse.store.store import FeatureStore
 
 
 def test_the_page_has_every_section(page, parse):
@@ -129,7 +130,7 @@ def test_the_gallery_shows_rows_as_they_are(page, saved, store, dataset):
 
 
 def test_the_same_run_gives_the_same_bytes(page, saved, store, dataset):
-    assert report_html(Run.load(saved.path), FeatureStore(store.path), dataset) == page
+    assert report_html(load_run(saved.path), FeatureStore(store.path), dataset) == page
 
 
 @pytest.mark.parametrize("fixture", ["page", "hostile_page"])
@@ -202,7 +203,7 @@ def test_what_fails_leaves_the_old_page(saved, store, tmp_path):
 
 def test_a_store_that_has_changed_since_is_refused(saved, store, dataset, tmp_path):
     splits = np.where(dataset.splits == "val", "test", dataset.splits)
-    FeatureStore.for_dataset(shutil.copytree(store.path, tmp_path / "mine.zarr"), replace(dataset, splits=splits))
+    open_store(shutil.copytree(store.path, tmp_path / "mine.zarr"), replace(dataset, splits=splits))
     with pytest.raises(CachefuseError, match="samples or splits of mine changed since"):
         report_html(saved, FeatureStore(tmp_path / "mine.zarr"))
 

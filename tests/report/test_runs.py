@@ -7,10 +7,11 @@ from sklearn.metrics import confusion_matrix
 
 import cachefuse
 from cachefuse.report import tables
-from cachefuse.report.page import report_html
-from cachefuse.training.ensemble import ensemble
+from cachefuse.report.run_page import report_html
+from cachefuse.runs.ensemble import ensemble
+from cachefuse.runs.save import save_run
+from cachefuse.runs.train import train_head
 from cachefuse.training.loop import Epoch, History
-from cachefuse.training.train import train_head
 
 
 def test_a_run_without_rows_held_out_says_so(dataset, open_store, parse, quick):
@@ -74,7 +75,7 @@ def test_gates_are_shown(store, parse, quick):
 
 def test_an_ensemble(saved, store, tmp_path, parse):
     other = train_head(store, replace(saved.config, loss="focal", monitor="macro_f1"))
-    other.save(tmp_path)
+    save_run(other, tmp_path)
     joined = ensemble([saved, other], store)
     found = parse(report_html(joined, store))
     assert f"cachefuse ensemble {saved.name} {other.name} --thresholds class" in found.text

@@ -4,9 +4,9 @@ import pytest
 
 from cachefuse.metrics import METRICS
 from cachefuse.registry import METRIC_TITLES
-from cachefuse.report.about import train_command
-from cachefuse.report.words import count, cut, ends, figure, interval, signed, splits_note
-from cachefuse.training.train import train_head
+from cachefuse.report.formatting import count, cut, ends, figure, interval, signed, splits_note
+from cachefuse.report.provenance import train_command
+from cachefuse.runs.train import train_head
 
 
 @pytest.mark.parametrize(

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cachefuse.cache.extract import extract
-from cachefuse.cache.store import FeatureStore
-from cachefuse.cache.writer import ViewWriter
 from cachefuse.data.dataset import Dataset, load_dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
+from cachefuse.extraction.extract import extract
+from cachefuse.extraction.open_store import open_store
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.writer import ViewWriter
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.selection import load_table, select_features
 
@@ -85,7 +86,7 @@ def make_store_in(add_features):
             texts=texts if "text" in features else None,
             name=name,
         )
-        store = FeatureStore.for_dataset(folder / f"{name}.zarr", dataset)
+        store = open_store(folder / f"{name}.zarr", dataset)
         for modality, values in features.items():
             add_features(store, "toy", modality, values, **(others or {}).get(modality, {}))
         return store

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from cachefuse.errors import CacheError, ConfigError, EncoderError
-from cachefuse.training.batches import Batches, FeatureTable, multi_hot
+from cachefuse.training.batches import Batches
+from cachefuse.training.feature_table import FeatureTable, multi_hot
 from cachefuse.training.selection import load_table, select_features
 
 
@@ -264,9 +265,9 @@ def test_what_memory_does_not_hold_is_shuffled_a_few_blocks_at_a_time(make_store
     features = {name: rng.normal(size=(1000, 6)).astype(np.float16) for name in ("image", "text")}
     store = make_store(features, np.ones((1000, 2), np.int8), ["train"] * 1000)
     table = load_table(store, select_features(store))
-    monkeypatch.setattr("cachefuse.training.batches.total_memory", lambda: 1000 * 24 * 2 - 1)
+    monkeypatch.setattr("cachefuse.training.feature_table.total_memory", lambda: 1000 * 24 * 2 - 1)
     monkeypatch.setattr(
-        "cachefuse.training.batches.SHUFFLE_BYTES", 64 * 24 * 2
+        "cachefuse.training.feature_table.SHUFFLE_BYTES", 64 * 24 * 2
     )  # two blocks of 64 rows, both modalities
     order, again = (table.order(table.rows("train"), torch.Generator().manual_seed(0)) for _ in range(2))
     assert torch.equal(order, again)
@@ -277,6 +278,6 @@ def test_what_memory_does_not_hold_is_shuffled_a_few_blocks_at_a_time(make_store
         len({tuple(part.tolist()) for part in order.split(64)} & {tuple(range(i, i + 64)) for i in range(0, 1000, 64)})
         == 0
     )
-    monkeypatch.setattr("cachefuse.training.batches.total_memory", lambda: 1000 * 24 * 2)
+    monkeypatch.setattr("cachefuse.training.feature_table.total_memory", lambda: 1000 * 24 * 2)
     whole = table.order(table.rows("train"), torch.Generator().manual_seed(0))
     assert max(len(part.unique()) for part in (whole // 64).split(64)) > 8

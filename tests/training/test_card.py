@@ -3,10 +3,10 @@ import re
 import numpy as np
 import pytest
 
-from cachefuse.training.card import model_card
+from cachefuse.runs.model_card import model_card
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import Run
-from cachefuse.training.train import train_head
 
 QUICK = {"head": "linear", "epochs": 2}
 
@@ -22,9 +22,9 @@ QUICK = {"head": "linear", "epochs": 2}
 )
 def test_states_the_runs_figures_features_and_thresholds(settings, toy_store, tmp_path):
     run = train_head(toy_store(), TrainConfig(**QUICK, **settings))
-    path = run.save(tmp_path / "runs")
+    path = save_run(run, tmp_path / "runs")
     card = (path / "README.md").read_text(encoding="utf-8")
-    assert card == model_card(Run.load(path))
+    assert card == model_card(load_run(path))
     assert f"# {run.name}" in card
     for split, result in run.results.items():
         figures = " | ".join(f"{value:.4f}" for value in result.metrics.values())

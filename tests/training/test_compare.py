@@ -11,22 +11,22 @@ import torch
 from rich.console import Console
 
 from cachefuse.errors import CacheError, ConfigError, UnknownNameError
+from cachefuse.experiments import costs
+from cachefuse.experiments.compare import METHODS, compare, default_pool, enough
+from cachefuse.experiments.costs import measure_costs
+from cachefuse.experiments.files import plot_curves, write_results
+from cachefuse.experiments.presets import preset, preset_views
+from cachefuse.experiments.settings import parse_setting
+from cachefuse.experiments.sweep import run_sweep, sweep
+from cachefuse.experiments.token_presets import RECIPES, TOKEN_PRESETS
 from cachefuse.fusion import FUSIONS
 from cachefuse.registry import lookup
-from cachefuse.training import costs
-from cachefuse.training.compare import METHODS, compare, default_pool, enough
+from cachefuse.runs.features import used_features
+from cachefuse.runs.train import train_head
+from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.costs import measure_costs
-from cachefuse.training.presets import preset, preset_views
-from cachefuse.training.problem import open_problem
-from cachefuse.training.run import build_model
-from cachefuse.training.sweep import run_sweep, sweep
-from cachefuse.training.sweep_files import plot_curves, write_results
-from cachefuse.training.sweep_settings import parse_setting
-from cachefuse.training.token_presets import RECIPES, TOKEN_PRESETS
-from cachefuse.training.train import train_head
-from cachefuse.training.used import used_features
-from cachefuse_cli.sweep_tables import sweep_table
+from cachefuse.training.data import open_problem
+from cachefuse_cli.shared.sweep_tables import sweep_table
 
 QUICK = {"folds": 2, "epochs": 1, "batch_size": 16}
 
@@ -35,7 +35,7 @@ QUICK = {"folds": 2, "epochs": 1, "batch_size": 16}
 def hurried(monkeypatch):
     monkeypatch.setattr(costs, "SECONDS", 0.0)
     monkeypatch.setattr(costs, "TIMES", 1)
-    monkeypatch.setattr("cachefuse.training.sweep.RESAMPLES", 20)
+    monkeypatch.setattr("cachefuse.experiments.sweep.RESAMPLES", 20)
 
 
 def open_all(store, views):
@@ -125,7 +125,7 @@ class TestPresets:
 
     @pytest.mark.slow
     def test_where_to_fuse(self, store, folder, monkeypatch):
-        monkeypatch.setattr("cachefuse.training.token_presets.POOLINGS", ("", "mean:2", "attention:1"))
+        monkeypatch.setattr("cachefuse.experiments.token_presets.POOLINGS", ("", "mean:2", "attention:1"))
         changes = {"fusion_options": {"width": 8, "depth": 4, "heads": 4}, "epochs": 1, "batch_size": 16}
         opened = open_all(store, preset_views("where-to-fuse", changes))
         experiment = preset("where-to-fuse", opened[1], changes)
@@ -178,7 +178,7 @@ class TestPresets:
             assert resolved.lr in (1e-5, 5e-5)
         with torch.device("meta"):
             paper = RECIPES["cma-paper"].resolve("multilabel", 100)
-            from cachefuse.cache.tokens import SequenceWidth
+            from cachefuse.store.tokens import SequenceWidth
 
             widths = {"image": 512, "text": 512, "image_tokens": SequenceWidth(768, 49),
                       "text_tokens": SequenceWidth(512, 77)}  # fmt: skip

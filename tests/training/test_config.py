@@ -3,7 +3,7 @@ import re
 import pytest
 
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.registry import OPTIMIZERS
+from cachefuse.training import OPTIMIZERS
 from cachefuse.training.config import TrainConfig
 
 

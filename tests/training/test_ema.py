@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from cachefuse.training.ema import EMA
+from cachefuse.training.optim import EMA
 
 
 def moved(model, by):

@@ -9,18 +9,18 @@ import torch
 import zarr
 from sklearn.metrics import f1_score
 
-from cachefuse.cache.samples import column_checksum
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import ConfigError, RunError
-from cachefuse.evaluation import evaluate
-from cachefuse.predict import predict_split
+from cachefuse.metrics.thresholds import choose_thresholds, crossfit_decisions
+from cachefuse.runs.ensemble import ensemble
+from cachefuse.runs.evaluate import evaluate
+from cachefuse.runs.predict import predict_split
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.tables import StoreTables
+from cachefuse.runs.train import train_head
+from cachefuse.store.columns import column_checksum
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.ensemble import ensemble
-from cachefuse.training.run import Run
 from cachefuse.training.selection import load_table
-from cachefuse.training.thresholds import choose_thresholds, crossfit_decisions
-from cachefuse.training.train import train_head
-from cachefuse.training.used import StoreTables
 
 QUICK = TrainConfig(head="linear", epochs=4, lr=0.03)
 FOLDED = replace(QUICK, folds=3)
@@ -95,11 +95,11 @@ def test_folds_that_differ_still_hold_out_the_same_rows(store):
 
 def test_comes_back_from_its_directory_and_is_a_run_like_any_other(store, tmp_path):
     runs = [train_head(store, replace(FOLDED, fusion=fusion)) for fusion in ("sum", "mixed", "sum")]
-    paths = [run.save(tmp_path / "runs") for run in runs]
-    joined = ensemble([Run.load(path) for path in paths], store)
-    path = joined.save(tmp_path / "runs")
+    paths = [save_run(run, tmp_path / "runs") for run in runs]
+    joined = ensemble([load_run(path) for path in paths], store)
+    path = save_run(joined, tmp_path / "runs")
     assert path.name == "made-ensemble-1"
-    loaded = Run.load(path)
+    loaded = load_run(path)
     assert loaded.sources == ("made-sum-linear-asl-1", "made-mixed-linear-asl-1", "made-sum-linear-asl-2")
     assert loaded.seconds == pytest.approx(sum(run.seconds for run in runs), abs=0.01)
     assert loaded.n_parameters == sum(run.n_parameters for run in runs)
@@ -259,9 +259,9 @@ def test_needs_two_different_runs(store, tmp_path):
     other = train_head(store, replace(QUICK, seed=1))
     with pytest.raises(RunError, match="run made-sum-linear-asl is given twice; in an ensemble each run counts once"):
         ensemble([run, other, run], store)
-    path = run.save(tmp_path / "runs")
+    path = save_run(run, tmp_path / "runs")
     with pytest.raises(RunError, match="run made-sum-linear-asl-1 is given twice"):
-        ensemble([Run.load(path), Run.load(path.parent / ".." / "runs" / path.name)], store)
+        ensemble([load_run(path), load_run(path.parent / ".." / "runs" / path.name)], store)
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import cachefuse
-from cachefuse.cache.store import FeatureStore
 from cachefuse.errors import CacheError, ConfigError, DataError, UnknownNameError
-from cachefuse.training.batches import LOAD_ROWS
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.feature_set import FeatureSet, FeatureView, PickedRows, open_features
+from cachefuse.training.feature_table import LOAD_ROWS
 
 
 @pytest.fixture

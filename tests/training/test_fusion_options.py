@@ -7,10 +7,10 @@ import torch
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.cma import CMAFusion
+from cachefuse.runs.train import train_head
+from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import build_model
 from cachefuse.training.selection import load_table, select_features
-from cachefuse.training.train import train_head
 
 SMALL = {"depth": 1, "width": 8, "heads": 2}
 N = 10**6  # rows, of which an epoch makes enough steps

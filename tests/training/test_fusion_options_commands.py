@@ -12,10 +12,10 @@ import pytest
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.cma import CMAFusion
 from cachefuse.fusion.tirg import TIRGFusion
+from cachefuse.runs.save import load_run
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import Run
 from cachefuse_cli.app import main
-from cachefuse_cli.train_options import DEFAULTS, parse_config
+from cachefuse_cli.shared.train_options import DEFAULTS, parse_config
 
 N = 10**6  # rows, of which an epoch makes enough steps
 
@@ -91,7 +91,7 @@ def test_a_command_trains_with_options_and_parts(cachefuse, in_workspace, toy_st
         *("--head", "linear", "--epochs", "2", "--json"),
     )
     assert code == 0
-    run = Run.load(tmp_path / "workspace" / "runs" / json.loads(out)["run"])
+    run = load_run(tmp_path / "workspace" / "runs" / json.loads(out)["run"])
     assert run.config.fusion_options.items() >= {"depth": 1, "width": 8, "heads": 2, "dropout": 0.1}.items()
     assert run.config.without == ("modality-attention",)
     assert (run.config.lr, run.config.batch_size) == (3e-4, 64)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cachefuse.errors import RunError
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import Run
-from cachefuse.training.train import train_head
 
 SMALL = {"depth": 1, "width": 8, "heads": 2}
 
@@ -25,7 +25,7 @@ def saved(trained, tmp_path, toy_store):
     """A copy of a run of cma, trained once."""
     if not trained.exists():
         run = train_head(toy_store(), TrainConfig(fusion="cma", fusion_options=SMALL, head="linear", epochs=1))
-        run.save(tmp_path / "first").rename(trained)
+        save_run(run, tmp_path / "first").rename(trained)
     return shutil.copytree(trained, tmp_path / "run")
 
 
@@ -40,8 +40,8 @@ def saved(trained, tmp_path, toy_store):
 def test_a_run_keeps_options_and_parts(fusion, options, without, toy_store, tmp_path):
     config = TrainConfig(fusion=fusion, fusion_options=options, without=without, head="linear", epochs=2)
     run = train_head(toy_store(), config)
-    path = run.save(tmp_path / "runs")
-    again = Run.load(path)
+    path = save_run(run, tmp_path / "runs")
+    again = load_run(path)
     assert again.config == run.config
     assert again.config.without == without
     assert again.members[0].config == run.members[0].config
@@ -59,12 +59,12 @@ def test_a_run_keeps_options_and_parts(fusion, options, without, toy_store, tmp_
 
 
 def test_a_run_of_before_there_were_options_loads(toy_store, tmp_path):
-    path = train_head(toy_store(), TrainConfig(head="linear", epochs=2)).save(tmp_path / "runs")
+    path = save_run(train_head(toy_store(), TrainConfig(head="linear", epochs=2)), tmp_path / "runs")
     values = json.loads((path / "run.json").read_text())
     for config in (values["config"], *(member["config"] for member in values["members"])):
         del config["fusion_options"], config["without"]
     (path / "run.json").write_text(json.dumps(values))
-    run = Run.load(path)
+    run = load_run(path)
     assert (run.config.fusion_options, run.config.without) == ({}, ())
 
 
@@ -82,7 +82,7 @@ def test_options_edited_into_nonsense_are_refused(change, saved):
     values["members"][0]["config"].update(change)
     (saved / "run.json").write_text(json.dumps(values))
     with pytest.raises(RunError, match=r"run\.json: not a run's description: "):
-        Run.load(saved)
+        load_run(saved)
 
 
 def test_options_that_do_not_fit_the_weights_are_refused(saved):
@@ -91,4 +91,4 @@ def test_options_that_do_not_fit_the_weights_are_refused(saved):
         values["members"][0]["config"].update(change)
         (saved / "run.json").write_text(json.dumps(values))
         with pytest.raises(RunError, match=r"model\.safetensors: the weights don't fit the run's settings"):
-            Run.load(saved)
+            load_run(saved)

@@ -10,9 +10,11 @@ from torch import nn
 from cachefuse.errors import TrainingError
 from cachefuse.fusion.base import Learner
 from cachefuse.fusion.late import SumFusion
-from cachefuse.losses import bce
-from cachefuse.training.batches import Batches, FeatureTable
-from cachefuse.training.loop import Validation, fit, mean_loss, predict_logits, spread, to_scores
+from cachefuse.nn.losses import bce
+from cachefuse.training.batches import Batches
+from cachefuse.training.feature_table import FeatureTable
+from cachefuse.training.inference import mean_loss, predict_logits, spread, to_scores
+from cachefuse.training.loop import Validation, fit
 from cachefuse.training.optim import NesterovSGD, adam
 
 

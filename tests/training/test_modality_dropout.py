@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cachefuse.fusion.model import FusionModel
+from cachefuse.runs.train import train_head
 from cachefuse.training.batches import drop_modalities
-from cachefuse.training.train import train_head
 
 
 def many(n=4000, **absent):

@@ -8,25 +8,28 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.cache.store import FeatureStore
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import ConfigError, RunError
-from cachefuse.evaluation import evaluate, write_gates
+from cachefuse.experiments.sweep import sweep
+from cachefuse.extraction.open_store import open_store
 from cachefuse.fusion.cma import TUNING, WARM_UP
-from cachefuse.losses import asl, build_loss, class_weights, cross_entropy, per_task
 from cachefuse.metrics import METRICS
-from cachefuse.predict import predict_split
-from cachefuse.report.page import report_html
+from cachefuse.nn.losses import asl, build_loss, class_weights, cross_entropy, per_task
+from cachefuse.report.run_page import report_html
+from cachefuse.runs.ensemble import ensemble
+from cachefuse.runs.evaluate import evaluate, write_gates
+from cachefuse.runs.predict import predict_split
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.train import train_head
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import LOSS_OPTIONS, TrainConfig
-from cachefuse.training.ensemble import ensemble
-from cachefuse.training.fitting import TrainingSet, training_loss, untrained_model
-from cachefuse.training.loop import to_scores
-from cachefuse.training.problem import Problem, open_problem
-from cachefuse.training.run import Run
-from cachefuse.training.sweep import sweep
-from cachefuse.training.train import split_parts, train_head, train_model, train_problem
+from cachefuse.training.data import Problem, open_problem
+from cachefuse.training.inference import to_scores
+from cachefuse.training.split import split_parts
+from cachefuse.training.train import TrainingSet, train_model, train_problem
 
 MANIFEST = """
 name = "apa"
@@ -72,7 +75,7 @@ def tasks_store(tmp_path, add_features):
             texts=[() if row % 8 == 4 else (f"text {row}",) for row in range(N)],
             name="apa",
         )
-        store = FeatureStore.for_dataset(tmp_path / f"apa{seed}.zarr", dataset)
+        store = open_store(tmp_path / f"apa{seed}.zarr", dataset)
         others = {
             "image": {"tokens": rng.normal(size=(N, 4, 3)).astype(np.float16)},
             "text": {"tokens": [rng.normal(size=(1 + row % 5, 2)).astype(np.float16) for row in range(N)]},
@@ -200,7 +203,7 @@ def test_every_fusion_trains_saves_and_predicts(fusion, tasks_store, tmp_path):
     store = tasks_store()
     options = {"cma": SMALL, "midfusion": SMALL, "tirg": {"width": 16}}.get(fusion, {})
     run = train_head(store, TrainConfig(fusion=fusion, fusion_options=options, **QUICK))
-    again = Run.load(run.save(tmp_path / "runs"))
+    again = load_run(save_run(run, tmp_path / "runs"))
     assert again.tasks == run.tasks
     found = predict_split(again, store)
     assert found.ids == [f"row{row}" for row in range(TRAIN + VAL, N)]
@@ -262,7 +265,7 @@ def test_tuning_begins_at_the_best_of_the_warm_up(tasks_store):
 def test_stages_are_kept_with_the_run(tasks_store, tmp_path):
     store = tasks_store()
     run = train_head(store, cma(stages=(WARM_UP, TUNING), folds=2, refit=True))
-    again = Run.load(run.save(tmp_path / "runs"))
+    again = load_run(save_run(run, tmp_path / "runs"))
     assert again.config.stages == (WARM_UP, TUNING)
     assert again.histories == run.histories
     assert set(again.histories[0].stages) == {WARM_UP, TUNING}

@@ -8,9 +8,10 @@ from sklearn.linear_model import LogisticRegression
 from torch import nn
 
 from cachefuse.fusion.base import Learner
-from cachefuse.losses import bce, cross_entropy
-from cachefuse.registry import OPTIMIZERS, SCHEDULES, lookup
-from cachefuse.training.batches import FeatureTable
+from cachefuse.nn.losses import bce, cross_entropy
+from cachefuse.registry import lookup
+from cachefuse.training import OPTIMIZERS, SCHEDULES
+from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.loop import fit
 from cachefuse.training.optim import LBFGS, NesterovSGD, adam, adamw, constant, cosine, onecycle
 

@@ -7,13 +7,14 @@ from safetensors.torch import save
 
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.metrics import METRICS, decide
-from cachefuse.predict import predict_split
+from cachefuse.metrics.thresholds import choose_thresholds
+from cachefuse.runs.predict import predict_split
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.tables import StoreTables
+from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.problem import open_problem
-from cachefuse.training.run import Run
-from cachefuse.training.thresholds import choose_thresholds
-from cachefuse.training.train import split_parts, train_head
-from cachefuse.training.used import StoreTables
+from cachefuse.training.data import open_problem
+from cachefuse.training.split import split_parts
 
 
 def quick(**settings):
@@ -262,7 +263,7 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(toy_store):
 def test_a_table_in_memory_and_one_on_the_disk_train_alike(toy_store, monkeypatch):
     store = toy_store(absent={"text": {3, 9}})
     near = train_head(store, quick(scheme="staged", fusion="mixed", epochs=4))
-    monkeypatch.setattr("cachefuse.training.batches.SHARE_AT_HAND", 0)
+    monkeypatch.setattr("cachefuse.training.feature_table.SHARE_AT_HAND", 0)
     far = train_head(store, quick(scheme="staged", fusion="mixed", epochs=4))
     for one, other in zip(near.members[0].model.parameters(), far.members[0].model.parameters(), strict=True):
         torch.testing.assert_close(one, other)
@@ -315,7 +316,7 @@ def test_one_class_is_a_yes_or_no_in_multilabel_and_nothing_in_multiclass(make_s
 def test_runs_of_several_models_come_back_as_they_were(settings, toy_store, tmp_path):
     store = toy_store()
     run = train_head(store, quick(ema=0.9, schedule="cosine", sampler="balanced", **settings))
-    again = Run.load(run.save(tmp_path / "runs"))
+    again = load_run(save_run(run, tmp_path / "runs"))
     assert states(again) == states(run)
     np.testing.assert_array_equal(again.thresholds, run.thresholds)
     np.testing.assert_array_equal(predict_split(again, store).scores, predict_split(run, store).scores)

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.predict import predict_split
-from cachefuse.training import presets
-from cachefuse.training.presets import BASE, CHAIN, PRESETS, greedy, preset
-from cachefuse.training.problem import open_problem
-from cachefuse.training.run import Run
-from cachefuse.training.sweep import run_sweep
-from cachefuse.training.sweep_files import JOURNAL
-from cachefuse.training.sweep_settings import parse_setting
-from cachefuse.training.used import used_features
+from cachefuse.experiments import presets
+from cachefuse.experiments.files import JOURNAL
+from cachefuse.experiments.presets import BASE, CHAIN, PRESETS, greedy, preset
+from cachefuse.experiments.settings import parse_setting
+from cachefuse.experiments.sweep import run_sweep
+from cachefuse.runs.features import used_features
+from cachefuse.runs.predict import predict_split
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.training.data import open_problem
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_the_greedy_chain(small, opened, tmp_path):
     assert folders == ["1-layers", "2-batch", "3-epochs", "4-activation", "5-dropout"]
     assert (tmp_path / "greedy" / "5-dropout" / "sweep.png").is_file()
     # Its run predicts, and was trained on train and val together.
-    loaded = Run.load(run.save(tmp_path / "runs"))
+    loaded = load_run(save_run(run, tmp_path / "runs"))
     assert len(predict_split(loaded, store).ids) == 8
     again, other = greedy(*opened, tmp_path / "greedy", (1, 2))
     assert (again, (tmp_path / "greedy" / JOURNAL).read_bytes()) == (results, done)

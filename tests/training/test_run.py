@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cachefuse.errors import RunError
+from cachefuse.runs.files import find_run
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.tables import match_features
+from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import Run
-from cachefuse.training.run_files import find_run
-from cachefuse.training.train import train_head
-from cachefuse.training.used import match_features
 
 QUICK = TrainConfig(head="linear", epochs=2, loss="bce")
 
@@ -36,7 +36,7 @@ def trained(once):
 
 @pytest.fixture
 def saved(trained, tmp_path):
-    return trained.save(tmp_path / "runs")
+    return save_run(trained, tmp_path / "runs")
 
 
 def edit(path, change):
@@ -46,7 +46,7 @@ def edit(path, change):
 
 
 def test_comes_back_as_it_was(trained, saved):
-    run = Run.load(saved)
+    run = load_run(saved)
     for name in ("name", "dataset", "manifest", "classes", "features", "results", "split_digest", "sources"):
         assert getattr(run, name) == getattr(trained, name), name
     assert (run.histories, run.created, run.path) == (trained.histories, trained.created, saved)
@@ -65,9 +65,9 @@ def test_comes_back_as_it_was(trained, saved):
 def test_a_figure_that_is_not_defined_is_null_in_the_file_and_nan_in_python(make_store, tmp_path):
     x = {"image": np.eye(4, dtype=np.float16)}
     y = np.array([[1, 0], [0, 0], [1, 0], [0, 0]], np.int8)
-    path = train_head(make_store(x, y, ["train", "train", "val", "val"]), QUICK).save(tmp_path / "runs")
+    path = save_run(train_head(make_store(x, y, ["train", "train", "val", "val"]), QUICK), tmp_path / "runs")
     assert json.loads((path / "run.json").read_text())["results"]["val"]["per_class"]["ap"][1] is None
-    assert np.isnan(Run.load(path).results["val"].per_class["ap"][1])
+    assert np.isnan(load_run(path).results["val"].per_class["ap"][1])
 
 
 def test_counts_parameters_and_size(trained):
@@ -77,7 +77,7 @@ def test_counts_parameters_and_size(trained):
 
 def test_names_count_up_and_the_latest_is_by_date(toy_store, tmp_path):
     runs, store = tmp_path / "runs", toy_store()
-    paths = [train_head(store, QUICK).save(runs) for _ in range(3)]
+    paths = [save_run(train_head(store, QUICK), runs) for _ in range(3)]
     assert [path.name for path in paths] == [f"made-sum-linear-bce-{n}" for n in (1, 2, 3)]
     assert find_run(runs) == paths[2]
     edit(paths[0] / "run.json", lambda values: values.update(created="2999-01-01T00:00:00"))
@@ -102,7 +102,7 @@ def test_finds_a_run_by_name_or_path(saved, tmp_path, monkeypatch):
     assert find_run(saved.parent, saved.name) == saved
     assert find_run(tmp_path / "elsewhere", str(saved)) == saved
     monkeypatch.chdir(saved)
-    assert Run.load(find_run(tmp_path / "elsewhere", ".")).name == saved.name
+    assert load_run(find_run(tmp_path / "elsewhere", ".")).name == saved.name
 
 
 def test_says_which_runs_there_are(saved, tmp_path):
@@ -118,24 +118,24 @@ def test_a_failed_save_leaves_nothing(trained, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("cachefuse.training.run_files.write_atomically", fail)
+    monkeypatch.setattr("cachefuse.runs.files.write_atomically", fail)
     with pytest.raises(OSError, match="disk full"):
-        trained.save(tmp_path / "runs")
+        save_run(trained, tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cachefuse.training import run_files as module
+from cachefuse.runs import files as module
 real = module.write_atomically
 def write(path, data):
     real(path, data)
     if path.name == "run.json":
         os.kill(os.getpid(), signal.SIGKILL)
 module.write_atomically = write
-from cachefuse.training.run import Run
-Run.load(Path(sys.argv[1])).save(Path(sys.argv[2]))
+from cachefuse.runs.run import Run
+save_run(load_run(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
@@ -146,7 +146,7 @@ def test_a_kill_in_save_leaves_no_run(saved, tmp_path):
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(RunError, match="no runs in"):
         find_run(runs)
-    path = Run.load(saved).save(runs)
+    path = save_run(load_run(saved), runs)
     assert find_run(runs) == path
 
 
@@ -154,7 +154,7 @@ def test_a_kill_in_save_leaves_no_run(saved, tmp_path):
 def test_names_a_file_that_is_missing(saved, file):
     (saved / file).unlink()
     with pytest.raises(RunError, match=rf"{file} is not there: .* is not a"):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize("file", ["run.json", "history.json", "model.safetensors"])
@@ -163,7 +163,7 @@ def test_names_a_file_that_is_cut_short(saved, file, size):
     path = saved / file
     path.write_bytes(path.read_bytes()[: int(size * path.stat().st_size)])
     with pytest.raises(RunError, match=f"{file}: (can't be read|the weights don't fit)"):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"\xff\xfe", b"[" * 100_000])
@@ -171,7 +171,7 @@ def test_names_a_file_that_is_cut_short(saved, file, size):
 def test_names_a_file_that_is_no_json_object(saved, file, content):
     (saved / file).write_bytes(content)
     with pytest.raises(RunError, match=f"{file}: (can't be read|must hold a JSON object)"):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_names_a_file_that_is_no_json_object(saved, file, content):
 def test_refuses_a_description_edited_into_nonsense(saved, key, value, message):
     edit(saved / "run.json", lambda values: values.update({key: value}))
     with pytest.raises(RunError, match=f"run.json: not a run's description: .*{message}"):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_refuses_a_description_edited_into_nonsense(saved, key, value, message):
 def test_refuses_a_member_edited_into_nonsense(saved, key, value, message):
     edit(saved / "run.json", lambda values: values["members"][0].update({key: value}))
     with pytest.raises(RunError, match=f"run.json: not a run's description: .*{message}"):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize(
@@ -243,13 +243,13 @@ def test_names_held_out_scores_of_other_kinds(saved, name, change):
     arrays = load_file(saved / "held_out.safetensors")
     save_file({**arrays, name: change(arrays[name])}, saved / "held_out.safetensors")
     with pytest.raises(RunError, match=r"held_out\.safetensors: (rows, parts and scores don't fit|can't be read)"):
-        Run.load(saved)
+        load_run(saved)
 
 
 def test_names_held_out_scores_that_lack_a_fold(saved):
     edit(saved / "run.json", lambda values: values["members"][0].update(fold=7))
     with pytest.raises(RunError, match=r"held_out\.safetensors: it lacks the part of a fold"):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize("change", [{"rows": 2}, {"scores": 3}, {"parts": None}])
@@ -259,12 +259,12 @@ def test_names_held_out_scores_edited_into_nonsense(saved, change):
         arrays[name] = arrays[name][:n] if n else arrays.pop(name)[:0]
     save_file({name: x.clone() for name, x in arrays.items() if len(x)}, saved / "held_out.safetensors")
     with pytest.raises(RunError, match=r"held_out\.safetensors: (rows, parts and scores don't fit|can't be read)"):
-        Run.load(saved)
+        load_run(saved)
 
 
 def test_without_the_held_out_scores_a_run_still_predicts(saved):
     (saved / "held_out.safetensors").unlink()
-    run = Run.load(saved)
+    run = load_run(saved)
     assert run.held is None
     with pytest.raises(RunError, match="has no rows held out; train with --folds, or name a labelled --split"):
         run.held_out_scores(lambda member: None)
@@ -273,21 +273,21 @@ def test_without_the_held_out_scores_a_run_still_predicts(saved):
 def test_a_description_of_a_huge_model_takes_no_memory(saved):
     edit(saved / "run.json", lambda values: values["members"][0]["config"].update(head="mlp", layers=[10**6, 10**6]))
     with pytest.raises(RunError, match=r"model.safetensors: the weights don't fit the run's settings"):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize("width", [-1, 0, "wide", None, 10**13])
 def test_refuses_a_width_edited_into_nonsense(saved, width):
     edit(saved / "run.json", lambda values: values["members"][0]["features"]["image"][0].update(width=width))
     with pytest.raises(RunError, match=r"(run\.json|model\.safetensors): "):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize("key", ["dataset", "manifest", "classes", "config", "members", "thresholds", "results"])
 def test_names_a_key_that_is_missing(saved, key):
     edit(saved / "run.json", lambda values: values.pop(key))
     with pytest.raises(RunError, match=rf"run\.json: not a run's description: {key}: Field required"):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize(
@@ -296,14 +296,14 @@ def test_names_a_key_that_is_missing(saved, key):
 def test_names_a_history_edited_into_nonsense(saved, history):
     edit(saved / "history.json", lambda values: values.update(history))
     with pytest.raises(RunError, match=r"history\.json: not a run's description: "):
-        Run.load(saved)
+        load_run(saved)
 
 
 @pytest.mark.parametrize("version", [1, "2", None])
 def test_refuses_a_run_of_another_version(saved, version):
     edit(saved / "run.json", lambda values: values.update(format=version))
     with pytest.raises(RunError, match=rf"run of another version \(format {version}, not 3\)"):
-        Run.load(saved)
+        load_run(saved)
 
 
 def test_refuses_weights_of_another_shape_or_name(saved):
@@ -311,7 +311,7 @@ def test_refuses_weights_of_another_shape_or_name(saved):
     for tensors in ({**weights, "extra": torch.zeros(1)}, {k: v[:-1].clone() for k, v in weights.items()}, {}):
         save_file(tensors, saved / "model.safetensors")
         with pytest.raises(RunError, match=r"model\.safetensors: the weights don't fit the run's settings: "):
-            Run.load(saved)
+            load_run(saved)
 
 
 class Bomb:
@@ -323,24 +323,24 @@ def test_never_unpickles(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (saved / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(RunError, match=r"model\.safetensors: the weights don't fit"):
-        Run.load(saved)
+        load_run(saved)
     assert not (tmp_path / "bombed").exists()
 
 
 def test_what_a_run_says_names_no_place_to_write(saved, tmp_path):
     edit(saved / "run.json", lambda values: values.update(name="../../escaped"))
-    run = Run.load(saved)
+    run = load_run(saved)
     assert run.name == saved.name
-    assert run.save(tmp_path / "copies").parent == tmp_path / "copies"
+    assert save_run(run, tmp_path / "copies").parent == tmp_path / "copies"
     assert not list(tmp_path.parent.glob("*escaped*"))
     for name in ("../../escaped", "/tmp/escaped", "here.toml", ""):
         edit(saved / "run.json", lambda values, name=name: values.update(dataset=name))
         with pytest.raises(RunError, match="not a dataset's name"):
-            Run.load(saved)
+            load_run(saved)
 
 
 def match(saved, store):
-    run = Run.load(saved)
+    run = load_run(saved)
     return match_features(run, run.features, store)
 
 

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.training.batches import Batches, FeatureTable, balanced_chances, drop_modalities
+from cachefuse.training.batches import Batches, balanced_chances, drop_modalities
+from cachefuse.training.feature_table import FeatureTable
 
 
 def drawn(n, rows, batch_size, generator, chances, epochs=1):

@@ -9,13 +9,15 @@ from torch import nn
 
 from cachefuse.errors import ConfigError, TrainingError
 from cachefuse.fusion import FUSIONS
-from cachefuse.registry import ACTIVATIONS, lookup
-from cachefuse.training.batches import FeatureTable
+from cachefuse.nn import ACTIVATIONS
+from cachefuse.registry import lookup
+from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.problem import Problem
-from cachefuse.training.run import build_model
+from cachefuse.training.data import Problem
+from cachefuse.training.feature_table import FeatureTable
+from cachefuse.training.split import Part
 from cachefuse.training.stack import most_together, shared_settings, stack, train_together, unstack
-from cachefuse.training.train import Part, train_model
+from cachefuse.training.train import train_model
 
 N, C = 60, 3
 LINEAR = [name for name in FUSIONS if lookup(FUSIONS, name, "fusion").linear]
@@ -211,12 +213,12 @@ def test_multi_class_losses():
 
 
 def test_features_that_do_not_fit_in_memory(monkeypatch):
-    monkeypatch.setattr("cachefuse.training.batches.SHARE_AT_HAND", 0)
+    monkeypatch.setattr("cachefuse.training.feature_table.SHARE_AT_HAND", 0)
     assert_same_as_alone(make_problem(dtype=torch.float16), mixed(scheme="staged"))
 
 
 def test_more_rows_than_are_evaluated_at_a_time(monkeypatch):
-    monkeypatch.setattr("cachefuse.training.batches.PIECE_ROWS", 7)
+    monkeypatch.setattr("cachefuse.training.feature_table.PIECE_ROWS", 7)
     assert_same_as_alone(make_problem(), mixed())
 
 

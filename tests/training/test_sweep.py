@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from cachefuse.errors import ConfigError, DataError
+from cachefuse.experiments.files import JOURNAL
+from cachefuse.experiments.settings import grid
+from cachefuse.experiments.sweep import Experiment, run_sweep, sweep
+from cachefuse.runs.features import used_features
+from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.problem import open_problem
-from cachefuse.training.sweep import Experiment, run_sweep, sweep
-from cachefuse.training.sweep_files import JOURNAL
-from cachefuse.training.sweep_settings import grid
-from cachefuse.training.train import train_head
-from cachefuse.training.used import used_features
+from cachefuse.training.data import open_problem
 
 LINEAR = TrainConfig(head="linear", epochs=3, patience=0, batch_size=16, lr=0.01, loss="bce")
 
@@ -134,7 +134,7 @@ def test_what_diverges_is_no_zero(head, toy_store, folder):
 
 
 def store_of(folder, toy_store):
-    from cachefuse.cache.store import FeatureStore
+    from cachefuse.store.store import FeatureStore
 
     return FeatureStore(folder.parent.parent / "made.zarr")
 

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from cachefuse.errors import TrainingError
+from cachefuse.experiments.files import write_results
+from cachefuse.experiments.results import SettingResult, SweepResult, Trial
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.sweep_files import write_results
-from cachefuse.training.sweep_result import SettingResult, SweepResult, Trial
 
 LINEAR = TrainConfig(head="linear", epochs=3, patience=0, batch_size=16, lr=0.01, loss="bce")
 

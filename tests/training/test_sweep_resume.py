@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from cachefuse.errors import ConfigError
+from cachefuse.experiments.files import JOURNAL, only_sweep, read_trials
+from cachefuse.experiments.settings import grid
+from cachefuse.experiments.sweep import sweep
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.sweep import sweep
-from cachefuse.training.sweep_files import JOURNAL, only_sweep, read_trials
-from cachefuse.training.sweep_settings import grid
 
 LINEAR = TrainConfig(head="linear", epochs=3, patience=0, batch_size=16, lr=0.01, loss="bce")
 
@@ -151,9 +151,9 @@ def test_an_interrupted_trial_is_not_kept(base, toy_store, folder):
 SLOW = """
 import sys
 from pathlib import Path
-from cachefuse.cache.store import FeatureStore
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.sweep import sweep
+from cachefuse.experiments.sweep import sweep
 base = TrainConfig(head="mlp", layers=(8,), patience=0, batch_size=16)
 settings = [{"epochs": epochs} for epochs in (2, 3, 4, 1000000)]
 sweep(FeatureStore(Path(sys.argv[1])), base, settings, folder=Path(sys.argv[2]), seeds=(0,))

@@ -3,7 +3,7 @@
 import pytest
 
 from cachefuse.errors import ConfigError, UnknownNameError
-from cachefuse.training.sweep_settings import grid, parse_setting
+from cachefuse.experiments.settings import grid, parse_setting
 
 
 def test_a_grid_is_every_combination():

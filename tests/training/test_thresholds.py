@@ -5,8 +5,8 @@ import pytest
 
 from cachefuse.errors import ConfigError, DataError, UnknownNameError
 from cachefuse.metrics import METRICS, decide
-from cachefuse.training import thresholds as module
-from cachefuse.training.thresholds import THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
+from cachefuse.metrics import thresholds as module
+from cachefuse.metrics.thresholds import THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
 
 ABOVE = 9.0
 AXES = {"micro_f1": None, "macro_f1": 0, "samples_f1": 1}

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from cachefuse.errors import UnknownNameError
-from cachefuse.training import batches as module
+from cachefuse.runs.tables import StoreTables
+from cachefuse.runs.train import train_head
+from cachefuse.training import feature_table as module
 from cachefuse.training.batches import Batches
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.selection import load_table, select_features
-from cachefuse.training.train import train_head
-from cachefuse.training.used import StoreTables
 
 NAMES = ["image", "image_tokens", "text", "text_tokens"]
 ABSENT = {"image": {3, 41}, "text": {2, 41}}  # the rows of token_store that lack a modality

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.runs.train import train_head
 from cachefuse.training.selection import select_features
-from cachefuse.training.train import train_head
 
 
 @pytest.mark.parametrize(

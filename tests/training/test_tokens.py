@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.cache.rows import FlatTokens, TokenWidth
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import CacheError, ConfigError, RunError
-from cachefuse.predict import predict_samples, predict_split
-from cachefuse.registry import FLAT
+from cachefuse.feature_spec import FLAT
+from cachefuse.runs.predict import predict_samples, predict_split
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.train import train_head
+from cachefuse.store.rows import FlatTokens, TokenWidth
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import Run
 from cachefuse.training.selection import load_table, one_view, select_features
-from cachefuse.training.train import train_head
 
 side_by_side = one_view(FLAT)
 TOKENS = TrainConfig(view="tokens", head="gmlp", layers=(8,), epochs=2, batch_size=16)
@@ -40,7 +40,7 @@ def test_tokens_lie_side_by_side_with_zeros_where_a_text_is_shorter(captioned_st
 @pytest.mark.parametrize("fusion", ["sum", "gated", "text", "concat"])
 def test_a_run_on_tokens_predicts_stored_and_raw_samples_alike(fusion, captioned_store, captioned, tmp_path):
     run = train_head(captioned_store, TrainConfig(**{**vars(TOKENS), "fusion": fusion}))
-    again = Run.load(run.save(tmp_path / "runs"))
+    again = load_run(save_run(run, tmp_path / "runs"))
     stored = predict_split(again, captioned_store, "test")
     np.testing.assert_array_equal(stored.scores, predict_split(run, captioned_store, "test").scores)
     rows = np.flatnonzero(captioned_store.splits == "test")
@@ -71,12 +71,12 @@ def test_says_what_tokens_need(captioned_store, make_store):
 def test_a_number_of_tokens_edited_into_nonsense_is_refused(tokens, captioned_store, tmp_path):
     import json
 
-    path = train_head(captioned_store, TOKENS).save(tmp_path / "runs")
+    path = save_run(train_head(captioned_store, TOKENS), tmp_path / "runs")
     values = json.loads((path / "run.json").read_text())
     values["members"][0]["features"]["text"][0]["tokens"] = tokens
     (path / "run.json").write_text(json.dumps(values))
     with pytest.raises(RunError, match=r"run\.json: not a run's description: \d+ numbers a sample are not .* tokens"):
-        Run.load(path)
+        load_run(path)
 
 
 def test_a_width_of_tokens_is_a_number():

@@ -7,11 +7,11 @@ from sklearn.linear_model import LogisticRegression
 from cachefuse.errors import CacheError, ConfigError, DataError, TrainingError
 from cachefuse.fusion import FUSIONS
 from cachefuse.metrics import METRICS
-from cachefuse.predict import predict_split
-from cachefuse.registry import HEADS, LOSSES
+from cachefuse.nn import HEADS, LOSSES
+from cachefuse.runs.predict import predict_split
+from cachefuse.runs.save import load_run, save_run
+from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.run import Run
-from cachefuse.training.train import train_head
 
 
 def layers(head):
@@ -67,7 +67,7 @@ def test_every_combination_trains_and_survives_a_round_trip(fusion, head, loss, 
         assert set(run.modalities) == ({fusion} if fusion in ("image", "text") else {"image", "text"})
         assert list(run.metrics) == ["train", "val"]
         before = predict_split(run, store)
-        after = predict_split(Run.load(run.save(tmp_path / "runs")), store)
+        after = predict_split(load_run(save_run(run, tmp_path / "runs")), store)
         assert before.ids == after.ids == [f"row{row}" for row in range(52, 60)]
         assert np.array_equal(before.scores, after.scores)
         assert np.array_equal(before.labels, after.labels)

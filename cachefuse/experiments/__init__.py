@@ -1,0 +1,1 @@
+"""Many trainings: sweeps, comparisons, the papers' experiments."""

@@ -1,0 +1,92 @@
+"""Fusions compared: each with the same folds, epochs and steps, and what it costs; where a pooled head is enough."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from cachefuse.errors import ConfigError
+from cachefuse.experiments.files import write_results
+from cachefuse.experiments.results import SettingResult, SweepResult
+from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
+from cachefuse.feature_spec import TOKENS
+from cachefuse.fusion import FUSIONS
+from cachefuse.registry import lookup
+from cachefuse.runs.features import used_features
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.data import open_problem
+from cachefuse.training.selection import select_features
+
+METHODS = ("image", "text", "concat", "sum", "mixed", "tirg", "cma", "midfusion")
+FOLDS, EPOCHS, BATCH_SIZE = 5, 10, 64
+MAX_TOKENS = 64  # of a modality, that a method over tokens is given as they are; more are pooled
+POOLED_TO = 16
+
+
+def compare(
+    store: FeatureStore,
+    *,
+    folder: Path,
+    methods: Sequence[str] = METHODS,
+    folds: int = FOLDS,
+    epochs: int = EPOCHS,
+    batch_size: int = BATCH_SIZE,
+    pool: str | None = None,
+    seed: int = 0,
+    encoders: Sequence[str] = (),
+    device: str = "auto",
+    on_trial: Callable[[SweepResult], None] = lambda result: None,
+) -> SweepResult:
+    """Train each fusion with the same loss, folds, epochs and rows a step, and return scores, intervals and costs.
+
+    Other settings are each fusion's own. Every row of train and val is judged by a model that has not seen it. Where
+    ``pool`` ("image=mean:16") does not say how, methods over tokens get the mean of 16 spans of a modality that has
+    more than 64 tokens. What has ended is kept in ``folder``: the same call goes on where an earlier one was stopped.
+    Raises CacheError for a store without what the methods read, ConfigError as ``sweep`` does.
+    """
+    if not methods:
+        raise ConfigError("compare needs at least one fusion")
+    for method in methods:
+        lookup(FUSIONS, method, "fusion")
+    base = TrainConfig(folds=folds, epochs=epochs, batch_size=batch_size, seed=seed)
+    reads = views_of(base, [{"fusion": method} for method in methods])
+    if pool is None:
+        pool = default_pool(store, encoders, reads)
+    settings = [{"fusion": method, **_pooled(method, pool)} for method in methods]
+    problem, chosen = open_problem(store, encoders, device, reads)
+    used = used_features(chosen, problem.widths)
+    title = f"{store.dataset}: {folds} folds, {epochs} epochs of {batch_size} rows a step"
+    experiment = Experiment(base, settings, title=f"{title}, {pool}" if pool else title, costs=True, fields=("fusion",))
+    result = run_sweep(store, problem, used, experiment, folder, [seed], on_trial)
+    write_results(result, folder)
+    return result
+
+
+def enough(result: SweepResult) -> SettingResult | None:
+    """Return the cheapest method, by the time it takes to predict, whose score lies within the best's interval.
+
+    None if every training diverged.
+    """
+    metric = result.metrics[0]
+    whole = [setting for setting in result.settings if setting.interval and setting.costs]
+    if not whole:
+        return None
+    low, _ = max(whole, key=lambda setting: setting.mean(metric)).interval or (0.0, 0.0)
+    near = [setting for setting in whole if setting.mean(metric) >= low]
+    return min(near, key=lambda setting: setting.costs.ms_per_item if setting.costs else 0.0)
+
+
+def default_pool(store: FeatureStore, encoders: Sequence[str], views: Any) -> str:
+    """Return how the tokens of modalities that have many of them are pooled; "" where none has."""
+    chosen = select_features(store, encoders, views)
+    many = []
+    for modality, group in chosen.items():
+        shape = group[0].views[TOKENS].row_shape if TOKENS in views(modality) else (0,)
+        if shape[0] > MAX_TOKENS and not group[0].views[TOKENS].ragged:
+            many.append(f"{modality}=mean:{POOLED_TO}")
+    return ",".join(many)
+
+
+def _pooled(method: str, pool: str) -> dict[str, Any]:
+    takes = "pool" in lookup(FUSIONS, method, "fusion").options()
+    return {"fusion_options": {"pool": pool}} if pool and takes else {}

@@ -1,0 +1,74 @@
+"""What a model costs: weights, bytes, the time to predict a sample from the cache, and that of a training step."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from cachefuse.device import own_randomness
+from cachefuse.registry import lookup
+from cachefuse.training import OPTIMIZERS
+from cachefuse.training.batches import Batch, Batches
+from cachefuse.training.build import training_loss, untrained_model
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.data import Problem
+from cachefuse.training.inference import predict_logits, spread
+from cachefuse.training.train import TrainingSet
+
+PREDICTED_ROWS = 512  # at a time, for the time of one
+TIMES, SECONDS = 3, 2.0  # each is measured so often at least, and for so long
+
+
+@dataclass(frozen=True)
+class Costs:
+    """``size_mb`` in 10^6 bytes; ``ms_per_item`` to predict one of many from cached features, encoders aside."""
+
+    parameters: int
+    size_mb: float
+    ms_per_item: float
+    steps_per_second: float
+
+
+@own_randomness()
+def measure_costs(problem: Problem, config: TrainConfig) -> Costs:
+    """Return what a model of these settings, which must be resolved, costs on the machine at hand: medians."""
+    train = problem.train_rows()
+    model = untrained_model(problem, config)
+    data = TrainingSet.prepare(problem, model, train)
+    table, rows = problem.table.only(model.widths), spread(train, PREDICTED_ROWS).to(problem.device)
+    predict = _median_seconds(lambda: predict_logits(model, table, rows))
+    loss = training_loss(problem, config, data)
+    module = data.reading(model.fusion).train()
+    optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(module.parameters(), lr=1e-6)
+    batches: Iterator[Batch] = iter(())
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def step() -> None:
+        nonlocal batches
+        batch = next(batches, None)
+        if batch is None:
+            batches = iter(Batches(data.table, data.rows, config.rows_a_step, generator))
+            batch = next(batches)
+        features, present, targets = batch
+
+        def closure() -> torch.Tensor:
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16, enabled=config.mixed_precision and targets.is_cuda):
+                value = module.objective(features, present, targets, loss)
+            value.backward()
+            return value
+
+        optimizer.step(closure).detach().item()  # waits for a GPU
+
+    return Costs(model.n_parameters, model.size_mb, 1000 * predict / len(rows), 1 / _median_seconds(step))
+
+
+def _median_seconds(work: Callable[[], object]) -> float:
+    work()  # not measured: memory and threads are made ready
+    seconds: list[float] = []
+    while len(seconds) < TIMES or (sum(seconds) < SECONDS and len(seconds) < 100):
+        begun = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - begun)
+    return sorted(seconds)[len(seconds) // 2]

@@ -1,0 +1,234 @@
+"""The experiments of "Multimodal multilabel classification with CLIP" (MMC), section 4, with the figures published.
+
+The paper trains on 25,000 rows and validates on 5,000, all rows a step, Adam, and reports the last epoch's samples-F1,
+the mean over runs in per cent with its standard deviation. Its heads read CLIP ViT-L/14 features (768 wide).
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cachefuse.errors import ConfigError
+from cachefuse.experiments.files import write_results
+from cachefuse.experiments.results import Published, SweepResult
+from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
+from cachefuse.experiments.token_presets import TOKEN_PRESETS
+from cachefuse.registry import lookup
+from cachefuse.runs.features import UsedByName
+from cachefuse.runs.run import Run
+from cachefuse.runs.train import train_run
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.data import TRAIN, VAL, Problem
+from cachefuse.training.selection import Views, pooled
+
+PAPER_ROWS = 25_000  # to train on
+# Tables 1 and 5: sum fusion, each head trained alone before the meta-classifier.
+BASE = TrainConfig(
+    fusion="sum",
+    scheme="staged",
+    head="mlp",
+    layers=(2048,),
+    activation="gelu",
+    dropout=0.5,
+    loss="bce",
+    optimizer="adam",
+    lr=1e-3,
+    schedule="constant",
+    epochs=200,
+    batch_size=0,
+    patience=0,
+    monitor="samples_f1",
+    thresholds="none",
+)
+TUNED = replace(BASE, layers=(2048, 512))
+PAPER_ASL = {"gamma_negative": 4.0, "gamma_positive": 1.0, "clip": 0.05}
+DIVERGED = (math.nan, math.nan)
+
+
+def _preset(title: str, base: TrainConfig, rows: Sequence[tuple[dict[str, Any], Published]]) -> Experiment:
+    """Build an experiment of settings with their figures in per cent, as printed."""
+    return Experiment(
+        base=base,
+        settings=[setting for setting, _ in rows],
+        title=title,
+        paper="paper: samples-F1 of 5,000 rows, with CLIP features and 25,000 rows to train on",
+        published=[(round(mean / 100, 6), round(std / 100, 6)) for _, (mean, std) in rows],
+    )
+
+
+PRESETS = {
+    "mmc-heads": _preset(
+        "MMC table 2: heads, image only",
+        replace(BASE, fusion="image"),
+        [({"head": "mlp"}, (85.533, 0.001)), ({"head": "gmlp"}, (83.506, 0.000))],
+    ),
+    "mmc-fusion": _preset(
+        "MMC table 3: fusion",
+        BASE,
+        [
+            ({"fusion": "image"}, (85.375, 0.051)),
+            ({"fusion": "text"}, (82.493, 0.000)),
+            ({"fusion": "sum"}, (86.338, 0.005)),
+            ({"fusion": "concat"}, (85.779, 0.000)),
+            ({"fusion": "mixed"}, (86.120, 0.011)),
+        ],
+    ),
+    "mmc-losses": _preset(
+        "MMC table 4: losses",
+        replace(BASE, epochs=300),
+        [
+            ({"loss": "bce", "loss_options": {}}, (86.443, 0.005)),
+            ({"loss": "focal", "loss_options": {}}, (86.432, 0.005)),
+            ({"loss": "asl", "loss_options": PAPER_ASL}, (85.051, 0.005)),
+        ],
+    ),
+    "mmc-layers": _preset(
+        "MMC table 6: hidden layers",
+        BASE,
+        [
+            ({"layers": (2048,)}, (86.295, 0.000)),
+            ({"layers": (2048, 512)}, (86.526, 0.000)),
+            ({"layers": (2048, 1024, 512)}, (86.258, 0.000)),
+        ],
+    ),
+    "mmc-batch": _preset(
+        "MMC table 7: batches of 1, 0.4, 0.2 of the training rows; learning rate",
+        TUNED,
+        [
+            ({"batch_size": 25_000, "lr": 1e-3}, (86.531, 0.001)),
+            ({"batch_size": 25_000, "lr": 1e-2}, (80.136, 0.003)),
+            ({"batch_size": 25_000, "lr": 1e-1}, (59.163, 0.001)),
+            ({"batch_size": 10_000, "lr": 1e-3}, (85.890, 0.000)),
+            ({"batch_size": 10_000, "lr": 1e-2}, (80.292, 0.002)),
+            ({"batch_size": 10_000, "lr": 1e-1}, (59.163, 0.000)),
+            ({"batch_size": 5_000, "lr": 1e-3}, (84.721, 0.003)),
+            ({"batch_size": 5_000, "lr": 1e-2}, (80.160, 0.002)),
+            ({"batch_size": 5_000, "lr": 1e-1}, DIVERGED),  # printed as 0.000
+        ],
+    ),
+    "mmc-epochs": _preset(
+        "MMC table 8: epochs",
+        TUNED,
+        [
+            ({"epochs": 100}, (84.586, 0.000)),
+            ({"epochs": 200}, (86.496, 0.000)),
+            ({"epochs": 300}, (86.554, 0.001)),
+            ({"epochs": 400}, (85.770, 0.000)),
+        ],
+    ),
+    "mmc-activation": _preset(
+        "MMC table 9: activations",
+        replace(TUNED, epochs=300),
+        [
+            ({"activation": "gelu"}, (86.554, 0.001)),
+            ({"activation": "relu"}, (86.050, 0.000)),
+            ({"activation": "leaky_relu"}, (86.267, 0.000)),
+        ],
+    ),
+    "mmc-dropout": _preset(
+        "MMC tables 10 and 11: dropout",
+        replace(TUNED, epochs=300),
+        [
+            ({"activation": "gelu", "dropout": 0.0}, (85.955, 0.001)),
+            ({"activation": "gelu", "dropout": 0.2}, (86.297, 0.001)),
+            ({"activation": "gelu", "dropout": 0.5}, (86.554, 0.000)),
+            ({"activation": "gelu", "dropout": 0.6}, (86.606, 0.000)),
+            ({"activation": "gelu", "dropout": 0.8}, (86.202, 0.000)),
+            ({"activation": "leaky_relu", "dropout": 0.0}, (85.269, 0.000)),
+            ({"activation": "leaky_relu", "dropout": 0.2}, (85.927, 0.000)),
+            ({"activation": "leaky_relu", "dropout": 0.5}, (86.267, 0.001)),
+            ({"activation": "leaky_relu", "dropout": 0.6}, (86.349, 0.000)),
+            ({"activation": "leaky_relu", "dropout": 0.8}, (86.516, 0.001)),
+        ],
+    ),
+}
+CHAIN = ("mmc-layers", "mmc-batch", "mmc-epochs", "mmc-activation", "mmc-dropout")  # the paper's, in table 5
+GREEDY = "mmc-greedy"
+
+
+def preset(name: str, problem: Problem, changes: Mapping[str, Any] | None = None) -> Experiment:
+    """Return a preset for a problem, with changes to its base. Batches are the paper's shares of the rows to train on.
+
+    Raises UnknownNameError for another name, ConfigError for a change of what the preset tries.
+    """
+    if name in TOKEN_PRESETS:
+        of_tokens = TOKEN_PRESETS[name]
+        return of_tokens.make(problem, replace(of_tokens.base, **(changes or {})))
+    experiment: Experiment = lookup({**PRESETS, **TOKEN_PRESETS}, name, "preset")
+    base = _changed(name, experiment.base, changes or {}, experiment.settings)
+    return replace(experiment, base=base, settings=[_scaled(own, problem, base) for own in experiment.settings])
+
+
+def preset_views(name: str, changes: Mapping[str, Any]) -> Views:
+    """Return what is read by one or more of a preset's settings."""
+    if name not in TOKEN_PRESETS:
+        return pooled
+    found = TOKEN_PRESETS[name]
+    return views_of(replace(found.base, **changes), found.reads)
+
+
+def greedy(
+    store: FeatureStore,
+    problem: Problem,
+    used: UsedByName,
+    folder: Path,
+    seeds: Sequence[int],
+    changes: Mapping[str, Any] | None = None,
+    on_trial: Callable[[SweepResult], None] = lambda result: None,
+) -> tuple[list[SweepResult], Run]:
+    """Choose one thing after another, each by its mean over the seeds, and train the best on every labelled row.
+
+    Layers, then batch size and learning rate, epochs, activation, dropout: the paper's way to its best pipeline.
+    Returns the sweeps, whose results are written to a folder for each step, and the run, which is not saved.
+    """
+    tried = [setting for name in CHAIN for setting in PRESETS[name].settings]
+    base = _changed(GREEDY, BASE, changes or {}, [*tried, {"refit": True}])
+    chosen: dict[str, Any] = {}
+    results = []
+    for step, name in enumerate(CHAIN, 1):
+        experiment = _after(preset(name, problem, {"folds": base.folds}), chosen)
+        title = f"step {step} of {len(CHAIN)}, {experiment.title}"
+        experiment = replace(experiment, base=replace(base, **chosen), title=title)
+        results.append(run_sweep(store, problem, used, experiment, folder, seeds, on_trial))
+        write_results(results[-1], folder / f"{step}-{name.removeprefix('mmc-')}")
+        best = results[-1].settings.index(results[-1].best)
+        chosen |= experiment.settings[best]
+    run = train_run(store, problem, used, replace(base, **chosen, refit=True, seed=seeds[0]))
+    return results, run
+
+
+def _changed(
+    name: str, base: TrainConfig, changes: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]
+) -> TrainConfig:
+    clash = [field for field in changes if any(field in setting for setting in tried)]
+    if clash:
+        raise ConfigError(f"preset {name} tries values of {clash[0]} itself; leave it out")
+    return replace(base, **changes)
+
+
+def _scaled(setting: Mapping[str, Any], problem: Problem, base: TrainConfig) -> dict[str, Any]:
+    """Return a setting with its batch size as the same share of the rows to train on; all of them are 0."""
+    if "batch_size" not in setting:
+        return dict(setting)
+    n = len(problem.rows(TRAIN))
+    if base.folds:
+        n = len(problem.rows(TRAIN, VAL)) * (base.folds - 1) // base.folds
+    share = setting["batch_size"] / PAPER_ROWS
+    return {**setting, "batch_size": math.ceil(share * n) if share < 1 else 0}
+
+
+def _after(experiment: Experiment, chosen: Mapping[str, Any]) -> Experiment:
+    """Return what is left to try where some fields are chosen already; the paper went on with others at times."""
+    rows = list(zip(experiment.settings, experiment.published or (), strict=True))
+    left = [row for row in rows if all(chosen.get(field, value) == value for field, value in row[0].items())]
+    if not left:
+        left = [(setting, None) for setting, _ in rows]
+    settings: dict[str, tuple[dict[str, Any], Published | None]] = {}
+    for setting, figures in left:
+        own = {field: value for field, value in setting.items() if field not in chosen}
+        settings.setdefault(repr(own), (own, figures))
+    open_settings, published = zip(*settings.values(), strict=True)
+    return replace(experiment, settings=open_settings, published=published)

@@ -1,0 +1,324 @@
+"""Sweeps: many settings over one cache, each with several seeds; a trial that has ended is never run again."""
+
+import hashlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cachefuse.errors import ConfigError, TrainingError
+from cachefuse.experiments.costs import measure_costs
+from cachefuse.experiments.files import append_trials, only_sweep, read_trials, write_results
+from cachefuse.experiments.results import Curve, Published, SettingResult, SweepResult, Trial
+from cachefuse.experiments.settings import FIXED, parse_setting
+from cachefuse.feature_spec import modalities_of
+from cachefuse.files import to_json
+from cachefuse.metrics import METRICS, bootstrap_intervals
+from cachefuse.nn.losses import build_loss
+from cachefuse.runs.features import UsedByName, used_features
+from cachefuse.runs.run import split_digest
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.build import build_model
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, Problem, open_problem
+from cachefuse.training.held_out import HeldOut, chooses
+from cachefuse.training.inference import predict_scores
+from cachefuse.training.selection import Views
+from cachefuse.training.split import split_parts
+from cachefuse.training.stack import most_together, shared_settings, train_together
+from cachefuse.training.train import Trained, train_problem
+
+RESAMPLES = 1000  # of the bootstrap
+
+# What was said of the rows held out, by weights of which epoch, in which modalities counted how much.
+Outcome = tuple[HeldOut, float, dict[str, float]] | TrainingError
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a sweep tries: ``base`` with the fields that each setting changes, and what was published of each.
+
+    A setting's fusion options come on top of the base's. With ``costs`` an interval of each trial's score is found, and
+    what each model costs is measured. ``fields`` are those that tell the settings apart, all that one changes unless
+    told; ``labels`` do so in words. ``curves`` say where each setting lies in a plot of curves, ``paper`` what the
+    published figures are of, ``shown`` which metrics a table has, where not the first.
+    """
+
+    base: TrainConfig
+    settings: Sequence[Mapping[str, Any]]
+    title: str = ""
+    published: Sequence[Published | None] | None = None
+    costs: bool = False
+    fields: tuple[str, ...] | None = None
+    labels: Sequence[str] | None = None
+    curves: Sequence[Curve] | None = None
+    paper: str = ""
+    shown: tuple[str, ...] = ()
+
+
+def sweep(
+    store: FeatureStore,
+    base: TrainConfig,
+    settings: Sequence[Mapping[str, Any]],
+    *,
+    folder: Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    encoders: Sequence[str] = (),
+    device: str = "auto",
+    on_trial: Callable[[SweepResult], None] = lambda result: None,
+) -> SweepResult:
+    """Train ``base`` with each of the settings and seeds on a store's features, and write what came of it to a folder.
+
+    A setting holds the fields of ``base`` that it changes. Each trial is measured on rows that its models have not
+    seen, val, or with folds all of train and val, and decided as a run is. It is kept in the folder's ``trials.jsonl``
+    as soon as it has ended, also if it diverged: the same call goes on where an earlier one was stopped. At the end
+    ``trials.csv``, ``summary.csv``, ``sweep.png`` and ``sweep.svg`` are written. ``on_trial`` hears of the results so
+    far, first of those that were there.
+
+    Raises ConfigError for settings that don't fit one another or the dataset, before anything is trained.
+    """
+    problem, chosen = open_problem(store, encoders, device, views_of(base, settings))
+    used = used_features(chosen, problem.widths)
+    result = run_sweep(store, problem, used, Experiment(base, settings), folder, seeds, on_trial)
+    write_results(result, folder)
+    return result
+
+
+def views_of(base: TrainConfig, settings: Sequence[Mapping[str, Any]]) -> Views:
+    """Return what is read by one or more of the settings."""
+    configs = [_changed(base, parse_setting(setting)) for setting in settings] or [base]
+    return lambda modality: dict.fromkeys(view for config in configs for view in config.views(modality))
+
+
+def run_sweep(
+    store: FeatureStore,
+    problem: Problem,
+    used: UsedByName,
+    experiment: Experiment,
+    folder: Path,
+    seeds: Sequence[int],
+    on_trial: Callable[[SweepResult], None] = lambda result: None,
+) -> SweepResult:
+    """Do what ``sweep`` does, with a problem that is open already; of the files, only the trials are written."""
+    base, settings = experiment.base, [parse_setting(setting) for setting in experiment.settings]
+    if not settings or not seeds or len(set(seeds)) < len(seeds):
+        given = f"{len(settings)} settings and " + (f"seeds {', '.join(map(str, seeds))}" if seeds else "no seeds")
+        raise ConfigError(f"a sweep needs at least one setting and one seed, no seed twice. Got {given} instead")
+    if base.refit:
+        raise ConfigError(f"a sweep does without refit: {FIXED['refit']}")
+    configs = [[problem.resolve(_changed(base, {**own, "seed": seed})) for seed in seeds] for own in settings]
+    _check(problem, [own[0] for own in configs])
+    metrics = tuple(dict.fromkeys((base.monitor or problem.metric, *problem.metrics)))
+    data = _digest(store, problem, used, metrics)
+    keys = [[_key(data, config) for config in own] for own in configs]
+    config_of = dict(zip(itertools.chain(*keys), itertools.chain(*configs), strict=True))
+    done: dict[str, Trial] = {}
+
+    def so_far() -> SweepResult:
+        published: Sequence[Published | None] = experiment.published or [None] * len(settings)
+        return SweepResult(
+            title=experiment.title or problem.name,
+            fields=experiment.fields or tuple(dict.fromkeys(name for own in settings for name in own)),
+            metrics=metrics,
+            split=OUT_OF_FOLD if base.folds else VAL,
+            n_rows=len(_held_rows(problem, base)),
+            seeds=tuple(seeds),
+            paper=experiment.paper,
+            shown=tuple(name for name in experiment.shown if name in metrics),
+            settings=tuple(
+                SettingResult(
+                    _values(own[0]),
+                    own[0],
+                    tuple(done[key] for key in of if key in done),
+                    published[i],
+                    experiment.labels[i] if experiment.labels else "",
+                    experiment.curves[i] if experiment.curves else None,
+                )
+                for i, (own, of) in enumerate(zip(configs, keys, strict=True))
+            ),
+        )
+
+    with only_sweep(folder), _each_warning_once():
+        done |= {trial.key: trial for trial in read_trials(folder) if trial.key in config_of}
+        on_trial(so_far())
+        for batch in _batches(problem, {key: config for key, config in config_of.items() if key not in done}):
+            trials = _run(problem, batch, metrics, experiment.costs)
+            if experiment.costs:
+                trials = [replace(trial, costs=measure_costs(problem, batch[trial.key])) for trial in trials]
+            append_trials(folder, [(trial, _values(batch[trial.key])) for trial in trials])
+            done |= {trial.key: trial for trial in trials}
+            on_trial(so_far())
+    return so_far()
+
+
+def _changed(base: TrainConfig, setting: Mapping[str, Any]) -> TrainConfig:
+    """Return the base with a setting's fields; options of another fusion than its own are not taken over."""
+    same = setting.get("fusion", base.fusion) == base.fusion
+    options = {**(base.fusion_options if same else {}), **setting.get("fusion_options", {})}
+    return replace(base, **{**setting, "fusion_options": options})
+
+
+def _check(problem: Problem, configs: Sequence[TrainConfig]) -> None:
+    """Raise what training with any of the settings would raise at its start: now, not after hours."""
+    for config in configs:
+        with torch.device("meta"):
+            build_model(config, problem.widths, len(problem.classes))
+        loss = build_loss(config.resolve_loss(problem.task), config.loss_options)
+        loss(*torch.zeros(2, 1, len(problem.classes)))
+        n_held = len(_held_rows(problem, config))
+        if not n_held:
+            raise ConfigError(f"{problem.name} has no labelled validation rows to measure trials on; take --folds 5")
+        chooses(problem, config, n_held)
+    for config in {config.folds: config for config in configs}.values():
+        split_parts(problem, config)
+
+
+def _held_rows(problem: Problem, config: TrainConfig) -> torch.Tensor:
+    return problem.rows(TRAIN, VAL) if config.folds else problem.rows(VAL)
+
+
+def _batches(problem: Problem, pending: Mapping[str, TrainConfig]) -> Iterator[dict[str, TrainConfig]]:
+    """Yield the trials to train at a time, in order: those that can be trained together, as many as fit."""
+    left = {key: (config, shared_settings(config, problem.device)) for key, config in pending.items()}
+    n_rows = len(problem.rows(TRAIN, VAL))
+    while left:
+        first, shared = next(iter(left.values()))
+        n = 1 if shared is None else most_together(problem, first, n_rows)
+        alike = itertools.islice((key for key, (_, own) in left.items() if own == shared), n)
+        yield {key: left.pop(key)[0] for key in list(alike)}
+
+
+def _run(problem: Problem, batch: Mapping[str, TrainConfig], metrics: Sequence[str], intervals: bool) -> list[Trial]:
+    begun = time.perf_counter()
+    configs = list(batch.values())
+    outcomes = _train_alone(problem, configs[0]) if len(configs) == 1 else _train_together(problem, configs)
+    figures = [
+        {} if isinstance(outcome, TrainingError) else _figures(problem, config, outcome[0], metrics)
+        for config, outcome in zip(configs, outcomes, strict=True)
+    ]
+    seconds = (time.perf_counter() - begun) / len(batch)
+    trials = []
+    for key, outcome, own in zip(batch, outcomes, figures, strict=True):
+        if isinstance(outcome, TrainingError):
+            trials.append(Trial(key, batch[key].seed, own, math.nan, seconds, str(outcome)))
+            continue
+        held, epoch, weights = outcome
+        interval = _interval(problem, batch[key], held, metrics[0]) if intervals else None
+        trials.append(Trial(key, batch[key].seed, own, epoch, seconds, interval=interval, weights=weights))
+    return trials
+
+
+def _interval(problem: Problem, config: TrainConfig, held: HeldOut, metric: str) -> tuple[float, float]:
+    """Return the 95% interval of a metric of the rows held out."""
+    predictions = held.predictions(problem, config)
+    targets = problem.targets(torch.from_numpy(held.rows))
+    return bootstrap_intervals(targets, held.scores, predictions, (metric,), RESAMPLES)[metric]
+
+
+def _figures(problem: Problem, config: TrainConfig, held: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
+    decided = problem.targets(torch.from_numpy(held.rows)), held.scores, held.predictions(problem, config)
+    return {name: METRICS[name](*decided) for name in metrics}
+
+
+def _train_alone(problem: Problem, config: TrainConfig) -> list[Outcome]:
+    problem = problem.shuffled(config)
+    try:
+        trained = train_problem(problem, config)
+    except TrainingError as error:
+        return [error]
+    if any(history.interrupted for history in trained.histories):
+        raise KeyboardInterrupt
+    assert trained.held is not None  # there are such rows: _check has seen to it
+    best = float(np.mean([history.best_epoch for history in trained.histories]))
+    return [(trained.held, best, _modality_weights(problem, trained))]
+
+
+def _modality_weights(problem: Problem, trained: Trained) -> dict[str, float]:
+    """Return how much each modality counts on average, in the rows that each model has not seen."""
+    assert trained.held is not None
+    found: list[torch.Tensor] = []
+    for _, model, fold in trained.members:
+        if not hasattr(model.fusion, "weights"):
+            return {}
+        mine = trained.held.rows[trained.held.parts == fold] if fold is not None else trained.held.rows
+        found.append(problem.table.only(model.widths).map(model.eval().modality_weights, torch.from_numpy(mine)))
+    means = torch.cat(found).double().flatten(0, -2).mean(0).tolist()  # (n, M), or of K tasks (n, K, M)
+    return dict(zip(modalities_of(trained.members[0][1].widths), means, strict=True))
+
+
+def _train_together(problem: Problem, configs: Sequence[TrainConfig]) -> list[Outcome]:
+    parts = split_parts(problem, configs[0])
+    scores: list[list[np.ndarray]] = [[] for _ in configs]
+    diverged: dict[int, TrainingError] = {}
+    for part in parts:
+        for i, model in enumerate(train_together(problem, configs, part)):
+            try:
+                if isinstance(model, TrainingError):
+                    raise model
+                loss = configs[i].resolve_loss(problem.task)
+                scores[i].append(predict_scores(model, problem.table.only(model.widths), part.held, loss))
+            except TrainingError as error:
+                diverged.setdefault(i, error)
+    split, rows = OUT_OF_FOLD if configs[0].folds else VAL, [part.held for part in parts]
+    outcomes: list[Outcome] = []
+    for i, config in enumerate(configs):
+        held = None if i in diverged else HeldOut.join(split, problem, rows, scores[i])
+        outcomes.append((held, float(config.n_epochs), {}) if held is not None else diverged[i])
+    return outcomes
+
+
+def _values(config: TrainConfig) -> dict[str, Any]:
+    """Return all settings by name; their layers are those of the head if they name none."""
+    return {**config.to_dict(), "layers": tuple(config.head_options()["layers"])}
+
+
+def _key(data: str, config: TrainConfig) -> str:
+    """Hash what a trial depends on."""
+    text = to_json({"data": data, "settings": _values(config)})
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _digest(store: FeatureStore, problem: Problem, used: UsedByName, metrics: Sequence[str]) -> str:
+    """Hash what all trials share: features by their keys, samples and splits, targets, and how they are judged."""
+    about = {
+        "features": {
+            modality: [(one.encoder, one.key, one.width) for one in group] for modality, group in used.items()
+        },
+        "splits": split_digest(store),
+        "classes": problem.classes,
+        "task": problem.task,
+        "min_labels": problem.min_labels,
+        "metrics": tuple(metrics),
+    }
+    digest = hashlib.blake2b(to_json(about).encode("utf-8", "surrogatepass"), digest_size=16)
+    present = (here.cpu().numpy() for here in problem.table.present.values())
+    for x in (store.targets, problem.table.labelled, *present):
+        digest.update(x.tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _each_warning_once() -> Iterator[None]:
+    """Let a training's warnings pass once: every trial would repeat them."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in seen
+        seen.add(message)
+        return new
+
+    logger = logging.getLogger("cachefuse.training.train")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)

@@ -1,0 +1,104 @@
+"""The experiments of the papers that look inside the sequence: where to fuse, and what tuning the text adds."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cachefuse.errors import ConfigError
+from cachefuse.experiments.results import Published
+from cachefuse.experiments.sweep import Curve, Experiment
+from cachefuse.feature_spec import IDS, TOKENS, feature_name
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.data import Problem
+
+# "Where to fuse", sections 3.2 and 3.3: pooling kinds and lengths at every layer, and decoder depths.
+POOLINGS = ("", "mean:14", "attention:14", "mean:1", "attention:1")
+DECODERS = (1, 2, 4)
+MAX_POINTS = 5  # of a curve, from the first layer to the last
+ABLATIONS: dict[str, tuple[str, ...]] = {
+    "cma": (),
+    "without modality attention": ("modality-attention",),
+    "without sequence attention either": ("modality-attention", "sequence-attention"),
+}
+SHARES = (0.0, 0.5, 1.0)  # of the rows whose captions are another's
+# "Leveraging efficient training and feature fusion", table 1, of the datasets' first metrics, in per cent.
+LIT_TABLE: tuple[tuple[str, dict[str, Any], dict[str, float]], ...] = (
+    ("text", {"fusion": "lit", "without": ("image",)}, {"food101": 78.7, "mmimdb": 63.3, "fashiongen": 76.1}),
+    ("image", {"fusion": "image"}, {"food101": 73.3, "mmimdb": 48.6, "fashiongen": 31.8}),
+    ("as MMBT", {"fusion": "lit", "without": ("tirg",), "fusion_options": {"grid": 3}},
+     {"food101": 86.5, "mmimdb": 64.7, "fashiongen": 81.8}),
+    ("without TIRG", {"fusion": "lit", "without": ("tirg",)}, {"food101": 91.0, "mmimdb": 67.4, "fashiongen": 82.6}),
+    ("full", {"fusion": "lit"}, {"food101": 92.2, "mmimdb": 68.6, "fashiongen": 83.3}),
+)  # fmt: skip
+
+
+def where_to_fuse(problem: Problem, base: TrainConfig) -> Experiment:
+    """Return what draws the thesis's curves: score and steps a second against the layer at which images join.
+
+    Raises ConfigError for a store without the tokens of images and texts.
+    """
+    view = IDS if base.fusion_options.get("t5") else TOKENS
+    n_tokens = getattr(problem.widths.get(feature_name("image", TOKENS)), "n_tokens", 0)
+    if not n_tokens or feature_name("text", view) not in problem.widths:
+        raise ConfigError(f"where-to-fuse needs tokens of images and {view} of texts; {problem.name} lacks them")
+    architecture = problem.resolve(base).fusion_options["architecture"] or {}
+    depth = int(architecture.get("num_layers", base.fusion_options.get("depth", 4)))
+    layers = sorted({round(i * depth / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
+    how = [(pool, 1) for pool in POOLINGS if not pool or int(pool.partition(":")[2]) < n_tokens]
+    how += [("attention:14", decoder) for decoder in DECODERS[1:] if n_tokens > 14]
+    settings, curves = [], []
+    for pool, decoder in how:
+        name = f"{pool or f'all {n_tokens}'}" + (f", {decoder} decoder layers" if decoder > 1 else "")
+        for layer in layers:
+            options = {"fusion_spec": f"0:text,{layer}:image", "decoder_layers": decoder}
+            settings.append({"fusion_options": {**options, "pool": f"image={pool}" if pool else ""}})
+            curves.append(Curve(name, "the layer at which images join", layer))
+    labels = [f"{curve.name}, at {curve.x:g}" for curve in curves]
+    return Experiment(base, settings, "where to fuse images", costs=True, labels=labels, curves=curves)
+
+
+def lit_table(problem: Problem, base: TrainConfig) -> Experiment:
+    """Return table 1: the text model alone, images alone, both with more or less of the method."""
+    labels, settings, figures = zip(*LIT_TABLE, strict=True)
+    published: Sequence[Published | None] = [
+        (round(own[problem.name] / 100, 6), math.nan) if problem.name in own else None for own in figures
+    ]
+    paper = "paper: accuracy of food101, micro-F1 of mmimdb and fashiongen, with BERT and CLIP ViT-B/32"
+    shown = tuple(dict.fromkeys((problem.metric, "macro_f1", "macro_ap")))
+    return Experiment(
+        base, settings, "locked image, tuned text", published, costs=True, labels=labels, paper=paper, shown=shown
+    )
+
+
+def irrelevant(problem: Problem, base: TrainConfig) -> Experiment:
+    """Return cma with and without its modality-wise attention, and without either, where captions lie of so many rows.
+
+    CMA-CLIP, section 4, whose products have titles that say nothing of a colour or a pattern.
+    """
+    settings = [{"without": without, "shuffle": {"text": share}} for share in SHARES for without in ABLATIONS.values()]
+    labels = [f"{share:.0%}: {name}" for share in SHARES for name in ABLATIONS]
+    return Experiment(base, settings, "captions shuffled among a share of the rows", labels=labels)
+
+
+@dataclass(frozen=True)
+class TokenPreset:
+    """``make(problem, base)`` returns the experiment; ``reads`` are settings that read other views than the base."""
+
+    base: TrainConfig
+    make: Callable[[Problem, TrainConfig], Experiment]
+    reads: Sequence[Mapping[str, Any]] = ()
+
+
+TOKEN_PRESETS = {
+    "cma-irrelevant": TokenPreset(TrainConfig(fusion="cma", epochs=10), irrelevant),
+    "lit-table": TokenPreset(TrainConfig(fusion="lit"), lit_table, [setting for _, setting, _ in LIT_TABLE]),
+    "where-to-fuse": TokenPreset(TrainConfig(fusion="midfusion", epochs=5), where_to_fuse),
+}
+RECIPES: Mapping[str, TrainConfig] = {
+    "cma-paper": TrainConfig(
+        fusion="cma", fusion_options={"depth": 12, "width": 512, "heads": 8}, lr=1e-5, weight_decay=1e-4,
+        batch_size=1024, epochs=100,
+    ),  # CMA-CLIP, section 3.2, its warm-up stage
+    "lit-paper": TrainConfig(fusion="lit", lr=5e-5, batch_size=128, epochs=30),  # section 4.1
+}  # fmt: skip

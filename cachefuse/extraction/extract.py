@@ -1,0 +1,267 @@
+"""Stage 1: every sample passes the frozen encoders once, and what they see is kept."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cachefuse.data.dataset import Dataset
+from cachefuse.encoders import EncoderSpec
+from cachefuse.encoders.base import DerivedTower, Tower
+from cachefuse.errors import CacheError, ConfigError
+from cachefuse.extraction.derive import base_rows, derive
+from cachefuse.extraction.open_store import open_store
+from cachefuse.extraction.pipeline import (
+    Clock,
+    encode_prepared,
+    in_background,
+    is_bad,
+    item_owners,
+    item_sources,
+    prepare_in_order,
+    views_to_encode,
+)
+from cachefuse.extraction.plan import check_room, row_bytes
+from cachefuse.extraction.request import Request, check_options, open_request
+from cachefuse.feature_spec import IDS
+from cachefuse.store.features import Features
+from cachefuse.store.lock import only_writer
+from cachefuse.store.samples import BadSample
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.writer import ViewWriter
+from cachefuse.threads import adapt_threads, idle_threads
+
+WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16}  # of texts; tokens of many long ones would fill the memory
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far one encoder is with one modality, in rows; ``begun`` rows were there before this call.
+
+    ``bottleneck`` is the stage that holds the others up: reading (and decoding), encoding or writing. Where
+    ``encoder`` is empty, so many samples' content has been compared with what the store was made from.
+    """
+
+    encoder: str
+    modality: str
+    done: int
+    total: int
+    begun: int
+    bottleneck: str = ""
+
+
+@dataclass
+class ExtractReport:
+    """What extract did: rows by (encoder, modality), how many of them were computed now, and the bad samples."""
+
+    store: Path
+    rows: dict[tuple[str, str], int] = field(default_factory=dict)
+    computed: dict[tuple[str, str], int] = field(default_factory=dict)
+    bad: list[BadSample] = field(default_factory=list)
+
+
+OnProgress = Callable[[Progress], None]
+
+
+def extract(
+    dataset: Dataset,
+    encoders: Sequence[str],
+    store_path: Path,
+    *,
+    views: Sequence[str] = ("pooled",),
+    device: str = "auto",
+    batch_size: int | None = None,
+    dtype: str = "float16",
+    max_bad: float = 0.05,
+    refresh: bool = False,
+    on_progress: OnProgress = lambda progress: None,
+) -> ExtractReport:
+    """Encode a dataset with each encoder and write the features to its store; what is there is not computed again.
+
+    Interrupted at any moment, the next call goes on at the first block that is not whole. A sample that can't be
+    encoded keeps its row (zeros), is marked absent and listed; more than ``max_bad`` of them raise CacheError, as do
+    samples whose content has changed, unless ``refresh`` computes them again, and a disk without room for the features.
+    With dtype int8, tokens are quantised (a float16 scale a row) and pooled features are float16. The view ids, the
+    numbers of a text's tokens, is made by the encoders that have it, in int32 whatever the dtype.
+    """
+    check_options(encoders, views, batch_size, dtype)
+    if not 0 <= max_bad <= 1:
+        raise ConfigError(f"max-bad must be between 0 and 1. Got {max_bad} instead")
+    with only_writer(store_path):
+        request = open_request(dataset, encoders, views, device, batch_size, dtype)
+
+        def on_digest(done: int, total: int) -> None:
+            on_progress(Progress("", "", done, total, 0))
+
+        store = open_store(store_path, dataset, refresh=refresh, on_progress=on_digest)
+        return extract_into(store, request, max_bad, on_progress)
+
+
+def extract_into(store: FeatureStore, request: Request, max_bad: float, on_progress: OnProgress) -> ExtractReport:
+    """Compute what a store lacks of what is asked for; its lock is held, and its samples are up to date."""
+    towers = sorted(
+        request.towers, key=lambda place: isinstance(place[1], DerivedTower)
+    )  # made of the others' features
+    jobs = [make_job(request, store, spec, tower, max_bad) for spec, tower in towers]
+    check_room(store.path, round(sum(job.n_bytes for job in jobs)))
+    report = ExtractReport(store.path)
+    for job in jobs:
+        name = (job.features.encoder, job.features.modality)
+        try:
+            report.computed[name] = job.run(on_progress)
+        finally:
+            store.update_present(job.features.modality)
+        report.rows[name] = job.features.n_rows
+    report.bad = store.ledger()
+    return report
+
+
+def make_job(request: Request, store: FeatureStore, spec: EncoderSpec, tower: Tower, max_bad: float) -> "Job":
+    """Find what one encoder has to do for one modality. Raises CacheError if what is stored was made differently."""
+    source, dtypes = str(spec), request.dtypes(tower)
+    features = store.require_features(spec.short, tower.modality, request.provenance(tower), source, dtypes)
+    return Job(request.dataset, store, features, tower, dtypes, request.batch_size, max_bad)
+
+
+@dataclass
+class Job:
+    """One encoder over one modality of a dataset; ``dtypes`` are those of the views to make."""
+
+    dataset: Dataset
+    store: FeatureStore
+    features: Features
+    tower: Tower
+    dtypes: Mapping[str, str]
+    batch_size: int
+    max_bad: float
+
+    @cached_property
+    def needed(self) -> dict[str, np.ndarray]:
+        """Which rows are missing, (n_rows,) bool by view."""
+        needed = {view: np.zeros(self.features.n_rows, bool) for view in self.dtypes}
+        for view, mask in needed.items():
+            mask[self.features.missing_rows(view)] = True
+        return needed
+
+    @cached_property
+    def pending(self) -> np.ndarray:
+        """Which rows are missing in any view, (n_rows,) bool."""
+        return np.logical_or.reduce(list(self.needed.values()))
+
+    @cached_property
+    def sources(self) -> list[Any]:
+        """One image source or text a row."""
+        return item_sources(self.dataset, self.tower.modality)
+
+    @property
+    def n_bytes(self) -> float:
+        """The bytes that the missing rows will take."""
+        missing = {view: int(mask.sum()) for view, mask in self.needed.items()}
+        return sum(n * row_bytes(self.tower, self.sources, view, self.dtypes[view]) for view, n in missing.items() if n)
+
+    @idle_threads()
+    def run(self, on_progress: OnProgress) -> int:
+        """Compute the rows that are missing and return how many those are."""
+        n_pending = int(self.pending.sum())
+        if not n_pending:
+            return 0
+        begun = self.features.n_rows - n_pending
+        progress = Progress(self.features.encoder, self.tower.modality, begun, self.features.n_rows, begun)
+        on_progress(progress)
+        if isinstance(self.tower, DerivedTower) and (base := base_rows(self.store, self.tower)) is not None:
+            return derive(
+                self.features,
+                self.tower,
+                base,
+                self.dtypes,
+                lambda done, total: on_progress(replace(progress, done=begun + done)),
+            )
+        windows, clock = self._windows(), Clock()
+        with ExitStack() as stack:
+            writers = {view: stack.enter_context(self._writer(view)) for view in self.dtypes if self.needed[view].any()}
+            write = stack.enter_context(in_background(lambda writer, rows, values: writer.add(rows, values)))
+            rows = chain.from_iterable(windows)
+            prepared = stack.enter_context(
+                prepare_in_order(self.tower, self.sources, rows, 2 * self._window, self._describe)
+            )
+            for window in windows:
+                adapt_threads()
+                with clock.spend("reading"):
+                    items = list(islice(prepared, len(window)))
+                self._note_bad(window, items)
+                needed = {view: mask[window.start : window.stop] for view, mask in self.needed.items()}
+                with clock.spend("encoding"):
+                    encoded = encode_prepared(self.tower, items, views_to_encode(needed), self.batch_size)
+                with clock.spend("writing"):
+                    for view, writer in writers.items():
+                        wanted = np.flatnonzero(needed[view])
+                        write(writer, wanted + window.start, [encoded[view][i] for i in wanted])
+                done = progress.done + int(self.pending[window.start : window.stop].sum())
+                progress = replace(progress, done=done, bottleneck=clock.bottleneck)
+                on_progress(progress)
+        if any(view not in self.features.views for view in self.dtypes):
+            raise CacheError(f"no sample of {self.dataset.name} has a usable {self.tower.modality}")
+        return n_pending
+
+    def _writer(self, view: str) -> ViewWriter:
+        ragged = view == IDS or (self.tower.ragged and view == "tokens")
+        vocabulary = self.tower.vocabulary if view == IDS else 0
+        return ViewWriter(self.features, view, ragged=ragged, dtype=self.dtypes[view], vocabulary=vocabulary)
+
+    @property
+    def _window(self) -> int:
+        """Rows prepared and encoded together. Texts are sorted by length in it, and put back in order."""
+        n_batches = min(WINDOW_BATCHES[view] for view in self.dtypes)
+        return self.batch_size * (n_batches if self.tower.modality == "text" else 1)
+
+    def _windows(self) -> list[range]:
+        """Return the windows with pending rows. They lie where they always lie and are encoded whole, so that a
+        resumed run makes the same batches as one that was never interrupted: on one machine, with the same library
+        versions and number of threads, the same bytes. They begin anew where samples were appended, so that only
+        those are computed."""
+        starts = [0, *self.store.appended_at(self.tower.modality), len(self.pending)]
+        windows = (
+            range(start, min(start + self._window, end))
+            for first, end in pairwise(starts)
+            for start in range(first, end, self._window)
+        )
+        return [window for window in windows if self.pending[window.start : window.stop].any()]
+
+    @cached_property
+    def _owners(self) -> np.ndarray:
+        return item_owners(self.dataset, self.tower.modality)
+
+    def _owners_of(self, row: int) -> list[int]:
+        """Return every sample that a row belongs to."""
+        shared = self.dataset.image_rows if self.tower.modality == "image" else None
+        return [int(self._owners[row])] if shared is None else np.flatnonzero(shared == row).tolist()
+
+    def _describe(self, row: int) -> str:
+        name = getattr(self.sources[row], "name", "")
+        return f"sample {self.dataset.ids[self._owners[row]]}{f' ({name})' if name else ''}"
+
+    def _note_bad(self, rows: range, items: Sequence[Any]) -> None:
+        """List the samples that can't be used. Raises CacheError if they are too many by now."""
+        modality = self.tower.modality
+        bad = [
+            BadSample(self.dataset.ids[sample], modality, getattr(self.sources[row], "name", ""), str(item))
+            for row, item in zip(rows, items, strict=True)
+            if is_bad(item)
+            for sample in self._owners_of(row)
+        ]
+        if not bad:
+            return
+        self.store.mark_bad(bad)
+        n_bad = self.store.n_bad[modality]
+        if n_bad > self.max_bad * len(self.dataset):
+            last = bad[-1]
+            source = f"{last.source}: " if last.source else ""
+            raise CacheError(
+                f"{n_bad:,} of {len(self.dataset):,} samples have no usable {modality}, over the limit of "
+                f"{self.max_bad:.0%} (--max-bad); the last, {last.id}: {source}{last.reason}"
+            )

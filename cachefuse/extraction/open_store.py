@@ -1,0 +1,249 @@
+"""Bringing a store's samples up to date with its dataset: rows appended, labels and splits anew, changed rows found."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cachefuse.data.dataset import Dataset
+from cachefuse.errors import CacheError
+from cachefuse.files import make_folder, sync_folder
+from cachefuse.store.columns import (
+    IDENTITY,
+    Columns,
+    finish_replacing,
+    has_column,
+    read_columns,
+    replace_samples,
+    same_columns,
+    strings,
+    write_samples,
+)
+from cachefuse.store.format import FORMAT, seal, unseal
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.views import declare_group
+
+OnProgress = Callable[[int, int], None]
+
+
+def open_store(
+    path: Path,
+    dataset: Dataset,
+    *,
+    refresh: bool = False,
+    on_progress: OnProgress = lambda done, total: None,
+) -> FeatureStore:
+    """Open or make the store of a dataset, and bring its samples, splits and targets up to date.
+
+    Rows are only ever appended: raises CacheError, naming rows, if stored rows are gone or moved, or if the content
+    of some changed; with ``refresh`` those are marked outdated, and extract computes them again. Content is read
+    (``on_progress`` hears how much) only where a source's name, size or time is not what it was.
+    """
+    _sweep(path)
+    finish_replacing(path)
+    if not (path / "zarr.json").is_file() and not (path / "samples").is_dir():
+        _create(path, dataset, on_progress)
+        return FeatureStore(path)
+    _mend_description(path, dataset)
+    _update(FeatureStore(path), dataset, refresh, on_progress)
+    _describe(path, dataset)
+    return FeatureStore(path)
+
+
+def text_offsets(dataset: Dataset) -> np.ndarray | None:
+    """Return (N + 1,) offsets into the dataset's flat texts if any sample has several, else None."""
+    if not dataset.texts or all(len(texts) <= 1 for texts in dataset.texts):
+        return None
+    return np.concatenate([[0], np.cumsum([len(texts) for texts in dataset.texts])]).astype(np.int64)
+
+
+def sample_columns(dataset: Dataset) -> Columns:
+    """Return the group's arrays by name, all but the digests; a modality is present where a sample has a source."""
+    columns = {
+        "id": strings(dataset.ids),
+        "split": strings(dataset.splits),
+        "target": dataset.targets,
+        "stamp": strings(dataset.stamps()),
+    }
+    for modality in dataset.modalities:
+        sources = (dataset.images if modality == "image" else dataset.texts) or ()
+        columns[f"present/{modality}"] = np.array([bool(source) for source in sources])
+    offsets = text_offsets(dataset)
+    if offsets is not None:
+        columns["items/text"] = offsets
+    if dataset.image_rows is not None:
+        columns["rows/image"] = dataset.image_rows
+    return columns
+
+
+def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
+    """Raise CacheError, naming rows, if those of the store at ``path`` are gone or moved."""
+    now = new["id"]
+    before = old.get("id", now)  # where they can't be read any more, the digests tell
+    n = min(len(before), len(now))
+    differ = np.flatnonzero(before[:n] != now[:n])
+    if len(differ) or len(before) > len(now):
+        row = int(differ[0]) if len(differ) else len(now)
+        raise CacheError(
+            f"{path} was made from other rows: row {row + 1} was {before[row]!r}"
+            + (f" and is now {now[row]!r}" if row < len(now) else " and is gone")
+            + "; rows may only be appended. Use another --workspace, or delete the store to extract again"
+        )
+    if ("items/text" in new) != has_column(path, "items/text"):
+        raise CacheError(
+            f"{path}: some samples now have several texts where all had one, or the reverse. "
+            f"Use another --workspace, or delete the store to extract again"
+        )
+    if ("rows/image" in new) != has_column(path, "rows/image"):
+        raise CacheError(
+            f"{path}: samples now share images where each had its own, or the reverse. "
+            f"Use another --workspace, or delete the store to extract again"
+        )
+    if "rows/image" in old and not np.array_equal(new["rows/image"][: len(old["rows/image"])], old["rows/image"]):
+        raise CacheError(
+            f"{path}: some samples are now about another image. "
+            f"Use another --workspace, or delete the store to extract again"
+        )
+    if "items/text" in old and not np.array_equal(new["items/text"][: len(old["items/text"])], old["items/text"]):
+        raise CacheError(
+            f"{path}: some samples now have another number of texts. "
+            f"Use another --workspace, or delete the store to extract again"
+        )
+
+
+def _create(path: Path, dataset: Dataset, on_progress: OnProgress) -> None:
+    """Make a store beside its place, so that it is whole from the moment it is there."""
+    columns = sample_columns(dataset)
+    columns["digest"] = strings(dataset.digests(on_progress=on_progress))
+    make_folder(path.parent)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
+        new = Path(temporary) / path.name
+        _describe(new, dataset)
+        write_samples(new / "samples", columns)
+        os.replace(new, path)
+        sync_folder(path.parent)
+
+
+def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: OnProgress) -> None:
+    """Bring the samples group up to date.
+
+    Raises CacheError, naming rows, if stored rows are gone or moved, or without ``refresh`` if some changed.
+    """
+    new, (old, appended) = sample_columns(dataset), read_columns(store.path)
+    if "digest" not in old and not {"id", "stamp"} <= old.keys():
+        if any(features.n_written for features in store.features()):
+            raise _lost(store, old)
+        old, appended = {}, []  # nothing was computed yet: nothing depends on what was there
+    else:
+        check_same_rows(store.path, old, new)
+    n = next((len(old[name]) for name in IDENTITY if name in old), 0)
+    if n > len(dataset):  # some are gone, and without their ids none can be named
+        raise _lost(store, old)
+    same = np.zeros(len(dataset), bool)  # whose name, size and time are what they were
+    if {"id", "stamp"} <= old.keys():
+        same[:n] = new["stamp"][:n] == old["stamp"]
+    digests = strings([""] * len(dataset))
+    digests[:n] = old.get("digest", digests[:n])
+    suspects = np.flatnonzero(~same) if "digest" in old else np.arange(len(dataset))
+    digests[suspects] = strings(dataset.digests(suspects.tolist(), on_progress=on_progress))
+    new["digest"] = digests
+    changed = np.flatnonzero(digests[:n] != old["digest"] if "digest" in old else ~same[:n])
+    if len(changed) and "id" not in old:
+        raise _lost(store, old)
+    names = new["id"][changed].tolist()
+    if names and not refresh:
+        raise CacheError(
+            f"{len(names):,} sample{'s' * (len(names) > 1)} changed since {store.path} was made: {', '.join(names[:3])}"
+            f"{', ...' if len(names) > 3 else ''}; add --refresh to compute them again, or use another --workspace"
+        )
+    if names:
+        _forget(store, new, changed)
+    fresh = set(names)  # whatever was wrong with them may be mended
+    ledger = _with_sharers([vars(line) for line in store.ledger() if line.id not in fresh], new)
+    _mark_present(ledger, old, new, changed)
+    if appended is None or not same_columns(old, new):
+        appended = [*(appended or []), *([n] if 0 < n < len(dataset) else [])]
+        replace_samples(store.path, new, appended, ledger)
+
+
+def _lost(store: FeatureStore, old: Columns) -> CacheError:
+    lost = ", ".join(name for name in IDENTITY if name not in old)
+    return CacheError(
+        f"{store.path}/samples is damaged ({lost}): which row is whose can't be told any more; "
+        f"delete the store to extract again"
+    )
+
+
+def _forget(store: FeatureStore, new: Columns, changed: np.ndarray) -> None:
+    """Mark what was computed from samples that changed as outdated, whichever encoder it is from."""
+    for features in store.features():
+        offsets, shared = new.get(f"items/{features.modality}"), new.get(f"rows/{features.modality}")
+        rows = changed if shared is None else np.unique(shared[changed])
+        if offsets is not None:
+            rows = np.concatenate([np.arange(offsets[sample], offsets[sample + 1]) for sample in changed])
+        for view in features.views:
+            features.forget(view, rows.tolist())
+
+
+def _with_sharers(ledger: list[dict[str, Any]], new: Columns) -> list[dict[str, Any]]:
+    """Return a ledger that also lists the samples, appended ones maybe, that share a row with one that is listed."""
+    added: list[dict[str, Any]] = []
+    for name in [name for name in new if name.startswith("rows/")]:
+        lines = {line["id"]: line for line in ledger if line["modality"] == name.removeprefix("rows/")}
+        if lines:
+            ids, rows = new["id"].tolist(), new[name].tolist()
+            by_row = {row: lines[sample] for sample, row in zip(ids, rows, strict=True) if sample in lines}
+            sharing = [(sample, row) for sample, row in zip(ids, rows, strict=True) if row in by_row]
+            added += [{**by_row[row], "id": sample} for sample, row in sharing if sample not in lines]
+    return [*ledger, *added]
+
+
+def _mark_present(ledger: Sequence[dict[str, Any]], old: Columns, new: Columns, changed: np.ndarray) -> None:
+    """Keep absent what was found to be unusable, by the ledger or by the column that was there."""
+    bad = {(line["modality"], line["id"]) for line in ledger}
+    for name in [name for name in new if name.startswith("present/")]:
+        modality = name.removeprefix("present/")
+        before = old.get(name, np.empty(0, bool))
+        usable = np.array([(modality, sample) not in bad for sample in new["id"]], bool)
+        usable[: len(before)] &= before
+        usable[changed] = True
+        new[name] &= usable
+
+
+def _describe(path: Path, dataset: Dataset) -> None:
+    """Write what a store says of its dataset, and when."""
+    about: dict[str, Any] = {
+        "format": FORMAT,
+        "dataset": dataset.name,
+        "manifest": dataset.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+        "classes": list(dataset.classes),
+        "extracted": datetime.now(UTC).isoformat(timespec="milliseconds"),
+    }
+    declare_group(path, {"cachefuse": seal(about)})
+
+
+def _mend_description(path: Path, dataset: Dataset) -> None:
+    """Write anew what a store says of its dataset if that was cut short or changed; another version's stays."""
+    try:
+        about = json.loads((path / "zarr.json").read_bytes())["attributes"]["cachefuse"]
+        if about["format"] == FORMAT:
+            unseal(about, path)
+    except (FileNotFoundError, ValueError, CacheError):
+        _describe(path, dataset)
+    except (KeyError, TypeError):  # it is not ours
+        return
+
+
+def _sweep(path: Path) -> None:
+    """Remove what a killed process may have left of a store that it was making, or of a file that it was writing."""
+    for folder in path.parent.glob(f".{path.name}.*/"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for pattern in ("*.partial", ".*.tmp"):
+        for file in path.rglob(pattern):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,182 @@
+"""The stages that samples pass: read and prepare in threads, encode, write in a thread; bounded queues between them."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from cachefuse.data.dataset import Dataset
+from cachefuse.encoders.base import Tower
+from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
+from cachefuse.extraction.open_store import text_offsets
+from cachefuse.feature_spec import IDS
+from cachefuse.threads import idle_threads, n_cores
+
+WRITES_AHEAD = 2  # windows encoded and not yet written
+STAGES = ("reading", "encoding", "writing")
+
+
+def item_sources(dataset: Dataset, modality: str) -> list[Any]:
+    """Return one source a feature row: images, each once where samples share them, or texts, flat where a sample has
+    several."""
+    if modality == "image" and dataset.image_rows is not None:
+        return list(dict.fromkeys(dataset.images or ()))
+    if modality == "image":
+        return dataset.images or []
+    if text_offsets(dataset) is not None:
+        return [text for texts in dataset.texts or () for text in texts]
+    return [texts[0] if texts else "" for texts in dataset.texts or ()]
+
+
+def item_owners(dataset: Dataset, modality: str) -> np.ndarray:
+    """Return the sample, or the first of those, that each feature row belongs to."""
+    if modality == "image" and dataset.image_rows is not None:
+        return np.unique(dataset.image_rows, return_index=True)[1]
+    offsets = text_offsets(dataset) if modality == "text" else None
+    return np.arange(len(dataset)) if offsets is None else np.repeat(np.arange(len(dataset)), np.diff(offsets))
+
+
+def is_bad(item: Any) -> bool:
+    """Whether ``prepare_source`` could not use its source."""
+    return isinstance(item, BadSampleError)
+
+
+def prepare_source(tower: Tower, source: Any) -> Any:
+    """Load and preprocess one image source or text; what can't be used comes back as its BadSampleError."""
+    try:
+        if not source:
+            raise BadSampleError(f"has no {tower.modality}")
+        if isinstance(source, str):
+            return tower.prepare(source.encode("utf-8", "replace").decode())  # half a surrogate pair becomes "?"
+        return tower.prepare(source.load())
+    except BadSampleError as error:
+        return error
+
+
+@contextmanager
+def prepare_in_order(
+    tower: Tower,
+    sources: Sequence[Any],
+    rows: Iterable[int],
+    ahead: int,
+    describe: Callable[[int], str] = lambda row: f"row {row}",
+) -> Iterator[Iterator[Any]]:
+    """Prepare some rows' sources in threads, in order, at most ``ahead`` before they are taken.
+
+    An error that is not the sample's fault stops everything, and is raised with a note of which sample it was.
+    """
+
+    def prepare(row: int) -> Any:
+        try:
+            return prepare_source(tower, sources[row])
+        except (CachefuseError, OSError, MemoryError) as error:
+            error.add_note(f"while preparing the {tower.modality} of {describe(row)}")
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise EncoderError(f"can't prepare the {tower.modality} of {describe(row)}: {what}") from error
+
+    with ThreadPoolExecutor(n_cores(), thread_name_prefix="prepare") as pool:
+        try:
+            yield in_order(pool, prepare, rows, ahead)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_order(
+    pool: ThreadPoolExecutor, function: Callable[[int], Any], items: Iterable[int], ahead: int
+) -> Iterator[Any]:
+    """Yield ``function(item)`` in order, computed in the pool at most ``ahead`` items before they are taken."""
+    waiting: deque[Future[Any]] = deque()
+    items = iter(items)
+    while True:
+        waiting.extend(pool.submit(function, item) for item in islice(items, ahead - len(waiting)))
+        if not waiting:
+            return
+        yield waiting.popleft().result()
+
+
+def views_to_encode(needed: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Return the views to encode where some rows are missing in each, (n,) bool by view.
+
+    All but ids come together if one is missing: which of them are asked for may change a model's last bits, and with
+    them what a resumed run writes. Without them ids need no model.
+    """
+    missing = {view for view, rows in needed.items() if rows.any()}
+    return tuple(view for view in needed if (view in missing if view == IDS else missing - {IDS}))
+
+
+@idle_threads()
+def encode_prepared(
+    tower: Tower, prepared: Sequence[Any], views: Sequence[str], batch_size: int
+) -> dict[str, list[np.ndarray | None]]:
+    """Encode prepared samples in batches of like length, each view in the order given; None where one is bad."""
+    good = sorted((i for i, item in enumerate(prepared) if not is_bad(item)), key=lambda i: tower.length(prepared[i]))
+    values: dict[str, list[np.ndarray | None]] = {view: [None] * len(prepared) for view in views}
+    for start in range(0, len(good), batch_size):
+        batch = good[start : start + batch_size]
+        encoded = tower.encode([prepared[i] for i in batch], views)
+        for view in views:
+            for i, value in zip(batch, encoded[view], strict=True):
+                values[view][i] = value
+    return values
+
+
+@contextmanager
+def in_background(function: Callable[..., None], ahead: int = WRITES_AHEAD) -> Iterator[Callable[..., None]]:
+    """Give a call that runs ``function`` in a thread, in order, and waits only while ``ahead`` calls are under way.
+
+    An error in the thread is raised by the next call, or at the end, and calls that wait are dropped; so they are by an
+    error outside.
+    """
+    waiting: deque[Future[None]] = deque()
+    failed = threading.Event()
+
+    def run(*arguments: Any) -> None:
+        if not failed.is_set():
+            try:
+                function(*arguments)
+            except BaseException:
+                failed.set()
+                raise
+
+    def call(*arguments: Any) -> None:
+        while len(waiting) >= ahead or (waiting and waiting[0].done()):
+            waiting.popleft().result()
+        waiting.append(pool.submit(run, *arguments))
+
+    with ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        try:
+            yield call
+            while waiting:
+                waiting.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+class Clock:
+    """Seconds that the encoding thread spends in each stage; what it waits for most is what holds all of them up."""
+
+    def __init__(self) -> None:
+        self._seconds = dict.fromkeys(STAGES, 0.0)
+
+    @contextmanager
+    def spend(self, stage: str) -> Iterator[None]:
+        """Count the time of a block."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            # Older time fades, so that what is shown is how things are now.
+            self._seconds[stage] = 0.9 * self._seconds[stage] + time.perf_counter() - begun
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that takes most time; while nothing waits for reading or writing that is encoding."""
+        return max(STAGES, key=lambda stage: self._seconds[stage])

@@ -1,0 +1,105 @@
+"""Text transformers of transformers that are trained with more than words in their input: BERT and its kin."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from cachefuse.encoders.base import EncoderSpec, Origin
+from cachefuse.errors import ConfigError, EncoderError
+
+# model_type -> configuration and model; all take embeddings, their positions and their segments.
+KINDS = {
+    "bert": ("BertConfig", "BertModel"),
+    "roberta": ("RobertaConfig", "RobertaModel"),
+    "xlm-roberta": ("XLMRobertaConfig", "XLMRobertaModel"),
+}
+
+
+def open_config(options: Mapping[str, Any], origin: Origin | None) -> dict[str, Any]:
+    """Return options with ``text_model``, by default what cached ids are of, and its ``architecture`` from its files.
+
+    Raises ConfigError if it is of another kind, or reads other tokens than those cached, EncoderError if it can't be
+    opened.
+    """
+    if options.get("architecture") or origin is None:
+        return dict(options)
+    # Imported here: fusions are listed without them.
+    from transformers import AutoConfig
+
+    from cachefuse.encoders.frozen import opening
+    from cachefuse.encoders.hf import UNUSED, model_folder, quiet
+
+    text = str(options.get("text_model") or origin.source)
+    spec = EncoderSpec.parse(text)
+    if spec.family != "hf":
+        raise ConfigError(f"text_model must be a model of transformers, such as hf:bert-base-uncased. Got {text!r}")
+    offline = {"trust_remote_code": False, "local_files_only": True}
+    folder = model_folder(spec)
+    with opening(spec), quiet():
+        config = AutoConfig.from_pretrained(folder, **offline)
+        if config.model_type not in KINDS:
+            raise ConfigError(
+                f"{text} is {config.model_type}; the text model must be one of {', '.join(KINDS)}, whose input may be "
+                f"given as embeddings with positions and segments"
+            )
+    check_tokenizer(spec, origin)
+    settings = {key: value for key, value in config.to_dict().items() if key not in UNUSED}
+    return {**options, "text_model": str(spec.absolute()), "architecture": settings}
+
+
+def check_tokenizer(spec: EncoderSpec, origin: Origin) -> None:
+    """Raise ConfigError if a model's tokenizer is not the one that cached ids are of."""
+    from transformers import AutoTokenizer
+
+    from cachefuse.encoders.frozen import opening, tokenizer_fingerprint
+    from cachefuse.encoders.hf import model_folder, quiet
+
+    folder = model_folder(spec)
+    with opening(spec), quiet():
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if tokenizer_fingerprint(tokenizer) != origin.provenance.get("tokenizer"):
+        raise ConfigError(
+            f"{spec} reads other tokens than the cached ids, which are of {origin.source}; cache its own by "
+            f"cachefuse extract --encoder {spec} --views ids, and name that by --encoder"
+        )
+
+
+def build(architecture: Mapping[str, Any], vocabulary: int) -> Any:
+    """Return the untrained model of an architecture. Raises ConfigError for an unknown one, or too few tokens."""
+    import transformers
+
+    kind = KINDS.get(str(architecture.get("model_type")))
+    if kind is None:
+        raise ConfigError(f"architecture must be of one of {', '.join(KINDS)}. Got {architecture.get('model_type')!r}")
+    config = getattr(transformers, kind[0])(**{k: v for k, v in architecture.items() if k != "model_type"})
+    if vocabulary > config.vocab_size:
+        raise ConfigError(f"the cached ids are of {vocabulary} tokens, and the text model knows {config.vocab_size}")
+    config._attn_implementation = "sdpa"
+    model = getattr(transformers, kind[1])(config, add_pooling_layer=False)
+    # Positions and segments are always given. These defaults are no part of the weights, so that they would stay
+    # without values where a model is built before its weights are read.
+    del model.embeddings.position_ids, model.embeddings.token_type_ids
+    return model
+
+
+def load_weights(model: Any, text: str) -> None:
+    """Fill a model with pretrained weights, which must be safetensors. Raises EncoderError if they don't fit."""
+    from safetensors.torch import load_file
+
+    from cachefuse.encoders.frozen import opening
+    from cachefuse.encoders.hf import model_folder
+
+    spec = EncoderSpec.parse(text)
+    folder = model_folder(spec)
+    with opening(spec):
+        stored: dict[str, torch.Tensor] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            stored |= load_file(file)
+        state = model.state_dict()
+        prefix = next((p for p in ("", f"{model.base_model_prefix}.") if p + next(iter(state)) in stored), "")
+        missing = [name for name, x in state.items() if stored.get(prefix + name, x[..., None]).shape != x.shape]
+        if missing:
+            lacks = f"its weights lack {len(missing)} of the model's, such as {missing[0]}"
+            raise EncoderError(f"can't open {spec}: {lacks}")
+        model.load_state_dict({name: stored[prefix + name].float() for name in state})

@@ -1,0 +1,94 @@
+"""Weights of a T5 that transformers has saved, from a local folder or the hub: safetensors only."""
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from cachefuse.encoders.base import EncoderSpec
+from cachefuse.encoders.frozen import opening
+from cachefuse.errors import ConfigError, EncoderError
+from cachefuse.nn.t5 import T5, T5Settings
+
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one and the same
+
+
+def read_settings(spec: str) -> T5Settings:
+    """Return the settings of ``hf:name[@revision]`` or ``hf:./folder``. Raises EncoderError if that is no T5."""
+    return _find(EncoderSpec.parse(spec))[1]
+
+
+def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
+    """Open ``hf:name[@revision]`` or ``hf:./folder`` with the first layers of its decoder, or by default with all.
+
+    In float32, and from safetensors only. Raises EncoderError if that is no T5, has fewer layers, or if its weights are
+    not all there or not as large as its config.json says.
+    """
+    parsed = EncoderSpec.parse(spec)
+    folder, settings = _find(parsed)
+    wanted = settings.num_decoder_layers if decoder_layers is None else decoder_layers
+    if not 0 <= wanted <= settings.num_decoder_layers:
+        raise EncoderError(f"can't take {wanted} layers of {spec}'s decoder: it has {settings.num_decoder_layers}")
+    with torch.device("meta"):  # shapes only: what would be drawn at random is read from the files
+        model = T5(replace(settings, num_decoder_layers=wanted))
+    with opening(parsed), ExitStack() as stack:
+        paths = [path for path in [folder / "model.safetensors"] if path.is_file()]
+        paths = paths or sorted(folder.glob("model-*.safetensors"))
+        stored: dict[str, Any] = {}
+        for path in paths:
+            file = stack.enter_context(safe_open(path, "pt"))
+            stored |= dict.fromkeys(file.keys(), file)
+        weights = model.state_dict()
+        missing = [name for name in weights if not stored.keys() & set(_keys(name))]
+        if missing:
+            lacks = f"its weights lack {len(missing)} of the model's, such as {_keys(missing[0])[0]}"
+            raise EncoderError(f"can't open {spec}: {lacks}")
+        for name, expected in weights.items():
+            key = next(key for key in _keys(name) if key in stored)
+            shape = tuple(stored[key].get_slice(key).get_shape())
+            if shape != tuple(expected.shape):
+                raise EncoderError(f"can't open {spec}: {key} is {shape}, not {tuple(expected.shape)} as configured")
+            weights[name] = stored[key].get_tensor(key).to(torch.float32, copy=True)
+    model.load_state_dict(weights, assign=True)
+    return model
+
+
+def _find(spec: EncoderSpec) -> tuple[Path, T5Settings]:
+    from cachefuse.encoders.hf import model_folder  # which imports transformers
+
+    if spec.family != "hf":
+        raise EncoderError(f"a T5 is opened with hf:, such as hf:google/t5-v1_1-base or hf:./folder. Got {spec}")
+    folder = model_folder(spec)
+    with opening(spec):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            return folder, T5Settings.from_config(config)
+        except ConfigError as error:
+            raise EncoderError(f"can't open {spec}: {error}") from error
+
+
+def _keys(name: str) -> tuple[str, ...]:
+    """Return what transformers may call a parameter of ``T5``; the first that is there counts."""
+    match name.split("."):
+        case ["embedding", _]:
+            return EMBEDDINGS
+        case ["lm_head", _]:
+            return name, *EMBEDDINGS  # transformers 5 ties an output layer that did not come with weights of its own
+        case [stack, "norm", leaf]:
+            return (f"{stack}.final_layer_norm.{leaf}",)
+        case [stack, "bias", "table", leaf]:
+            return (f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.{leaf}",)
+        case [stack, "layers", i, part, *rest]:
+            sublayers = {
+                "attention": "0.SelfAttention",
+                "cross_attention": "1.EncDecAttention",
+                "feed_forward": f"{1 if stack == 'encoder' else 2}.DenseReluDense",
+            }
+            number, module = sublayers[part.removesuffix("_norm")].split(".")
+            module = "layer_norm" if part.endswith("_norm") else module
+            return (".".join([stack, "block", i, "layer", number, module, *rest]),)
+    raise ValueError(name)

@@ -1,0 +1,129 @@
+"""An alignment as one HTML page that needs nothing else, and its two plots as files beside it."""
+
+from pathlib import Path
+from typing import Any
+
+from cachefuse.alignment.model import TEMPERATURE
+from cachefuse.alignment.run import Alignment, shown_split
+from cachefuse.data.dataset import Dataset
+from cachefuse.files import write_atomically
+from cachefuse.report import alignment_plots
+from cachefuse.report import provenance as about
+from cachefuse.report import retrieval_page as retrieval
+from cachefuse.report.charts import Chart
+from cachefuse.report.curves import epochs_chart
+from cachefuse.report.formatting import cut
+from cachefuse.report.neighbours import examples
+from cachefuse.report.render import check_target, render
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.data import VAL
+
+TEMPLATE = "alignment.html.j2"
+
+
+def write_alignment_report(
+    run: Alignment,
+    path: Path,
+    store: FeatureStore | None = None,
+    dataset: Dataset | None = None,
+    *,
+    device: str = "auto",
+) -> list[Path]:
+    """Write an alignment's report and beside it its plots, each whole or not at all, and return their paths.
+
+    The plots are retrieval.png and training.png; one without anything to show is not written. The rest is as in
+    ``alignment_html``. Raises ConfigError if there can be no such files.
+    """
+    plots = {path.with_name(name): draw for name, draw in alignment_plots.PLOTS.items()}
+    check_target(path, *plots)
+    files = {path: alignment_html(run, store, dataset, device=device).encode()}
+    files |= {plot: data for plot, draw in plots.items() if (data := draw(run)) is not None}
+    for file, data in files.items():
+        write_atomically(file, data)
+    return list(files)
+
+
+def alignment_html(
+    run: Alignment,
+    store: FeatureStore | None = None,
+    dataset: Dataset | None = None,
+    *,
+    device: str = "auto",
+) -> str:
+    """Return an alignment's report as one HTML page: the same alignment gives the same page.
+
+    ``store`` and ``dataset``, the features and the raw data, are for a gallery of what some queries find; without them
+    it is left out. Names and texts from data are escaped. Raises as ``evaluate_alignment`` does.
+    """
+    split = shown_split(run.results)
+    rows = retrieval.rows(run)
+    shown = [row for row in rows if row.split == split]
+    context: dict[str, Any] = {
+        "run": run,
+        "split": split,
+        "why_no_figures": _why_no_figures(run),
+        "rows": rows,
+        "shown_rows": shown,
+        "verdicts": [(row.name, sentence) for row in shown if (sentence := retrieval.verdict(run, row))],
+        "precision": None if split is None else retrieval.retrieval_chart(run, split),
+        "gallery": examples(run, store, dataset, device) if store is not None and dataset is not None else None,
+        "store_name": run.dataset if store is None else store.dataset,
+        "has_raw": store is not None and dataset is not None,
+        "charts": training_charts(run),
+        "training_note": training_note(run),
+        "temperature_note": f"The temperature was {TEMPERATURE:g} at first and is {run.model.temperature.item():.4f}.",
+        "facts": about.alignment_provenance(run),
+        "settings": about.alignment_settings(run),
+        "align_command": "" if run.parent else about.align_command(run),
+        "retrieve_commands": about.retrieve_commands(run),
+        "extract_commands": about.extract_commands(run),
+    }
+    return render(TEMPLATE, context)
+
+
+def training_charts(run: Alignment) -> list[Chart]:
+    """Return charts of the loss and of the score on validation over the epochs.
+
+    The score is the recall at 1; that of a fine-tuning is the metric of the head that was trained along.
+    """
+    if not run.history.epochs:
+        return []
+    averaged = run.config.ema and not run.parent
+    kept = "validation, averaged weights (EMA)" if averaged else "validation"
+    score = "score" if run.parent else "R@1"
+    loss = "loss of the head" if run.parent else f"contrastive, {run.config.targets} targets"
+    charts = [
+        epochs_chart("Loss", loss, [run.history], {"loss": "training", "val_loss": kept}),
+        epochs_chart(f"Validation {score}", score, [run.history], {"score": kept}),
+    ]
+    return [chart for chart in charts if chart.paths]
+
+
+def training_note(run: Alignment) -> str:
+    """Say what the curves show."""
+    n = len(run.history.epochs)
+    note = f"{n:,} epoch{'s' * (n != 1)}; the dot marks the one whose weights were kept ({run.history.best_epoch:,})."
+    if run.history.interrupted:
+        note += " Training was interrupted."
+    if run.parent:
+        return f"{note} They tuned the encoder together with a head, after the training of {cut(run.parent)}."
+    val = run.results.get(VAL)
+    if val is not None:
+        note += " R@1 is the mean of both directions."
+    if val is not None and val.n_samples < run.config.batch_size:
+        note += (
+            f" A loss grows with the number of pairs that are compared: up to {run.config.batch_size:,} in training, "
+            f"and the {val.n_samples:,} there are in validation, so that it lies lower."
+        )
+    return note
+
+
+def _why_no_figures(run: Alignment) -> str:
+    if run.results:
+        return ""
+    if run.parent:
+        return (
+            f"This alignment has no figures of its own: it was fine-tuned from {cut(run.parent)} together with a head, "
+            f"whose report says how good that is. The side that was tuned no longer lies where the other one looks."
+        )
+    return "All samples were trained on, so nothing says how good this alignment is on new ones."

@@ -1,0 +1,155 @@
+"""Where a run comes from: its settings, features and versions, and the commands that make it and use it."""
+
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from cachefuse.alignment.config import AlignConfig
+from cachefuse.alignment.run import Alignment
+from cachefuse.files import format_bytes
+from cachefuse.fusion.options import FOUND
+from cachefuse.runs.files import read_json
+from cachefuse.runs.run import Run
+from cachefuse.training.config import TrainConfig
+
+
+def train_command(run: Run) -> str:
+    """Return the command that trains the same run again; of an ensemble, the one that joins its sources."""
+    if run.sources:
+        return shlex.join(["cachefuse", "ensemble", *run.sources, "--thresholds", run.config.thresholds])
+    words = ["cachefuse", "train-head", "--dataset", run.dataset]
+    for encoder in dict.fromkeys(used.encoder for group in run.features.values() for used in group):
+        words += ["--encoder", encoder]
+    return shlex.join(words + _changed(run.config))
+
+
+def align_command(run: Alignment) -> str:
+    """Return the command that aligns the same encoders again."""
+    words = ["cachefuse", "align", "--dataset", run.dataset]
+    for encoder in dict.fromkeys(side.encoder for side in run.sides):
+        words += ["--encoder", encoder]
+    return shlex.join(words + _changed(run.config))
+
+
+def predict_command(run: Run) -> str:
+    return shlex.join(["cachefuse", "predict", "--run", run.name])
+
+
+def retrieve_commands(run: Alignment) -> list[str]:
+    """Return commands that look for things with an alignment, one a kind of query.
+
+    There are none for a tuned one, whose sides no longer lie together.
+    """
+    if run.parent:
+        return []
+    queries = {"text": ["--text", "a dog in the snow"], "image": ["--image", "photo.jpg"]}
+    modalities = dict.fromkeys(side.modality for side in reversed(run.sides))
+    return [shlex.join(["cachefuse", "retrieve", "--run", run.name, *queries[modality]]) for modality in modalities]
+
+
+def extract_commands(run: Alignment) -> list[str]:
+    """Return commands that add an alignment's features to a store, one for each spec that its sides take."""
+    spec = f"aligned:{run.path or Path('workspace', 'runs', run.name)}"
+    specs = [spec, f"{spec}@2"] if run.same_texts else [spec]
+    return [shlex.join(["cachefuse", "extract", "--dataset", run.dataset, "--encoder", spec]) for spec in specs]
+
+
+def provenance(run: Run) -> list[tuple[str, str]]:
+    """Return what made the run and what it came to, as names and values."""
+    n_models = f" in {len(run.members)} models" if len(run.members) > 1 else ""
+    facts = [
+        ("run", run.name),
+        ("created", _created(run.created)),
+        ("dataset", run.dataset),
+        ("title", run.manifest.title),
+        ("task", run.task),
+        ("classes", f"{len(run.classes):,}"),
+        ("split digest", run.split_digest),
+        ("ensemble of", ", ".join(run.sources)),
+        ("parameters", f"{run.n_parameters:,}{n_models}"),
+        ("size", format_bytes(1e6 * run.size_mb)),
+        ("training took", f"{run.seconds:,.1f} s"),
+        ("interrupted", "yes, at the best epoch so far" if run.interrupted else ""),
+        ("versions", ", ".join(f"{name} {version}" for name, version in _versions(run.path).items())),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def alignment_provenance(run: Alignment) -> list[tuple[str, str]]:
+    """Return what made an alignment and what it came to, as names and values."""
+    facts = [
+        ("run", run.name),
+        ("created", _created(run.created)),
+        ("fine-tuned from", run.parent),
+        ("dataset", run.dataset),
+        ("split digest", run.split_digest),
+        ("parameters", f"{run.model.n_parameters:,}"),
+        ("size", format_bytes(1e6 * run.model.size_mb)),
+        ("temperature", f"{run.model.temperature.item():.4f}"),
+        ("training took", f"{run.seconds:,.1f} s"),
+        ("interrupted", "yes, at the best epoch so far" if run.history.interrupted else ""),
+        ("versions", ", ".join(f"{name} {version}" for name, version in _versions(run.path).items())),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def settings(run: Run) -> list[tuple[str, str]]:
+    """Return each setting's name and value."""
+    heads = {} if run.config.writes else run.config.head_options()
+    return _named({**run.config.shown(), **heads, "lr": run.config.learning_rate})
+
+
+def alignment_settings(run: Alignment) -> list[tuple[str, str]]:
+    """Return each setting's name and value."""
+    return _named(run.config.to_dict())
+
+
+def _named(config: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(name.replace("_", "-"), _text(value)) for name, value in config.items()]
+
+
+def _created(created: str) -> str:
+    return created.partition(".")[0].replace("T", " ") + " UTC" if created else "not saved"
+
+
+def _changed(config: TrainConfig | AlignConfig) -> list[str]:
+    """Return options for the settings that are not the defaults."""
+    words = []
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if value not in (None, {}, field.default):
+            words += _option(field.name, value)
+    return words
+
+
+def _versions(path: Path | None) -> dict[str, str]:
+    """Return the versions that a saved run was made with."""
+    if path is None:
+        return {}
+    versions = read_json(path / "run.json").get("versions", {})
+    return versions if isinstance(versions, dict) else {}
+
+
+def _option(name: str, value: Any) -> list[str]:
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return [option]
+    if name in ("loss_options", "fusion_options", "shuffle"):
+        given = {key: x for key, x in value.items() if x != "" and not isinstance(x, dict | None) and key not in FOUND}
+        return [word for key, x in given.items() for word in (option, f"{key}={x}")]
+    if name == "without":
+        return [word for part in value for word in (option, part)]
+    if name in ("layers", "stages"):
+        return [option, ",".join(map(str, value))]
+    return [option, "all" if (name, value) == ("batch_size", 0) else str(value)]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {number}" for key, number in value.items()) or "none"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "default" if value is None else str(value)

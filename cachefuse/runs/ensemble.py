@@ -1,0 +1,110 @@
+"""Several runs as one, whose scores are the mean of theirs."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from cachefuse.errors import ConfigError, RunError
+from cachefuse.metrics.thresholds import HALF
+from cachefuse.runs.results import measure
+from cachefuse.runs.run import Run, split_digest
+from cachefuse.runs.tables import StoreTables
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.data import Problem
+from cachefuse.training.held_out import HeldOut, choose_for
+
+logger = logging.getLogger(__name__)
+
+
+def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None = None, device: str = "auto") -> Run:
+    """Join runs to one that averages their scores, in which each counts the same, and measure it; nothing is written.
+
+    They may differ in every setting and read different encoders. Where all held out the same rows, thresholds are
+    chosen anew on the mean of their scores of those, and measured there; ``thresholds`` are of the kind of the first
+    run's unless told: "global", "class", "none" or "auto". Elsewhere, with a warning, they are the mean of the runs',
+    and only other labelled splits are measured.
+
+    Raises RunError for fewer than two runs or one that comes twice, if their dataset, classes or task differ, or they
+    were not trained on this store; ConfigError for thresholds that can't be chosen.
+    """
+    _check_together(runs, store)
+    table_of, digest = StoreTables(runs, store, device), split_digest(store)
+    members = [
+        replace(member, weight=member.weight / sum(other.weight for other in run.members) / len(runs), fold=None)
+        for run in runs
+        for member in run.members
+    ]
+    problem = Problem.of(store, table_of(members[0]))
+    first = runs[0].config
+    config = replace(
+        first,
+        thresholds=thresholds or first.thresholds,
+        folds=max(run.config.folds for run in runs),  # with refit, this tells which rows its models have seen
+        refit=any(run.config.refit for run in runs),
+    )
+    held = _mean_held_out(runs, digest)
+    if held is not None:
+        chosen = choose_for(problem, config, held)
+    elif thresholds in ("global", "class"):
+        raise ConfigError(f"thresholds {thresholds!r} need rows that every run held out; leave them out")
+    elif thresholds == "none":
+        chosen = np.full(len(problem.classes), HALF)
+    else:
+        chosen = np.mean([run.thresholds for run in runs], axis=0)
+        config = replace(config, thresholds="auto")
+    joined = Run(
+        name=f"{store.dataset}-ensemble",
+        dataset=store.dataset,
+        manifest=store.manifest,
+        classes=problem.classes,
+        config=config,
+        members=members,
+        thresholds=chosen,
+        histories=[history for run in runs for history in run.histories],
+        held=held,
+        # A run trained on other splits may have seen what is held out now: the ensemble then has, too.
+        split_digest=next((run.split_digest for run in runs if run.split_digest != digest), digest),
+        sources=tuple(run.name for run in runs),
+        seconds=sum(run.seconds for run in runs),
+    )
+    joined.results = measure(problem, joined, table_of)
+    return joined
+
+
+def _check_together(runs: Sequence[Run], store: FeatureStore) -> None:
+    if len(runs) < 2:
+        raise RunError(f"an ensemble takes at least 2 runs. Got {len(runs)} instead")
+    first, *others = runs
+    places = [id(run) if run.path is None else run.path.resolve() for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        if places.count(place) > 1:
+            raise RunError(f"run {run.name} is given twice; in an ensemble each run counts once")
+    for run in others:
+        if run.dataset != first.dataset:
+            raise RunError(f"run {run.name} is of dataset {run.dataset}, and run {first.name} of {first.dataset}")
+        if run.task != first.task:
+            raise RunError(f"run {run.name} is for a {run.task} task, and run {first.name} for a {first.task} one")
+        if run.classes != first.classes or run.tasks != first.tasks:
+            raise RunError(f"run {run.name} has other classes than run {first.name}; train one of them again")
+    if store.dataset != first.dataset:
+        raise RunError(f"the runs are of dataset {first.dataset}, and {store.path} holds features of {store.dataset}")
+
+
+def _mean_held_out(runs: Sequence[Run], digest: str) -> HeldOut | None:
+    """Return the runs' mean scores of the rows held out; None, saying why, if those are not the same in all."""
+    found: list[HeldOut] = []
+    for run in runs:
+        if run.held is None:
+            why = f"run {run.name} held out no rows"
+        elif run.split_digest != digest:
+            why = f"samples or splits of {run.dataset} changed since run {run.name} was trained"
+        elif found and not np.array_equal(run.held.rows, found[0].rows):
+            why = f"run {run.name} held out other rows ({run.held.split}) than run {runs[0].name} ({found[0].split})"
+        else:
+            found.append(run.held)
+            continue
+        logger.warning("%s: no figures of rows held out, and thresholds that are the mean of the runs'", why)
+        return None
+    return replace(found[0], scores=np.stack([held.scores for held in found]).mean(axis=0, dtype=np.float32))

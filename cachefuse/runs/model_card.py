@@ -1,0 +1,124 @@
+"""A run's model card: what it is, how good, on what it was trained, and how to use it; in Markdown."""
+
+import html
+import re
+from typing import TYPE_CHECKING
+
+from cachefuse.metrics import TaskSlice
+from cachefuse.training.config import as_text
+from cachefuse.training.tasks import loss_of
+
+if TYPE_CHECKING:
+    from cachefuse.runs.run import Run
+
+
+MOST_CLASSES = 100
+KINDS = {
+    "multiclass": "multi-class-classification",
+    "multilabel": "multi-label-classification",
+    "vqa": "visual-question-answering",
+}
+
+
+def model_card(run: "Run") -> str:
+    """Return the text of a run's README.md; names that come from data can't break its tables or add HTML."""
+    config, n_models = run.config, len(run.members)
+    heads = "a decoder" if config.writes else f"{config.head} heads"
+    what = f"A {config.fusion} fusion of {' and '.join(run.modalities)} features with {heads}"
+    if run.sources:
+        what = f"An ensemble of the runs {', '.join(_plain(name) for name in run.sources)}"
+    kind = f"mean of {n_models} models" if n_models > 1 else "one model"
+    lines = [
+        "---",
+        "library_name: cachefuse",
+        f"tags: [{', '.join(sorted({KINDS[task.kind] for task in run.tasks}))}, "
+        f"{', '.join(run.modalities)}, feature-cache]",
+        "---",
+        "",
+        f"# {_plain(run.name)}",
+        "",
+        f"{what}, for the {len(run.classes)} classes of {_plain(run.dataset)} ({_task(run)}). {kind.capitalize()}, "
+        f"{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; trained in {run.seconds:.0f} s.",
+        "",
+    ]
+    if run.results:
+        lines += ["## Figures", ""]
+        names = list(next(iter(run.results.values())).metrics)
+        lines += _table(
+            ["split", "rows", *names],
+            [
+                [split, f"{result.n_rows:,}", *(f"{result.metrics[name]:.4f}" for name in names)]
+                for split, result in run.results.items()
+            ],
+        )
+    if run.held is not None:
+        unseen = {
+            "oof": "`oof` is train and val, each row scored by a model that has not seen it.",
+            "val": "`val` was not trained on by the models measured; where training stops early, it says when.",
+        }.get(run.held.split, f"`{run.held.split}` was not trained on.")
+        unseen += " The models kept here were trained on all of it since." if config.refit else ""
+        chosen = " Each row is decided on by thresholds chosen on other rows." if (run.thresholds != 0.5).any() else ""
+        lines += ["", unseen + chosen]
+    lines += ["", "## Features", ""]
+    lines += _table(
+        ["features", "encoder", "width", "key"],
+        [
+            [name, _plain(used.encoder), str(used.width), f"`{used.key}`"]
+            for name, group in run.features.items()
+            for used in group
+        ],
+    )
+    lines += ["", "It takes features with these keys and no others: new samples pass the same encoders first.", ""]
+    lines += ["## Classes", ""]
+    lines += _table(
+        ["class", "a score must reach"],
+        [
+            [_plain(run.classes[c]), _threshold(task, run.thresholds[c])]
+            for task in run.tasks
+            for c in task.numbers[: max(0, MOST_CLASSES - task.columns.start)]
+        ],
+    )
+    if len(run.classes) > MOST_CLASSES:
+        lines += ["", f"and {len(run.classes) - MOST_CLASSES:,} more, in `run.json`"]
+    if not run.sources:
+        given = {name: value for name, value in config.shown().items() if value not in (None, {}, ())}
+        lines += ["", "## Settings", ""]
+        lines += _table(["setting", "value"], [[name, _plain(as_text(name, value))] for name, value in given.items()])
+    meaning = "Scores rank labels; with this loss they are no probabilities."
+    if all(loss_of(task, config.loss or "") in ("bce", "ce") for task in run.tasks):
+        meaning = "Scores are probabilities as the training rows had them: on rows of another kind they may be off."
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```sh",
+        f"cachefuse predict --run {run.name}",
+        f'cachefuse predict --run {run.name} --image photo.jpg --text "what it shows"',
+        "```",
+        "",
+        f"{meaning} A class with few rows has figures of little certainty (`cachefuse evaluate` gives intervals).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _task(run: "Run") -> str:
+    """Return what kind of task a run is for, or its several ones with their kinds."""
+    return ", ".join(f"{task.name} {task.kind}" for task in run.tasks) if run.several else run.task
+
+
+def _threshold(task: TaskSlice, threshold: float) -> str:
+    if task.one_label:
+        return "the highest"
+    return f"{threshold:.4f}" if threshold <= 1 else "more than 1: never predicted"
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+
+
+def _plain(text: str) -> str:
+    """Return untrusted text as one line that is neither a cell's end nor HTML, a link, a mention or a formula."""
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    marked = "".join(f"\\{c}" if c in "|[]`*_\\~$" else c for c in escaped)
+    return re.sub(r"(?i)://|\bwww\.|@", lambda found: "".join(f"&#{ord(c)};" for c in found[0]), marked)

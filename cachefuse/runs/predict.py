@@ -1,0 +1,269 @@
+"""From a run to predictions: for rows of a store, or for raw images and texts through the run's own encoders."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefuse.data.readers.base import ImageSource, Samples
+from cachefuse.data.readers.table import TableReader, read_columns
+from cachefuse.data.targets import is_labelled
+from cachefuse.device import resolve_device
+from cachefuse.encoders import EncoderSpec, open_encoder
+from cachefuse.encoders.base import Tower, is_derived
+from cachefuse.errors import BadSampleError, DataError, RunError
+from cachefuse.extraction.pipeline import encode_prepared, is_bad, prepare_in_order
+from cachefuse.extraction.request import BATCH_SIZE
+from cachefuse.feature_spec import FLAT, IDS, TOKENS, split_name
+from cachefuse.metrics import TaskSlice
+from cachefuse.runs.features import UsedFeatures, read_view
+from cachefuse.runs.run import Member, Run
+from cachefuse.runs.tables import StoreTables
+from cachefuse.store.format import DTYPES, provenance_key
+from cachefuse.store.store import FeatureStore
+from cachefuse.store.tokens import Tokens
+from cachefuse.threads import adapt_threads, idle_threads
+from cachefuse.training.feature_table import FeatureTable
+from cachefuse.training.selection import stored_views
+
+logger = logging.getLogger(__name__)
+
+
+Asked = tuple[str, UsedFeatures]  # features by name, of one encoder
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """n rows: ids, scores (n, C) between 0 and 1, and the labels decided on, (n, C) bool, in class order.
+
+    ``tasks`` are the several that there may be, whose classes are called "color=red".
+    """
+
+    ids: list[str]
+    classes: tuple[str, ...]
+    scores: np.ndarray
+    labels: np.ndarray
+    tasks: tuple[TaskSlice, ...] = ()
+
+    def names(self, row: int) -> list[str]:
+        """Return the labels of a row, in class order."""
+        return [self.classes[c] for c in np.flatnonzero(self.labels[row])]
+
+    def by_task(self, row: int) -> dict[str, list[str]]:
+        """Return the labels of a row for each of several tasks, {"color": ["red"]}."""
+        return {
+            task.name: [task.own_class(self.classes[c]) for c in task.numbers[self.labels[row, task.columns]]]
+            for task in self.tasks
+        }
+
+
+def predict_split(run: Run, store: FeatureStore, split: str | None = None, *, device: str = "auto") -> Predictions:
+    """Predict the rows of a split, in the store's order.
+
+    By default those of the splits that have no labels at all; else those without labels; else the test split.
+    Raises RunError if the run was trained on another store, DataError if there are no such rows.
+    """
+    tables = StoreTables([run], store, device)
+    rows = _rows_to_predict(store, split)
+    return _predict(run, tables, rows, [store.ids[row] for row in rows])
+
+
+def predict_samples(
+    run: Run,
+    samples: Samples,
+    *,
+    device: str = "auto",
+    max_bad: float = 1.0,
+    on_progress: Callable[[str, int, int], None] = lambda modality, done, total: None,
+) -> Predictions:
+    """Predict raw samples: they pass the run's own encoders first. What a sample lacks counts as absent.
+
+    Raises RunError if an encoder is not the one the run was trained with, BadSampleError if a sample can't be used and
+    ``max_bad`` (the share that may) is exceeded, DataError if the samples have no modality that the run reads.
+    """
+    sources: dict[str, list[ImageSource | str | None]] = {
+        "image": list(samples.images or []),
+        "text": [" ".join(texts) for texts in samples.texts or []],
+    }
+    n = len(samples.ids)
+    if not any(sources[modality] for modality in run.modalities):
+        raise DataError(f"run {run.name} reads {' and '.join(run.modalities)}; give at least one of them")
+    device = resolve_device(device)
+    encoded: dict[Asked, Encoded] = {}
+    present: dict[str, torch.Tensor] = {}
+    asked: dict[str, dict[str, list[Asked]]] = {modality: {} for modality in run.modalities}  # by encoder
+    for name, group in run.features.items():
+        for used in group:
+            asked[split_name(name)[0]].setdefault(used.source, []).append((name, used))
+    needed = [source for modality, wanted in asked.items() if sources[modality] for source in wanted]
+    opened = {source: open_encoder(_beside(run, source), device) for source in dict.fromkeys(needed)}
+    for modality, by_encoder in asked.items():
+        bad: dict[int, BadSampleError] = {}
+        for source, wanted in by_encoder.items():
+            encoded |= {one: Encoded.empty(*one, n) for one in wanted}
+            if sources[modality]:
+                for _, used in wanted:
+                    tower = _checked_tower(run, opened[source], modality, used)
+                outs = [encoded[one] for one in wanted]
+                bad.update(_encode(tower, sources[modality], outs, device, on_progress))
+        if bad:
+            row, error = next(iter(bad.items()))
+            first = f"{getattr(sources[modality][row], 'name', samples.ids[row])}: {error}"
+            if len(bad) > max_bad * n:
+                raise BadSampleError(first)
+            logger.warning("%s of %s samples predicted without their %s; the first: %s", len(bad), n, modality, first)
+        present[modality] = torch.tensor([bool(sources[modality]) and row not in bad for row in range(n)])
+    if not any(mask.any() for mask in present.values()):
+        raise DataError(f"no sample has a usable {' or '.join(run.modalities)}, which run {run.name} reads")
+
+    def table_of(member: Member) -> FeatureTable:
+        features = {
+            name: Encoded.columns([encoded[(name, used)] for used in group]) for name, group in member.features.items()
+        }
+        return FeatureTable(
+            features=features,
+            present={name: present[split_name(name)[0]] for name in features},
+            targets=torch.zeros(n, len(run.classes), dtype=torch.uint8),
+            labelled=np.zeros(n, bool),
+            splits=np.array([""] * n),
+        ).to(device)
+
+    return _predict(run, table_of, np.arange(n), samples.ids)
+
+
+def read_input(path: Path, run: Run) -> Samples:
+    """Read new samples from a table, by the dataset's own columns or else by columns id, image and text.
+
+    Image paths are relative to the table's folder. Raises DataError if there is no such file, or no image or text
+    column in it.
+    """
+    if not path.is_file():
+        raise DataError(f"no such file: {path}")
+    columns = read_columns(path)
+    reader = run.manifest.open_reader()
+    fields: dict[str, Any] = {}
+    for key in ("id", "image", "text"):
+        declared = getattr(reader, key, None) if isinstance(reader, TableReader) else None
+        if declared and TableReader.places(declared) <= columns.keys():
+            fields[key] = declared
+        elif key in columns:
+            fields[key] = key
+    if not {"image", "text"} & fields.keys():
+        raise DataError(f"{path}: needs a column image or text; its columns are: {', '.join(columns)}")
+    return TableReader(files={"input": path.name}, **fields).read(path.parent)
+
+
+def _beside(run: Run, source: str) -> EncoderSpec:
+    """Return the spec that opens an encoder; an alignment that is not where it was may be beside the run."""
+    spec = EncoderSpec.parse(source)
+    place = run.path.resolve().parent / Path(spec.model).name if run.path is not None else Path(spec.model)
+    moved = is_derived(source) and not Path(spec.model).is_dir() and place.is_dir()
+    return EncoderSpec(spec.family, str(place), spec.weights) if moved else spec
+
+
+def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
+    known = ", ".join(np.unique(store.splits).tolist())
+    if split is not None:
+        rows = np.flatnonzero(store.splits == split)
+        if not len(rows):
+            raise DataError(f"{store.dataset} has no rows in split {split!r}; its splits are: {known}")
+        return rows
+    labelled = is_labelled(store.targets)
+    # A training row that happens to have no label is none of those to submit.
+    trained = np.unique(store.splits[labelled])  # by name: isin takes strings one by one
+    for chosen in (~np.isin(store.splits, trained), ~labelled, store.splits == "test"):
+        if chosen.any():
+            return np.flatnonzero(chosen)
+    raise DataError(f"every row of {store.dataset} is labelled and none is in a test split; name one of: {known}")
+
+
+def _predict(run: Run, table_of: Callable[[Member], FeatureTable], rows: np.ndarray, ids: list[str]) -> Predictions:
+    scores = run.scores(table_of, torch.from_numpy(rows))
+    return Predictions(ids, run.classes, scores, run.decide(scores), tuple(task for task in run.tasks if task.name))
+
+
+def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: UsedFeatures) -> Tower:
+    tower = towers.get(modality)
+    if tower is None or provenance_key({**tower.provenance, "dtype": used.dtype}) != used.key:
+        raise RunError(
+            f"run {run.name} was trained with other weights or preprocessing than {used.source} has now; "
+            f"bring them back, or extract and train again"
+        )
+    return tower
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What a run reads of n raw samples, in the store's dtype: pooled features (n, D), or n samples' tokens."""
+
+    view: str
+    used: UsedFeatures
+    rows: list[np.ndarray]
+
+    @classmethod
+    def empty(cls, name: str, used: UsedFeatures, n: int) -> "Encoded":
+        """Return those of samples that lack the modality."""
+        view = read_view(name, used)
+        dtype = np.dtype("<i8") if view == IDS else DTYPES[used.dtype]
+        shape = {TOKENS: (0, used.width), IDS: (0,)}.get(view, (used.width,))
+        return cls(view, used, [np.zeros(shape, dtype)] * n)
+
+    def put(self, row: int, value: np.ndarray) -> bool:
+        """Take a sample's features; return whether they are finite in the store's dtype."""
+        empty = self.rows[row]
+        if self.view == FLAT:
+            side_by_side = np.zeros_like(empty, value.dtype)
+            kept = value.reshape(-1)[: self.used.width]  # fewer tokens leave zeros at the end
+            side_by_side[: len(kept)] = kept
+            value = side_by_side
+        with np.errstate(over="ignore"):
+            value = value.astype(empty.dtype)
+        finite = bool(np.isfinite(value).all())
+        if finite:
+            self.rows[row] = value
+        return finite
+
+    @staticmethod
+    def columns(parts: "Sequence[Encoded]") -> Tensor | Tokens:
+        """Return what a model reads: several encoders' pooled features side by side, or one's tokens."""
+        first = parts[0]
+        if first.view in (TOKENS, IDS):
+            rows = [torch.from_numpy(row) for row in first.rows]
+            return Tokens(rows, first.used.width if first.view == IDS else 0)
+        return torch.from_numpy(np.concatenate([np.stack(part.rows) for part in parts], axis=1))
+
+
+@idle_threads()
+def _encode(
+    tower: Tower,
+    sources: Sequence[ImageSource | str | None],
+    outs: Sequence[Encoded],
+    device: str,
+    on_progress: Callable[[str, int, int], None],
+) -> dict[int, BadSampleError]:
+    """Pass samples through an encoder, to each of ``outs``, and return the rows that can't be used."""
+    bad: dict[int, BadSampleError] = {}
+    views = [*stored_views([out.view for out in outs])]
+    size = BATCH_SIZE[device.partition(":")[0]]
+    with prepare_in_order(tower, sources, range(len(sources)), 4 * size) as prepared:
+        window = []
+        for row, item in enumerate(prepared):
+            window.append(item)
+            if is_bad(item):
+                bad[row] = item
+            if len(window) == size or row == len(sources) - 1:
+                adapt_threads()
+                first = row + 1 - len(window)
+                encoded = encode_prepared(tower, window, tuple(dict.fromkeys(views)), size)
+                for out, view in zip(outs, views, strict=True):
+                    for i, value in enumerate(encoded[view]):
+                        if value is not None and not out.put(first + i, value):
+                            bad[first + i] = BadSampleError(f"its features are not finite in {out.used.dtype}")
+                window = []
+                on_progress(tower.modality, row + 1, len(sources))
+    return bad

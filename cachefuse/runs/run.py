@@ -1,0 +1,164 @@
+"""A run: one trained model, or several whose scores are averaged, with what they read and how well they did."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cachefuse.data.manifest import Manifest
+from cachefuse.errors import RunError
+from cachefuse.feature_spec import modalities_of, split_name
+from cachefuse.fusion.model import FusionModel
+from cachefuse.metrics import TaskSlice, decide_tasks
+from cachefuse.runs.features import UsedByName, UsedFeatures
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.feature_table import FeatureTable
+from cachefuse.training.held_out import HeldOut, Result
+from cachefuse.training.inference import predict_scores
+from cachefuse.training.loop import History
+
+
+@dataclass(frozen=True)
+class Member:
+    """One model of a run: its settings, what it reads, and how much its scores weigh in the run's.
+
+    ``fold`` is the part of the rows held out that it has not seen, where each model has one of its own.
+    """
+
+    config: TrainConfig
+    features: UsedByName
+    model: FusionModel
+    weight: float
+    fold: int | None = None
+
+
+@dataclass
+class Run:
+    """A trained model, or several whose scores are averaged, with what it was trained on and how well it did.
+
+    ``thresholds`` (C,) are what a label's score must reach. ``results`` are by split; "oof" is train and val, out of
+    fold. ``histories`` are those of the models that ``held`` was measured by. ``sources`` names the runs that an
+    ensemble was made of.
+    """
+
+    name: str
+    dataset: str
+    manifest: Manifest
+    classes: tuple[str, ...]
+    config: TrainConfig
+    members: list[Member]
+    thresholds: np.ndarray
+    histories: list[History]
+    held: HeldOut | None
+    split_digest: str
+    results: dict[str, Result] = field(default_factory=dict)
+    sources: tuple[str, ...] = ()
+    seconds: float = 0.0
+    created: str = ""
+    path: Path | None = None
+
+    @property
+    def task(self) -> str:
+        return self.manifest.task
+
+    @property
+    def tasks(self) -> tuple[TaskSlice, ...]:
+        """What its columns of scores are of."""
+        return self.manifest.task_slices(self.classes)
+
+    @property
+    def several(self) -> bool:
+        """Whether the dataset declares tasks, each with classes and metrics of its own."""
+        return bool(self.manifest.tasks)
+
+    @property
+    def features(self) -> UsedByName:
+        """What its members read, each once, by name."""
+        union: dict[str, dict[UsedFeatures, None]] = {}
+        for member in self.members:
+            for name, group in member.features.items():
+                union.setdefault(name, {}).update(dict.fromkeys(group))
+        return {name: tuple(group) for name, group in sorted(union.items())}
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that its members read."""
+        return modalities_of(self.features)
+
+    @property
+    def encoders(self) -> tuple[tuple[str, str], ...]:
+        """The encoders that its features are of, each with its modality, once."""
+        named = ((used.encoder, split_name(name)[0]) for name, group in self.features.items() for used in group)
+        return tuple(dict.fromkeys(named))
+
+    @property
+    def metrics(self) -> dict[str, dict[str, float]]:
+        return {split: result.metrics for split, result in self.results.items()}
+
+    @property
+    def interrupted(self) -> bool:
+        return any(history.interrupted for history in self.histories)
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(member.model.n_parameters for member in self.members)
+
+    @property
+    def size_mb(self) -> float:
+        """The models' size in MB (10^6 bytes), statistics included."""
+        return sum(member.model.size_mb for member in self.members)
+
+    def scores(self, table_of: Callable[[Member], FeatureTable], rows: Tensor) -> np.ndarray:
+        """Return the members' mean probabilities (n, C) float32 of some rows of the tables that they read."""
+        return self._mean(self.members, table_of, rows)
+
+    def held_out_scores(self, table_of: Callable[[Member], FeatureTable]) -> np.ndarray:
+        """Return what the members say (n, C) of the rows held out, each of those that it has not seen.
+
+        Raises RunError if there are no such rows, or the members were trained on them since.
+        """
+        held, folds = self.held, [member.fold for member in self.members]
+        if held is None:
+            raise RunError(f"run {self.name} has no rows held out; train with --folds, or name a labelled --split")
+        if self.config.refit or (self.sources and self.config.folds):
+            raise RunError(f"the models of run {self.name} have seen the rows held out; name another labelled --split")
+        rows = torch.from_numpy(held.rows)
+        if None in folds:
+            return self.scores(table_of, rows)
+        scores = np.zeros((len(rows), len(self.classes)), np.float32)
+        for fold in set(folds):
+            mine = held.parts == fold
+            blind = [member for member in self.members if member.fold == fold]
+            scores[mine] = self._mean(blind, table_of, rows[mine])
+        return scores
+
+    def _mean(self, members: Sequence[Member], table_of: Callable[[Member], FeatureTable], rows: Tensor) -> np.ndarray:
+        def scores(member: Member) -> np.ndarray:
+            table = table_of(member)
+            model = member.model.to(table.targets.device)
+            return predict_scores(model, table, rows, member.config.resolve_loss(self.task), self.tasks)
+
+        if len(members) == 1:
+            return scores(members[0])
+        total = np.zeros((len(rows), len(self.classes)))
+        weights = sum(member.weight for member in members)
+        for member in members:
+            total += member.weight / weights * scores(member).astype(np.float64)
+        return total.astype(np.float32)
+
+    def decide(self, scores: np.ndarray) -> np.ndarray:
+        """Return the labels (n, C) bool that scores (n, C) come to."""
+        return decide_tasks(scores, self.tasks, self.thresholds)
+
+
+def split_digest(store: FeatureStore) -> str:
+    """Hash which sample, by id and content, is in which split: whether two runs were measured on the same rows."""
+    digest = hashlib.blake2b(digest_size=8)
+    for row in zip(store.ids, store.splits, store.digests, strict=True):
+        digest.update(("\0".join(row) + "\n").encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""Saving and loading a run: a directory of JSON and safetensors only, so that opening one runs no code.
+
+run.json              settings, classes, members with the features used and their keys, thresholds, metrics, versions
+model.safetensors     each member's weights and the statistics of its training rows
+history.json          loss and score of each epoch
+held_out.safetensors  scores of the rows that the metrics are of, by models that have not seen them
+README.md             the model card
+"""
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import save
+
+from cachefuse.files import to_json, write_atomically
+from cachefuse.runs.features import widths_of
+from cachefuse.runs.files import (
+    FORMATS,
+    HEAD,
+    HELD_ARRAYS,
+    HELD_OUT,
+    WEIGHTS,
+    describe,
+    describing,
+    load_held_out,
+    load_weights,
+    read_json,
+    write_run,
+)
+from cachefuse.runs.model_card import model_card
+from cachefuse.runs.run import Member, Run
+from cachefuse.training.build import build_model
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.held_out import Result
+from cachefuse.training.loop import History
+
+VERSIONS = ("cachefuse", "torch", "numpy", "scikit-learn", "zarr")
+
+
+def save_run(run: Run, runs: Path) -> Path:
+    """Write the run under ``runs`` in a new directory that is whole or not there at all; its card comes last."""
+    run.created = datetime.now(UTC).isoformat(timespec="milliseconds")
+    tensors = {
+        f"{i}.{name}": tensor.cpu().contiguous()
+        for i, member in enumerate(run.members)
+        for name, tensor in member.model.state_dict().items()
+    }
+    files = {WEIGHTS: save(tensors)}
+    if run.held is not None:
+        arrays = {name: getattr(run.held, name) for name in HELD_ARRAYS}
+        files[HELD_OUT] = safetensors.numpy.save(arrays, {"split": run.held.split})
+    files["history.json"] = to_json({"histories": [asdict(history) for history in run.histories]}).encode()
+    files["run.json"] = to_json(_to_dict(run)).encode()
+    run.path = write_run(runs, run.name, files)
+    run.name = run.path.name
+    write_atomically(run.path / "README.md", model_card(run).encode())
+    return run.path
+
+
+def load_run(path: Path) -> Run:
+    """Open a run directory. Raises RunError, naming the file, if it is incomplete or was edited into nonsense."""
+    about = describe(path)
+    with describing(path / "run.json"):
+        config = TrainConfig.from_dict(about.config)
+        tasks = about.manifest.task_slices(about.classes)
+        members = []
+        for member in about.members:
+            settings = TrainConfig.from_dict(member.config)
+            settings.resolve_loss(about.manifest.task)
+            widths = widths_of(member.features)
+            with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
+                model = build_model(settings, widths, len(about.classes), tasks)
+            members.append(Member(settings, member.features, model, member.weight, member.fold))
+    values = read_json(path / "history.json")
+    with describing(path / "history.json"):
+        histories = TypeAdapter(list[History]).validate_python(values["histories"])
+    load_weights([member.model for member in members], path / WEIGHTS)
+    return Run(
+        name=path.resolve().name,
+        dataset=about.dataset,
+        manifest=about.manifest,
+        classes=about.classes,
+        config=config,
+        members=members,
+        thresholds=np.array(about.thresholds),
+        histories=histories,
+        held=load_held_out(path / HELD_OUT, len(about.classes), [member.fold for member in members]),
+        split_digest=about.split_digest,
+        results={split: Result(**result.model_dump()) for split, result in about.results.items()},
+        sources=about.sources,
+        seconds=about.seconds,
+        created=about.created,
+        path=path,
+    )
+
+
+def _to_dict(run: Run) -> dict[str, Any]:
+    return {
+        "kind": HEAD,
+        "format": FORMATS[HEAD],
+        "created": run.created,
+        "dataset": run.dataset,
+        "manifest": run.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),
+        "classes": list(run.classes),
+        "config": run.config.to_dict(),
+        "members": [
+            {
+                "config": member.config.to_dict(),
+                "features": {name: [asdict(used) for used in group] for name, group in member.features.items()},
+                "weight": member.weight,
+                "fold": member.fold,
+            }
+            for member in run.members
+        ],
+        "sources": list(run.sources),
+        "thresholds": run.thresholds.tolist(),
+        "split_digest": run.split_digest,
+        "interrupted": run.interrupted,
+        "results": {split: asdict(result) for split, result in run.results.items()},
+        "seconds": round(run.seconds, 3),
+        "parameters": run.n_parameters,
+        "size_mb": round(run.size_mb, 6),
+        "versions": {name: version(name) for name in VERSIONS},
+    }

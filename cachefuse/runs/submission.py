@@ -1,0 +1,98 @@
+"""A competition's submission file: written only if the competition would accept it."""
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+from cachefuse.data.manifest import Manifest
+from cachefuse.data.readers.table import read_columns
+from cachefuse.errors import SubmissionError
+from cachefuse.files import write_atomically
+from cachefuse.runs.predict import Predictions
+
+
+def write_submission(
+    predictions: Predictions, manifest: Manifest, path: Path, sample_submission: Path | None = None
+) -> Path:
+    """Write predictions in the manifest's format: one row an id, its labels in class order; a column for each task.
+
+    A ``path`` that ends in .json gets a list of objects with these columns as keys, and whole numbers as ids where they
+    are: what the evaluation of VQA reads. Rows stand in the order of the test file, or of ``sample_submission`` if one
+    is given. Raises SubmissionError, and writes nothing, if an id occurs twice, a row has too few labels, or the rows
+    are not those of the sample.
+    """
+    check_target(path)
+    columns = manifest.submission
+    names = tuple(task.name for task in predictions.tasks) or (columns.labels,)
+    rows = {
+        sample: list(predictions.by_task(i).values()) or [predictions.names(i)]
+        for i, sample in enumerate(predictions.ids)
+    }
+    _check(predictions, manifest)
+    order = predictions.ids
+    if sample_submission is not None:
+        order = _check_sample(sample_submission, (columns.id, *names), rows)
+    lines = [(sample, *(columns.separator.join(labels) for labels in rows[sample])) for sample in order]
+    write_atomically(path, _as_text(path, (columns.id, *names), lines).encode("utf-8"))
+    return path
+
+
+def _as_text(path: Path, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+    if path.suffix == ".json":
+        whole = all(sample.isdecimal() and len(sample) < 19 and str(int(sample)) == sample for sample, *_ in lines)
+        found = [(int(sample) if whole else sample, *labels) for sample, *labels in lines]
+        return json.dumps([dict(zip(header, line, strict=True)) for line in found], ensure_ascii=False) + "\n"
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([header, *lines])
+    return text.getvalue()
+
+
+def check_target(path: Path) -> None:
+    """Raise SubmissionError if no file can be written there: better before hours of encoding than after."""
+    if path.is_dir():
+        raise SubmissionError(f"can't write {path}: it is a folder")
+    if not path.parent.is_dir():
+        raise SubmissionError(f"can't write {path}: there is no folder {path.parent}")
+
+
+def _check(predictions: Predictions, manifest: Manifest) -> None:
+    repeated = [sample for sample, n in Counter(predictions.ids).items() if n > 1]
+    if repeated:
+        raise SubmissionError(f"id {repeated[0]!r} would be in the submission twice")
+    for task in manifest.task_slices(predictions.classes):
+        least = 1 if task.one_label else task.min_labels
+        for i, n in enumerate(predictions.labels[:, task.columns].sum(axis=1).tolist()):
+            if n < least:
+                of = f"task {task.name}" if task.name else "the task"
+                raise SubmissionError(f"row {predictions.ids[i]!r} has {n} labels; {of} asks for at least {least}")
+        for name in predictions.classes[task.columns]:
+            several = task.n_classes > 1 and not task.one_label
+            if several and manifest.submission.separator in task.own_class(name):
+                raise SubmissionError(
+                    f"class {name!r} contains the separator {manifest.submission.separator!r}; set another in the "
+                    f"manifest's [submission]"
+                )
+
+
+def _check_sample(path: Path, columns: tuple[str, ...], rows: Collection[str]) -> list[str]:
+    """Return the sample's ids in its order, once they are found to be the predicted ones."""
+    if not path.is_file():
+        raise SubmissionError(f"no sample submission at {path}")
+    sample = read_columns(path)
+    if tuple(sample) != columns:
+        raise SubmissionError(
+            f"{path.name} has columns {', '.join(sample)}, but the manifest's [submission] says {', '.join(columns)}"
+        )
+    ids = [str(value) for value in sample[columns[0]]]
+    for problem, wrong in (
+        ("lists an id twice", [name for name, n in Counter(ids).items() if n > 1]),
+        ("has ids that are not predicted", [name for name in ids if name not in rows]),
+        ("lacks ids that are predicted", sorted(set(rows) - set(ids))),
+    ):
+        if wrong:
+            raise SubmissionError(f"{path.name} {problem}: {len(wrong):,}, such as {wrong[0]!r}")
+    return ids

@@ -1,0 +1,96 @@
+"""From a store to a run: the features are opened, the models trained and measured."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from cachefuse.errors import ConfigError
+from cachefuse.fusion.model import FusionModel
+from cachefuse.runs.features import UsedByName, used_features
+from cachefuse.runs.results import measure
+from cachefuse.runs.run import Member, Run, split_digest
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.build import build_model
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.data import Problem, open_problem
+from cachefuse.training.train import Progress, train_problem
+
+
+def train_head(
+    store: FeatureStore,
+    config: TrainConfig,
+    *,
+    encoders: Sequence[str] = (),
+    device: str = "auto",
+    max_size_mb: float | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Run:
+    """Train a head on a store's ``train`` rows and measure it on every labelled split; nothing is written.
+
+    With ``config.folds``, ``train`` and ``val`` are taken together, and each part is measured by a model that has not
+    seen it ("oof"). Of ``train`` itself at most 100,000 rows, evenly spread, are measured.
+
+    ``encoders`` name the features to use, by default all that the store has. ``max_size_mb`` is the most that the
+    model may take, in 10^6 bytes. Raises ConfigError for settings that don't fit the dataset, a model that is too
+    large, or a modality that no training row has, DataError without training rows, TrainingError if training diverges.
+    """
+    problem, chosen = open_problem(store, encoders, device, config.views)
+    used = used_features(chosen, problem.widths)
+    return train_run(store, problem, used, config, max_size_mb=max_size_mb, on_progress=on_progress)
+
+
+def train_run(
+    store: FeatureStore,
+    problem: Problem,
+    used: UsedByName,
+    config: TrainConfig,
+    *,
+    max_size_mb: float | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Run:
+    """Do what ``train_head`` does, with a problem that is open already."""
+    begun = time.perf_counter()
+    config = problem.resolve(config)
+    with torch.device("meta"):
+        untrained = build_model(config, problem.widths, len(problem.classes), problem.tasks)
+    _check_size(untrained, config, max_size_mb)
+    problem = problem.only(list(untrained.widths)).shuffled(config)
+    trained = train_problem(problem, config, on_progress)
+    own = {name: used[name] for name in untrained.widths}
+    run = Run(
+        name=f"{store.dataset}-{config.fusion}-{config.head_name}-{config.loss}",
+        dataset=store.dataset,
+        manifest=store.manifest,
+        classes=problem.classes,
+        config=config,
+        members=[
+            Member(settings, own, model, 1 / len(trained.members), fold) for settings, model, fold in trained.members
+        ],
+        thresholds=trained.thresholds,
+        histories=trained.histories,
+        held=trained.held,
+        split_digest=split_digest(store),
+    )
+    run.results = measure(problem, run, lambda member: problem.table)
+    run.seconds = time.perf_counter() - begun
+    return run
+
+
+def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float | None) -> None:
+    if max_size_mb is None:
+        return
+    if not 0 < max_size_mb < math.inf:
+        raise ConfigError(f"max-size-mb must be a number above 0. Got {max_size_mb:g} instead")
+    n_models = config.members * (1 if config.refit else max(1, config.folds))
+    size = n_models * model.size_mb
+    if size > max_size_mb:
+        ways = ["smaller --layers"] * (config.head != "linear" and not config.writes) + ["fewer --members"] * (
+            config.members > 1
+        )
+        ways += ["--refit, which keeps one model a seed and not one a fold"] * bool(config.folds and not config.refit)
+        raise ConfigError(
+            f"the model would take {size:.2f} MB{f' ({n_models} of them)' if n_models > 1 else ''}, and max-size-mb is "
+            f"{max_size_mb:g}; take {', or '.join(ways) or 'fewer encoders'}"
+        )

@@ -1,0 +1,78 @@
+"""What is in a store: arrays with their shapes, dtypes, sizes and progress, what made them, and what is bad."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachefuse.data.splits import ordered_splits
+from cachefuse.store.features import Features
+from cachefuse.store.samples import BadSample
+from cachefuse.store.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class StoredView:
+    """One view: its shape ("T" where rows differ in their number of tokens), rows there of all, bytes on the disk."""
+
+    encoder: str
+    modality: str
+    view: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    done: int
+    rows: int
+    blocks: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A store at a glance; ``provenance`` by (encoder, modality), ``present`` by modality."""
+
+    path: Path
+    dataset: str
+    extracted: str
+    rows: int
+    splits: dict[str, int]
+    classes: tuple[str, ...]
+    present: dict[str, int]
+    views: tuple[StoredView, ...]
+    sources: dict[tuple[str, str], str]
+    provenance: dict[tuple[str, str], dict[str, str]]
+    bad: tuple[BadSample, ...]
+
+
+def inspect_store(store: FeatureStore) -> Inspection:
+    """Say what is in a store. Nothing but its samples and its journals is read."""
+    features = store.features()
+    counts = Counter(str(split) for split in store.splits)
+    return Inspection(
+        path=store.path,
+        dataset=store.dataset,
+        extracted=store.extracted,
+        rows=len(store),
+        splits={split: counts[split] for split in ordered_splits(counts)},
+        classes=store.classes,
+        present={modality: int(store.present(modality).sum()) for modality in store.modalities},
+        views=tuple(_view(group, name) for group in features for name in group.views),
+        sources={(group.encoder, group.modality): group.source for group in features},
+        provenance={(group.encoder, group.modality): {**group.provenance, "key": group.key} for group in features},
+        bad=tuple(store.ledger()),
+    )
+
+
+def _view(features: Features, name: str) -> StoredView:
+    view, n_blocks = features.views[name], features.n_blocks(name)
+    row_shape: tuple[int | str, ...] = ("T", *view.token_shape) if view.ragged else view.row_shape
+    written = [features.written(name, block) for block in range(n_blocks)]
+    return StoredView(
+        encoder=features.encoder,
+        modality=features.modality,
+        view=name,
+        shape=(features.n_rows, *row_shape),
+        dtype=view.dtype,
+        done=features.n_rows - len(features.missing_rows(name)),
+        rows=features.n_rows,
+        blocks=n_blocks,
+        n_bytes=sum(size for block in written if block for size, _ in block.files.values()),
+    )

@@ -1,0 +1,118 @@
+"""Opening a view: its blocks mapped where they lie as cachefuse writes them, else read by zarr-python."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from cachefuse.store.blocks import BlockFile, Blocks, DamagedBlockError, MappedBlocks, ReadBlock, ZarrBlocks
+from cachefuse.store.format import checksum
+from cachefuse.store.mapped import AVAILABLE
+from cachefuse.store.rows import RaggedRows, Rows
+from cachefuse.store.shard import check_index, shard_bytes
+from cachefuse.store.views import View, Written, block_name
+
+
+def open_rows(view: View, group: Path, name: str, n_rows: int, written: Mapping[int, Written]) -> Rows:
+    """Open a view's rows, which lie in a group; ``written`` are the blocks that are there, ``name`` is for messages.
+
+    Checks each shard's index (order, completeness, checksum). Raises CacheError, naming the block, if one is damaged.
+    """
+    opening = _Opening(view, group, name, n_rows, written)
+    foreign = not AVAILABLE or any(view.is_foreign(group, block) for block in (written if view.ragged else [0]))
+    offsets = opening.offsets(foreign) if view.ragged else None
+    files = {array: opening.files(array, offsets) for array in view.arrays}
+    foreign = foreign or not all(opening.is_in_order(array, files[array]) for array in view.arrays)
+    arrays = [opening.blocks(array, files[array], foreign) for array in view.arrays]
+    if offsets is not None:
+        return RaggedRows(arrays[0], offsets, n_rows, view.block_rows, *arrays[1:])
+    return Rows(arrays[0], n_rows, view.block_rows, *arrays[1:])
+
+
+@dataclass(frozen=True)
+class _Opening:
+    """One view that is being opened."""
+
+    view: View
+    group: Path
+    name: str
+    n_rows: int
+    written: Mapping[int, Written]
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.n_rows // self.view.block_rows)
+
+    def offsets(self, foreign: bool) -> np.ndarray:
+        """Return (n_blocks, block_rows + 1) offsets of a ragged view; zeros where a block is not there."""
+        array = self.view.offsets
+        offsets = np.zeros((self.n_blocks, self.view.block_rows + 1), np.int64)
+        read = _reader(self.group / array, 1) if foreign and self.written else None
+        for block, written in self.written.items():
+            file = self.view.files(self.group, block)[array]
+            try:
+                values = np.fromfile(file, "<i8") if read is None else read(block, slice(0, 1))[0]
+            except Exception as error:  # whatever zarr-python raises on what was changed
+                raise DamagedBlockError(self.name, block, file, str(error)) from error
+            fits = values.shape == offsets[block].shape and values[0] == 0 and (np.diff(values) >= 0).all()
+            if not fits or checksum(values) != written.files[array][1]:
+                raise DamagedBlockError(self.name, block, file, "its offsets are not those that were written")
+            offsets[block] = values
+        return offsets
+
+    def files(self, array: str, offsets: np.ndarray | None) -> list[BlockFile | None]:
+        """Return each block's file of an array; None where a block is not there."""
+        files: list[BlockFile | None] = [None] * self.n_blocks
+        for block, written in self.written.items():
+            n_rows = written.rows if offsets is None else int(offsets[block, -1])
+            files[block] = BlockFile(self.view.files(self.group, block)[array], n_rows, written.files[array][1])
+        return files
+
+    def is_in_order(self, array: str, files: list[BlockFile | None]) -> bool:
+        """Whether every shard's inner chunks are all there, in order. Raises CacheError if an index is damaged."""
+        shape, dtype = self.view.arrays[array]
+        row_bytes = math.prod(shape) * dtype.itemsize
+        states = set()
+        for block, file in enumerate(files):
+            if file is not None:
+                rows = file.n_rows if self.view.ragged else self.view.block_rows
+                fits = file.path.stat().st_size == shard_bytes(rows, row_bytes)
+                states.add(check_index(file.path, rows, row_bytes) if fits else "damaged")
+                if "damaged" in states:
+                    raise DamagedBlockError(self.name, block, file.path, "its index is not that of a whole shard")
+        return "foreign" not in states
+
+    def blocks(self, array: str, files: list[BlockFile | None], foreign: bool) -> Blocks:
+        """Return an array's blocks: mapped, or where another program laid them out, read by zarr-python."""
+        shape, dtype = self.view.arrays[array]
+        if not foreign:
+            return MappedBlocks(self.name, files, shape, dtype)
+        place = self.group / array
+        read = _ragged_reader(place) if self.view.ragged else _reader(place, self.view.block_rows)
+        return ZarrBlocks(self.name, files, shape, dtype, read)
+
+
+def _reader(path: Path, block_rows: int) -> ReadBlock:
+    array = cache(partial(zarr.open_array, path, mode="r"))  # opened once, and where reading can say what is damaged
+
+    def read(block: int, rows: slice | np.ndarray) -> np.ndarray:
+        opened: Any = array()
+        first = block * block_rows
+        if isinstance(rows, slice):
+            return np.asarray(opened[first + rows.start : first + rows.stop])
+        return np.asarray(opened.oindex[first + rows])
+
+    return read
+
+
+def _ragged_reader(path: Path) -> ReadBlock:
+    def read(block: int, rows: slice | np.ndarray) -> np.ndarray:
+        array: Any = zarr.open_array(path / block_name(block), mode="r")
+        return np.asarray(array.oindex[rows])
+
+    return read

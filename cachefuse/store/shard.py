@@ -1,0 +1,130 @@
+"""One shard file: a Zarr v3 `sharding_indexed` chunk, uncompressed, its inner chunks in order and its index at the end.
+
+    rows, padded with zeros to whole inner chunks | (offset, bytes) of each inner chunk, <u8 | CRC-32C of those, <u4
+
+Such a file is one run of rows, so that it can be written as a stream and read through a memory map.
+"""
+
+import ctypes
+import os
+import sys
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from cachefuse.files import make_folder, sync_folder
+from cachefuse.store.format import CHUNKS_PER_BLOCK, checksum
+
+INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+
+SYNC_BYTES = 1 << 20  # after which the disk is set to work
+_SYNC_FILE_RANGE_WRITE = 2
+
+
+def chunk_rows(rows: int) -> int:
+    """Return the rows of one inner chunk of a shard of ``rows`` rows; the last chunk may have to be padded."""
+    return max(1, -(-rows // min(CHUNKS_PER_BLOCK, max(1, rows))))
+
+
+def padded_rows(rows: int) -> int:
+    """Return the rows of a shard that holds ``rows``, padding included: whole inner chunks."""
+    size = chunk_rows(rows)
+    return max(1, -(-rows // size)) * size
+
+
+def shard_index(rows: int, row_bytes: int) -> bytes:
+    """Return the index, with its checksum, of a shard of ``rows`` rows whose inner chunks are all there, in order."""
+    size = chunk_rows(rows) * row_bytes
+    offsets = np.arange(padded_rows(rows) // chunk_rows(rows), dtype="<u8") * size
+    index = np.stack([offsets, np.full_like(offsets, size)], axis=1).tobytes()
+    return index + checksum(index).to_bytes(4, "little")
+
+
+def shard_bytes(rows: int, row_bytes: int) -> int:
+    """Return the size of a shard file."""
+    return padded_rows(rows) * row_bytes + len(shard_index(rows, row_bytes))
+
+
+def check_index(path: Path, rows: int, row_bytes: int) -> str:
+    """Return "whole" if a shard's index is as it was written, "foreign" if it is another valid one, else "damaged".
+
+    Another writer may put the inner chunks in another order, or leave out those that are all zero.
+    """
+    expected = shard_index(rows, row_bytes)
+    with path.open("rb") as file:
+        file.seek(-min(len(expected), os.fstat(file.fileno()).st_size), os.SEEK_END)
+        found = file.read()
+    if found == expected:
+        return "whole"
+    return "foreign" if checksum(found[:-4]).to_bytes(4, "little") == found[-4:] else "damaged"
+
+
+class ShardWriter:
+    """Writes one shard as a stream, in a temporary file beside it: the shard is there whole or not at all.
+
+    Use it as a context manager: what was not finished is removed.
+    """
+
+    def __init__(self, temporary: Path) -> None:
+        make_folder(temporary.parent)
+        self.n_rows = 0
+        self.crc = 0  # of the rows, without padding
+        self._temporary = temporary
+        self._unsynced = 0
+        self._file: BinaryIO = temporary.open("wb")
+
+    def append(self, rows: np.ndarray) -> None:
+        """Append rows (n, ...); little-endian, and contiguous."""
+        self.crc = checksum(rows, self.crc)
+        self.n_rows += len(rows)
+        self._file.write(rows.data if rows.size else b"")
+        self._unsynced += rows.nbytes
+        if self._unsynced >= SYNC_BYTES:
+            self._unsynced = 0
+            _start_sync(self._file)
+
+    def finish(self, path: Path, shard_rows: int, row_bytes: int) -> int:
+        """Pad to a shard of ``shard_rows``, have it on the disk and move it to its place; return its size in bytes."""
+        self._file.truncate(self._file.seek(padded_rows(shard_rows) * row_bytes))
+        self._file.write(shard_index(shard_rows, row_bytes))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        size = self._file.tell()
+        self._file.close()
+        make_folder(path.parent)
+        os.replace(self._temporary, path)
+        sync_folder(path.parent)
+        return size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove what was not finished."""
+        with suppress(OSError):  # on a full disk what is still in the buffer can't be written; nobody needs it
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def _start_sync(file: BinaryIO) -> None:
+    """Have the disk begin with what was written, so that less is left when it has to be waited for; only on Linux."""
+    sync_file_range = _sync_file_range()
+    if sync_file_range:
+        sync_file_range(file.fileno(), 0, 0, _SYNC_FILE_RANGE_WRITE)  # advice: an error will show at the fsync
+
+
+@cache
+def _sync_file_range() -> Any:
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if function:
+        function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    return function

@@ -1,0 +1,98 @@
+"""Token features as sequences: fixed or ragged rows of the store, read as batches padded to their longest row."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from cachefuse.store.rows import RaggedRows, Rows
+
+CHUNK_TOKENS = 1 << 16  # brought into memory at a time
+WINDOW = 32  # batches whose rows are sorted by length together
+
+
+class SequenceWidth(int):
+    """The width D of tokens (T, D), which knows how many tokens a sample has at most; of ids, their vocabulary."""
+
+    n_tokens: int
+
+    def __new__(cls, width: int, n_tokens: int) -> "SequenceWidth":
+        self = super().__new__(cls, width)
+        self.n_tokens = n_tokens
+        return self
+
+    def __reduce__(self) -> Any:
+        return type(self), (int(self), self.n_tokens)  # for copies, such as that of the model for averaged weights
+
+
+class Tokens:
+    """N samples of (T_i, D) tokens, or of (T_i,) token ids: stored rows, or N tensors in memory.
+
+    ``shape`` is (N, D), with D a ``SequenceWidth``. For ids, which have no width, ``vocabulary`` stands for it.
+    """
+
+    device = torch.device("cpu")
+
+    def __init__(self, rows: Rows | Sequence[Tensor], vocabulary: int = 0) -> None:
+        self._rows = rows
+        if isinstance(rows, RaggedRows):
+            self.lengths = rows.lengths
+        elif isinstance(rows, Rows):
+            self.lengths = np.full(len(rows), rows.shape[1], np.int64)
+        else:
+            self.lengths = np.array([len(row) for row in rows], np.int64)
+        longest = int(self.lengths.max(initial=1))
+        width = vocabulary or int(rows.shape[-1] if isinstance(rows, Rows) else rows[0].shape[-1])
+        self.is_ids = bool(vocabulary)
+        self.shape = (len(rows), SequenceWidth(width, longest))
+        self.ragged = bool((self.lengths != longest).any())
+        self.block_rows = rows.block_rows if isinstance(rows, Rows) else 1
+        self.nbytes = rows.nbytes if isinstance(rows, Rows) else sum(row.nbytes for row in rows)
+
+    def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the tokens (B, T, D), or ids (B, T) int64, of some rows (B,) and the mask (B, T) of those that are.
+
+        T is that of the longest of these rows, and at least 1.
+        """
+        x, mask = padded(self._rows, index)
+        if not x.shape[1]:
+            x, mask = x.new_zeros(len(x), 1, *x.shape[2:]), mask.new_zeros(len(x), 1)
+        return (x.long() if self.is_ids else x), mask
+
+    def chunks(self, rows: Tensor) -> Iterator[Tensor]:
+        """Yield the real tokens of some rows (n,), some rows' (n_tokens, D) at a time, in order."""
+        for part in rows.cpu().split(max(1, CHUNK_TOKENS // self.shape[1].n_tokens)):
+            x, mask = self.read(part)
+            yield x[mask]
+
+    def to(self, device: torch.device | str) -> "Tokens":
+        """Return these tokens where they are: as they are large, batches are copied to another device, one by one."""
+        return self
+
+
+def padded(rows: Rows | Tensor | Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the tokens (B, T, D), or ids (B, T), of some rows (B,), stored or in memory, and the mask (B, T)."""
+    if isinstance(rows, RaggedRows):
+        return rows.padded(index)
+    if isinstance(rows, Rows | Tensor):
+        x = rows.index_select(0, index)
+        return x, torch.ones(x.shape[:2], dtype=torch.bool)
+    some = [rows[i] for i in index.tolist()]
+    x = pad_sequence(some, batch_first=True)
+    return x, torch.arange(x.shape[1]) < torch.tensor([[len(row)] for row in some])
+
+
+def length_grouped(order: Tensor, lengths: np.ndarray, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Cut rows (n,) that are in a random order into batches of rows alike in length (N,), so that little is padding.
+
+    Rows are sorted by their length within windows of ``WINDOW`` batches; the batches come in a random order, and each
+    reads its rows in the order that they lie in. There are as many batches as without.
+    """
+    for window in order.split(WINDOW * size):
+        rows = window.cpu()
+        batches = rows[torch.from_numpy(lengths)[rows].argsort(stable=True)].split(size)
+        for i in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[i].sort().values.to(order.device)

@@ -1,0 +1,204 @@
+"""What there is to learn: features, targets and how they are judged; loaded once, for many trainings."""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cachefuse.data.folds import stratified_folds
+from cachefuse.data.splits import ordered_splits
+from cachefuse.device import resolve_device
+from cachefuse.encoders.base import Origin
+from cachefuse.errors import ConfigError, DataError
+from cachefuse.fusion.base import Learner
+from cachefuse.fusion.model import FusionModel
+from cachefuse.metrics import TaskSlice, bind_metrics, main_metric
+from cachefuse.store.features import Features
+from cachefuse.store.store import FeatureStore
+from cachefuse.training.config import TASK_LOSS, TrainConfig, why_no_head
+from cachefuse.training.feature_table import LOAD_ROWS, FeatureTable
+from cachefuse.training.selection import Views, load_table, pooled, select_features
+from cachefuse.training.tasks import check_stages, settle_tasks
+
+logger = logging.getLogger(__name__)
+
+
+TRAIN, VAL = "train", "val"
+OUT_OF_FOLD = "oof"  # train and val together, each row measured by a model that has not seen it
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A table of features and targets (N, C) on a device; ``metrics`` are those to report.
+
+    ``origins`` says where each modality's features are from, where they are of one encoder. ``tasks`` are what the
+    columns are of; left out, the one ``task``. Rows of one of the ``groups`` (N,), as those about one image, are never
+    parted by folds.
+    """
+
+    name: str
+    table: FeatureTable
+    classes: tuple[str, ...]
+    task: str
+    metrics: tuple[str, ...]
+    min_labels: int = 0
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    tasks: tuple[TaskSlice, ...] = ()
+    groups: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        tasks = self.tasks or (TaskSlice("", self.task, slice(0, len(self.classes)), self.min_labels),)
+        object.__setattr__(self, "tasks", tasks)
+        object.__setattr__(self, "metrics", bind_metrics(self.metrics, tasks))
+
+    @classmethod
+    def of(
+        cls, store: FeatureStore, table: FeatureTable, chosen: Mapping[str, Sequence[Features]] | None = None
+    ) -> "Problem":
+        """Return what a store's dataset asks of a table of its features, ``chosen`` by modality."""
+        about = store.manifest
+        origins = {m: Origin(group[0].source, group[0].provenance) for m, group in (chosen or {}).items()}
+        tasks = about.task_slices(store.classes)
+        metrics = about.reported_metrics
+        groups = None
+        for modality in store.modalities:
+            shared = store.shared_rows(modality)
+            if shared is not None:  # rows without what others share are each by themselves
+                groups = np.where(store.present(modality), shared, len(store) + np.arange(len(store)))
+        return cls(store.dataset, table, store.classes, about.task, metrics, about.min_labels, origins, tasks, groups)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The widths of the features at hand, by name."""
+        return {name: x.shape[1] for name, x in self.table.features.items()}
+
+    @property
+    def metric(self) -> str:
+        """The metric to prefer a model by."""
+        return main_metric(self.metrics)
+
+    @property
+    def device(self) -> torch.device:
+        return self.table.targets.device
+
+    @property
+    def splits(self) -> list[str]:
+        """The splits that have labelled rows: train and val first."""
+        return [split for split in ordered_splits(self.table.splits) if len(self.table.rows(split))]
+
+    def rows(self, *splits: str) -> Tensor:
+        """Return the labelled rows of some splits, (n,) int64, in the table's order."""
+        return torch.cat([self.table.rows(split) for split in splits]).sort().values
+
+    def targets(self, rows: Tensor) -> np.ndarray:
+        """Return the targets (n, C) of some rows, 0 or 1, or -1 where a row lacks the label of one of several tasks.
+
+        Of answers to questions they are from 0 to 1.
+        """
+        return self.table.targets[rows.to(self.device)].cpu().numpy()
+
+    def folds(self, rows: Tensor, k: int, seed: int) -> Tensor:
+        """Return the fold of each of some rows, (n,) int64, as ``stratified_folds`` shares them out, one group in one.
+
+        Raises ConfigError unless there are as many rows, or groups, as folds.
+        """
+        if self.groups is None:
+            return torch.from_numpy(stratified_folds(self.targets(rows), k, seed))
+        _, group = torch.from_numpy(self.groups)[rows.cpu()].unique(return_inverse=True)  # (n,)
+        labels = torch.zeros(int(group.max()) + 1, len(self.classes), dtype=torch.bool)
+        for row, of in zip(rows.split(LOAD_ROWS), group.split(LOAD_ROWS), strict=True):
+            have, label = np.nonzero(self.targets(row))
+            labels[of[have], label] = True  # a group has all the labels of its rows
+        return torch.from_numpy(stratified_folds(labels.numpy(), k, seed))[group]
+
+    def n_groups(self, rows: Tensor) -> int:
+        """Return how many folds some rows can be divided into at most."""
+        return len(rows) if self.groups is None else len(np.unique(self.groups[rows.cpu()]))
+
+    def resolve(self, config: TrainConfig) -> TrainConfig:
+        """Return settings with none left open.
+
+        Raises ConfigError for a loss that is not the task's, and as ``settle_tasks`` and ``check_stages`` do.
+        """
+        check_stages(config)
+        return settle_tasks(config, self.tasks).resolve(self.task, len(self.train_rows()), self.origins, self.classes)
+
+    def shuffled(self, config: TrainConfig) -> "Problem":
+        """Return the same problem with modalities shuffled as the settings ask for."""
+        return replace(self, table=self.table.shuffled(config.shuffle, config.seed)) if config.shuffle else self
+
+    def only(self, names: Sequence[str]) -> "Problem":
+        """Return the same problem with some of its features."""
+        return replace(self, table=self.table.only(names))
+
+    def train_rows(self) -> Tensor:
+        """Return the rows to train on. Raises DataError if there are none."""
+        rows = self.rows(TRAIN)
+        if not len(rows):
+            splits = ordered_splits(self.table.splits)
+            have = ", ".join(f"{split} has {len(self.rows(split)):,} labelled rows" for split in splits)
+            raise DataError(f"{self.name} has no labelled rows in its {TRAIN!r} split ({have})")
+        return rows
+
+
+def open_problem(
+    store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto", views: Views = pooled
+) -> tuple[Problem, dict[str, list[Features]]]:
+    """Open the views that are read of a store's features, by default all that are complete, and return the features,
+    by modality, with the problem that they pose.
+
+    A modality of which samples have several items (captions) is left out where there is another. Raises CacheError or
+    ConfigError if the features are not there, and ConfigError if the dataset's task has no head, or one class alone.
+    """
+    manifest = store.manifest
+    if manifest.task not in TASK_LOSS:
+        raise ConfigError(why_no_head(manifest.task))
+    for task in manifest.task_slices(store.classes):
+        if task.one_label and task.n_classes < 2:
+            one = f"{task.name or store.dataset} has one class only, {store.classes[task.columns][0]!r}"
+            raise ConfigError(f"{one}: there is nothing to tell apart")
+    chosen = select_features(store, encoders, views)
+    single = {modality: group for modality, group in chosen.items() if not store.has_several(modality)}
+    for modality in chosen.keys() - single.keys() if single else ():
+        logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
+    chosen = single or chosen
+    return Problem.of(store, load_table(store, chosen, views).to(resolve_device(device)), chosen), chosen
+
+
+@dataclass(frozen=True)
+class TrainingSet:
+    """What models of one part are trained on: rows (n,) of a table.
+
+    The table is standardised already where memory allows; elsewhere ``standardize`` is still to be applied.
+    """
+
+    table: FeatureTable
+    rows: Tensor
+    standardize: nn.ModuleDict | None
+
+    @classmethod
+    def prepare(cls, problem: Problem, model: FusionModel, rows: Tensor) -> "TrainingSet":
+        """Take the model's statistics from its rows (n,), and bring the table to hand."""
+        table, rows = problem.table.only(model.widths), rows.to(problem.device)
+        model.fit_statistics(table.features, table.present, rows, table.feature_rows)
+        at_hand = table.at_hand(model.standardize)
+        return cls(at_hand or table, rows, model.standardize if at_hand is None else None)
+
+    @property
+    def targets(self) -> Tensor:
+        """The rows' targets (n, C)."""
+        return self.table.targets[self.rows]
+
+    def only(self, modalities: Iterable[str]) -> "TrainingSet":
+        """Return some of the modalities, and the rows that have any of them."""
+        table = self.table.only(modalities)
+        here = table.any_present(self.rows)
+        return replace(self, table=table, rows=self.rows[here])
+
+    def reading(self, module: Any) -> Learner:
+        """Return a fusion, or a head of one, as it takes the table's features."""
+        return module if self.standardize is None else FusionModel(module, self.standardize)

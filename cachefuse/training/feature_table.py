@@ -1,0 +1,216 @@
+"""Features as they are stored, and batches as index tensors: no per-sample Dataset stands between them."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cachefuse.data.answers import ENOUGH, NO_ANSWER
+from cachefuse.device import total_memory
+from cachefuse.feature_spec import modalities_of, split_name
+from cachefuse.registry import lookup
+from cachefuse.store.rows import SHUFFLE_BYTES, Columns, block_shuffle
+from cachefuse.store.tokens import Tokens, length_grouped
+from cachefuse.threads import idle_threads
+
+SHARE_OF_MEMORY = 0.5  # that features may take before they count as too large for it
+SHARE_AT_HAND = 1 / 16  # that a standardised copy may take, and a shuffled one besides; what is larger stays in files
+
+LOAD_ROWS = 4096  # brought into memory at a time
+PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # predicted at a time, at most
+
+
+class AnswerTargets:
+    """How right each answer to N questions is, (N, C) float32, as ``vqa_accuracy`` has it; made as it is asked for.
+
+    ``answers`` (N, 10) are the classes that people gave, and below 0 what is none.
+    """
+
+    def __init__(self, answers: Tensor, n_classes: int) -> None:
+        self.answers = answers
+        self.shape = (len(answers), n_classes)
+        self.device = answers.device
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        answers = self.answers[rows].long()  # (B, 10)
+        enough = (answers != NO_ANSWER).sum(1, keepdim=True).clamp(1, ENOUGH)  # (B, 1)
+        people = torch.zeros(len(answers), self.shape[1], device=self.device)
+        people.scatter_add_(1, answers.clamp(min=0), (answers >= 0).float())
+        return people.div_(enough).clamp_(max=1)
+
+    def to(self, device: str) -> "AnswerTargets":
+        """Return the same targets with their answers on a device."""
+        return AnswerTargets(self.answers.to(device), self.shape[1])
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """N rows of features with presence (N,) bool, both by name ("image_tokens"), and targets (N, C) of 0 and 1; of
+    several tasks also -1, in all columns of one whose label a row lacks; of answers to questions from 0 to 1.
+
+    Features keep the store's dtype, and stay in its files until a batch takes them. ``labelled`` is (N,) bool.
+    ``sources`` (N,) by name say which row of the features each row has, where that is not its own.
+    """
+
+    features: Mapping[str, Columns | Tokens]
+    present: dict[str, Tensor]
+    targets: Tensor | AnswerTargets
+    labelled: np.ndarray
+    splits: np.ndarray
+    sources: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, split: str) -> Tensor:
+        """Return the labelled rows of a split, (n,) int64."""
+        return torch.from_numpy(np.flatnonzero(self.labelled & (self.splits == split)))
+
+    def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the features and presence of some rows: (B, D) and (B,); of tokens (B, T, D) and their mask (B, T)."""
+        features, present = {}, {}
+        for name, x in self.features.items():
+            here = self.present[name].index_select(0, rows)  # (B,)
+            taken = self.feature_rows(name, rows)
+            if isinstance(x, Tokens):
+                values, mask = x.read(taken.cpu())
+                features[name], here = values.to(rows.device), mask.to(rows.device) & here[:, None]
+            else:
+                features[name] = x.index_select(0, taken.to(x.device)).to(rows.device)
+            present[name] = here
+        return features, present
+
+    def feature_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Return which rows of the features of a name some rows (n,) have."""
+        return self.sources[name][rows.cpu()] if name in self.sources else rows
+
+    @property
+    def lengths(self) -> np.ndarray | None:
+        """The tokens of each row in all, (N,), where rows differ in them."""
+        ragged = {name: x.lengths for name, x in self.features.items() if isinstance(x, Tokens) and x.ragged}
+        of_row = [n[self.sources[name].numpy()] if name in self.sources else n for name, n in ragged.items()]
+        return np.sum(of_row, axis=0) if of_row else None
+
+    def batches(self, order: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
+        """Cut rows (n,) in a random order into batches (B,); rows alike in length, where they differ in it."""
+        if self.lengths is None:
+            yield from order.split(size)
+        else:
+            yield from length_grouped(order, self.lengths, size, generator)
+
+    def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """Return rows in a new random order: any, or where memory does not hold the features, a few blocks' at a time.
+
+        The latter reads the disk in large pieces, once an epoch; the former a page for every row. Which it is depends
+        on the machine's memory, not on what is free now: the same seed gives the same order.
+        """
+        mapped = [x for x in self.features.values() if not isinstance(x, Tensor)]
+        n_bytes = sum(x.nbytes for x in mapped)
+        if n_bytes <= SHARE_OF_MEMORY * total_memory():
+            return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+        size = max(x.block_rows for x in mapped)
+        at_once = max(1, SHUFFLE_BYTES * len(self.labelled) // (n_bytes * size))
+        return block_shuffle(rows.cpu(), size, at_once, generator).to(rows.device)
+
+    def any_present(self, rows: Tensor) -> Tensor:
+        """Return which of some rows (n,) have any of the modalities, (n,) bool."""
+        return torch.stack([x[rows] for x in self.present.values()]).any(0)
+
+    def only(self, modalities: Iterable[str]) -> "FeatureTable":
+        """Return the same rows with some of their modalities."""
+        names = list(modalities)
+        return replace(
+            self,
+            features={name: self.features[name] for name in names},
+            present={name: self.present[name] for name in names},
+            sources={name: self.sources[name] for name in names if name in self.sources},
+        )
+
+    def without(self, modalities: Collection[str]) -> "FeatureTable":
+        """Return the same rows as if they lacked some modalities. Raises UnknownNameError for one that is not there."""
+        for modality in modalities:
+            lookup(dict.fromkeys(modalities_of(self.present)), modality, "modality")
+        gone = {name: torch.zeros_like(x) for name, x in self.present.items() if split_name(name)[0] in modalities}
+        return replace(self, present={**self.present, **gone})
+
+    def shuffled(self, shares: Mapping[str, float], seed: int) -> "FeatureTable":
+        """Return the same rows where some modalities, for shares of the rows, are other rows'.
+
+        Raises UnknownNameError for a modality that is not there.
+        """
+        sources, present = dict(self.sources), dict(self.present)
+        for modality, share in shares.items():
+            lookup(dict.fromkeys(modalities_of(self.present)), modality, "modality")
+            generator = torch.Generator().manual_seed(seed)
+            n = len(self.labelled)
+            some = torch.randperm(n, generator=generator)[: round(share * n)]
+            source = torch.arange(n).index_copy_(0, some, some.roll(1))
+            for name in (name for name in self.present if split_name(name)[0] == modality):
+                sources[name] = self.feature_rows(name, source)
+                present[name] = present[name][source.to(present[name].device)]
+        return replace(self, sources=sources, present=present)
+
+    def at_hand(self, standardize: nn.ModuleDict) -> "FeatureTable | None":
+        """Return the same rows standardised, float32, in memory; None if that would take much of it, as tokens do."""
+        if any(isinstance(x, Tokens) for x in self.features.values()):
+            return None
+        device = self.targets.device
+        copied = self.features.values() if device.type == "cuda" else (self.targets, *self.features.values())
+        n_bytes = 4 * sum(x.shape[0] * x.shape[1] for x in copied)
+        memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total_memory()
+        if n_bytes > SHARE_AT_HAND * memory:
+            return None
+        features = {}
+        for modality, apply in standardize.items():
+            x: Any = self.features[modality]
+            features[modality] = torch.empty(x.shape, device=device)
+            for part in torch.arange(x.shape[0], device=x.device).split(LOAD_ROWS):
+                features[modality][part[0] : part[-1] + 1] = apply(x.index_select(0, part).to(device))
+        return replace(self, features=features)
+
+    @torch.inference_mode()
+    @idle_threads()
+    def map(self, function: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor], rows: Tensor) -> Tensor:
+        """Return what a function makes of the batches of some rows (n,), (n, ...) on the CPU, without gradients.
+
+        It gets as many rows at a time as take little memory; those of tokens alike in length.
+        """
+        width = sum(x.shape[1] for x in self.features.values() if not isinstance(x, Tokens))
+        # A transformer's hidden layer is four times as wide as its tokens.
+        width += sum(4 * x.shape[1].n_tokens * (1 if x.is_ids else x.shape[1]) for x in self._tokens())
+        size = max(1, min(PIECE_ROWS, PIECE_FLOATS // max(1, width)))
+        if self.lengths is None or len(rows) <= size:
+            order = torch.arange(len(rows))
+        else:
+            order = torch.from_numpy(self.lengths)[rows.cpu()].argsort(stable=True)
+        found = torch.empty(0)
+        for i, part in enumerate(order.split(size)):
+            made = function(*self.batch(rows[part.to(rows.device)])).cpu()
+            if i == 0:
+                found = made.new_empty(len(rows), *made.shape[1:])  # filled as it is made: it may be most of memory
+            found.index_copy_(0, part, made)
+        return found
+
+    def _tokens(self) -> list[Tokens]:
+        return [x for x in self.features.values() if isinstance(x, Tokens)]
+
+    def to(self, device: str) -> "FeatureTable":
+        """Return the same rows with their tensors on a device; there, features go along where it has room for them."""
+        features = dict(self.features)
+        for modality, x in features.items():
+            on_cuda = torch.device(device).type == "cuda"
+            if not on_cuda or x.nbytes <= SHARE_OF_MEMORY * torch.cuda.mem_get_info(device)[0]:
+                features[modality] = x.to(device)
+        return replace(
+            self,
+            features=features,
+            present={modality: x.to(device) for modality, x in self.present.items()},
+            targets=self.targets.to(device),
+        )
+
+
+def multi_hot(targets: np.ndarray, n_classes: int) -> np.ndarray:
+    """Return (N, C) uint8 targets; unlabelled rows are all 0."""
+    if targets.ndim == 2:
+        return (targets > 0).astype(np.uint8)
+    return (targets[:, None] == np.arange(n_classes)).astype(np.uint8)

@@ -1,0 +1,25 @@
+"""The folder that commands share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folder that commands share: raw data, feature stores, runs."""
+
+    root: Path = Path("workspace")
+
+    def data(self, dataset: str) -> Path:
+        return self.root / "data" / dataset
+
+    def store(self, dataset: str) -> Path:
+        return self.root / "cache" / f"{dataset}.zarr"
+
+    @property
+    def stores(self) -> list[Path]:
+        return sorted((self.root / "cache").glob("*.zarr"))
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"

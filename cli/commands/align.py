@@ -1,0 +1,53 @@
+"""`cachefuse align`."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachefuse_cli.shared.align_options import takes_align_config
+from cachefuse_cli.shared.options import WORKSPACE, Device, Json, StoreName, Threads, Workspace
+
+if TYPE_CHECKING:
+    from cachefuse.alignment.config import AlignConfig
+
+
+@takes_align_config
+def align(
+    config: "Callable[[], AlignConfig]",
+    dataset: StoreName = None,
+    encoder: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SPEC", help="Which two; given twice.", show_default="the two that the store has"),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Align two encoders over cached features: images with texts, or two encoders of the same texts.
+
+    Then retrieve, zero-shot and similarity use what was learnt; evaluate measures it, report draws it.
+    """
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("nothing was written; run the same command again"):
+        with render.status("loading features"):
+            from cachefuse.alignment.train import align as run_align
+            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse_cli.shared import align_tables
+            from cachefuse_cli.shared.options import open_store
+            from cachefuse_cli.shared.progress import TrainProgress
+
+            settings = config()
+            store = open_store(workspace, dataset)
+        with TrainProgress("R@1") as progress:
+            run = run_align(store, settings, encoders=encoder or (), device=device, on_progress=progress.update)
+        run.save(WorkspacePaths(workspace).runs)
+    if json:
+        render.print_json(align_tables.alignment_dict(run))
+    else:
+        align_tables.alignment_report(run)
+    if run.history.interrupted:
+        render.note(f"interrupted: kept epoch {run.history.best_epoch}, the best so far")
+        raise typer.Exit(130)

@@ -1,0 +1,88 @@
+"""`cachefuse bench`: how far from this machine's limits."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cachefuse_cli.shared.options import WORKSPACE, Device, Json, Threads, Workspace
+
+bench = typer.Typer(
+    name="bench",
+    help="How far from this machine's limits: ratios to plain baselines, measured by turns.",
+    no_args_is_help=True,
+)
+
+
+@bench.command()
+def store(
+    memory: Annotated[
+        bool,
+        typer.Option(
+            "--memory", help="Also measure memory over 6 GB of features: needs 10 GB of disk, takes some 10 minutes."
+        ),
+    ] = False,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Measure reads, writes and extraction on the disk of the workspace: about four minutes on two cores.
+
+    What is written there is removed again.
+    """
+    _measure("store", workspace, device, json, memory=memory)
+
+
+@bench.command()
+def train(
+    device: Device = "auto", threads: Threads = None, workspace: Workspace = WORKSPACE, json: Json = False
+) -> None:
+    """Measure the training of heads on random features: two to five minutes on two cores.
+
+    What is written to the workspace's disk is removed again.
+    """
+    _measure("train", workspace, device, json)
+
+
+@bench.command()
+def align(
+    device: Device = "auto", threads: Threads = None, workspace: Workspace = WORKSPACE, json: Json = False
+) -> None:
+    """Measure alignment and exact search on random features: a minute or two on two cores.
+
+    It takes 4 GB of memory and 2 GB of disk; what is written there is removed again.
+    """
+    _measure("align", workspace, device, json)
+
+
+@bench.command()
+def fusion(
+    device: Device = "auto", threads: Threads = None, workspace: Workspace = WORKSPACE, json: Json = False
+) -> None:
+    """Measure fusions over tokens, their training steps and predictions: some minutes on two cores.
+
+    What is written to the workspace's disk is removed again.
+    """
+    _measure("fusion", workspace, device, json)
+
+
+def _measure(name: str, workspace: Path, device: str, json: bool, **options: Any) -> None:
+    """Take the measurements of ``cachefuse.bench.<name>``, and print them."""
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("nothing was kept; run the same command again"):
+        with render.status("loading torch"):
+            from cachefuse.bench.timing import describe_machine
+            from cachefuse_cli.shared import bench_tables
+            from cachefuse_cli.shared.progress import BenchProgress
+
+            measure = getattr(import_module(f"cachefuse.bench.{name}"), f"bench_{name}")
+        machine = describe_machine(device)
+        with BenchProgress() as progress:
+            rows = measure(workspace, device=device, on_progress=progress.update, **options)
+    if json:
+        render.print_json(bench_tables.bench_dict(machine, rows))
+    else:
+        bench_tables.bench_report(machine, rows)

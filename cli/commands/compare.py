@@ -1,0 +1,79 @@
+"""`cachefuse compare`."""
+
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.shared.options import (
+    WORKSPACE,
+    Device,
+    Json,
+    StoreName,
+    Threads,
+    UsedEncoders,
+    Workspace,
+    open_store,
+    split_list,
+)
+
+
+def compare(
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Fusions to compare.", show_default="pooled ones, tirg, cma, midfusion"),
+    ] = None,
+    folds: Annotated[int, typer.Option(metavar="K", help="Parts, each judged by models that have not seen it.")] = 5,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Of every method.")] = 10,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows a step, of every method.")] = 64,
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC", help="How tokens are pooled; none to take them all.",
+            show_default="mean:16 of a modality with more than 64",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Same seed, machine, libraries and threads: same result.")] = 0,
+    dataset: StoreName = None,
+    encoder: UsedEncoders = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Compare fusions over the same folds with equal budgets: score, interval, time, size.
+
+    The last line says which of them is enough: the cheapest whose score lies within the best's interval. No run
+    is kept: train the one that you choose by train-head.
+    """
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("what has ended is kept; run the same command again to go on"):
+        with render.status("loading features"):
+            from cachefuse.experiments.compare import METHODS, enough
+            from cachefuse.experiments.compare import compare as run_compare
+            from cachefuse.files import slug
+            from cachefuse_cli.shared import sweep_tables
+
+            store = open_store(workspace, dataset)
+        folder = workspace / "sweeps" / slug(f"{store.dataset}-compare")
+        with sweep_tables.SweepProgress() as progress:
+            result = run_compare(
+                store,
+                folder=folder,
+                methods=split_list(methods) if methods is not None else METHODS,
+                folds=folds,
+                epochs=epochs,
+                batch_size=batch_size,
+                pool="" if pool == "none" else pool,
+                seed=seed,
+                encoders=encoder or (),
+                device=device,
+                on_trial=progress.update,
+            )
+    best = enough(result)
+    if json:
+        chosen = best.config.fusion if best else None
+        render.print_json({**sweep_tables.sweeps_dict([result], folder, None), "enough": chosen})
+    else:
+        sweep_tables.sweeps_report([result], folder, None)
+        sweep_tables.compare_verdict(result, best)

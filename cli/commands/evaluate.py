@@ -1,0 +1,129 @@
+"""`cachefuse evaluate`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.shared.options import WORKSPACE, Device, Json, RunName, Threads, Workspace
+
+
+def evaluate(
+    run: RunName = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Rows to measure on.", show_default="those held out")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="MODALITY", help="As if no row had it; repeatable.")
+    ] = None,
+    intervals: Annotated[bool, typer.Option(help="95% intervals, by the bootstrap.")] = True,
+    gates: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write how much each modality counts in each row (gated, cma); a csv file."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Another dataset, with the same features.", show_default="the run's own"),
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Measure a run on rows that it has not seen, or on any labelled split; and what it loses without a modality.
+
+    Of an alignment: how well images and texts find each other.
+    """
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("nothing was written"):
+        with render.status("loading the run"):
+            from cachefuse.runs.files import ALIGNMENT, find_run, kind_of, read_json
+            from cachefuse.workspace import Workspace as WorkspacePaths
+
+            found = find_run(WorkspacePaths(workspace).runs, run, kind=None)
+        if kind_of(read_json(found / "run.json")) == ALIGNMENT:
+            _evaluate_alignment(found, split, without, dataset, device, workspace, json)
+        else:
+            _evaluate_head(found, split, without, intervals, gates, dataset, device, workspace, json)
+
+
+def _evaluate_head(
+    path: Path,
+    split: str | None,
+    without: list[str] | None,
+    intervals: bool,
+    gates: Path | None,
+    dataset: str | None,
+    device: str,
+    workspace: Path,
+    json: bool,
+) -> None:
+    from cachefuse_cli.shared import render
+
+    with render.status("loading the run"):
+        from cachefuse.runs.evaluate import check_weighs, write_gates
+        from cachefuse.runs.evaluate import evaluate as run_evaluate
+        from cachefuse.runs.save import load_run
+        from cachefuse.runs.submission import check_target
+        from cachefuse_cli.shared import eval_tables
+        from cachefuse_cli.shared.options import open_store
+        from cachefuse_cli.shared.progress import BenchProgress
+
+        opened = load_run(path)
+        store = open_store(workspace, dataset or opened.dataset)
+    render.run_line(opened)
+    if gates is not None:
+        check_weighs(opened)
+        check_target(gates)
+    with BenchProgress() as progress:
+        measure = partial(
+            run_evaluate,
+            opened,
+            store,
+            split,
+            device=device,
+            n_resamples=1000 if intervals else 0,
+            on_progress=partial(progress.update, "intervals"),
+        )
+        ablated = measure(without=without) if without else None
+        everything = measure()
+    if everything.caution:
+        render.note(everything.caution)
+    if gates is not None:
+        write_gates(ablated or everything, store, gates)
+        render.note(f"wrote {gates}")
+    if json:
+        render.print_json(eval_tables.evaluation_dict(everything, ablated))
+    else:
+        eval_tables.evaluation_report(everything, ablated)
+
+
+def _evaluate_alignment(
+    path: Path,
+    split: str | None,
+    without: list[str] | None,
+    dataset: str | None,
+    device: str,
+    workspace: Path,
+    json: bool,
+) -> None:
+    from cachefuse.errors import ConfigError
+    from cachefuse_cli.shared import render
+
+    if without:
+        raise ConfigError("an alignment compares both of its sides: --without is for heads")
+    with render.status("measuring"):
+        from cachefuse.alignment.run import Alignment
+        from cachefuse.alignment.train import evaluate_alignment
+        from cachefuse_cli.shared import align_tables
+        from cachefuse_cli.shared.options import open_store
+
+        opened = Alignment.load(path)
+        align_tables.alignment_line(opened)
+        results = evaluate_alignment(opened, open_store(workspace, dataset or opened.dataset), split, device=device)
+    if json:
+        render.print_json({"run": opened.name, "results": align_tables.results_dict(results)})
+    else:
+        align_tables.results_report(results)

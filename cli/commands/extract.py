@@ -1,0 +1,69 @@
+"""`cachefuse extract`."""
+
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.shared.options import (
+    WORKSPACE,
+    BatchSize,
+    DataDir,
+    DatasetName,
+    Device,
+    Dtype,
+    Encoders,
+    Json,
+    Limit,
+    Threads,
+    Views,
+    Workspace,
+    open_dataset,
+    resolve_encoder,
+    split_list,
+)
+
+
+def extract(
+    dataset: DatasetName,
+    encoder: Encoders = None,
+    data_dir: DataDir = None,
+    views: Views = "pooled",
+    device: Device = "auto",
+    threads: Threads = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = "float16",
+    limit: Limit = None,
+    max_bad: Annotated[
+        float, typer.Option(metavar="SHARE", help="Stop if more than this share of samples can't be used.")
+    ] = 0.05,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Compute samples again whose content changed.")] = False,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Stage 1: encode every image and text once and keep the features. Run it again to go on or to add encoders."""
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("finished blocks are kept; run the same command again to go on"):
+        loaded = open_dataset(dataset, workspace, data_dir, limit)
+        with render.status("loading torch and the encoders"):
+            from cachefuse.encoders import DEFAULT_ENCODER
+            from cachefuse.extraction.extract import extract as run_extract
+            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse_cli.shared.progress import ExtractProgress
+        with ExtractProgress() as progress:
+            report = run_extract(
+                loaded,
+                [resolve_encoder(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
+                WorkspacePaths(workspace).store(loaded.name),
+                views=split_list(views),
+                device=device,
+                batch_size=batch_size,
+                dtype=dtype,
+                max_bad=max_bad,
+                refresh=refresh,
+                on_progress=progress.update,
+            )
+    if json:
+        render.print_json(render.extract_dict(report))
+    else:
+        render.extract_report(report, loaded.manifest.task)

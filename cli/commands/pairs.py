@@ -1,0 +1,59 @@
+"""`cachefuse pairs`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.shared.options import WORKSPACE, DataDir, Device, Json, StoreName, Threads, Workspace
+
+
+def pairs(
+    dataset: StoreName = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="The text encoder to compare by.", show_default="the only one there is"),
+    ] = None,
+    threshold: Annotated[float, typer.Option(metavar="X", help="The least cosine of a pair.")] = 0.7,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Its folder.", show_default="<workspace>/data/<dataset>-pairs"
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Mine pairs of captions that mean the same, as a dataset of their own to align two text encoders on.
+
+    All texts of a split are compared. Each sample is in one pair at most, the nearest pairs first.
+    """
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("nothing was written; run the same command again"):
+        with render.status("loading features"):
+            from cachefuse.alignment.pairs import mine_pairs, write_pairs
+            from cachefuse.errors import ConfigError
+            from cachefuse.training.selection import select_features
+            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse_cli.shared import align_tables
+            from cachefuse_cli.shared.options import open_store, reopen_dataset
+            from cachefuse_cli.shared.progress import RowsProgress
+
+            store = open_store(workspace, dataset)
+            texts = select_features(store, [encoder] if encoder else ()).get("text", [])
+            if len(texts) != 1:
+                found = ", ".join(features.encoder for features in texts) or "none"
+                raise ConfigError(f"name the text encoder to compare by with --encoder; {store.dataset} has: {found}")
+            raw = reopen_dataset(store, dataset, workspace, data_dir)
+        with RowsProgress("comparing texts") as progress:
+            mined = mine_pairs(texts[0], list(raw.texts or ()), threshold, device=device, on_rows=progress.update)
+        folder = output or WorkspacePaths(workspace).data(f"{store.dataset}-pairs")
+        manifest = write_pairs(mined, raw, folder, texts[0].encoder)
+    if json:
+        render.print_json(align_tables.pairs_dict(mined, manifest))
+    else:
+        align_tables.pairs_report(mined, raw, manifest)

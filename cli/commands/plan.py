@@ -1,0 +1,58 @@
+"""`cachefuse plan`."""
+
+from cachefuse_cli.shared.options import (
+    WORKSPACE,
+    BatchSize,
+    DataDir,
+    DatasetName,
+    Device,
+    Dtype,
+    Encoders,
+    Json,
+    Limit,
+    Threads,
+    Views,
+    Workspace,
+    open_dataset,
+    resolve_encoder,
+    split_list,
+)
+
+
+def plan(
+    dataset: DatasetName,
+    encoder: Encoders = None,
+    data_dir: DataDir = None,
+    views: Views = "pooled",
+    device: Device = "auto",
+    threads: Threads = None,
+    batch_size: BatchSize = None,
+    dtype: Dtype = "float16",
+    limit: Limit = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Say what the same extract would take, in bytes and in time by a few batches encoded now; nothing is written."""
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("nothing was written"):
+        loaded = open_dataset(dataset, workspace, data_dir, limit)
+        with render.status("opening the encoders and encoding a few batches"):
+            from cachefuse.encoders import DEFAULT_ENCODER
+            from cachefuse.extraction.plan import plan as make_plan
+            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse_cli.shared import store_tables
+
+            made = make_plan(
+                loaded,
+                [resolve_encoder(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
+                WorkspacePaths(workspace).store(loaded.name),
+                views=split_list(views),
+                device=device,
+                batch_size=batch_size,
+                dtype=dtype,
+            )
+    if json:
+        render.print_json(store_tables.plan_dict(made))
+    else:
+        store_tables.plan_report(made)

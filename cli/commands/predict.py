@@ -1,0 +1,101 @@
+"""`cachefuse predict`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachefuse_cli.shared.options import WORKSPACE, Device, Json, RunName, Threads, Workspace
+
+if TYPE_CHECKING:
+    from cachefuse.runs.predict import Predictions
+    from cachefuse.runs.run import Run
+    from cachefuse.runs.save import load_run
+
+
+SUBMISSION, PREDICTIONS = Path("submission.csv"), Path("predictions.csv")
+
+
+def predict(
+    run: RunName = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Rows to predict.", show_default="those without labels")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The file to write.",
+            show_default="submission.csv, with --input predictions.csv",
+        ),
+    ] = None,
+    sample_submission: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Check against the competition's sample; keep its order.")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="One new sample's image.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="One new sample's text.")] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="New samples: a csv, jsonl or parquet file.")
+    ] = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Write a submission from the latest run, or predict new images and texts."""
+    from cachefuse_cli.shared import render
+
+    if input is not None and (image is not None or text is not None):
+        raise typer.BadParameter("take either --input, or --image and --text")
+    if (image is not None or text is not None) and (output is not None or sample_submission is not None):
+        raise typer.BadParameter("--image and --text print their labels; --output and --sample-submission don't apply")
+    if (input is not None or image is not None or text is not None) and split is not None:
+        raise typer.BadParameter("--split names rows of the store; it does not go with --input, --image or --text")
+    with render.interruptible("nothing was written; run the same command again"):
+        with render.status("loading the run"):
+            from cachefuse.runs.files import find_run
+            from cachefuse.runs.submission import check_target, write_submission
+            from cachefuse.workspace import Workspace as WorkspacePaths
+
+            paths = WorkspacePaths(workspace)
+            opened = load_run(find_run(paths.runs, run))
+        render.run_line(opened)
+        if image is not None or text is not None:
+            predictions = _predict_one(opened, image, text, device)
+            render.prediction(predictions, as_json=json)
+            return
+        target = output or (SUBMISSION if input is None else PREDICTIONS)
+        check_target(target)
+        predictions = _predict_many(opened, paths.store(opened.dataset), input, split, device)
+        written = write_submission(predictions, opened.manifest, target, sample_submission)
+    if json:
+        render.print_json({"run": opened.name, "rows": len(predictions.ids), "output": str(written)})
+    else:
+        render.submission_report(predictions, written, checked=sample_submission)
+
+
+def _predict_one(run: "Run", image: Path | None, text: str | None, device: str) -> "Predictions":
+    from cachefuse.data.images import FileImage
+    from cachefuse.data.readers.base import Samples
+    from cachefuse.runs.predict import predict_samples
+
+    samples = Samples(
+        ids=[str(image) if image is not None else "text"],
+        images=[FileImage(image)] if image is not None else None,
+        texts=[(text,)] if text is not None else None,
+    )
+    return predict_samples(run, samples, device=device, max_bad=0.0)
+
+
+def _predict_many(run: "Run", store: Path, table: Path | None, split: str | None, device: str) -> "Predictions":
+    from cachefuse.runs.predict import predict_samples, predict_split, read_input
+    from cachefuse.store.store import FeatureStore
+    from cachefuse_cli.shared.progress import EncodeProgress
+
+    if table is None:
+        return predict_split(run, FeatureStore(store), split, device=device)
+    samples = read_input(table, run)
+    with EncodeProgress() as progress:
+        return predict_samples(run, samples, device=device, on_progress=progress.update)

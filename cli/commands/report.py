@@ -1,0 +1,109 @@
+"""`cachefuse report`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cachefuse_cli.shared.options import WORKSPACE, DataDir, Device, Json, RunName, Threads, Workspace
+
+if TYPE_CHECKING:
+    from cachefuse.data.dataset import Dataset
+    from cachefuse.store.store import FeatureStore
+
+
+REPORT = "report.html"
+
+
+def report(
+    run: RunName = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Labelled rows to report on.", show_default="those held out")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The page to write.", show_default="the run's report.html"),
+    ] = None,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Write a run's report: one HTML page with its figures, curves, confusions and worst errors.
+
+    Of an alignment: recall and ranks, curves, what some queries find; with its plots as PNG files beside it.
+    """
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("nothing was written; run the same command again"):
+        with render.status("loading the run"):
+            from cachefuse.runs.files import ALIGNMENT, find_run, kind_of, read_json
+            from cachefuse.workspace import Workspace as WorkspacePaths
+
+            folder = find_run(WorkspacePaths(workspace).runs, run, kind=None)
+        of_kind = _alignment if kind_of(read_json(folder / "run.json")) == ALIGNMENT else _head
+        written = of_kind(folder, output or folder / REPORT, split, data_dir, device, workspace)
+    if json:
+        pages = [{"output": str(path), "bytes": path.stat().st_size} for path in written]
+        plots = {"plots": [page["output"] for page in pages[1:]]} if pages[1:] else {}
+        render.print_json({"run": folder.resolve().name, **pages[0], **plots})
+        return
+    for path in written:
+        render.page_written(path)
+
+
+def _head(
+    folder: Path, output: Path, split: str | None, data_dir: Path | None, device: str, workspace: Path
+) -> list[Path]:
+    from cachefuse_cli.shared import render
+
+    with render.status("loading the run"):
+        from cachefuse.report.run_page import write_report
+        from cachefuse.runs.save import load_run
+        from cachefuse_cli.shared.options import open_store
+        from cachefuse_cli.shared.progress import BenchProgress
+
+        opened = load_run(folder)
+        store = open_store(workspace, opened.dataset)
+        dataset = _raw_data(store, workspace, data_dir)
+    render.run_line(opened)
+    with BenchProgress() as progress:
+        path = write_report(opened, store, output, dataset, split=split, device=device, on_progress=progress.update)
+    return [path]
+
+
+def _alignment(
+    folder: Path, output: Path, split: str | None, data_dir: Path | None, device: str, workspace: Path
+) -> list[Path]:
+    from cachefuse.errors import ConfigError
+    from cachefuse_cli.shared import align_tables, render
+
+    if split is not None:
+        raise ConfigError("an alignment's report has all of its splits; leave out --split")
+    with render.status("loading the alignment"):
+        from cachefuse.alignment.run import Alignment
+        from cachefuse.report.alignment_page import write_alignment_report
+        from cachefuse_cli.shared.options import open_store
+
+        opened = Alignment.load(folder)
+        store = open_store(workspace, opened.dataset)
+        dataset = _raw_data(store, workspace, data_dir)
+    align_tables.alignment_line(opened)
+    with render.status("measuring"):
+        return write_alignment_report(opened, output, store, dataset, device=device)
+
+
+def _raw_data(store: "FeatureStore", workspace: Path, data_dir: Path | None) -> "Dataset | None":
+    """Return the raw data, or None where it is not in its usual place; what --data-dir names must be there."""
+    from cachefuse.errors import MissingDataError
+    from cachefuse_cli.shared import render
+    from cachefuse_cli.shared.options import reopen_dataset
+
+    try:
+        return reopen_dataset(store, None, workspace, data_dir)
+    except MissingDataError:
+        if data_dir is not None:
+            raise
+        render.note("without the raw data there are no pictures and texts of examples; say where it is with --data-dir")
+        return None

@@ -1,0 +1,156 @@
+"""`cachefuse sweep`."""
+
+import hashlib
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cachefuse.errors import ConfigError
+from cachefuse.files import slug, to_json
+from cachefuse.registry import lookup
+from cachefuse.training.config import TrainConfig
+from cachefuse_cli.shared.options import (
+    WORKSPACE,
+    Device,
+    Json,
+    StoreName,
+    Threads,
+    UsedEncoders,
+    Workspace,
+    open_store,
+    split_list,
+)
+from cachefuse_cli.shared.train_options import given_options, takes_config
+
+TRIALS = "Trials"
+PRESET_NAMES = (
+    "mmc-heads, mmc-fusion, mmc-losses, mmc-layers, mmc-batch, mmc-epochs, mmc-activation, mmc-dropout, mmc-greedy, "
+    "cma-irrelevant, lit-table, where-to-fuse"
+)
+
+
+def _option(*names: str, metavar: str, help: str, **about: Any) -> Any:
+    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=TRIALS, **about)
+
+
+@takes_config
+def sweep(
+    config: Callable[[], TrainConfig],
+    context: typer.Context,
+    grid: Annotated[
+        list[str] | None,
+        _option("--grid", metavar="NAME=A,B", help="An option's values: layers=512,2048-512; repeatable."),
+    ] = None,
+    settings: Annotated[
+        Path | None, _option("--settings", metavar="FILE", help=r"Or a TOML file: a \[\[setting]] of options for each.")
+    ] = None,
+    preset: Annotated[
+        str | None, _option("--preset", metavar="NAME", help=f"Or a published experiment: {PRESET_NAMES}.")
+    ] = None,
+    seeds: Annotated[
+        int, _option("--seeds", metavar="S", help="Trials of each, with seeds from --seed on.", min=1, max=1000)
+    ] = 3,
+    name: Annotated[
+        str | None,
+        _option("--name", metavar="NAME", help="Its folder, in <workspace>/sweeps.", show_default="by what is tried"),
+    ] = None,
+    dataset: StoreName = None,
+    encoder: UsedEncoders = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Try many settings over one cache, each with several seeds; a trial that has ended is never run again.
+
+    All other options hold for every trial. Linear heads train together, many times faster. No run is
+    kept: train the best by train-head.
+    """
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("what has ended is kept; run the same command again to go on"):
+        with render.status("loading features"):
+            from cachefuse.experiments import presets
+            from cachefuse.experiments.files import write_results
+            from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
+            from cachefuse.runs.features import used_features
+            from cachefuse.runs.save import save_run
+            from cachefuse.training.data import open_problem
+            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse_cli.shared import sweep_tables
+
+            base = config()
+            changes = {field: getattr(base, field) for field in given_options(context) if field != "seed"}
+            tried = _tried(grid, settings, preset, changes)
+            store = open_store(workspace, dataset)
+            views = presets.preset_views(preset, changes) if preset else views_of(base, tried)
+            problem, chosen = open_problem(store, encoder or (), device, views)
+            used = used_features(chosen, problem.widths)
+            label = name or f"{store.dataset}-{preset or _hash(base, tried, encoder)}"
+            folder = workspace / "sweeps" / slug(label)
+            numbers = range(base.seed, base.seed + seeds)
+        with sweep_tables.SweepProgress() as progress:
+            if preset == presets.GREEDY:
+                results, run = presets.greedy(store, problem, used, folder, numbers, changes, progress.update)
+                save_run(run, WorkspacePaths(workspace).runs)
+            else:
+                experiment = presets.preset(preset, problem, changes) if preset else Experiment(base, tried)
+                results, run = [run_sweep(store, problem, used, experiment, folder, numbers, progress.update)], None
+                write_results(results[0], folder)
+    if json:
+        render.print_json(sweep_tables.sweeps_dict(results, folder, run))
+    else:
+        sweep_tables.sweeps_report(results, folder, run)
+
+
+def _tried(
+    grid: Sequence[str] | None, settings: Path | None, preset: str | None, given: Collection[str]
+) -> list[dict[str, Any]]:
+    """Return the settings to try; none for a preset, which knows its own."""
+    from cachefuse.experiments.presets import GREEDY, PRESETS, TOKEN_PRESETS
+    from cachefuse.experiments.settings import grid as combine
+    from cachefuse.experiments.settings import parse_setting
+
+    if [grid, settings, preset].count(None) != 2:
+        raise ConfigError("a sweep needs one of --grid, --settings and --preset")
+    if preset is not None:
+        lookup({**PRESETS, **TOKEN_PRESETS, GREEDY: None}, preset, "preset")
+        return []
+    tried = [parse_setting(own) for own in (_read_settings(settings) if settings else combine(_parse_grid(grid or ())))]
+    for name in given:
+        if tried and all(name in own for own in tried):
+            raise ConfigError(f"{name} is among the settings to try; leave out --{name.replace('_', '-')}")
+    return tried
+
+
+def _parse_grid(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    values: dict[str, tuple[str, ...]] = {}
+    for text in given:
+        name, equals, choices = text.partition("=")
+        if not equals:
+            raise ConfigError(f"a grid is given as dropout=0,0.5. Got {text!r} instead")
+        field = name.strip().replace("-", "_")
+        if field in values:
+            raise ConfigError(f"the grid has {name} twice; give all its values at once")
+        values[field] = split_list(choices)
+    return values
+
+
+def _read_settings(path: Path) -> list[dict[str, Any]]:
+    try:
+        values = tomllib.loads(path.read_text("utf-8"))
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise ConfigError(f"{path}: not a TOML file: {error}") from None
+    tables = values.pop("setting", None)
+    if values or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ConfigError(f"{path}: must hold a [[setting]] for each, and nothing else")
+    return [{name.replace("-", "_"): value for name, value in table.items()} for table in tables]
+
+
+def _hash(base: TrainConfig, tried: Sequence[Mapping[str, Any]], encoders: Sequence[str] | None) -> str:
+    """Return a short name for what is tried, whatever the seeds."""
+    text = to_json([base.with_seed(0).to_dict(), [dict(own) for own in tried], encoders])
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

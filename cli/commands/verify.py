@@ -1,0 +1,55 @@
+"""`cachefuse verify`."""
+
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.shared.options import (
+    WORKSPACE,
+    DataDir,
+    Device,
+    Json,
+    StoreName,
+    Threads,
+    Workspace,
+    open_store,
+    reopen_dataset,
+)
+
+
+def verify(
+    dataset: StoreName = None,
+    repair: Annotated[bool, typer.Option("--repair", help="Compute damaged blocks again, from the raw data.")] = False,
+    data_dir: DataDir = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Read all of a store against its checksums; damaged blocks are named, and the exit code is 1."""
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("what was computed is kept"):
+        with render.status("reading the store"):
+            from cachefuse.extraction.verify import repair as run_repair
+            from cachefuse.extraction.verify import verify as run_verify
+            from cachefuse_cli.shared import store_tables
+            from cachefuse_cli.shared.progress import ExtractProgress, VerifyProgress
+
+            store = open_store(workspace, dataset)
+        with VerifyProgress() as progress:
+            found = run_verify(store, on_progress=progress.update)
+        if repair and found.damage:
+            store_tables.damage_report(found)
+            with render.status("reading the dataset"):
+                samples = reopen_dataset(store, dataset, workspace, data_dir)
+            with ExtractProgress() as computed:
+                run_repair(store, found, samples, device=device, on_progress=computed.update)
+            with VerifyProgress() as progress:
+                found = run_verify(open_store(workspace, dataset), on_progress=progress.update)
+    if json:
+        render.print_json(store_tables.verify_dict(found))
+    else:
+        store_tables.verify_report(found)
+    if found.damage:
+        raise typer.Exit(1)

@@ -1,0 +1,58 @@
+"""`cachefuse zero-shot`."""
+
+from typing import Annotated
+
+import typer
+
+from cachefuse_cli.shared.align_options import AlignmentName, SpaceEncoder, open_space
+from cachefuse_cli.shared.options import WORKSPACE, Device, Json, StoreName, Threads, Workspace, split_list
+
+
+def zero_shot(
+    dataset: StoreName = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(metavar="LIST", help="Names in place of the dataset's, in their order.", show_default="its own"),
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="A sentence with {} for the class; repeatable.", show_default="a photo of a {}"
+        ),
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Images to classify.", show_default="all labelled")
+    ] = None,
+    run: AlignmentName = None,
+    encoder: SpaceEncoder = None,
+    device: Device = "auto",
+    threads: Threads = None,
+    workspace: Workspace = WORKSPACE,
+    json: Json = False,
+) -> None:
+    """Classify a dataset's images by the names of its classes alone; no head is trained."""
+    from cachefuse_cli.shared import render
+
+    with render.interruptible("run the same command again"):
+        with render.status("loading the encoders"):
+            from cachefuse.alignment.zero_shot import PROMPT
+            from cachefuse.alignment.zero_shot import zero_shot as run_zero_shot
+            from cachefuse_cli.shared import align_tables
+            from cachefuse_cli.shared.options import open_store
+            from cachefuse_cli.shared.progress import RowsProgress
+
+            space, _ = open_space(workspace, run, encoder, device)
+            store = open_store(workspace, dataset)
+        with RowsProgress("aligning images") as progress:
+            found = run_zero_shot(
+                space,
+                store,
+                classes=split_list(classes) if classes else (),
+                prompts=prompt or [PROMPT],
+                split=split,
+                on_rows=progress.update,
+            )
+    if json:
+        render.print_json(align_tables.zero_shot_dict(found, space.name, store))
+    else:
+        align_tables.zero_shot_report(found, space.name, store)

@@ -1,0 +1,1 @@
+"""What several commands need: options, tables, progress, messages."""

@@ -1,0 +1,45 @@
+"""What people see of a bench: the machine, and a line for each figure."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from cachefuse_cli.shared.render import new_table, out
+
+if TYPE_CHECKING:
+    from cachefuse.bench.timing import BenchRow
+
+
+MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: ""}
+
+
+def bench_dict(machine: dict[str, Any], rows: "Sequence[BenchRow]") -> dict[str, Any]:
+    return {"machine": machine, "rows": [{**asdict(row), "met": row.met} for row in rows]}
+
+
+def bench_report(machine: dict[str, Any], rows: "Sequence[BenchRow]") -> None:
+    """Ours beside the baseline, their ratio and the goal; what else there is to know comes below."""
+    console = out()
+    table = new_table("what / baseline", "ours", "baseline", "ratio", "goal", "", numbers=5)
+    for row in rows:
+        judged = f"{'≤' if row.at_most else '≥'} {row.goal:g}" if row.goal is not None else ""
+        goal = f"{judged} {row.unit}" if row.at_most else judged
+        ratio = "" if row.ratio is None else _figure(row.ratio)
+        table.add_row(row.what, _amount(row, row.ours), _amount(row, row.baseline), ratio, goal, MARKS[row.met])
+    console.print(table)
+    for row in rows:
+        if row.note:
+            console.print(Text(f"{row.name}: {row.note}", style="dim"))
+    cores = f"{machine['cores']} cores"
+    console.print(Text(f"{machine['cpu']}, {cores}; torch {machine['torch']} on {machine['device']}"))
+
+
+def _amount(row: "BenchRow", value: float | None) -> str:
+    return "" if value is None else f"{_figure(value)} {row.unit}"
+
+
+def _figure(value: float) -> str:
+    """Three digits that count."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

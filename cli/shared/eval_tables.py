@@ -1,0 +1,197 @@
+"""What people see of runs that are done: an evaluation, all of them in a list, an ensemble beside its sources."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from cachefuse.metrics import LOWER_IS_BETTER, headline
+from cachefuse.registry import MEAN, metric_title
+from cachefuse.training.config import as_text
+from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
+
+if TYPE_CHECKING:
+    from cachefuse.runs.evaluate import Evaluation
+    from cachefuse.runs.files import RunSummary
+    from cachefuse.runs.run import Run
+
+
+IN_NAME = ("fusion", "head", "loss")  # of a run
+PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1", "ap": "AP", "recall_at_p90": "R@P90"}
+
+
+def evaluation_dict(everything: "Evaluation", ablated: "Evaluation | None") -> dict[str, Any]:
+    """The evaluation asked for; one without some modalities has that with everything beside it."""
+    if ablated is None:
+        return everything.as_dict()
+    return {**ablated.as_dict(), "everything": everything.as_dict(), "difference": _differences(everything, ablated)}
+
+
+def evaluation_report(everything: "Evaluation", ablated: "Evaluation | None") -> None:
+    """Metrics with their intervals, figures a class, the gates' weights; or what is lost without some modalities.
+
+    All of it for each of several tasks.
+    """
+    console = out()
+    console.print(Text(f"{everything.dataset}, {everything.split}: {everything.n_rows:,} rows", style="dim"))
+    if not everything.several:
+        _report(console, everything, ablated)
+        return
+    mean = _ablation(everything, ablated, [MEAN]) if ablated else _metrics(everything, [MEAN])
+    console.print(mean)
+    for task in everything.tasks:
+        own = everything.of_task(task)
+        console.print(f"\n[bold]{escape(task.name)}[/] [dim]({own.n_rows:,} rows have its label)[/]")
+        _report(console, own, None if ablated is None else ablated.of_task(task))
+
+
+def _report(console: Console, everything: "Evaluation", ablated: "Evaluation | None") -> None:
+    order, which = _order(everything)
+    if ablated is None:
+        console.print(_metrics(everything, list(everything.metrics)))
+        console.print(_per_class(everything, order, which))
+    else:
+        console.print(_ablation(everything, ablated, list(everything.metrics)))
+        console.print(_ablation_per_class(everything, ablated, order, which))
+    if everything.gates:
+        console.print(_gates(everything, order))
+
+
+def _order(found: "Evaluation") -> tuple[list[int], str]:
+    """Which classes to show, and what to call them."""
+    order = list(range(len(found.classes)))
+    if len(order) <= MAX_CLASSES:
+        return order, "classes"
+    order = sorted(order, key=lambda c: (found.per_class["f1"][c], c))[:MAX_CLASSES]
+    return order, f"classes, the {MAX_CLASSES} lowest F1 of {len(found.classes)}"
+
+
+def _metrics(found: "Evaluation", names: Sequence[str]) -> Table:
+    columns = ["value", *(["95% interval"] if found.intervals else [])]
+    table = new_table("metric", *columns, numbers=len(columns))
+    for name in names:
+        table.add_row(metric_title(name), *_value(found, name))
+    return table
+
+
+def _per_class(found: "Evaluation", order: Sequence[int], which: str) -> Table:
+    table = new_table("class", "rows", *PER_CLASS.values(), numbers=1 + len(PER_CLASS), title=which)
+    for c in order:
+        values = (_figure(found.per_class[name][c]) for name in PER_CLASS)
+        table.add_row(escape(found.classes[c]), _support(found, c), *values)
+    return table
+
+
+def _ablation(everything: "Evaluation", ablated: "Evaluation", names: Sequence[str]) -> Table:
+    columns = "with everything", _without(ablated), "difference"
+    table = new_table("metric", *columns, numbers=3)
+    lost = _differences(everything, ablated)
+    for name in names:
+        values = (" ".join(_value(found, name)) for found in (everything, ablated))
+        table.add_row(metric_title(name), *values, _signed(lost[name]))
+    return table
+
+
+def _ablation_per_class(everything: "Evaluation", ablated: "Evaluation", order: Sequence[int], which: str) -> Table:
+    table = new_table("class", "rows", "F1", "without", "AP", "without", numbers=5, title=which)
+    for c in order:
+        values = (_figure(found.per_class[name][c]) for name in ("f1", "ap") for found in (everything, ablated))
+        table.add_row(escape(everything.classes[c]), _support(everything, c), *values)
+    return table
+
+
+def _gates(found: "Evaluation", order: Sequence[int]) -> Table:
+    table = new_table("class", *map(escape, found.gates), numbers=len(found.gates), title="mean gate weights")
+    table.add_row("[bold]all rows[/]", *map(_figure, found.gates.values()))
+    for c in order:
+        table.add_row(escape(found.classes[c]), *(_figure(values[c]) for values in found.gates_per_class.values()))
+    return table
+
+
+def runs_dict(found: "Sequence[RunSummary]") -> list[dict[str, Any]]:
+    return [{**asdict(run), "path": str(run.path)} for run in found]
+
+
+def runs_report(found: "Sequence[RunSummary]") -> None:
+    """A table for each dataset, whose metrics are its own."""
+    console = out()
+    for dataset in dict.fromkeys(run.dataset for run in found):
+        runs = [run for run in found if run.dataset == dataset]
+        names = list(dict.fromkeys(name for run in runs for name in headline(run.metrics)))
+        titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
+        title = f"{escape(dataset)}: {len(runs):,} run{'s' * (len(runs) > 1)}, measured on rows held out"
+        table = new_table("run", "rows", *titles, "MB", numbers=len(names) + 2, title=title)
+        for run in runs:
+            about = f"{run.created[:16].replace('T', ' ')}, {run.n_models} model{'s' * (run.n_models > 1)}"
+            if run.split:
+                about += f", {run.split}"
+            settings = {name: value for name, value in run.settings.items() if name not in IN_NAME}
+            told = (f"{name.replace('_', '-')} {as_text(name, value)}" for name, value in settings.items())
+            about = "; ".join([about, *told])
+            values = (_figure(run.metrics.get(name)) for name in names)
+            rows = f"{run.n_rows:,}" if run.split else "-"
+            table.add_row(f"[bold]{escape(run.name)}[/]\n[dim]{escape(about)}[/]", rows, *values, f"{run.size_mb:.2f}")
+        console.print(table)
+
+
+def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
+    """The runs and their ensemble on the rows held out; the best of each column stands out where those are the same."""
+    console = out()
+    names = headline(joined.manifest.reported_metrics)
+    everyone = [*runs, joined]
+    metrics = [{} if run.held is None else run.metrics.get(run.held.split, {}) for run in everyone]
+    best = {name: _best(name, metrics) for name in names} if joined.held is not None else {}
+    table = new_table("run", "held out", *map(metric_title, names), numbers=len(names) + 1)
+    for run, reached in zip(everyone, metrics, strict=True):
+        held = "-" if run.held is None else f"{len(run.held.rows):,} {run.held.split}"
+        figures = {name: _figure(reached.get(name)) for name in names}
+        cells = (
+            f"[bold green]{figure}[/]" if name in best and reached.get(name) == best[name] else figure
+            for name, figure in figures.items()
+        )
+        table.add_row(escape(run.name), held, *cells)
+    console.print(table)
+    console.print(
+        f"{len(joined.members)} models of together {joined.n_parameters:,} parameters, {joined.size_mb:.2f} MB"
+    )
+    console.print(Text.assemble(("run   ", "dim"), str(joined.path)), soft_wrap=True)
+    console.print(Text.assemble(("next  ", "dim"), "cachefuse predict"), soft_wrap=True)
+
+
+def _best(name: str, metrics: Sequence[dict[str, float]]) -> float | None:
+    values = [reached[name] for reached in metrics if not math.isnan(reached.get(name, math.nan))]
+    return (min if name.rpartition(".")[2] in LOWER_IS_BETTER else max)(values, default=None)
+
+
+def _differences(everything: "Evaluation", ablated: "Evaluation") -> dict[str, float]:
+    return {name: ablated.metrics[name] - value for name, value in everything.metrics.items()}
+
+
+def _value(found: "Evaluation", name: str) -> list[str]:
+    """A metric, and its interval if there is one."""
+    value = _figure(found.metrics[name])
+    if not found.intervals:
+        return [value]
+    low, high = found.intervals[name]
+    return [value, f"[dim]{_figure(low)} - {_figure(high)}[/]"]
+
+
+def _without(ablated: "Evaluation") -> str:
+    return f"without {', '.join(ablated.without)}"
+
+
+def _support(found: "Evaluation", c: int) -> str:
+    return f"{found.per_class['support'][c]:,.0f}"
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:+.3f}"

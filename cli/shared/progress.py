@@ -1,0 +1,182 @@
+"""What moves while long work goes on: bars of rows and of epochs, on stderr and only on a terminal."""
+
+from typing import TYPE_CHECKING, Self
+
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from cachefuse.registry import metric_title
+from cachefuse_cli.shared.render import err, note
+
+if TYPE_CHECKING:
+    from cachefuse.extraction.extract import Progress as ExtractState
+    from cachefuse.training.train import Progress as TrainState
+
+
+class _Rows(ProgressColumn):
+    """Rows done of all; nothing where their number is not known yet."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}")
+
+
+class _Slowest(ProgressColumn):
+    """The stage that holds the others up."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields.get("slowest", ""), style="dim")
+
+
+class _Rate(ProgressColumn):
+    """Samples a second, over the rows computed in this call."""
+
+    def render(self, task: Task) -> Text:
+        begun = task.fields.get("begun", 0)
+        elapsed = task.finished_time or task.elapsed
+        done = task.completed - begun
+        return Text(f"{done / elapsed:7.1f}/s" if elapsed and done else "", style="green")
+
+
+def _progress(*columns: ProgressColumn) -> Progress:
+    console = err()
+    return Progress(SpinnerColumn(), *columns, console=console, disable=not console.is_terminal)
+
+
+class _RowBars:
+    """A bar for each kind of rows: rows, samples a second, remaining time."""
+
+    def __init__(self) -> None:
+        self._progress = _progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            _Rows(),
+            _Rate(),
+            TimeRemainingColumn(compact=True),
+            _Slowest(),
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def _show(self, name: str, done: int, total: int, begun: int = 0, slowest: str = "") -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(escape(name), total=total, completed=begun, begun=begun)
+        self._progress.update(self._tasks[name], completed=done, total=total, slowest=slowest)
+
+
+class ExtractProgress(_RowBars):
+    """A bar for each encoder and modality, once the encoders are open."""
+
+    def __enter__(self) -> Self:
+        self._opening = self._progress.add_task("opening the encoders", total=None)
+        return super().__enter__()
+
+    def update(self, state: "ExtractState") -> None:
+        self._progress.update(self._opening, visible=False)
+        if not state.encoder:
+            self._show("hashing content", state.done, state.total)
+            return
+        if state.begun and state.done == state.begun:
+            note(f"{state.encoder} {state.modality}: {state.begun:,} rows are there already; going on with the rest")
+        name = f"{_shorten(state.encoder, 20)} {state.modality}"
+        self._show(name, state.done, state.total, state.begun, state.bottleneck)
+
+
+class VerifyProgress(_RowBars):
+    """A bar of blocks."""
+
+    def update(self, done: int, total: int) -> None:
+        self._show("verifying blocks", done, total)
+
+
+class RowsProgress(_RowBars):
+    """A bar of rows under one name; nothing is shown of what takes no time."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def update(self, done: int, total: int) -> None:
+        self._show(self._name, done, total)
+
+
+class EncodeProgress(_RowBars):
+    """A bar for each modality of new samples at prediction, which have no store."""
+
+    def update(self, modality: str, done: int, total: int) -> None:
+        self._show(f"encoding {modality}", done, total)
+
+
+class TrainProgress:
+    """One bar over the epochs of all models, with the loss and the validation score."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric_title(metric)
+        self._progress = _progress(
+            TextColumn("training{task.fields[model]}"),
+            BarColumn(bar_width=None),
+            TextColumn("epoch {task.fields[epoch]}{task.fields[state]}"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._progress.add_task("training", total=None, model="", epoch="", state="")
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, now: "TrainState") -> None:
+        epoch = now.epoch
+        score = "" if epoch.score is None else f"  val {self._metric} {epoch.score:.3f}"
+        stage = f" {now.stage}" if now.stage else ""
+        self._progress.update(
+            self._task,
+            completed=(now.model - 1) * now.n_epochs + epoch.epoch,
+            total=now.n_models * now.n_epochs,
+            model=f" {now.model}/{now.n_models}{stage}" if now.n_models > 1 else stage,
+            epoch=f"{epoch.epoch}/{now.n_epochs}",
+            state=f"  loss {epoch.loss:.4f}{score}",
+        )
+
+
+class BenchProgress:
+    """One bar of measurements, with the name of the one under way."""
+
+    def __init__(self) -> None:
+        count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
+        self._progress = _progress(
+            TextColumn("measuring {task.description}"), BarColumn(bar_width=None), count, TimeElapsedColumn()
+        )
+        self._task = self._progress.add_task("", total=1)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, what: str, done: int, total: int) -> None:
+        self._progress.update(self._task, description=what, completed=done, total=total)
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

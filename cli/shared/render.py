@@ -1,0 +1,345 @@
+"""Everything that people see: tables to stdout; messages to stderr. With progress.py, all of Rich."""
+
+import errno
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from cachefuse.registry import MEAN, metric_title
+
+if TYPE_CHECKING:
+    from cachefuse.data.dataset import Dataset
+    from cachefuse.encoders import Family
+    from cachefuse.extraction.extract import ExtractReport
+    from cachefuse.runs.predict import Predictions
+    from cachefuse.runs.run import Run
+
+
+MAX_CLASSES = 30
+PIPED_WIDTH = 200
+
+
+def out() -> Console:
+    """Results. Wide where they are piped to a file or a program, since no terminal cuts them there."""
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(highlight=False, width=PIPED_WIDTH if piped else None)
+
+
+def err() -> Console:
+    """Progress and messages."""
+    return Console(stderr=True, highlight=False)
+
+
+class _NoteHandler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        note(record.getMessage())
+
+
+def error(problem: BaseException) -> None:
+    """Print an error: its first line in red, further lines (how to go on) plain."""
+    message = str(problem) or type(problem).__name__
+    if isinstance(problem, OSError) and problem.strerror and problem.filename:
+        message = f"{problem.filename}: {problem.strerror}"
+    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        message = "the disk is full; free some room and run the same command again: what was finished is kept"
+    if out_of_memory(problem):
+        message = "out of memory; try a smaller --batch-size, --layers or --limit"
+    first, _, rest = message.partition("\n")
+    console = err()
+    _print_message(console, Text.assemble(("error: ", "bold red"), (first, "red")))
+    for line in (*rest.splitlines(), *getattr(problem, "__notes__", ())):
+        console.print(Text(line), soft_wrap=True)
+
+
+def out_of_memory(problem: BaseException) -> bool:
+    """Whether memory ran out: Python's, or torch's on CUDA or on the CPU."""
+    torch_cpu = isinstance(problem, RuntimeError) and "allocate memory" in str(problem)
+    return isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError" or torch_cpu
+
+
+def _print_message(console: Console, text: Text) -> None:
+    """Print on one line where programs read it, and broken between words where people do."""
+    console.print(text, soft_wrap=not console.is_terminal)
+
+
+def note(message: str) -> None:
+    """Print a message that is not a result."""
+    _print_message(err(), Text.assemble(("note: ", "yellow"), message))
+
+
+def print_json(value: Any) -> None:
+    """Print a result for machines."""
+    from cachefuse.files import to_json
+
+    sys.stdout.write(to_json(value) + "\n")
+
+
+@contextmanager
+def status(message: str) -> Iterator[None]:
+    """Show a spinner while something without a known length goes on; log messages appear as notes."""
+    logger = logging.getLogger("cachefuse")
+    if not logger.handlers:
+        logger.addHandler(_NoteHandler())
+        logger.propagate = False
+    console = err()
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{message} ..."):
+        yield
+
+
+@contextmanager
+def interruptible(how_to_go_on: str) -> Iterator[None]:
+    """Turn Ctrl-C into exit code 130 and a line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(f"interrupted; {how_to_go_on}")
+        raise typer.Exit(130) from None
+
+
+def dataset_line(dataset: "Dataset") -> None:
+    """Say which dataset was read."""
+    err().print(
+        Text.assemble(
+            ("dataset ", "dim"), (dataset.name, "bold"),
+            f": {len(dataset):,} samples ({split_counts(dataset.splits.tolist())}); {', '.join(dataset.modalities)}",
+        ),
+        soft_wrap=True,
+    )  # fmt: skip
+
+
+def split_counts(splits: Sequence[str]) -> str:
+    """Return "train 2,425, val 632, test 620"."""
+    from cachefuse.data.splits import ordered_splits
+
+    return ", ".join(f"{name} {splits.count(name):,}" for name in ordered_splits(splits))
+
+
+def run_line(run: "Run") -> None:
+    """Say which run was taken."""
+    used = ", ".join(f"{encoder} ({modality})" for encoder, modality in run.encoders)
+    kind = f"ensemble of {', '.join(run.sources)}; reads" if run.sources else f"{run.config.fusion} of"
+    err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {kind} {used}"), soft_wrap=True)
+
+
+def extract_dict(report: "ExtractReport") -> dict[str, Any]:
+    return {
+        "store": str(report.store),
+        "features": [
+            {"encoder": encoder, "modality": modality, "rows": rows, "computed": report.computed[(encoder, modality)]}
+            for (encoder, modality), rows in report.rows.items()
+        ],
+        "bad": [vars(line) for line in report.bad],
+    }
+
+
+NEXT = {
+    "retrieval": "cachefuse align, with two encoders",
+    "similarity": "cachefuse similarity",
+    "paraphrase": "cachefuse similarity",
+}
+
+
+def extract_report(report: "ExtractReport", task: str) -> None:
+    """What is in the store now, what was computed, which samples are bad, and what to do next."""
+    console = out()
+    table = new_table("encoder", "modality", "rows", "computed now", numbers=2)
+    for (encoder, modality), rows in report.rows.items():
+        computed = report.computed[(encoder, modality)]
+        table.add_row(escape(encoder), modality, f"{rows:,}", f"{computed:,}" if computed else "0, all there")
+    console.print(table)
+    if not any(report.computed.values()):
+        console.print("Nothing to compute: every feature was there already.")
+    if report.bad:
+        console.print(f"{len(report.bad):,} samples can't be used as they are (kept, and marked absent):")
+        for line in report.bad[:10]:
+            where = f" ({line.source})" if line.source else ""
+            console.print(Text(f"  {line.id} {line.modality}: {line.reason}{where}"), soft_wrap=True)
+        if len(report.bad) > 10:
+            console.print(Text(f"  ... all of them in {report.store / 'samples' / 'bad.jsonl'}"), soft_wrap=True)
+    console.print(Text.assemble(("store ", "dim"), str(report.store)), soft_wrap=True)
+    console.print(Text.assemble(("next  ", "dim"), NEXT.get(task, "cachefuse train-head")), soft_wrap=True)
+
+
+def run_dict(run: "Run") -> dict[str, Any]:
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "dataset": run.dataset,
+        "classes": list(run.classes),
+        "rows": {split: result.n_rows for split, result in run.results.items()},
+        "metrics": run.metrics,
+        "per_class": {split: result.per_class for split, result in run.results.items()},
+        "thresholds": run.thresholds.tolist(),
+        "best_epochs": [history.best_epoch for history in run.histories],
+        "models": len(run.members),
+        "parameters": run.n_parameters,
+        "size_mb": run.size_mb,
+        "seconds": run.seconds,
+    }
+
+
+def run_report(run: "Run") -> None:
+    """Metrics a split, figures a class on the split that counts, the model's size and time, and what to do next."""
+    console = out()
+    run_line(run)
+    console.print(_by_task(run) if run.several else _by_split(run))
+    _per_class(console, run, list(run.metrics)[:2][-1] if run.held is None else run.held.split)
+    models = f"{len(run.members)} models of together " if len(run.members) > 1 else ""
+    console.print(f"{models}{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s{_epochs(run)}")
+    if (run.thresholds != 0.5).any():
+        chosen = [x for task in run.tasks if not task.one_label for x in run.thresholds[task.columns]]
+        low, high = min(chosen), max(chosen)
+        console.print(f"a label's score must reach {low:.3f}" + (f" to {high:.3f}, by class" if low < high else ""))
+    console.print(Text.assemble(("run   ", "dim"), str(run.path)), soft_wrap=True)
+    console.print(Text.assemble(("next  ", "dim"), "cachefuse predict"), soft_wrap=True)
+
+
+def _by_split(run: "Run") -> Table:
+    names = list(next(iter(run.metrics.values())))
+    table = new_table("split", "rows", *(metric_title(name) for name in names), numbers=len(names) + 1)
+    for split, result in run.results.items():
+        table.add_row(split, f"{result.n_rows:,}", *(_figure(result.metrics[name]) for name in names))
+    return table
+
+
+def _by_task(run: "Run") -> Table:
+    """Of each split the mean of the tasks' first metrics, then a row for each task; some kinds lack some metrics."""
+    every = next(iter(run.metrics.values()))
+    names = list(dict.fromkeys(name.partition(".")[2] for name in every if "." in name))
+    titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
+    table = new_table("split", "task", MEAN, *titles, numbers=len(names) + 1)
+    for split, result in run.results.items():
+        table.add_row(split, f"[dim]{result.n_rows:,} rows[/]", _figure(result.metrics[MEAN]))
+        for task in run.tasks:
+            figures = (result.metrics.get(task.named(name)) for name in names)
+            table.add_row("", escape(task.name), "", *("" if x is None else _figure(x) for x in figures))
+    return table
+
+
+def _epochs(run: "Run") -> str:
+    best = [history.best_epoch for history in run.histories]
+    if len(best) == 1:
+        return f"; weights of epoch {best[0]} of {len(run.histories[0].epochs)}"
+    return f"; epochs {min(best)} to {max(best)}" if best and min(best) < max(best) else ""
+
+
+def _per_class(console: Console, run: "Run", split: str) -> None:
+    figures = run.results[split].per_class
+    order = list(range(len(run.classes)))
+    title = f"classes on {split}"
+    if len(run.classes) > MAX_CLASSES:
+        order = sorted(order, key=lambda c: (figures["f1"][c], c))[:MAX_CLASSES]
+        title += f", the {MAX_CLASSES} lowest F1 of {len(run.classes)}"
+    table = new_table("class", "rows", "precision", "recall", "F1", "AP", numbers=5, title=title)
+    for c in order:
+        values = (_figure(figures[name][c]) for name in ("precision", "recall", "f1", "ap"))
+        table.add_row(escape(run.classes[c]), f"{figures['support'][c]:,.0f}", *values)
+    console.print(table)
+
+
+def submission_report(predictions: "Predictions", path: Path, *, checked: Path | None) -> None:
+    """How many rows went where."""
+    n = predictions.labels.sum()
+    against = f", checked against {checked.name}" if checked else ""
+    out().print(
+        Text(f"{len(predictions.ids):,} rows, {n:,} labels ({n / max(1, len(predictions.ids)):.2f} a row){against}")
+    )
+    out().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
+
+
+def page_written(path: Path) -> None:
+    """Where a page is, and how large."""
+    from cachefuse.files import format_bytes
+
+    size = format_bytes(path.stat().st_size)
+    out().print(Text.assemble(("wrote ", "dim"), f"{path} ({size})"), soft_wrap=True)
+
+
+def prediction(predictions: "Predictions", *, as_json: bool) -> None:
+    """One new sample's labels and its likeliest classes."""
+    scores, chosen = predictions.scores[0], predictions.labels[0]
+    groups = [task.numbers.tolist() for task in predictions.tasks] or [range(len(scores))]
+    order = [sorted(group, key=lambda c: -scores[c]) for group in groups]
+    if as_json:
+        ranked = {predictions.classes[c]: float(scores[c]) for group in order for c in group}
+        by_task = {"tasks": predictions.by_task(0)} if predictions.tasks else {}
+        print_json({"labels": predictions.names(0), **by_task, "scores": ranked})
+        return
+    table = new_table("class", "score", "label", numbers=1)
+    for group in order:
+        for c in group[: max(10 // len(order), int(chosen[group].sum()))]:
+            table.add_row(escape(predictions.classes[c]), f"{scores[c]:.3f}", "[green]yes[/]" if chosen[c] else "")
+    out().print(table)
+
+
+def datasets(rows: Sequence[dict[str, Any]]) -> None:
+    """The built-in datasets, and how to bring one's own."""
+    table = new_table("dataset", "task", "size", "splits", "data")
+    table.columns[2].justify = "right"
+    for row in rows:
+        here = "[green]built in[/]" if row["builtin"] else ("[green]yes[/]" if row["data"] else "[dim]no[/]")
+        size = f"{sum(row['rows'].values()):,}"
+        table.add_row(f"[bold]{row['name']}[/]", row["task"], size, ", ".join(row["splits"]), here)
+    out().print(table)
+    out().print("Your own: cachefuse extract --dataset ./mine.toml (the README shows one)")
+
+
+def encoders(families: "dict[str, Family]", default: str) -> None:
+    """The encoder families with an example each."""
+    table = new_table("family", "encodes", "example")
+    for name, family in families.items():
+        table.add_row(f"[bold]{name}[/]", family.modalities, escape(family.example))
+        table.add_row("", "", f"[dim]{escape(family.about)}[/]")
+    out().print(table)
+    out().print(f"The default is {default}. Weights come from the model hubs, or from local files.")
+
+
+def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "Predictions", written: Path) -> None:
+    """The demo's runs side by side on the validation split, the best of each column standing out."""
+    console = out()
+    names = list(best.metrics["val"])
+    top = {name: max(run.metrics["val"][name] for run in runs) for name in names}
+    title = f"{best.dataset}: validation, {best.results['val'].n_rows:,} samples the heads never saw"
+    table = new_table("fusion", *(metric_title(name) for name in names), "seconds", numbers=len(names) + 1, title=title)
+    for run in runs:
+        values = [(run.metrics["val"][name], top[name]) for name in names]
+        cells = (
+            f"[bold green]{value:.3f}[/]" if value == best_value else f"{value:.3f}" for value, best_value in values
+        )
+        table.add_row(run.config.fusion, *cells, f"{run.seconds:.1f}")
+    console.print(table)
+    console.print(
+        "Some classes show only in the image, some only in the text, some only in both:\nfusion sees them all."
+    )
+    console.print(Text.assemble(("store ", "dim"), str(store)), soft_wrap=True)
+    console.print(Text.assemble(("runs  ", "dim"), str(best.path.parent if best.path else "")), soft_wrap=True)
+    console.print(
+        Text.assemble(("wrote ", "dim"), f"{written} ({len(predictions.ids):,} rows, by {best.name})"), soft_wrap=True
+    )
+    console.print(Text.assemble(("next  ", "dim"), "cachefuse datasets, cachefuse encoders, cachefuse extract --help"))
+
+
+def new_table(*columns: str, numbers: int = 0, title: str | None = None) -> Table:
+    """A table whose last ``numbers`` columns are figures."""
+    table = Table(title=title, title_justify="left", title_style="dim", header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i >= len(columns) - numbers else "left", overflow="fold")
+    return table
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None or math.isnan(value) else f"{value:.3f}"

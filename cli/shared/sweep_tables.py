@@ -1,0 +1,208 @@
+"""What people see of a sweep: a table that fills while it runs, on a terminal; and the one that it ends with."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from cachefuse.registry import metric_title
+from cachefuse_cli.shared.render import err, new_table, out, run_dict, run_report
+
+if TYPE_CHECKING:
+    from cachefuse.experiments.results import SettingResult, SweepResult
+    from cachefuse.runs.run import Run
+
+
+MAX_METRICS, BESIDE_COSTS = 4, 2  # that fit beside the settings, and beside costs; all are in the files
+COSTS = ("params", "MB", "ms/item", "steps/s")
+
+
+class SweepProgress:
+    """The table so far above a bar of trials, on stderr and only on a terminal."""
+
+    def __init__(self) -> None:
+        console = err()
+        self._bar = Progress(
+            SpinnerColumn(), TextColumn("trials"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            console=console,
+        )  # fmt: skip
+        self._title = ""
+        self._live = Live(console=console, transient=True) if console.is_terminal else None
+
+    def __enter__(self) -> Self:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, result: "SweepResult") -> None:
+        if not self._live:
+            return
+        if result.title != self._title:  # a sweep begins, one of several maybe
+            for task in self._bar.task_ids:
+                self._bar.remove_task(task)
+            self._bar.add_task("trials", total=result.n_trials, completed=result.n_done)
+            self._title = result.title
+        self._bar.update(self._bar.task_ids[0], completed=result.n_done)
+        self._live.update(Group(sweep_table(result), self._bar))
+
+
+def sweep_table(result: "SweepResult") -> Table:
+    """A row for each setting that has a trial: means and standard deviations, the best of each metric standing out."""
+    shown = [setting for setting in result.settings if setting.trials]
+    named = any(setting.label for setting in result.settings)
+    seeds = f"mean ± std of {len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
+    title = escape(f"{result.title}\n{seeds}, {result.n_rows:,} rows of {result.split}")
+    columns = _columns(result, shown)
+    table = new_table("" if named else escape(", ".join(result.fields)), *columns, numbers=len(columns), title=title)
+    for column in table.columns[1:]:
+        column.no_wrap = True
+    for setting in shown:
+        table.add_row(Text(_label(result, setting)), *(cell(setting) for cell in columns.values()))
+    return table
+
+
+Cell = Callable[["SettingResult"], Text]
+
+
+def _columns(result: "SweepResult", shown: Sequence["SettingResult"]) -> dict[str, Cell]:
+    """Return the columns beside the settings: metrics, as many as fit, and what else is known of any of them."""
+    costs, curves = any(setting.costs for setting in shown), any(setting.curve for setting in shown)
+    named = any(setting.label for setting in shown)
+    metrics = result.shown or result.metrics[: 1 if curves else BESIDE_COSTS if costs or named else MAX_METRICS]
+    columns: dict[str, Cell] = {}
+    for metric in metrics:
+        best = max((x for setting in shown if (x := setting.mean(metric)) == x), default=None)
+        columns[metric_title(metric)] = partial(_figure, metric=metric, best=best, first=metric == metrics[0])
+        if metric == metrics[0] and any(setting.interval for setting in shown) and not result.shown:
+            columns["95%"] = lambda setting: Text(_interval(setting))
+    if not result.shown:  # a paper's own table has no room for more than its columns
+        columns["s"] = lambda setting: Text(f"{setting.seconds:.1f}")
+    if any(setting.published for setting in result.settings):
+        columns["paper"] = lambda setting: Text(_paper(setting))
+    for i, name in enumerate(COSTS[: 3 if result.shown else None] if costs else ()):
+        if not curves or i >= 2:  # their models are much alike in size, and have long names
+            columns[name] = partial(_cost, i=i)
+    if not costs and any(setting.trials[0].weights for setting in shown):  # beside costs there is no room
+        columns["text counts"] = lambda setting: Text(_share(setting.weight("text")))
+    return columns
+
+
+def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> None:
+    """Each sweep's table with what diverged, where the files are, and the run that a chain of sweeps ends in."""
+    console = out()
+    for result in results:
+        console.print(sweep_table(result))
+        for setting in result.settings:
+            bad = [trial for trial in setting.trials if trial.diverged]
+            if bad:
+                seeds = ", ".join(str(trial.seed) for trial in bad)
+                console.print(Text(f"{_label(result, setting)}, seed {seeds}: {bad[0].diverged}"), soft_wrap=True)
+        console.print()
+    if any(setting.published for result in results for setting in result.settings):
+        console.print(Text(results[0].paper))
+    console.print(Text.assemble(("wrote ", "dim"), str(folder)), soft_wrap=True)
+    if run is not None:
+        console.print(Text(f"the best of it, refitted on every labelled row: {_pipeline(results)}"))
+        run_report(run)
+
+
+def compare_verdict(result: "SweepResult", enough: "SettingResult | None") -> None:
+    """One line: which method is enough, and what the best takes beside it."""
+    if enough is None or enough.costs is None:
+        return
+    best, metric = result.best, result.metrics[0]
+    if best is enough:
+        text = "no cheaper fusion comes within its interval"
+    else:
+        times = best.costs.ms_per_item / enough.costs.ms_per_item if best.costs else math.nan
+        text = f"within the interval of {best.config.fusion}, which takes {times:.1f} times as long for an item"
+    name = enough.config.fusion
+    out().print(Text(f"{name} is enough: {metric_title(metric)} {enough.mean(metric):.3f}, {text}"), soft_wrap=True)
+    out().print(Text.assemble(("next  ", "dim"), f"cachefuse train-head --fusion {name}"))
+
+
+def sweeps_dict(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> dict[str, Any]:
+    return {
+        "path": str(folder),
+        "sweeps": [_sweep_dict(result) for result in results],
+        "run": None if run is None else run_dict(run),
+    }
+
+
+def _sweep_dict(result: "SweepResult") -> dict[str, Any]:
+    return {
+        "title": result.title,
+        "split": result.split,
+        "rows": result.n_rows,
+        "seeds": list(result.seeds),
+        "settings": [
+            {
+                **({"label": setting.label} if setting.label else {}),
+                "setting": {name: setting.values[name] for name in result.fields},
+                "mean": {metric: setting.mean(metric) for metric in result.metrics},
+                "std": {metric: setting.std(metric) for metric in result.metrics},
+                "seconds": setting.seconds,
+                "diverged": setting.n_diverged,
+                "interval": setting.interval,
+                "costs": vars(setting.costs) if setting.costs else None,
+                "paper": setting.published,
+                "trials": [asdict(trial) for trial in setting.trials],
+            }
+            for setting in result.settings
+        ],
+    }
+
+
+def _pipeline(results: Sequence["SweepResult"]) -> str:
+    return ", ".join(f"{name} {result.best.text(name)}" for result in results for name in result.fields)
+
+
+def _label(result: "SweepResult", setting: "SettingResult") -> str:
+    return setting.named(result.fields)
+
+
+def _figure(setting: "SettingResult", metric: str, best: float | None, first: bool) -> Text:
+    mean, std = setting.mean(metric), setting.std(metric)
+    if setting.n_diverged and first:
+        some = f"{setting.n_diverged} " if setting.n_diverged < len(setting.trials) else ""
+        return Text(f"{some}diverged", "red")
+    if math.isnan(mean):
+        return Text("-")
+    spread = "" if math.isnan(std) else f"±{std:.3f}".replace("±0", "±")
+    return Text(f"{mean:.3f}{spread}", "bold green" if mean == best else "")
+
+
+def _share(x: float) -> str:
+    return "" if math.isnan(x) else f"{x:.2f}"
+
+
+def _interval(setting: "SettingResult") -> str:
+    return "-".join(f"{x:.3f}".removeprefix("0") for x in setting.interval) if setting.interval else ""
+
+
+def _cost(setting: "SettingResult", i: int) -> Text:
+    costs = setting.costs
+    if costs is None:
+        return Text("")
+    parameters = f"{costs.parameters / 1e6:.2f}M"
+    texts = (parameters, f"{costs.size_mb:.1f}", f"{costs.ms_per_item:.3g}", f"{costs.steps_per_second:.3g}")
+    return Text(texts[i])
+
+
+def _paper(setting: "SettingResult") -> str:
+    if setting.published is None:
+        return "-"
+    return "diverged" if math.isnan(setting.published[0]) else f"{setting.published[0]:.3f}"
