@@ -20,11 +20,11 @@ from cachefuse.device import resolve_device
 from cachefuse.errors import DataError
 from cachefuse.metrics import decide
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import TRAIN, VAL, Problem
+from cachefuse.training.data import TRAIN, VAL, TrainingData
 from cachefuse.training.feature_set import FeatureView
 from cachefuse.training.feature_table import multi_hot
 from cachefuse.training.inference import predict_scores
-from cachefuse.training.train import train_problem
+from cachefuse.training.train import train_models
 
 HELD_PARTS = 10  # one in so many rows is held out, where epochs or thresholds are chosen on it
 
@@ -125,7 +125,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         config = self._config()
         chooses = config.patience or (self._task == "multilabel" and config.thresholds != "none")
         splits = _hold_out(targets, config.seed) if chooses else np.full(len(targets), TRAIN)
-        problem = Problem(
+        data = TrainingData(
             name="X",
             table=X.to_table(torch.from_numpy(targets), splits).to(resolve_device(self.device)),
             classes=tuple(str(c) for c in range(targets.shape[1])),
@@ -133,7 +133,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
             metrics=DEFAULT_METRICS[self._task],
             min_labels=self.min_labels,
         )
-        trained = train_problem(problem, config)
+        trained = train_models(data, config)
         self.config_ = trained.members[0][0]
         self.models_ = [model.cpu() for _, model, _ in trained.members]
         self.histories_ = trained.histories

@@ -43,6 +43,9 @@ class Registry(MutableMapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return resolve(self._own[name]) if name in self._own else lookup(self._entries, name, self.kind)
 
+    def get(self, name: str, default: Any = None) -> Any:
+        return resolve(self._entries.get(name, default))
+
     def __setitem__(self, name: str, entry: Any) -> None:
         self._own[name] = entry
 

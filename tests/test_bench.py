@@ -143,7 +143,7 @@ def test_the_machine_is_named():
 
 def test_nothing_is_left_of_a_training_that_is_interrupted(tmp_path, monkeypatch):
     def interrupt(bench):
-        assert bench.problem.table.features["text"].shape == (500, 16)
+        assert bench.data.table.features["text"].shape == (500, 16)
         assert list(tmp_path.rglob("*.zarr"))
         raise KeyboardInterrupt
 
@@ -155,7 +155,7 @@ def test_nothing_is_left_of_a_training_that_is_interrupted(tmp_path, monkeypatch
 
 def test_the_table_in_memory_is_that_of_the_store_standardised(tmp_path):
     bench = TrainBench(tmp_path, "cpu", TINY_TRAIN)
-    stored, x = bench.problem.table.features["text"], bench.data.table.features["text"]
+    stored, x = bench.data.table.features["text"], bench.training_set.table.features["text"]
     assert (stored[:].dtype, x.dtype) == (np.float16, torch.float32)
     expected = stored[:].astype(np.float64)
     expected = (expected - expected.mean(0)) / expected.std(0)
@@ -165,9 +165,9 @@ def test_the_table_in_memory_is_that_of_the_store_standardised(tmp_path):
 def test_an_epochs_time_leaves_out_the_first(tmp_path, monkeypatch):
     ticks = iter([100.0, 101.0, 104.0])
     bench = TrainBench(tmp_path, "cpu", TINY_TRAIN)
-    assert bench.data.table
+    assert bench.training_set.table
     monkeypatch.setattr(train.time, "perf_counter", lambda: next(ticks))
-    assert bench.epoch(bench.model(()).fusion, bench.data.table, 2) == 2.0
+    assert bench.epoch(bench.model(()).fusion, bench.training_set.table, 2) == 2.0
 
 
 @pytest.mark.parametrize("layers", [(), (8,), (12, 8)])

@@ -13,7 +13,7 @@ import torch
 
 from cachefuse import threads
 from cachefuse.errors import ConfigError
-from cachefuse.fusion.base import Learner
+from cachefuse.fusion.base import Model
 from cachefuse.threads import Look, adapt_threads, fixed_threads, idle_threads, n_cores, n_idle_cores, same_threads
 from cachefuse.training.loop import fit
 
@@ -162,7 +162,7 @@ def small_training():
 
     from cachefuse.training.feature_table import FeatureTable
 
-    class Linear(Learner):
+    class Linear(Model):
         def __init__(self):
             super().__init__()
             self.widths = {"image": 3}

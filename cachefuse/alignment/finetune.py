@@ -20,12 +20,12 @@ from cachefuse.alignment.train import find_side
 from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FLAT
-from cachefuse.fusion.base import Learner
+from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import build_loss
 from cachefuse.registry import lookup
-from cachefuse.runs.features import used_features
+from cachefuse.runs.features import describe_features
 from cachefuse.runs.results import measure
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.lock import only_writer
@@ -34,7 +34,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import VAL, Problem
+from cachefuse.training.data import VAL, TrainingData
 from cachefuse.training.held_out import HeldOut, choose_for
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.loop import History, Validation, fit
@@ -42,7 +42,7 @@ from cachefuse.training.selection import load_table, one_view
 from cachefuse.training.train import Progress, score_of
 
 
-class TunedModel(Learner):
+class TunedModel(Model):
     """Stored features {modality: (B, T * D)} through one side of an alignment and a head on it, to logits (B, C)."""
 
     def __init__(self, aligner: Aligner, side: int, modality: str, head: FusionModel, n_tokens: int = 0):
@@ -98,13 +98,13 @@ def fine_tune(
     view = run.config.view
     views = one_view(FLAT if view == "tokens" else view)
     table = load_table(store, {modality: [find_side(run, run.sides[side], store)]}, views).to(resolve_device(device))
-    problem = Problem.of(store, table)
-    if problem.task not in ("multiclass", "multilabel"):
-        raise ConfigError(f"fine-tune is for datasets of one set of labels; {store.dataset} is for {problem.task}")
-    config = problem.resolve(config)
+    data = TrainingData.of(store, table)
+    if data.task not in ("multiclass", "multilabel"):
+        raise ConfigError(f"fine-tune is for datasets of one set of labels; {store.dataset} is for {data.task}")
+    config = data.resolve(config)
     with only_writer(store.path):  # or it would turn out after all the epochs that there is another
         pass
-    train, validate = (rows.to(problem.device) for rows in (problem.train_rows(), problem.rows(VAL)))
+    train, validate = (rows.to(data.device) for rows in (data.train_rows(), data.rows(VAL)))
     seed_everything(seed)
     tuned = replace(
         run, name=f"{run.name}-{store.dataset}", parent=run.name, model=copy.deepcopy(run.model), results={}
@@ -112,16 +112,16 @@ def fine_tune(
     tuned.model.log_temperature.requires_grad_(False)
     width = table.features[modality].shape[1]
     n_tokens = width.n_tokens if isinstance(width, TokenWidth) else 0
-    head = build_model(config, {modality: run.config.width}, len(problem.classes))
-    model = TunedModel(tuned.model, side, modality, head, n_tokens).to(problem.device)
+    head = build_model(config, {modality: run.config.width}, len(data.classes))
+    model = TunedModel(tuned.model, side, modality, head, n_tokens).to(data.device)
     # Vectors of length 1, to values of about 1; what their own deviations are changes while they are tuned.
     cast(Standardize, head.standardize[modality]).scale.fill_(run.config.width**0.5)
     optimizer = lookup(OPTIMIZERS, str(config.optimizer), "optimizer")(
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=lr, weight_decay=weight_decay
     )
     steps = config.n_epochs * -(-len(train) // batch_size)
-    loss = config.resolve_loss(problem.task)
-    score = partial(score_of, problem, validate, problem.metric, loss)
+    loss = config.resolve_loss(data.task)
+    score = partial(score_of, data, validate, data.metric, loss)
     history = fit(
         model,
         build_loss(loss, config.loss_options),
@@ -160,10 +160,10 @@ def _head_run(
     features = aligned_features(tuned, side, store, device=device)
     modality = features.modality
     table = load_table(store, {modality: [features]}).to(resolve_device(device))
-    problem = Problem.of(store, table)
-    used = used_features({modality: [features]}, problem.widths)
-    rows = problem.rows(VAL)
-    held = HeldOut.join(VAL, problem, [rows], [predict_scores(head, table, rows, config.resolve_loss(problem.task))])
+    data = TrainingData.of(store, table)
+    used = describe_features({modality: [features]}, data.widths)
+    rows = data.rows(VAL)
+    held_out = HeldOut.join(VAL, data, [rows], [predict_scores(head, table, rows, config.resolve_loss(data.task))])
     run = Run(
         name=f"{store.dataset}-{config.fusion}-fine-tuned",
         dataset=store.dataset,
@@ -171,11 +171,11 @@ def _head_run(
         classes=store.classes,
         config=config,
         members=[Member(config, used, head.eval(), 1.0)],
-        thresholds=choose_for(problem, config, held),
+        thresholds=choose_for(data, config, held_out),
         histories=[history],
-        held=held,
+        held_out=held_out,
         split_digest=split_digest(store),
     )
-    run.results = measure(problem, run, lambda member: table)
+    run.results = measure(data, run, lambda member: table)
     run.seconds = time.perf_counter() - begun
     return run

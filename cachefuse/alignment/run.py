@@ -36,7 +36,7 @@ MAX_WIDTH = 1 << 20  # of features that a run may say it reads
 
 
 @dataclass(frozen=True)
-class UsedSide:
+class AlignmentSide:
     """The features that one side of an alignment reads; ``source`` opens their encoder."""
 
     modality: Annotated[str, Field(pattern="^(image|text)$")]
@@ -47,7 +47,7 @@ class UsedSide:
     width: Annotated[int, Field(ge=1, le=MAX_WIDTH)]
 
     @classmethod
-    def of(cls, features: Features, view: str) -> "UsedSide":
+    def of(cls, features: Features, view: str) -> "AlignmentSide":
         return cls(
             features.modality,
             features.encoder,
@@ -91,7 +91,7 @@ class Alignment:
     name: str
     dataset: str
     config: AlignConfig
-    sides: tuple[UsedSide, UsedSide]
+    sides: tuple[AlignmentSide, AlignmentSide]
     model: Aligner
     history: History
     results: dict[str, Retrieval] = field(default_factory=dict)
@@ -174,7 +174,7 @@ class Description(BaseModel):
     dataset: DatasetName
     created: str
     config: dict[str, Any]
-    sides: tuple[UsedSide, UsedSide]
+    sides: tuple[AlignmentSide, AlignmentSide]
     results: dict[str, Retrieval]
     split_digest: str
     parent: str

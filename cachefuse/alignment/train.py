@@ -11,7 +11,7 @@ from cachefuse.alignment.data import PairData, fit_statistics, n_batches, open_p
 from cachefuse.alignment.loop import embed_samples, fit
 from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.ranks import Embedded, best_ranks, chance_at, modality_gap, recall_at
-from cachefuse.alignment.run import Alignment, Direction, Retrieval, UsedSide
+from cachefuse.alignment.run import Alignment, AlignmentSide, Direction, Retrieval
 from cachefuse.data.splits import ordered_splits
 from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError, DataError, RunError
@@ -58,7 +58,7 @@ def align(
         name=f"{store.dataset}-{config.label}",
         dataset=store.dataset,
         config=config,
-        sides=(UsedSide.of(features[0], config.view), UsedSide.of(features[1], config.view)),
+        sides=(AlignmentSide.of(features[0], config.view), AlignmentSide.of(features[1], config.view)),
         model=model,
         history=History(),
         split_digest=split_digest(store),
@@ -112,7 +112,7 @@ def run_features(run: Alignment, store: FeatureStore) -> tuple[Features, Feature
     return found[0], found[1]
 
 
-def find_side(run: Alignment, side: UsedSide, store: FeatureStore) -> Features:
+def find_side(run: Alignment, side: AlignmentSide, store: FeatureStore) -> Features:
     """Return a store's features for one side of an alignment. Raises RunError if the store has others or none."""
     features = store.open_features(side.encoder, side.modality)
     if features is None:

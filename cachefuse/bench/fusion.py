@@ -27,7 +27,7 @@ from cachefuse.store.writer import ViewWriter
 from cachefuse.threads import same_threads
 from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import Problem, open_problem
+from cachefuse.training.data import TrainingData, open_training_data
 from cachefuse.training.loop import fit
 from cachefuse.training.optim import adam
 from cachefuse.training.train import TrainingSet
@@ -64,8 +64,8 @@ class FusionBench:
     def store(self) -> FeatureStore:
         return write_tokens(self.folder / "tokens.zarr", self.sizes)
 
-    def problem(self, config: TrainConfig) -> Problem:
-        return open_problem(self.store, device=self.device, views=config.views)[0]
+    def data(self, config: TrainConfig) -> TrainingData:
+        return open_training_data(self.store, device=self.device, views=config.views)[0]
 
 
 def write_tokens(path: Path, sizes: FusionSizes) -> FeatureStore:
@@ -106,12 +106,12 @@ def cma_step(bench: FusionBench) -> BenchRow:
     sizes = bench.sizes
     options = {"depth": sizes.depth, "width": sizes.width, "heads": sizes.heads}
     config = TrainConfig(fusion="cma", fusion_options=options, batch_size=sizes.batch, loss="bce")
-    problem = bench.problem(config)
-    config = problem.resolve(config)
+    data = bench.data(config)
+    config = data.resolve(config)
     steps = -(-sizes.rows // sizes.batch)
     products = step_products(bench)
     whole = step_products(bench, trimmed=False)
-    epoch = _epoch(problem, config)
+    epoch = _epoch(data, config)
     pairs = by_turns(lambda: epoch() / steps, timed(products), sizes.pairs)
     ours, baseline = (1000 * np.median(pairs, axis=0)).tolist()
     all_tokens = 1000 * float(np.median([timed(whole)() for _ in range(sizes.pairs)]))
@@ -124,17 +124,18 @@ def cma_step(bench: FusionBench) -> BenchRow:
     )  # fmt: skip
 
 
-def _epoch(problem: Problem, config: TrainConfig) -> Callable[[], float]:
+def _epoch(data: TrainingData, config: TrainConfig) -> Callable[[], float]:
     """Return what gives the seconds of an epoch of ``fit`` that follows a first one."""
 
     def epoch() -> float:
-        model = untrained_model(problem, config)
-        data = TrainingSet.prepare(problem, model, problem.train_rows())
+        model = untrained_model(data, config)
+        training_set = TrainingSet.prepare(data, model, data.train_rows())
         ends: list[float] = []
-        module = data.reading(model.fusion)
+        module = training_set.reading(model.fusion)
         fit(
-            module, training_loss(problem, config, data), adam(module.parameters(), lr=1e-4), data.table, data.rows,
-            epochs=2, batch_size=config.rows_a_step, generator=torch.Generator().manual_seed(0),
+            module, training_loss(data, config, training_set), adam(module.parameters(), lr=1e-4),
+            training_set.table, training_set.rows,
+            epochs=2, batch_size=config.effective_batch_size, generator=torch.Generator().manual_seed(0),
             on_epoch=lambda epoch: ends.append(time.perf_counter()),
         )  # fmt: skip
         return ends[1] - ends[0]
@@ -198,8 +199,8 @@ def _steps(bench: FusionBench, layer: int, pool: str, depth: int) -> float:
     if key not in bench.early:
         options = {"fusion_spec": f"0:text,{layer}:image", "pool": pool, "depth": depth}
         config = TrainConfig(fusion="midfusion", fusion_options=options, batch_size=bench.sizes.batch, loss="bce")
-        problem = bench.problem(config)
-        bench.early[key] = measure_costs(problem, problem.resolve(config)).steps_per_second
+        data = bench.data(config)
+        bench.early[key] = measure_costs(data, data.resolve(config)).steps_per_second
     return bench.early[key]
 
 
@@ -207,8 +208,8 @@ def item(bench: FusionBench, fusion: str) -> BenchRow:
     """The time to predict a sample from cached features."""
     options = {"architecture": BERT} if fusion == "lit" else {}
     config = TrainConfig(fusion=fusion, fusion_options=options, batch_size=bench.sizes.batch, loss="bce")
-    problem = bench.problem(config)
-    costs = measure_costs(problem, problem.resolve(config))
+    data = bench.data(config)
+    costs = measure_costs(data, data.resolve(config))
     note = f"{costs.parameters / 1e6:.2f}M parameters, {costs.steps_per_second:.1f} steps/s of {bench.sizes.batch} rows"
     return BenchRow(f"item_{fusion}", f"{fusion}: to predict one", "ms", costs.ms_per_item, note=note)
 

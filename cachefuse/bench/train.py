@@ -16,14 +16,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from cachefuse.bench.base import N_CLASSES, OnProgress, measure_all, temporary, write_store
 from cachefuse.bench.timing import BenchRow, by_turns, rates, seconds, timed
 from cachefuse.device import resolve_device
-from cachefuse.fusion.base import Learner
+from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.losses import Loss
 from cachefuse.store.store import FeatureStore
 from cachefuse.threads import same_threads
 from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import Problem, open_problem
+from cachefuse.training.data import TrainingData, open_training_data
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.loop import fit
 from cachefuse.training.optim import adam
@@ -57,36 +57,36 @@ class TrainBench:
     sizes: TrainSizes
 
     @cached_property
-    def problem(self) -> Problem:
+    def data(self) -> TrainingData:
         """Features in a store's files, all touched once, so that their checksums are verified."""
         path = self.folder / "rows.zarr"
         write_store(path, self.sizes.rows, self.sizes.width)
-        problem, _ = open_problem(FeatureStore(path), device=self.device)
-        problem.table.batch(torch.arange(self.sizes.rows, device=self.device))
-        return problem
+        data, _ = open_training_data(FeatureStore(path), device=self.device)
+        data.table.batch(torch.arange(self.sizes.rows, device=self.device))
+        return data
 
     @cached_property
-    def data(self) -> TrainingSet:
+    def training_set(self) -> TrainingSet:
         """All rows, standardised, in memory; with what standardises them."""
         rows = torch.arange(self.sizes.rows, device=self.device)
-        table, model = self.problem.table, self.model(())
+        table, model = self.data.table, self.model(())
         model.fit_statistics(table.features, table.present, rows)
         x = model.standardize["text"](table.batch(rows)[0]["text"])
         return TrainingSet(replace(table, features={"text": x}), rows, model.standardize)
 
     def model(self, layers: Layers) -> Any:
         """Return an untrained model: a linear head, or an MLP with hidden layers."""
-        return untrained_model(self.problem, settings(layers))
+        return untrained_model(self.data, settings(layers))
 
-    def epoch(self, module: Learner, table: FeatureTable, n: int, loss: Loss | None = None, **options: Any) -> float:
+    def epoch(self, module: Model, table: FeatureTable, n: int, loss: Loss | None = None, **options: Any) -> float:
         """Return the seconds of an epoch of ``fit``: the mean of ``n`` that follow a first one."""
         ends: list[float] = []
         fit(
             module,
-            loss or training_loss(self.problem, settings(()), self.data),
+            loss or training_loss(self.data, settings(()), self.training_set),
             adam(module.parameters(), lr=RATE),
             table,
-            self.data.rows,
+            self.training_set.rows,
             epochs=1 + n,
             batch_size=self.sizes.batch,
             generator=torch.Generator().manual_seed(0),
@@ -113,9 +113,11 @@ def linear(bench: TrainBench) -> BenchRow:
 
 def linear_drawn(bench: TrainBench) -> BenchRow:
     """The same where every row is drawn, and so copied, by itself."""
-    chances = torch.ones(bench.sizes.rows, dtype=torch.float64)
+    sample_weights = torch.ones(bench.sizes.rows, dtype=torch.float64)
     note = "rows are drawn one by one, as --sampler balanced does; otherwise batches are slices of shuffled rows"
-    return _over_gemms(bench, (), bench.sizes.epochs, "linear_drawn", "linear, rows drawn", chances=chances, note=note)
+    return _over_gemms(
+        bench, (), bench.sizes.epochs, "linear_drawn", "linear, rows drawn", sample_weights=sample_weights, note=note
+    )
 
 
 def small_mlp(bench: TrainBench) -> BenchRow:
@@ -128,10 +130,10 @@ def large_mlp(bench: TrainBench) -> BenchRow:
 
 def dataloader(bench: TrainBench) -> BenchRow:
     """A linear head's epoch, over the loop that PyTorch's tutorials teach."""
-    fusion, table = bench.model(()).fusion, bench.data.table
+    fusion, table = bench.model(()).fusion, bench.training_set.table
     x: Any = table.features["text"]
     loader = DataLoader(
-        TensorDataset(x.cpu(), bench.data.targets.cpu().float()), batch_size=bench.sizes.batch, shuffle=True
+        TensorDataset(x.cpu(), bench.training_set.targets.cpu().float()), batch_size=bench.sizes.batch, shuffle=True
     )
     head = nn.Linear(bench.sizes.width, N_CLASSES).to(bench.device)
     optimizer = torch.optim.Adam(head.parameters(), lr=RATE)
@@ -151,10 +153,10 @@ def dataloader(bench: TrainBench) -> BenchRow:
 def mapped(bench: TrainBench) -> BenchRow:
     """A large MLP's epoch on features as they are stored, over that on what training has in memory."""
     fusion = bench.model(bench.sizes.large).fusion
-    stored = FusionModel(fusion, bench.data.standardize)
+    stored = FusionModel(fusion, bench.training_set.standardize)
     pairs = by_turns(
-        lambda: bench.epoch(stored, bench.problem.table, 1),
-        lambda: bench.epoch(fusion, bench.data.table, 1),
+        lambda: bench.epoch(stored, bench.data.table, 1),
+        lambda: bench.epoch(fusion, bench.training_set.table, 1),
         bench.sizes.pairs,
     )
     on_cpu = bench.device == "cpu"  # a GPU has both in its own memory
@@ -164,10 +166,10 @@ def mapped(bench: TrainBench) -> BenchRow:
 
 def together(bench: TrainBench) -> BenchRow:
     """An epoch of linear heads as one, over one of each after the other."""
-    table, n = bench.data.table, bench.sizes.heads
+    table, n = bench.training_set.table, bench.sizes.heads
     one = bench.model(()).fusion
     stacked = RowsFirst(stack([bench.model(()).fusion for _ in range(n)]))
-    loss = StackedLoss(bench.problem, [settings(())] * n, bench.data)
+    loss = StackedLoss(bench.data, [settings(())] * n, bench.training_set)
     pairs = by_turns(
         lambda: bench.epoch(stacked, table, 1, loss), lambda: n * bench.epoch(one, table, n), bench.sizes.pairs
     )
@@ -230,10 +232,10 @@ def _over_gemms(
     n_epochs: int,
     name: str,
     what: str,
-    chances: Tensor | None = None,
+    sample_weights: Tensor | None = None,
     **about: Any,
 ) -> BenchRow:
-    fusion, table = bench.model(layers).fusion, bench.data.table
+    fusion, table = bench.model(layers).fusion, bench.training_set.table
     products = matrix_products(table.features["text"], layers, bench.sizes.batch)
 
     def baseline() -> None:
@@ -243,7 +245,7 @@ def _over_gemms(
 
     baseline()
     pairs = by_turns(
-        lambda: bench.epoch(fusion, table, n_epochs, chances=chances),
+        lambda: bench.epoch(fusion, table, n_epochs, sample_weights=sample_weights),
         lambda: seconds(baseline) / n_epochs,
         bench.sizes.pairs,
     )

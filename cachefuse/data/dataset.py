@@ -71,12 +71,12 @@ class Dataset:
         numbers: dict[ImageSource | None, int] = {}
         return np.array([numbers.setdefault(image, len(numbers)) for image in self.images], np.int64)
 
-    def stamps(self) -> list[str]:
+    def fingerprints(self) -> list[str]:
         """Return N fingerprints of 16 characters, over each sample's texts and its image's stamp; reads no image.
 
         A sample whose stamp is what it was has the digest that it had.
         """
-        return self._fingerprints(range(len(self)), self._once(lambda image: image.stamp()))
+        return self._fingerprints(range(len(self)), self._once(lambda image: image.fingerprint()))
 
     def digests(
         self,

@@ -21,10 +21,10 @@ def stratified_folds(targets: np.ndarray, k: int, seed: int | np.random.Generato
     sizes = np.zeros(k, np.int64)
     counts = np.zeros((k, classes), np.int64)  # of each label in each fold
 
-    def share_out(rows: np.ndarray, held: np.ndarray) -> None:
+    def share_out(rows: np.ndarray, held_out: np.ndarray) -> None:
         # Folds of equal share desire most what they hold least: the counts stand for the paper's c_j.
         for row, lots in zip(rng.permutation(rows), rng.random((len(rows), k)), strict=True):
-            fold = np.lexsort((lots, sizes, held))[0]
+            fold = np.lexsort((lots, sizes, held_out))[0]
             folds[row] = fold
             sizes[fold] += 1
             counts[fold] += targets[row]

@@ -40,12 +40,12 @@ class FileImage:
     def load(self) -> Image.Image:
         return decode(read_file(self._locate()[0]))
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         try:
             path, place = self._locate()
         except BadSampleError as error:
             return f"{self.path.name}:{error}"
-        return f"{place}:{file_stamp(path)}"
+        return f"{place}:{file_fingerprint(path)}"
 
     def digest(self) -> str:
         try:
@@ -86,7 +86,7 @@ def read_file(path: str, start: int = 0, n_bytes: int = -1) -> bytes:
         raise BadSampleError(_explain(error)) from error
 
 
-def file_stamp(path: str | Path) -> str:
+def file_fingerprint(path: str | Path) -> str:
     """Return what tells without reading a file that it may have changed. Raises OSError if the machine fails.
 
     Its kind, size in bytes, time of change, and whether it may be read, which changes no time; or why it has none.

@@ -12,7 +12,7 @@ from cachefuse.training import OPTIMIZERS
 from cachefuse.training.batches import Batch, Batches
 from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import Problem
+from cachefuse.training.data import TrainingData
 from cachefuse.training.inference import predict_logits, spread
 from cachefuse.training.train import TrainingSet
 
@@ -31,15 +31,15 @@ class Costs:
 
 
 @own_randomness()
-def measure_costs(problem: Problem, config: TrainConfig) -> Costs:
+def measure_costs(data: TrainingData, config: TrainConfig) -> Costs:
     """Return what a model of these settings, which must be resolved, costs on the machine at hand: medians."""
-    train = problem.train_rows()
-    model = untrained_model(problem, config)
-    data = TrainingSet.prepare(problem, model, train)
-    table, rows = problem.table.only(model.widths), spread(train, PREDICTED_ROWS).to(problem.device)
+    train = data.train_rows()
+    model = untrained_model(data, config)
+    training_set = TrainingSet.prepare(data, model, train)
+    table, rows = data.table.only(model.widths), spread(train, PREDICTED_ROWS).to(data.device)
     predict = _median_seconds(lambda: predict_logits(model, table, rows))
-    loss = training_loss(problem, config, data)
-    module = data.reading(model.fusion).train()
+    loss = training_loss(data, config, training_set)
+    module = training_set.reading(model.fusion).train()
     optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(module.parameters(), lr=1e-6)
     batches: Iterator[Batch] = iter(())
     generator = torch.Generator().manual_seed(config.seed)
@@ -48,7 +48,7 @@ def measure_costs(problem: Problem, config: TrainConfig) -> Costs:
         nonlocal batches
         batch = next(batches, None)
         if batch is None:
-            batches = iter(Batches(data.table, data.rows, config.rows_a_step, generator))
+            batches = iter(Batches(training_set.table, training_set.rows, config.effective_batch_size, generator))
             batch = next(batches)
         features, present, targets = batch
 

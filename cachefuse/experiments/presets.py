@@ -16,12 +16,12 @@ from cachefuse.experiments.results import Published, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
 from cachefuse.experiments.token_presets import TOKEN_PRESETS
 from cachefuse.registry import lookup
-from cachefuse.runs.features import UsedByName
+from cachefuse.runs.features import RunFeaturesByName
 from cachefuse.runs.run import Run
 from cachefuse.runs.train import train_run
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import TRAIN, VAL, Problem
+from cachefuse.training.data import TRAIN, VAL, TrainingData
 from cachefuse.training.selection import Views, pooled
 
 PAPER_ROWS = 25_000  # to train on
@@ -149,17 +149,17 @@ CHAIN = ("mmc-layers", "mmc-batch", "mmc-epochs", "mmc-activation", "mmc-dropout
 GREEDY = "mmc-greedy"
 
 
-def preset(name: str, problem: Problem, changes: Mapping[str, Any] | None = None) -> Experiment:
+def preset(name: str, data: TrainingData, changes: Mapping[str, Any] | None = None) -> Experiment:
     """Return a preset for a problem, with changes to its base. Batches are the paper's shares of the rows to train on.
 
     Raises UnknownNameError for another name, ConfigError for a change of what the preset tries.
     """
     if name in TOKEN_PRESETS:
         of_tokens = TOKEN_PRESETS[name]
-        return of_tokens.make(problem, replace(of_tokens.base, **(changes or {})))
+        return of_tokens.make(data, replace(of_tokens.base, **(changes or {})))
     experiment: Experiment = lookup({**PRESETS, **TOKEN_PRESETS}, name, "preset")
     base = _changed(name, experiment.base, changes or {}, experiment.settings)
-    return replace(experiment, base=base, settings=[_scaled(own, problem, base) for own in experiment.settings])
+    return replace(experiment, base=base, settings=[_scaled(own, data, base) for own in experiment.settings])
 
 
 def preset_views(name: str, changes: Mapping[str, Any]) -> Views:
@@ -172,8 +172,8 @@ def preset_views(name: str, changes: Mapping[str, Any]) -> Views:
 
 def greedy(
     store: FeatureStore,
-    problem: Problem,
-    used: UsedByName,
+    data: TrainingData,
+    used: RunFeaturesByName,
     folder: Path,
     seeds: Sequence[int],
     changes: Mapping[str, Any] | None = None,
@@ -189,14 +189,14 @@ def greedy(
     chosen: dict[str, Any] = {}
     results = []
     for step, name in enumerate(CHAIN, 1):
-        experiment = _after(preset(name, problem, {"folds": base.folds}), chosen)
+        experiment = _after(preset(name, data, {"folds": base.folds}), chosen)
         title = f"step {step} of {len(CHAIN)}, {experiment.title}"
         experiment = replace(experiment, base=replace(base, **chosen), title=title)
-        results.append(run_sweep(store, problem, used, experiment, folder, seeds, on_trial))
+        results.append(run_sweep(store, data, used, experiment, folder, seeds, on_trial))
         write_results(results[-1], folder / f"{step}-{name.removeprefix('mmc-')}")
         best = results[-1].settings.index(results[-1].best)
         chosen |= experiment.settings[best]
-    run = train_run(store, problem, used, replace(base, **chosen, refit=True, seed=seeds[0]))
+    run = train_run(store, data, used, replace(base, **chosen, refit=True, seed=seeds[0]))
     return results, run
 
 
@@ -209,13 +209,13 @@ def _changed(
     return replace(base, **changes)
 
 
-def _scaled(setting: Mapping[str, Any], problem: Problem, base: TrainConfig) -> dict[str, Any]:
+def _scaled(setting: Mapping[str, Any], data: TrainingData, base: TrainConfig) -> dict[str, Any]:
     """Return a setting with its batch size as the same share of the rows to train on; all of them are 0."""
     if "batch_size" not in setting:
         return dict(setting)
-    n = len(problem.rows(TRAIN))
+    n = len(data.rows(TRAIN))
     if base.folds:
-        n = len(problem.rows(TRAIN, VAL)) * (base.folds - 1) // base.folds
+        n = len(data.rows(TRAIN, VAL)) * (base.folds - 1) // base.folds
     share = setting["batch_size"] / PAPER_ROWS
     return {**setting, "batch_size": math.ceil(share * n) if share < 1 else 0}
 

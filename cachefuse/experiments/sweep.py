@@ -23,18 +23,18 @@ from cachefuse.feature_spec import modalities_of
 from cachefuse.files import to_json
 from cachefuse.metrics import METRICS, bootstrap_intervals
 from cachefuse.nn.losses import build_loss
-from cachefuse.runs.features import UsedByName, used_features
+from cachefuse.runs.features import RunFeaturesByName, describe_features
 from cachefuse.runs.run import split_digest
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, Problem, open_problem
+from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData, open_training_data
 from cachefuse.training.held_out import HeldOut, chooses
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.selection import Views
-from cachefuse.training.split import split_parts
+from cachefuse.training.split import make_splits
 from cachefuse.training.stack import most_together, shared_settings, train_together
-from cachefuse.training.train import Trained, train_problem
+from cachefuse.training.train import Trained, train_models
 
 RESAMPLES = 1000  # of the bootstrap
 
@@ -85,9 +85,9 @@ def sweep(
 
     Raises ConfigError for settings that don't fit one another or the dataset, before anything is trained.
     """
-    problem, chosen = open_problem(store, encoders, device, views_of(base, settings))
-    used = used_features(chosen, problem.widths)
-    result = run_sweep(store, problem, used, Experiment(base, settings), folder, seeds, on_trial)
+    data, chosen = open_training_data(store, encoders, device, views_of(base, settings))
+    used = describe_features(chosen, data.widths)
+    result = run_sweep(store, data, used, Experiment(base, settings), folder, seeds, on_trial)
     write_results(result, folder)
     return result
 
@@ -100,8 +100,8 @@ def views_of(base: TrainConfig, settings: Sequence[Mapping[str, Any]]) -> Views:
 
 def run_sweep(
     store: FeatureStore,
-    problem: Problem,
-    used: UsedByName,
+    data: TrainingData,
+    used: RunFeaturesByName,
     experiment: Experiment,
     folder: Path,
     seeds: Sequence[int],
@@ -114,22 +114,22 @@ def run_sweep(
         raise ConfigError(f"a sweep needs at least one setting and one seed, no seed twice. Got {given} instead")
     if base.refit:
         raise ConfigError(f"a sweep does without refit: {FIXED['refit']}")
-    configs = [[problem.resolve(_changed(base, {**own, "seed": seed})) for seed in seeds] for own in settings]
-    _check(problem, [own[0] for own in configs])
-    metrics = tuple(dict.fromkeys((base.monitor or problem.metric, *problem.metrics)))
-    data = _digest(store, problem, used, metrics)
-    keys = [[_key(data, config) for config in own] for own in configs]
+    configs = [[data.resolve(_changed(base, {**own, "seed": seed})) for seed in seeds] for own in settings]
+    _check(data, [own[0] for own in configs])
+    metrics = tuple(dict.fromkeys((base.monitor or data.metric, *data.metrics)))
+    digest = _digest(store, data, used, metrics)
+    keys = [[_key(digest, config) for config in own] for own in configs]
     config_of = dict(zip(itertools.chain(*keys), itertools.chain(*configs), strict=True))
     done: dict[str, Trial] = {}
 
     def so_far() -> SweepResult:
         published: Sequence[Published | None] = experiment.published or [None] * len(settings)
         return SweepResult(
-            title=experiment.title or problem.name,
+            title=experiment.title or data.name,
             fields=experiment.fields or tuple(dict.fromkeys(name for own in settings for name in own)),
             metrics=metrics,
             split=OUT_OF_FOLD if base.folds else VAL,
-            n_rows=len(_held_rows(problem, base)),
+            n_rows=len(_held_rows(data, base)),
             seeds=tuple(seeds),
             paper=experiment.paper,
             shown=tuple(name for name in experiment.shown if name in metrics),
@@ -149,10 +149,10 @@ def run_sweep(
     with only_sweep(folder), _each_warning_once():
         done |= {trial.key: trial for trial in read_trials(folder) if trial.key in config_of}
         on_trial(so_far())
-        for batch in _batches(problem, {key: config for key, config in config_of.items() if key not in done}):
-            trials = _run(problem, batch, metrics, experiment.costs)
+        for batch in _batches(data, {key: config for key, config in config_of.items() if key not in done}):
+            trials = _run(data, batch, metrics, experiment.costs)
             if experiment.costs:
-                trials = [replace(trial, costs=measure_costs(problem, batch[trial.key])) for trial in trials]
+                trials = [replace(trial, costs=measure_costs(data, batch[trial.key])) for trial in trials]
             append_trials(folder, [(trial, _values(batch[trial.key])) for trial in trials])
             done |= {trial.key: trial for trial in trials}
             on_trial(so_far())
@@ -166,42 +166,42 @@ def _changed(base: TrainConfig, setting: Mapping[str, Any]) -> TrainConfig:
     return replace(base, **{**setting, "fusion_options": options})
 
 
-def _check(problem: Problem, configs: Sequence[TrainConfig]) -> None:
+def _check(data: TrainingData, configs: Sequence[TrainConfig]) -> None:
     """Raise what training with any of the settings would raise at its start: now, not after hours."""
     for config in configs:
         with torch.device("meta"):
-            build_model(config, problem.widths, len(problem.classes))
-        loss = build_loss(config.resolve_loss(problem.task), config.loss_options)
-        loss(*torch.zeros(2, 1, len(problem.classes)))
-        n_held = len(_held_rows(problem, config))
+            build_model(config, data.widths, len(data.classes))
+        loss = build_loss(config.resolve_loss(data.task), config.loss_options)
+        loss(*torch.zeros(2, 1, len(data.classes)))
+        n_held = len(_held_rows(data, config))
         if not n_held:
-            raise ConfigError(f"{problem.name} has no labelled validation rows to measure trials on; take --folds 5")
-        chooses(problem, config, n_held)
+            raise ConfigError(f"{data.name} has no labelled validation rows to measure trials on; take --folds 5")
+        chooses(data, config, n_held)
     for config in {config.folds: config for config in configs}.values():
-        split_parts(problem, config)
+        make_splits(data, config)
 
 
-def _held_rows(problem: Problem, config: TrainConfig) -> torch.Tensor:
-    return problem.rows(TRAIN, VAL) if config.folds else problem.rows(VAL)
+def _held_rows(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+    return data.rows(TRAIN, VAL) if config.folds else data.rows(VAL)
 
 
-def _batches(problem: Problem, pending: Mapping[str, TrainConfig]) -> Iterator[dict[str, TrainConfig]]:
+def _batches(data: TrainingData, pending: Mapping[str, TrainConfig]) -> Iterator[dict[str, TrainConfig]]:
     """Yield the trials to train at a time, in order: those that can be trained together, as many as fit."""
-    left = {key: (config, shared_settings(config, problem.device)) for key, config in pending.items()}
-    n_rows = len(problem.rows(TRAIN, VAL))
+    left = {key: (config, shared_settings(config, data.device)) for key, config in pending.items()}
+    n_rows = len(data.rows(TRAIN, VAL))
     while left:
         first, shared = next(iter(left.values()))
-        n = 1 if shared is None else most_together(problem, first, n_rows)
+        n = 1 if shared is None else most_together(data, first, n_rows)
         alike = itertools.islice((key for key, (_, own) in left.items() if own == shared), n)
         yield {key: left.pop(key)[0] for key in list(alike)}
 
 
-def _run(problem: Problem, batch: Mapping[str, TrainConfig], metrics: Sequence[str], intervals: bool) -> list[Trial]:
+def _run(data: TrainingData, batch: Mapping[str, TrainConfig], metrics: Sequence[str], intervals: bool) -> list[Trial]:
     begun = time.perf_counter()
     configs = list(batch.values())
-    outcomes = _train_alone(problem, configs[0]) if len(configs) == 1 else _train_together(problem, configs)
+    outcomes = _train_alone(data, configs[0]) if len(configs) == 1 else _train_together(data, configs)
     figures = [
-        {} if isinstance(outcome, TrainingError) else _figures(problem, config, outcome[0], metrics)
+        {} if isinstance(outcome, TrainingError) else _figures(data, config, outcome[0], metrics)
         for config, outcome in zip(configs, outcomes, strict=True)
     ]
     seconds = (time.perf_counter() - begun) / len(batch)
@@ -210,68 +210,68 @@ def _run(problem: Problem, batch: Mapping[str, TrainConfig], metrics: Sequence[s
         if isinstance(outcome, TrainingError):
             trials.append(Trial(key, batch[key].seed, own, math.nan, seconds, str(outcome)))
             continue
-        held, epoch, weights = outcome
-        interval = _interval(problem, batch[key], held, metrics[0]) if intervals else None
+        held_out, epoch, weights = outcome
+        interval = _interval(data, batch[key], held_out, metrics[0]) if intervals else None
         trials.append(Trial(key, batch[key].seed, own, epoch, seconds, interval=interval, weights=weights))
     return trials
 
 
-def _interval(problem: Problem, config: TrainConfig, held: HeldOut, metric: str) -> tuple[float, float]:
+def _interval(data: TrainingData, config: TrainConfig, held_out: HeldOut, metric: str) -> tuple[float, float]:
     """Return the 95% interval of a metric of the rows held out."""
-    predictions = held.predictions(problem, config)
-    targets = problem.targets(torch.from_numpy(held.rows))
-    return bootstrap_intervals(targets, held.scores, predictions, (metric,), RESAMPLES)[metric]
+    predictions = held_out.predictions(data, config)
+    targets = data.targets(torch.from_numpy(held_out.rows))
+    return bootstrap_intervals(targets, held_out.scores, predictions, (metric,), RESAMPLES)[metric]
 
 
-def _figures(problem: Problem, config: TrainConfig, held: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
-    decided = problem.targets(torch.from_numpy(held.rows)), held.scores, held.predictions(problem, config)
+def _figures(data: TrainingData, config: TrainConfig, held_out: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
+    decided = data.targets(torch.from_numpy(held_out.rows)), held_out.scores, held_out.predictions(data, config)
     return {name: METRICS[name](*decided) for name in metrics}
 
 
-def _train_alone(problem: Problem, config: TrainConfig) -> list[Outcome]:
-    problem = problem.shuffled(config)
+def _train_alone(data: TrainingData, config: TrainConfig) -> list[Outcome]:
+    data = data.shuffled(config)
     try:
-        trained = train_problem(problem, config)
+        trained = train_models(data, config)
     except TrainingError as error:
         return [error]
     if any(history.interrupted for history in trained.histories):
         raise KeyboardInterrupt
-    assert trained.held is not None  # there are such rows: _check has seen to it
+    assert trained.held_out is not None  # there are such rows: _check has seen to it
     best = float(np.mean([history.best_epoch for history in trained.histories]))
-    return [(trained.held, best, _modality_weights(problem, trained))]
+    return [(trained.held_out, best, _modality_weights(data, trained))]
 
 
-def _modality_weights(problem: Problem, trained: Trained) -> dict[str, float]:
+def _modality_weights(data: TrainingData, trained: Trained) -> dict[str, float]:
     """Return how much each modality counts on average, in the rows that each model has not seen."""
-    assert trained.held is not None
+    assert trained.held_out is not None
     found: list[torch.Tensor] = []
     for _, model, fold in trained.members:
         if not hasattr(model.fusion, "weights"):
             return {}
-        mine = trained.held.rows[trained.held.parts == fold] if fold is not None else trained.held.rows
-        found.append(problem.table.only(model.widths).map(model.eval().modality_weights, torch.from_numpy(mine)))
+        mine = trained.held_out.rows[trained.held_out.parts == fold] if fold is not None else trained.held_out.rows
+        found.append(data.table.only(model.widths).map(model.eval().modality_weights, torch.from_numpy(mine)))
     means = torch.cat(found).double().flatten(0, -2).mean(0).tolist()  # (n, M), or of K tasks (n, K, M)
     return dict(zip(modalities_of(trained.members[0][1].widths), means, strict=True))
 
 
-def _train_together(problem: Problem, configs: Sequence[TrainConfig]) -> list[Outcome]:
-    parts = split_parts(problem, configs[0])
+def _train_together(data: TrainingData, configs: Sequence[TrainConfig]) -> list[Outcome]:
+    parts = make_splits(data, configs[0])
     scores: list[list[np.ndarray]] = [[] for _ in configs]
     diverged: dict[int, TrainingError] = {}
     for part in parts:
-        for i, model in enumerate(train_together(problem, configs, part)):
+        for i, model in enumerate(train_together(data, configs, part)):
             try:
                 if isinstance(model, TrainingError):
                     raise model
-                loss = configs[i].resolve_loss(problem.task)
-                scores[i].append(predict_scores(model, problem.table.only(model.widths), part.held, loss))
+                loss = configs[i].resolve_loss(data.task)
+                scores[i].append(predict_scores(model, data.table.only(model.widths), part.held_out, loss))
             except TrainingError as error:
                 diverged.setdefault(i, error)
-    split, rows = OUT_OF_FOLD if configs[0].folds else VAL, [part.held for part in parts]
+    split, rows = OUT_OF_FOLD if configs[0].folds else VAL, [part.held_out for part in parts]
     outcomes: list[Outcome] = []
     for i, config in enumerate(configs):
-        held = None if i in diverged else HeldOut.join(split, problem, rows, scores[i])
-        outcomes.append((held, float(config.n_epochs), {}) if held is not None else diverged[i])
+        held_out = None if i in diverged else HeldOut.join(split, data, rows, scores[i])
+        outcomes.append((held_out, float(config.n_epochs), {}) if held_out is not None else diverged[i])
     return outcomes
 
 
@@ -280,27 +280,27 @@ def _values(config: TrainConfig) -> dict[str, Any]:
     return {**config.to_dict(), "layers": tuple(config.head_options()["layers"])}
 
 
-def _key(data: str, config: TrainConfig) -> str:
+def _key(digest: str, config: TrainConfig) -> str:
     """Hash what a trial depends on."""
-    text = to_json({"data": data, "settings": _values(config)})
+    text = to_json({"data": digest, "settings": _values(config)})
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _digest(store: FeatureStore, problem: Problem, used: UsedByName, metrics: Sequence[str]) -> str:
+def _digest(store: FeatureStore, data: TrainingData, used: RunFeaturesByName, metrics: Sequence[str]) -> str:
     """Hash what all trials share: features by their keys, samples and splits, targets, and how they are judged."""
     about = {
         "features": {
             modality: [(one.encoder, one.key, one.width) for one in group] for modality, group in used.items()
         },
         "splits": split_digest(store),
-        "classes": problem.classes,
-        "task": problem.task,
-        "min_labels": problem.min_labels,
+        "classes": data.classes,
+        "task": data.task,
+        "min_labels": data.min_labels,
         "metrics": tuple(metrics),
     }
     digest = hashlib.blake2b(to_json(about).encode("utf-8", "surrogatepass"), digest_size=16)
-    present = (here.cpu().numpy() for here in problem.table.present.values())
-    for x in (store.targets, problem.table.labelled, *present):
+    present = (here.cpu().numpy() for here in data.table.present.values())
+    for x in (store.targets, data.table.labelled, *present):
         digest.update(x.tobytes())
     return digest.hexdigest()
 

@@ -10,7 +10,7 @@ from cachefuse.experiments.results import Published
 from cachefuse.experiments.sweep import Curve, Experiment
 from cachefuse.feature_spec import IDS, TOKENS, feature_name
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import Problem
+from cachefuse.training.data import TrainingData
 
 # "Where to fuse", sections 3.2 and 3.3: pooling kinds and lengths at every layer, and decoder depths.
 POOLINGS = ("", "mean:14", "attention:14", "mean:1", "attention:1")
@@ -33,16 +33,16 @@ LIT_TABLE: tuple[tuple[str, dict[str, Any], dict[str, float]], ...] = (
 )  # fmt: skip
 
 
-def where_to_fuse(problem: Problem, base: TrainConfig) -> Experiment:
+def where_to_fuse(data: TrainingData, base: TrainConfig) -> Experiment:
     """Return what draws the thesis's curves: score and steps a second against the layer at which images join.
 
     Raises ConfigError for a store without the tokens of images and texts.
     """
     view = IDS if base.fusion_options.get("t5") else TOKENS
-    n_tokens = getattr(problem.widths.get(feature_name("image", TOKENS)), "n_tokens", 0)
-    if not n_tokens or feature_name("text", view) not in problem.widths:
-        raise ConfigError(f"where-to-fuse needs tokens of images and {view} of texts; {problem.name} lacks them")
-    architecture = problem.resolve(base).fusion_options["architecture"] or {}
+    n_tokens = getattr(data.widths.get(feature_name("image", TOKENS)), "n_tokens", 0)
+    if not n_tokens or feature_name("text", view) not in data.widths:
+        raise ConfigError(f"where-to-fuse needs tokens of images and {view} of texts; {data.name} lacks them")
+    architecture = data.resolve(base).fusion_options["architecture"] or {}
     depth = int(architecture.get("num_layers", base.fusion_options.get("depth", 4)))
     layers = sorted({round(i * depth / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
     how = [(pool, 1) for pool in POOLINGS if not pool or int(pool.partition(":")[2]) < n_tokens]
@@ -58,20 +58,20 @@ def where_to_fuse(problem: Problem, base: TrainConfig) -> Experiment:
     return Experiment(base, settings, "where to fuse images", costs=True, labels=labels, curves=curves)
 
 
-def lit_table(problem: Problem, base: TrainConfig) -> Experiment:
+def lit_table(data: TrainingData, base: TrainConfig) -> Experiment:
     """Return table 1: the text model alone, images alone, both with more or less of the method."""
     labels, settings, figures = zip(*LIT_TABLE, strict=True)
     published: Sequence[Published | None] = [
-        (round(own[problem.name] / 100, 6), math.nan) if problem.name in own else None for own in figures
+        (round(own[data.name] / 100, 6), math.nan) if data.name in own else None for own in figures
     ]
     paper = "paper: accuracy of food101, micro-F1 of mmimdb and fashiongen, with BERT and CLIP ViT-B/32"
-    shown = tuple(dict.fromkeys((problem.metric, "macro_f1", "macro_ap")))
+    shown = tuple(dict.fromkeys((data.metric, "macro_f1", "macro_ap")))
     return Experiment(
         base, settings, "locked image, tuned text", published, costs=True, labels=labels, paper=paper, shown=shown
     )
 
 
-def irrelevant(problem: Problem, base: TrainConfig) -> Experiment:
+def irrelevant(data: TrainingData, base: TrainConfig) -> Experiment:
     """Return cma with and without its modality-wise attention, and without either, where captions lie of so many rows.
 
     CMA-CLIP, section 4, whose products have titles that say nothing of a colour or a pattern.
@@ -86,7 +86,7 @@ class TokenPreset:
     """``make(problem, base)`` returns the experiment; ``reads`` are settings that read other views than the base."""
 
     base: TrainConfig
-    make: Callable[[Problem, TrainConfig], Experiment]
+    make: Callable[[TrainingData, TrainConfig], Experiment]
     reads: Sequence[Mapping[str, Any]] = ()
 
 

@@ -117,7 +117,7 @@ def extract_into(store: FeatureStore, request: Request, max_bad: float, on_progr
         finally:
             store.update_present(job.features.modality)
         report.rows[name] = job.features.n_rows
-    report.bad = store.ledger()
+    report.bad = store.bad_samples()
     return report
 
 

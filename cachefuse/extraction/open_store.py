@@ -69,7 +69,7 @@ def sample_columns(dataset: Dataset) -> Columns:
         "id": strings(dataset.ids),
         "split": strings(dataset.splits),
         "target": dataset.targets,
-        "stamp": strings(dataset.stamps()),
+        "stamp": strings(dataset.fingerprints()),
     }
     for modality in dataset.modalities:
         sources = (dataset.images if modality == "image" else dataset.texts) or ()
@@ -165,11 +165,11 @@ def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: O
     if names:
         _forget(store, new, changed)
     fresh = set(names)  # whatever was wrong with them may be mended
-    ledger = _with_sharers([vars(line) for line in store.ledger() if line.id not in fresh], new)
-    _mark_present(ledger, old, new, changed)
+    bad_samples = _with_sharers([vars(line) for line in store.bad_samples() if line.id not in fresh], new)
+    _mark_present(bad_samples, old, new, changed)
     if appended is None or not same_columns(old, new):
         appended = [*(appended or []), *([n] if 0 < n < len(dataset) else [])]
-        replace_samples(store.path, new, appended, ledger)
+        replace_samples(store.path, new, appended, bad_samples)
 
 
 def _lost(store: FeatureStore, old: Columns) -> CacheError:
@@ -191,22 +191,22 @@ def _forget(store: FeatureStore, new: Columns, changed: np.ndarray) -> None:
             features.forget(view, rows.tolist())
 
 
-def _with_sharers(ledger: list[dict[str, Any]], new: Columns) -> list[dict[str, Any]]:
+def _with_sharers(bad_samples: list[dict[str, Any]], new: Columns) -> list[dict[str, Any]]:
     """Return a ledger that also lists the samples, appended ones maybe, that share a row with one that is listed."""
     added: list[dict[str, Any]] = []
     for name in [name for name in new if name.startswith("rows/")]:
-        lines = {line["id"]: line for line in ledger if line["modality"] == name.removeprefix("rows/")}
+        lines = {line["id"]: line for line in bad_samples if line["modality"] == name.removeprefix("rows/")}
         if lines:
             ids, rows = new["id"].tolist(), new[name].tolist()
             by_row = {row: lines[sample] for sample, row in zip(ids, rows, strict=True) if sample in lines}
             sharing = [(sample, row) for sample, row in zip(ids, rows, strict=True) if row in by_row]
             added += [{**by_row[row], "id": sample} for sample, row in sharing if sample not in lines]
-    return [*ledger, *added]
+    return [*bad_samples, *added]
 
 
-def _mark_present(ledger: Sequence[dict[str, Any]], old: Columns, new: Columns, changed: np.ndarray) -> None:
+def _mark_present(bad_samples: Sequence[dict[str, Any]], old: Columns, new: Columns, changed: np.ndarray) -> None:
     """Keep absent what was found to be unusable, by the ledger or by the column that was there."""
-    bad = {(line["modality"], line["id"]) for line in ledger}
+    bad = {(line["modality"], line["id"]) for line in bad_samples}
     for name in [name for name in new if name.startswith("present/")]:
         modality = name.removeprefix("present/")
         before = old.get(name, np.empty(0, bool))

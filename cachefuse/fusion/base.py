@@ -20,7 +20,7 @@ from cachefuse.nn.masking import zero_absent
 HeadBuilder = Callable[[int, int], nn.Module]  # (width, classes) -> a head from (B, width) to (B, classes)
 
 
-class Learner(nn.Module):
+class Model(nn.Module):
     """From features and what is present of them to logits (B, C), and to what training makes small."""
 
     def objective(self, features: dict[str, Tensor], present: dict[str, Tensor], targets: Tensor, loss: Loss) -> Tensor:
@@ -28,7 +28,7 @@ class Learner(nn.Module):
         return loss(self(features, present).float(), targets)
 
 
-class Fusion(Learner):
+class Fusion(Model):
     """From features and what is present of them to logits (B, C).
 
     Pooled features are (B, D) with presence (B,) bool; tokens are (B, T, D), ids (B, T), both with a mask (B, T) bool
@@ -76,14 +76,14 @@ class Fusion(Learner):
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
     @classmethod
-    def settle(
+    def resolve_options(
         cls, options: Mapping[str, Any], origins: Mapping[str, Origin], classes: Sequence[str]
     ) -> dict[str, Any]:
         """Return options with those filled in that depend on files, the classes, or where features are from."""
         return dict(options)
 
     @classmethod
-    def writes(cls, options: Mapping[str, Any]) -> bool:
+    def is_generative(cls, options: Mapping[str, Any]) -> bool:
         """Return whether it writes the classes' names, with such options: its logits are then log-probabilities."""
         return False
 
@@ -94,7 +94,7 @@ class Fusion(Learner):
         """Return the parameters that one of its ``stages`` trains; the others are frozen in it."""
         return self.parameters()
 
-    def alone(self) -> "dict[str, nn.Module]":
+    def unimodal_heads(self) -> "dict[str, nn.Module]":
         """Return the heads that the staged scheme trains first, each alone against the labels; none if there is one.
 
         Each is a module from features and presence to logits (B, C), as the fusion is.

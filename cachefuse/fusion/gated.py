@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.fusion.base import Fusion, HeadBuilder, join, joint_width
-from cachefuse.fusion.late import HeadAlone
+from cachefuse.fusion.late import UnimodalHead
 from cachefuse.nn.masking import zero_absent
 
 
@@ -25,8 +25,8 @@ class GatedFusion(Fusion):
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
 
-    def alone(self) -> dict[str, nn.Module]:
-        return {m: HeadAlone(head, {m: self.widths[m]}) for m, head in self.heads.items()}
+    def unimodal_heads(self) -> dict[str, nn.Module]:
+        return {m: UnimodalHead(head, {m: self.widths[m]}) for m, head in self.heads.items()}
 
     def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Return how much each modality counts in each row, (B, M) in the order of ``widths``; 0 where it is absent."""

@@ -7,7 +7,7 @@ they arrive standardised, and where a head of its own reads them, that head's lo
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, Learner, join, joint_width
+from cachefuse.fusion.base import Fusion, HeadBuilder, Model, join, joint_width
 from cachefuse.nn.masking import zero_absent
 
 
@@ -39,7 +39,7 @@ class TextOnly(ConcatFusion):
     modalities = ("text",)
 
 
-class HeadAlone(Learner):
+class UnimodalHead(Model):
     """One head of a fusion, by itself: [x_1; ...; x_n] of its modalities -> head -> logits."""
 
     def __init__(self, head: nn.Module, widths: dict[str, int]):
@@ -71,8 +71,8 @@ class SumFusion(Fusion):
         x = {m: zero_absent(features[m], present[m]) for m in self.widths}
         return self.meta(self.total(x, present))
 
-    def alone(self) -> dict[str, nn.Module]:
-        return {m: HeadAlone(head, {m: self.widths[m]}) for m, head in self.heads.items()}
+    def unimodal_heads(self) -> dict[str, nn.Module]:
+        return {m: UnimodalHead(head, {m: self.widths[m]}) for m, head in self.heads.items()}
 
     def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Add up the heads' logits (B, C), each where its modality is present."""
@@ -88,8 +88,8 @@ class MixedFusion(SumFusion):
         super().__init__(widths, classes, head)
         self.concat = head(joint_width(self.widths), classes)
 
-    def alone(self) -> dict[str, nn.Module]:
-        return {**super().alone(), "concat": HeadAlone(self.concat, self.widths)}
+    def unimodal_heads(self) -> dict[str, nn.Module]:
+        return {**super().unimodal_heads(), "concat": UnimodalHead(self.concat, self.widths)}
 
     def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         return self.concat(join(x, present, self.widths)) + super().total(x, present)

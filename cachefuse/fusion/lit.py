@@ -47,7 +47,7 @@ class LiTFusion(Fusion):
         return {"text": (IDS,), "image": image}.get(modality, ())
 
     @classmethod
-    def settle(
+    def resolve_options(
         cls, options: Mapping[str, Any], origins: Mapping[str, Origin], classes: Sequence[str]
     ) -> dict[str, Any]:
         return open_config(options, origins.get("text"))

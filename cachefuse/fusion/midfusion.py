@@ -58,7 +58,7 @@ class MidFusion(Fusion):
         return (_view(modality, options),)
 
     @classmethod
-    def settle(
+    def resolve_options(
         cls, options: Mapping[str, Any], origins: Mapping[str, Origin], classes: Sequence[str]
     ) -> dict[str, Any]:
         found = dict(options)
@@ -67,12 +67,12 @@ class MidFusion(Fusion):
             if TEXT in origins:
                 check_tokenizer(spec, origins[TEXT])
             found |= {"t5": str(spec.absolute()), "architecture": asdict(read_settings(str(spec)))}
-        if cls.writes(options) and not options.get("answer_tokens"):
+        if cls.is_generative(options) and not options.get("answer_tokens"):
             found["answer_tokens"] = pieces_of(classes, spec) if spec else words_of(classes)
         return found
 
     @classmethod
-    def writes(cls, options: Mapping[str, Any]) -> bool:
+    def is_generative(cls, options: Mapping[str, Any]) -> bool:
         answers = options.get("answers") or CLASSES
         if answers not in (CLASSES, TEXT):
             raise ConfigError(f"answers must be {CLASSES} or {TEXT}. Got {answers!r} instead")
@@ -121,7 +121,7 @@ class MidFusion(Fusion):
         self.between = nn.Parameter(torch.zeros(n, n, settings.num_heads)) if n > 1 else None
         self.decoder: FirstStep | AnswerWriter | None = None
         self.head: nn.Module | None = None
-        if self.writes({"answers": answers}):
+        if self.is_generative({"answers": answers}):
             if not decoder_layers:
                 raise ConfigError("answers=text are written by a decoder; add decoder_layers=2 to --fusion-options")
             if len(answer_tokens or ()) != classes:

@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import IDS, split_name
-from cachefuse.fusion.base import Fusion, Learner
-from cachefuse.fusion.late import HeadAlone
+from cachefuse.fusion.base import Fusion, Model
+from cachefuse.fusion.late import UnimodalHead
 from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import Loss
 from cachefuse.store.rows import Columns
 from cachefuse.store.tokens import Tokens
 
 
-class FusionModel(Learner):
+class FusionModel(Model):
     """From stored features of any float dtype, and what is present of them, to logits (B, C), as a ``Fusion`` does.
 
     ``widths`` are those of the features in use, by name. Call ``fit_statistics`` before training: the statistics are
@@ -23,7 +23,7 @@ class FusionModel(Learner):
     Absent rows count as the training mean. ``standardize`` is given where another model's statistics are to be shared.
     """
 
-    def __init__(self, fusion: Fusion | HeadAlone, standardize: nn.ModuleDict | None = None):
+    def __init__(self, fusion: Fusion | UnimodalHead, standardize: nn.ModuleDict | None = None):
         super().__init__()
         self.widths = fusion.widths
         if standardize is None:

@@ -117,7 +117,7 @@ def splits_note(run: "Run") -> str:
 
 def thresholds_note(run: "Run", least: int) -> str:
     """Say how scores become labels, of which a row gets so many at least."""
-    others = "; for rows held out, one that other rows chose" if run.held and (run.thresholds != HALF).any() else ""
+    others = "; for rows held out, one that other rows chose" if run.held_out and (run.thresholds != HALF).any() else ""
     fewest = f" Each row gets at least {least} label{'s' * (least > 1)}." if least else ""
     return f"A label is given where its score reaches the threshold{others}.{fewest}"
 

@@ -19,7 +19,7 @@ def measure(
     With it come those with one modality taken as absent, or the reason that there are none. Raises as ``evaluate``
     does.
     """
-    if split is None and run.held is None:
+    if split is None and run.held_out is None:
         return None, {}, ""
     measured = partial(evaluate, run, store, split, device=device)
     evaluation = measured(on_progress=partial(on_progress, "intervals"))

@@ -72,8 +72,8 @@ def examples(run: Alignment, store: FeatureStore, dataset: Dataset, device: str 
     """
     run.model.to(resolve_device(device))
     data = pair_data(store, run_features(run, store), run.config.view)
-    held = measured_splits(data)
-    split = shown_split([name for name in run.results if name in held] or held)
+    held_out = measured_splits(data)
+    split = shown_split([name for name in run.results if name in held_out] or held_out)
     if split is None:
         return None
     samples = data.of(split)

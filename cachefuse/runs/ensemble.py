@@ -12,7 +12,7 @@ from cachefuse.runs.results import measure
 from cachefuse.runs.run import Run, split_digest
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
-from cachefuse.training.data import Problem
+from cachefuse.training.data import TrainingData
 from cachefuse.training.held_out import HeldOut, choose_for
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         for run in runs
         for member in run.members
     ]
-    problem = Problem.of(store, table_of(members[0]))
+    data = TrainingData.of(store, table_of(members[0]))
     first = runs[0].config
     config = replace(
         first,
@@ -44,13 +44,13 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         folds=max(run.config.folds for run in runs),  # with refit, this tells which rows its models have seen
         refit=any(run.config.refit for run in runs),
     )
-    held = _mean_held_out(runs, digest)
-    if held is not None:
-        chosen = choose_for(problem, config, held)
+    held_out = _mean_held_out(runs, digest)
+    if held_out is not None:
+        chosen = choose_for(data, config, held_out)
     elif thresholds in ("global", "class"):
         raise ConfigError(f"thresholds {thresholds!r} need rows that every run held out; leave them out")
     elif thresholds == "none":
-        chosen = np.full(len(problem.classes), HALF)
+        chosen = np.full(len(data.classes), HALF)
     else:
         chosen = np.mean([run.thresholds for run in runs], axis=0)
         config = replace(config, thresholds="auto")
@@ -58,18 +58,18 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         name=f"{store.dataset}-ensemble",
         dataset=store.dataset,
         manifest=store.manifest,
-        classes=problem.classes,
+        classes=data.classes,
         config=config,
         members=members,
         thresholds=chosen,
         histories=[history for run in runs for history in run.histories],
-        held=held,
+        held_out=held_out,
         # A run trained on other splits may have seen what is held out now: the ensemble then has, too.
         split_digest=next((run.split_digest for run in runs if run.split_digest != digest), digest),
         sources=tuple(run.name for run in runs),
         seconds=sum(run.seconds for run in runs),
     )
-    joined.results = measure(problem, joined, table_of)
+    joined.results = measure(data, joined, table_of)
     return joined
 
 
@@ -96,15 +96,17 @@ def _mean_held_out(runs: Sequence[Run], digest: str) -> HeldOut | None:
     """Return the runs' mean scores of the rows held out; None, saying why, if those are not the same in all."""
     found: list[HeldOut] = []
     for run in runs:
-        if run.held is None:
+        if run.held_out is None:
             why = f"run {run.name} held out no rows"
         elif run.split_digest != digest:
             why = f"samples or splits of {run.dataset} changed since run {run.name} was trained"
-        elif found and not np.array_equal(run.held.rows, found[0].rows):
-            why = f"run {run.name} held out other rows ({run.held.split}) than run {runs[0].name} ({found[0].split})"
+        elif found and not np.array_equal(run.held_out.rows, found[0].rows):
+            why = (
+                f"run {run.name} held out other rows ({run.held_out.split}) than run {runs[0].name} ({found[0].split})"
+            )
         else:
-            found.append(run.held)
+            found.append(run.held_out)
             continue
         logger.warning("%s: no figures of rows held out, and thresholds that are the mean of the runs'", why)
         return None
-    return replace(found[0], scores=np.stack([held.scores for held in found]).mean(axis=0, dtype=np.float32))
+    return replace(found[0], scores=np.stack([held_out.scores for held_out in found]).mean(axis=0, dtype=np.float32))

@@ -19,7 +19,7 @@ from cachefuse.metrics import RIGHT, TaskSlice, bootstrap_intervals, evaluation_
 from cachefuse.runs.run import Run, split_digest
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
-from cachefuse.training.data import TRAIN, VAL, Problem
+from cachefuse.training.data import TRAIN, VAL, TrainingData
 from cachefuse.training.held_out import HeldOut, figures
 
 
@@ -123,7 +123,7 @@ def evaluate(
         raise ConfigError(f"run {run.name} reads {' and '.join(run.modalities)}; without them it has nothing to go by")
     tables = StoreTables([run], store, device, gone)
     manifest = run.manifest
-    problem = Problem(
+    data = TrainingData(
         name=store.dataset,
         table=tables(run.members[0]),
         classes=run.classes,
@@ -134,18 +134,18 @@ def evaluate(
     )
     changed = split_digest(store) != run.split_digest
     caution = None
-    if run.held is not None and _means_held_out(run.held, split, changed):
-        split, rows = run.held.split, torch.from_numpy(run.held.rows)
-        scores, predictions = _held_out(run, run.held, problem, tables if gone else None, changed)
+    if run.held_out is not None and _means_held_out(run.held_out, split, changed):
+        split, rows = run.held_out.split, torch.from_numpy(run.held_out.rows)
+        scores, predictions = _held_out(run, run.held_out, data, tables if gone else None, changed)
     else:
-        split, rows = _labelled(run, store, problem, split)
+        split, rows = _labelled(run, store, data, split)
         caution = _caution(run, split, changed)
         scores = run.scores(tables, rows)
         predictions = run.decide(scores)
-    usual = (t.named(name) for t in problem.tasks for name in evaluation_metrics(t.kind, t.n_classes))
-    problem = replace(problem, metrics=tuple(dict.fromkeys((*problem.metrics, *usual))))
-    result = figures(problem, rows, scores, predictions)
-    targets, names, intervals = problem.targets(rows), problem.metrics, {}
+    usual = (t.named(name) for t in data.tasks for name in evaluation_metrics(t.kind, t.n_classes))
+    data = replace(data, metrics=tuple(dict.fromkeys((*data.metrics, *usual))))
+    result = figures(data, rows, scores, predictions)
+    targets, names, intervals = data.targets(rows), data.metrics, {}
     if n_resamples:
         intervals = bootstrap_intervals(targets, scores, predictions, names, n_resamples, seed, on_progress=on_progress)
     weights = _weights(run, tables, rows)
@@ -197,36 +197,36 @@ def write_gates(found: Evaluation, store: FeatureStore, path: Path) -> None:
     write_atomically(path, text.getvalue().encode("utf-8"))
 
 
-def _means_held_out(held: HeldOut, split: str | None, changed: bool) -> bool:
+def _means_held_out(held_out: HeldOut, split: str | None, changed: bool) -> bool:
     """Whether a split is the rows held out; by its own name, "val" is whatever the store has there now."""
-    return split is None or (split == held.split and (split != VAL or not changed))
+    return split is None or (split == held_out.split and (split != VAL or not changed))
 
 
 def _held_out(
-    run: Run, held: HeldOut, problem: Problem, tables: StoreTables | None, changed: bool
+    run: Run, held_out: HeldOut, data: TrainingData, tables: StoreTables | None, changed: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return scores and predictions (n, C) of the rows held out: those of the training, or of other tables."""
     if changed:
         raise RunError(
-            f"samples or splits of {problem.name} changed since run {run.name} was trained (rows were added or "
+            f"samples or splits of {data.name} changed since run {run.name} was trained (rows were added or "
             f"refreshed, say), so its rows held out can't be told any more; train again, or name a --split: "
-            f"{', '.join(problem.splits)}"
+            f"{', '.join(data.splits)}"
         )
-    scores = held.scores if tables is None else run.held_out_scores(tables)
-    return scores, held.predictions(problem, run.config, scores)
+    scores = held_out.scores if tables is None else run.held_out_scores(tables)
+    return scores, held_out.predictions(data, run.config, scores)
 
 
-def _labelled(run: Run, store: FeatureStore, problem: Problem, split: str | None) -> tuple[str, Tensor]:
+def _labelled(run: Run, store: FeatureStore, data: TrainingData, split: str | None) -> tuple[str, Tensor]:
     """Return a split with its labelled rows (n,). Raises RunError or DataError if there are none."""
     if split is None:
-        raise RunError(f"run {run.name} has no rows held out; name a labelled --split: {', '.join(problem.splits)}")
+        raise RunError(f"run {run.name} has no rows held out; name a labelled --split: {', '.join(data.splits)}")
     if split not in store.splits:
         known = ", ".join(ordered_splits(store.splits))
         raise DataError(f"{store.dataset} has no rows in split {split!r}; its splits are: {known}")
-    if split not in problem.splits:
-        known = ", ".join(problem.splits) or "none"
+    if split not in data.splits:
+        known = ", ".join(data.splits) or "none"
         raise DataError(f"{store.dataset} has no labels in split {split!r}; those with labels are: {known}")
-    return split, problem.rows(split)
+    return split, data.rows(split)
 
 
 def _caution(run: Run, split: str, changed: bool) -> str | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class UsedFeatures:
+class RunFeatures:
     """One encoder's features that a run was trained on; ``source`` opens the encoder again.
 
     ``tokens`` is the most tokens that a sample had, 0 for pooled features; where those lie side by side in the width,
@@ -30,21 +30,21 @@ class UsedFeatures:
     tokens: int = 0
 
 
-UsedByName = dict[str, tuple[UsedFeatures, ...]]
+RunFeaturesByName = dict[str, tuple[RunFeatures, ...]]
 
 
-def read_view(name: str, used: UsedFeatures) -> str:
+def read_view(name: str, used: RunFeatures) -> str:
     """Return which view is read of features that go by a name."""
     view = split_name(name)[1]
     return FLAT if view == POOLED and used.tokens else view
 
 
-def used_features(chosen: Mapping[str, Sequence[Features]], widths: Mapping[str, int]) -> UsedByName:
+def describe_features(chosen: Mapping[str, Sequence[Features]], widths: Mapping[str, int]) -> RunFeaturesByName:
     """Describe the features, chosen by modality, that a run is trained on, of the given widths by name."""
 
-    def describe(f: Features, width: int) -> UsedFeatures:
+    def describe(f: Features, width: int) -> RunFeatures:
         tokens = getattr(width, "n_tokens", 0)
-        return UsedFeatures(
+        return RunFeatures(
             encoder=f.encoder,
             source=f.source,
             key=f.key,
@@ -56,12 +56,12 @@ def used_features(chosen: Mapping[str, Sequence[Features]], widths: Mapping[str,
     return {name: tuple(describe(f, width) for f in chosen[split_name(name)[0]]) for name, width in widths.items()}
 
 
-def widths_of(features: UsedByName) -> dict[str, int]:
+def widths_of(features: RunFeaturesByName) -> dict[str, int]:
     """Return the widths of a run's features by name. Raises RunError for tokens of several encoders, or not whole."""
     return {name: _width_of(name, group) for name, group in features.items()}
 
 
-def _width_of(name: str, group: Sequence[UsedFeatures]) -> int:
+def _width_of(name: str, group: Sequence[RunFeatures]) -> int:
     if split_name(name)[1] != POOLED:
         if len(group) != 1 or group[0].tokens < 1:
             raise RunError(f"{name} must be of one encoder, with the most tokens that a sample has")

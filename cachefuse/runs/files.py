@@ -19,7 +19,7 @@ from torch import nn
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
 from cachefuse.files import slug, write_atomically
-from cachefuse.runs.features import UsedByName
+from cachefuse.runs.features import RunFeaturesByName
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, VAL
 from cachefuse.training.held_out import HeldOut
@@ -60,7 +60,7 @@ class _Result(BaseModel):
 
 class _Member(BaseModel):
     config: dict[str, Any]
-    features: UsedByName
+    features: RunFeaturesByName
     weight: float = Field(gt=0, allow_inf_nan=False)
     fold: int | None
 

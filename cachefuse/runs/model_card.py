@@ -23,7 +23,7 @@ KINDS = {
 def model_card(run: "Run") -> str:
     """Return the text of a run's README.md; names that come from data can't break its tables or add HTML."""
     config, n_models = run.config, len(run.members)
-    heads = "a decoder" if config.writes else f"{config.head} heads"
+    heads = "a decoder" if config.is_generative else f"{config.head} heads"
     what = f"A {config.fusion} fusion of {' and '.join(run.modalities)} features with {heads}"
     if run.sources:
         what = f"An ensemble of the runs {', '.join(_plain(name) for name in run.sources)}"
@@ -51,11 +51,11 @@ def model_card(run: "Run") -> str:
                 for split, result in run.results.items()
             ],
         )
-    if run.held is not None:
+    if run.held_out is not None:
         unseen = {
             "oof": "`oof` is train and val, each row scored by a model that has not seen it.",
             "val": "`val` was not trained on by the models measured; where training stops early, it says when.",
-        }.get(run.held.split, f"`{run.held.split}` was not trained on.")
+        }.get(run.held_out.split, f"`{run.held_out.split}` was not trained on.")
         unseen += " The models kept here were trained on all of it since." if config.refit else ""
         chosen = " Each row is decided on by thresholds chosen on other rows." if (run.thresholds != 0.5).any() else ""
         lines += ["", unseen + chosen]

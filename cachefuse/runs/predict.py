@@ -21,7 +21,7 @@ from cachefuse.extraction.pipeline import encode_prepared, is_bad, prepare_in_or
 from cachefuse.extraction.request import BATCH_SIZE
 from cachefuse.feature_spec import FLAT, IDS, TOKENS, split_name
 from cachefuse.metrics import TaskSlice
-from cachefuse.runs.features import UsedFeatures, read_view
+from cachefuse.runs.features import RunFeatures, read_view
 from cachefuse.runs.run import Member, Run
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.format import DTYPES, provenance_key
@@ -34,7 +34,7 @@ from cachefuse.training.selection import stored_views
 logger = logging.getLogger(__name__)
 
 
-Asked = tuple[str, UsedFeatures]  # features by name, of one encoder
+Asked = tuple[str, RunFeatures]  # features by name, of one encoder
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def _predict(run: Run, table_of: Callable[[Member], FeatureTable], rows: np.ndar
     return Predictions(ids, run.classes, scores, run.decide(scores), tuple(task for task in run.tasks if task.name))
 
 
-def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: UsedFeatures) -> Tower:
+def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: RunFeatures) -> Tower:
     tower = towers.get(modality)
     if tower is None or provenance_key({**tower.provenance, "dtype": used.dtype}) != used.key:
         raise RunError(
@@ -202,11 +202,11 @@ class Encoded:
     """What a run reads of n raw samples, in the store's dtype: pooled features (n, D), or n samples' tokens."""
 
     view: str
-    used: UsedFeatures
+    used: RunFeatures
     rows: list[np.ndarray]
 
     @classmethod
-    def empty(cls, name: str, used: UsedFeatures, n: int) -> "Encoded":
+    def empty(cls, name: str, used: RunFeatures, n: int) -> "Encoded":
         """Return those of samples that lack the modality."""
         view = read_view(name, used)
         dtype = np.dtype("<i8") if view == IDS else DTYPES[used.dtype]

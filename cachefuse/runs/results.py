@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, Problem
+from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.inference import CHECKED_ROWS, spread
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 from cachefuse.training.held_out import Result, figures
 
 
-def measure(problem: Problem, run: "Run", table_of: Callable[["Member"], FeatureTable]) -> dict[str, Result]:
+def measure(data: TrainingData, run: "Run", table_of: Callable[["Member"], FeatureTable]) -> dict[str, Result]:
     """Return a run's figures on the rows held out, and on each labelled split that is none of them.
 
     Of train, what its models were trained on is measured only where they are one and the same.
     """
     results = {}
     whole = run.config.folds or run.config.refit
-    for split in problem.splits:
+    for split in data.splits:
         if split == VAL or (split == TRAIN and whole):
             continue
-        rows = problem.rows(split)
+        rows = data.rows(split)
         rows = spread(rows, CHECKED_ROWS) if split == TRAIN else rows
         scores = run.scores(table_of, rows)
-        results[split] = figures(problem, rows, scores, run.decide(scores))
-    if run.held is not None:
-        rows = torch.from_numpy(run.held.rows)
-        predictions = run.held.predictions(problem, run.config)
-        results[run.held.split] = figures(problem, rows, run.held.scores, predictions)
+        results[split] = figures(data, rows, scores, run.decide(scores))
+    if run.held_out is not None:
+        rows = torch.from_numpy(run.held_out.rows)
+        predictions = run.held_out.predictions(data, run.config)
+        results[run.held_out.split] = figures(data, rows, run.held_out.scores, predictions)
     order = {TRAIN: 0, VAL: 1, OUT_OF_FOLD: 1}
     return dict(sorted(results.items(), key=lambda item: order.get(item[0], 2)))

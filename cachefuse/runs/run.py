@@ -14,7 +14,7 @@ from cachefuse.errors import RunError
 from cachefuse.feature_spec import modalities_of, split_name
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import TaskSlice, decide_tasks
-from cachefuse.runs.features import UsedByName, UsedFeatures
+from cachefuse.runs.features import RunFeatures, RunFeaturesByName
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.feature_table import FeatureTable
@@ -31,7 +31,7 @@ class Member:
     """
 
     config: TrainConfig
-    features: UsedByName
+    features: RunFeaturesByName
     model: FusionModel
     weight: float
     fold: int | None = None
@@ -42,7 +42,7 @@ class Run:
     """A trained model, or several whose scores are averaged, with what it was trained on and how well it did.
 
     ``thresholds`` (C,) are what a label's score must reach. ``results`` are by split; "oof" is train and val, out of
-    fold. ``histories`` are those of the models that ``held`` was measured by. ``sources`` names the runs that an
+    fold. ``histories`` are those of the models that ``held_out`` was measured by. ``sources`` names the runs that an
     ensemble was made of.
     """
 
@@ -54,7 +54,7 @@ class Run:
     members: list[Member]
     thresholds: np.ndarray
     histories: list[History]
-    held: HeldOut | None
+    held_out: HeldOut | None
     split_digest: str
     results: dict[str, Result] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
@@ -77,9 +77,9 @@ class Run:
         return bool(self.manifest.tasks)
 
     @property
-    def features(self) -> UsedByName:
+    def features(self) -> RunFeaturesByName:
         """What its members read, each once, by name."""
-        union: dict[str, dict[UsedFeatures, None]] = {}
+        union: dict[str, dict[RunFeatures, None]] = {}
         for member in self.members:
             for name, group in member.features.items():
                 union.setdefault(name, {}).update(dict.fromkeys(group))
@@ -122,17 +122,17 @@ class Run:
 
         Raises RunError if there are no such rows, or the members were trained on them since.
         """
-        held, folds = self.held, [member.fold for member in self.members]
-        if held is None:
+        held_out, folds = self.held_out, [member.fold for member in self.members]
+        if held_out is None:
             raise RunError(f"run {self.name} has no rows held out; train with --folds, or name a labelled --split")
         if self.config.refit or (self.sources and self.config.folds):
             raise RunError(f"the models of run {self.name} have seen the rows held out; name another labelled --split")
-        rows = torch.from_numpy(held.rows)
+        rows = torch.from_numpy(held_out.rows)
         if None in folds:
             return self.scores(table_of, rows)
         scores = np.zeros((len(rows), len(self.classes)), np.float32)
         for fold in set(folds):
-            mine = held.parts == fold
+            mine = held_out.parts == fold
             blind = [member for member in self.members if member.fold == fold]
             scores[mine] = self._mean(blind, table_of, rows[mine])
         return scores

@@ -53,9 +53,9 @@ def save_run(run: Run, runs: Path) -> Path:
         for name, tensor in member.model.state_dict().items()
     }
     files = {WEIGHTS: save(tensors)}
-    if run.held is not None:
-        arrays = {name: getattr(run.held, name) for name in HELD_ARRAYS}
-        files[HELD_OUT] = safetensors.numpy.save(arrays, {"split": run.held.split})
+    if run.held_out is not None:
+        arrays = {name: getattr(run.held_out, name) for name in HELD_ARRAYS}
+        files[HELD_OUT] = safetensors.numpy.save(arrays, {"split": run.held_out.split})
     files["history.json"] = to_json({"histories": [asdict(history) for history in run.histories]}).encode()
     files["run.json"] = to_json(_to_dict(run)).encode()
     run.path = write_run(runs, run.name, files)
@@ -91,7 +91,7 @@ def load_run(path: Path) -> Run:
         members=members,
         thresholds=np.array(about.thresholds),
         histories=histories,
-        held=load_held_out(path / HELD_OUT, len(about.classes), [member.fold for member in members]),
+        held_out=load_held_out(path / HELD_OUT, len(about.classes), [member.fold for member in members]),
         split_digest=about.split_digest,
         results={split: Result(**result.model_dump()) for split, result in about.results.items()},
         sources=about.sources,

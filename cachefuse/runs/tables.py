@@ -14,10 +14,10 @@ from cachefuse.training.selection import load_table
 
 if TYPE_CHECKING:
     from cachefuse.runs.run import Member, Run
-from cachefuse.runs.features import UsedByName, read_view
+from cachefuse.runs.features import RunFeaturesByName, read_view
 
 
-def match_features(run: "Run", used: UsedByName, store: FeatureStore) -> dict[str, list[Features]]:
+def match_features(run: "Run", used: RunFeaturesByName, store: FeatureStore) -> dict[str, list[Features]]:
     """Return a store's features that a run's member reads, by modality.
 
     Raises RunError if the store has others or none.
@@ -69,7 +69,7 @@ class StoreTables:
         return tuple(member.features.items())
 
 
-def open_table(run: "Run", used: UsedByName, store: FeatureStore) -> FeatureTable:
+def open_table(run: "Run", used: RunFeaturesByName, store: FeatureStore) -> FeatureTable:
     """Open a store's features as a run's member reads them. Raises RunError if the store has others or none."""
     chosen = match_features(run, used, store)
     read: dict[str, list[str]] = {}

@@ -8,14 +8,14 @@ import torch
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.model import FusionModel
-from cachefuse.runs.features import UsedByName, used_features
+from cachefuse.runs.features import RunFeaturesByName, describe_features
 from cachefuse.runs.results import measure
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import Problem, open_problem
-from cachefuse.training.train import Progress, train_problem
+from cachefuse.training.data import TrainingData, open_training_data
+from cachefuse.training.train import Progress, train_models
 
 
 def train_head(
@@ -36,15 +36,15 @@ def train_head(
     model may take, in 10^6 bytes. Raises ConfigError for settings that don't fit the dataset, a model that is too
     large, or a modality that no training row has, DataError without training rows, TrainingError if training diverges.
     """
-    problem, chosen = open_problem(store, encoders, device, config.views)
-    used = used_features(chosen, problem.widths)
-    return train_run(store, problem, used, config, max_size_mb=max_size_mb, on_progress=on_progress)
+    data, chosen = open_training_data(store, encoders, device, config.views)
+    used = describe_features(chosen, data.widths)
+    return train_run(store, data, used, config, max_size_mb=max_size_mb, on_progress=on_progress)
 
 
 def train_run(
     store: FeatureStore,
-    problem: Problem,
-    used: UsedByName,
+    data: TrainingData,
+    used: RunFeaturesByName,
     config: TrainConfig,
     *,
     max_size_mb: float | None = None,
@@ -52,28 +52,28 @@ def train_run(
 ) -> Run:
     """Do what ``train_head`` does, with a problem that is open already."""
     begun = time.perf_counter()
-    config = problem.resolve(config)
+    config = data.resolve(config)
     with torch.device("meta"):
-        untrained = build_model(config, problem.widths, len(problem.classes), problem.tasks)
+        untrained = build_model(config, data.widths, len(data.classes), data.tasks)
     _check_size(untrained, config, max_size_mb)
-    problem = problem.only(list(untrained.widths)).shuffled(config)
-    trained = train_problem(problem, config, on_progress)
+    data = data.only(list(untrained.widths)).shuffled(config)
+    trained = train_models(data, config, on_progress)
     own = {name: used[name] for name in untrained.widths}
     run = Run(
         name=f"{store.dataset}-{config.fusion}-{config.head_name}-{config.loss}",
         dataset=store.dataset,
         manifest=store.manifest,
-        classes=problem.classes,
+        classes=data.classes,
         config=config,
         members=[
             Member(settings, own, model, 1 / len(trained.members), fold) for settings, model, fold in trained.members
         ],
         thresholds=trained.thresholds,
         histories=trained.histories,
-        held=trained.held,
+        held_out=trained.held_out,
         split_digest=split_digest(store),
     )
-    run.results = measure(problem, run, lambda member: problem.table)
+    run.results = measure(data, run, lambda member: data.table)
     run.seconds = time.perf_counter() - begun
     return run
 
@@ -86,7 +86,7 @@ def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float | No
     n_models = config.members * (1 if config.refit else max(1, config.folds))
     size = n_models * model.size_mb
     if size > max_size_mb:
-        ways = ["smaller --layers"] * (config.head != "linear" and not config.writes) + ["fewer --members"] * (
+        ways = ["smaller --layers"] * (config.head != "linear" and not config.is_generative) + ["fewer --members"] * (
             config.members > 1
         )
         ways += ["--refit, which keeps one model a seed and not one a fold"] * bool(config.folds and not config.refit)

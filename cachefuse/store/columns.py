@@ -16,7 +16,7 @@ from cachefuse.errors import CacheError
 from cachefuse.files import sync_folder
 from cachefuse.store.format import append_lines, checksum, seal, unseal
 
-LEDGER = "bad.jsonl"
+BAD_SAMPLES = "bad.jsonl"
 CHUNK_ROWS = 1 << 16  # read and written at a time, so that a million ids never stand in memory twice
 IDENTITY = ("id", "digest", "stamp")
 
@@ -93,12 +93,12 @@ def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Seq
 
 
 def replace_samples(
-    path: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int], ledger: Sequence[dict[str, Any]]
+    path: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int], bad_samples: Sequence[dict[str, Any]]
 ) -> None:
     """Put a whole new group, with the lines of a ledger, in the place of the one of the store at ``path``."""
     folder, new, old = path / "samples", path / ".samples.new", path / ".samples.old"
     write_samples(new, columns, appended)
-    append_lines(new / LEDGER, ledger)
+    append_lines(new / BAD_SAMPLES, bad_samples)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)

@@ -57,7 +57,7 @@ def inspect_store(store: FeatureStore) -> Inspection:
         views=tuple(_view(group, name) for group in features for name in group.views),
         sources={(group.encoder, group.modality): group.source for group in features},
         provenance={(group.encoder, group.modality): {**group.provenance, "key": group.key} for group in features},
-        bad=tuple(store.ledger()),
+        bad=tuple(store.bad_samples()),
     )
 
 

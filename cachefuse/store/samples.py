@@ -13,7 +13,7 @@ import zarr
 
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.store.columns import LEDGER, column_checksum, read_about, read_column
+from cachefuse.store.columns import BAD_SAMPLES, column_checksum, read_about, read_column
 from cachefuse.store.format import FORMAT, append_lines, read_lines, unseal
 
 
@@ -46,7 +46,7 @@ class StoredSamples:
         if not (path / "samples").is_dir():
             raise CacheError(f"{path} was being updated when it was interrupted; run cachefuse extract again to go on")
         self._bad: dict[tuple[str, str], BadSample] = {}
-        for line in read_lines(path / "samples" / LEDGER):
+        for line in read_lines(path / "samples" / BAD_SAMPLES):
             bad = BadSample(**{name: str(line.get(name, "")) for name in ("id", "modality", "source", "reason")})
             self._bad[(bad.modality, bad.id)] = bad
         self.n_bad = Counter(modality for modality, _ in self._bad)
@@ -179,7 +179,7 @@ class StoredSamples:
         """Note samples in the ledger, each once; ``update_present`` then marks their modality absent."""
         new = {(line.modality, line.id): line for line in bad if (line.modality, line.id) not in self._bad}
         if new:
-            append_lines(self.path / "samples" / LEDGER, [vars(line) for line in new.values()])
+            append_lines(self.path / "samples" / BAD_SAMPLES, [vars(line) for line in new.values()])
             self._bad.update(new)
             self.n_bad.update(modality for modality, _ in new)
 
@@ -192,7 +192,7 @@ class StoredSamples:
             array[:] = present & ~bad
             array.attrs["checksum"] = column_checksum(present & ~bad)
 
-    def ledger(self) -> list[BadSample]:
+    def bad_samples(self) -> list[BadSample]:
         """Return the samples that had to do without a modality."""
         return list(self._bad.values())
 

@@ -14,7 +14,7 @@ Batch = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]  # features (B, D_m)
 class Batches:
     """The batches of an epoch over rows (n,), in a new random order in each iteration; ``batch_size`` 0 means all rows.
 
-    With ``chances`` (n,), as many rows are drawn as there are, with replacement, each by its chance.
+    With ``sample_weights`` (n,), as many rows are drawn as there are, with replacement, each by its chance.
 
     What lies in a CPU's memory is copied once, in a random order. An epoch cuts that into slices, from a random row on,
     and takes them in a random order: to gather rows one by one costs as much as a linear head's GEMMs.
@@ -26,12 +26,14 @@ class Batches:
         rows: Tensor,
         batch_size: int,
         generator: torch.Generator,
-        chances: Tensor | None = None,
+        sample_weights: Tensor | None = None,
     ) -> None:
-        self.table, self.rows, self.generator, self.chances = table, rows, generator, chances
+        self.table, self.rows, self.generator, self.sample_weights = table, rows, generator, sample_weights
         self.size = min(batch_size or len(rows), len(rows))
         self.copy: Batch | None = None
-        if chances is None and all(isinstance(x, Tensor) and x.device.type == "cpu" for x in table.features.values()):
+        if sample_weights is None and all(
+            isinstance(x, Tensor) and x.device.type == "cpu" for x in table.features.values()
+        ):
             order = rows[torch.randperm(len(rows), generator=generator)]
             if self.size < len(rows):
                 order = torch.cat([order, order[: self.size]])  # for the slice that runs over the end
@@ -47,8 +49,8 @@ class Batches:
                 yield {m: x[part] for m, x in features.items()}, {m: x[part] for m, x in present.items()}, targets[part]
 
     def _order(self) -> Tensor:
-        if self.chances is not None:
-            shares = self.chances.cumsum(0)
+        if self.sample_weights is not None:
+            shares = self.sample_weights.cumsum(0)
             places = torch.rand(len(self.rows), generator=self.generator, dtype=shares.dtype) * shares[-1]
             drawn = torch.searchsorted(shares, places, right=True)
             return self.rows[drawn.clamp(max=len(shares) - 1).to(self.rows.device)]  # rounding may reach the end
@@ -62,7 +64,7 @@ class Batches:
             yield slice(start, start + min(self.size, n - i * self.size))
 
 
-def balanced_chances(targets: Tensor) -> Tensor:
+def balanced_sample_weights(targets: Tensor) -> Tensor:
     """Return each row's chance (n,) to be drawn, float64 on the CPU: the inverse of its rarest label's rows.
 
     Rows without labels count as a class of their own. In multi-class all classes are then drawn equally often.

@@ -210,20 +210,20 @@ class TrainConfig:
         return self.epochs
 
     @property
-    def rows_a_step(self) -> int:
+    def effective_batch_size(self) -> int:
         """The batch size; 0 for all rows, which L-BFGS always takes."""
         return 0 if self.optimizer == "lbfgs" else self._of("batch_size", BATCH_SIZE)
 
     @property
-    def writes(self) -> bool:
+    def is_generative(self) -> bool:
         """Whether the fusion writes the classes' names, and has no head."""
-        return bool(self._fusion.writes(self.fusion_options))
+        return bool(self._fusion.is_generative(self.fusion_options))
 
     def resolve_loss(self, task: str) -> str:
         """Return the loss for a task. Raises ConfigError if it can't be trained with the one that was asked for."""
         if task not in TASK_LOSS:
             raise ConfigError(why_no_head(task))
-        if self.writes:
+        if self.is_generative:
             self._check_writing(task)
             return "ce"
         if self.loss == "ce" and task == "multilabel":
@@ -251,12 +251,12 @@ class TrainConfig:
         options that the fusion does not have.
         """
         lbfgs = self.optimizer == "lbfgs"
-        steps = -(-n_rows // (self.rows_a_step or n_rows))
+        steps = -(-n_rows // (self.effective_batch_size or n_rows))
         epochs = LBFGS_EPOCHS if lbfgs else max(EPOCHS, -(-MIN_STEPS // steps))
         loss = self.resolve_loss(task)
         return replace(
             self,
-            fusion_options=self._fusion.settle(
+            fusion_options=self._fusion.resolve_options(
                 typed_options(self._fusion, self.fusion_options), origins or {}, classes
             ),
             loss=loss,
@@ -300,13 +300,13 @@ class TrainConfig:
     def shown(self) -> dict[str, Any]:
         """Return the settings as they are read: without what was found in files, or plays no part."""
         options = {name: value for name, value in self.fusion_options.items() if name not in FOUND}
-        idle = HEAD_SETTINGS if self.writes else ()
+        idle = HEAD_SETTINGS if self.is_generative else ()
         return {k: v for k, v in {**self.to_dict(), "fusion_options": options}.items() if k not in idle}
 
     @property
     def head_name(self) -> str:
         """What makes the logits: a head, or a decoder."""
-        return "decoder" if self.writes else self.head
+        return "decoder" if self.is_generative else self.head
 
     def with_seed(self, seed: int) -> "TrainConfig":
         return replace(self, seed=seed)

@@ -14,7 +14,7 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.device import resolve_device
 from cachefuse.encoders.base import Origin
 from cachefuse.errors import ConfigError, DataError
-from cachefuse.fusion.base import Learner
+from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import TaskSlice, bind_metrics, main_metric
 from cachefuse.store.features import Features
@@ -22,7 +22,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TASK_LOSS, TrainConfig, why_no_head
 from cachefuse.training.feature_table import LOAD_ROWS, FeatureTable
 from cachefuse.training.selection import Views, load_table, pooled, select_features
-from cachefuse.training.tasks import check_stages, settle_tasks
+from cachefuse.training.tasks import check_stages, resolve_tasks
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ OUT_OF_FOLD = "oof"  # train and val together, each row measured by a model that
 
 
 @dataclass(frozen=True)
-class Problem:
+class TrainingData:
     """A table of features and targets (N, C) on a device; ``metrics`` are those to report.
 
     ``origins`` says where each modality's features are from, where they are of one encoder. ``tasks`` are what the
@@ -58,7 +58,7 @@ class Problem:
     @classmethod
     def of(
         cls, store: FeatureStore, table: FeatureTable, chosen: Mapping[str, Sequence[Features]] | None = None
-    ) -> "Problem":
+    ) -> "TrainingData":
         """Return what a store's dataset asks of a table of its features, ``chosen`` by modality."""
         about = store.manifest
         origins = {m: Origin(group[0].source, group[0].provenance) for m, group in (chosen or {}).items()}
@@ -122,16 +122,16 @@ class Problem:
     def resolve(self, config: TrainConfig) -> TrainConfig:
         """Return settings with none left open.
 
-        Raises ConfigError for a loss that is not the task's, and as ``settle_tasks`` and ``check_stages`` do.
+        Raises ConfigError for a loss that is not the task's, and as ``resolve_tasks`` and ``check_stages`` do.
         """
         check_stages(config)
-        return settle_tasks(config, self.tasks).resolve(self.task, len(self.train_rows()), self.origins, self.classes)
+        return resolve_tasks(config, self.tasks).resolve(self.task, len(self.train_rows()), self.origins, self.classes)
 
-    def shuffled(self, config: TrainConfig) -> "Problem":
+    def shuffled(self, config: TrainConfig) -> "TrainingData":
         """Return the same problem with modalities shuffled as the settings ask for."""
         return replace(self, table=self.table.shuffled(config.shuffle, config.seed)) if config.shuffle else self
 
-    def only(self, names: Sequence[str]) -> "Problem":
+    def only(self, names: Sequence[str]) -> "TrainingData":
         """Return the same problem with some of its features."""
         return replace(self, table=self.table.only(names))
 
@@ -145,9 +145,9 @@ class Problem:
         return rows
 
 
-def open_problem(
+def open_training_data(
     store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto", views: Views = pooled
-) -> tuple[Problem, dict[str, list[Features]]]:
+) -> tuple[TrainingData, dict[str, list[Features]]]:
     """Open the views that are read of a store's features, by default all that are complete, and return the features,
     by modality, with the problem that they pose.
 
@@ -166,7 +166,7 @@ def open_problem(
     for modality in chosen.keys() - single.keys() if single else ():
         logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
     chosen = single or chosen
-    return Problem.of(store, load_table(store, chosen, views).to(resolve_device(device)), chosen), chosen
+    return TrainingData.of(store, load_table(store, chosen, views).to(resolve_device(device)), chosen), chosen
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ class TrainingSet:
     standardize: nn.ModuleDict | None
 
     @classmethod
-    def prepare(cls, problem: Problem, model: FusionModel, rows: Tensor) -> "TrainingSet":
+    def prepare(cls, data: TrainingData, model: FusionModel, rows: Tensor) -> "TrainingSet":
         """Take the model's statistics from its rows (n,), and bring the table to hand."""
-        table, rows = problem.table.only(model.widths), rows.to(problem.device)
+        table, rows = data.table.only(model.widths), rows.to(data.device)
         model.fit_statistics(table.features, table.present, rows, table.feature_rows)
         at_hand = table.at_hand(model.standardize)
         return cls(at_hand or table, rows, model.standardize if at_hand is None else None)
@@ -199,6 +199,6 @@ class TrainingSet:
         here = table.any_present(self.rows)
         return replace(self, table=table, rows=self.rows[here])
 
-    def reading(self, module: Any) -> Learner:
+    def reading(self, module: Any) -> Model:
         """Return a fusion, or a head of one, as it takes the table's features."""
         return module if self.standardize is None else FusionModel(module, self.standardize)

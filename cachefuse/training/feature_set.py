@@ -15,7 +15,7 @@ from cachefuse.errors import DataError
 from cachefuse.registry import lookup
 from cachefuse.store.rows import Columns
 from cachefuse.store.store import FeatureStore
-from cachefuse.training.data import open_problem
+from cachefuse.training.data import open_training_data
 from cachefuse.training.feature_table import LOAD_ROWS, FeatureTable
 from cachefuse.workspace import Workspace
 
@@ -136,9 +136,12 @@ class FeatureSet:
     """A store's features with its labels: ``X, y = features.split("train")``."""
 
     def __init__(self, store: FeatureStore, encoders: Sequence[str] = ()) -> None:
-        """``encoders`` name the features to use, by default all that are complete. Raises as ``open_problem`` does."""
+        """``encoders`` name the features to use, by default all that are complete.
+
+        Raises as ``open_training_data`` does.
+        """
         self.store = store
-        self.table = open_problem(store, encoders, "cpu")[0].table
+        self.table = open_training_data(store, encoders, "cpu")[0].table
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.metrics import METRICS, TaskSlice, decide_tasks, per_task_class
 from cachefuse.metrics.thresholds import HALF, THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import Problem
+from cachefuse.training.data import TrainingData
 
 if TYPE_CHECKING:
     pass
@@ -34,7 +34,7 @@ class HeldOut:
     scores: np.ndarray
 
     @classmethod
-    def join(cls, split: str, problem: Problem, rows: list[Tensor], scores: list[np.ndarray]) -> "HeldOut | None":
+    def join(cls, split: str, data: TrainingData, rows: list[Tensor], scores: list[np.ndarray]) -> "HeldOut | None":
         """Put the parts' rows and scores together, in the table's order; None if there are no rows."""
         numbers = [part.numpy() for part in rows]
         all_rows = np.concatenate(numbers)
@@ -42,31 +42,31 @@ class HeldOut:
             return None
         if len(rows) > 1:
             parts = np.repeat(np.arange(len(rows)), [len(part) for part in numbers])
-        elif len(all_rows) < 2 or all(task.one_label for task in problem.tasks):
+        elif len(all_rows) < 2 or all(task.one_label for task in data.tasks):
             parts = np.zeros(len(all_rows), np.int64)  # there are no thresholds to choose
         else:
-            parts = problem.folds(rows[0], min(CROSSFIT_PARTS, problem.n_groups(rows[0])), 0).numpy()
+            parts = data.folds(rows[0], min(CROSSFIT_PARTS, data.n_groups(rows[0])), 0).numpy()
         order = np.argsort(all_rows, kind="stable")
         places = np.split(order.argsort(), np.cumsum([len(part) for part in numbers])[:-1])
-        all_scores = np.empty((len(all_rows), len(problem.classes)), np.float32)
+        all_scores = np.empty((len(all_rows), len(data.classes)), np.float32)
         for place, values in zip(places, scores, strict=True):
             all_scores[place] = values
         return cls(split, all_rows[order], parts[order], all_scores)
 
-    def predictions(self, problem: Problem, config: TrainConfig, scores: np.ndarray | None = None) -> np.ndarray:
+    def predictions(self, data: TrainingData, config: TrainConfig, scores: np.ndarray | None = None) -> np.ndarray:
         """Return the labels (n, C) bool that are decided on, each part by what was chosen on the others.
 
         ``scores`` (n, C) of the same rows may take the place of its own once the thresholds are chosen.
         """
         scores = self.scores if scores is None else scores
-        predictions = decide_tasks(scores, problem.tasks)
-        if not chooses(problem, config, len(self.rows)):
+        predictions = decide_tasks(scores, data.tasks)
+        if not chooses(data, config, len(self.rows)):
             return predictions
-        targets, per = problem.targets(torch.from_numpy(self.rows)), config.thresholds == "class"
-        for task in problem.tasks:
+        targets, per = data.targets(torch.from_numpy(self.rows)), config.thresholds == "class"
+        for task in data.tasks:
             rows = np.flatnonzero(task.labelled(targets))  # no figure is of the others
             if task.kind == "multilabel" and len(np.unique(self.parts[rows])) > 1:
-                metric, own = _threshold_metric(problem, config, task), np.ix_(rows, task.numbers)
+                metric, own = _threshold_metric(data, config, task), np.ix_(rows, task.numbers)
                 predictions[own] = crossfit_decisions(
                     targets[own], self.scores[own], self.parts[rows], metric, per, task.min_labels, scores[own]
                 )
@@ -82,9 +82,9 @@ class Result:
     per_class: dict[str, list[float]]
 
 
-def chooses(problem: Problem, config: TrainConfig, n_held: int) -> bool:
+def chooses(data: TrainingData, config: TrainConfig, n_held: int) -> bool:
     """Whether thresholds are chosen, on so many rows. Raises ConfigError if they were asked for and can't be."""
-    if not any(task.kind == "multilabel" for task in problem.tasks):
+    if not any(task.kind == "multilabel" for task in data.tasks):
         if config.thresholds in ("global", "class"):
             raise ConfigError(
                 "thresholds are for multi-label tasks; where a row gets one label, the highest score decides"
@@ -93,38 +93,38 @@ def chooses(problem: Problem, config: TrainConfig, n_held: int) -> bool:
     if n_held >= 2 or config.thresholds in ("none", "auto"):
         return n_held >= 2 and config.thresholds != "none"
     raise ConfigError(
-        f"{problem.name} has {n_held} labelled validation rows, too few to choose thresholds on; take --folds 5, or "
+        f"{data.name} has {n_held} labelled validation rows, too few to choose thresholds on; take --folds 5, or "
         f"--thresholds none"
     )
 
 
-def choose_for(problem: Problem, config: TrainConfig, held: HeldOut | None) -> np.ndarray:
+def choose_for(data: TrainingData, config: TrainConfig, held_out: HeldOut | None) -> np.ndarray:
     """Return the thresholds (C,) to predict with: chosen on all rows held out that have a task's label, or 0.5."""
-    thresholds = np.full(len(problem.classes), HALF)
-    if held is None or not chooses(problem, config, len(held.rows)):
+    thresholds = np.full(len(data.classes), HALF)
+    if held_out is None or not chooses(data, config, len(held_out.rows)):
         return thresholds
-    targets, per = problem.targets(torch.from_numpy(held.rows)), config.thresholds == "class"
-    for task in problem.tasks:
-        own_targets, scores = task.own(targets, held.scores)
+    targets, per = data.targets(torch.from_numpy(held_out.rows)), config.thresholds == "class"
+    for task in data.tasks:
+        own_targets, scores = task.own(targets, held_out.scores)
         if task.kind == "multilabel" and len(own_targets) >= 2:
-            metric = _threshold_metric(problem, config, task)
+            metric = _threshold_metric(data, config, task)
             thresholds[task.columns] = choose_thresholds(own_targets, scores, metric, per, task.min_labels)
     return thresholds
 
 
-def figures(problem: Problem, rows: Tensor, scores: np.ndarray, predictions: np.ndarray) -> Result:
+def figures(data: TrainingData, rows: Tensor, scores: np.ndarray, predictions: np.ndarray) -> Result:
     """Return the dataset's metrics, and each class's figures, of scores and predictions (n, C) for some rows."""
-    decided = problem.targets(rows), scores, predictions
-    by_class: dict[str, Any] = per_task_class(*decided, problem.tasks)
+    decided = data.targets(rows), scores, predictions
+    by_class: dict[str, Any] = per_task_class(*decided, data.tasks)
     return Result(
         n_rows=len(rows),
-        metrics={str(name): METRICS[name](*decided) for name in problem.metrics},
+        metrics={str(name): METRICS[name](*decided) for name in data.metrics},
         per_class={name: values.tolist() for name, values in by_class.items()},
     )
 
 
-def _threshold_metric(problem: Problem, config: TrainConfig, task: TaskSlice) -> str:
+def _threshold_metric(data: TrainingData, config: TrainConfig, task: TaskSlice) -> str:
     """Return the metric to choose thresholds for: the one asked for, or the task's first that is one of F1."""
     names = {task.named(name): name for name in THRESHOLD_METRICS}
-    listed = [names[name] for name in problem.metrics if name in names]
+    listed = [names[name] for name in data.metrics if name in names]
     return config.threshold_metric or next(iter(listed), next(iter(THRESHOLD_METRICS)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from cachefuse.errors import TrainingError
-from cachefuse.fusion.base import Learner
+from cachefuse.fusion.base import Model
 from cachefuse.nn.losses import Loss
 from cachefuse.threads import adapt_threads, idle_threads
 from cachefuse.training.batches import Batch, Batches, drop_modalities
@@ -70,7 +70,7 @@ class Validation:
 
 @idle_threads()
 def fit(
-    model: Learner,
+    model: Model,
     loss: Loss,
     optimizer: torch.optim.Optimizer,
     table: FeatureTable,
@@ -84,7 +84,7 @@ def fit(
     patience: int = 0,
     ema: EMA | None = None,
     clip_norm: float = 0.0,
-    chances: Tensor | None = None,
+    sample_weights: Tensor | None = None,
     modality_dropout: float = 0.0,
     accumulate: int = 1,
     mixed_precision: bool = False,
@@ -93,10 +93,10 @@ def fit(
     """Train until ``epochs``, or ``patience`` epochs without a better validation; leaves the best weights in the model.
 
     Without validation, or with ``patience`` 0, the last epoch's weights stay; with ``ema`` its averaged ones. Modules
-    whose parameters are all frozen are left in evaluation mode. ``chances`` (n,) are the rows' to be drawn, where they
-    are not all equal. A step's rows pass the model in ``accumulate`` parts, whose gradients add up to that of the mean
-    of all; with ``mixed_precision`` in bfloat16, on CUDA. Raises TrainingError if training diverges. Ctrl-C ends
-    training at the best epoch so far, if there is one.
+    whose parameters are all frozen are left in evaluation mode. ``sample_weights`` (n,) are the rows' chances to be
+    drawn, where they are not all equal. A step's rows pass the model in ``accumulate`` parts, whose gradients add up
+    to that of the mean of all; with ``mixed_precision`` in bfloat16, on CUDA. Raises TrainingError if training
+    diverges. Ctrl-C ends training at the best epoch so far, if there is one.
     """
     keep_freed_memory()
     history = History()
@@ -104,7 +104,7 @@ def fit(
     best_state: dict[str, Tensor] = {}
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = model if ema is None else ema.model
-    batches = Batches(table, train_rows, batch_size, generator, chances)
+    batches = Batches(table, train_rows, batch_size, generator, sample_weights)
     try:
         for epoch in range(1, epochs + 1):
             threads = adapt_threads()

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
 
-Model = TypeVar("Model", bound=nn.Module)
+AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
-class EMA(Generic[Model]):
+class EMA(Generic[AnyModule]):
     """A copy of a model whose weights follow it: theta_ema = d theta_ema + (1 - d) theta after every step.
 
     d warms up, min(decay, (1 + t) / (10 + t)) at step t, so that a short training is not averaged with its start.
     """
 
-    def __init__(self, model: Model, decay: float) -> None:
+    def __init__(self, model: AnyModule, decay: float) -> None:
         self.model = copy.deepcopy(model)
         self.model.eval()
         self.decay = decay

@@ -18,16 +18,16 @@ from torch import Tensor, nn
 
 from cachefuse.device import own_randomness
 from cachefuse.errors import ConfigError, TrainingError
-from cachefuse.fusion.base import Learner
+from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.losses import Loss
 from cachefuse.training.build import build_model, training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import Problem, TrainingSet
+from cachefuse.training.data import TrainingData, TrainingSet
 from cachefuse.training.feature_table import PIECE_ROWS
 from cachefuse.training.inference import CHECKED_ROWS, predict_logits, spread
 from cachefuse.training.loop import DIVERGED, Epoch, History, check_learnt
-from cachefuse.training.split import Part
+from cachefuse.training.split import Split
 from cachefuse.training.train import fit_module, fit_stages
 
 MAX_FLOATS = 2**25  # in the largest tensor that models trained together make: 128 MB
@@ -133,23 +133,25 @@ def shared_settings(config: TrainConfig, device: torch.device) -> TrainConfig | 
     return replace(config, **free)
 
 
-def most_together(problem: Problem, config: TrainConfig, n_rows: int) -> int:
+def most_together(data: TrainingData, config: TrainConfig, n_rows: int) -> int:
     """Return how many models can be trained together on so many rows without taking much memory.
 
     Those of several tasks are trained alone: a row counts for the tasks whose labels it has.
     """
-    if problem.tasks[0].name:
+    if data.tasks[0].name:
         return 1
     with torch.device("meta"):
-        n_weights = build_model(config, problem.widths, len(problem.classes)).n_parameters
+        n_weights = build_model(config, data.widths, len(data.classes)).n_parameters
     hidden = 0 if config.head == "linear" else sum(config.head_options()["layers"])
-    classes = len(problem.classes)
-    checked, at_once = min(n_rows, CHECKED_ROWS), min(n_rows, max(config.rows_a_step or n_rows, PIECE_ROWS))
+    classes = len(data.classes)
+    checked, at_once = min(n_rows, CHECKED_ROWS), min(n_rows, max(config.effective_batch_size or n_rows, PIECE_ROWS))
     return max(1, MAX_FLOATS // max(checked * classes, at_once * (classes + hidden), n_weights))
 
 
 @own_randomness()
-def train_together(problem: Problem, configs: Sequence[TrainConfig], part: Part) -> list[FusionModel | TrainingError]:
+def train_together(
+    data: TrainingData, configs: Sequence[TrainConfig], part: Split
+) -> list[FusionModel | TrainingError]:
     """Train models on a part's rows, each as ``train_model`` would alone; in place of one that diverged, why.
 
     Their settings must be resolved, and their ``shared_settings`` equal.
@@ -157,11 +159,11 @@ def train_together(problem: Problem, configs: Sequence[TrainConfig], part: Part)
     # Those with one loss lie side by side, and among them those with the same rates.
     order = sorted(range(len(configs)), key=lambda i: repr((_loss_settings(configs[i]), _rates(configs[i]))))
     ordered = [configs[i] for i in order]
-    models = [untrained_model(problem, config) for config in ordered]
-    data = TrainingSet.prepare(problem, models[0], part.train)
+    models = [untrained_model(data, config) for config in ordered]
+    training_set = TrainingSet.prepare(data, models[0], part.train)
     for model in models[1:]:
         model.standardize.load_state_dict(models[0].standardize.state_dict())
-    stacked, loss = stack([model.fusion for model in models]), StackedLoss(problem, ordered, data)
+    stacked, loss = stack([model.fusion for model in models]), StackedLoss(data, ordered, training_set)
     diverged: dict[int, TrainingError] = {}
 
     def train(stage: str, module: nn.Module, own: TrainingSet) -> History:
@@ -175,19 +177,19 @@ def train_together(problem: Problem, configs: Sequence[TrainConfig], part: Part)
             raise KeyboardInterrupt
         unstack(stacked, [model.fusion for model in models])
         for i in loss.suspects(own.reading(RowsFirst(module)), own):
-            one = models[i].fusion.alone()[stage] if stage else models[i].fusion
+            one = models[i].fusion.unimodal_heads()[stage] if stage else models[i].fusion
             try:
-                check_learnt(own.reading(one), training_loss(problem, ordered[i], data), own.table, own.rows)
+                check_learnt(own.reading(one), training_loss(data, ordered[i], training_set), own.table, own.rows)
             except TrainingError as error:
                 diverged.setdefault(i, error)
         return History(epochs)
 
-    fit_stages(ordered[0], stacked, data, train)
+    fit_stages(ordered[0], stacked, training_set, train)
     places = [order.index(i) for i in range(len(configs))]
     return [diverged.get(i, models[i]) for i in places]
 
 
-class RowsFirst(Learner):
+class RowsFirst(Model):
     """A stack that gives (B, H, C), as what handles logits expects the rows in front."""
 
     def __init__(self, stacked: Any):
@@ -205,12 +207,12 @@ class StackedLoss:
     A model whose training has diverged no longer counts, so that it does not end that of the others.
     """
 
-    def __init__(self, problem: Problem, configs: Sequence[TrainConfig], data: TrainingSet) -> None:
+    def __init__(self, data: TrainingData, configs: Sequence[TrainConfig], training_set: TrainingSet) -> None:
         """``configs`` with the same loss must lie side by side."""
         self._runs = []
         for _, run in groupby(configs, _loss_settings):
             alike = list(run)
-            each = training_loss(problem, alike[0], data, reduction="none")
+            each = training_loss(data, alike[0], training_set, reduction="none")
             self._runs.append((len(alike), each, str(alike[0].loss_options.get("reduction", "mean"))))
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
@@ -232,11 +234,11 @@ class StackedLoss:
             total, count = total + values.sum((0, 2)), count + values[:, 0].numel()
         return total / count if reduction == "mean" else total
 
-    def suspects(self, module: nn.Module, data: TrainingSet) -> list[int]:
+    def suspects(self, module: nn.Module, training_set: TrainingSet) -> list[int]:
         """Return the models whose training may have diverged, by their place."""
-        rows = spread(data.rows, CHECKED_ROWS)
+        rows = spread(training_set.rows, CHECKED_ROWS)
         try:
-            logits, targets = predict_logits(module, data.table, rows), data.table.targets[rows].cpu()
+            logits, targets = predict_logits(module, training_set.table, rows), training_set.table.targets[rows].cpu()
         except TrainingError:  # of one or more
             return list(range(sum(n for n, _, _ in self._runs)))
         reached, blank = (self.of_each(x, targets) for x in (logits, torch.zeros_like(logits)))

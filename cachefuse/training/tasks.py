@@ -21,7 +21,7 @@ def loss_of(task: TaskSlice, loss: str) -> str:
     return loss if fits else TASK_LOSS[task.kind]
 
 
-def settle_tasks(config: TrainConfig, tasks: Sequence[TaskSlice]) -> TrainConfig:
+def resolve_tasks(config: TrainConfig, tasks: Sequence[TaskSlice]) -> TrainConfig:
     """Return settings with the loss of several tasks, asl if any is multi-label and else ce, unless it is given.
 
     Raises ConfigError for a loss that fits none of them, and for settings that are for one task.

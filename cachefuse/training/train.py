@@ -11,30 +11,30 @@ import torch
 from torch import Tensor
 
 from cachefuse.device import own_randomness
-from cachefuse.fusion.base import Learner
+from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import METRICS, decide_tasks
 from cachefuse.nn.losses import Loss
 from cachefuse.registry import lookup
 from cachefuse.training import OPTIMIZERS, SCHEDULES
-from cachefuse.training.batches import balanced_chances
+from cachefuse.training.batches import balanced_sample_weights
 from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, Problem, TrainingSet
+from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData, TrainingSet
 from cachefuse.training.feature_table import LOAD_ROWS
 from cachefuse.training.held_out import HeldOut, choose_for, chooses
 from cachefuse.training.inference import CHECKED_ROWS, predict_scores, to_scores
 from cachefuse.training.loop import Epoch, History, Validation, fit
 from cachefuse.training.optim import EMA
-from cachefuse.training.split import Part, split_parts
+from cachefuse.training.split import Split, make_splits
 
 logger = logging.getLogger(__name__)
 
 
 def fit_module(
     config: TrainConfig,
-    data: TrainingSet,
-    module: Learner,
+    training_set: TrainingSet,
+    module: Model,
     loss: Loss,
     parameters: Any,
     *,
@@ -42,37 +42,37 @@ def fit_module(
     **watching: Any,
 ) -> History:
     """Train a module's parameters, or groups of them, by ``fit``; ``watching`` are its validation and callbacks."""
-    module = data.reading(module)
+    module = training_set.reading(module)
     optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
         parameters, lr=config.learning_rate, weight_decay=config.penalty
     )
-    steps = -(-len(data.rows) // (config.rows_a_step or len(data.rows)))
+    steps = -(-len(training_set.rows) // (config.effective_batch_size or len(training_set.rows)))
     return fit(
         module,
         loss,
         optimizer,
-        data.table,
-        data.rows,
+        training_set.table,
+        training_set.rows,
         epochs=epochs,
-        batch_size=config.rows_a_step,
+        batch_size=config.effective_batch_size,
         generator=torch.Generator().manual_seed(config.seed),
         schedule=lookup(SCHEDULES, str(config.schedule), "schedule")(optimizer, config.n_epochs * steps),
         ema=EMA(module, config.ema) if config.ema else None,
         clip_norm=config.clip_norm,
-        chances=balanced_chances(data.targets) if config.sampler == "balanced" else None,
+        sample_weights=balanced_sample_weights(training_set.targets) if config.sampler == "balanced" else None,
         modality_dropout=config.modality_dropout,
         accumulate=config.accumulate,
-        mixed_precision=config.mixed_precision and data.table.targets.device.type == "cuda",
+        mixed_precision=config.mixed_precision and training_set.table.targets.device.type == "cuda",
         **watching,
     )
 
 
 def fit_stages(
-    config: TrainConfig, fusion: Any, data: TrainingSet, train: Callable[[str, Learner, TrainingSet], History]
+    config: TrainConfig, fusion: Any, training_set: TrainingSet, train: Callable[[str, Model, TrainingSet], History]
 ) -> History:
     """Train a fusion stage by stage, each from the weights that were best in the one before; mostly there is one."""
     histories: dict[str, History] = {}
-    for name, module, own in _stages(config, fusion, data):
+    for name, module, own in _stages(config, fusion, training_set):
         histories[name] = train(name, module, own)
         if histories[name].interrupted:
             break
@@ -87,7 +87,7 @@ def fit_stages(
     )
 
 
-def _stages(config: TrainConfig, fusion: Any, data: TrainingSet) -> Iterator[tuple[str, Learner, TrainingSet]]:
+def _stages(config: TrainConfig, fusion: Any, training_set: TrainingSet) -> Iterator[tuple[str, Model, TrainingSet]]:
     """Yield each stage with its name, what it trains, all else being frozen, and on what.
 
     The scheme "staged" trains each head alone, on the rows that have what it reads, and then, as "", what joins them.
@@ -96,13 +96,13 @@ def _stages(config: TrainConfig, fusion: Any, data: TrainingSet) -> Iterator[tup
         fusion.requires_grad_(False)
         for parameter in fusion.trained_in(stage):
             parameter.requires_grad_(True)
-        yield stage, fusion, data
+        yield stage, fusion, training_set
     if config.scheme == "staged":
-        for name, head in fusion.alone().items():
-            yield name, head, data.only(head.widths)
+        for name, head in fusion.unimodal_heads().items():
+            yield name, head, training_set.only(head.widths)
             head.requires_grad_(False)
     if not config.stages:
-        yield "", fusion, data
+        yield "", fusion, training_set
 
 
 MEMBER_STRIDE = 1000  # between the seeds of members, so that runs of neighbouring seeds share none
@@ -121,62 +121,62 @@ class Progress:
 
 @dataclass
 class Trained:
-    """Models with their settings and fold, the histories of those that ``held`` was measured by, thresholds (C,)."""
+    """Models with their settings and fold, those histories that ``held_out`` is of, thresholds (C,)."""
 
     members: list[tuple[TrainConfig, FusionModel, int | None]]
     histories: list[History]
-    held: HeldOut | None
+    held_out: HeldOut | None
     thresholds: np.ndarray
 
 
-def train_problem(
-    problem: Problem, config: TrainConfig, on_progress: Callable[[Progress], None] = lambda progress: None
+def train_models(
+    data: TrainingData, config: TrainConfig, on_progress: Callable[[Progress], None] = lambda progress: None
 ) -> Trained:
     """Train what the settings ask for: a model for each part (one, or one a fold) and seed; then refit, if asked to.
 
     Raises ConfigError, DataError or TrainingError as ``train_head`` does.
     """
-    config = problem.resolve(config)
-    parts = split_parts(problem, config)
-    chooses(problem, config, sum(len(part.held) for part in parts))  # before hours of training, not after
-    _warn_of_rare_classes(problem, parts)
+    config = data.resolve(config)
+    parts = make_splits(data, config)
+    chooses(data, config, sum(len(part.held_out) for part in parts))  # before hours of training, not after
+    _warn_of_rare_classes(data, parts)
     seeds = [config.with_seed(config.seed + MEMBER_STRIDE * i) for i in range(config.members)]
     n_models = (len(parts) + config.refit) * len(seeds)
     members: list[tuple[TrainConfig, FusionModel, int | None]] = []
     histories, scores = [], []
     for fold, part in enumerate(parts):
-        mean = np.zeros((len(part.held), len(problem.classes)), np.float32)
+        mean = np.zeros((len(part.held_out), len(data.classes)), np.float32)
         for own in seeds:
             tell = partial(_tell, on_progress, len(members) + 1, n_models, lambda stage: config.n_epochs)
-            model, history = train_model(problem, own, part, on_epoch=tell)
+            model, history = train_model(data, own, part, on_epoch=tell)
             if history.interrupted and n_models > 1:
                 raise KeyboardInterrupt
             members.append((own, model, fold if config.folds else None))
             histories.append(history)
-            table = problem.table.only(model.widths)
-            mean += predict_scores(model, table, part.held, own.resolve_loss(problem.task), problem.tasks)
+            table = data.table.only(model.widths)
+            mean += predict_scores(model, table, part.held_out, own.resolve_loss(data.task), data.tasks)
         mean /= len(seeds)
         scores.append(mean)
-    held = HeldOut.join(OUT_OF_FOLD if config.folds else VAL, problem, [part.held for part in parts], scores)
-    thresholds = choose_for(problem, config, held)
+    held_out = HeldOut.join(OUT_OF_FOLD if config.folds else VAL, data, [part.held_out for part in parts], scores)
+    thresholds = choose_for(data, config, held_out)
     if config.refit:
         best = _mean_best_epochs(histories)
-        everything = Part(problem.rows(TRAIN, VAL), *[torch.empty(0, dtype=torch.int64)] * 2)
+        everything = Split(data.rows(TRAIN, VAL), *[torch.empty(0, dtype=torch.int64)] * 2)
         done, members = len(members), []
         for own in seeds:
             tell = partial(_tell, on_progress, done + len(members) + 1, n_models, best.__getitem__)
-            model, history = train_model(problem, own, everything, epochs=best, on_epoch=tell)
+            model, history = train_model(data, own, everything, epochs=best, on_epoch=tell)
             if history.interrupted:
                 raise KeyboardInterrupt
             members.append((own, model, None))
-    return Trained(members, histories, held, thresholds)
+    return Trained(members, histories, held_out, thresholds)
 
 
 @own_randomness()
 def train_model(
-    problem: Problem,
+    data: TrainingData,
     config: TrainConfig,
-    part: Part,
+    part: Split,
     *,
     epochs: Mapping[str, int] | None = None,
     on_epoch: Callable[[str, Epoch], None] = lambda stage, epoch: None,
@@ -185,19 +185,17 @@ def train_model(
 
     The stages are named as in the settings, or as the heads that are trained alone, and "" is the whole.
     """
-    model = untrained_model(problem, config)
-    data = TrainingSet.prepare(problem, model, part.train)
-    loss = training_loss(problem, config, data)
+    model = untrained_model(data, config)
+    training_set = TrainingSet.prepare(data, model, part.train)
+    loss = training_loss(data, config, training_set)
 
-    def train(stage: str, module: Any, data: TrainingSet) -> History:
-        validate = part.validate.to(problem.device)
-        validate = validate if module is model.fusion else validate[data.table.any_present(validate)]
-        score = partial(
-            score_of, problem, validate, config.monitor or problem.metric, config.resolve_loss(problem.task)
-        )
+    def train(stage: str, module: Any, training_set: TrainingSet) -> History:
+        validate = part.validate.to(data.device)
+        validate = validate if module is model.fusion else validate[training_set.table.any_present(validate)]
+        score = partial(score_of, data, validate, config.monitor or data.metric, config.resolve_loss(data.task))
         return fit_module(
             config,
-            data,
+            training_set,
             module,
             loss,
             [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -207,16 +205,16 @@ def train_model(
             on_epoch=partial(on_epoch, stage),
         )
 
-    return model, fit_stages(config, model.fusion, data, train)
+    return model, fit_stages(config, model.fusion, training_set, train)
 
 
 @torch.inference_mode()
-def score_of(problem: Problem, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:
+def score_of(data: TrainingData, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:
     """Return a metric of some rows (n,), decided on at 0.5; their scores take the place of the logits (n, C)."""
     for part in logits.split(LOAD_ROWS):
-        part.copy_(to_scores(part, loss, problem.tasks))
+        part.copy_(to_scores(part, loss, data.tasks))
     scores = logits.numpy()
-    return METRICS[metric](problem.targets(rows), scores, decide_tasks(scores, problem.tasks))
+    return METRICS[metric](data.targets(rows), scores, decide_tasks(scores, data.tasks))
 
 
 def _mean_best_epochs(histories: Sequence[History]) -> dict[str, int]:
@@ -236,15 +234,15 @@ def _tell(
     on_progress(Progress(model, n_models, stage, n_epochs(stage), epoch))
 
 
-def _warn_of_rare_classes(problem: Problem, parts: Sequence[Part]) -> None:
-    positives = np.min([_positives(problem, part.train) for part in parts], axis=0)
-    absent = [name for name, n in zip(problem.classes, positives, strict=True) if n == 0]
+def _warn_of_rare_classes(data: TrainingData, parts: Sequence[Split]) -> None:
+    positives = np.min([_positives(data, part.train) for part in parts], axis=0)
+    absent = [name for name, n in zip(data.classes, positives, strict=True) if n == 0]
     if absent:
         where = "the training rows" if len(parts) == 1 else "the training rows of some fold"
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         logger.warning("class %r%s never occurs in %s, so nothing can be learnt of it there", absent[0], more, where)
 
 
-def _positives(problem: Problem, rows: Tensor) -> np.ndarray:
+def _positives(data: TrainingData, rows: Tensor) -> np.ndarray:
     """Return how many of some rows (n,) have each class, (C,)."""
-    return np.sum([(problem.targets(part) > 0).sum(axis=0) for part in rows.split(CHECKED_ROWS)], axis=0)
+    return np.sum([(data.targets(part) > 0).sum(axis=0) for part in rows.split(CHECKED_ROWS)], axis=0)

@@ -144,17 +144,17 @@ def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
     console = out()
     names = headline(joined.manifest.reported_metrics)
     everyone = [*runs, joined]
-    metrics = [{} if run.held is None else run.metrics.get(run.held.split, {}) for run in everyone]
-    best = {name: _best(name, metrics) for name in names} if joined.held is not None else {}
+    metrics = [{} if run.held_out is None else run.metrics.get(run.held_out.split, {}) for run in everyone]
+    best = {name: _best(name, metrics) for name in names} if joined.held_out is not None else {}
     table = new_table("run", "held out", *map(metric_title, names), numbers=len(names) + 1)
     for run, reached in zip(everyone, metrics, strict=True):
-        held = "-" if run.held is None else f"{len(run.held.rows):,} {run.held.split}"
+        held_out = "-" if run.held_out is None else f"{len(run.held_out.rows):,} {run.held_out.split}"
         figures = {name: _figure(reached.get(name)) for name in names}
         cells = (
             f"[bold green]{figure}[/]" if name in best and reached.get(name) == best[name] else figure
             for name, figure in figures.items()
         )
-        table.add_row(escape(run.name), held, *cells)
+        table.add_row(escape(run.name), held_out, *cells)
     console.print(table)
     console.print(
         f"{len(joined.members)} models of together {joined.n_parameters:,} parameters, {joined.size_mb:.2f} MB"

@@ -46,26 +46,26 @@ class _NoteHandler(logging.Handler):
         note(record.getMessage())
 
 
-def error(problem: BaseException) -> None:
+def error(data: BaseException) -> None:
     """Print an error: its first line in red, further lines (how to go on) plain."""
-    message = str(problem) or type(problem).__name__
-    if isinstance(problem, OSError) and problem.strerror and problem.filename:
-        message = f"{problem.filename}: {problem.strerror}"
-    if isinstance(problem, OSError) and problem.errno in (errno.ENOSPC, errno.EDQUOT):
+    message = str(data) or type(data).__name__
+    if isinstance(data, OSError) and data.strerror and data.filename:
+        message = f"{data.filename}: {data.strerror}"
+    if isinstance(data, OSError) and data.errno in (errno.ENOSPC, errno.EDQUOT):
         message = "the disk is full; free some room and run the same command again: what was finished is kept"
-    if out_of_memory(problem):
+    if out_of_memory(data):
         message = "out of memory; try a smaller --batch-size, --layers or --limit"
     first, _, rest = message.partition("\n")
     console = err()
     _print_message(console, Text.assemble(("error: ", "bold red"), (first, "red")))
-    for line in (*rest.splitlines(), *getattr(problem, "__notes__", ())):
+    for line in (*rest.splitlines(), *getattr(data, "__notes__", ())):
         console.print(Text(line), soft_wrap=True)
 
 
-def out_of_memory(problem: BaseException) -> bool:
+def out_of_memory(data: BaseException) -> bool:
     """Whether memory ran out: Python's, or torch's on CUDA or on the CPU."""
-    torch_cpu = isinstance(problem, RuntimeError) and "allocate memory" in str(problem)
-    return isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError" or torch_cpu
+    torch_cpu = isinstance(data, RuntimeError) and "allocate memory" in str(data)
+    return isinstance(data, MemoryError) or type(data).__name__ == "OutOfMemoryError" or torch_cpu
 
 
 def _print_message(console: Console, text: Text) -> None:
@@ -197,7 +197,7 @@ def run_report(run: "Run") -> None:
     console = out()
     run_line(run)
     console.print(_by_task(run) if run.several else _by_split(run))
-    _per_class(console, run, list(run.metrics)[:2][-1] if run.held is None else run.held.split)
+    _per_class(console, run, list(run.metrics)[:2][-1] if run.held_out is None else run.held_out.split)
     models = f"{len(run.members)} models of together " if len(run.members) > 1 else ""
     console.print(f"{models}{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s{_epochs(run)}")
     if (run.thresholds != 0.5).any():

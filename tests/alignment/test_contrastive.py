@@ -142,8 +142,8 @@ def test_detached_targets_are_constants(temperature):
 
 def test_detaching_changes_the_gradient_and_not_the_loss():
     x, y = some(6, 4)
-    (held, of_held), (free, of_free) = (gradients(x, y, 0.2, detach=detach) for detach in (True, False))
-    assert held.item() == free.item()
+    (held_out, of_held), (free, of_free) = (gradients(x, y, 0.2, detach=detach) for detach in (True, False))
+    assert held_out.item() == free.item()
     assert not torch.allclose(of_held[0], of_free[0])
 
 

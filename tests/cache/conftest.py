@@ -161,7 +161,7 @@ class FakeImage:
             raise BadSampleError(self.bad)
         return Image.new("RGB", (2, 2), (self.number % 200, self.number // 200, 7))
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         return f"{self.number}"
 
     def digest(self) -> str:

@@ -12,7 +12,7 @@ from cachefuse.extraction.extract import extract
 from cachefuse.extraction.open_store import open_store
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import open_problem
+from cachefuse.training.data import open_training_data
 
 
 def run(dataset, store_path, *encoders, **options):
@@ -84,7 +84,7 @@ def test_no_head_is_trained_on_pairs(pairs, store_path, manifest):
     with pytest.raises(ConfigError, match=expected):
         TrainConfig().resolve_loss(manifest.task)
     with pytest.raises(ConfigError, match=expected):
-        open_problem(store)
+        open_training_data(store)
 
 
 # What does not belong to the store is refused

@@ -137,7 +137,7 @@ def test_a_mended_image_leaves_the_ledger_and_becomes_present(shapes, store_path
     assert report.computed == {("toy", "image"): 1}
     assert [line.id for line in report.bad] == ["row-9"]
     for store in (FeatureStore(store_path), open_store(store_path, dataset)):
-        assert [line.id for line in store.ledger()] == ["row-9"]
+        assert [line.id for line in store.bad_samples()] == ["row-9"]
         assert np.flatnonzero(~store.present("image")).tolist() == [9]
     assert FeatureStore(store_path).open_features("toy", "image").read()[4].any()
 

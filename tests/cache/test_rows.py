@@ -207,7 +207,7 @@ def test_a_reader_keeps_what_it_opened_while_the_shard_is_replaced(tmp_path, row
 def test_files_and_addresses_are_given_back(tmp_path, values):
     files = write_blocks(tmp_path, values)
 
-    def held():
+    def held_out():
         return len(Path("/proc/self/maps").read_text().splitlines()), len(os.listdir("/proc/self/fd"))
 
     def read():
@@ -215,11 +215,11 @@ def test_files_and_addresses_are_given_back(tmp_path, values):
         np.testing.assert_array_equal(rows[[3, 40]], values[[3, 40]])
 
     read()
-    maps, opened = held()
+    maps, opened = held_out()
     for _ in range(200):
         read()
-    assert held()[0] < maps + 50
-    assert held()[1] == opened
+    assert held_out()[0] < maps + 50
+    assert held_out()[1] == opened
 
 
 # Shuffled

@@ -14,7 +14,7 @@ from cachefuse.extraction.extract import extract
 from cachefuse.extraction.plan import plan
 from cachefuse.extraction.verify import repair, verify
 from cachefuse.store.store import FeatureStore
-from cachefuse.training.data import Problem
+from cachefuse.training.data import TrainingData
 from cachefuse.training.selection import load_table, one_view
 
 N_IMAGES = 90  # two blocks of rows
@@ -211,7 +211,7 @@ def test_questions_that_come_about_a_bad_image_are_listed_too(shapes, store_path
     assert report.computed == {("toy", "image"): 0, ("toy", "text"): 2}
     store = FeatureStore(store_path)
     assert np.flatnonzero(~store.present("image")).tolist() == [12, 13, 14, 270]
-    assert [(line.id, line.reason) for line in store.ledger()] == [
+    assert [(line.id, line.reason) for line in store.bad_samples()] == [
         (f"row-{i}", "is damaged") for i in (12, 13, 14, 270)
     ]
     mended = make(tools, shapes, numbers=numbers)
@@ -227,7 +227,7 @@ def test_a_bad_image_that_is_mended_is_there_for_every_question(shapes, store_pa
     assert run(mended, store_path, refresh=True).computed == {("toy", "image"): 1, ("toy", "text"): 3}
     store = FeatureStore(store_path)
     assert store.present("image").all()
-    assert store.ledger() == []
+    assert store.bad_samples() == []
     assert_found(store_path, mended)
 
 
@@ -238,7 +238,7 @@ def test_a_question_that_changes_leaves_the_others_image_bad(shapes, store_path,
     run(replace(dataset, texts=texts), store_path, refresh=True)
     store = FeatureStore(store_path)
     assert np.flatnonzero(~store.present("image")).tolist() == [12, 13, 14]
-    assert sorted(line.id for line in store.ledger()) == ["row-12", "row-13", "row-14"]
+    assert sorted(line.id for line in store.bad_samples()) == ["row-12", "row-13", "row-14"]
 
 
 # Damage
@@ -303,12 +303,12 @@ def test_each_question_is_read_with_its_own_image(questions, store_path, toy, vi
 def test_folds_keep_an_image_together_and_no_image_is_none(questions, store_path, toy, shapes, tools):
     run(make(tools, shapes, bad={0: "none"}), store_path)
     store = FeatureStore(store_path)
-    problem = Problem.of(store, load_table(store, {"text": [store.open_features("toy", "text")]}))
+    training = TrainingData.of(store, load_table(store, {"text": [store.open_features("toy", "text")]}))
     rows = torch.arange(len(store))
-    folds, images = problem.folds(rows, 5, 0).numpy(), store.feature_rows("image")
+    folds, images = training.folds(rows, 5, 0).numpy(), store.feature_rows("image")
     alone = ~store.present("image")
     assert alone.any()
     for image in np.unique(images[~alone]):
         assert len({*folds[images == image]}) == 1
     assert len({*folds[alone]}) > 1
-    assert problem.n_groups(rows) == len(np.unique(images[~alone])) + alone.sum()
+    assert training.n_groups(rows) == len(np.unique(images[~alone])) + alone.sum()

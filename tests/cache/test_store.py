@@ -287,9 +287,9 @@ def test_the_ledger_lists_a_sample_once(shapes, store_path):
     bad = BadSample("00003", "image", "a.png", "is damaged")
     store.mark_bad([bad, replace(bad, reason="again")])
     store.mark_bad([bad, replace(bad, modality="text")])
-    assert [(line.id, line.modality) for line in store.ledger()] == [("00003", "image"), ("00003", "text")]
+    assert [(line.id, line.modality) for line in store.bad_samples()] == [("00003", "image"), ("00003", "text")]
     assert store.n_bad == {"image": 1, "text": 1}
-    assert FeatureStore(store_path).ledger() == store.ledger()
+    assert FeatureStore(store_path).bad_samples() == store.bad_samples()
     store.update_present("image")
     np.testing.assert_array_equal(np.flatnonzero(~FeatureStore(store_path).present("image")), [3])
 
@@ -299,7 +299,7 @@ def test_presence_follows_the_ledger_even_if_a_kill_came_between(shapes, store_p
     assert FeatureStore(store_path).present("image").all()
     open_store(store_path, shapes)
     np.testing.assert_array_equal(np.flatnonzero(~FeatureStore(store_path).present("image")), [3])
-    assert len(FeatureStore(store_path).ledger()) == 1
+    assert len(FeatureStore(store_path).bad_samples()) == 1
 
 
 # Killed while the store or its samples were being made
@@ -344,7 +344,7 @@ def test_an_update_of_the_samples_is_whole_or_not_at_all(shapes, store_path, mon
         FeatureStore(store_path)
     store = open_store(store_path, changed)
     assert set(store.splits.tolist()) == {"holdout"}
-    assert len(store.ledger()) == 1
+    assert len(store.bad_samples()) == 1
     assert not [path for path in store_path.iterdir() if path.name.startswith(".")]
 
 

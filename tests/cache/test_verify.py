@@ -149,7 +149,7 @@ def test_lines_of_another_shape_in_the_journal_and_the_ledger_say_nothing(shapes
     append_lines(folder / "journal.jsonl", lines)
     append_lines(store.path / "samples" / "bad.jsonl", [{"id": 7}])
     assert verify(FeatureStore(store.path)).damage == ()
-    assert [(line.id, line.reason) for line in FeatureStore(store.path).ledger()] == [("7", "")]
+    assert [(line.id, line.reason) for line in FeatureStore(store.path).bad_samples()] == [("7", "")]
 
 
 def test_without_ids_a_sample_that_changed_can_t_be_told_from_one_that_moved(shapes, store):

@@ -210,7 +210,7 @@ def test_at_least_so_many_labels(view, indicator):
     ids=str,
 )
 def test_a_stratified_tenth_is_held_out_where_something_is_chosen(
-    view, indicator, labels, monkeypatch, task, settings, held
+    view, indicator, labels, monkeypatch, task, settings, held_out
 ):
     seen = []
     join = HeldOut.join
@@ -219,7 +219,7 @@ def test_a_stratified_tenth_is_held_out_where_something_is_chosen(
     FusionClassifier(**QUICK, **settings, random_state=5).fit(view, y)
     targets = indicator if task == "multilabel" else (labels[:, None] == KINDS).astype(int)
     expected = np.flatnonzero(stratified_folds(targets, 10, 5) == 0).tolist()
-    assert (seen[0].rows.tolist() if held else seen) == (expected if held else [None])
+    assert (seen[0].rows.tolist() if held_out else seen) == (expected if held_out else [None])
 
 
 def test_thresholds_are_one_a_label(view, indicator):

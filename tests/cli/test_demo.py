@@ -19,10 +19,10 @@ def test_the_demo_shows_fusion_and_submits(cachefuse, folder, fits):
     assert len(rows) == len({row["id"] for row in rows}) == 600
     assert all(row["labels"] for row in rows)
     before = sorted((folder / "workspace" / "cache").rglob("journal.jsonl"))
-    stamps = [path.stat().st_mtime_ns for path in before]
+    fingerprints = [path.stat().st_mtime_ns for path in before]
     again = cachefuse("demo")
     assert again.code == 0
-    assert [path.stat().st_mtime_ns for path in before] == stamps
+    assert [path.stat().st_mtime_ns for path in before] == fingerprints
     assert "fusion sees them all" in again.out
     fits(again.out)
 

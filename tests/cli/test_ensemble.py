@@ -27,7 +27,7 @@ def test_joins_runs_and_shows_them_side_by_side(cachefuse, workspace, two, fits)
     names = ("micro_f1", "macro_f1", "samples_f1", "macro_ap")
     for line, name in zip(lines[1:4], [*two, "mine-ensemble-1"], strict=True):
         run = load_run(workspace / "runs" / name)
-        rows = f"{len(run.held.rows)} val"
+        rows = f"{len(run.held_out.rows)} val"
         assert re.split(" {2,}", line.strip()) == [name, rows, *(f"{run.metrics['val'][m]:.3f}" for m in names)]
     assert f"2 models of together {joined.n_parameters:,} parameters" in result.out
     fits(result.out)

@@ -29,7 +29,7 @@ def test_lists_the_latest_first_with_the_metrics_of_rows_held_out(several):
     for run in found:
         whole = load_run(run.path)
         assert run.metrics == whole.metrics[run.split]
-        assert run.n_rows == len(whole.held.rows)
+        assert run.n_rows == len(whole.held_out.rows)
         assert run.size_mb == pytest.approx(whole.size_mb, abs=1e-6)
         assert (run.dataset, run.created) == ("mine", whole.created)
 

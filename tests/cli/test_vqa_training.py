@@ -22,8 +22,8 @@ from cachefuse.nn.answer_decoder import AnswerWriter
 from cachefuse.runs.save import load_run
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import open_problem
-from cachefuse.training.split import split_parts
+from cachefuse.training.data import open_training_data
+from cachefuse.training.split import make_splits
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SPLITS = {"train2014": range(1, 41), "val2014": range(41, 61), "test2015": range(61, 66)}
@@ -157,15 +157,15 @@ def test_the_report_says_how_right_the_answers_are(cachefuse, extracted, folder)
 def test_folds_never_part_questions_about_one_image(cachefuse, extracted, folder, monkeypatch):
     monkeypatch.setattr("cachefuse.training.split.STOP_PARTS", 1000)  # more than there are images
     store = FeatureStore(folder / "workspace/cache/vqa2.zarr")
-    problem, _ = open_problem(store)
-    parts = split_parts(problem, TrainConfig(folds=4, patience=2))
+    training, _ = open_training_data(store)
+    parts = make_splits(training, TrainConfig(folds=4, patience=2))
     images = store.feature_rows("image")
-    held = torch.cat([part.held for part in parts])
-    assert torch.equal(held.sort().values, problem.rows("train", "val"))
+    held_out = torch.cat([part.held_out for part in parts])
+    assert torch.equal(held_out.sort().values, training.rows("train", "val"))
     for part in parts:
-        assert not {*images[part.held]} & {*images[part.train]}
+        assert not {*images[part.held_out]} & {*images[part.train]}
         assert not {*images[part.validate]} & {*images[part.train]}
-        assert 30 <= len(part.held) <= 60
+        assert 30 <= len(part.held_out) <= 60
     result = cachefuse("train-head", "--folds", "3", "--epochs", "5", "--json")
     assert json.loads(result.out)["metrics"]["oof"]["vqa_accuracy"] > 0.5
 
@@ -235,10 +235,10 @@ class TestWritten:
     @pytest.mark.slow
     def test_a_step_s_cost_is_that_of_learning(self, cachefuse, tokens, folder, monkeypatch):
         config = TrainConfig(fusion="midfusion", fusion_options={"answers": "text", "decoder_layers": 1, "width": 8})
-        problem, _ = open_problem(FeatureStore(folder / "workspace/cache/vqa2.zarr"), views=config.views)
+        training, _ = open_training_data(FeatureStore(folder / "workspace/cache/vqa2.zarr"), views=config.views)
         steps, real = [], AnswerWriter.learn
         monkeypatch.setattr(AnswerWriter, "learn", lambda self, *args: steps.append(1) or real(self, *args))
-        assert measure_costs(problem, problem.resolve(config)).steps_per_second > 0
+        assert measure_costs(training, training.resolve(config)).steps_per_second > 0
         assert steps
 
     @pytest.mark.parametrize(
@@ -278,9 +278,9 @@ class TestWritten:
 
 def test_targets_are_how_right_each_answer_is(cachefuse, extracted, folder):
     store = FeatureStore(folder / "workspace/cache/vqa2.zarr")
-    problem, _ = open_problem(store)
-    rows = problem.rows("train", "val")
-    targets = problem.targets(rows)
+    training, _ = open_training_data(store)
+    rows = training.rows("train", "val")
+    targets = training.targets(rows)
     assert targets.shape == (180, len(store.classes))
     for c in range(len(store.classes)):
         alone = np.full(len(rows), c)
@@ -300,10 +300,10 @@ def test_notebooks_get_the_features_of_a_question_s_image(cachefuse, extracted, 
 
 
 def test_shuffled_images_are_other_questions_images(cachefuse, extracted, folder):
-    problem, _ = open_problem(FeatureStore(folder / "workspace/cache/vqa2.zarr"))
-    rows = torch.arange(len(problem.table.labelled))
+    training, _ = open_training_data(FeatureStore(folder / "workspace/cache/vqa2.zarr"))
+    rows = torch.arange(len(training.table.labelled))
     own, theirs = (
-        table.batch(rows)[0]["image"] for table in (problem.table, problem.table.shuffled({"image": 1.0}, 0))
+        table.batch(rows)[0]["image"] for table in (training.table, training.table.shuffled({"image": 1.0}, 0))
     )
     assert sorted(map(bytes, own.numpy())) == sorted(map(bytes, theirs.numpy()))
     assert (own != theirs).any(1).float().mean() > 0.9

@@ -69,7 +69,7 @@ def test_limit(tmp_path):
     assert limited.texts == [dataset.texts[row] for row in rows]
     assert limited.images == [dataset.images[row] for row in rows]
     assert limited.digests() == [dataset.digests()[row] for row in rows]
-    assert limited.stamps() == [dataset.stamps()[row] for row in rows]
+    assert limited.fingerprints() == [dataset.fingerprints()[row] for row in rows]
     assert dataset.limit(90) is dataset
     assert set(dataset.limit(1).splits) == {"train", "val", "test"}
 

@@ -62,7 +62,7 @@ class Source:
         self.number = number
         self.on_digest = on_digest
 
-    def stamp(self):
+    def fingerprint(self):
         return f"stamp {self.number}"
 
     def digest(self):
@@ -86,26 +86,26 @@ def test_every_text_counts_exactly():
     texts = [("a", "b"), ("ab",), ("b", "a"), ("a",), ("a", "b", ""), ("a ", "b"), ("a\0b",), ("A", "b"), (), ("",)]
     texts += [("é",), ("e\u0301",), ("\ud800",), ("?",), ("\udfff",), ("\U0001f600",), ("\ud83d\ude00",)]
     dataset = make_dataset(texts=texts)
-    assert len(set(dataset.digests())) == len(set(dataset.stamps())) == len(texts)
+    assert len(set(dataset.digests())) == len(set(dataset.fingerprints())) == len(texts)
 
 
 def test_no_text_stands_for_an_image():
-    (digest,), (stamp,) = make_dataset([Source(1)]).digests(), make_dataset([Source(1)]).stamps()
-    faked = [(f"image:{Source(1).digest()}",), (f"image:{Source(1).stamp()}",), ("", "image:digest 1")]
+    (digest,), (fingerprint,) = make_dataset([Source(1)]).digests(), make_dataset([Source(1)]).fingerprints()
+    faked = [(f"image:{Source(1).digest()}",), (f"image:{Source(1).fingerprint()}",), ("", "image:digest 1")]
     faked += [(Source(1).digest(),), (), ("",), ("10:image:dige",)]
     dataset = make_dataset(texts=faked)
-    assert {digest, stamp}.isdisjoint([*dataset.digests(), *dataset.stamps()])
+    assert {digest, fingerprint}.isdisjoint([*dataset.digests(), *dataset.fingerprints()])
     assert make_dataset([None], [("x",)]).digests() == make_dataset(texts=[("x",)]).digests() != [digest]
 
 
 def test_neither_name_nor_place_nor_time_is_in_the_digests(root, tmp_path):
-    digests, stamps = load(root).digests(), load(root).stamps()
-    assert len(set(digests)) == len(set(stamps)) == 6
+    digests, fingerprints = load(root).digests(), load(root).fingerprints()
+    assert len(set(digests)) == len(set(fingerprints)) == 6
     shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copy)
     assert load(tmp_path / "copy").digests() == digests
     root.rename(tmp_path / "moved")
     moved = load(tmp_path / "moved")
-    assert (moved.digests(), moved.stamps()) == (digests, stamps)
+    assert (moved.digests(), moved.fingerprints()) == (digests, fingerprints)
     renamed = [
         FileImage(source.path.rename(source.path.with_name(f"new {i}"))) for i, source in enumerate(moved.images)
     ]
@@ -114,7 +114,7 @@ def test_neither_name_nor_place_nor_time_is_in_the_digests(root, tmp_path):
 
 def test_rows_whose_text_or_image_changed(root):
     dataset = load(root)
-    digests, stamps = dataset.digests(), dataset.stamps()
+    digests, fingerprints = dataset.digests(), dataset.fingerprints()
     text = (root / "train.csv").read_text()
     (root / "train.csv").write_text(text.replace("text 1", "another").replace("2,text 2,a", "2,text 2,b") + "6,x,a\n")
     (root / "photos/3").write_bytes(b"CONTENT 3")
@@ -122,7 +122,7 @@ def test_rows_whose_text_or_image_changed(root):
     (root / "photos/4").unlink()
     later(root / "photos/5")
     changed = load(root)
-    assert [i for i in range(6) if changed.stamps()[i] != stamps[i]] == [1, 3, 4, 5]
+    assert [i for i in range(6) if changed.fingerprints()[i] != fingerprints[i]] == [1, 3, 4, 5]
     assert [i for i in range(6) if changed.digests()[i] != digests[i]] == [1, 3, 4]
     assert dataset.digests()[3] == changed.digests()[3]  # noticed by a dataset that was read before, too
     assert len(changed.digests()) == 7
@@ -140,7 +140,7 @@ def test_only_the_given_rows_are_hashed():
     dataset = make_dataset(sources)
     dataset.digests([7, 70])
     assert sorted(hashed) == [7, 70]
-    dataset.stamps()
+    dataset.fingerprints()
     assert len(hashed) == 2
 
 
@@ -152,7 +152,7 @@ def test_an_image_that_samples_share_is_hashed_once():
     alone = make_dataset(shared, texts)
     together = replace(alone, shares_images=True)
     assert alone.digests() == together.digests()
-    assert alone.stamps() == together.stamps()
+    assert alone.fingerprints() == together.fingerprints()
     assert sorted(hashed) == sorted([0, 0, 3, 3, 3, 0, 4, 0, 3, 4])
     assert alone.image_rows is None
     assert together.image_rows.tolist() == [0, 0, 1, 1, 1, 0, 2, 3]
@@ -202,7 +202,7 @@ def test_a_failing_machine_is_not_a_digest(root, monkeypatch, code):
     with monkeypatch.context() as failing:
         failing.setattr(os, "stat", fail)
         with pytest.raises(OSError, match=os.strerror(code)):
-            dataset.images[0].stamp()
+            dataset.images[0].fingerprint()
         with pytest.raises(OSError, match=os.strerror(code)):
             dataset.images[0].digest()
     assert len(set(dataset.digests())) == 6

@@ -74,9 +74,9 @@ def keep_time(path, change):
 )
 def test_what_changes_a_file(root, change, stamp_changes, digest_changes):
     source = FileImage(root / "photos/0", root)
-    stamp, digest = source.stamp(), source.digest()
+    fingerprint, digest = source.fingerprint(), source.digest()
     change(root / "photos/0")
-    assert (source.stamp() != stamp) == stamp_changes
+    assert (source.fingerprint() != fingerprint) == stamp_changes
     assert (source.digest() != digest) == digest_changes
 
 
@@ -84,9 +84,9 @@ def test_an_empty_file_becomes_a_pipe(root):
     path = root / "photos/0"
     path.write_bytes(b"")
     source = FileImage(path, root)
-    stamp, digest = source.stamp(), source.digest()
+    fingerprint, digest = source.fingerprint(), source.digest()
     keep_time(path, lambda: remove(path, os.mkfifo))
-    assert source.stamp() != stamp
+    assert source.fingerprint() != fingerprint
     assert source.digest() != digest
 
 
@@ -103,14 +103,14 @@ def deny(path, monkeypatch):
 
 def test_a_file_that_may_be_read_at_last(root, monkeypatch):
     source = FileImage(root / "photos/0", root)
-    stamp, digest = source.stamp(), source.digest()
+    fingerprint, digest = source.fingerprint(), source.digest()
     with monkeypatch.context() as denied:
         deny(root / "photos/0", denied)
-        assert source.stamp() != stamp
+        assert source.fingerprint() != fingerprint
         assert source.digest() != digest
         assert source.digest() == hash_parts("unusable", "can't be read: Permission denied")
     (root / "photos/0").chmod(0o600)
-    assert source.stamp() == stamp
+    assert source.fingerprint() == fingerprint
     assert source.digest() == digest
 
 
@@ -141,7 +141,7 @@ def test_a_path_that_comes_to_lie_inside_the_root(root):
     (root.parent / "0").write_bytes(b"content 0")
     os.utime(root.parent / "0", ns=(0, (root / "photos/0").stat().st_mtime_ns))
     outside, inside = FileImage(root / "../0", root), FileImage(root / "photos/0", root)
-    assert outside.stamp() != inside.stamp()
+    assert outside.fingerprint() != inside.fingerprint()
     assert outside.digest() == hash_parts("unusable", "lies outside the data folder") != inside.digest()
 
 
@@ -149,5 +149,5 @@ def test_files_of_one_name_in_two_folders(root):
     (root / "small").mkdir()
     shutil.copy2(root / "photos/0", root / "small/0")
     photo, small = FileImage(root / "photos/0", root), FileImage(root / "small/0", root)
-    assert photo.stamp() != small.stamp()
+    assert photo.fingerprint() != small.fingerprint()
     assert photo.digest() == small.digest() == FileImage(root / "photos/0").digest()

@@ -232,7 +232,7 @@ def test_files_that_can_not_be_read(root, path, message):
     source = FileImage(root / path, root)
     with pytest.raises(BadSampleError, match=message):
         source.load()
-    assert source.stamp() == source.stamp()
+    assert source.fingerprint() == source.fingerprint()
     assert source.digest() == source.digest() != FileImage(root / "data/a.png", root).digest()
 
 
@@ -243,7 +243,7 @@ def test_pipes_and_devices_are_not_waited_for(root):
 
     def load(path):
         source = FileImage(path, root)
-        source.stamp(), source.digest()
+        source.fingerprint(), source.digest()
         try:
             source.load()
         except BadSampleError as error:

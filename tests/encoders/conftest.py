@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.model import Aligner
-from cachefuse.alignment.run import Alignment, UsedSide
+from cachefuse.alignment.run import Alignment, AlignmentSide
 from cachefuse.encoders import open_encoder
 from cachefuse.encoders.base import EncoderSpec, Tower
 from cachefuse.store.format import provenance_key
@@ -111,7 +111,7 @@ def save_aligned(folder: Path) -> str:
         source = save(folder / modality)
         tower = open_encoder(source)[modality]
         key = provenance_key({**tower.provenance, "dtype": "float16"})
-        sides.append(UsedSide(modality, EncoderSpec.parse(source).short, source, key, "float16", tower.width))
+        sides.append(AlignmentSide(modality, EncoderSpec.parse(source).short, source, key, "float16", tower.width))
     config = AlignConfig(width=16)
     model = Aligner([side.width for side in sides], config)
     run = Alignment("tiny", "mine", config, (sides[0], sides[1]), model, History())

@@ -34,13 +34,13 @@ def text_alone(run, member, data, rows):
 @pytest.mark.parametrize("settings", [{}, {"folds": 3}], ids=str)
 def test_a_sum_without_the_image_equals_the_text_head_alone(settings, data):
     run = train_head(data.store, replace(QUICK, epochs=30, **settings))
-    scores = np.zeros_like(run.held.scores)
+    scores = np.zeros_like(run.held_out.scores)
     for member in run.members:
-        blind = run.held.parts == member.fold if "folds" in settings else np.ones(len(scores), bool)
-        scores[blind] = text_alone(run, member, data, run.held.rows[blind])
+        blind = run.held_out.parts == member.fold if "folds" in settings else np.ones(len(scores), bool)
+        scores[blind] = text_alone(run, member, data, run.held_out.rows[blind])
     np.testing.assert_array_equal(run.held_out_scores(StoreTables([run], data.store, without=["image"])), scores)
     found = evaluate(run, data.store, without=["image"], n_resamples=0)
-    y = data.hot[run.held.rows]
+    y = data.hot[run.held_out.rows]
     assert found.without == ("image",)
     assert found.metrics["macro_ap"] == METRICS["macro_ap"](y, scores, y)
     assert found.metrics["micro_ap"] == METRICS["micro_ap"](y, scores, y)
@@ -51,12 +51,12 @@ def test_a_sum_without_the_image_equals_the_text_head_alone(settings, data):
 def test_without_a_modality_thresholds_stay_those_chosen_with_it(kind, data):
     """As in use: what decides was chosen before the modality went missing, and on other rows."""
     run = train_head(data.store, replace(QUICK, folds=3, epochs=20, thresholds=kind))
-    y, held = data.hot[run.held.rows], run.held
+    y, held_out = data.hot[run.held_out.rows], run.held_out
     scores = run.held_out_scores(StoreTables([run], data.store, without=["text"]))
     decided = np.zeros(y.shape, bool)
     for fold in range(3):
-        mine = held.parts == fold
-        decided[mine] = scores[mine] >= choose_thresholds(y[~mine], held.scores[~mine], "micro_f1", kind == "class")
+        mine = held_out.parts == fold
+        decided[mine] = scores[mine] >= choose_thresholds(y[~mine], held_out.scores[~mine], "micro_f1", kind == "class")
     found = evaluate(run, data.store, without=["text", "text"], n_resamples=0)
     assert found.without == ("text",)
     assert found.metrics["micro_f1"] == f1_score(y, decided, average="micro")
@@ -71,7 +71,7 @@ def test_two_rows_held_out_are_enough_to_leave_a_modality_out(kind, tmp_path, ma
     run = train_head(data.store, replace(QUICK, patience=0, thresholds=kind))
     scores = run.held_out_scores(StoreTables([run], data.store, without=["text"]))
     chosen = [
-        choose_thresholds(data.hot[[row]], run.held.scores[[i]], "micro_f1", False) for i, row in ((1, 71), (0, 70))
+        choose_thresholds(data.hot[[row]], run.held_out.scores[[i]], "micro_f1", False) for i, row in ((1, 71), (0, 70))
     ]
     found = evaluate(run, data.store, without=["text"], n_resamples=0)
     assert found.metrics["micro_f1"] == f1_score(data.hot[[70, 71]], scores >= np.array(chosen), average="micro")
@@ -79,14 +79,14 @@ def test_two_rows_held_out_are_enough_to_leave_a_modality_out(kind, tmp_path, ma
 
 def test_without_nothing_its_own_scores_come_out_again(data):
     run = train_head(data.store, replace(QUICK, folds=3, members=2))
-    np.testing.assert_allclose(run.held_out_scores(StoreTables([run], data.store)), run.held.scores, atol=1e-6)
+    np.testing.assert_allclose(run.held_out_scores(StoreTables([run], data.store)), run.held_out.scores, atol=1e-6)
 
 
 def test_a_multi_class_run_without_a_modality(multiclass):
     run = train_head(multiclass.store, QUICK)
     scores = run.held_out_scores(StoreTables([run], multiclass.store, without=["text"]))
     found = evaluate(run, multiclass.store, without=["text"], n_resamples=0)
-    assert found.metrics["accuracy"] == accuracy_score(multiclass.hot[run.held.rows].argmax(1), scores.argmax(1))
+    assert found.metrics["accuracy"] == accuracy_score(multiclass.hot[run.held_out.rows].argmax(1), scores.argmax(1))
 
 
 def gates(member, data, rows, gone=()):
@@ -107,7 +107,7 @@ def gates(member, data, rows, gone=()):
 @pytest.mark.parametrize("gone", [(), ("image",)])
 def test_weights_of_gated_modalities(gone, data):
     run = train_head(data.store, replace(QUICK, fusion="gated", epochs=40, members=2))
-    rows = run.held.rows
+    rows = run.held_out.rows
     expected = np.mean([gates(member, data, rows, gone) for member in run.members], axis=0)
     found = evaluate(run, data.store, without=gone, n_resamples=0)
     for m, modality in enumerate(("image", "text")):
@@ -122,9 +122,12 @@ def test_weights_of_gated_modalities(gone, data):
 def test_a_class_without_positives_has_no_weights_and_a_run_without_gates_none_at_all(data):
     gated = train_head(data.store, replace(QUICK, fusion="gated"))
     plain = train_head(data.store, replace(QUICK, seed=1))
-    held = gated.held
-    mine = ~data.hot[held.rows, 2]
-    few = replace(gated, held=replace(held, rows=held.rows[mine], parts=held.parts[mine], scores=held.scores[mine]))
+    held_out = gated.held_out
+    mine = ~data.hot[held_out.rows, 2]
+    few = replace(
+        gated,
+        held_out=replace(held_out, rows=held_out.rows[mine], parts=held_out.parts[mine], scores=held_out.scores[mine]),
+    )
     found = evaluate(few, data.store, n_resamples=0)
     assert np.isnan(found.gates_per_class["image"][2])
     assert np.isnan(found.per_class["ap"][2])

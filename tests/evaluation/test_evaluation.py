@@ -48,15 +48,15 @@ def measured(found):
 )
 def test_figures_of_the_rows_held_out_are_those_of_the_training(settings, data, tmp_path):
     path = save_run(train_head(data.store, replace(QUICK, **settings)), tmp_path / "runs")
-    held = "oof" if "folds" in settings else "val"
-    written = json.loads((path / "run.json").read_text())["results"][held]
+    held_out = "oof" if "folds" in settings else "val"
+    written = json.loads((path / "run.json").read_text())["results"][held_out]
     found = evaluate(load_run(path), data.store, n_resamples=0)
-    assert (found.run, found.dataset, found.split, found.without) == (path.name, "made", held, ())
-    assert found.n_rows == written["n_rows"] == (89 if held == "oof" else 29)
+    assert (found.run, found.dataset, found.split, found.without) == (path.name, "made", held_out, ())
+    assert found.n_rows == written["n_rows"] == (89 if held_out == "oof" else 29)
     assert measured(found) == written["metrics"]
     assert found.per_class == written["per_class"]
     assert found.caution is None
-    assert evaluate(load_run(path), data.store, held, n_resamples=0) == found
+    assert evaluate(load_run(path), data.store, held_out, n_resamples=0) == found
 
 
 def test_those_of_a_multi_class_run_as_well(multiclass):

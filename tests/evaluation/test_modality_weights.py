@@ -81,7 +81,7 @@ def one_by_one(member, data, rows, gone=()):
 
 @pytest.mark.parametrize("gone", [(), ("text",), ("image",)], ids=str)
 def test_figures_and_weights_are_those_of_each_row_by_itself(gone, run, data):
-    rows = run.held.rows
+    rows = run.held_out.rows
     scores, weights = one_by_one(run.members[0], data, rows, gone)
     found = evaluate(run, data.store, without=gone, n_resamples=0)
     y = data.hot[rows]
@@ -103,7 +103,7 @@ def test_without_a_modality_the_other_counts_alone(gone, left, run, data):
     found = evaluate(run, data.store, without=[gone], n_resamples=0)
     assert found.gates[gone] == 0
     assert not np.nan_to_num(found.gates_per_class[gone]).any()
-    assert found.gates[left] == pytest.approx(data.store.present(left)[run.held.rows].mean())
+    assert found.gates[left] == pytest.approx(data.store.present(left)[run.held_out.rows].mean())
     assert found.without == (gone,)
 
 
@@ -125,14 +125,14 @@ def test_no_token_of_what_is_without_is_read(data, monkeypatch):
 @pytest.mark.slow
 def test_weights_by_folds_and_members_are_their_mean(data):
     run = train_head(data.store, replace(CMA, folds=2, members=2, epochs=3))
-    rows = run.held.rows
+    rows = run.held_out.rows
     expected = np.mean([one_by_one(member, data, rows, ["text"])[1] for member in run.members], axis=0)
     found = evaluate(run, data.store, without=["text"], n_resamples=0)
     for m, modality in enumerate(MODALITIES):
         assert found.gates[modality] == pytest.approx(expected[:, m].mean(), abs=1e-6)
     blind = np.zeros_like(found.scores)
     for fold in (0, 1):
-        mine = run.held.parts == fold
+        mine = run.held_out.parts == fold
         own = [member for member in run.members if member.fold == fold]
         blind[mine] = np.mean([one_by_one(member, data, rows[mine], ["text"])[0] for member in own], axis=0)
     np.testing.assert_allclose(found.scores, blind, atol=1e-6)
@@ -140,7 +140,7 @@ def test_weights_by_folds_and_members_are_their_mean(data):
 
 def test_without_modality_attention_what_is_there_counts_alike(data):
     run = train_head(data.store, replace(CMA, without=("modality-attention",)))
-    present = np.stack([data.store.present(m)[run.held.rows] for m in MODALITIES], axis=1)
+    present = np.stack([data.store.present(m)[run.held_out.rows] for m in MODALITIES], axis=1)
     expected = (present / present.sum(1, keepdims=True)).mean(0)
     gates = evaluate(run, data.store, n_resamples=0).gates
     assert [gates[m] for m in MODALITIES] == pytest.approx(expected.tolist())
@@ -150,7 +150,7 @@ def test_without_modality_attention_what_is_there_counts_alike(data):
 def test_without_sequence_attention_weights_are_of_pooled_features(gone, data):
     run = train_head(data.store, replace(CMA, without=("sequence-attention",)))
     assert sorted(run.features) == ["image", "text"]
-    scores, weights = one_by_one(run.members[0], data, run.held.rows, gone)
+    scores, weights = one_by_one(run.members[0], data, run.held_out.rows, gone)
     found = evaluate(run, data.store, without=gone, n_resamples=0)
     np.testing.assert_allclose(found.scores, scores, atol=1e-6)
     assert [found.gates[m] for m in MODALITIES] == pytest.approx(weights.mean(0), abs=1e-6)

@@ -78,7 +78,7 @@ def test_refuses_what_can_not_be_measured(settings, options, error, message, dat
 
 
 def test_a_run_that_held_out_nothing_needs_a_split(data):
-    run = replace(train_head(data.store, QUICK), held=None)
+    run = replace(train_head(data.store, QUICK), held_out=None)
     with pytest.raises(RunError, match="has no rows held out; name a labelled --split: train, val, dev"):
         evaluate(run, data.store)
     assert evaluate(run, data.store, "dev", n_resamples=0).n_rows == 20
@@ -124,9 +124,9 @@ def test_min_labels_count_as_in_training(data):
 
 def test_nothing_is_logged_and_the_run_stays_as_it_was(data, caplog):
     run = train_head(data.store, QUICK)
-    before = run.held.scores.copy(), run.thresholds.copy()
+    before = run.held_out.scores.copy(), run.thresholds.copy()
     with caplog.at_level(logging.WARNING):
         evaluate(run, data.store, without=["image"], n_resamples=10)
     assert caplog.text == ""
-    np.testing.assert_array_equal(before[0], run.held.scores)
+    np.testing.assert_array_equal(before[0], run.held_out.scores)
     np.testing.assert_array_equal(before[1], run.thresholds)

@@ -47,8 +47,8 @@ def reference(t5, memory, mask, answers=ANSWERS):
         logits = t5.decode(torch.tensor([answer] * len(memory)), memory, mask)  # (B, T, V)
         for i, token in enumerate(answer):
             others = sorted({other[i] for other in answers if other[:i] == answer[:i] and len(other) > i})
-            chances = logits[:, i, others].softmax(-1)
-            found[:, c] += chances[:, others.index(token)].log()
+            sample_weights = logits[:, i, others].softmax(-1)
+            found[:, c] += sample_weights[:, others.index(token)].log()
         found[:, c] -= math.log(answers.count(answer))
     return found
 

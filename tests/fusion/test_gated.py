@@ -115,7 +115,7 @@ def test_a_gate_that_is_shut_for_what_is_present(features, present, fusion):
 
 
 def test_each_head_alone_is_the_fusion_without_the_others(features, present, fusion):
-    alone = fusion.alone()
+    alone = fusion.unimodal_heads()
     assert sorted(alone) == sorted(WIDTHS)
     everywhere = torch.ones(6, dtype=torch.bool)
     for modality, head in alone.items():

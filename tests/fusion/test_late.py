@@ -105,7 +105,7 @@ class TestHeadsAlone:
     def test_of_a_sum(self, features, present):
         fusion = SumFusion(WIDTHS, 4, Linear)
         nn.init.normal_(fusion.meta.weight)  # which has no part in them
-        alone = fusion.alone()
+        alone = fusion.unimodal_heads()
         assert list(alone) == ["image", "text"]
         for modality, head in alone.items():
             only = {m: present[m] if m == modality else ~present[m] for m in WIDTHS}
@@ -114,7 +114,7 @@ class TestHeadsAlone:
 
     def test_of_a_mixed_one(self, features, present):
         fusion = MixedFusion(WIDTHS, 4, Linear)
-        alone = fusion.alone()
+        alone = fusion.unimodal_heads()
         assert list(alone) == ["image", "text", "concat"]
         for modality in WIDTHS:
             torch.testing.assert_close(alone[modality](features, present), fusion.heads[modality](features[modality]))
@@ -123,12 +123,12 @@ class TestHeadsAlone:
 
     @pytest.mark.parametrize("kind", [ConcatFusion, ImageOnly, TextOnly])
     def test_there_are_none_where_one_head_reads_all(self, kind):
-        assert kind(WIDTHS, 4, Linear).alone() == {}
+        assert kind(WIDTHS, 4, Linear).unimodal_heads() == {}
 
     @pytest.mark.parametrize("kind", [SumFusion, MixedFusion])
     def test_they_are_the_fusions_own_and_all_but_what_joins_them(self, kind, features, present):
         fusion = kind(WIDTHS, 4, Linear)
-        of_heads = {parameter for head in fusion.alone().values() for parameter in head.parameters()}
+        of_heads = {parameter for head in fusion.unimodal_heads().values() for parameter in head.parameters()}
         assert set(fusion.parameters()) - of_heads == set(fusion.meta.parameters())
 
     @pytest.mark.parametrize("kind", [SumFusion, MixedFusion])
@@ -136,6 +136,6 @@ class TestHeadsAlone:
         present = {m: x.clone() for m, x in present.items()}
         present["image"][2] = False
         spoilt = {**features, "image": features["image"].index_fill(0, torch.tensor(2), torch.nan)}
-        for head in kind(WIDTHS, 4, Linear).alone().values():
+        for head in kind(WIDTHS, 4, Linear).unimodal_heads().values():
             assert torch.equal(head(spoilt, present), head(features, present))
             assert head(spoilt, present).isfinite().all()

@@ -92,7 +92,7 @@ def test_the_ablation_is_what_evaluate_says(page, saved, store, parse):
 
 
 def test_the_verdict_in_words(page, saved, store, parse):
-    targets, given = store.targets[saved.held.rows] > 0, None
+    targets, given = store.targets[saved.held_out.rows] > 0, None
     everything = cachefuse.evaluate(saved, store, n_resamples=0)
     precision, recall = np.array(everything.per_class["precision"]), np.array(everything.per_class["recall"])
     hits = (recall * targets.sum(axis=0)).round()
@@ -114,9 +114,9 @@ def test_the_gallery_shows_rows_as_they_are(page, saved, store, dataset):
     cards = page.split('<p class="id">')[1:]
     for (sample, loss), card in zip(ids, cards, strict=True):
         row = dataset.ids.index(sample)
-        at = np.flatnonzero(saved.held.rows == row)[0]
+        at = np.flatnonzero(saved.held_out.rows == row)[0]
         targets = store.targets[row] > 0
-        assert float(loss) == pytest.approx(log_loss(targets, saved.held.scores[at].astype(float)), abs=1e-3)
+        assert float(loss) == pytest.approx(log_loss(targets, saved.held_out.scores[at].astype(float)), abs=1e-3)
         assert dataset.texts[row][0] in card
         kinds = dict(re.findall(r'<ul class="labels (\w+)" aria-label="[\w ]+">(.*?)</ul>', card, flags=re.S))
         names = {kind: set(re.findall(r"<bdi>(.*?)</bdi>", labels)) for kind, labels in kinds.items()}
@@ -124,7 +124,7 @@ def test_the_gallery_shows_rows_as_they_are(page, saved, store, dataset):
         assert names.get("missed", set()) | names.get("found", set()) == true
         assert not names.get("wrong", set()) & true
         assert names.get("missed") or names.get("wrong")
-        for c, score in zip(saved.classes, saved.held.scores[at], strict=True):
+        for c, score in zip(saved.classes, saved.held_out.scores[at], strict=True):
             if f"<bdi>{c}</bdi>" in card:
                 assert f'<bdi>{c}</bdi> <span class="score">{score:.2f}</span>' in card
 

@@ -17,7 +17,7 @@ from cachefuse.training.loop import Epoch, History
 def test_a_run_without_rows_held_out_says_so(dataset, open_store, parse, quick):
     store = open_store(replace(dataset, splits=np.where(dataset.splits == "val", "<dev>", dataset.splits)))
     run = train_head(store, replace(quick, patience=0))
-    assert run.held is None
+    assert run.held_out is None
     found = parse(report_html(run, store, dataset))
     assert "This run held out no rows: only its figures on <dev> say how good it is on new ones." in found.text
     assert found.sections == ["classes", "together", "training", "figures", "settings"]
@@ -93,7 +93,7 @@ def test_multi_class(dataset, open_store, parse, quick):
     found = parse(report_html(run, store, dataset))
     assert "together" not in found.sections
     assert found.rows["classes"][0][-1] == "recall"
-    matrix = confusion_matrix(targets[run.held.rows], run.held.scores.argmax(axis=1))
+    matrix = confusion_matrix(targets[run.held_out.rows], run.held_out.scores.argmax(axis=1))
     names, *rows = found.rows["confusion"][:5]
     for row in rows:
         assert row[0] in names
@@ -130,7 +130,7 @@ def test_many_classes(n, dataset, open_store, parse, quick):
 
 def test_an_unsaved_run_and_one_that_is_right_everywhere(store, dataset, parse, quick):
     run = train_head(store, replace(quick, thresholds="none"))
-    run.held = replace(run.held, scores=(store.targets[run.held.rows] > 0).astype(np.float32))
+    run.held_out = replace(run.held_out, scores=(store.targets[run.held_out.rows] > 0).astype(np.float32))
     found = parse(report_html(run, store, dataset))
     assert "None: every row has all its labels right." in found.text
     assert "100% of the labels are found" in found.text

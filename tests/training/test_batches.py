@@ -170,9 +170,9 @@ class Drawn:
         return self.x.index_select(dim, index)
 
 
-def epochs(table, rows, batch_size, n_epochs, *, seed=0, chances=None):
+def epochs(table, rows, batch_size, n_epochs, *, seed=0, sample_weights=None):
     """The rows of each batch, by epoch; what comes with them must be theirs."""
-    batches = Batches(table, rows, batch_size, torch.Generator().manual_seed(seed), chances)
+    batches = Batches(table, rows, batch_size, torch.Generator().manual_seed(seed), sample_weights)
     found = []
     for _ in range(n_epochs):
         epoch = []
@@ -252,8 +252,8 @@ def test_what_is_in_memory_is_read_in_place():
 
 def test_rows_are_drawn_by_their_chances(rows_of):
     table, rows = rows_of
-    chances = torch.where(rows < 40, 3.0, 0.0) + (rows == 50)  # 13 rows, and one a third as often
-    drawn = epochs(table, rows, 5, 300, chances=chances.double())
+    sample_weights = torch.where(rows < 40, 3.0, 0.0) + (rows == 50)  # 13 rows, and one a third as often
+    drawn = epochs(table, rows, 5, 300, sample_weights=sample_weights.double())
     assert [len(batch) for batch in drawn[0]] == [5] * 7 + [2]
     counts = torch.cat([batch for epoch in drawn for batch in epoch]).bincount(minlength=100)
     assert counts.nonzero().flatten().tolist() == [*range(27, 40), 50]

@@ -21,11 +21,11 @@ from cachefuse.experiments.sweep import run_sweep, sweep
 from cachefuse.experiments.token_presets import RECIPES, TOKEN_PRESETS
 from cachefuse.fusion import FUSIONS
 from cachefuse.registry import lookup
-from cachefuse.runs.features import used_features
+from cachefuse.runs.features import describe_features
 from cachefuse.runs.train import train_head
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import open_problem
+from cachefuse.training.data import open_training_data
 from cachefuse_cli.shared.sweep_tables import sweep_table
 
 QUICK = {"folds": 2, "epochs": 1, "batch_size": 16}
@@ -39,8 +39,8 @@ def hurried(monkeypatch):
 
 
 def open_all(store, views):
-    problem, chosen = open_problem(store, views=views)
-    return store, problem, used_features(chosen, problem.widths)
+    data, chosen = open_training_data(store, views=views)
+    return store, data, describe_features(chosen, data.widths)
 
 
 @pytest.mark.slow
@@ -109,10 +109,10 @@ def test_costs_leave_no_trace(toy_store):
     """What is measured draws its own random numbers and changes neither the store nor a training after it."""
     store, config = toy_store(), TrainConfig(fusion="sum", epochs=1)
     before = train_head(store, config).members[0].model.state_dict()
-    _, problem, _ = open_all(store, config.views)
+    _, data, _ = open_all(store, config.views)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    measure_costs(problem, problem.resolve(config))
+    measure_costs(data, data.resolve(config))
     assert torch.equal(torch.get_rng_state(), state)
     after = train_head(store, config).members[0].model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -198,10 +198,10 @@ class TestPresets:
 
 class TestShuffle:
     def test_rows_get_others(self, toy_store):
-        _, problem, _ = open_all(toy_store(absent={"text": {3}}), TrainConfig(fusion="cma").views)
+        _, data, _ = open_all(toy_store(absent={"text": {3}}), TrainConfig(fusion="cma").views)
         rows = torch.arange(60)
-        whole, _ = problem.table.batch(rows)
-        table = problem.table.shuffled({"text": 0.5}, seed=0)
+        whole, _ = data.table.batch(rows)
+        table = data.table.shuffled({"text": 0.5}, seed=0)
         moved, present = table.batch(rows)
         assert torch.equal(moved["image"], whole["image"])
         changed = (moved["text"] != whole["text"]).any(1)
@@ -209,18 +209,18 @@ class TestShuffle:
         source = table.sources["text"]
         assert sorted(source.tolist()) == list(range(60))
         assert torch.equal(moved["text"], whole["text"][source])
-        assert torch.equal(table.present["text"], problem.table.present["text"][source])
+        assert torch.equal(table.present["text"], data.table.present["text"][source])
         lengths = present["text_tokens"].sum(1)
         expected = torch.tensor([1 + row % 5 for row in source.tolist()]) * table.present["text"]
         assert torch.equal(lengths, expected)
-        assert np.array_equal(table.lengths, problem.table.lengths[source])
+        assert np.array_equal(table.lengths, data.table.lengths[source])
 
     def test_all_or_none(self, toy_store):
-        _, problem, _ = open_all(toy_store(), TrainConfig().views)
-        assert problem.shuffled(TrainConfig()) is problem
-        everything = problem.table.shuffled({"text": 1.0}, seed=0).sources["text"]
+        _, data, _ = open_all(toy_store(), TrainConfig().views)
+        assert data.shuffled(TrainConfig()) is data
+        everything = data.table.shuffled({"text": 1.0}, seed=0).sources["text"]
         assert (everything != torch.arange(60)).all()
-        assert torch.equal(problem.table.shuffled({"text": 0.0}, seed=0).sources["text"], torch.arange(60))
+        assert torch.equal(data.table.shuffled({"text": 0.0}, seed=0).sources["text"], torch.arange(60))
 
     def test_trained_with_texts_of_others_they_are_of_no_use(self, toy_store):
         config = TrainConfig(fusion="text", head="linear", epochs=30, batch_size=16, lr=0.05)

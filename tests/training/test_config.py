@@ -60,7 +60,7 @@ def test_lbfgs_takes_all_rows_and_a_linear_head(setting):
         TrainConfig(optimizer="lbfgs")
     with pytest.raises(ConfigError, match="optimizer 'lbfgs' takes all rows in each step, at a constant rate; leave"):
         TrainConfig(optimizer="lbfgs", head="linear", **setting)
-    assert TrainConfig(optimizer="lbfgs", head="linear").rows_a_step == 0
+    assert TrainConfig(optimizer="lbfgs", head="linear").effective_batch_size == 0
 
 
 def test_each_optimizer_has_a_rate_of_its_own():

@@ -61,12 +61,12 @@ def test_the_runs_own_weights_are_kept_in_proportion(store):
 def test_thresholds_are_chosen_anew_and_measured_on_rows_that_did_not_choose_them(config, split, store):
     runs = [train_head(store, replace(config, fusion=fusion)) for fusion in ("sum", "concat", "text")]
     joined = ensemble(runs, store)
-    scores = np.mean([run.held.scores for run in runs], axis=0)
-    np.testing.assert_allclose(joined.held.scores, scores, atol=1e-7)
-    assert joined.held.split == split
-    y = targets_of(store)[joined.held.rows]
-    np.testing.assert_array_equal(joined.thresholds, choose_thresholds(y, joined.held.scores, "micro_f1", False))
-    decided = crossfit_decisions(y, joined.held.scores, runs[0].held.parts, "micro_f1", False)
+    scores = np.mean([run.held_out.scores for run in runs], axis=0)
+    np.testing.assert_allclose(joined.held_out.scores, scores, atol=1e-7)
+    assert joined.held_out.split == split
+    y = targets_of(store)[joined.held_out.rows]
+    np.testing.assert_array_equal(joined.thresholds, choose_thresholds(y, joined.held_out.scores, "micro_f1", False))
+    decided = crossfit_decisions(y, joined.held_out.scores, runs[0].held_out.parts, "micro_f1", False)
     assert joined.results[split].metrics["micro_f1"] == f1_score(y, decided, average="micro")
     assert joined.results[split].n_rows == len(y)
     assert list(joined.results) == (["train", "val"] if config is QUICK else [split])
@@ -79,17 +79,17 @@ def test_thresholds_are_chosen_anew_and_measured_on_rows_that_did_not_choose_the
 def test_thresholds_are_of_the_kind_asked_for_or_of_the_first_runs(own, asked, per_class, store):
     first = train_head(store, replace(FOLDED, thresholds=own, threshold_metric="macro_f1"))
     joined = ensemble([first, train_head(store, replace(FOLDED, fusion="concat"))], store, thresholds=asked)
-    y = targets_of(store)[joined.held.rows]
-    expected = [0.5] * 3 if per_class is None else choose_thresholds(y, joined.held.scores, "macro_f1", per_class)
+    y = targets_of(store)[joined.held_out.rows]
+    expected = [0.5] * 3 if per_class is None else choose_thresholds(y, joined.held_out.scores, "macro_f1", per_class)
     np.testing.assert_array_equal(joined.thresholds, expected)
 
 
 def test_folds_that_differ_still_hold_out_the_same_rows(store):
     """Each row's scores are by models that have not seen it, whichever fold it was in."""
     runs = [train_head(store, FOLDED), train_head(store, replace(FOLDED, seed=1)), train_head(store, QUICK)]
-    assert (runs[0].held.parts != runs[1].held.parts).any()
+    assert (runs[0].held_out.parts != runs[1].held_out.parts).any()
     joined = ensemble(runs[:2], store)
-    assert (joined.held.split, len(joined.held.rows)) == ("oof", 52)
+    assert (joined.held_out.split, len(joined.held_out.rows)) == ("oof", 52)
     assert {member.fold for member in joined.members} == {None}
 
 
@@ -140,7 +140,7 @@ def test_runs_may_read_different_encoders(store, add_features):
 def warned(runs, store, caplog, **options):
     with caplog.at_level(logging.WARNING):
         joined = ensemble(runs, store, **options)
-    assert joined.held is None
+    assert joined.held_out is None
     return joined, [record.getMessage() for record in caplog.records]
 
 
@@ -224,7 +224,7 @@ def test_multi_class_runs(toy_store):
     runs = [train_head(store, replace(FOLDED, loss=loss)) for loss in ("ce", "bce")]
     joined = ensemble(runs, store)
     assert joined.thresholds.tolist() == [0.5] * 3
-    right = joined.held.scores.argmax(1) == store.targets[joined.held.rows]
+    right = joined.held_out.scores.argmax(1) == store.targets[joined.held_out.rows]
     assert joined.results["oof"].metrics["accuracy"] == pytest.approx(right.mean())
     with pytest.raises(ConfigError, match="thresholds are for multi-label tasks"):
         ensemble(runs, store, thresholds="class")
@@ -233,8 +233,8 @@ def test_multi_class_runs(toy_store):
 def test_an_ensemble_may_be_a_member_of_another(store):
     a, b, c = (train_head(store, replace(FOLDED, seed=seed)) for seed in range(3))
     joined = ensemble([ensemble([a, b], store), c], store)
-    held = (a.held.scores + b.held.scores) / 4 + c.held.scores / 2
-    np.testing.assert_allclose(joined.held.scores, held, atol=1e-6)
+    held_out = (a.held_out.scores + b.held_out.scores) / 4 + c.held_out.scores / 2
+    np.testing.assert_allclose(joined.held_out.scores, held_out, atol=1e-6)
     np.testing.assert_allclose(
         scores_of(joined, store), (scores_of(a, store) + scores_of(b, store)) / 4 + scores_of(c, store) / 2, atol=1e-6
     )
@@ -242,10 +242,10 @@ def test_an_ensemble_may_be_a_member_of_another(store):
 
 def test_the_runs_stay_as_they_were(store):
     runs = [train_head(store, replace(FOLDED, seed=seed)) for seed in (0, 1)]
-    before = [(run.held.scores.copy(), run.thresholds.copy(), scores_of(run, store)) for run in runs]
+    before = [(run.held_out.scores.copy(), run.thresholds.copy(), scores_of(run, store)) for run in runs]
     ensemble(runs, store)
-    for run, (held, thresholds, scores) in zip(runs, before, strict=True):
-        np.testing.assert_array_equal(run.held.scores, held)
+    for run, (held_out, thresholds, scores) in zip(runs, before, strict=True):
+        np.testing.assert_array_equal(run.held_out.scores, held_out)
         np.testing.assert_array_equal(run.thresholds, thresholds)
         np.testing.assert_array_equal(scores_of(run, store), scores)
         assert [member.fold for member in run.members] == [0, 1, 2]

@@ -135,7 +135,7 @@ def test_a_fusion_has_settings_of_its_own():
     assert config.schedule == "cosine"
     # What training reads before anything is resolved is no other.
     open_ended = TrainConfig(fusion="cma")
-    assert (open_ended.learning_rate, open_ended.penalty, open_ended.rows_a_step) == (3e-4, 1e-4, 64)
+    assert (open_ended.learning_rate, open_ended.penalty, open_ended.effective_batch_size) == (3e-4, 1e-4, 64)
     assert open_ended.head_options()["dropout"] == 0.2
     assert TrainConfig().head_options()["dropout"] == 0.8
 
@@ -145,7 +145,7 @@ def test_what_is_given_wins():
     config = resolve(fusion="cma", **given)
     assert {name: getattr(config, name) for name in given} == given
     zeros = resolve(fusion="cma", dropout=0.0, weight_decay=0.0, batch_size=0)  # 0 is given, too; batches of all rows
-    assert (zeros.dropout, zeros.weight_decay, zeros.batch_size, zeros.rows_a_step) == (0.0, 0.0, 0, 0)
+    assert (zeros.dropout, zeros.weight_decay, zeros.batch_size, zeros.effective_batch_size) == (0.0, 0.0, 0, 0)
     assert zeros.lr == 3e-4
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cachefuse.errors import TrainingError
-from cachefuse.fusion.base import Learner
+from cachefuse.fusion.base import Model
 from cachefuse.fusion.late import SumFusion
 from cachefuse.nn.losses import bce
 from cachefuse.training.batches import Batches
@@ -18,7 +18,7 @@ from cachefuse.training.loop import Validation, fit
 from cachefuse.training.optim import NesterovSGD, adam
 
 
-class Probe(Learner):
+class Probe(Model):
     """A linear model of one modality."""
 
     def __init__(self, width, classes):
@@ -125,9 +125,9 @@ def test_another_seed_gives_other_batches(table):
     assert not np.allclose(weights(first), weights(other), atol=1e-5)
 
 
-@pytest.mark.parametrize("chances", [None, torch.ones(40, dtype=torch.float64)])
+@pytest.mark.parametrize("sample_weights", [None, torch.ones(40, dtype=torch.float64)])
 @pytest.mark.parametrize("modality_dropout", [0.0, 0.5])
-def test_what_an_absent_row_holds_makes_no_difference(chances, modality_dropout):
+def test_what_an_absent_row_holds_makes_no_difference(sample_weights, modality_dropout):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(2, 40, 5)).astype(np.float32), (rng.random((40, 3)) < 0.5).astype(np.uint8)
     here = torch.from_numpy(rng.random((2, 40)) < 0.8)
@@ -143,7 +143,8 @@ def test_what_an_absent_row_holds_makes_no_difference(chances, modality_dropout)
         model = SumFusion({"image": 5, "text": 5}, 3, nn.Linear)
         history = fit(
             model, bce, adam(model.parameters(), lr=0.05), table, torch.arange(40), epochs=3, batch_size=9,
-            generator=torch.Generator().manual_seed(0), chances=chances, modality_dropout=modality_dropout,
+            generator=torch.Generator().manual_seed(0), sample_weights=sample_weights,
+            modality_dropout=modality_dropout,
         )  # fmt: skip
         return [*(p.detach() for p in model.parameters()), torch.tensor([epoch.loss for epoch in history.epochs])]
 

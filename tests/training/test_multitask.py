@@ -26,10 +26,10 @@ from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import LOSS_OPTIONS, TrainConfig
-from cachefuse.training.data import Problem, open_problem
+from cachefuse.training.data import TrainingData, open_training_data
 from cachefuse.training.inference import to_scores
-from cachefuse.training.split import split_parts
-from cachefuse.training.train import TrainingSet, train_model, train_problem
+from cachefuse.training.split import make_splits
+from cachefuse.training.train import TrainingSet, train_model, train_models
 
 MANIFEST = """
 name = "apa"
@@ -88,8 +88,8 @@ def tasks_store(tmp_path, add_features):
 
 
 @pytest.fixture
-def problem(tasks_store):
-    return open_problem(tasks_store())[0]
+def data(tasks_store):
+    return open_training_data(tasks_store())[0]
 
 
 def cma(**settings):
@@ -115,32 +115,32 @@ def test_the_loss_by_hand():
     assert not nothing.grad.any()
 
 
-def test_rows_without_a_label_have_no_gradient_in_its_task(problem):
-    config = problem.resolve(TrainConfig(head="linear"))
-    model = untrained_model(problem, config)
-    data = TrainingSet.prepare(problem, model, problem.train_rows())
-    logits = torch.randn(len(data.rows), 8, requires_grad=True)
-    training_loss(problem, config, data)(logits, data.targets).backward()
-    missing = data.targets < 0
+def test_rows_without_a_label_have_no_gradient_in_its_task(data):
+    config = data.resolve(TrainConfig(head="linear"))
+    model = untrained_model(data, config)
+    training_set = TrainingSet.prepare(data, model, data.train_rows())
+    logits = torch.randn(len(training_set.rows), 8, requires_grad=True)
+    training_loss(data, config, training_set)(logits, training_set.targets).backward()
+    missing = training_set.targets < 0
     assert missing.any()
     assert not logits.grad[missing].any()
     assert logits.grad[~missing].abs().min() > 0
 
 
 def test_one_task_is_trained_as_a_dataset_of_it_alone(tasks_store):
-    several = open_problem(tasks_store())[0]
+    several = open_training_data(tasks_store())[0]
     for name, columns, kind in (("color", slice(0, 3), "multiclass"), ("tags", slice(5, 8), "multilabel")):
         text = MANIFEST.partition("[tasks.")[0] + f'[tasks.{name}]\ntask = "{kind}"\n'
         store = tasks_store(text, CLASSES[columns], columns)
         config = TrainConfig(head="linear", epochs=3)
-        named = open_problem(store)[0]
-        alone = Problem("alone", named.table, named.classes, kind, ("accuracy",))
+        named = open_training_data(store)[0]
+        alone = TrainingData("alone", named.table, named.classes, kind, ("accuracy",))
         assert several.tasks[0].name == "color"
-        one, other = (train_problem(of, config) for of in (named, alone))
+        one, other = (train_models(of, config) for of in (named, alone))
         assert one.members[0][0].loss == other.members[0][0].loss
         for key, weights in one.members[0][1].state_dict().items():
             torch.testing.assert_close(weights, other.members[0][1].state_dict()[key], msg=key)
-        np.testing.assert_allclose(one.held.scores, other.held.scores, atol=1e-6)
+        np.testing.assert_allclose(one.held_out.scores, other.held_out.scores, atol=1e-6)
         np.testing.assert_allclose(one.thresholds, other.thresholds, atol=1e-6)
 
 
@@ -148,19 +148,21 @@ def test_one_task_is_trained_as_a_dataset_of_it_alone(tasks_store):
     ("given", "settled", "losses"),
     [(None, "asl", ("ce", "ce", "asl")), ("bce", "bce", ("ce", "ce", "bce")), ("ce", "ce", ("ce", "ce", "asl"))],
 )
-def test_each_task_takes_the_loss_that_fits_it(given, settled, losses, problem):
-    config = problem.resolve(TrainConfig(loss=given, head="linear", class_weights="balanced"))
+def test_each_task_takes_the_loss_that_fits_it(given, settled, losses, data):
+    config = data.resolve(TrainConfig(loss=given, head="linear", class_weights="balanced"))
     assert config.loss == settled
-    data = TrainingSet.prepare(problem, untrained_model(problem, config), problem.train_rows())
-    logits = torch.randn(len(data.rows), 8)
+    training_set = TrainingSet.prepare(data, untrained_model(data, config), data.train_rows())
+    logits = torch.randn(len(training_set.rows), 8)
     expected = []
-    for task, name in zip(problem.tasks, losses, strict=True):
-        rows = data.targets[:, task.columns.start] >= 0
-        own = data.targets[rows, task.columns]
+    for task, name in zip(data.tasks, losses, strict=True):
+        rows = training_set.targets[:, task.columns.start] >= 0
+        own = training_set.targets[rows, task.columns]
         weights = class_weights(own, "balanced", task.kind)
         expected.append(build_loss(name, LOSS_OPTIONS.get(name, {}), weights)(logits[rows, task.columns], own))
-    torch.testing.assert_close(training_loss(problem, config, data)(logits, data.targets), sum(expected) / 3)
-    scores = to_scores(logits, config.loss, problem.tasks)
+    torch.testing.assert_close(
+        training_loss(data, config, training_set)(logits, training_set.targets), sum(expected) / 3
+    )
+    scores = to_scores(logits, config.loss, data.tasks)
     torch.testing.assert_close(scores[:, :3], logits[:, :3].softmax(1))
     torch.testing.assert_close(scores[:, 3:5], logits[:, 3:5].softmax(1))
     torch.testing.assert_close(scores[:, 5:], logits[:, 5:].sigmoid())
@@ -168,27 +170,27 @@ def test_each_task_takes_the_loss_that_fits_it(given, settled, losses, problem):
 
 def test_tasks_of_one_kind(tasks_store):
     text = MANIFEST.partition("[tasks.tags]")[0]
-    problem = open_problem(tasks_store(text, CLASSES[:5], slice(0, 5)))[0]
-    assert problem.resolve(TrainConfig()).loss == "ce"
+    data = open_training_data(tasks_store(text, CLASSES[:5], slice(0, 5)))[0]
+    assert data.resolve(TrainConfig()).loss == "ce"
     with pytest.raises(ConfigError, match="loss 'asl' fits none of the tasks color, pattern: they are multi-class"):
-        problem.resolve(TrainConfig(loss="asl"))
+        data.resolve(TrainConfig(loss="asl"))
     with pytest.raises(ConfigError, match="thresholds are for multi-label tasks"):
-        train_problem(problem, TrainConfig(thresholds="class", epochs=1))
+        train_models(data, TrainConfig(thresholds="class", epochs=1))
 
 
-def test_settings_of_one_task_are_refused(problem):
+def test_settings_of_one_task_are_refused(data):
     with pytest.raises(ConfigError, match="sampler 'balanced' draws rows by the classes of one task"):
-        problem.resolve(TrainConfig(sampler="balanced"))
+        data.resolve(TrainConfig(sampler="balanced"))
     with pytest.raises(ConfigError, match="of several tasks the mean of their main metrics is monitored; list anot"):
-        problem.resolve(TrainConfig(monitor="macro_f1"))
+        data.resolve(TrainConfig(monitor="macro_f1"))
 
 
 def test_figures_are_of_the_rows_that_have_the_label(tasks_store):
     run = train_head(tasks_store(), TrainConfig(head="linear", epochs=20))
     result = run.results["val"]
-    targets = tasks_store().targets[run.held.rows]
+    targets = tasks_store().targets[run.held_out.rows]
     rows = targets[:, 0] >= 0
-    scores = run.held.scores
+    scores = run.held_out.scores
     right = scores[rows, :3].argmax(1) == targets[rows, :3].argmax(1)
     assert result.metrics["color.accuracy"] == pytest.approx(right.mean())
     names = ("color.accuracy", "pattern.accuracy", "tags.micro_f1")
@@ -222,40 +224,40 @@ def test_folds(settings, tasks_store, caplog):
     store = tasks_store()
     with caplog.at_level(logging.WARNING):
         run = train_head(store, TrainConfig(head="linear", **QUICK | {"layers": None}, **settings))
-    assert run.held.split == "oof"
+    assert run.held_out.split == "oof"
     assert run.results["oof"].n_rows == (store.targets[: TRAIN + VAL] >= 0).any(1).sum()
     assert not caplog.records
 
 
 @pytest.mark.parametrize("without", [(), ("modality-attention",)])
 def test_tuning_trains_modality_attention_and_heads_alone(without, tasks_store):
-    problem = open_problem(tasks_store(), views=cma().views)[0]
-    config = problem.resolve(cma(stages=(WARM_UP, TUNING), without=without))
-    (part,) = split_parts(problem, config)
+    data = open_training_data(tasks_store(), views=cma().views)[0]
+    config = data.resolve(cma(stages=(WARM_UP, TUNING), without=without))
+    (part,) = make_splits(data, config)
     after = {}
 
     def look(stage, epoch):
         after.setdefault(stage, []).append(epoch.epoch)
 
-    model, history = train_model(problem, config, part, on_epoch=look)
+    model, history = train_model(data, config, part, on_epoch=look)
     assert after == {WARM_UP: [1, 2], TUNING: [1, 2]}
     assert history.stages == {WARM_UP: 2, TUNING: 2}
     assert [epoch.epoch for epoch in history.earlier[WARM_UP]] == [1, 2]
-    warm, _ = train_model(problem, problem.resolve(cma(stages=(WARM_UP,), without=without)), part)
+    warm, _ = train_model(data, data.resolve(cma(stages=(WARM_UP,), without=without)), part)
     before, now = warm.state_dict(), model.state_dict()
     for name, weights in now.items():
         tuned = "head" in name or "relevance" in name
         assert torch.equal(weights, before[name]) != tuned, name
     assert all(parameter.requires_grad for parameter in model.parameters())
-    joint, _ = train_model(problem, problem.resolve(cma(without=without)), part)
+    joint, _ = train_model(data, data.resolve(cma(without=without)), part)
     assert all(torch.equal(x, before[name]) for name, x in joint.state_dict().items())
 
 
 def test_tuning_begins_at_the_best_of_the_warm_up(tasks_store):
-    problem = open_problem(tasks_store(), views=cma().views)[0]
-    config = problem.resolve(cma(stages=(WARM_UP, TUNING), epochs=8, lr=0.3, patience=2, schedule="constant"))
-    (part,) = split_parts(problem, config)
-    _, history = train_model(problem, config, part)
+    data = open_training_data(tasks_store(), views=cma().views)[0]
+    config = data.resolve(cma(stages=(WARM_UP, TUNING), epochs=8, lr=0.3, patience=2, schedule="constant"))
+    (part,) = make_splits(data, config)
+    _, history = train_model(data, config, part)
     warm_up = history.earlier[WARM_UP]
     best = history.stages[WARM_UP]
     assert best == 1 + int(np.argmax([epoch.score for epoch in warm_up]))
@@ -290,9 +292,9 @@ def test_stages_are_kept_with_the_run(tasks_store, tmp_path):
         ({"fusion": "cma", "stages": (WARM_UP,), "scheme": "staged"}, "^scheme 'staged' has stages of its own, a head"),
     ],
 )
-def test_stages_that_cannot_be(settings, message, problem):
+def test_stages_that_cannot_be(settings, message, data):
     with pytest.raises(ConfigError, match=message):
-        problem.resolve(TrainConfig(**settings))
+        data.resolve(TrainConfig(**settings))
 
 
 def test_gates_are_each_tasks_own(tasks_store, tmp_path):
@@ -300,11 +302,11 @@ def test_gates_are_each_tasks_own(tasks_store, tmp_path):
     run = train_head(store, cma(epochs=4, lr=0.02))
     found = evaluate(run, store, n_resamples=20)
     weights = found.weights
-    assert weights.shape == (len(run.held.rows), 3, 2)
+    assert weights.shape == (len(run.held_out.rows), 3, 2)
     np.testing.assert_allclose(weights.sum(2), 1, atol=1e-6)
     assert np.abs(weights[:, 0] - weights[:, 1]).max() > 1e-3
     targets = store.targets[found.rows]
-    table = open_problem(store, views=run.config.views)[0].table
+    table = open_training_data(store, views=run.config.views)[0].table
     model = copy.deepcopy(run.members[0].model).eval()
     with torch.no_grad():
         expected = model.modality_weights(*table.batch(torch.from_numpy(found.rows))).numpy()
@@ -345,7 +347,9 @@ def test_an_ensemble_of_fusions(tasks_store):
     store = tasks_store()
     runs = [train_head(store, config) for config in (cma(), TrainConfig(fusion="gated", **QUICK))]
     joined = ensemble(runs, store)
-    np.testing.assert_allclose(joined.held.scores, np.mean([run.held.scores for run in runs], axis=0), atol=1e-6)
+    np.testing.assert_allclose(
+        joined.held_out.scores, np.mean([run.held_out.scores for run in runs], axis=0), atol=1e-6
+    )
     assert joined.results["val"].metrics.keys() == runs[0].results["val"].metrics.keys()
     both = evaluate(joined, store, n_resamples=0)
     alone = [evaluate(run, store, n_resamples=0).weights for run in runs]
@@ -372,9 +376,9 @@ def test_averaged_weights_over_tokens(tasks_store):
 
 def test_few_rows_with_a_label_choose_no_thresholds(tasks_store):
     store = tasks_store()
-    problem = open_problem(store)[0]
-    val = problem.rows("val")
-    problem.table.targets[val[1:], 5:] = -1
-    trained = train_problem(problem, TrainConfig(head="linear", epochs=1))
+    data = open_training_data(store)[0]
+    val = data.rows("val")
+    data.table.targets[val[1:], 5:] = -1
+    trained = train_models(data, TrainConfig(head="linear", epochs=1))
     assert (trained.thresholds == 0.5).all()
-    assert trained.held.predictions(problem, problem.resolve(TrainConfig())).shape == (len(val), 8)
+    assert trained.held_out.predictions(data, data.resolve(TrainConfig())).shape == (len(val), 8)

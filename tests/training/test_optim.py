@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
-from cachefuse.fusion.base import Learner
+from cachefuse.fusion.base import Model
 from cachefuse.nn.losses import bce, cross_entropy
 from cachefuse.registry import lookup
 from cachefuse.training import OPTIMIZERS, SCHEDULES
@@ -18,7 +18,7 @@ from cachefuse.training.optim import LBFGS, NesterovSGD, adam, adamw, constant, 
 N, D, C = 120, 5, 3
 
 
-class Probe(Learner):
+class Probe(Model):
     """A linear model of one modality."""
 
     def __init__(self):
@@ -30,7 +30,7 @@ class Probe(Learner):
 
 
 @pytest.fixture
-def problem():
+def data():
     """Features (N, D) and labels that they do not separate."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(N, D))
@@ -68,12 +68,12 @@ def train(table, loss, make, epochs, schedule=constant, batch_size=0):
 
 @pytest.mark.parametrize("weight_decay", [1e-3, 0.1])
 class TestLBFGS:
-    def test_multi_label_optimum_is_scikit_learns(self, problem, weight_decay):
+    def test_multi_label_optimum_is_scikit_learns(self, data, weight_decay):
         """Each label is a logistic regression; the mean over N rows and C labels makes its C 1 / (N C decay).
 
         The bias is penalised like the weights, so that for scikit-learn it is the weight of a feature of ones.
         """
-        x, signal = problem
+        x, signal = data
         y = signal > 0
         linear, _, _ = train(table_of(x, y), bce, lambda p: LBFGS(p, weight_decay=weight_decay), epochs=10)
         ones = np.concatenate([x, np.ones((N, 1))], axis=1)
@@ -83,8 +83,8 @@ class TestLBFGS:
             ours = [*linear.weight[c].tolist(), linear.bias[c].item()]
             np.testing.assert_allclose(ours, coefficients, atol=2e-3 * np.abs(coefficients).max())
 
-    def test_multi_class_optimum_is_scikit_learns(self, problem, weight_decay):
-        x, signal = problem
+    def test_multi_class_optimum_is_scikit_learns(self, data, weight_decay):
+        x, signal = data
         y = signal.argmax(axis=1)
         table = table_of(x, np.eye(C)[y])
         linear, _, _ = train(table, cross_entropy, lambda p: LBFGS(p, weight_decay=weight_decay), epochs=10)
@@ -94,8 +94,8 @@ class TestLBFGS:
         ours = torch.cat([linear.weight, linear.bias[:, None]], dim=1).detach().numpy()
         np.testing.assert_allclose(ours, coefficients, atol=2e-3 * np.abs(coefficients).max())
 
-    def test_the_loss_that_it_tells_has_the_penalty(self, problem, weight_decay):
-        x, signal = problem
+    def test_the_loss_that_it_tells_has_the_penalty(self, data, weight_decay):
+        x, signal = data
         y = (signal > 0).astype(float)
 
         def objective(flat):
@@ -109,8 +109,8 @@ class TestLBFGS:
         assert [epoch.loss for epoch in history.epochs] == sorted((e.loss for e in history.epochs), reverse=True)
 
 
-def test_lbfgs_gets_further_in_a_step_than_adam_in_many(problem):
-    x, signal = problem
+def test_lbfgs_gets_further_in_a_step_than_adam_in_many(data):
+    x, signal = data
     table = table_of(x, signal > 0)
     _, few, _ = train(table, bce, LBFGS, epochs=3)
     _, many, _ = train(table, bce, lambda p: adam(p, lr=1e-3), epochs=100)
@@ -126,8 +126,8 @@ def test_lbfgs_gets_further_in_a_step_than_adam_in_many(problem):
     ],
     ids=["adam", "adamw", "sgd"],
 )
-def test_the_others_are_torchs(problem, ours, theirs):
-    x, signal = problem
+def test_the_others_are_torchs(data, ours, theirs):
+    x, signal = data
     results = []
     for make in (ours, theirs):
         linear, _, _ = train(
@@ -138,8 +138,8 @@ def test_the_others_are_torchs(problem, ours, theirs):
 
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
-def test_every_optimizer_lowers_the_loss(problem, name):
-    x, signal = problem
+def test_every_optimizer_lowers_the_loss(data, name):
+    x, signal = data
     make = lookup(OPTIMIZERS, name, "optimizer")
     _, history, _ = train(table_of(x, signal > 0), bce, lambda p: make(p, lr=0.05, weight_decay=0.0), epochs=5)
     assert history.epochs[-1].loss < history.epochs[0].loss
@@ -190,8 +190,8 @@ def test_constant_stays():
 @pytest.mark.parametrize("schedule", sorted(SCHEDULES))
 @pytest.mark.parametrize("batch_size", [0, 1, 50, 119, 120, 121])
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_the_loop_takes_as_many_steps_as_a_schedule_is_told(problem, schedule, batch_size, epochs):
-    x, signal = problem
+def test_the_loop_takes_as_many_steps_as_a_schedule_is_told(data, schedule, batch_size, epochs):
+    x, signal = data
     taken = lookup(SCHEDULES, schedule, "schedule")
     table = table_of(x, signal > 0)
     _, _, scheduled = train(table, bce, lambda p: adam(p, lr=0.01), epochs, schedule=taken, batch_size=batch_size)

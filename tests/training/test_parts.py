@@ -13,8 +13,8 @@ from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.tables import StoreTables
 from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import open_problem
-from cachefuse.training.split import split_parts
+from cachefuse.training.data import open_training_data
+from cachefuse.training.split import make_splits
 
 
 def quick(**settings):
@@ -31,22 +31,22 @@ def rows_of(store, *splits):
 
 def test_each_fold_is_measured_by_a_model_that_has_not_seen_it(toy_store):
     store = toy_store()
-    problem, _ = open_problem(store)
-    parts = split_parts(problem, quick(folds=4))
+    data, _ = open_training_data(store)
+    parts = make_splits(data, quick(folds=4))
     everything = rows_of(store, "train", "val")
-    assert sorted(torch.cat([part.held for part in parts]).tolist()) == sorted(everything)
+    assert sorted(torch.cat([part.held_out for part in parts]).tolist()) == sorted(everything)
     for part in parts:
-        assert set(part.train.tolist()) == everything - set(part.held.tolist())
+        assert set(part.train.tolist()) == everything - set(part.held_out.tolist())
 
 
 def test_with_patience_a_fold_has_no_say_in_when_to_stop(toy_store):
-    problem, _ = open_problem(toy_store())
-    for part in split_parts(problem, quick(folds=4, patience=3)):
-        train, stop, held = (set(rows.tolist()) for rows in (part.train, part.validate, part.held))
+    data, _ = open_training_data(toy_store())
+    for part in make_splits(data, quick(folds=4, patience=3)):
+        train, stop, held_out = (set(rows.tolist()) for rows in (part.train, part.validate, part.held_out))
         assert stop
         assert not train & stop
-        assert not (train | stop) & held
-        assert len(train | stop | held) == 52
+        assert not (train | stop) & held_out
+        assert len(train | stop | held_out) == 52
 
 
 def test_out_of_fold_scores_are_those_of_the_folds_own_models(toy_store):
@@ -58,25 +58,25 @@ def test_out_of_fold_scores_are_those_of_the_folds_own_models(toy_store):
     assert list(run.results) == ["oof"]
     assert run.results["oof"].n_rows == 52
     again = run.held_out_scores(StoreTables([run], store, "cpu"))
-    np.testing.assert_allclose(again, run.held.scores, atol=1e-6)
-    everyones = run.scores(StoreTables([run], store, "cpu"), torch.from_numpy(run.held.rows))
-    assert np.abs(everyones - run.held.scores).max() > 1e-3
+    np.testing.assert_allclose(again, run.held_out.scores, atol=1e-6)
+    everyones = run.scores(StoreTables([run], store, "cpu"), torch.from_numpy(run.held_out.rows))
+    assert np.abs(everyones - run.held_out.scores).max() > 1e-3
 
 
 def test_no_figure_sees_the_rows_that_chose_its_thresholds(toy_store):
     store = toy_store()
     for config in (quick(folds=4), quick(thresholds="class"), quick(folds=3, threshold_metric="samples_f1")):
         run = train_head(store, config)
-        held, targets = run.held, store.targets[run.held.rows]
+        held_out, targets = run.held_out, store.targets[run.held_out.rows]
         metric, per_class = config.threshold_metric or "micro_f1", config.thresholds == "class"
-        predictions = np.zeros(held.scores.shape, bool)
-        for part in np.unique(held.parts):
-            inside = held.parts == part
-            thresholds = choose_thresholds(targets[~inside], held.scores[~inside], metric, per_class)
-            predictions[inside] = decide(held.scores[inside], "multilabel", thresholds)
-        for name, value in run.results[held.split].metrics.items():
-            assert value == METRICS[name](targets, held.scores, predictions)
-        np.testing.assert_array_equal(run.thresholds, choose_thresholds(targets, held.scores, metric, per_class))
+        predictions = np.zeros(held_out.scores.shape, bool)
+        for part in np.unique(held_out.parts):
+            inside = held_out.parts == part
+            thresholds = choose_thresholds(targets[~inside], held_out.scores[~inside], metric, per_class)
+            predictions[inside] = decide(held_out.scores[inside], "multilabel", thresholds)
+        for name, value in run.results[held_out.split].metrics.items():
+            assert value == METRICS[name](targets, held_out.scores, predictions)
+        np.testing.assert_array_equal(run.thresholds, choose_thresholds(targets, held_out.scores, metric, per_class))
         predicted = predict_split(run, store)
         np.testing.assert_array_equal(predicted.labels, predicted.scores >= run.thresholds)
 
@@ -85,9 +85,9 @@ def test_without_thresholds_half_decides(toy_store):
     store = toy_store()
     run = train_head(store, quick(thresholds="none"))
     assert set(run.thresholds) == {0.5}
-    predictions = run.held.scores >= 0.5
-    targets = store.targets[run.held.rows]
-    assert run.metrics["val"]["micro_f1"] == METRICS["micro_f1"](targets, run.held.scores, predictions)
+    predictions = run.held_out.scores >= 0.5
+    targets = store.targets[run.held_out.rows]
+    assert run.metrics["val"]["micro_f1"] == METRICS["micro_f1"](targets, run.held_out.scores, predictions)
 
 
 def test_thresholds_need_rows_to_choose_them_on(make_store):
@@ -150,7 +150,7 @@ def test_to_stop_early_takes_rows_that_say_when(make_store):
     store = make_store({"image": x}, y, ["train"] * 20)
     with pytest.raises(ConfigError, match="made has no labelled validation rows to stop early on; take --folds 5"):
         train_head(store, quick(fusion="image", patience=2))
-    assert train_head(store, quick(fusion="image", patience=2, folds=2)).held is not None
+    assert train_head(store, quick(fusion="image", patience=2, folds=2)).held_out is not None
 
 
 def test_refit_trains_on_all_of_train_and_val(toy_store, make_store):
@@ -334,4 +334,4 @@ def test_same_seed_same_bytes_with_everything_on(toy_store):
     )  # fmt: skip
     first, again = (train_head(store, config) for _ in range(2))
     assert states(first) == states(again)
-    assert first.held.scores.tobytes() == again.held.scores.tobytes()
+    assert first.held_out.scores.tobytes() == again.held_out.scores.tobytes()

@@ -12,17 +12,17 @@ from cachefuse.experiments.files import JOURNAL
 from cachefuse.experiments.presets import BASE, CHAIN, PRESETS, greedy, preset
 from cachefuse.experiments.settings import parse_setting
 from cachefuse.experiments.sweep import run_sweep
-from cachefuse.runs.features import used_features
+from cachefuse.runs.features import describe_features
 from cachefuse.runs.predict import predict_split
 from cachefuse.runs.save import load_run, save_run
-from cachefuse.training.data import open_problem
+from cachefuse.training.data import open_training_data
 
 
 @pytest.fixture
 def opened(toy_store):
     store = toy_store()
-    problem, chosen = open_problem(store)
-    return store, problem, used_features(chosen, problem.widths)
+    data, chosen = open_training_data(store)
+    return store, data, describe_features(chosen, data.widths)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -180,4 +180,4 @@ def test_the_chain_with_folds(small, opened, tmp_path):
     results, run = greedy(*opened, tmp_path, (0,), {"folds": 2})
     assert {result.split for result in results} == {"oof"}
     assert len(run.members) == 1
-    assert run.held.split == "oof"
+    assert run.held_out.split == "oof"

@@ -57,9 +57,9 @@ def test_comes_back_as_it_was(trained, saved):
     state = trained.members[0].model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in run.members[0].model.state_dict().items())
     assert run.thresholds.tolist() == trained.thresholds.tolist()
-    assert run.held.split == "val"
+    assert run.held_out.split == "val"
     for name in ("rows", "parts", "scores"):
-        np.testing.assert_array_equal(getattr(run.held, name), getattr(trained.held, name))
+        np.testing.assert_array_equal(getattr(run.held_out, name), getattr(trained.held_out, name))
 
 
 def test_a_figure_that_is_not_defined_is_null_in_the_file_and_nan_in_python(make_store, tmp_path):
@@ -265,7 +265,7 @@ def test_names_held_out_scores_edited_into_nonsense(saved, change):
 def test_without_the_held_out_scores_a_run_still_predicts(saved):
     (saved / "held_out.safetensors").unlink()
     run = load_run(saved)
-    assert run.held is None
+    assert run.held_out is None
     with pytest.raises(RunError, match="has no rows held out; train with --folds, or name a labelled --split"):
         run.held_out_scores(lambda member: None)
 

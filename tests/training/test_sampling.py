@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from cachefuse.training.batches import Batches, balanced_chances, drop_modalities
+from cachefuse.training.batches import Batches, balanced_sample_weights, drop_modalities
 from cachefuse.training.feature_table import FeatureTable
 
 
-def drawn(n, rows, batch_size, generator, chances, epochs=1):
+def drawn(n, rows, batch_size, generator, sample_weights, epochs=1):
     """The row numbers of each batch, of a table of n rows, by epoch."""
     numbers = torch.arange(n)[:, None]
     table = FeatureTable({"image": numbers}, {"image": numbers >= 0}, numbers, np.ones(n, bool), np.array([""] * n))
-    batches = Batches(table, rows, batch_size, generator, chances)
+    batches = Batches(table, rows, batch_size, generator, sample_weights)
     return [[features["image"][:, 0] for features, _, _ in batches] for _ in range(epochs)]
 
 
@@ -20,24 +20,24 @@ class TestBalancedChances:
     def test_by_hand(self):
         """Labels 0, 1 and 2 occur four times, twice and once; two rows have none."""
         targets = torch.tensor([[1, 0, 0], [1, 1, 0], [1, 0, 0], [1, 0, 1], [0, 1, 0], [0, 0, 0], [0, 0, 0]])
-        chances = balanced_chances(targets.to(torch.uint8))
-        assert chances.dtype == torch.float64
-        assert chances.tolist() == [1 / 4, 1 / 2, 1 / 4, 1, 1 / 2, 1 / 2, 1 / 2]
+        sample_weights = balanced_sample_weights(targets.to(torch.uint8))
+        assert sample_weights.dtype == torch.float64
+        assert sample_weights.tolist() == [1 / 4, 1 / 2, 1 / 4, 1, 1 / 2, 1 / 2, 1 / 2]
 
     @pytest.mark.parametrize("counts", [[500, 1], [10, 10, 10], [300, 60, 7, 2]])
     def test_in_multi_class_each_class_is_as_likely(self, counts):
         numbers = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-        chances = balanced_chances(torch.eye(len(counts), dtype=torch.uint8)[numbers])
-        of_class = torch.zeros(len(counts), dtype=torch.float64).index_add(0, numbers, chances)
+        sample_weights = balanced_sample_weights(torch.eye(len(counts), dtype=torch.uint8)[numbers])
+        of_class = torch.zeros(len(counts), dtype=torch.float64).index_add(0, numbers, sample_weights)
         np.testing.assert_allclose(of_class, 1, rtol=1e-12)
 
     def test_a_class_without_rows_changes_nothing(self):
         targets = torch.eye(3, dtype=torch.uint8)[torch.tensor([0, 0, 1])]
-        assert balanced_chances(targets).tolist() == [1 / 2, 1 / 2, 1]
+        assert balanced_sample_weights(targets).tolist() == [1 / 2, 1 / 2, 1]
 
     @pytest.mark.parametrize("value", [0, 1])
     def test_rows_that_are_all_alike_are_equally_likely(self, value):
-        assert balanced_chances(torch.full((4, 2), value, dtype=torch.uint8)).tolist() == [1 / 4] * 4
+        assert balanced_sample_weights(torch.full((4, 2), value, dtype=torch.uint8)).tolist() == [1 / 4] * 4
 
     @pytest.mark.parametrize("batch_size", [0, 64])
     def test_draws_follow_them(self, batch_size):
@@ -45,8 +45,8 @@ class TestBalancedChances:
         numbers = torch.repeat_interleave(torch.arange(3), torch.tensor([160, 30, 10]))
         rows = torch.randperm(1000, generator=torch.Generator().manual_seed(1))[:200]
         class_of = torch.full((1000,), -1).index_copy(0, rows, numbers)
-        chances = balanced_chances(torch.eye(3, dtype=torch.uint8)[numbers])
-        epochs = drawn(1000, rows, batch_size, torch.Generator().manual_seed(0), chances, epochs=50)
+        sample_weights = balanced_sample_weights(torch.eye(3, dtype=torch.uint8)[numbers])
+        epochs = drawn(1000, rows, batch_size, torch.Generator().manual_seed(0), sample_weights, epochs=50)
         for batches in epochs:
             assert [len(batch) for batch in batches] == ([64, 64, 64, 8] if batch_size else [200])
         taken = torch.cat([batch for batches in epochs for batch in batches])
@@ -57,14 +57,16 @@ class TestBalancedChances:
         assert len(taken.unique()) == 200
 
     def test_the_same_generator_draws_the_same(self):
-        rows, chances = torch.arange(50), torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.1
-        draws = [torch.cat(drawn(50, rows, 8, torch.Generator().manual_seed(seed), chances)[0]) for seed in (0, 0, 1)]
+        rows, sample_weights = torch.arange(50), torch.rand(50, generator=torch.Generator().manual_seed(0)) + 0.1
+        draws = [
+            torch.cat(drawn(50, rows, 8, torch.Generator().manual_seed(seed), sample_weights)[0]) for seed in (0, 0, 1)
+        ]
         assert torch.equal(draws[0], draws[1])
         assert not torch.equal(draws[0], draws[2])
 
     def test_a_chance_of_zero_is_never_taken(self):
-        rows, chances = torch.arange(10, 14), torch.tensor([0.0, 1, 0, 3])
-        epochs = drawn(20, rows, 2, torch.Generator().manual_seed(0), chances, epochs=9)
+        rows, sample_weights = torch.arange(10, 14), torch.tensor([0.0, 1, 0, 3])
+        epochs = drawn(20, rows, 2, torch.Generator().manual_seed(0), sample_weights, epochs=9)
         assert {row for batches in epochs for batch in batches for row in batch.tolist()} == {11, 13}
 
 

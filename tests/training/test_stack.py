@@ -13,9 +13,9 @@ from cachefuse.nn import ACTIVATIONS
 from cachefuse.registry import lookup
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import Problem
+from cachefuse.training.data import TrainingData
 from cachefuse.training.feature_table import FeatureTable
-from cachefuse.training.split import Part
+from cachefuse.training.split import Split
 from cachefuse.training.stack import most_together, shared_settings, stack, train_together, unstack
 from cachefuse.training.train import train_model
 
@@ -35,10 +35,10 @@ def make_problem(task="multilabel", absent=True, dtype=torch.float32):
     signal = features["image"].float() @ torch.randn(6, C, generator=generator)
     targets = (signal > 0.5) if task == "multilabel" else nn.functional.one_hot(signal.argmax(1), C)
     table = FeatureTable(features, present, targets.to(torch.uint8), np.ones(N, bool), np.array(["train"] * N))
-    return Problem("made", table, ("a", "b", "c"), task, ("micro_f1",))
+    return TrainingData("made", table, ("a", "b", "c"), task, ("micro_f1",))
 
 
-EVERYTHING = Part(torch.arange(N), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+EVERYTHING = Split(torch.arange(N), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 BASE = TrainConfig(
     head="linear", epochs=4, patience=0, batch_size=16, lr=0.02, loss="bce", schedule="constant", activation="gelu"
 )
@@ -74,11 +74,11 @@ def assert_same_weights(together, alone):
         torch.testing.assert_close(together.state_dict()[name], tensor, atol=2e-5, rtol=1e-4, msg=name)
 
 
-def assert_same_as_alone(problem, configs):
-    together = train_together(problem, configs, EVERYTHING)
+def assert_same_as_alone(data, configs):
+    together = train_together(data, configs, EVERYTHING)
     assert len(together) == len(configs)
     for model, config in zip(together, configs, strict=True):
-        assert_same_weights(model, train_model(problem, config, EVERYTHING)[0])
+        assert_same_weights(model, train_model(data, config, EVERYTHING)[0])
     return together
 
 
@@ -233,9 +233,9 @@ def test_losses_that_take_some_rows_at_a_time(n_floats, monkeypatch):
 @pytest.mark.parametrize("head", ["linear", "mlp", "gmlp"])
 def test_on_cuda(head):
     layers = None if head == "linear" else (8, 4)
-    problem = make_problem()
-    problem = replace(problem, table=problem.table.to("cuda"))
-    assert_same_as_alone(problem, mixed(head=head, layers=layers, dropout=0.0))
+    data = make_problem()
+    data = replace(data, table=data.table.to("cuda"))
+    assert_same_as_alone(data, mixed(head=head, layers=layers, dropout=0.0))
 
 
 def test_same_seed_same_bytes():
@@ -253,19 +253,19 @@ def test_leaves_the_random_state_alone():
 @pytest.mark.parametrize("scheme", ["joint", pytest.param("staged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lr", [1e4, 1e6])
 def test_one_that_diverges_does_not_take_the_others_along(lr, scheme):
-    problem = make_problem()
+    data = make_problem()
     sgd = replace(BASE, optimizer="sgd", lr=0.01, epochs=30, scheme=scheme)
     wild = [replace(sgd, lr=lr), replace(sgd, loss="focal", lr=lr)]
     for config in wild:
         with pytest.raises(TrainingError, match="training diverged"):
-            train_model(problem, config, EVERYTHING)
+            train_model(data, config, EVERYTHING)
     tame = [sgd, replace(sgd, loss="focal"), replace(sgd, lr=0.02)]
-    trained = train_together(problem, [wild[0], tame[0], wild[1], *tame[1:]], EVERYTHING)
+    trained = train_together(data, [wild[0], tame[0], wild[1], *tame[1:]], EVERYTHING)
     for error in (trained.pop(0), trained.pop(1)):
         assert isinstance(error, TrainingError)
         assert str(error).startswith("training diverged: the loss is ")
     for model, config in zip(trained, tame, strict=True):
-        assert_same_weights(model, train_model(problem, config, EVERYTHING)[0])
+        assert_same_weights(model, train_model(data, config, EVERYTHING)[0])
 
 
 @pytest.mark.parametrize("lr", [0.01, 1e4])
@@ -328,8 +328,8 @@ def test_what_may_not_differ_between_heads_with_hidden_layers(changes):
 
 
 def test_how_many_fit():
-    problem = make_problem()
-    assert most_together(problem, BASE, 25_000) == 2**25 // (25_000 * C)
-    assert most_together(problem, BASE, 10**9) == most_together(problem, BASE, 10**5) == 111
-    assert most_together(problem, replace(BASE, batch_size=0), 10**9) == 1
-    assert most_together(problem, replace(BASE, head="mlp", layers=(512,), batch_size=4096), 4096) == 15
+    data = make_problem()
+    assert most_together(data, BASE, 25_000) == 2**25 // (25_000 * C)
+    assert most_together(data, BASE, 10**9) == most_together(data, BASE, 10**5) == 111
+    assert most_together(data, replace(BASE, batch_size=0), 10**9) == 1
+    assert most_together(data, replace(BASE, head="mlp", layers=(512,), batch_size=4096), 4096) == 15

@@ -16,7 +16,7 @@ every_metric = pytest.mark.parametrize("metric", THRESHOLD_METRICS)
 either_way = pytest.mark.parametrize("per_class", [False, True], ids=["one", "per-class"])
 
 
-def problem(seed, shape, ties=False, dtype=np.float32):
+def data(seed, shape, ties=False, dtype=np.float32):
     """Return targets and scores that tell something of them; some rows, classes or all of them are negative."""
     rng = np.random.default_rng(seed)
     targets = rng.random(shape) < rng.choice([0.2, 0.5, 0.9])
@@ -52,7 +52,7 @@ def reached(metric, targets, scores, threshold, min_labels=0):
 @pytest.mark.parametrize("ties", [False, True])
 def test_one_threshold_is_the_best_of_all(metric, shape, min_labels, ties):
     for seed in range(25):
-        targets, scores = problem(seed, shape, ties)
+        targets, scores = data(seed, shape, ties)
         chosen = choose_thresholds(targets, scores, metric, per_class=False, min_labels=min_labels)
         assert chosen.shape == (shape[1],)
         assert chosen.dtype == np.float64
@@ -67,7 +67,7 @@ def test_one_threshold_is_the_best_of_all(metric, shape, min_labels, ties):
 @pytest.mark.parametrize("ties", [False, True])
 def test_a_threshold_for_each_class_is_the_best_of_all(metric, shape, ties):
     for seed in range(15):
-        targets, scores = problem(seed, shape, ties)
+        targets, scores = data(seed, shape, ties)
         chosen = choose_thresholds(targets, scores, metric, per_class=True)
         assert chosen.shape == (shape[1],)
         assert chosen.dtype == np.float64
@@ -82,7 +82,7 @@ def test_a_threshold_for_each_class_is_the_best_of_all(metric, shape, ties):
 @pytest.mark.parametrize("ties", [False, True])
 def test_samples_f1_gains_from_no_change_of_one_threshold(shape, ties):
     for seed in range(15):
-        targets, scores = problem(seed, shape, ties)
+        targets, scores = data(seed, shape, ties)
         start = choose_thresholds(targets, scores, "samples_f1", per_class=False)
         chosen = choose_thresholds(targets, scores, "samples_f1", per_class=True)
         value = reached("samples_f1", targets, scores, chosen)
@@ -94,7 +94,7 @@ def test_samples_f1_gains_from_no_change_of_one_threshold(shape, ties):
 
 
 def test_samples_f1_ends_after_so_many_rounds(monkeypatch):
-    targets, scores = problem(3, (300, 6))
+    targets, scores = data(3, (300, 6))
     values = []
     for rounds in (0, 1, 100):
         monkeypatch.setattr(module, "MAX_ROUNDS", rounds)
@@ -108,7 +108,7 @@ def test_samples_f1_ends_after_so_many_rounds(monkeypatch):
 @every_metric
 @either_way
 def test_many_rows(metric, per_class):
-    targets, scores = problem(1, (5000, 7))
+    targets, scores = data(1, (5000, 7))
     chosen = choose_thresholds(targets, scores, metric, per_class)
     best = reached(metric, targets, scores, chosen)
     rng = np.random.default_rng(0)
@@ -121,7 +121,7 @@ def test_many_rows(metric, per_class):
 @either_way
 @pytest.mark.parametrize("ties", [False, True])
 def test_neither_order_nor_dtype_of_the_targets_matters(metric, per_class, ties):
-    targets, scores = problem(2, (500, 5), ties)
+    targets, scores = data(2, (500, 5), ties)
     expected = choose_thresholds(targets, scores, metric, per_class)
     rows = np.random.default_rng(0).permutation(500)
     np.testing.assert_array_equal(choose_thresholds(targets[rows], scores[rows], metric, per_class), expected)
@@ -136,7 +136,7 @@ class TestPlace:
     @pytest.mark.parametrize("shape", SHAPES)
     def test_midway_and_nearest_to_a_half(self, metric, shape):
         for seed in range(20):
-            targets, scores = problem(seed, shape, ties=True)
+            targets, scores = data(seed, shape, ties=True)
             levels = np.unique(scores).astype(float)
             midway = (np.append(0, levels) + np.append(levels, 2 if levels[-1] == 1 else 1)) / 2
             values = np.array([f1(metric, targets, scores >= t) for t in midway])
@@ -169,7 +169,7 @@ class TestPlace:
         assert choose_thresholds(targets, scores, metric, per_class=True).tolist() == [0.375, threshold]
 
     def test_a_class_without_positives_keeps_a_half_for_macro_f1(self):
-        targets, scores = problem(0, (20, 3))
+        targets, scores = data(0, (20, 3))
         targets[:, 1] = 0
         assert choose_thresholds(targets, scores, "macro_f1", per_class=True)[1] == 0.5
 
@@ -177,7 +177,7 @@ class TestPlace:
     @either_way
     @pytest.mark.parametrize("ties", [False, True])
     def test_without_positives_all_are_near_a_half(self, metric, per_class, ties):
-        targets, scores = problem(0, (200, 3), ties)
+        targets, scores = data(0, (200, 3), ties)
         chosen = choose_thresholds(np.zeros_like(targets), scores, metric, per_class)
         np.testing.assert_allclose(chosen, 0.5, atol=0.06)
 
@@ -197,13 +197,13 @@ class TestPlace:
 @every_metric
 @pytest.mark.parametrize("min_labels", [3, 9])
 def test_when_every_label_is_predicted_anyway(metric, min_labels):
-    targets, scores = problem(0, (5, 3))
+    targets, scores = data(0, (5, 3))
     assert choose_thresholds(targets, scores, metric, per_class=False, min_labels=min_labels).tolist() == [0.5] * 3
 
 
 @every_metric
 def test_min_labels_do_not_enter_the_search_by_class(metric):
-    targets, scores = problem(4, (50, 3))
+    targets, scores = data(4, (50, 3))
     expected = choose_thresholds(targets, scores, metric, per_class=True)
     np.testing.assert_array_equal(choose_thresholds(targets, scores, metric, per_class=True, min_labels=2), expected)
 
@@ -222,7 +222,7 @@ def test_min_labels_change_the_best_threshold():
 @every_metric
 class TestCrossfit:
     def test_each_part_by_the_thresholds_of_the_others(self, metric, per_class):
-        targets, scores = problem(5, (90, 4))
+        targets, scores = data(5, (90, 4))
         parts = np.random.default_rng(0).choice([7, 2, 4], size=90)
         predictions = crossfit_decisions(targets, scores, parts, metric, per_class, min_labels=1)
         assert predictions.dtype == bool
@@ -232,7 +232,7 @@ class TestCrossfit:
                 np.testing.assert_array_equal(predictions[i], decide(scores[i : i + 1], "multilabel", others, 1)[0])
 
     def test_min_labels_fill_up_the_rows(self, metric, per_class):
-        targets, scores = problem(5, (90, 4))
+        targets, scores = data(5, (90, 4))
         scores = 0.6 * targets + 0.3 * scores
         parts = np.arange(90) % 3
         np.testing.assert_array_equal(crossfit_decisions(targets, scores, parts, metric, per_class), targets)
@@ -240,7 +240,7 @@ class TestCrossfit:
         np.testing.assert_array_equal(predictions.sum(axis=1), np.maximum(targets.sum(axis=1), 2))
 
     def test_a_row_never_sees_its_own_targets(self, metric, per_class):
-        targets, scores = problem(5, (60, 4))
+        targets, scores = data(5, (60, 4))
         parts = np.arange(60) % 3
         expected = crossfit_decisions(targets, scores, parts, metric, per_class)
         turned = np.where(parts[:, None] == 1, 1 - targets, targets)
@@ -249,13 +249,13 @@ class TestCrossfit:
         assert (predictions != expected).any()
 
     def test_one_part_alone_has_no_others(self, metric, per_class):
-        targets, scores = problem(0, (4, 2))
+        targets, scores = data(0, (4, 2))
         with pytest.raises(DataError, match=r"^thresholds can't be chosen on no rows$"):
             crossfit_decisions(targets, scores, np.zeros(4, int), metric, per_class)
 
     @pytest.mark.parametrize("shape", [(3,), (4, 2), ()])
     def test_parts_must_be_one_for_each_row(self, metric, per_class, shape):
-        targets, scores = problem(0, (4, 2))
+        targets, scores = data(0, (4, 2))
         with pytest.raises(ConfigError, match=r"^parts must have shape \(N,\), here \(4,\)\. Got \(.*\) instead\.$"):
             crossfit_decisions(targets, scores, np.zeros(shape, int), metric, per_class)
 
@@ -270,7 +270,7 @@ class TestErrors:
     def test_unknown_metric(self, per_class):
         choices = r"'macro_f1'\?\); choose from: macro_f1, micro_f1, samples_f1$"
         with pytest.raises(UnknownNameError, match=rf"^unknown threshold metric 'macro-f1' \(did you mean {choices}"):
-            choose_thresholds(*problem(0, (4, 2)), "macro-f1", per_class)
+            choose_thresholds(*data(0, (4, 2)), "macro-f1", per_class)
 
     @pytest.mark.parametrize(("first", "second"), [((4, 2), (4, 3)), ((4,), (4,)), ((4, 1), (4, 2)), ((0, 2), (1, 2))])
     def test_shapes_that_differ(self, first, second, per_class):
@@ -281,7 +281,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
     def test_scores_that_are_not_finite(self, bad, per_class):
-        targets, scores = problem(0, (4, 2))
+        targets, scores = data(0, (4, 2))
         scores[2, 1] = float(bad)
         with pytest.raises(DataError, match=rf"^scores must be finite\. Got {bad} instead\.$"):
             choose_thresholds(targets, scores, "samples_f1", per_class)

@@ -135,9 +135,9 @@ def test_the_same_seed_trains_the_same_model(token_store, cma):
 
 
 def test_rows_of_rare_classes_are_drawn_more_often_among_tokens(table):
-    chances = torch.zeros(60, dtype=torch.float64)
-    chances[[5, 17]] = 1
-    batches = Batches(table, torch.arange(60), 16, torch.Generator().manual_seed(0), chances)
+    sample_weights = torch.zeros(60, dtype=torch.float64)
+    sample_weights[[5, 17]] = 1
+    batches = Batches(table, torch.arange(60), 16, torch.Generator().manual_seed(0), sample_weights)
     pooled = table.features["image"].index_select(0, torch.tensor([5, 17])).tolist()
     drawn = [features["image"].tolist() for features, _, _ in batches]
     assert sorted(map(len, drawn)) == [12, 16, 16, 16]

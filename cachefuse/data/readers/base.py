@@ -31,7 +31,7 @@ class ImageSource(Protocol):
     def load(self) -> Image.Image:
         """Return the image as RGB. Raises BadSampleError with the reason if it can't be used."""
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         """What tells without reading that the content may have changed: a file's name, size and time of change."""
 
     def digest(self) -> str:

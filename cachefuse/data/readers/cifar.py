@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from cachefuse.data.digests import hash_parts
-from cachefuse.data.images import MAX_BYTES, file_stamp, read_file
+from cachefuse.data.images import MAX_BYTES, file_fingerprint, read_file
 from cachefuse.data.readers.base import Reader, Samples, check_inside
 from cachefuse.data.readers.folder import FolderReader
 from cachefuse.data.readers.lines import read_lines
@@ -89,8 +89,8 @@ class CifarImage:
         planes = np.frombuffer(self._read(), np.uint8).reshape(3, SIDE, SIDE)
         return Image.fromarray(np.ascontiguousarray(planes.transpose(1, 2, 0)))
 
-    def stamp(self) -> str:
-        return f"{self.path.name}:{file_stamp(self.path)}:{self.row}"
+    def fingerprint(self) -> str:
+        return f"{self.path.name}:{file_fingerprint(self.path)}:{self.row}"
 
     def digest(self) -> str:
         try:

@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
 from cachefuse.data.digests import hash_parts
-from cachefuse.data.images import FAILURES, file_stamp
+from cachefuse.data.images import FAILURES, file_fingerprint
 from cachefuse.data.readers.base import InsidePath, Reader, Samples
 from cachefuse.data.readers.hdf5_file import file_name, find_dataset, image_column, open_hdf5, open_shared, read_strings
 from cachefuse.errors import BadSampleError, DataError
@@ -37,8 +37,8 @@ class ArrayImage:
         """Return (H, W, 3) uint8 from a row as it is stored."""
         return values if values.shape[-1] == 3 else values.transpose(1, 2, 0)
 
-    def stamp(self) -> str:
-        return f"{self.path.name}:{file_stamp(self.path)}:{self.key}:{self.row}"
+    def fingerprint(self) -> str:
+        return f"{self.path.name}:{file_fingerprint(self.path)}:{self.key}:{self.row}"
 
     def digest(self) -> str:
         try:

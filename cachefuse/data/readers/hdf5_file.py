@@ -11,7 +11,7 @@ from pathlib import Path
 
 import h5py
 
-from cachefuse.data.images import MAX_PIXELS, file_stamp
+from cachefuse.data.images import MAX_PIXELS, file_fingerprint
 from cachefuse.errors import DataError
 
 MAX_ROWS = 50_000_000
@@ -40,13 +40,13 @@ def open_shared(path: Path) -> h5py.File:
 
     It stays open: opening costs more than reading a row.
     """
-    stamp = file_stamp(path)
+    fingerprint = file_fingerprint(path)
     with _HANDLES_LOCK:
         key = (os.getpid(), path)  # a handle that was open before a fork is not the child's
-        if key not in _HANDLES or _HANDLES[key][0] != stamp:
+        if key not in _HANDLES or _HANDLES[key][0] != fingerprint:
             # Closed first: HDF5 would share what it keeps of the old content with a second handle.
             _HANDLES.pop(key, None)
-            _HANDLES[key] = stamp, h5py.File(path, "r")
+            _HANDLES[key] = fingerprint, h5py.File(path, "r")
         return _HANDLES[key][1]
 
 

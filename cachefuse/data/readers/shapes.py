@@ -58,11 +58,11 @@ class ShapeImage:
         noise = rng.normal(0, 6, (SIDE, SIDE, 1))
         return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
 
-    def stamp(self) -> str:
+    def fingerprint(self) -> str:
         return f"{self.seed}:{self.form}:{self.large}"
 
     def digest(self) -> str:
-        return hash_parts("drawing", self.stamp())
+        return hash_parts("drawing", self.fingerprint())
 
 
 def _outline(form: str, centre: np.ndarray, radius: float, tilt: float) -> list[tuple[float, float]]:

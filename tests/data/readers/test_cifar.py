@@ -211,13 +211,13 @@ def test_only_the_rows_own_bytes_are_read(tmp_path, monkeypatch):
 def test_a_file_that_changes_after_it_was_listed(tmp_path):
     write(tmp_path, CIFAR10)
     first, second = read(tmp_path).images[:2]
-    stamps, digests = (first.stamp(), second.stamp()), (first.digest(), second.digest())
-    assert len({*stamps, *digests}) == 4
+    fingerprints, digests = (first.fingerprint(), second.fingerprint()), (first.digest(), second.digest())
+    assert len({*fingerprints, *digests}) == 4
     os.truncate(tmp_path / "data_batch_1.bin", 3073 + 100)
     first.load()
     with pytest.raises(BadSampleError, match=r"^the file ends before the end of row 1$"):
         second.load()
-    assert first.stamp() != stamps[0]
+    assert first.fingerprint() != fingerprints[0]
     assert first.digest() == digests[0]
     assert second.digest() != digests[1]
     (tmp_path / "data_batch_1.bin").unlink()

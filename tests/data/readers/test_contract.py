@@ -166,7 +166,7 @@ def test_reading_is_pure_and_repeatable(mini):
     before = contents(root)
     first, second = reader.read(root), reader.read(root)
     for source in first.images or []:
-        source.stamp(), source.digest()
+        source.fingerprint(), source.digest()
     assert first == second
     assert contents(root) == before
 
@@ -189,9 +189,9 @@ def test_images_are_rgb_or_bad_samples(mini):
 def test_stamps_and_digests_stay_and_stamps_tell_rows_apart(mini):
     reader, root, _ = mini
     sources, again = reader.read(root).images or [], reader.read(root).images or []
-    assert [source.stamp() for source in sources] == [source.stamp() for source in again]
+    assert [source.fingerprint() for source in sources] == [source.fingerprint() for source in again]
     assert [source.digest() for source in sources] == [source.digest() for source in again]
-    assert len({source.stamp() for source in sources}) == len(sources)
+    assert len({source.fingerprint() for source in sources}) == len(sources)
     assert all(re.fullmatch("[0-9a-f]{16}", source.digest()) for source in sources)
 
 

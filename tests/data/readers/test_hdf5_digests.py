@@ -37,8 +37,8 @@ def sources(path, n=3):
     return [ArrayImage(path, "pixels", row) for row in range(n)]
 
 
-def stamps(path):
-    return [source.stamp() for source in sources(path)]
+def fingerprints(path):
+    return [source.fingerprint() for source in sources(path)]
 
 
 def digests(path):
@@ -69,11 +69,11 @@ def rewrite_in_place(path):
 
 @pytest.mark.parametrize("change", [replace_file, patch_bytes, rewrite_in_place])
 def test_an_edited_row_is_noticed_by_the_process_that_read_the_old_one(path, change):
-    old_stamps, old_digests, size = stamps(path), digests(path), path.stat().st_size
+    old_stamps, old_digests, size = fingerprints(path), digests(path), path.stat().st_size
     assert len(set(old_stamps)) == len(set(old_digests)) == 3
     change(path)
     assert (path.stat().st_size == size) == (change is not rewrite_in_place)
-    assert not set(stamps(path)) & set(old_stamps)
+    assert not set(fingerprints(path)) & set(old_stamps)
     assert [new != old for new, old in zip(digests(path), old_digests, strict=True)] == [False, True, False]
     np.testing.assert_array_equal(np.asarray(ArrayImage(path, "pixels", 1).load()), edited(1)[1])
     assert sum(known == path for _, known in hdf5_file._HANDLES) == 1
@@ -93,9 +93,9 @@ def test_a_changed_file_is_closed_before_it_is_opened_again(path):
 
 
 def test_touching_changes_only_the_stamps(path):
-    old_stamps, old_digests = stamps(path), digests(path)
+    old_stamps, old_digests = fingerprints(path), digests(path)
     later(path)
-    assert not set(stamps(path)) & set(old_stamps)
+    assert not set(fingerprints(path)) & set(old_stamps)
     assert digests(path) == old_digests
 
 
@@ -131,13 +131,13 @@ def test_what_can_not_be_read_has_a_digest_until_it_can(path):
     expected = digests(path)
     content = path.read_bytes()
     path.unlink()
-    absent = stamps(path), digests(path)
+    absent = fingerprints(path), digests(path)
     assert len(set(absent[1])) == 1
     path.write_bytes(b"not hdf5")
-    broken = stamps(path), digests(path)
+    broken = fingerprints(path), digests(path)
     assert not set(broken[0]) & set(absent[0])
     path.write_bytes(content)
-    assert not set(stamps(path)) & {*absent[0], *broken[0]}
+    assert not set(fingerprints(path)) & {*absent[0], *broken[0]}
     assert digests(path) == expected
     assert not set(expected) & {*absent[1], *broken[1]}
     assert ArrayImage(path, "pixels", 3).digest() == ArrayImage(path, "none", 0).digest() == absent[1][0]
@@ -154,4 +154,4 @@ def test_a_failing_machine_is_neither_a_digest_nor_a_bad_sample(path, monkeypatc
             read()
     monkeypatch.setattr(os, "stat", fail)
     with pytest.raises(OSError, match="Input/output error"):
-        source.stamp()
+        source.fingerprint()

@@ -31,7 +31,7 @@ def test_the_same_seed_gives_the_same_samples(samples):
 
 def test_each_drawing_parameter_is_in_the_digest():
     sources = [ShapeImage(*values) for values in ((1, "star", True), (1, "star", False), (1, "circle", True))]
-    assert len({source.digest() for source in sources}) == len({source.stamp() for source in sources}) == 3
+    assert len({source.digest() for source in sources}) == len({source.fingerprint() for source in sources}) == 3
 
 
 def test_more_rows_change_no_others(samples):
