@@ -1,11 +1,8 @@
-"""Workers that test side by side take one thread each, and the slowest tests first, so that they end together.
+"""Workers that test side by side take one thread each, so that they do not compete for the processors.
 
 The number of threads is fixed: by itself it follows what else the machine does, and the last digits follow it.
 
-xdist gives each worker a run of tests to begin with, so the slow ones are dealt out to the beginnings of those.
-Tests marked slow are left out, and the last line of the output says so, unless ``-m`` or a single test is named.
-
-Then what tests of several folders are given.
+Then the fixtures that tests of several folders use; those of ``fixtures/`` are listed below.
 """
 
 import os
@@ -19,39 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 else:
     os.environ.setdefault("CACHEFUSE_THREADS", os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count()))
 
-
-RUN_SLOW = "python -m pytest -n 2 --dist worksteal -m slow"
-N_LEFT_OUT = pytest.StashKey[int]()
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr and not any("::" in name for name in config.args):
-        leave_out(config, items)
-    items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("real", "slow")])
-    n_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
-    items[:] = [item for worker in range(n_workers) for item in items[worker::n_workers]]
-
-
-def leave_out(config, items):
-    """Deselect the tests marked slow."""
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    items[:] = [item for item in items if not item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    config.stash[N_LEFT_OUT] = len(slow)
-    if hasattr(config, "workeroutput"):  # a worker of xdist, which reports to the process that prints
-        config.workeroutput["n_left_out"] = len(slow)
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node):
-    output = getattr(node, "workeroutput", {})  # a worker that crashed has none
-    node.config.stash[N_LEFT_OUT] = output.get("n_left_out", node.config.stash.get(N_LEFT_OUT, 0))
-
-
-def pytest_unconfigure(config):
-    n, reporter = config.stash.get(N_LEFT_OUT, 0), config.pluginmanager.get_plugin("terminalreporter")
-    if n and reporter:
-        reporter.write_line(f"slow tests left out: {n:,}; run them with: {RUN_SLOW}")
+# Imported after the number of threads is set, since some of them import torch.
+pytest_plugins = ["fixtures.slow_tests", "fixtures.toy_encoder", "fixtures.toy_stores"]
 
 
 @pytest.fixture(scope="session", autouse=True)

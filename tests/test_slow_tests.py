@@ -22,8 +22,8 @@ def test_slow(n): pass
 
 
 def run(folder, *options):
-    """Run three tests beside a copy of the tests' configuration; return how the run ended, and its last two lines."""
-    shutil.copy(ROOT / "tests" / "conftest.py", folder)
+    """Run three tests, of which two are slow; return how the run ended, and its last two lines."""
+    shutil.copy(ROOT / "tests" / "fixtures" / "slow_tests.py", folder / "conftest.py")
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow")
     (folder / "test_three.py").write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}

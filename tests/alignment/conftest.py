@@ -1,15 +1,17 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from cachefuse.alignment import search
+from cachefuse.alignment import METHODS, search
 from cachefuse.alignment.data import PairData, SideRows
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.extraction.open_store import open_store
+from cachefuse.registry import lookup
 from cachefuse.store.writer import ViewWriter
 
 
@@ -135,3 +137,33 @@ def correlated():
         return PairData("made", sides, np.arange(n), np.repeat(["train", "val"], [n_train, n_val]))
 
     return make
+
+
+# The Deep Fusion Encoder: how it is built, and what it is given
+
+SIDES = (6, 5)
+
+
+def build_dfe(method, op, seed=0, dropout=0.0):
+    torch.manual_seed(seed)
+    return lookup(METHODS, method, "method")(SIDES, 8, operation=op, dropout=dropout)
+
+
+def tokens(side, n_tokens=7, seed=0, lengths=True):
+    """Return four samples' tokens (B, T, D) and a mask; with ``lengths`` they have T, T - 1, ..., at least one."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(4, n_tokens, SIDES[side], generator=generator)
+    n = torch.arange(n_tokens, n_tokens - 4, -1).clamp(min=1) if lengths else torch.full((4,), n_tokens)
+    return x, torch.arange(n_tokens) < n[:, None]
+
+
+def padded(x, mask, n, value):
+    """Return tokens and mask with n more tokens, and ``value`` wherever a token is none."""
+    x = torch.cat([x, x.new_zeros(len(x), n, x.shape[2])], 1)
+    mask = torch.cat([mask, mask.new_zeros(len(x), n)], 1)
+    return torch.where(mask[..., None], x, x.new_tensor(value)), mask
+
+
+@pytest.fixture(scope="session")
+def dfe():
+    return SimpleNamespace(build=build_dfe, tokens=tokens, padded=padded)

@@ -1,7 +1,4 @@
-import json
-import math
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,21 +6,6 @@ import torch
 
 from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError
-from cachefuse.files import slug, to_json, write_atomically
-from cachefuse.workspace import Workspace
-
-
-def test_workspace_paths(tmp_path):
-    workspace = Workspace(tmp_path)
-    assert workspace.data("mine") == tmp_path / "data/mine"
-    assert workspace.store("mine") == tmp_path / "cache/mine.zarr"
-    assert workspace.runs == tmp_path / "runs"
-    assert workspace.stores == []
-    assert list(tmp_path.iterdir()) == []
-    for name in ("b", "a"):
-        workspace.store(name).mkdir(parents=True)
-    assert workspace.stores == [workspace.store("a"), workspace.store("b")]
-    assert Workspace().root == Path("workspace")
 
 
 def test_device_on_a_machine_without_cuda(monkeypatch):
@@ -89,49 +71,3 @@ def test_random_state_is_given_back_after_an_error_too():
         fail()
     assert drawn[0] != expected
     assert draw() == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "name"),
-    [
-        ("clip:ViT-B-32@laion2b", "clip-ViT-B-32-laion2b"),
-        ("hf:./folder", "hf-.-folder"),
-        ("../../etc/passwd", "etc-passwd"),
-        ("..", "unnamed"),
-        ("", "unnamed"),
-        ("a b\0c\n", "a-b-c"),
-        ("été", "t"),
-    ],
-)
-def test_slug_is_one_safe_folder_name(text, name):
-    assert slug(text) == name
-
-
-def test_write_atomically(tmp_path):
-    path = tmp_path / "file.json"
-    write_atomically(path, b"one")
-    write_atomically(path, b"two")
-    assert path.read_bytes() == b"two"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
-    path = tmp_path / "file.json"
-    write_atomically(path, b"one")
-
-    def no_space(descriptor):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("os.fsync", no_space)
-    with pytest.raises(OSError, match="No space left on device"):
-        write_atomically(path, b"two")
-    assert path.read_bytes() == b"one"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_json_is_in_order_and_has_no_nan():
-    value = {"b": 1, "a": [1.5, math.nan, (math.inf, -math.inf)], 3: {"ü": None, "np": np.float64("nan")}}
-    text = to_json(value)
-    assert json.loads(text) == {"b": 1, "a": [1.5, None, [None, None]], "3": {"ü": None, "np": None}}
-    assert text.index('"b"') < text.index('"a"')
-    assert "ü" in text

@@ -1,0 +1,53 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from cachefuse.files import slug, to_json, write_atomically
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("clip:ViT-B-32@laion2b", "clip-ViT-B-32-laion2b"),
+        ("hf:./folder", "hf-.-folder"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("..", "unnamed"),
+        ("", "unnamed"),
+        ("a b\0c\n", "a-b-c"),
+        ("été", "t"),
+    ],
+)
+def test_slug_is_one_safe_folder_name(text, name):
+    assert slug(text) == name
+
+
+def test_write_atomically(tmp_path):
+    path = tmp_path / "file.json"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "file.json"
+    write_atomically(path, b"one")
+
+    def no_space(descriptor):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="No space left on device"):
+        write_atomically(path, b"two")
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_in_order_and_has_no_nan():
+    value = {"b": 1, "a": [1.5, math.nan, (math.inf, -math.inf)], 3: {"ü": None, "np": np.float64("nan")}}
+    text = to_json(value)
+    assert json.loads(text) == {"b": 1, "a": [1.5, None, [None, None]], "3": {"ü": None, "np": None}}
+    assert text.index('"b"') < text.index('"a"')
+    assert "ü" in text
