@@ -198,7 +198,7 @@ def test_at_least_so_many_labels(view, indicator):
 
 
 @pytest.mark.parametrize(
-    ("task", "settings", "held"),
+    ("task", "settings", "held_out"),
     [
         ("multilabel", {}, True),
         ("multilabel", {"thresholds": "class"}, True),
