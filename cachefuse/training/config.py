@@ -16,7 +16,7 @@ from cachefuse.training import OPTIMIZERS, SCHEDULES
 MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
 TASK_LOSS = {"multiclass": "ce", "multilabel": "asl", "multitask": "asl", "vqa": "bce"}
-# What won by cross-validation (README, "Defaults"): an ASL that spares easy negatives and cuts nothing.
+# What won by cross-validation ("Defaults" in README.md): an ASL that spares easy negatives and cuts nothing.
 LOSS_OPTIONS: dict[str, dict[str, float | str]] = {"asl": {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}}
 EPOCHS, MIN_STEPS = 50, 500  # small data take more epochs, to make as many steps
 DROPOUT, BATCH_SIZE = 0.8, 256  # of fusions that have no defaults of their own

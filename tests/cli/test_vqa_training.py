@@ -25,7 +25,7 @@ from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from cachefuse.training.split import make_splits
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "cachefuse" / "data" / "README.md").read_text(encoding="utf-8")
 SPLITS = {"train2014": range(1, 41), "val2014": range(41, 61), "test2015": range(61, 66)}
 WORDS = ("what", "colour", "is", "it", "?", "red", "green", "how", "many", "yes", "no", "dark", "two")
 WRITES = ("--fusion", "midfusion", "--fusion-options", "answers=text", "--fusion-options", "decoder_layers=2")
@@ -184,8 +184,8 @@ def test_a_sweep_goes_by_vqa_accuracy(cachefuse, extracted, folder):
 
 
 @pytest.mark.slow
-def test_the_readmes_commands(cachefuse, models, data, folder):
-    (block,) = re.findall(r"```\n(cachefuse extract --dataset vqa2.*?)```", README, flags=re.S)
+def test_the_documents_commands(cachefuse, models, data, folder):
+    (block,) = re.findall(r"```\n(cachefuse extract --dataset vqa2.*?)```", DOCUMENT, flags=re.S)
     data.rename(folder / "vqa2")
     for name in ("vit_s14", "all-MiniLM-L6-v2"):
         shutil.copytree(models / name, folder / name)
