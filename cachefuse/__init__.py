@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from cachefuse.training.config import TrainConfig
     from cachefuse.training.feature_set import FeatureSet, FeatureView, open_features
 
-__version__ = "0.1.0"
+__version__: str  # of the installed package, read when it is asked for: see __getattr__
 
 _API = {
     "AlignConfig": "cachefuse.alignment.config:AlignConfig",
@@ -171,4 +171,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _API:
         return resolve(_API[name])
+    if name == "__version__":
+        from importlib.metadata import version  # takes a while
+
+        return version("cachefuse")
     raise AttributeError(f"module 'cachefuse' has no attribute {name!r}")

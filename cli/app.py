@@ -68,9 +68,9 @@ app.add_typer(bench)
 
 def _version(show: bool) -> None:
     if show:
-        from importlib.metadata import version
+        from cachefuse import __version__  # read from the installed package: takes a while
 
-        print(version("cachefuse"))
+        print(__version__)
         raise typer.Exit()
 
 
