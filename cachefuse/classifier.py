@@ -18,7 +18,7 @@ from cachefuse.data.folds import stratified_folds
 from cachefuse.data.manifest import DEFAULT_METRICS
 from cachefuse.device import resolve_device
 from cachefuse.errors import DataError
-from cachefuse.metrics import decide
+from cachefuse.metrics.decisions import decide
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TRAIN, VAL, TrainingData
 from cachefuse.training.feature_set import FeatureView
@@ -125,7 +125,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         config = self._config()
         chooses = config.patience or (self._task == "multilabel" and config.thresholds != "none")
         splits = _hold_out(targets, config.seed) if chooses else np.full(len(targets), TRAIN)
-        data = TrainingData(
+        data = TrainingData.of_one_task(
             name="X",
             table=X.to_table(torch.from_numpy(targets), splits).to(resolve_device(self.device)),
             classes=tuple(str(c) for c in range(targets.shape[1])),

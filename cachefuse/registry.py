@@ -11,14 +11,6 @@ from typing import Any
 
 from cachefuse.errors import UnknownNameError
 
-MEAN = "mean"  # of several tasks' main metrics
-METRIC_TITLES = {
-    "micro_f1": "micro-F1", "macro_f1": "macro-F1", "samples_f1": "samples-F1", "weighted_f1": "weighted-F1",
-    "macro_ap": "macro-AP", "micro_ap": "micro-AP", "accuracy": "accuracy", "exact_match": "exact match",
-    "top5_accuracy": "top-5 accuracy", "recall_at_p90": "R@P90", "calibration_error": "ECE",
-    "top_calibration_error": "ECE (top)", "vqa_accuracy": "VQA accuracy",
-}  # fmt: skip
-
 
 class Registry(MutableMapping[str, Any]):
     """Objects by name; ``registry[name]`` imports what an entry names, and raises UnknownNameError with the choices.
@@ -80,9 +72,3 @@ def resolve(entry: Any) -> Any:
         return entry
     module, _, attribute = entry.partition(":")
     return getattr(importlib.import_module(module), attribute)
-
-
-def metric_title(name: str) -> str:
-    """Return what tables call a metric; that of one of several tasks begins with its name."""
-    task, _, metric = name.rpartition(".")
-    return f"{task} {METRIC_TITLES.get(metric, metric)}".lstrip()

@@ -141,7 +141,15 @@ class C:
 
 
 @pytest.mark.parametrize(
-    "module", ["cachefuse", "cachefuse_cli.app", "cachefuse.registry", "cachefuse.files", "cachefuse.threads"]
+    "module",
+    [
+        "cachefuse",
+        "cachefuse_cli.app",
+        "cachefuse.registry",
+        "cachefuse.files",
+        "cachefuse.metrics",
+        "cachefuse.threads",
+    ],
 )
 def test_importing_is_light(module):
     code = f"import sys, {module}; print(*sorted({HEAVY!r} & sys.modules.keys()))"

@@ -15,8 +15,9 @@ from cachefuse.data.readers.base import Reader
 from cachefuse.data.readers.table import TableReader
 from cachefuse.data.tasks import LabelTask, check_tasks, distinct, slices
 from cachefuse.errors import ManifestError, UnknownNameError
-from cachefuse.metrics import METRICS, TaskSlice, main_metric
-from cachefuse.registry import MEAN, lookup
+from cachefuse.metrics import MEAN, METRICS, main_metric
+from cachefuse.metrics.tasks import TaskSlice
+from cachefuse.registry import lookup
 
 Task = Literal["multilabel", "multiclass", "retrieval", "similarity", "paraphrase", "vqa", "multitask"]
 MULTITASK, VQA = "multitask", "vqa"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-from cachefuse.metrics import TaskSlice
+from cachefuse.metrics.tasks import TaskSlice
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # neither "=" nor "." is in it: "color=red", "color.accuracy"
 

@@ -21,7 +21,7 @@ from cachefuse.experiments.results import Curve, Published, SettingResult, Sweep
 from cachefuse.experiments.settings import FIXED, parse_setting
 from cachefuse.feature_spec import modalities_of
 from cachefuse.files import to_json
-from cachefuse.metrics import METRICS, bootstrap_intervals
+from cachefuse.metrics.bootstrap import bootstrap_intervals
 from cachefuse.nn.losses import build_loss
 from cachefuse.runs.features import RunFeaturesByName, describe_features
 from cachefuse.runs.run import split_digest
@@ -220,12 +220,12 @@ def _interval(data: TrainingData, config: TrainConfig, held_out: HeldOut, metric
     """Return the 95% interval of a metric of the rows held out."""
     predictions = held_out.predictions(data, config)
     targets = data.targets(torch.from_numpy(held_out.rows))
-    return bootstrap_intervals(targets, held_out.scores, predictions, (metric,), RESAMPLES)[metric]
+    return bootstrap_intervals(targets, held_out.scores, predictions, data.bind([metric]), RESAMPLES)[metric]
 
 
 def _figures(data: TrainingData, config: TrainConfig, held_out: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
     decided = data.targets(torch.from_numpy(held_out.rows)), held_out.scores, held_out.predictions(data, config)
-    return {name: METRICS[name](*decided) for name in metrics}
+    return {name: metric(*decided) for name, metric in data.bind(metrics).items()}
 
 
 def _train_alone(data: TrainingData, config: TrainConfig) -> list[Outcome]:

@@ -1,7 +1,7 @@
 """What a metric is: it is defined once, for rows that count several times; its plain value is that of weights 1."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -11,6 +11,7 @@ from cachefuse.errors import DataError
 AT_ONCE = 1 << 24  # numbers in the arrays that a metric makes of rows
 RIGHT = 1  # the target of a label that is wholly right; one of questions may be so in part
 Weighted = Callable[[np.ndarray], np.ndarray]  # weights (N, R), how often each row counts -> R figures, (R,)
+Definition = Callable[[np.ndarray, np.ndarray, np.ndarray], Weighted]
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,17 @@ class Metric:
     """``metric(targets, scores, predictions) -> float``, all (N, C); NaN without rows.
 
     ``weighted`` takes the same and returns a function from weights (N, R), how often each row counts in each of R
-    resamples, to R figures: those of the rows so repeated. Where a label may be right in part, only a ``graded`` metric
-    sees how far; for the others it counts where it is wholly so. Both raise DataError if the shapes differ, targets are
-    not from 0 to 1, or a score is NaN.
+    resamples, to R figures: those of the rows so repeated. Both raise DataError if the shapes differ, targets are not
+    from 0 to 1, or a score is NaN.
+
+    The ``definition`` gets targets and predictions as bool, and at least one row. Where a label may be right in part,
+    only a ``graded`` metric sees how far; for the others it counts where it is wholly so. Tables call it ``title``.
     """
 
-    definition: Callable[[np.ndarray, np.ndarray, np.ndarray], Weighted]
-    graded: bool = field(default=False, kw_only=True)
+    definition: Definition
+    title: str = ""
+    graded: bool = False
+    lower_is_better: bool = False
 
     def __call__(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> float:
         weighted = self.weighted(targets, scores, predictions)
@@ -35,6 +40,11 @@ class Metric:
         if not len(targets):
             return lambda weights: np.full(weights.shape[1], np.nan)
         return self.definition(targets if self.graded else right, scores, predictions)
+
+
+def metric(title: str, *, graded: bool = False, lower_is_better: bool = False) -> Callable[[Definition], Metric]:
+    """Make a function the definition of a metric: see ``Metric``."""
+    return lambda definition: Metric(definition, title, graded, lower_is_better)
 
 
 def checked(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -3,29 +3,35 @@
 import numpy as np
 
 from cachefuse.errors import DataError
-from cachefuse.metrics.base import Weighted, by_rows
+from cachefuse.metrics.base import Weighted, by_rows, metric
 
 BINS = 15
 
 
+@metric("ECE", lower_is_better=True)
 def calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the expected calibration error of all N * C scores, each as the probability that its label is there.
 
     arXiv 1706.04599, equation 3, with 15 bins of equal width. Raises DataError if scores are not in [0, 1].
     """
-    if scores.min() < 0 or scores.max() > 1:
-        raise DataError(f"scores must be in [0, 1] for calibration. Got {scores.min()} to {scores.max()} instead.")
-    gaps = by_rows(_gaps, targets, scores)  # (N, 15)
-    return lambda weights: np.abs(gaps.T @ weights).sum(axis=0) / (scores.shape[1] * weights.sum(axis=0))
+    return _expected_error(targets, scores)
 
 
+@metric("ECE (top)", lower_is_better=True)
 def top_calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the expected calibration error of each sample's highest score, as the probability that its class is right.
 
     This is the usual one for multi-class tasks. Of equal scores the first counts. Otherwise as ``calibration_error``.
     """
     top = scores.argmax(axis=1)[:, None]
-    return calibration_error(*(np.take_along_axis(x, top, axis=1) for x in (targets, scores, predictions)))
+    return _expected_error(*(np.take_along_axis(x, top, axis=1) for x in (targets, scores)))
+
+
+def _expected_error(targets: np.ndarray, scores: np.ndarray) -> Weighted:
+    if scores.min() < 0 or scores.max() > 1:
+        raise DataError(f"scores must be in [0, 1] for calibration. Got {scores.min()} to {scores.max()} instead.")
+    gaps = by_rows(_gaps, targets, scores)  # (N, 15)
+    return lambda weights: np.abs(gaps.T @ weights).sum(axis=0) / (scores.shape[1] * weights.sum(axis=0))
 
 
 def _gaps(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:

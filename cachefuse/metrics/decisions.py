@@ -1,13 +1,14 @@
 """From scores to predictions, and the metrics of predictions: accuracy and F1."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from cachefuse.errors import ConfigError
-from cachefuse.metrics.base import Weighted, by_rows, divide, mean
+from cachefuse.metrics import TOP
+from cachefuse.metrics.base import Weighted, by_rows, divide, mean, metric
 
-TOP = 5
 ONE_LABEL = ("multiclass", "vqa")  # the tasks in which a row gets one label, that of the highest score
 
 
@@ -29,11 +30,16 @@ def decide(scores: np.ndarray, task: str, threshold: float | np.ndarray = 0.5, m
     return chosen
 
 
+@metric("accuracy")
 def accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the share of samples with every class right (for multi-label: exact match, or subset accuracy)."""
     return mean(by_rows(lambda right, chosen: (right == chosen).all(axis=1), targets, predictions))
 
 
+exact_match = replace(accuracy, title="exact match")  # what it is called in multi-label tasks
+
+
+@metric("VQA accuracy", graded=True)
 def vqa_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the mean of how right the answers are, min(people who gave it / 3, 1), as targets (N, C) have it.
 
@@ -42,6 +48,7 @@ def vqa_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarra
     return mean(by_rows(lambda right, chosen: np.where(chosen, right, 0).max(axis=1), targets, predictions))
 
 
+@metric("top-5 accuracy")
 def top5_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the share of samples with a label among the five highest scores; of equal ones, the last count as highest.
 
@@ -55,18 +62,21 @@ def top5_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarr
     return mean(by_rows(found, targets, scores))
 
 
+@metric("micro-F1")
 def micro_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the F1 over all N * C decisions together."""
     counts = class_counts(targets, predictions)
     return lambda weights: _f1(*(x.sum(axis=0) for x in counts(weights)))
 
 
+@metric("macro-F1")
 def macro_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the mean F1 of the classes."""
     counts = class_counts(targets, predictions)
     return lambda weights: _f1(*counts(weights)).mean(axis=0)
 
 
+@metric("weighted-F1")
 def weighted_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the mean F1 of the classes, weighted by their positives."""
     counts = class_counts(targets, predictions)
@@ -78,6 +88,7 @@ def weighted_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray
     return figures
 
 
+@metric("samples-F1")
 def samples_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the mean F1 of the samples; a sample with no labels and none predicted counts as 0."""
 

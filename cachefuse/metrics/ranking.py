@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from cachefuse.metrics.base import Weighted, divide
+from cachefuse.metrics.base import Weighted, divide, metric
 
 PRECISION = 0.9  # of recall_at_p90
 
@@ -14,17 +14,20 @@ Steps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # weights (N, R) 
 Figure = Callable[[np.ndarray, np.ndarray], np.ndarray]  # hits and precision (S, R), see _steps -> (R,)
 
 
+@metric("macro-AP")
 def macro_ap(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the mean average precision (mAP) of the classes with at least one positive; NaN if there are none."""
     return _mean_of_classes(average_precision, targets, scores)
 
 
+@metric("micro-AP")
 def micro_ap(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the average precision over all N * C scores together; NaN if there are no positives."""
     steps = _steps(targets, scores)
     return lambda weights: average_precision(*steps(weights))
 
 
+@metric("R@P90")
 def recall_at_p90(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
     """Return the mean, over classes with at least one positive, of the highest recall at a precision of at least 0.9.
 

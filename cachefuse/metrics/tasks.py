@@ -3,14 +3,17 @@
 Targets (N, C) are 0 or 1, and -1 throughout the columns of a task whose label a row lacks.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from cachefuse.metrics import MEAN, METRICS, main_metric
 from cachefuse.metrics.base import Metric, Weighted
 from cachefuse.metrics.decisions import ONE_LABEL, decide
+from cachefuse.registry import lookup
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,27 @@ def decide_tasks(scores: np.ndarray, tasks: Sequence[TaskSlice], thresholds: np.
     return np.concatenate(decided, axis=1) if len(decided) > 1 else decided[0]
 
 
+class _Bound(ABC):
+    """A metric of targets (N, C) of several tasks, which is called as a ``Metric`` is."""
+
+    def __call__(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> float:
+        return float(self.weighted(targets, scores, predictions)(np.ones((len(targets), 1)))[0])
+
+    @abstractmethod
+    def weighted(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
+        """Return a function from weights (N, R) to R figures, as ``Metric.weighted`` does."""
+
+
 @dataclass(frozen=True)
-class OfTask(Metric):
+class OfTask(_Bound):
     """A metric of one task's columns, over the rows that have its label; NaN where none has."""
 
+    metric: Metric
     task: TaskSlice
 
     def weighted(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
         rows = self.task.labelled(targets)
-        figures = super().weighted(*self.task.own(targets, scores, predictions))
+        figures = self.metric.weighted(*self.task.own(targets, scores, predictions))
 
         def of_labelled(weights: np.ndarray) -> np.ndarray:
             mine = weights[rows]
@@ -86,13 +101,10 @@ class OfTask(Metric):
 
 
 @dataclass(frozen=True)
-class MeanOf:
+class MeanOf(_Bound):
     """The mean of several metrics; those that are not defined are left out, and NaN where none is."""
 
-    metrics: tuple[Metric, ...]
-
-    def __call__(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> float:
-        return float(self.weighted(targets, scores, predictions)(np.ones((len(targets), 1)))[0])
+    metrics: tuple[OfTask, ...]
 
     def weighted(self, targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
         each = [metric.weighted(targets, scores, predictions) for metric in self.metrics]
@@ -105,15 +117,27 @@ class MeanOf:
         return mean
 
 
-class TaskMetric(str):
-    """The name of a metric where there are several tasks, "color.accuracy" or "mean", which knows what it measures."""
+BoundMetric = Metric | OfTask | MeanOf
 
-    metric: Metric | MeanOf
 
-    def __new__(cls, name: str, metric: Metric | MeanOf) -> "TaskMetric":
-        self = super().__new__(cls, name)
-        self.metric = metric
-        return self
+def bind_metrics(names: Iterable[str], tasks: Sequence[TaskSlice] = ()) -> dict[str, BoundMetric]:
+    """Return metrics by name: "color.accuracy" is that task's, "mean" that of the tasks' main ones.
 
-    def __reduce__(self) -> Any:
-        return str, (str(self),)  # a copy, or what is saved, is the plain name
+    The main metric of a task is the first of the names that is its own. Those of a dataset's only task are plain ones.
+    Raises UnknownNameError for a task or a metric that is not there.
+    """
+    names, named = list(names), {task.name: task for task in tasks if task.name}
+    if not named:
+        return {name: METRICS[name] for name in names}
+    own = {name: [full.removeprefix(f"{name}.") for full in names if full.startswith(f"{name}.")] for name in named}
+
+    def of_task(task: str, metric: str) -> OfTask:
+        return OfTask(METRICS[metric], lookup(named, task, "task"))
+
+    def bind(name: str) -> BoundMetric:
+        if name == MEAN:
+            return MeanOf(tuple(of_task(task, main_metric(own[task])) for task in named))
+        task, _, metric = name.partition(".")
+        return of_task(task, metric)
+
+    return {name: bind(name) for name in names}

@@ -6,7 +6,7 @@ Targets (N, C) are 0 or 1, scores (N, C) are higher for likelier labels. F1 as `
 import numpy as np
 
 from cachefuse.errors import ConfigError, DataError
-from cachefuse.metrics import decide
+from cachefuse.metrics.decisions import decide
 from cachefuse.registry import lookup
 
 HALF = 0.5  # the threshold where none is chosen

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cachefuse.feature_spec import split_name
+from cachefuse.metrics import metric_title
 from cachefuse.metrics.thresholds import HALF
-from cachefuse.registry import metric_title
 from cachefuse.runs.features import read_view
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from cachefuse.data.dataset import Dataset
 from cachefuse.files import write_atomically
-from cachefuse.metrics import TaskSlice, headline
+from cachefuse.metrics import headline
+from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.report import formatting as words
 from cachefuse.report import provenance as about
 from cachefuse.report import tables

@@ -15,7 +15,10 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError, RunError
 from cachefuse.feature_spec import modalities_of
 from cachefuse.files import write_atomically
-from cachefuse.metrics import RIGHT, TaskSlice, bootstrap_intervals, evaluation_metrics
+from cachefuse.metrics import evaluation_metrics
+from cachefuse.metrics.base import RIGHT
+from cachefuse.metrics.bootstrap import bootstrap_intervals
+from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.runs.run import Run, split_digest
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
@@ -128,9 +131,9 @@ def evaluate(
         table=tables(run.members[0]),
         classes=run.classes,
         task=run.task,
+        tasks=run.tasks,
         metrics=manifest.reported_metrics,
         min_labels=manifest.min_labels,
-        tasks=run.tasks,
     )
     changed = split_digest(store) != run.split_digest
     caution = None
@@ -145,9 +148,12 @@ def evaluate(
     usual = (t.named(name) for t in data.tasks for name in evaluation_metrics(t.kind, t.n_classes))
     data = replace(data, metrics=tuple(dict.fromkeys((*data.metrics, *usual))))
     result = figures(data, rows, scores, predictions)
-    targets, names, intervals = data.targets(rows), data.metrics, {}
+    targets, intervals = data.targets(rows), {}
     if n_resamples:
-        intervals = bootstrap_intervals(targets, scores, predictions, names, n_resamples, seed, on_progress=on_progress)
+        metrics = data.bind(data.metrics)
+        intervals = bootstrap_intervals(
+            targets, scores, predictions, metrics, n_resamples, seed, on_progress=on_progress
+        )
     weights = _weights(run, tables, rows)
     return Evaluation(
         run=run.name,
@@ -157,7 +163,7 @@ def evaluate(
         n_rows=result.n_rows,
         classes=run.classes,
         metrics=result.metrics,
-        intervals={str(name): ends for name, ends in intervals.items()},
+        intervals=intervals,
         per_class=result.per_class,
         gates={modality: float(values.mean()) for modality, values in weights.items()},
         gates_per_class={modality: _mean_by_class(targets, values, run.tasks) for modality, values in weights.items()},

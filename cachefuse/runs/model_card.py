@@ -4,7 +4,7 @@ import html
 import re
 from typing import TYPE_CHECKING
 
-from cachefuse.metrics import TaskSlice
+from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.training.config import as_text
 from cachefuse.training.tasks import loss_of
 

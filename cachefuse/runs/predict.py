@@ -20,7 +20,7 @@ from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.extraction.pipeline import encode_prepared, is_bad, prepare_in_order
 from cachefuse.extraction.request import BATCH_SIZE
 from cachefuse.feature_spec import FLAT, IDS, TOKENS, split_name
-from cachefuse.metrics import TaskSlice
+from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.runs.features import RunFeatures, read_view
 from cachefuse.runs.run import Member, Run
 from cachefuse.runs.tables import StoreTables

@@ -13,7 +13,7 @@ from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
 from cachefuse.feature_spec import modalities_of, split_name
 from cachefuse.fusion.model import FusionModel
-from cachefuse.metrics import TaskSlice, decide_tasks
+from cachefuse.metrics.tasks import TaskSlice, decide_tasks
 from cachefuse.runs.features import RunFeatures, RunFeaturesByName
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig

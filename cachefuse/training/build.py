@@ -6,7 +6,7 @@ from functools import partial
 from cachefuse.device import seed_everything
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.model import FusionModel
-from cachefuse.metrics import TaskSlice
+from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.nn import HEADS
 from cachefuse.nn.losses import Loss, build_loss, class_weights, per_task
 from cachefuse.registry import lookup

@@ -124,7 +124,7 @@ class TrainConfig:
 
     def _check_together(self) -> None:
         # Imported here: listing the settings, as --help does, needs no NumPy.
-        from cachefuse.metrics import LOWER_IS_BETTER, METRICS
+        from cachefuse.metrics import METRICS, lower_is_better
         from cachefuse.metrics.thresholds import THRESHOLD_METRICS
 
         if self.monitor is not None:
@@ -146,7 +146,7 @@ class TrainConfig:
             raise ConfigError(f"seed must be between 0 and 2^63 - 1. Got {self.seed} instead")
         if self.folds == 1:
             raise ConfigError("folds must be 0 for none, or at least 2. Got 1 instead")
-        if self.monitor in LOWER_IS_BETTER:
+        if self.monitor is not None and lower_is_better(self.monitor):
             raise ConfigError(
                 f"monitor must be a metric that is higher for a better model. Got {self.monitor!r} instead"
             )

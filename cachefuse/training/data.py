@@ -16,7 +16,8 @@ from cachefuse.encoders.base import Origin
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
-from cachefuse.metrics import TaskSlice, bind_metrics, main_metric
+from cachefuse.metrics import main_metric
+from cachefuse.metrics.tasks import BoundMetric, TaskSlice, bind_metrics
 from cachefuse.store.features import Features
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TASK_LOSS, TrainConfig, why_no_head
@@ -36,8 +37,7 @@ class TrainingData:
     """A table of features and targets (N, C) on a device; ``metrics`` are those to report.
 
     ``origins`` says where each modality's features are from, where they are of one encoder. ``tasks`` are what the
-    columns are of; left out, the one ``task``. Rows of one of the ``groups`` (N,), as those about one image, are never
-    parted by folds.
+    columns are of. Rows of one of the ``groups`` (N,), as those about one image, are never parted by folds.
     """
 
     name: str
@@ -45,15 +45,24 @@ class TrainingData:
     classes: tuple[str, ...]
     task: str
     metrics: tuple[str, ...]
+    tasks: tuple[TaskSlice, ...]
     min_labels: int = 0
     origins: Mapping[str, Origin] = field(default_factory=dict)
-    tasks: tuple[TaskSlice, ...] = ()
     groups: np.ndarray | None = None
 
-    def __post_init__(self) -> None:
-        tasks = self.tasks or (TaskSlice("", self.task, slice(0, len(self.classes)), self.min_labels),)
-        object.__setattr__(self, "tasks", tasks)
-        object.__setattr__(self, "metrics", bind_metrics(self.metrics, tasks))
+    @classmethod
+    def of_one_task(
+        cls,
+        name: str,
+        table: FeatureTable,
+        classes: tuple[str, ...],
+        task: str,
+        metrics: tuple[str, ...],
+        min_labels: int = 0,
+    ) -> "TrainingData":
+        """Return data whose columns are all of one task, such as "multilabel"."""
+        tasks = (TaskSlice("", task, slice(0, len(classes)), min_labels),)
+        return cls(name, table, classes, task, metrics, tasks, min_labels)
 
     @classmethod
     def of(
@@ -62,14 +71,22 @@ class TrainingData:
         """Return what a store's dataset asks of a table of its features, ``chosen`` by modality."""
         about = store.manifest
         origins = {m: Origin(group[0].source, group[0].provenance) for m, group in (chosen or {}).items()}
-        tasks = about.task_slices(store.classes)
-        metrics = about.reported_metrics
         groups = None
         for modality in store.modalities:
             shared = store.shared_rows(modality)
             if shared is not None:  # rows without what others share are each by themselves
                 groups = np.where(store.present(modality), shared, len(store) + np.arange(len(store)))
-        return cls(store.dataset, table, store.classes, about.task, metrics, about.min_labels, origins, tasks, groups)
+        return cls(
+            name=store.dataset,
+            table=table,
+            classes=store.classes,
+            task=about.task,
+            metrics=about.reported_metrics,
+            tasks=about.task_slices(store.classes),
+            min_labels=about.min_labels,
+            origins=origins,
+            groups=groups,
+        )
 
     @property
     def widths(self) -> dict[str, int]:
@@ -80,6 +97,12 @@ class TrainingData:
     def metric(self) -> str:
         """The metric to prefer a model by."""
         return main_metric(self.metrics)
+
+    def bind(self, names: Iterable[str]) -> dict[str, BoundMetric]:
+        """Return metrics of its targets by name: those to report, or others."""
+        names = list(names)
+        bound = bind_metrics(dict.fromkeys((*self.metrics, *names)), self.tasks)
+        return {name: bound[name] for name in names}
 
     @property
     def device(self) -> torch.device:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cachefuse.errors import ConfigError
-from cachefuse.metrics import METRICS, TaskSlice, decide_tasks, per_task_class
+from cachefuse.metrics.per_class import per_task_class
+from cachefuse.metrics.tasks import TaskSlice, decide_tasks
 from cachefuse.metrics.thresholds import HALF, THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData
@@ -118,7 +119,7 @@ def figures(data: TrainingData, rows: Tensor, scores: np.ndarray, predictions: n
     by_class: dict[str, Any] = per_task_class(*decided, data.tasks)
     return Result(
         n_rows=len(rows),
-        metrics={str(name): METRICS[name](*decided) for name in data.metrics},
+        metrics={name: metric(*decided) for name, metric in data.bind(data.metrics).items()},
         per_class={name: values.tolist() for name, values in by_class.items()},
     )
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.errors import TrainingError
-from cachefuse.metrics import TaskSlice
+from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.nn.losses import Loss
 from cachefuse.training.feature_table import PIECE_FLOATS, FeatureTable
 from cachefuse.training.tasks import loss_of

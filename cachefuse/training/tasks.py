@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
-from cachefuse.metrics import TaskSlice
+from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.registry import lookup
 from cachefuse.training.config import TASK_LOSS, TrainConfig
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cachefuse.device import own_randomness
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
-from cachefuse.metrics import METRICS, decide_tasks
+from cachefuse.metrics.tasks import decide_tasks
 from cachefuse.nn.losses import Loss
 from cachefuse.registry import lookup
 from cachefuse.training import OPTIMIZERS, SCHEDULES
@@ -214,7 +214,7 @@ def score_of(data: TrainingData, rows: Tensor, metric: str, loss: str, logits: T
     for part in logits.split(LOAD_ROWS):
         part.copy_(to_scores(part, loss, data.tasks))
     scores = logits.numpy()
-    return METRICS[metric](data.targets(rows), scores, decide_tasks(scores, data.tasks))
+    return data.bind([metric])[metric](data.targets(rows), scores, decide_tasks(scores, data.tasks))
 
 
 def _mean_best_epochs(histories: Sequence[History]) -> dict[str, int]:

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from cachefuse.alignment.config import TUNING_RATE
-from cachefuse.registry import metric_title
+from cachefuse.metrics import metric_title
 from cachefuse_cli.shared.align_options import AlignmentName, open_alignment
 from cachefuse_cli.shared.options import WORKSPACE, Device, Json, Seed, StoreName, Threads, Workspace
 

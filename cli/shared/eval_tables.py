@@ -10,8 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cachefuse.metrics import LOWER_IS_BETTER, headline
-from cachefuse.registry import MEAN, metric_title
+from cachefuse.metrics import MEAN, headline, lower_is_better, metric_title
 from cachefuse.training.config import as_text
 from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
 
@@ -165,7 +164,7 @@ def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
 
 def _best(name: str, metrics: Sequence[dict[str, float]]) -> float | None:
     values = [reached[name] for reached in metrics if not math.isnan(reached.get(name, math.nan))]
-    return (min if name.rpartition(".")[2] in LOWER_IS_BETTER else max)(values, default=None)
+    return (min if lower_is_better(name) else max)(values, default=None)
 
 
 def _differences(everything: "Evaluation", ablated: "Evaluation") -> dict[str, float]:

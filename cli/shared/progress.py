@@ -16,7 +16,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from cachefuse.registry import metric_title
+from cachefuse.metrics import metric_title
 from cachefuse_cli.shared.render import err, note
 
 if TYPE_CHECKING:

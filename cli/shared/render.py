@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from cachefuse.registry import MEAN, metric_title
+from cachefuse.metrics import MEAN, metric_title
 
 if TYPE_CHECKING:
     from cachefuse.data.dataset import Dataset

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from cachefuse.registry import metric_title
+from cachefuse.metrics import metric_title
 from cachefuse_cli.shared.render import err, new_table, out, run_dict, run_report
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from cachefuse.data.manifest import Manifest, parse_manifest
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import DataError, ManifestError
 from cachefuse.extraction.open_store import open_store
-from cachefuse.metrics import TaskSlice
+from cachefuse.metrics.tasks import TaskSlice
 
 READER = 'reader = { kind = "table", files = { train = "all.csv" }, id = "id", text = "text", separator = " " }'
 HEAD = f'name = "mine"\ntask = "multitask"\n{READER}\n'

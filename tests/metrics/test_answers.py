@@ -7,7 +7,9 @@ import pytest
 
 from cachefuse.data.answers import N_ANSWERS, vqa_accuracy
 from cachefuse.errors import DataError
-from cachefuse.metrics import METRICS, decide, evaluation_metrics, per_class
+from cachefuse.metrics import METRICS, evaluation_metrics
+from cachefuse.metrics.decisions import decide
+from cachefuse.metrics.per_class import per_class
 
 
 class TestAnswers:

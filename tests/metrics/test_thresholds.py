@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from cachefuse.errors import ConfigError, DataError, UnknownNameError
-from cachefuse.metrics import METRICS, decide
+from cachefuse.metrics import METRICS
 from cachefuse.metrics import thresholds as module
+from cachefuse.metrics.decisions import decide
 from cachefuse.metrics.thresholds import THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
 
 ABOVE = 9.0

@@ -16,7 +16,9 @@ from sklearn.metrics import (
 
 import cachefuse
 from cachefuse.errors import ConfigError
-from cachefuse.metrics import bootstrap_intervals, evaluation_metrics
+from cachefuse.metrics import evaluation_metrics
+from cachefuse.metrics.bootstrap import bootstrap_intervals
+from cachefuse.metrics.tasks import bind_metrics
 from cachefuse.runs.evaluate import evaluate
 from cachefuse.runs.predict import predict_split
 from cachefuse.runs.save import load_run, save_run
@@ -149,7 +151,7 @@ def test_intervals_are_the_bootstraps(data):
     predicted = predict_split(run, data.store, "dev")
     names = evaluation_metrics("multilabel", CLASSES)
     y = data.hot[data.labelled("dev")]
-    assert found.intervals == bootstrap_intervals(y, predicted.scores, predicted.labels, names, 200, 3)
+    assert found.intervals == bootstrap_intervals(y, predicted.scores, predicted.labels, bind_metrics(names), 200, 3)
     assert all(low <= found.metrics[name] <= high for name, (low, high) in found.intervals.items() if "cal" not in name)
     assert heard[-1] == (200 * len(names), 200 * len(names))
     assert evaluate(run, data.store, "dev", n_resamples=200, seed=3) == found

@@ -11,7 +11,7 @@ from sklearn.metrics import (
 )
 
 from cachefuse.errors import ConfigError, DataError, RunError, UnknownNameError
-from cachefuse.metrics import decide
+from cachefuse.metrics.decisions import decide
 from cachefuse.runs.evaluate import evaluate
 from cachefuse.runs.predict import predict_split
 from cachefuse.runs.train import train_head

@@ -134,7 +134,7 @@ def test_one_task_is_trained_as_a_dataset_of_it_alone(tasks_store):
         store = tasks_store(text, CLASSES[columns], columns)
         config = TrainConfig(head="linear", epochs=3)
         named = open_training_data(store)[0]
-        alone = TrainingData("alone", named.table, named.classes, kind, ("accuracy",))
+        alone = TrainingData.of_one_task("alone", named.table, named.classes, kind, ("accuracy",))
         assert several.tasks[0].name == "color"
         one, other = (train_models(of, config) for of in (named, alone))
         assert one.members[0][0].loss == other.members[0][0].loss

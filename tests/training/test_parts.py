@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save
 
 from cachefuse.errors import ConfigError, RunError
-from cachefuse.metrics import METRICS, decide
+from cachefuse.metrics import METRICS
+from cachefuse.metrics.decisions import decide
 from cachefuse.metrics.thresholds import choose_thresholds
 from cachefuse.runs.predict import predict_split
 from cachefuse.runs.save import load_run, save_run

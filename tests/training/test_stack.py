@@ -35,7 +35,7 @@ def make_problem(task="multilabel", absent=True, dtype=torch.float32):
     signal = features["image"].float() @ torch.randn(6, C, generator=generator)
     targets = (signal > 0.5) if task == "multilabel" else nn.functional.one_hot(signal.argmax(1), C)
     table = FeatureTable(features, present, targets.to(torch.uint8), np.ones(N, bool), np.array(["train"] * N))
-    return TrainingData("made", table, ("a", "b", "c"), task, ("micro_f1",))
+    return TrainingData.of_one_task("made", table, ("a", "b", "c"), task, ("micro_f1",))
 
 
 EVERYTHING = Split(torch.arange(N), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))

@@ -1,0 +1,39 @@
+"""Each class's own figures: precision, recall, F1, average precision."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cachefuse.metrics.base import checked, divide
+from cachefuse.metrics.decisions import class_counts
+from cachefuse.metrics.ranking import average_precision, class_figures, recall_at_precision
+from cachefuse.metrics.tasks import TaskSlice
+
+
+def per_class(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> dict[str, np.ndarray]:
+    """Return each class's precision, recall, f1, ap, recall_at_p90 and support (its number of positives), all (C,).
+
+    The ap and recall_at_p90 are NaN for a class without positives; all but the support are NaN without samples. Raises
+    DataError as the metrics do.
+    """
+    targets, scores, predictions = checked(targets, scores, predictions)
+    once = np.ones((len(targets), 1))
+    hits, predicted, positives = (count[:, 0] for count in class_counts(targets, predictions)(once))
+    undefined = 0.0 if len(targets) else np.nan
+    ap, recall_at_p90 = class_figures([average_precision, recall_at_precision], targets, scores)(once)[..., 0].T
+    return {
+        "precision": divide(hits, predicted, undefined),
+        "recall": divide(hits, positives, undefined),
+        "f1": divide(2 * hits, predicted + positives, undefined),
+        "ap": ap,
+        "recall_at_p90": recall_at_p90,
+        "support": targets.sum(axis=0, dtype=np.int64),
+    }
+
+
+def per_task_class(
+    targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray, tasks: Sequence[TaskSlice]
+) -> dict[str, np.ndarray]:
+    """Return what ``per_class`` does, (C,) each: a class's figures are over the rows that have its task's label."""
+    found = [per_class(*task.own(targets, scores, predictions)) for task in tasks]
+    return {name: np.concatenate([figures[name] for figures in found]) for name in found[0]}
