@@ -10,7 +10,6 @@ from cachefuse_cli.shared.options import WORKSPACE, Device, Json, RunName, Threa
 if TYPE_CHECKING:
     from cachefuse.runs.predict import Predictions
     from cachefuse.runs.run import Run
-    from cachefuse.runs.save import load_run
 
 
 SUBMISSION, PREDICTIONS = Path("submission.csv"), Path("predictions.csv")
@@ -56,6 +55,7 @@ def predict(
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading the run"):
             from cachefuse.runs.files import find_run
+            from cachefuse.runs.save import load_run
             from cachefuse.runs.submission import check_target, write_submission
             from cachefuse.workspace import Workspace as WorkspacePaths
 
