@@ -211,7 +211,7 @@ def describe(path: Path) -> Description:
 
 
 def list_alignments(runs: Path) -> list[AlignmentSummary]:
-    """Return the alignments in a directory, the one made last first; damaged ones are passed over, with a warning."""
+    """Return the alignments in a directory, the one made last first; damaged ones are skipped, with a warning."""
     return newest_first(runs, ALIGNMENT, _summarize)
 
 

@@ -55,7 +55,7 @@ def append_trials(folder: Path, trials: Iterable[tuple[Trial, Mapping[str, Any]]
 
 
 def read_trials(folder: Path) -> Iterator[Trial]:
-    """Yield the trials kept; lines cut short, or of another shape, are passed over."""
+    """Yield the trials kept; lines cut short, or of another shape, are skipped."""
     adapter = TypeAdapter(Trial)
     for line in read_lines(folder / JOURNAL):
         with suppress(ValidationError):

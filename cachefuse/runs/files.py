@@ -129,7 +129,7 @@ def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Pa
         try:
             values = read_whole(path.parent)
         except RunError as error:
-            logger.warning("passed over: %s", error)
+            logger.warning("skipped: %s", error)
             continue
         # A tuned alignment is for the head that it was tuned with: its other side is no longer where it was.
         if kind in (None, kind_of(values)) and not values.get("parent"):
@@ -170,7 +170,7 @@ def _move_to_free(folder: Path, name: Path) -> Path:
 
 
 def list_runs(runs: Path) -> list[RunSummary]:
-    """Return the heads in a directory, the one made last first. Damaged ones are passed over, with a warning.
+    """Return the heads in a directory, the one made last first. Damaged ones are skipped, with a warning.
 
     Reads no weights.
     """
@@ -180,7 +180,7 @@ def list_runs(runs: Path) -> list[RunSummary]:
 def newest_first(runs: Path, kind: str, summarize: Callable[[Path], Summary]) -> list[Summary]:
     """Return what ``summarize`` makes of each run of a kind in a directory, the one made last first.
 
-    Those that it raises RunError for are passed over, with a warning.
+    Those that it raises RunError for are skipped, with a warning.
     """
     found = []
     for path in sorted({path.parent for name in FILES for path in runs.glob(f"*/{name}")}):
@@ -188,7 +188,7 @@ def newest_first(runs: Path, kind: str, summarize: Callable[[Path], Summary]) ->
             if _likely_kind(path) == kind:
                 found.append(summarize(path))
         except RunError as error:
-            logger.warning("passed over: %s", error)
+            logger.warning("skipped: %s", error)
     return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from cachefuse.store.store import FeatureStore
     from cachefuse.workspace import Workspace as WorkspacePaths
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cachefuse.cli")
 
 
 Workspace = Annotated[
@@ -118,7 +118,7 @@ def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
         try:
             stores.append(FeatureStore(path))
         except CacheError as error:
-            logger.warning("passed over: %s", error)
+            logger.warning("skipped: %s", error)
     if not stores:
         raise CacheError(f"no features in {workspace} yet; start with cachefuse extract --dataset NAME")
     return max(stores, key=lambda store: store.extracted)

@@ -28,7 +28,7 @@ def test_the_demo_shows_fusion_and_submits(cachefuse, folder, fits):
 
 
 def test_an_interrupt_ends_the_demo(cachefuse, folder, monkeypatch):
-    import cachefuse.training.train as module
+    import cachefuse.runs.train as module
 
     def interrupted(store, config, on_progress):
         def stop(epoch):

@@ -131,7 +131,7 @@ def test_names_the_broken_file_of_a_run(cachefuse, workspace):
     broken = "workspace/runs/mine-sum-linear-asl-1/run.json: can't be read: "
     assert cachefuse("predict", "--run", "mine-sum-linear-asl-1").error.startswith(broken)
     latest = cachefuse("predict")
-    assert f"note: passed over: {broken}" in latest.err
+    assert f"note: skipped: {broken}" in latest.err
     assert latest.error == "no runs in workspace/runs; train one with cachefuse train-head"
 
 

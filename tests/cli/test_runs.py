@@ -119,11 +119,11 @@ def test_damaged_runs_are_named_and_passed_over(cachefuse, several, caplog):
         }.items(),
         strict=True,
     ):
-        assert message.startswith(f"passed over: {several / name}")
+        assert message.startswith(f"skipped: {several / name}")
         assert reason in message
     result = cachefuse("runs")
     assert result.code == 0
-    assert result.err.count("note: passed over: workspace/runs/") == 7
+    assert result.err.count("note: skipped: workspace/runs/") == 7
     assert "mine: 3 runs" in result.out
 
 

@@ -220,7 +220,7 @@ def test_questions_that_come_about_a_bad_image_are_listed_too(shapes, store_path
 
 def test_a_bad_image_that_is_mended_is_there_for_every_question(shapes, store_path, toy, tools, monkeypatch):
     fake = type(tools.FakeImage(0))
-    monkeypatch.setattr(fake, "stamp", lambda image: f"{image.number} {image.bad}")
+    monkeypatch.setattr(fake, "fingerprint", lambda image: f"{image.number} {image.bad}")
     monkeypatch.setattr(fake, "digest", lambda image: f"{image.number} {image.bad}")
     run(make(tools, shapes, bad={4: "is damaged"}), store_path)
     mended = make(tools, shapes)

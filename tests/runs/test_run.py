@@ -88,7 +88,7 @@ def test_runs_saved_at_once_all_find_a_name(trained, tmp_path):
     from copy import copy
 
     runs, copies = tmp_path / "runs", [copy(trained) for _ in range(6)]
-    threads = [threading.Thread(target=run.save, args=(runs,)) for run in copies]
+    threads = [threading.Thread(target=save_run, args=(run, runs)) for run in copies]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -295,7 +295,7 @@ def test_many_rows_are_measured_in_parts(table, monkeypatch):
         seen.append(len(x))
         return bce(x, targets)
 
-    monkeypatch.setattr("cachefuse.training.loop.PIECE_FLOATS", 3 * 7)
+    monkeypatch.setattr("cachefuse.training.inference.PIECE_FLOATS", 3 * 7)
     assert mean_loss(loss, logits, table, rows) == pytest.approx(expected, abs=1e-7)
     assert seen == [7, 7, 7, 7, 2]
 
