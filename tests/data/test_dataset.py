@@ -6,6 +6,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import builtin_manifests, parse_manifest
 from cachefuse.errors import DataError, MissingDataError
+from fixtures.messages import naming
 
 MANIFEST = """
 name = "mine"
@@ -147,7 +148,7 @@ def test_published_counts_are_a_warning(tmp_path, caplog):
 
 @pytest.mark.parametrize("manifest", [m for m in builtin_manifests() if m.get], ids=lambda manifest: manifest.name)
 def test_absent_raw_data(tmp_path, manifest):
-    with pytest.raises(MissingDataError, match=f"^no raw data for {manifest.name} in ") as caught:
+    with pytest.raises(MissingDataError, match=naming(f"{manifest.name}")) as caught:
         load_dataset(manifest, tmp_path)
     message = str(caught.value)
     assert str(tmp_path) in message
@@ -161,35 +162,33 @@ def test_absent_raw_data(tmp_path, manifest):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("id,text\n1,x\n", "^train.csv: has no column 'label', which reader.labels names; its columns are: id, text$"),
-        ("key,text,label\n1,x,a\n", "^train.csv: has no column 'id', which reader.id names; its columns are: key, "),
-        ("id,label\n1,a\n", "^train.csv: has no column 'text', which reader.text names"),
-        ("id,text,label\n1,x,a\n2,y,b\n1,z,b\n", r"^mine: each id must occur once, but found 1 \(2 times\)$"),
-        ("id,text,label\n1,x,a\n,y,b\n", "^mine: row 2 has an empty id$"),
-        ("id,text,label\n1,x,a|b\n", "^row '1' has 2 labels; a multi-class row must have one$"),
-        ("id,text,label\n", "^mine: the raw data has no rows$"),
-        ("", "^train.csv: the file is empty$"),
-        ("id,text,label\n1,x,\n2,y, \n", "^mine: no row has a label, so there are no classes to learn$"),
-        ("id,id,label\n1,x,a\n", "^train.csv: column 'id' occurs twice$"),
+        ("id,text\n1,x\n", "train.csv label reader.labels id text"),
+        ("key,text,label\n1,x,a\n", "train.csv id reader.id key"),
+        ("id,label\n1,a\n", "train.csv text reader.text"),
+        ("id,text,label\n1,x,a\n2,y,b\n1,z,b\n", "mine id 1 2"),
+        ("id,text,label\n1,x,a\n,y,b\n", "mine 2"),
+        ("id,text,label\n1,x,a|b\n", "1 2"),
+        ("id,text,label\n", "mine"),
+        ("", "train.csv"),
+        ("id,text,label\n1,x,\n2,y, \n", "mine"),
+        ("id,id,label\n1,x,a\n", "train.csv id"),
     ],
 )
 def test_data_that_contradicts_the_manifest(tmp_path, text, message):
     (tmp_path / "train.csv").write_text(text)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=naming(message)):
         load(tmp_path)
 
 
 def test_label_that_is_no_class(tmp_path):
     write(tmp_path)
-    with pytest.raises(DataError, match=r"^row '001' has label 'b', which is not a class; the classes are: a, c$"):
+    with pytest.raises(DataError, match=naming("001 b a c")):
         load(tmp_path, options='classes = ["a", "c"]')
 
 
 def test_hash_split_from_a_split_without_rows(tmp_path):
     write(tmp_path)
-    with pytest.raises(
-        DataError, match=r"^splits\.val: takes rows from 'test', which has none; the splits are: train$"
-    ):
+    with pytest.raises(DataError, match=naming("splits.val test train")):
         load(tmp_path, options="splits.val = { from = 'test', fraction = 0.5 }")
 
 

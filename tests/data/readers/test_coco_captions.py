@@ -9,6 +9,7 @@ from cachefuse.data.manifest import load_manifest
 from cachefuse.data.readers import coco_captions
 from cachefuse.data.readers.coco_captions import CocoCaptionsReader
 from cachefuse.errors import BadSampleError, DataError, MissingDataError
+from fixtures.messages import naming
 
 CAPTIONS = {9: ["A dog.\n", " ", "A brown dog"], 25: ["Two giraffes"], 30: []}
 
@@ -91,23 +92,21 @@ def test_a_split_without_its_folder_is_left_out(tmp_path):
 
 
 def test_missing(tmp_path):
-    expected = r"missing annotations/captions_train2017\.json, train2017/, annotations/captions_val2017\.json\n"
-    with pytest.raises(MissingDataError, match=expected):
+    names = "annotations/captions_train2017.json train2017/ annotations/captions_val2017.json"
+    with pytest.raises(MissingDataError, match=naming(names)):
         load(tmp_path)
     write(tmp_path)
     (tmp_path / "train2017").rename(tmp_path / "elsewhere")
-    with pytest.raises(MissingDataError, match="missing train2017/, annotations/captions_val2017"):
+    with pytest.raises(MissingDataError, match="train2017/"):
         load(tmp_path)
-    with pytest.raises(
-        DataError, match=r": has no train2017/ and no annotations/captions_val2017\.json and no val2017/$"
-    ):
+    with pytest.raises(DataError, match=naming("train2017/ annotations/captions_val2017.json val2017/")):
         read(tmp_path)
 
 
 def test_an_image_file_that_is_absent_is_a_bad_sample(tmp_path):
     write(tmp_path)
     (tmp_path / "train2017/000000000009.jpg").unlink()
-    with pytest.raises(BadSampleError, match=r"^no such file$"):
+    with pytest.raises(BadSampleError, match="file"):
         read(tmp_path).images[0].load()
 
 
@@ -124,20 +123,20 @@ def test_ids_may_be_strings_and_odd_unicode_can_be_encoded(tmp_path):
     samples = read(tmp_path)
     assert samples.ids == ["a?"]
     assert samples.texts == [("? dog",)]
-    with pytest.raises(BadSampleError, match="no such file"):
+    with pytest.raises(BadSampleError, match="file"):
         samples.images[0].load()
 
 
 def test_an_image_that_is_listed_twice(tmp_path):
     write(tmp_path, images=[{"id": key, "file_name": "a.jpg"} for key in (9, "9")])
-    with pytest.raises(DataError, match=r"each id must occur once, but found 9 \(2 times\)"):
+    with pytest.raises(DataError, match=naming("id 9 2")):
         load(tmp_path)
 
 
 def test_an_image_of_both_splits(tmp_path):
     write(tmp_path)
     write(tmp_path, "val", captions={25: ["Two giraffes"]})
-    with pytest.raises(DataError, match=r"each id must occur once, but found 25 \(2 times\)"):
+    with pytest.raises(DataError, match=naming("id 25 2")):
         load(tmp_path)
 
 
@@ -149,8 +148,7 @@ def test_an_image_of_both_splits(tmp_path):
 )
 def test_a_file_name_that_is_a_path(tmp_path, name):
     write(tmp_path, images=[{"id": 9, "file_name": "a.jpg"}, {"id": 10, "file_name": name}])
-    expected = r"^captions_train2017\.json: image 2 must have a file_name without folders\. Got .* instead$"
-    with pytest.raises(DataError, match=expected):
+    with pytest.raises(DataError, match=naming("captions_train2017.json image 2 file_name")):
         read(tmp_path)
 
 
@@ -174,7 +172,7 @@ def test_folders_and_files_that_are_links_out_of_the_data_folder(tmp_path, name,
     root = tmp_path / "root"
     write(root)
     move_out(root / name)
-    with pytest.raises(DataError, match=r": lies outside the data folder .*root$"):
+    with pytest.raises(DataError, match="folder"):
         read(root)
 
 
@@ -184,32 +182,32 @@ def test_folders_and_files_that_are_links_out_of_the_data_folder(tmp_path, name,
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"", "not valid JSON: Expecting value: line 1"),
-        (b'{"images": [', "not valid JSON: Expecting value"),
-        (b'{"images": "\xff"}', "not valid JSON: 'utf-8' codec can't decode"),
-        (b"[" * 100_000, "not valid JSON: nested too deeply"),
-        (b"\x80\x04\x95pickle", "not valid JSON: "),
-        (b"[]", 'must be a JSON object with a list "images" of objects$'),
-        (b"{}", 'must be a JSON object with a list "images" of objects$'),
-        (b'{"images": [], "annotations": {}}', 'must be a JSON object with a list "annotations" of objects$'),
-        (b'{"images": [3], "annotations": []}', 'must be a JSON object with a list "images" of objects$'),
+        (b"", "JSON 1"),
+        (b'{"images": [', "JSON"),
+        (b'{"images": "\xff"}', "JSON utf-8"),
+        (b"[" * 100_000, "JSON"),
+        (b"\x80\x04\x95pickle", "JSON"),
+        (b"[]", "JSON images"),
+        (b"{}", "JSON images"),
+        (b'{"images": [], "annotations": {}}', "JSON annotations"),
+        (b'{"images": [3], "annotations": []}', "JSON images"),
         (
             b'{"images": [{"file_name": "a.jpg"}], "annotations": []}',
-            "image 1 must have a whole number as its id. Got 'N",
+            "image 1 id",
         ),
         (
             b'{"images": [{"id": true, "file_name": "a"}], "annotations": []}',
-            "image 1 must have a whole number as its ",
+            "image 1 id",
         ),
-        (b'{"images": [], "annotations": [{"caption": "a"}]}', "annotation 1 must have a whole number as its image_id"),
-        (b'{"images": [], "annotations": [{"image_id": 1}]}', "annotation 1 must have a caption. Got 'None' instead$"),
-        (b'{"images": [], "annotations": [{"image_id": 1.5, "caption": ""}]}', "annotation 1 must have a whole number"),
+        (b'{"images": [], "annotations": [{"caption": "a"}]}', "annotation 1 image_id"),
+        (b'{"images": [], "annotations": [{"image_id": 1}]}', "annotation 1 caption None"),
+        (b'{"images": [], "annotations": [{"image_id": 1.5, "caption": ""}]}', "annotation 1 image_id"),
     ],
 )
 def test_files_that_are_not_of_coco(tmp_path, data, message):
     write(tmp_path)
     (tmp_path / "annotations/captions_train2017.json").write_bytes(data)
-    with pytest.raises(DataError, match=rf"^captions_train2017\.json: {message}") as caught:
+    with pytest.raises(DataError, match=naming(f"captions_train2017.json {message}")) as caught:
         read(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -217,5 +215,5 @@ def test_files_that_are_not_of_coco(tmp_path, data, message):
 def test_a_file_that_is_too_large_is_not_read(tmp_path, monkeypatch):
     write(tmp_path)
     monkeypatch.setattr(coco_captions, "MAX_JSON_BYTES", 100)
-    with pytest.raises(DataError, match=r"captions_train2017\.json: is larger than 100 bytes, which no COCO file is$"):
+    with pytest.raises(DataError, match=naming("captions_train2017.json 100 COCO")):
         read(tmp_path)

@@ -9,6 +9,7 @@ from cachefuse.data.manifest import load_manifest, parse_manifest
 from cachefuse.data.readers import hdf5_file
 from cachefuse.data.readers.hdf5 import ArrayImage, without_first_sentence
 from cachefuse.errors import BadSampleError, DataError, ManifestError, MissingDataError
+from fixtures.messages import naming
 
 MANIFEST = """
 name = "mini"
@@ -147,21 +148,21 @@ def test_fashiongen_in_its_true_layout(tmp_path):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(MissingDataError, match=r"missing train\.h5"):
+    with pytest.raises(MissingDataError, match=naming("train.h5")):
         load(tmp_path)
 
 
 def test_file_that_is_not_hdf5(tmp_path):
     (tmp_path / "train.h5").write_text("<html>not found</html>")
-    with pytest.raises(DataError, match=r"train\.h5: not an HDF5 file that can be read"):
+    with pytest.raises(DataError, match=naming("train.h5 HDF5")):
         load(tmp_path)
 
 
 def test_missing_key_names_those_there(tmp_path):
     write_mini(tmp_path)
-    with pytest.raises(DataError, match=r"train\.h5: has no dataset 'photo'; train\.h5 has: caption, label, pixels"):
+    with pytest.raises(DataError, match=naming("train.h5 photo caption label pixels")):
         load(tmp_path, MANIFEST.replace('"pixels"', '"photo"'))
-    with pytest.raises(DataError, match=r"has no dataset 'label/x'; train\.h5/label has: nothing"):
+    with pytest.raises(DataError, match=naming("label/x train.h5/label")):
         load(tmp_path, MANIFEST.replace('"label"', '"label/x"'))
 
 
@@ -169,32 +170,32 @@ def test_group_is_not_a_dataset(tmp_path):
     write_mini(tmp_path)
     with h5py.File(tmp_path / "train.h5", "a") as file:
         file["inputs/names"] = np.zeros(2)
-    with pytest.raises(DataError, match="'inputs' is not a dataset; it has: names"):
+    with pytest.raises(DataError, match=naming("inputs names")):
         load(tmp_path, MANIFEST.replace('"caption"', '"inputs"'))
 
 
 def test_columns_of_different_lengths(tmp_path):
     write_mini(tmp_path, label=np.arange(3))
-    with pytest.raises(DataError, match=r"same number of rows, but pixels has 2, caption has 2, label has 3"):
+    with pytest.raises(DataError, match=naming("pixels 2 3")):
         load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("column", "values", "message"),
     [
-        ("pixels", np.zeros((2, 4, 4), np.uint8), r"'pixels' must be uint8 images .* Got uint8 of shape \(2, 4, 4\)"),
-        ("pixels", np.zeros((2, 4, 4, 3), np.float32), "'pixels' must be uint8 images .* Got float32"),
-        ("pixels", np.zeros((2, 4, 4, 1), np.uint8), "'pixels' must be uint8 images"),
-        ("caption", np.zeros(2, np.float32), "'caption' must hold strings or whole numbers. Got float32"),
-        ("caption", np.zeros(2, [("a", "i4")]), "'caption' must hold strings or whole numbers"),
-        ("caption", np.array([[b"a", b"b"]] * 2), r"'caption' must have shape \(N,\) or \(N, 1\). Got \(2, 2\)"),
-        ("caption", np.bytes_(b"one"), "'caption' must have one row a sample"),
-        ("caption", h5py.Empty("S10"), "'caption' must have one row a sample"),
+        ("pixels", np.zeros((2, 4, 4), np.uint8), "pixels uint8 2 4"),
+        ("pixels", np.zeros((2, 4, 4, 3), np.float32), "pixels uint8 float32"),
+        ("pixels", np.zeros((2, 4, 4, 1), np.uint8), "pixels uint8"),
+        ("caption", np.zeros(2, np.float32), "caption float32"),
+        ("caption", np.zeros(2, [("a", "i4")]), "caption"),
+        ("caption", np.array([[b"a", b"b"]] * 2), "caption 1 2"),
+        ("caption", np.bytes_(b"one"), "caption"),
+        ("caption", h5py.Empty("S10"), "caption"),
     ],
 )
 def test_wrong_kinds_of_column(tmp_path, column, values, message):
     write_mini(tmp_path, **{column: values})
-    with pytest.raises(DataError, match=rf"train\.h5: {message}"):
+    with pytest.raises(DataError, match=naming(f"train.h5 {message}")):
         load(tmp_path)
 
 
@@ -214,22 +215,22 @@ def virtual(file, key):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda f, key: f.__setitem__(key, h5py.ExternalLink("other.h5", "/secret")), "link out of the file"),
-        (lambda f, key: f.__setitem__(key, h5py.SoftLink(f"/{key}")), "or one that never ends"),
-        (virtual, "keeps its data in other files"),
-        (lambda f, key: f.create_dataset(key, (2,), "S5", external=[("other.bin", 0, 10)]), "data in other files"),
-        (lambda f, key: f.create_dataset(key, (2,), h5py.vlen_dtype(np.int32)), "must hold strings or whole numbers"),
-        (lambda f, key: f.create_dataset(key, (2,), h5py.ref_dtype), "must hold strings or whole numbers"),
-        (lambda f, key: f.create_dataset(key, (2,), "S2000000", chunks=(1,)), "has strings of 2,000,000 bytes"),
-        (lambda f, key: f.create_dataset(key, (60_000_000,), "S1", chunks=(9,)), "has 60,000,000 rows, over the limit"),
-        (lambda f, key: f.create_dataset(key, (2**31,), "S1", chunks=(2**31,)), "rows, over the limit"),
-        (lambda f, key: f.create_dataset(key, (2,), "S1000000", chunks=(2000,), maxshape=(None,)), "stored in chunks"),
+        (lambda f, key: f.__setitem__(key, h5py.ExternalLink("other.h5", "/secret")), "link"),
+        (lambda f, key: f.__setitem__(key, h5py.SoftLink(f"/{key}")), "link"),
+        (virtual, "files"),
+        (lambda f, key: f.create_dataset(key, (2,), "S5", external=[("other.bin", 0, 10)]), "files"),
+        (lambda f, key: f.create_dataset(key, (2,), h5py.vlen_dtype(np.int32)), "strings"),
+        (lambda f, key: f.create_dataset(key, (2,), h5py.ref_dtype), "strings"),
+        (lambda f, key: f.create_dataset(key, (2,), "S2000000", chunks=(1,)), "2,000,000"),
+        (lambda f, key: f.create_dataset(key, (60_000_000,), "S1", chunks=(9,)), "60,000,000"),
+        (lambda f, key: f.create_dataset(key, (2**31,), "S1", chunks=(2**31,)), "2,147,483,648"),
+        (lambda f, key: f.create_dataset(key, (2,), "S1000000", chunks=(2000,), maxshape=(None,)), "chunks"),
     ],
 )
 def test_what_leaves_the_file_or_is_too_large_is_refused(tmp_path, make, message):
     write(tmp_path / "other.h5", secret=np.array([b"a", b"b"]))
     replace_column(tmp_path, "caption", make)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=naming(f"caption {message}")):
         load(tmp_path)
 
 
@@ -240,20 +241,20 @@ def test_soft_link_through_an_external_link_is_refused(tmp_path):
         del file["caption"]
         file["door"] = h5py.ExternalLink("other.h5", "/")
         file["caption"] = h5py.SoftLink("/door/secret")
-    with pytest.raises(DataError, match="'/door/secret' is a link out of the file"):
+    with pytest.raises(DataError, match="/door/secret"):
         load(tmp_path)
 
 
 def test_images_over_the_pixel_limit_are_refused_unread(tmp_path):
     shape = (2, 20_000, 20_000, 3)
     replace_column(tmp_path, "pixels", lambda f, key: f.create_dataset(key, shape, "u1", chunks=(1, 100, 100, 3)))
-    with pytest.raises(DataError, match=r"'pixels' has images of .* over the limit of 100,000,000 pixels"):
+    with pytest.raises(DataError, match=naming("pixels 100,000,000")):
         load(tmp_path)
 
 
 def test_long_string_of_variable_length_is_refused(tmp_path):
     write_mini(tmp_path, caption=np.array(["a", "b" * (hdf5_file.MAX_TEXT_BYTES + 1)], object))
-    with pytest.raises(DataError, match="'caption' row 1 has over 1,048,576 bytes"):
+    with pytest.raises(DataError, match=naming("caption 1 1,048,576")):
         load(tmp_path)
 
 
@@ -271,19 +272,19 @@ def test_damaged_row_is_a_bad_sample_and_the_others_are_not(tmp_path):
     (tmp_path / "train.h5").write_bytes(data)
     dataset = load(tmp_path)
     np.testing.assert_array_equal(np.asarray(dataset.images[0].load()), images[0])
-    with pytest.raises(BadSampleError, match="can't be read"):
+    with pytest.raises(BadSampleError, match="read"):
         dataset.images[1].load()
 
 
 def test_rows_and_files_that_are_not_there_are_bad_samples(tmp_path):
     write_mini(tmp_path)
     path = tmp_path / "train.h5"
-    with pytest.raises(BadSampleError, match="there is no row 2; 'pixels' has 2"):
+    with pytest.raises(BadSampleError, match=naming("2 pixels")):
         ArrayImage(path, "pixels", 2).load()
-    with pytest.raises(BadSampleError, match=r"can't be read: .*'nothing'"):
+    with pytest.raises(BadSampleError, match="nothing"):
         ArrayImage(path, "nothing", 0).load()
     absent = ArrayImage(tmp_path / "absent.h5", "pixels", 0)
-    with pytest.raises(BadSampleError, match="can't be read"):
+    with pytest.raises(BadSampleError, match="read"):
         absent.load()
 
 
@@ -305,13 +306,13 @@ def test_threads_share_one_handle(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (('text = "caption"', 'encoding = "utf-99"'), "reader.encoding: unknown text encoding 'utf-99'"),
-        (('text = "caption"', 'encoding = "zlib"'), "reader.encoding: unknown text encoding 'zlib'"),
-        (('image = "pixels"\ntext = "caption"', ""), "must name an image or a text dataset, or both"),
-        (('text = "caption"', 'caption = "caption"'), "reader.caption: unknown key"),
-        (('{ train = "train.h5" }', "{}"), "reader.files: "),
+        (('text = "caption"', 'encoding = "utf-99"'), "reader.encoding text utf-99"),
+        (('text = "caption"', 'encoding = "zlib"'), "reader.encoding text zlib"),
+        (('image = "pixels"\ntext = "caption"', ""), "image text"),
+        (('text = "caption"', 'caption = "caption"'), "reader.caption"),
+        (('{ train = "train.h5" }', "{}"), "reader.files"),
     ],
 )
 def test_wrong_options(change, message):
-    with pytest.raises(ManifestError, match=message):
+    with pytest.raises(ManifestError, match=naming(message)):
         parse_manifest(MANIFEST.replace(*change), "mini.toml")

@@ -3,6 +3,7 @@ import pytest
 from cachefuse.data.readers import lines
 from cachefuse.data.readers.lines import read_lines
 from cachefuse.errors import DataError
+from fixtures.messages import naming
 
 
 @pytest.mark.parametrize(
@@ -27,12 +28,12 @@ def test_lines_as_they_are_found(tmp_path, data, expected):
 
 def test_what_is_not_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"fine\n" + "utf-16".encode("utf-16"))
-    with pytest.raises(DataError, match=r"^a\.txt line 2: is not UTF-8 text: it holds zero bytes$"):
+    with pytest.raises(DataError, match=naming("a.txt 2 UTF-8 text")):
         list(read_lines(tmp_path / "a.txt"))
 
 
 def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(lines, "MAX_LINE_BYTES", 8)
     (tmp_path / "a.txt").write_bytes(b"1234567\n123456789")
-    with pytest.raises(DataError, match=r"^a\.txt line 2: is longer than 8 bytes$"):
+    with pytest.raises(DataError, match=naming("a.txt 2 8")):
         list(read_lines(tmp_path / "a.txt"))

@@ -7,6 +7,7 @@ import pytest
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest, parse_manifest
 from cachefuse.errors import DataError, MissingDataError
+from fixtures.messages import naming
 
 OWN = """
 name = "mine"
@@ -70,12 +71,12 @@ def test_stsb(tmp_path):
 @pytest.mark.parametrize("score", ["5.1", "-0.1", "nan", "inf", "1_0", "high", "0x1", "1,5"])
 def test_score_that_is_not_on_the_scale(tmp_path, score):
     write_stsb(tmp_path, dev=STSB["dev"].replace("2.50", score))
-    with pytest.raises(DataError, match=rf"^row 'val-1' has the score '{score}'; it must be a number from 0 to 5$"):
+    with pytest.raises(DataError, match=naming(f"val-1 {score} 0 5")):
         load("stsb", tmp_path)
 
 
 def test_missing_splits_are_a_note_and_no_file_at_all_an_error(tmp_path):
-    with pytest.raises(MissingDataError, match=r"missing sts-train\.csv, sts-dev\.csv, sts-test\.csv\n"):
+    with pytest.raises(MissingDataError, match=naming("sts-train.csv sts-dev.csv sts-test.csv")):
         load("stsb", tmp_path)
     write(tmp_path, "sts-train.csv", STSB["train"])
     dataset = load("stsb", tmp_path)
@@ -146,9 +147,7 @@ def test_qqp(tmp_path):
 
 def test_class_that_is_none_of_the_two(tmp_path):
     write(tmp_path, "train.tsv", f"{QQP}7\t1\t2\ta\tb\tmaybe\n")
-    with pytest.raises(
-        DataError, match=r"^row 'train-1' has label 'maybe', which is not a class; the classes are: 0, 1$"
-    ):
+    with pytest.raises(DataError, match=naming("train-1 maybe 0 1")):
         load("qqp", tmp_path)
 
 
@@ -187,7 +186,7 @@ def test_the_first_file_that_is_there_is_taken(tmp_path):
     text = OWN.format(options="").replace('train = "train.tsv"', 'train = ["a.tsv", "b.tsv", "c.tsv"]')
     manifest = parse_manifest(text, "mine.toml")
     (tmp_path / "a.tsv").mkdir()
-    with pytest.raises(MissingDataError, match=r"missing a\.tsv, test\.tsv\n"):
+    with pytest.raises(MissingDataError, match=naming("a.tsv test.tsv")):
         load_dataset(manifest, tmp_path)
     write_rows(tmp_path, 2, name="b.tsv")
     write_rows(tmp_path, 3, name="c.tsv")
@@ -213,8 +212,7 @@ def test_many_broken_lines_are_an_error(tmp_path, n, broken):
     write_rows(tmp_path, n, broken)
     with pytest.raises(
         DataError,
-        match=rf"^train\.tsv line {n - broken + 2}: must have 3 columns with a tab between them, and has fewer; "
-        rf"so have {broken} of {n:,} lines$",
+        match=naming(f"train.tsv {n - broken + 2} 3 {broken} {n:,}"),
     ):
         load_own(tmp_path)
 
@@ -222,32 +220,32 @@ def test_many_broken_lines_are_an_error(tmp_path, n, broken):
 @pytest.mark.parametrize(
     ("data", "options", "message"),
     [
-        (b"", "", r"^train\.tsv: the file is empty$"),
-        (b"\n\r\n", "", r"^train\.tsv: the file is empty$"),
-        (b"sentence1\tsentence2\tscore\n", "", "^mine: the raw data has no rows$"),
+        (b"", "", "train.tsv"),
+        (b"\n\r\n", "", "train.tsv"),
+        (b"sentence1\tsentence2\tscore\n", "", "mine"),
         (
             b"sentence1,sentence2,score\na,b,1\n",
             "",
-            r"^train\.tsv: has no column 'sentence1', which reader\.texts names; its columns are: sentence1,sen",
+            "train.tsv sentence1 reader.texts",
         ),
-        (b"sentence1\tscore\na\t1\n", "", r"^train\.tsv: has no column 'sentence2', which reader\.texts names"),
-        (b"sentence1\tsentence2\na\tb\n", "", r"^train\.tsv: has no column 'score', which reader\.label names"),
+        (b"sentence1\tscore\na\t1\n", "", "train.tsv sentence2 reader.texts"),
+        (b"sentence1\tsentence2\na\tb\n", "", "train.tsv score reader.label"),
         (
             b"sentence1\tsentence2\tscore\na\tb\t1\n",
             'id = "key"',
-            r"^train\.tsv: has no column 'key', which reader\.id names",
+            "train.tsv key reader.id",
         ),
-        (b"a\tb\t1\n", 'header = ["a", "b", "score"]', r"^train\.tsv: has no column 'sentence1', which reader\.texts"),
-        (b"sentence1\tscore\tsentence2\tscore\na\tb\tc\td\n", "", r"^train\.tsv: column 'score' occurs twice$"),
-        (b"sentence1\tsentence2\tscore\na\tb\0\t1\n", "", r"^train\.tsv line 2: is not UTF-8 text"),
-        ("sentence1\tsentence2\tscore\na\tb\t1\n".encode("utf-16"), "", r"^train\.tsv line 1: is not UTF-8 text"),
-        (b"sentence1\tsentence2\tscore\na\tb\t1\na\tc\t1\n", 'id = "sentence1"', r"found a \(2 times\)$"),
-        (b"sentence1\tsentence2\tscore\n\tb\t1\n", 'id = "sentence1"', "^mine: row 1 has an empty id$"),
+        (b"a\tb\t1\n", 'header = ["a", "b", "score"]', "train.tsv sentence1"),
+        (b"sentence1\tscore\tsentence2\tscore\na\tb\tc\td\n", "", "train.tsv score"),
+        (b"sentence1\tsentence2\tscore\na\tb\0\t1\n", "", "train.tsv 2 UTF-8 text"),
+        ("sentence1\tsentence2\tscore\na\tb\t1\n".encode("utf-16"), "", "train.tsv 1 UTF-8 text"),
+        (b"sentence1\tsentence2\tscore\na\tb\t1\na\tc\t1\n", 'id = "sentence1"', "2"),
+        (b"sentence1\tsentence2\tscore\n\tb\t1\n", 'id = "sentence1"', "mine 1"),
     ],
 )
 def test_files_that_are_otherwise(tmp_path, data, options, message):
     (tmp_path / "train.tsv").write_bytes(data)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=naming(message)):
         load_own(tmp_path, options)
 
 
@@ -256,7 +254,7 @@ def test_a_link_out_of_the_data_folder_is_not_read(tmp_path):
     root.mkdir()
     write_rows(tmp_path, 3)
     (root / "train.tsv").symlink_to(tmp_path / "train.tsv")
-    with pytest.raises(DataError, match=r"train\.tsv: lies outside the data folder .*root$"):
+    with pytest.raises(DataError, match=naming("train.tsv folder")):
         load_own(root)
     write_rows(root, 2, name="there.tsv")
     (root / "train.tsv").unlink()

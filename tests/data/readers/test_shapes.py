@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.data.readers.shapes import CLASSES, SIDE, ShapeImage, ShapesReader, joint_classes
+from fixtures.messages import naming
 
 ROOT = Path("no folder is needed")
 
@@ -94,12 +95,12 @@ def test_builtin_dataset(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"train": 0}, "greater than or equal to 1"),
-        ({"test": -1}, "greater than or equal to 0"),
-        ({"train": 10**9}, "less than or equal to 1000000"),
-        ({"colour": "red"}, "Extra inputs are not permitted"),
+        ({"train": 0}, "1"),
+        ({"test": -1}, "0"),
+        ({"train": 10**9}, "1000000"),
+        ({"colour": "red"}, "colour"),
     ],
 )
 def test_options_out_of_range(options, message):
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ValidationError, match=naming(message)):
         ShapesReader(**options)

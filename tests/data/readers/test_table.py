@@ -7,6 +7,7 @@ import pytest
 
 from cachefuse.data.readers.table import TableReader, read_columns
 from cachefuse.errors import DataError
+from fixtures.messages import naming
 
 
 def write(path, text):
@@ -59,7 +60,7 @@ def test_tabs(tmp_path):
 def test_header_for_files_that_have_none(tmp_path):
     path = write(tmp_path / "a.csv", "1,x\n2,y\n")
     assert read_columns(path, ("id", "text")) == {"id": ["1", "2"], "text": ["x", "y"]}
-    with pytest.raises(DataError, match=r"^a\.csv line 1: has 2 fields instead of 3$"):
+    with pytest.raises(DataError, match=naming("a.csv 1 2 3")):
         read_columns(path, ("id", "text", "label"))
 
 
@@ -76,25 +77,25 @@ def test_jsonl(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", "", r"^a\.csv: the file is empty$"),
-        ("a.csv", "\n\n", r"^a\.csv: the file is empty$"),
-        ("a.csv", b"\x89PNG\r\n\x00\x00", r"^a\.csv: is not a text file$"),
-        ("a.csv", "id,text\n1,x\n".encode("utf-16"), r"^a\.csv: is not a text file$"),
-        ("a.csv", "id,text,id\n1,x,2\n", r"^a\.csv: column 'id' occurs twice$"),
-        ("a.csv", "id,text\n1,x\n2\n", r"^a\.csv line 3: has 1 fields instead of 2$"),
-        ("a.jsonl", "", r"^a\.jsonl: the file is empty$"),
-        ("a.jsonl", '{"id": 1}\n\n{"id": 2', r"^a\.jsonl line 3: not valid JSON: "),
-        ("a.jsonl", '{"id": 1}\n[1]\n', r"^a\.jsonl line 2: must be a JSON object\. Got list instead$"),
-        ("a.jsonl", "[" * 100_000, r"^a\.jsonl line 1: not valid JSON: "),
-        ("a.jsonl", '{"id": ' + "1" * 10_000 + "}", r"^a\.jsonl line 1: not valid JSON: "),
-        ("a.parquet", "id,text\n", r"^a\.parquet: not a parquet file that can be read: "),
-        ("a.parquet", "", r"^a\.parquet: not a parquet file that can be read: "),
-        ("a.xlsx", "", r"^a\.xlsx: unknown kind of table '\.xlsx'; choose from: \.csv, \.tsv, \.jsonl, \.parquet$"),
-        ("a", "", r"^a: unknown kind of table ''; choose from: "),
+        ("a.csv", "", "a.csv"),
+        ("a.csv", "\n\n", "a.csv"),
+        ("a.csv", b"\x89PNG\r\n\x00\x00", "a.csv text"),
+        ("a.csv", "id,text\n1,x\n".encode("utf-16"), "a.csv text"),
+        ("a.csv", "id,text,id\n1,x,2\n", "a.csv id"),
+        ("a.csv", "id,text\n1,x\n2\n", "a.csv 3 1 2"),
+        ("a.jsonl", "", "a.jsonl"),
+        ("a.jsonl", '{"id": 1}\n\n{"id": 2', "a.jsonl 3 JSON"),
+        ("a.jsonl", '{"id": 1}\n[1]\n', "a.jsonl 2 JSON list"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl 1 JSON"),
+        ("a.jsonl", '{"id": ' + "1" * 10_000 + "}", "a.jsonl 1 JSON"),
+        ("a.parquet", "id,text\n", "a.parquet"),
+        ("a.parquet", "", "a.parquet"),
+        ("a.xlsx", "", "a.xlsx .xlsx"),
+        ("a", "", "a"),
     ],
 )
 def test_files_that_can_not_be_read(tmp_path, name, content, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=naming(message)):
         read_columns(write(tmp_path / name, content))
 
 
@@ -117,16 +118,14 @@ def test_nothing_in_the_data_is_interpreted(tmp_path, value):
 def test_templates_name_columns_and_nothing_else(tmp_path, place):
     write(tmp_path / "a.csv", "id,text\n1,x\n")
     for key in ("id", "image", "text"):
-        message = rf"^a\.csv: has no column '{place}', which reader\.{key} names; its columns are: id, text"
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=naming(f"a.csv '{place}' reader.{key} id text")):
             read(tmp_path, **{key: f"{{{place}}}"})
 
 
 @pytest.mark.parametrize("key", ["id", "image", "text", "labels", "split", "group"])
 def test_column_that_is_not_there(tmp_path, key):
     write(tmp_path / "a.csv", "id,text\n1,x\n")
-    message = rf"^a\.csv: has no column 'other', which reader\.{key} names; its columns are: id, text"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=naming(f"a.csv other reader.{key} id text")):
         read(tmp_path, **{key: "other"})
 
 
