@@ -9,6 +9,10 @@ class UnknownNameError(CachefuseError, LookupError):
     """A name that is not in a registry: an unknown encoder family, fusion, loss, class."""
 
 
+class PluginError(CachefuseError, ImportError):
+    """What another installed package adds (a fusion, a head, a loss) and can't be used; names the package."""
+
+
 class ManifestError(CachefuseError, ValueError):
     """A dataset manifest that does not parse or does not validate; names the file and the key."""
 

@@ -24,7 +24,6 @@ from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import build_loss
-from cachefuse.registry import lookup
 from cachefuse.runs.features import describe_features
 from cachefuse.runs.results import measure
 from cachefuse.runs.run import Member, Run, split_digest
@@ -116,7 +115,7 @@ def fine_tune(
     model = TunedModel(tuned.model, side, modality, head, n_tokens).to(data.device)
     # Vectors of length 1, to values of about 1; what their own deviations are changes while they are tuned.
     cast(Standardize, head.standardize[modality]).scale.fill_(run.config.width**0.5)
-    optimizer = lookup(OPTIMIZERS, str(config.optimizer), "optimizer")(
+    optimizer = OPTIMIZERS[str(config.optimizer)](
         [parameter for parameter in model.parameters() if parameter.requires_grad], lr=lr, weight_decay=weight_decay
     )
     steps = config.n_epochs * -(-len(train) // batch_size)
@@ -131,7 +130,7 @@ def fine_tune(
         epochs=config.n_epochs,
         batch_size=batch_size,
         generator=torch.Generator().manual_seed(seed),
-        schedule=lookup(SCHEDULES, str(config.schedule), "schedule")(optimizer, steps),
+        schedule=SCHEDULES[str(config.schedule)](optimizer, steps),
         validation=Validation(validate, score) if len(validate) else None,
         patience=patience,
         on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.n_epochs, epoch)),

@@ -15,7 +15,6 @@ from cachefuse.alignment.run import Alignment, AlignmentSide, Direction, Retriev
 from cachefuse.data.splits import ordered_splits
 from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError, DataError, RunError
-from cachefuse.registry import lookup
 from cachefuse.runs.run import split_digest
 from cachefuse.store.features import Features
 from cachefuse.store.store import FeatureStore
@@ -64,9 +63,7 @@ def align(
         split_digest=split_digest(store),
     )
     gaps = {split: _gap(model, data, split) for split in measured_splits(data)}
-    optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
-        model.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     steps = config.epochs * n_batches(len(train), config.batch_size)
     run.history = fit(
         model,
@@ -75,7 +72,7 @@ def align(
         train,
         validate,
         optimizer,
-        lookup(SCHEDULES, config.schedule, "schedule")(optimizer, steps),
+        SCHEDULES[config.schedule](optimizer, steps),
         torch.Generator().manual_seed(config.seed),
         on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.epochs, epoch)),
     )

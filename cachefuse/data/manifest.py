@@ -14,7 +14,7 @@ from cachefuse.data.readers import READERS
 from cachefuse.data.readers.base import Reader
 from cachefuse.data.readers.table import TableReader
 from cachefuse.data.tasks import LabelTask, check_tasks, distinct, slices
-from cachefuse.errors import ManifestError, UnknownNameError
+from cachefuse.errors import ManifestError, PluginError, UnknownNameError
 from cachefuse.metrics import MEAN, METRICS, main_metric
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.registry import lookup
@@ -152,7 +152,10 @@ class Manifest(Strict):
     @classmethod
     def _metrics_exist(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
         for name in metrics:
-            _known(METRICS, name, "metric")
+            try:
+                METRICS.check(name)
+            except UnknownNameError as error:
+                raise ValueError(str(error)) from None  # which the validation puts beside the key
         return metrics
 
     def open_reader(self) -> Reader:
@@ -192,13 +195,9 @@ class Manifest(Strict):
 
 def _open_reader(reader: Mapping[str, Any]) -> Reader:
     options = {key: value for key, value in reader.items() if key != "kind"}
-    return _known(READERS, reader["kind"], "reader")(**options)
-
-
-def _known(table: Mapping[str, Any], name: str, kind: str) -> Any:
     try:
-        return lookup(table, name, kind)
-    except UnknownNameError as error:
+        return READERS[reader["kind"]](**options)
+    except (UnknownNameError, PluginError) as error:
         raise ValueError(str(error)) from None  # which the validation puts beside the key
 
 

@@ -45,6 +45,7 @@ FAMILIES = Registry(
             "timm models; after @ a local .safetensors file",
         ),
     },
+    has=("opener", "example", "modalities", "about"),
 )
 DEFAULT_ENCODER = FAMILIES["clip"].example
 

@@ -10,7 +10,6 @@ from cachefuse.experiments.results import SettingResult, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
 from cachefuse.feature_spec import TOKENS
 from cachefuse.fusion import FUSIONS
-from cachefuse.registry import lookup
 from cachefuse.runs.features import describe_features
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
@@ -47,7 +46,7 @@ def compare(
     if not methods:
         raise ConfigError("compare needs at least one fusion")
     for method in methods:
-        lookup(FUSIONS, method, "fusion")
+        FUSIONS.check(method)
     base = TrainConfig(folds=folds, epochs=epochs, batch_size=batch_size, seed=seed)
     reads = views_of(base, [{"fusion": method} for method in methods])
     if pool is None:
@@ -88,5 +87,5 @@ def default_pool(store: FeatureStore, encoders: Sequence[str], views: Any) -> st
 
 
 def _pooled(method: str, pool: str) -> dict[str, Any]:
-    takes = "pool" in lookup(FUSIONS, method, "fusion").options()
+    takes = "pool" in FUSIONS[method].options()
     return {"fusion_options": {"pool": pool}} if pool and takes else {}

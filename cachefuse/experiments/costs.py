@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from cachefuse.device import own_randomness
-from cachefuse.registry import lookup
 from cachefuse.training import OPTIMIZERS
 from cachefuse.training.batches import Batch, Batches
 from cachefuse.training.build import training_loss, untrained_model
@@ -40,7 +39,7 @@ def measure_costs(data: TrainingData, config: TrainConfig) -> Costs:
     predict = _median_seconds(lambda: predict_logits(model, table, rows))
     loss = training_loss(data, config, training_set)
     module = training_set.reading(model.fusion).train()
-    optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(module.parameters(), lr=1e-6)
+    optimizer = OPTIMIZERS[config.optimizer](module.parameters(), lr=1e-6)
     batches: Iterator[Batch] = iter(())
     generator = torch.Generator().manual_seed(config.seed)
 

@@ -1,14 +1,23 @@
 """Fusions: from features by modality to logits. A method is one file and one line; naming them imports no torch."""
 
-FUSIONS = {
-    "cma": "cachefuse.fusion.cma:CMAFusion",
-    "concat": "cachefuse.fusion.late:ConcatFusion",
-    "gated": "cachefuse.fusion.gated:GatedFusion",
-    "image": "cachefuse.fusion.late:ImageOnly",
-    "lit": "cachefuse.fusion.lit:LiTFusion",
-    "midfusion": "cachefuse.fusion.midfusion:MidFusion",
-    "mixed": "cachefuse.fusion.late:MixedFusion",
-    "sum": "cachefuse.fusion.late:SumFusion",
-    "text": "cachefuse.fusion.late:TextOnly",
-    "tirg": "cachefuse.fusion.tirg:TIRGFusion",
-}
+from cachefuse.registry import Registry
+
+FUSIONS = Registry(
+    "fusion",
+    "cachefuse.fusions",
+    {
+        "cma": "cachefuse.fusion.cma:CMAFusion",
+        "concat": "cachefuse.fusion.late:ConcatFusion",
+        "gated": "cachefuse.fusion.gated:GatedFusion",
+        "image": "cachefuse.fusion.late:ImageOnly",
+        "lit": "cachefuse.fusion.lit:LiTFusion",
+        "midfusion": "cachefuse.fusion.midfusion:MidFusion",
+        "mixed": "cachefuse.fusion.late:MixedFusion",
+        "sum": "cachefuse.fusion.late:SumFusion",
+        "text": "cachefuse.fusion.late:TextOnly",
+        "tirg": "cachefuse.fusion.tirg:TIRGFusion",
+    },
+    base="cachefuse.fusion.base:Fusion",
+    has=("name",),
+    takes="widths, classes, head",
+)

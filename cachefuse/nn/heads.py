@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
 from cachefuse.nn import ACTIVATIONS
-from cachefuse.registry import lookup
 from cachefuse.store.rows import Columns, TokenWidth
 from cachefuse.store.tokens import Tokens
 
@@ -50,7 +49,7 @@ class MLP(nn.Module):
     ):
         super().__init__()
         _check(layers, dropout)
-        act = lookup(ACTIVATIONS, activation, "activation")
+        act = ACTIVATIONS[activation]
         modules: list[nn.Module] = []
         for hidden in layers:
             modules += [nn.Linear(width, hidden), act(), Dropout(dropout)]
@@ -87,7 +86,7 @@ class GatedMLP(nn.Module):
             raise ConfigError(
                 f"head 'gmlp' splits its layers in halves: they must be even. Got {tuple(layers)} instead."
             )
-        act = lookup(ACTIVATIONS, activation, "activation")
+        act = ACTIVATIONS[activation]
         self.tokens = tokens = width.n_tokens if isinstance(width, TokenWidth) else None
         width = width // (tokens or 1)
         self.blocks = nn.Sequential(*(GatedBlock(width, hidden, act(), dropout, tokens) for hidden in layers))

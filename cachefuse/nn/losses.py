@@ -127,7 +127,7 @@ def build_loss(name: str, options: Mapping[str, Any], weights: Tensor | None = N
 
     Raises UnknownNameError for an unknown loss, ConfigError for an option that it does not take.
     """
-    loss = lookup(LOSSES, name, "loss")
+    loss = LOSSES[name]
     known = [key for key in inspect.signature(loss).parameters if key not in ("logits", "targets")]
     for key in options:
         if key not in known:

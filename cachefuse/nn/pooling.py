@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from cachefuse.errors import ConfigError
 from cachefuse.nn import ATTENTION_HEADS, POOLINGS
 from cachefuse.nn.masking import zero_absent
-from cachefuse.registry import lookup
 from cachefuse.store.tokens import SequenceWidth
 
 PoolSpec = str | Mapping[str, Any]  # "image=attention:14", or {"image": ["attention", 14]}
@@ -136,7 +135,7 @@ def build_pools(pool: PoolSpec, widths: Mapping[str, SequenceWidth]) -> nn.Modul
     for modality, (kind, n_tokens) in read_pool(pool).items():
         if modality not in widths:
             raise ConfigError(f"pool names {modality!r}, which does not join; those that do: {', '.join(widths)}")
-        pooling, width = lookup(POOLINGS, kind, "pooling"), widths[modality]
+        pooling, width = POOLINGS[kind], widths[modality]
         if width.n_tokens and n_tokens > width.n_tokens:
             raise ConfigError(f"can't pool {modality} to {n_tokens} tokens: a sample has {width.n_tokens} at most")
         pools[modality] = pooling(int(width), n_tokens)

@@ -9,7 +9,6 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.nn import HEADS
 from cachefuse.nn.losses import Loss, build_loss, class_weights, per_task
-from cachefuse.registry import lookup
 from cachefuse.training.config import LOSS_OPTIONS, TrainConfig
 from cachefuse.training.data import TrainingData, TrainingSet
 from cachefuse.training.tasks import loss_of
@@ -53,8 +52,8 @@ def build_model(
 
     Its logits are those of ``n_classes``; a fusion that has parts for each of several ``tasks`` is told of them.
     """
-    head = partial(lookup(HEADS, config.head, "head"), **config.head_options())
-    fusion, options = lookup(FUSIONS, config.fusion, "fusion"), config.own_options()
+    head = partial(HEADS[config.head], **config.head_options())
+    fusion, options = FUSIONS[config.fusion], config.own_options()
     named = {task.name: task.n_classes for task in tasks if task.name}
     if named and fusion.per_task:
         options["tasks"] = named

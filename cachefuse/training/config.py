@@ -96,14 +96,14 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        lookup(FUSIONS, self.fusion, "fusion")
-        lookup(HEADS, self.head, "head")
-        lookup(ACTIVATIONS, self.activation, "activation")
-        lookup(OPTIMIZERS, self.optimizer, "optimizer")
+        FUSIONS.check(self.fusion)
+        HEADS.check(self.head)
+        ACTIVATIONS.check(self.activation)
+        OPTIMIZERS.check(self.optimizer)
         if self.schedule is not None:
-            lookup(SCHEDULES, self.schedule, "schedule")
+            SCHEDULES.check(self.schedule)
         if self.loss is not None:
-            lookup(LOSSES, self.loss, "loss")
+            LOSSES.check(self.loss)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{_option(name)} must be one of {', '.join(choices)}. Got {getattr(self, name)!r}")
@@ -186,7 +186,7 @@ class TrainConfig:
 
     @property
     def _fusion(self) -> Any:
-        return lookup(FUSIONS, self.fusion, "fusion")
+        return FUSIONS[self.fusion]
 
     def _of(self, name: str, otherwise: Any) -> Any:
         """Return a setting as it was given, or else the fusion's own, or else that of all others."""
@@ -271,7 +271,7 @@ class TrainConfig:
 
     def head_options(self) -> dict[str, Any]:
         """Return the keyword arguments of the head; a linear head has no hidden layers to speak of."""
-        layers = self.layers if self.layers is not None else lookup(HEADS, self.head, "head").default_layers
+        layers = self.layers if self.layers is not None else HEADS[self.head].default_layers
         return {"layers": layers, "activation": self.activation, "dropout": self._of("dropout", DROPOUT)}
 
     def differences(self, task: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
 from cachefuse.metrics.tasks import TaskSlice
-from cachefuse.registry import lookup
 from cachefuse.training.config import TASK_LOSS, TrainConfig
 
 END_TO_END = "end-to-end"  # the stage of the paper that no cache allows
@@ -47,7 +46,7 @@ def check_stages(config: TrainConfig) -> None:
     """Raise ConfigError for stages of training that the fusion, or a cache of features, does not have."""
     if not config.stages:
         return
-    stages = lookup(FUSIONS, config.fusion, "fusion").stages
+    stages = FUSIONS[config.fusion].stages
     if END_TO_END in config.stages:
         raise ConfigError(
             f"stage {END_TO_END!r} would train the encoders, which are frozen here: features are read from the cache. "

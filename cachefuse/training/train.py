@@ -15,7 +15,6 @@ from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics.tasks import decide_tasks
 from cachefuse.nn.losses import Loss
-from cachefuse.registry import lookup
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 from cachefuse.training.batches import balanced_sample_weights
 from cachefuse.training.build import training_loss, untrained_model
@@ -43,9 +42,7 @@ def fit_module(
 ) -> History:
     """Train a module's parameters, or groups of them, by ``fit``; ``watching`` are its validation and callbacks."""
     module = training_set.reading(module)
-    optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(
-        parameters, lr=config.learning_rate, weight_decay=config.penalty
-    )
+    optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.learning_rate, weight_decay=config.penalty)
     steps = -(-len(training_set.rows) // (config.effective_batch_size or len(training_set.rows)))
     return fit(
         module,
@@ -56,7 +53,7 @@ def fit_module(
         epochs=epochs,
         batch_size=config.effective_batch_size,
         generator=torch.Generator().manual_seed(config.seed),
-        schedule=lookup(SCHEDULES, str(config.schedule), "schedule")(optimizer, config.n_epochs * steps),
+        schedule=SCHEDULES[str(config.schedule)](optimizer, config.n_epochs * steps),
         ema=EMA(module, config.ema) if config.ema else None,
         clip_norm=config.clip_norm,
         sample_weights=balanced_sample_weights(training_set.targets) if config.sampler == "balanced" else None,

@@ -14,7 +14,6 @@ from cachefuse.alignment.model import BOUNDS, TEMPERATURE, Aligner
 from cachefuse.alignment.ranks import best_ranks, recall_at
 from cachefuse.errors import TrainingError
 from cachefuse.nn import TARGETS
-from cachefuse.registry import lookup
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 
 WIDTHS = (6, 5)
@@ -30,8 +29,8 @@ def prepare(data, config, seed=0):
     torch.manual_seed(seed)
     model = Aligner([side.width for side in data.sides], config)
     fit_statistics(model, data, data.of("train"))
-    optimizer = lookup(OPTIMIZERS, config.optimizer, "optimizer")(model.parameters(), lr=config.lr)
-    schedule = lookup(SCHEDULES, config.schedule, "schedule")(optimizer, 10_000)
+    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), lr=config.lr)
+    schedule = SCHEDULES[config.schedule](optimizer, 10_000)
     return (
         model,
         config,

@@ -20,7 +20,6 @@ from cachefuse.experiments.settings import parse_setting
 from cachefuse.experiments.sweep import run_sweep, sweep
 from cachefuse.experiments.token_presets import RECIPES, TOKEN_PRESETS
 from cachefuse.fusion import FUSIONS
-from cachefuse.registry import lookup
 from cachefuse.runs.features import describe_features
 from cachefuse.runs.train import train_head
 from cachefuse.training.build import build_model
@@ -266,7 +265,7 @@ def test_settings_are_those_of_every_fusion(small_options):
     for name in FUSIONS:
         options = small_options["lit"] if name == "lit" else {}
         config = TrainConfig(fusion=name, fusion_options=options).resolve("multilabel", 1000)
-        assert set(config.fusion_options) == set(lookup(FUSIONS, name, "fusion").options())
+        assert set(config.fusion_options) == set(FUSIONS[name].options())
         assert None not in (config.epochs, config.batch_size, config.lr, config.dropout)
     assert parse_setting({"fusion_options": {"depth": "3"}}) == {"fusion_options": {"depth": "3"}}
 

@@ -11,7 +11,6 @@ from cachefuse.feature_spec import split_name
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn import HEADS
-from cachefuse.registry import lookup
 from cachefuse.store.tokens import SequenceWidth
 
 # All that a store may have; each fusion takes what it reads.
@@ -27,8 +26,8 @@ def build(small_options):
     def build(fusion, head, seed=0):
         torch.manual_seed(seed)
         layers = {} if head == "linear" else {"layers": (8, 4)}
-        make_head = partial(lookup(HEADS, head, "head"), **layers)
-        return lookup(FUSIONS, fusion, "fusion")(WIDTHS, C, make_head, **small_options.get(fusion, {}))
+        make_head = partial(HEADS[head], **layers)
+        return FUSIONS[fusion](WIDTHS, C, make_head, **small_options.get(fusion, {}))
 
     return build
 

@@ -10,7 +10,6 @@ from sklearn.utils.class_weight import compute_class_weight
 from cachefuse.errors import ConfigError, UnknownNameError
 from cachefuse.nn import LOSSES
 from cachefuse.nn.losses import CLASS_WEIGHTS, asl, bce, build_loss, class_weights, cross_entropy, focal
-from cachefuse.registry import lookup
 
 ALL = sorted(LOSSES)
 ONE_HOT = torch.eye(5)[torch.arange(7) % 5]
@@ -128,7 +127,7 @@ class TestBuildLoss:
     def test_weights_of_negatives_and_positives(self, name):
         logits, targets = random_logits(), (random_logits().roll(1, 0) > 1).float()
         weights = torch.tensor([[1.0, 2, 3, 4, 5], [10, 20, 30, 40, 50]])
-        each = lookup(LOSSES, name, "loss")(logits, targets, reduction="none")
+        each = LOSSES[name](logits, targets, reduction="none")
         expected = [[float(each[b, c] * weights[int(targets[b, c]), c]) for c in range(5)] for b in range(len(targets))]
         weighted = {r: build_loss(name, {"reduction": r}, weights)(logits, targets) for r in ("none", "mean", "sum")}
         np.testing.assert_allclose(weighted["none"], expected, rtol=1e-6)
@@ -141,7 +140,7 @@ class TestBuildLoss:
         """In multi-class a row weighs what its class does, in all of its terms: in those of the other classes too."""
         logits, targets = random_logits(), ONE_HOT
         weights = torch.tensor([1.0, 2, 3, 4, 5])
-        each = lookup(LOSSES, name, "loss")(logits, targets, reduction="none")
+        each = LOSSES[name](logits, targets, reduction="none")
         expected = torch.stack([weights[row % 5] * each[row] for row in range(7)])
         weighted = build_loss(name, {"reduction": "none"}, weights)(logits, targets)
         torch.testing.assert_close(weighted, expected)
@@ -152,9 +151,7 @@ class TestBuildLoss:
         logits = random_logits()
         targets = (torch.rand(logits.shape, generator=torch.Generator().manual_seed(0)) * 4).floor() / 3
         weights = torch.ones(5) if name == "ce" else torch.ones(2, 5)
-        torch.testing.assert_close(
-            build_loss(name, {}, weights)(logits, targets), lookup(LOSSES, name, "loss")(logits, targets)
-        )
+        torch.testing.assert_close(build_loss(name, {}, weights)(logits, targets), LOSSES[name](logits, targets))
 
     @pytest.mark.parametrize("kind", CLASS_WEIGHTS)
     def test_the_mean_weight_is_one_where_labels_are_right_in_part(self, kind):

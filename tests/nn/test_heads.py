@@ -16,13 +16,12 @@ from cachefuse.nn.heads import (
     SpatialGate,
     Standardize,
 )
-from cachefuse.registry import lookup
 from cachefuse.store.rows import TokenWidth
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
 def test_maps_width_to_classes(name):
-    head = lookup(HEADS, name, "head")(6, 3)
+    head = HEADS[name](6, 3)
     assert head(torch.randn(4, 6)).shape == (4, 3)
     assert head(torch.randn(0, 6)).shape == (0, 3)
 
@@ -57,7 +56,7 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_activations(name):
-    kind = lookup(ACTIVATIONS, name, "activation")
+    kind = ACTIVATIONS[name]
     assert isinstance(MLP(6, 3, layers=(8,), activation=name).layers[1], kind)
     assert isinstance(GatedMLP(6, 3, layers=(8,), activation=name).blocks[0].activation, kind)
 

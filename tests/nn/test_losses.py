@@ -8,7 +8,6 @@ from torchvision.ops import sigmoid_focal_loss
 from cachefuse.errors import ConfigError, UnknownNameError
 from cachefuse.nn import LOSSES
 from cachefuse.nn.losses import asl, bce, cross_entropy, focal
-from cachefuse.registry import lookup
 
 ALL = sorted(LOSSES)
 
@@ -118,7 +117,7 @@ def test_asl_drops_easy_negatives():
 )
 class TestGradients:
     def test_equal_finite_differences(self, name, options):
-        loss = lookup(LOSSES, name, "loss")
+        loss = LOSSES[name]
         logits, targets = some(2, 4, scale=1.5)
         logits.requires_grad_()
         loss(logits, targets, reduction="sum", **options).backward()
@@ -133,7 +132,7 @@ class TestGradients:
                 assert logits.grad[i, j].item() == pytest.approx((up - down).item() / (2 * step), abs=2e-3)
 
     def test_are_finite_for_any_logit(self, name, options):
-        loss = lookup(LOSSES, name, "loss")
+        loss = LOSSES[name]
         edge = math.log(0.05 / 0.95)  # where p = clip
         around = [edge + d for d in (-1e-6, -1e-7, 0, 1e-7, 1e-6)]
         values = [0, 1e-30, 10, 17, 30, 88, 89, 100, 104, 1e3, 1e4]
@@ -150,7 +149,7 @@ class TestGradients:
 
 @pytest.mark.parametrize("name", ALL)
 def test_extreme_mistakes_keep_their_gradient(name):
-    loss = lookup(LOSSES, name, "loss")
+    loss = LOSSES[name]
     logits = torch.tensor([[-1e4, 0.0]], requires_grad=True)
     value = loss(logits, torch.tensor([[1.0, 0.0]]), reduction="sum")
     value.backward()
@@ -161,7 +160,7 @@ def test_extreme_mistakes_keep_their_gradient(name):
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_computes_in_float32(name, dtype):
-    loss = lookup(LOSSES, name, "loss")
+    loss = LOSSES[name]
     logits = some()[0].to(dtype).requires_grad_()
     targets = one_hot()
     value = loss(logits, targets.to(dtype))
@@ -174,7 +173,7 @@ def test_computes_in_float32(name, dtype):
 
 @pytest.mark.parametrize("name", ALL)
 def test_reductions(name):
-    loss = lookup(LOSSES, name, "loss")
+    loss = LOSSES[name]
     logits, targets = some()[0], one_hot()
     each = loss(logits, targets, reduction="none")
     assert each.shape == ((7,) if name == "ce" else (7, 5))
@@ -186,7 +185,7 @@ def test_reductions(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_leaves_grad_mode_alone(name):
-    loss = lookup(LOSSES, name, "loss")
+    loss = LOSSES[name]
     with torch.no_grad():
         loss(some()[0], one_hot())
         assert not torch.is_grad_enabled()
@@ -196,7 +195,7 @@ def test_leaves_grad_mode_alone(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_shapes_must_agree(name):
-    loss = lookup(LOSSES, name, "loss")
+    loss = LOSSES[name]
     with pytest.raises(ConfigError, match=r"must both have shape \(B, C\). Got \(7, 5\) and \(7, 1\) instead"):
         loss(torch.zeros(7, 5), torch.zeros(7, 1))
     with pytest.raises(ConfigError, match=r"Got \(7,\) and \(7,\) instead"):

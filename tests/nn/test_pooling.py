@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from cachefuse.errors import ConfigError
 from cachefuse.nn import POOLINGS
 from cachefuse.nn.pooling import AttentionPool, MaxPool, MeanPool
-from cachefuse.registry import lookup
 
 LENGTHS = (9, 1, 0, 4, 7, 2)
 B, T, D = len(LENGTHS), max(LENGTHS), 8
@@ -21,7 +20,7 @@ counts = pytest.mark.parametrize("k", [1, 3, 4, 9, 12])
 
 def build(kind, k, seed=0):
     torch.manual_seed(seed)
-    return lookup(POOLINGS, kind, "pooling")(D, k).double()
+    return POOLINGS[kind](D, k).double()
 
 
 def tokens(value=0.0, padding=0, seed=0):
@@ -157,7 +156,7 @@ def test_saves_and_loads(kind, tmp_path):
 @every
 def test_needs_at_least_one_token(kind):
     with pytest.raises(ConfigError, match=r"pooling must leave at least 1 token. Got 0 instead"):
-        lookup(POOLINGS, kind, "pooling")(D, 0)
+        POOLINGS[kind](D, 0)
 
 
 def test_heads_share_the_width():

@@ -9,7 +9,6 @@ from torch import nn
 
 from cachefuse.fusion.base import Model
 from cachefuse.nn.losses import bce, cross_entropy
-from cachefuse.registry import lookup
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.loop import fit
@@ -140,7 +139,7 @@ def test_the_others_are_torchs(data, ours, theirs):
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_optimizer_lowers_the_loss(data, name):
     x, signal = data
-    make = lookup(OPTIMIZERS, name, "optimizer")
+    make = OPTIMIZERS[name]
     _, history, _ = train(table_of(x, signal > 0), bce, lambda p: make(p, lr=0.05, weight_decay=0.0), epochs=5)
     assert history.epochs[-1].loss < history.epochs[0].loss
 
@@ -192,7 +191,7 @@ def test_constant_stays():
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_the_loop_takes_as_many_steps_as_a_schedule_is_told(data, schedule, batch_size, epochs):
     x, signal = data
-    taken = lookup(SCHEDULES, schedule, "schedule")
+    taken = SCHEDULES[schedule]
     table = table_of(x, signal > 0)
     _, _, scheduled = train(table, bce, lambda p: adam(p, lr=0.01), epochs, schedule=taken, batch_size=batch_size)
     steps = epochs * {0: 1, 1: 120, 50: 3, 119: 2, 120: 1, 121: 1}[batch_size]

@@ -10,7 +10,6 @@ from torch import nn
 from cachefuse.errors import ConfigError, TrainingError
 from cachefuse.fusion import FUSIONS
 from cachefuse.nn import ACTIVATIONS
-from cachefuse.registry import lookup
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData
@@ -20,7 +19,7 @@ from cachefuse.training.stack import most_together, shared_settings, stack, trai
 from cachefuse.training.train import train_model
 
 N, C = 60, 3
-LINEAR = [name for name in FUSIONS if lookup(FUSIONS, name, "fusion").linear]
+LINEAR = [name for name in FUSIONS if FUSIONS[name].linear]
 WIDTHS = {"image": 6, "text": 5}
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -12,7 +12,6 @@ from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers import READERS
 from cachefuse.data.readers.base import Reader
 from cachefuse.errors import BadSampleError, ManifestError
-from cachefuse.registry import lookup
 from fixtures.messages import naming
 
 
@@ -133,7 +132,7 @@ def mini(request, tmp_path):
     assert request.param in MINIATURES, f"add a miniature for the reader {request.param!r}"
     write, options, n = MINIATURES[request.param]
     write(tmp_path)
-    return lookup(READERS, request.param, "reader")(**options), tmp_path, n
+    return READERS[request.param](**options), tmp_path, n
 
 
 def contents(root):
@@ -211,7 +210,7 @@ def test_missing_files_are_listed(mini, tmp_path_factory):
 def test_readers_are_frozen_and_refuse_unknown_options(mini):
     reader, _, _ = mini
     assert isinstance(reader, Reader)
-    kind = next(name for name in READERS if type(reader) is lookup(READERS, name, "reader"))
+    kind = next(name for name in READERS if type(reader) is READERS[name])
     text = f'name = "mini"\ntask = "retrieval"\n[reader]\nkind = "{kind}"\nno_such_option = 1\n'
     with pytest.raises(ManifestError, match=naming("reader.no_such_option")):
         parse_manifest(text, "mini.toml")

@@ -1,0 +1,192 @@
+"""Another installed package adds a fusion, a head, a loss and a reader by entry points; each test is real processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from cachefuse.errors import PluginError
+from cachefuse.registry import Registry
+
+CODE = '''
+from torch import nn
+
+from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.fusion.base import Fusion, join, joint_width
+from cachefuse.nn.losses import bce
+
+LAZY = "a text"
+
+
+class MyFusion(Fusion):
+    """The product of the number of modalities and what a head makes of all of them."""
+
+    name = "mine"
+
+    def __init__(self, widths, classes, head):
+        super().__init__(widths, classes, head)
+        self.head = head(joint_width(self.widths), classes)
+
+    def forward(self, features, present):
+        return len(self.widths) * self.head(join(features, present, self.widths))
+
+
+class MyHead(nn.Linear):
+    default_layers = ()
+
+    def __init__(self, width, classes, *, layers=(), activation="relu", dropout=0.0):
+        super().__init__(width, classes)
+
+
+def my_loss(logits, targets, *, times=2.0, reduction="mean"):
+    return times * bce(logits, targets, reduction=reduction)
+
+
+class MyReader(Reader):
+    n: int = 40
+
+    def missing(self, root):
+        return []
+
+    def read(self, root):
+        colors = ["red" if i % 2 else "blue" for i in range(self.n)]
+        return Samples(
+            ids=[str(i) for i in range(self.n)],
+            splits=["val" if i % 4 == 0 else "train" for i in range(self.n)],
+            labels=[(color,) for color in colors],
+            texts=[(f"a {color} thing",) for color in colors],
+        )
+
+
+def takes_no_logits(targets, *, reduction="mean"):
+    return targets.sum()
+'''
+POINTS = """
+[cachefuse.fusions]
+mine = my_package:MyFusion
+broken = my_package.nowhere:Broken
+gone = my_package:NotThere
+headless = my_package:MyHead
+sum = my_package:NotThere
+
+[cachefuse.heads]
+mine = my_package:MyHead
+lossy = my_package:my_loss
+
+[cachefuse.losses]
+mine = my_package:my_loss
+bad = my_package:takes_no_logits
+
+[cachefuse.readers]
+mine = my_package:MyReader
+fused = my_package:MyFusion
+"""
+MANIFEST = """
+name = "colors"
+title = "Colors"
+licence = "none"
+task = "multiclass"
+reader = { kind = "KIND" }
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A package as pip lays it down, beside a manifest that names its reader."""
+    root = tmp_path_factory.mktemp("site")
+    (root / "my_package").mkdir()
+    (root / "my_package" / "__init__.py").write_text(CODE)
+    about = root / "my_package-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(POINTS)
+    (root / "colors.toml").write_text(MANIFEST.replace("KIND", "mine"))
+    (root / "fused.toml").write_text(MANIFEST.replace("KIND", "fused"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    def run(*args):
+        """Run cachefuse where the package is installed, and return the code, stdout and stderr."""
+        code = "from cachefuse_cli.app import main; main()"
+        env = {**os.environ, "PYTHONPATH": str(folder), "COLUMNS": "200"}
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=folder, env=env)
+        return done.returncode, done.stdout, done.stderr
+
+    assert run("extract", "--dataset", "./colors.toml", "--encoder", "classic")[0] == 0
+    return run
+
+
+def test_is_used_by_name(run):
+    mine = ("--fusion", "mine", "--head", "mine", "--loss", "mine", "--loss-options", "times=3")
+    code, out, error = run("train-head", *mine, "--epochs", "2", "--json")
+    assert (code, json.loads(out)["run"]) == (0, "colors-mine-mine-mine-1"), error
+    code, out, error = run("evaluate", "--run", "colors-mine-mine-mine-1", "--no-intervals", "--json")
+    assert (code, json.loads(out)["split"]) == (0, "val"), error
+
+
+def test_is_listed_in_help(run):
+    code, out, _ = run("train-head", "--help")
+    listed = " ".join(out.replace("│", " ").split())
+    assert code == 0
+    assert "lit, midfusion, mine, mixed" in listed
+    assert "gmlp, linear, lossy, mine, mlp" in listed
+    assert "bad, bce, ce, focal, mine" in listed
+
+
+def test_what_it_gets_wrong_is_one_line(run):
+    code, out, error = run("train-head", "--fusion", "broken")
+    assert (code, out, error.count("\n")) == (1, "", 1), error
+    assert all(word in error for word in ("'broken' of my-package", "my_package.nowhere:Broken", "ModuleNotFoundError"))
+    code, _, error = run("extract", "--dataset", "./fused.toml", "--encoder", "classic")
+    assert (code, error.count("\n")) == (1, 1), error
+    assert all(word in error for word in ("fused.toml", "reader 'fused' of my-package", "base.Reader")), error
+
+
+WRONG = """
+from cachefuse.fusion import FUSIONS
+from cachefuse.nn import HEADS, LOSSES
+
+for table, name in ((FUSIONS, "gone"), (FUSIONS, "headless"), (HEADS, "lossy"), (LOSSES, "bad"), (FUSIONS, "mien")):
+    try:
+        table[name]
+    except (ImportError, LookupError) as error:
+        print(type(error).__name__, error)
+print(FUSIONS["sum"].__module__)
+"""
+
+
+def test_what_is_no_fusion_head_or_loss_is_refused_where_it_is_used(folder):
+    env = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, env=env, check=True)
+    gone, headless, lossy, bad, unknown, own = done.stdout.splitlines()
+    assert all(word in gone for word in ("PluginError", "fusion 'gone' of my-package", "my_package:NotThere"))
+    assert all(word in headless for word in ("PluginError", "fusion 'headless'", "cachefuse.fusion.base.Fusion"))
+    assert all(word in lossy for word in ("PluginError", "head 'lossy'", "torch.nn.Module"))
+    assert all(word in bad for word in ("PluginError", "loss 'bad'", "logits, targets, *, reduction"))
+    assert all(word in unknown for word in ("UnknownNameError", "did you mean 'mine'?"))
+    assert own == "cachefuse.fusion.late"  # an entry of this package goes before one of the same name
+
+
+class OnePoint:
+    """An entry point among all: it stands for any group's."""
+
+    name, value, group, dist = "one", "somewhere:thing", "things", None
+
+    def select(self, group):
+        return [self]
+
+    def load(self):
+        return object()
+
+
+def test_what_is_not_the_kind_of_thing_is_refused(monkeypatch):
+    monkeypatch.setattr("cachefuse.registry._entry_points", OnePoint)
+    table = Registry("thing", "things", {"two": 2}, has=("size",))
+    assert list(table) == ["one", "two"]
+    assert table["two"] == 2
+    with pytest.raises(PluginError, match=r"thing 'one' .*size"):
+        table["one"]
