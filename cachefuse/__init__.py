@@ -9,7 +9,7 @@ Names are imported when they are first used, so that importing cachefuse costs n
 
 from typing import TYPE_CHECKING, Any
 
-from cachefuse.registry import resolve
+from cachefuse.registry import import_entry
 
 if TYPE_CHECKING:
     from cachefuse.alignment.config import AlignConfig
@@ -170,7 +170,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _API:
-        return resolve(_API[name])
+        return import_entry(_API[name])
     if name == "__version__":
         from importlib.metadata import version  # takes a while
 

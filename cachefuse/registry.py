@@ -55,7 +55,7 @@ class Registry(MutableMapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name in self._own:
-            return resolve(self._own[name])
+            return import_entry(self._own[name])
         self.check(name)
         return self._load(self._others[name])
 
@@ -74,7 +74,7 @@ class Registry(MutableMapping[str, Any]):
         return entry
 
     def _problem(self, entry: Any) -> str:
-        base = resolve(self.base) if self.base else None
+        base = import_entry(self.base) if self.base else None
         if base is not None and not (isinstance(entry, type) and issubclass(entry, base)):
             return f"it must be a subclass of {self.base.replace(':', '.')}"
         for name in self.has:
@@ -134,10 +134,10 @@ def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
     """
     if name not in table:
         raise unknown(table, name, kind)
-    return resolve(table[name])
+    return import_entry(table[name])
 
 
-def resolve(entry: Any) -> Any:
+def import_entry(entry: Any) -> Any:
     """Import what a "module:attribute" string names; anything else is returned as it is."""
     if not isinstance(entry, str):
         return entry

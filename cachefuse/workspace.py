@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Workspace:
+class WorkspacePaths:
     """The folder that commands share: raw data, feature stores, runs."""
 
     root: Path = Path("workspace")

@@ -9,7 +9,7 @@ from cachefuse.fusion import FUSIONS
 from cachefuse.metrics import METRICS
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
 from cachefuse.nn.losses import REDUCTIONS
-from cachefuse.registry import lookup, resolve
+from cachefuse.registry import import_entry, lookup
 
 TABLES = {
     "activation": ACTIVATIONS,
@@ -35,8 +35,8 @@ def test_imports_only_what_is_asked_for():
 
 
 def test_resolve():
-    assert resolve("decimal:Decimal") is Decimal
-    assert resolve(7) == 7
+    assert import_entry("decimal:Decimal") is Decimal
+    assert import_entry(7) == 7
 
 
 def test_unknown_name_lists_the_choices():

@@ -21,7 +21,7 @@ from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.encoders import open_encoder
-from cachefuse.extraction.extract import WINDOW_BATCHES, Progress, extract
+from cachefuse.extraction.extract import WINDOW_BATCHES, ExtractProgress, extract
 from cachefuse.extraction.pipeline import encode_prepared
 
 BATCH = 32
@@ -47,7 +47,7 @@ def extract_images(bench: Bench) -> BenchRow:
     def ours() -> float:
         begun: list[float] = []
 
-        def on_progress(progress: Progress) -> None:
+        def on_progress(progress: ExtractProgress) -> None:
             if progress.encoder and progress.done >= BATCH and not begun:
                 begun.append(time.perf_counter())
 

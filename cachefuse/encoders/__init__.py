@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cachefuse.encoders.base import EncoderSpec, Tower
-from cachefuse.registry import Registry, resolve
+from cachefuse.registry import Registry, import_entry
 
 
 @dataclass(frozen=True)
@@ -57,4 +57,4 @@ def open_encoder(spec: str | EncoderSpec, device: str = "cpu") -> dict[str, Towe
     """
     spec = EncoderSpec.parse(spec) if isinstance(spec, str) else spec
     family: Family = FAMILIES[spec.family]
-    return resolve(family.opener)(spec, device)
+    return import_entry(family.opener)(spec, device)

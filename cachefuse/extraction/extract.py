@@ -40,7 +40,7 @@ WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16}  # of texts; tokens of man
 
 
 @dataclass(frozen=True)
-class Progress:
+class ExtractProgress:
     """How far one encoder is with one modality, in rows; ``begun`` rows were there before this call.
 
     ``bottleneck`` is the stage that holds the others up: reading (and decoding), encoding or writing. Where
@@ -65,7 +65,7 @@ class ExtractReport:
     bad: list[BadSample] = field(default_factory=list)
 
 
-OnProgress = Callable[[Progress], None]
+OnProgress = Callable[[ExtractProgress], None]
 
 
 def extract(
@@ -96,7 +96,7 @@ def extract(
         request = open_request(dataset, encoders, views, device, batch_size, dtype)
 
         def on_digest(done: int, total: int) -> None:
-            on_progress(Progress("", "", done, total, 0))
+            on_progress(ExtractProgress("", "", done, total, 0))
 
         store = open_store(store_path, dataset, refresh=refresh, on_progress=on_digest)
         return extract_into(store, request, max_bad, on_progress)
@@ -171,7 +171,7 @@ class Job:
         if not n_pending:
             return 0
         begun = self.features.n_rows - n_pending
-        progress = Progress(self.features.encoder, self.tower.modality, begun, self.features.n_rows, begun)
+        progress = ExtractProgress(self.features.encoder, self.tower.modality, begun, self.features.n_rows, begun)
         on_progress(progress)
         if isinstance(self.tower, DerivedTower) and (base := base_rows(self.store, self.tower)) is not None:
             return derive(

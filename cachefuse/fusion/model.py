@@ -11,7 +11,7 @@ from cachefuse.fusion.base import Fusion, Model
 from cachefuse.fusion.late import UnimodalHead
 from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import Loss
-from cachefuse.store.rows import Columns
+from cachefuse.store.rows import FeatureRows
 from cachefuse.store.tokens import Tokens
 
 
@@ -58,7 +58,7 @@ class FusionModel(Model):
 
     def fit_statistics(
         self,
-        features: Mapping[str, Columns | Tokens],
+        features: Mapping[str, FeatureRows | Tokens],
         present: dict[str, Tensor],
         rows: Tensor,
         feature_rows: Callable[[str, Tensor], Tensor] = lambda name, rows: rows,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
 from cachefuse.nn import ACTIVATIONS
-from cachefuse.store.rows import Columns, TokenWidth
+from cachefuse.store.rows import FeatureRows, TokenWidth
 from cachefuse.store.tokens import Tokens
 
 FIT_ROWS, FIT_FLOATS = 4096, 2**24  # converted to float64 at a time, at most: 128 MB
@@ -185,7 +185,7 @@ class Standardize(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     @torch.no_grad()
-    def fit(self, x: Columns | Tokens, rows: Tensor | None = None) -> "Standardize":
+    def fit(self, x: FeatureRows | Tokens, rows: Tensor | None = None) -> "Standardize":
         """Take mean and standard deviation from ``x`` (N, D), or its ``rows`` (n,) int64, and return self.
 
         Of tokens (N, T_i, D) an even spread of the rows is taken. Works in float64 and by chunks, so that a large

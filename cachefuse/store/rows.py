@@ -252,7 +252,7 @@ class FlatTokens:
         return self
 
 
-Columns = Tensor | Rows | JoinedRows | FlatTokens  # (N, D): what has index_select along its rows
+FeatureRows = Tensor | Rows | JoinedRows | FlatTokens  # (N, D): what has index_select along its rows
 
 
 def block_shuffle(rows: Tensor, block_rows: int, blocks_at_once: int, generator: torch.Generator) -> Tensor:

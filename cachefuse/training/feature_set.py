@@ -13,11 +13,11 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import DataError
 from cachefuse.registry import lookup
-from cachefuse.store.rows import Columns
+from cachefuse.store.rows import FeatureRows
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.data import open_training_data
 from cachefuse.training.feature_table import LOAD_ROWS, FeatureTable
-from cachefuse.workspace import Workspace
+from cachefuse.workspace import WorkspacePaths
 
 FLOATS = ("float16", "float32", "float64")
 
@@ -27,7 +27,7 @@ class PickedRows:
 
     device = torch.device("cpu")
 
-    def __init__(self, source: Columns, rows: Tensor) -> None:
+    def __init__(self, source: FeatureRows, rows: Tensor) -> None:
         """``rows`` (n,) int64 may be in any order, and occur several times."""
         self.source = source
         self.rows = rows
@@ -188,7 +188,7 @@ def open_features(dataset: str, *, encoders: Sequence[str] = (), workspace: Path
     """
     if workspace is None:
         workspace = os.environ.get("CACHEFUSE_WORKSPACE") or "workspace"
-    return FeatureSet(FeatureStore(Workspace(Path(workspace)).store(dataset)), encoders)
+    return FeatureSet(FeatureStore(WorkspacePaths(Path(workspace)).store(dataset)), encoders)
 
 
 def _as_array(modality: Any, x: Any) -> np.ndarray:

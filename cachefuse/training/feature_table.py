@@ -12,7 +12,7 @@ from cachefuse.data.answers import ENOUGH, NO_ANSWER
 from cachefuse.device import total_memory
 from cachefuse.feature_spec import modalities_of, split_name
 from cachefuse.registry import lookup
-from cachefuse.store.rows import SHUFFLE_BYTES, Columns, block_shuffle
+from cachefuse.store.rows import SHUFFLE_BYTES, FeatureRows, block_shuffle
 from cachefuse.store.tokens import Tokens, length_grouped
 from cachefuse.threads import idle_threads
 
@@ -55,7 +55,7 @@ class FeatureTable:
     ``sources`` (N,) by name say which row of the features each row has, where that is not its own.
     """
 
-    features: Mapping[str, Columns | Tokens]
+    features: Mapping[str, FeatureRows | Tokens]
     present: dict[str, Tensor]
     targets: Tensor | AnswerTargets
     labelled: np.ndarray

@@ -12,7 +12,7 @@ from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.feature_spec import FLAT, IDS, POOLED, TOKENS, feature_name, split_name
 from cachefuse.store.features import Features
-from cachefuse.store.rows import Columns, FlatTokens, JoinedRows
+from cachefuse.store.rows import FeatureRows, FlatTokens, JoinedRows
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.tokens import Tokens
 from cachefuse.training.feature_table import AnswerTargets, FeatureTable, multi_hot
@@ -112,7 +112,7 @@ def load_table(
     ConfigError if samples have several items of a modality (captions), or tokens come from several encoders, CacheError
     if rows are missing.
     """
-    features: dict[str, Columns | Tokens] = {}
+    features: dict[str, FeatureRows | Tokens] = {}
     sources: dict[str, torch.Tensor] = {}
     for modality, group in chosen.items():
         shared = store.shared_rows(modality)

@@ -34,7 +34,7 @@ def align(
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading features"):
             from cachefuse.alignment.train import align as run_align
-            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared import align_tables
             from cachefuse_cli.shared.options import open_store
             from cachefuse_cli.shared.progress import TrainProgress

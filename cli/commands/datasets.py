@@ -7,7 +7,7 @@ def datasets(workspace: Workspace = WORKSPACE, data_dir: DataDir = None, json: J
     """List the built-in datasets: task, size, splits, and whether the raw data is there."""
     from cachefuse.data.manifest import builtin_manifests
     from cachefuse.data.splits import ordered_splits
-    from cachefuse.workspace import Workspace as WorkspacePaths
+    from cachefuse.workspace import WorkspacePaths
     from cachefuse_cli.shared import render
     from cachefuse_cli.shared.options import data_root
 

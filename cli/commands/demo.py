@@ -33,14 +33,14 @@ def demo(
             from cachefuse.runs.train import train_head
             from cachefuse.store.store import FeatureStore
             from cachefuse.training.config import TrainConfig
-            from cachefuse.workspace import Workspace as WorkspacePaths
-            from cachefuse_cli.shared.progress import ExtractProgress, TrainProgress
+            from cachefuse.workspace import WorkspacePaths
+            from cachefuse_cli.shared.progress import ExtractBar, TrainProgress
 
             paths = WorkspacePaths(workspace)
             manifest, _ = load_manifest("shapes")
             dataset = load_dataset(manifest, paths.data("shapes"))
         render.dataset_line(dataset)
-        with ExtractProgress() as progress:
+        with ExtractBar() as progress:
             report = extract(dataset, ["classic"], paths.store("shapes"), on_progress=progress.update)
         store = FeatureStore(paths.store("shapes"))
         runs = []

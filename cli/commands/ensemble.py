@@ -30,7 +30,7 @@ def ensemble(
         from cachefuse.runs.files import find_run
         from cachefuse.runs.save import load_run, save_run
         from cachefuse.store.store import FeatureStore
-        from cachefuse.workspace import Workspace as WorkspacePaths
+        from cachefuse.workspace import WorkspacePaths
         from cachefuse_cli.shared import eval_tables
 
         paths = WorkspacePaths(workspace)

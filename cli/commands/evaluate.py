@@ -40,7 +40,7 @@ def evaluate(
     with render.interruptible("nothing was written"):
         with render.status("loading the run"):
             from cachefuse.runs.files import ALIGNMENT, find_run, kind_of, read_json
-            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse.workspace import WorkspacePaths
 
             found = find_run(WorkspacePaths(workspace).runs, run, kind=None)
         if kind_of(read_json(found / "run.json")) == ALIGNMENT:

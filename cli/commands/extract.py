@@ -48,9 +48,9 @@ def extract(
         with render.status("loading torch and the encoders"):
             from cachefuse.encoders import DEFAULT_ENCODER
             from cachefuse.extraction.extract import extract as run_extract
-            from cachefuse.workspace import Workspace as WorkspacePaths
-            from cachefuse_cli.shared.progress import ExtractProgress
-        with ExtractProgress() as progress:
+            from cachefuse.workspace import WorkspacePaths
+            from cachefuse_cli.shared.progress import ExtractBar
+        with ExtractBar() as progress:
             report = run_extract(
                 loaded,
                 [resolve_encoder(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],

@@ -39,7 +39,7 @@ def fine_tune(
         with render.status("loading features"):
             from cachefuse.alignment.finetune import fine_tune as run_fine_tune
             from cachefuse.runs.save import save_run
-            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared.options import open_store
             from cachefuse_cli.shared.progress import TrainProgress
 

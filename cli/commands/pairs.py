@@ -38,7 +38,7 @@ def pairs(
             from cachefuse.alignment.pairs import mine_pairs, write_pairs
             from cachefuse.errors import ConfigError
             from cachefuse.training.selection import select_features
-            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared import align_tables
             from cachefuse_cli.shared.options import open_store, reopen_dataset
             from cachefuse_cli.shared.progress import RowsProgress

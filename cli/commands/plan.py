@@ -40,7 +40,7 @@ def plan(
         with render.status("opening the encoders and encoding a few batches"):
             from cachefuse.encoders import DEFAULT_ENCODER
             from cachefuse.extraction.plan import plan as make_plan
-            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared import store_tables
 
             made = make_plan(

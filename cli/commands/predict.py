@@ -57,7 +57,7 @@ def predict(
             from cachefuse.runs.files import find_run
             from cachefuse.runs.save import load_run
             from cachefuse.runs.submission import check_target, write_submission
-            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse.workspace import WorkspacePaths
 
             paths = WorkspacePaths(workspace)
             opened = load_run(find_run(paths.runs, run))

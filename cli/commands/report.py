@@ -39,7 +39,7 @@ def report(
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading the run"):
             from cachefuse.runs.files import ALIGNMENT, find_run, kind_of, read_json
-            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse.workspace import WorkspacePaths
 
             folder = find_run(WorkspacePaths(workspace).runs, run, kind=None)
         of_kind = _alignment if kind_of(read_json(folder / "run.json")) == ALIGNMENT else _head

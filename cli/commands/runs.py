@@ -20,7 +20,7 @@ def runs(
     with render.status("reading the runs"):
         from cachefuse.alignment.run import list_alignments
         from cachefuse.runs.files import list_runs
-        from cachefuse.workspace import Workspace as WorkspacePaths
+        from cachefuse.workspace import WorkspacePaths
         from cachefuse_cli.shared import align_tables, eval_tables
 
         folder = WorkspacePaths(workspace).runs

@@ -79,7 +79,7 @@ def sweep(
             from cachefuse.runs.features import describe_features
             from cachefuse.runs.save import save_run
             from cachefuse.training.data import open_training_data
-            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared import sweep_tables
 
             base = config()

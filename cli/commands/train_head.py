@@ -38,7 +38,7 @@ def train_head(
         with render.status("loading features"):
             from cachefuse.runs.save import save_run
             from cachefuse.runs.train import train_head as run_train_head
-            from cachefuse.workspace import Workspace as WorkspacePaths
+            from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared.options import open_store
             from cachefuse_cli.shared.progress import TrainProgress
 

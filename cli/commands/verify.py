@@ -34,7 +34,7 @@ def verify(
             from cachefuse.extraction.verify import repair as run_repair
             from cachefuse.extraction.verify import verify as run_verify
             from cachefuse_cli.shared import store_tables
-            from cachefuse_cli.shared.progress import ExtractProgress, VerifyProgress
+            from cachefuse_cli.shared.progress import ExtractBar, VerifyProgress
 
             store = open_store(workspace, dataset)
         with VerifyProgress() as progress:
@@ -43,7 +43,7 @@ def verify(
             store_tables.damage_report(found)
             with render.status("reading the dataset"):
                 samples = reopen_dataset(store, dataset, workspace, data_dir)
-            with ExtractProgress() as computed:
+            with ExtractBar() as computed:
                 run_repair(store, found, samples, device=device, on_progress=computed.update)
             with VerifyProgress() as progress:
                 found = run_verify(open_store(workspace, dataset), on_progress=progress.update)

@@ -53,9 +53,9 @@ def open_alignment(workspace: Path, name: str | None) -> "Alignment":
     """Open an alignment by its name or folder, by default the one made last."""
     from cachefuse.alignment.run import Alignment
     from cachefuse.runs.files import ALIGNMENT, find_run
-    from cachefuse.workspace import Workspace
+    from cachefuse.workspace import WorkspacePaths
 
-    return Alignment.load(find_run(Workspace(workspace).runs, name, ALIGNMENT))
+    return Alignment.load(find_run(WorkspacePaths(workspace).runs, name, ALIGNMENT))
 
 
 def open_space(workspace: Path, run: str | None, encoder: str | None, device: str) -> "tuple[Space, str | None]":

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from cachefuse.data.dataset import Dataset
     from cachefuse.data.manifest import Manifest
     from cachefuse.store.store import FeatureStore
-    from cachefuse.workspace import Workspace as WorkspacePaths
+    from cachefuse.workspace import WorkspacePaths
 
 logger = logging.getLogger("cachefuse.cli")
 
@@ -101,7 +101,7 @@ def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
     """Open a dataset's store, by default the one that extract last worked on."""
     from cachefuse.errors import CacheError
     from cachefuse.store.store import FeatureStore
-    from cachefuse.workspace import Workspace as WorkspacePaths
+    from cachefuse.workspace import WorkspacePaths
 
     paths = WorkspacePaths(workspace)
     if dataset is not None:
@@ -131,7 +131,7 @@ def open_dataset(name: str, workspace: Path, data_dir: Path | None, limit: int |
     with render.status("reading the dataset"):
         from cachefuse.data.dataset import load_dataset
         from cachefuse.data.manifest import load_manifest
-        from cachefuse.workspace import Workspace as WorkspacePaths
+        from cachefuse.workspace import WorkspacePaths
 
         manifest, folder = load_manifest(name)
         dataset = load_dataset(manifest, data_root(WorkspacePaths(workspace), manifest, folder, data_dir))
@@ -145,7 +145,7 @@ def reopen_dataset(store: "FeatureStore", name: str | None, workspace: Path, dat
     """Read the dataset that a store was made from; a manifest's file says where its raw data is."""
     from cachefuse.data.dataset import load_dataset
     from cachefuse.data.manifest import load_manifest
-    from cachefuse.workspace import Workspace as WorkspacePaths
+    from cachefuse.workspace import WorkspacePaths
 
     manifest, folder = load_manifest(name) if name and name.endswith(".toml") else (store.manifest, None)
     dataset = load_dataset(manifest, data_root(WorkspacePaths(workspace), manifest, folder, data_dir))

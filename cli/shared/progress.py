@@ -20,7 +20,7 @@ from cachefuse.metrics import metric_title
 from cachefuse_cli.shared.render import err, note
 
 if TYPE_CHECKING:
-    from cachefuse.extraction.extract import Progress as ExtractState
+    from cachefuse.extraction.extract import ExtractProgress
     from cachefuse.training.train import Progress as TrainState
 
 
@@ -80,14 +80,14 @@ class _RowBars:
         self._progress.update(self._tasks[name], completed=done, total=total, slowest=slowest)
 
 
-class ExtractProgress(_RowBars):
+class ExtractBar(_RowBars):
     """A bar for each encoder and modality, once the encoders are open."""
 
     def __enter__(self) -> Self:
         self._opening = self._progress.add_task("opening the encoders", total=None)
         return super().__enter__()
 
-    def update(self, state: "ExtractState") -> None:
+    def update(self, state: "ExtractProgress") -> None:
         self._progress.update(self._opening, visible=False)
         if not state.encoder:
             self._show("hashing content", state.done, state.total)

@@ -21,7 +21,7 @@ from cachefuse.errors import CacheError
 from cachefuse.extraction.extract import extract
 from cachefuse.store.format import read_lines
 from cachefuse.store.store import FeatureStore
-from cachefuse.workspace import Workspace
+from cachefuse.workspace import WorkspacePaths
 
 MANIFEST = """
 name = "crash"
@@ -77,7 +77,7 @@ def extract_here(tmp_path, store):
 @pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(start, tmp_path):
     extract_here(tmp_path, tmp_path / "undisturbed.zarr")
-    store = Workspace(tmp_path / "killed").store("crash")
+    store = WorkspacePaths(tmp_path / "killed").store("crash")
     process = start("killed")
     wait_for(process, store / "features" / "classic" / "image" / "journal.jsonl")
     process.kill()
@@ -92,7 +92,7 @@ def test_a_killed_run_ends_with_the_same_bytes(start, tmp_path):
 def test_interrupted_and_killed_runs_end_with_the_same_bytes(start, tmp_path, tools):
     undisturbed = tmp_path / "undisturbed.zarr"
     extract_here(tmp_path, undisturbed)
-    store = Workspace(tmp_path / "killed").store("crash")
+    store = WorkspacePaths(tmp_path / "killed").store("crash")
     journal = store / "features" / "classic" / "image" / "journal.jsonl"
 
     process = start("killed")
@@ -131,7 +131,7 @@ def test_a_kill_while_the_store_is_made_blocks_nothing(start, tmp_path):
     process.kill()
     process.communicate()
     extract_here(tmp_path, cache / "crash.zarr")
-    assert Workspace(tmp_path / "killed").stores == [cache / "crash.zarr"]
+    assert WorkspacePaths(tmp_path / "killed").stores == [cache / "crash.zarr"]
     assert {path.name for path in cache.iterdir()} <= {"crash.zarr", ".crash.zarr.lock", ".crash.zarr.writer"}
 
 

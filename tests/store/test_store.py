@@ -14,7 +14,7 @@ from cachefuse.store.features import Features
 from cachefuse.store.format import append_lines, read_lines
 from cachefuse.store.samples import BadSample
 from cachefuse.store.store import FeatureStore
-from cachefuse.workspace import Workspace
+from cachefuse.workspace import WorkspacePaths
 
 
 def run(dataset, store_path, *encoders, **options):
@@ -309,14 +309,14 @@ def test_what_a_killed_process_left_is_swept_and_is_no_store(shapes, store_path,
     left = store_path.parent / f".{store_path.name}.abc123" / store_path.name
     left.mkdir(parents=True)
     (left / "zarr.json").write_text("{")
-    assert Workspace(store_path.parents[1]).stores == []
+    assert WorkspacePaths(store_path.parents[1]).stores == []
     run(shapes, store_path)
     partial = store_path / "features" / "toy" / "image" / "pooled" / "c" / "0" / "0.12ab.partial"
     partial.write_bytes(b"half")
     run(shapes, store_path)
     assert not left.parent.exists()
     assert not partial.exists()
-    assert Workspace(store_path.parents[1]).stores == [store_path]
+    assert WorkspacePaths(store_path.parents[1]).stores == [store_path]
 
 
 def test_an_update_of_the_samples_is_whole_or_not_at_all(shapes, store_path, monkeypatch):

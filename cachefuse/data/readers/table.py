@@ -14,7 +14,7 @@ from cachefuse.data.readers.csv_text import read_csv
 from cachefuse.data.readers.lines import TEXT_ERRORS
 from cachefuse.errors import DataError
 
-Columns = dict[str, list[Any]]
+TableColumns = dict[str, list[Any]]
 _PLACE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -66,7 +66,7 @@ class TableReader(Reader):
             self._add(samples, split, columns, root)
         return samples
 
-    def _add(self, samples: Samples, split: str, columns: Columns, root: Path) -> None:
+    def _add(self, samples: Samples, split: str, columns: TableColumns, root: Path) -> None:
         file = self.files[split]
         n = len(next(iter(columns.values()), []))
         named = _strings(_need(self.split, columns, file, "reader.split")) if self.split else [""] * n
@@ -94,7 +94,7 @@ class TableReader(Reader):
         """Return the columns that a column name or template refers to."""
         return set(_PLACE.findall(template)) or {template}
 
-    def _labels(self, columns: Columns, column: str | None, several: bool, n: int) -> list[tuple[str, ...] | None]:
+    def _labels(self, columns: TableColumns, column: str | None, several: bool, n: int) -> list[tuple[str, ...] | None]:
         if column is None or column not in columns:
             return [None] * n
         return [self._split_labels(value, several) for value in columns[column]]
@@ -107,7 +107,7 @@ class TableReader(Reader):
             names = names[0].split(self.separator)
         return tuple(name.strip() for name in names if name.strip())
 
-    def _fill(self, template: str, columns: Columns, file: str, key: str) -> list[str]:
+    def _fill(self, template: str, columns: TableColumns, file: str, key: str) -> list[str]:
         """Return a column's values, or a template's with each ``{column}`` replaced (nothing else is interpreted)."""
         if template in columns or not _PLACE.search(template):
             return _strings(_need(template, columns, file, key))
@@ -119,7 +119,7 @@ class TableReader(Reader):
         ]
 
 
-def read_columns(path: Path, header: tuple[str, ...] | None = None) -> Columns:
+def read_columns(path: Path, header: tuple[str, ...] | None = None) -> TableColumns:
     """Read a csv, tsv, jsonl or parquet file as columns. Raises DataError, naming the place, if it can't be read."""
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv", ".txt"):
@@ -132,7 +132,7 @@ def read_columns(path: Path, header: tuple[str, ...] | None = None) -> Columns:
     raise DataError(f"{path.name}: unknown kind of table {suffix!r}; choose from: .csv, .tsv, .jsonl, .parquet")
 
 
-def _read_delimited(path: Path, delimiter: str, header: tuple[str, ...] | None) -> Columns:
+def _read_delimited(path: Path, delimiter: str, header: tuple[str, ...] | None) -> TableColumns:
     text = _decode(path)
     rows = read_csv(text, delimiter, path.name, len(header) if header else None)
     if not rows:
@@ -152,8 +152,8 @@ def _decode(path: Path) -> str:
     return data.decode("utf-8-sig", errors=TEXT_ERRORS)
 
 
-def _read_jsonl(path: Path) -> Columns:
-    columns: Columns = {}
+def _read_jsonl(path: Path) -> TableColumns:
+    columns: TableColumns = {}
     n = 0
     with path.open(encoding="utf-8-sig", errors=TEXT_ERRORS) as lines:
         for number, line in enumerate(lines, start=1):
@@ -176,7 +176,7 @@ def _read_jsonl(path: Path) -> Columns:
     return columns
 
 
-def _read_parquet(path: Path) -> Columns:
+def _read_parquet(path: Path) -> TableColumns:
     import pyarrow
     import pyarrow.parquet
 
@@ -186,7 +186,7 @@ def _read_parquet(path: Path) -> Columns:
         raise DataError(f"{path.name}: not a parquet file that can be read: {error}") from error
 
 
-def _need(name: str, columns: Columns, file: str, key: str) -> list[Any]:
+def _need(name: str, columns: TableColumns, file: str, key: str) -> list[Any]:
     if name not in columns:
         known = ", ".join(column for column in columns)
         raise DataError(f"{file}: has no column {name!r}, which {key} names; its columns are: {known}")
