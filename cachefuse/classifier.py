@@ -133,9 +133,9 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
             metrics=DEFAULT_METRICS[self._task],
             min_labels=self.min_labels,
         )
-        trained = train_models(data, config)
-        self.config_ = trained.members[0][0]
-        self.models_ = [model.cpu() for _, model, _ in trained.members]
+        trained = train_models(data, data.resolve(config), keep_interrupted=True)
+        self.config_ = trained.members[0].config
+        self.models_ = [member.model.cpu() for member in trained.members]
         self.histories_ = trained.histories
         self.thresholds_ = trained.thresholds
         return self

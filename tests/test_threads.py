@@ -15,7 +15,8 @@ from cachefuse import threads
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.base import Model
 from cachefuse.threads import Look, adapt_threads, fixed_threads, idle_threads, n_cores, n_idle_cores, same_threads
-from cachefuse.training.loop import fit
+from cachefuse.training.batches import Batches
+from cachefuse.training.loop import Optimization, fit
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +119,7 @@ class TestIdle:
 
     def test_epochs_say_theirs(self, idle):
         idle[:] = [2, 1, 2, 1, 2]
-        history = fit(*small_training(), epochs=3, batch_size=4, generator=torch.Generator())
+        history = fit(*small_training(), epochs=3)
         assert [epoch.threads for epoch in history.epochs] == [1, 2, 1]
         assert torch.get_num_threads() == 2
 
@@ -157,7 +158,7 @@ class TestPythonThreads:
 
 
 def small_training():
-    """Return what ``fit`` takes: a linear model, loss, optimizer, table and rows."""
+    """Return what ``fit`` takes: a linear model, loss, batches of 4 rows and an optimizer."""
     import numpy as np
 
     from cachefuse.training.feature_table import FeatureTable
@@ -184,9 +185,8 @@ def small_training():
     return (
         model,
         lambda logits, targets: loss(logits, targets.float()),
-        torch.optim.SGD(model.parameters(), 0.1),
-        table,
-        torch.arange(n),
+        Batches(table, torch.arange(n), 4, torch.Generator()),
+        Optimization(torch.optim.SGD(model.parameters(), 0.1)),
     )
 
 

@@ -5,7 +5,6 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -30,15 +29,15 @@ from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.lock import only_writer
 from cachefuse.store.rows import TokenWidth
 from cachefuse.store.store import FeatureStore
-from cachefuse.training import OPTIMIZERS, SCHEDULES
-from cachefuse.training.build import build_model
+from cachefuse.training.batches import Batches
+from cachefuse.training.build import build_model, build_optimization, build_validation
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import VAL, TrainingData
-from cachefuse.training.held_out import HeldOut, choose_for
+from cachefuse.training.held_out import HeldOut, final_thresholds
 from cachefuse.training.inference import predict_scores
-from cachefuse.training.loop import History, Validation, fit
+from cachefuse.training.loop import History, fit
 from cachefuse.training.selection import load_table, one_view
-from cachefuse.training.train import Progress, score_of
+from cachefuse.training.train import Progress
 
 
 class TunedModel(Model):
@@ -103,7 +102,7 @@ def fine_tune(
     config = data.resolve(config)
     with only_writer(store.path):  # or it would turn out after all the epochs that there is another
         pass
-    train, validate = (rows.to(data.device) for rows in (data.train_rows(), data.rows(VAL)))
+    train = data.train_rows().to(data.device)
     seed_everything(seed)
     tuned = replace(
         run, name=f"{run.name}-{store.dataset}", parent=run.name, model=copy.deepcopy(run.model), results={}
@@ -115,25 +114,15 @@ def fine_tune(
     model = TunedModel(tuned.model, side, modality, head, n_tokens).to(data.device)
     # Vectors of length 1, to values of about 1; what their own deviations are changes while they are tuned.
     cast(Standardize, head.standardize[modality]).scale.fill_(run.config.width**0.5)
-    optimizer = OPTIMIZERS[str(config.optimizer)](
-        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=lr, weight_decay=weight_decay
-    )
-    steps = config.n_epochs * -(-len(train) // batch_size)
-    loss = config.resolve_loss(data.task)
-    score = partial(score_of, data, validate, data.metric, loss)
     history = fit(
         model,
-        build_loss(loss, config.loss_options),
-        optimizer,
-        table,
-        train,
+        build_loss(config.resolve_loss(data.task), config.loss_options),
+        Batches(table, train, batch_size, torch.Generator().manual_seed(seed)),
+        build_optimization(config, model, len(train)),
         epochs=config.n_epochs,
-        batch_size=batch_size,
-        generator=torch.Generator().manual_seed(seed),
-        schedule=SCHEDULES[str(config.schedule)](optimizer, steps),
-        validation=Validation(validate, score) if len(validate) else None,
-        patience=patience,
+        validation=build_validation(data, config, data.rows(VAL)),
         on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.n_epochs, epoch)),
+        keep_interrupted=True,
     )
     tuned.model.log_temperature.requires_grad_(True)
     tuned.history, tuned.seconds = history, time.perf_counter() - begun
@@ -170,7 +159,7 @@ def _head_run(
         classes=store.classes,
         config=config,
         members=[Member(config, used, head.eval(), 1.0)],
-        thresholds=choose_for(data, config, held_out),
+        thresholds=final_thresholds(data, config, held_out),
         histories=[history],
         held_out=held_out,
         split_digest=split_digest(store),

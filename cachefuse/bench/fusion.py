@@ -25,12 +25,12 @@ from cachefuse.nn.transformer import EXPANSION
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.writer import ViewWriter
 from cachefuse.threads import same_threads
-from cachefuse.training.build import training_loss, untrained_model
+from cachefuse.training.batches import Batches
+from cachefuse.training.build import build_training
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, open_training_data
-from cachefuse.training.loop import fit
+from cachefuse.training.loop import Optimization, fit
 from cachefuse.training.optim import adam
-from cachefuse.training.train import TrainingSet
 
 VOCABULARY = 30_522  # of BERT
 BERT = {"model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 384, "num_hidden_layers": 6,
@@ -128,16 +128,18 @@ def _epoch(data: TrainingData, config: TrainConfig) -> Callable[[], float]:
     """Return what gives the seconds of an epoch of ``fit`` that follows a first one."""
 
     def epoch() -> float:
-        model = untrained_model(data, config)
-        training_set = TrainingSet.prepare(data, model, data.train_rows())
+        model, training_set, loss = build_training(data, config, data.train_rows())
         ends: list[float] = []
         module = training_set.reading(model.fusion)
+        generator = torch.Generator().manual_seed(0)
         fit(
-            module, training_loss(data, config, training_set), adam(module.parameters(), lr=1e-4),
-            training_set.table, training_set.rows,
-            epochs=2, batch_size=config.effective_batch_size, generator=torch.Generator().manual_seed(0),
+            module,
+            loss,
+            Batches(training_set.table, training_set.rows, config.effective_batch_size, generator),
+            Optimization(adam(module.parameters(), lr=1e-4)),
+            epochs=2,
             on_epoch=lambda epoch: ends.append(time.perf_counter()),
-        )  # fmt: skip
+        )
         return ends[1] - ends[0]
 
     return epoch

@@ -21,14 +21,14 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.losses import Loss
 from cachefuse.store.store import FeatureStore
 from cachefuse.threads import same_threads
+from cachefuse.training.batches import Batches
 from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import TrainingData, open_training_data
+from cachefuse.training.data import TrainingData, TrainingSet, open_training_data
 from cachefuse.training.feature_table import FeatureTable
-from cachefuse.training.loop import fit
+from cachefuse.training.loop import Optimization, fit
 from cachefuse.training.optim import adam
 from cachefuse.training.stack import RowsFirst, StackedLoss, stack
-from cachefuse.training.train import TrainingSet
 
 RATE = 1e-3
 Layers = tuple[int, ...]  # hidden widths; none for a linear head
@@ -78,20 +78,24 @@ class TrainBench:
         """Return an untrained model: a linear head, or an MLP with hidden layers."""
         return untrained_model(self.data, settings(layers))
 
-    def epoch(self, module: Model, table: FeatureTable, n: int, loss: Loss | None = None, **options: Any) -> float:
+    def epoch(
+        self,
+        module: Model,
+        table: FeatureTable,
+        n: int,
+        loss: Loss | None = None,
+        sample_weights: Tensor | None = None,
+    ) -> float:
         """Return the seconds of an epoch of ``fit``: the mean of ``n`` that follow a first one."""
         ends: list[float] = []
+        generator = torch.Generator().manual_seed(0)
         fit(
             module,
             loss or training_loss(self.data, settings(()), self.training_set),
-            adam(module.parameters(), lr=RATE),
-            table,
-            self.training_set.rows,
+            Batches(table, self.training_set.rows, self.sizes.batch, generator, sample_weights),
+            Optimization(adam(module.parameters(), lr=RATE)),
             epochs=1 + n,
-            batch_size=self.sizes.batch,
-            generator=torch.Generator().manual_seed(0),
             on_epoch=lambda epoch: ends.append(time.perf_counter()),
-            **options,
         )
         return (ends[-1] - ends[0]) / n
 

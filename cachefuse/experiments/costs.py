@@ -9,11 +9,10 @@ import torch
 from cachefuse.device import own_randomness
 from cachefuse.training import OPTIMIZERS
 from cachefuse.training.batches import Batch, Batches
-from cachefuse.training.build import training_loss, untrained_model
+from cachefuse.training.build import build_training
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData
 from cachefuse.training.inference import predict_logits, spread
-from cachefuse.training.train import TrainingSet
 
 PREDICTED_ROWS = 512  # at a time, for the time of one
 TIMES, SECONDS = 3, 2.0  # each is measured so often at least, and for so long
@@ -33,11 +32,9 @@ class Costs:
 def measure_costs(data: TrainingData, config: TrainConfig) -> Costs:
     """Return what a model of these settings, which must be resolved, costs on the machine at hand: medians."""
     train = data.train_rows()
-    model = untrained_model(data, config)
-    training_set = TrainingSet.prepare(data, model, train)
+    model, training_set, loss = build_training(data, config, train)
     table, rows = data.table.only(model.widths), spread(train, PREDICTED_ROWS).to(data.device)
     predict = _median_seconds(lambda: predict_logits(model, table, rows))
-    loss = training_loss(data, config, training_set)
     module = training_set.reading(model.fusion).train()
     optimizer = OPTIMIZERS[config.optimizer](module.parameters(), lr=1e-6)
     batches: Iterator[Batch] = iter(())

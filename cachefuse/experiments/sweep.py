@@ -29,12 +29,12 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData, open_training_data
-from cachefuse.training.held_out import HeldOut, chooses
+from cachefuse.training.held_out import HeldOut, chooses_thresholds
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.selection import Views
 from cachefuse.training.split import make_splits
 from cachefuse.training.stack import most_together, shared_settings, train_together
-from cachefuse.training.train import Trained, train_models
+from cachefuse.training.train import TrainedModels, train_models
 
 RESAMPLES = 1000  # of the bootstrap
 
@@ -176,7 +176,7 @@ def _check(data: TrainingData, configs: Sequence[TrainConfig]) -> None:
         n_held = len(_held_rows(data, config))
         if not n_held:
             raise ConfigError(f"{data.name} has no labelled validation rows to measure trials on; take --folds 5")
-        chooses(data, config, n_held)
+        chooses_thresholds(data, config, n_held)
     for config in {config.folds: config for config in configs}.values():
         make_splits(data, config)
 
@@ -234,43 +234,43 @@ def _train_alone(data: TrainingData, config: TrainConfig) -> list[Outcome]:
         trained = train_models(data, config)
     except TrainingError as error:
         return [error]
-    if any(history.interrupted for history in trained.histories):
-        raise KeyboardInterrupt
     assert trained.held_out is not None  # there are such rows: _check has seen to it
     best = float(np.mean([history.best_epoch for history in trained.histories]))
     return [(trained.held_out, best, _modality_weights(data, trained))]
 
 
-def _modality_weights(data: TrainingData, trained: Trained) -> dict[str, float]:
+def _modality_weights(data: TrainingData, trained: TrainedModels) -> dict[str, float]:
     """Return how much each modality counts on average, in the rows that each model has not seen."""
     assert trained.held_out is not None
-    found: list[torch.Tensor] = []
-    for _, model, fold in trained.members:
+    weights: list[torch.Tensor] = []
+    held_out = trained.held_out
+    for member in trained.members:
+        model = member.model
         if not hasattr(model.fusion, "weights"):
             return {}
-        mine = trained.held_out.rows[trained.held_out.parts == fold] if fold is not None else trained.held_out.rows
-        found.append(data.table.only(model.widths).map(model.eval().modality_weights, torch.from_numpy(mine)))
-    means = torch.cat(found).double().flatten(0, -2).mean(0).tolist()  # (n, M), or of K tasks (n, K, M)
-    return dict(zip(modalities_of(trained.members[0][1].widths), means, strict=True))
+        rows = held_out.rows if member.fold is None else held_out.rows[held_out.parts == member.fold]
+        weights.append(data.table.only(model.widths).map(model.eval().modality_weights, torch.from_numpy(rows)))
+    means = torch.cat(weights).double().flatten(0, -2).mean(0).tolist()  # (n, M), or of K tasks (n, K, M)
+    return dict(zip(modalities_of(trained.members[0].model.widths), means, strict=True))
 
 
 def _train_together(data: TrainingData, configs: Sequence[TrainConfig]) -> list[Outcome]:
-    parts = make_splits(data, configs[0])
+    splits = make_splits(data, configs[0])
     scores: list[list[np.ndarray]] = [[] for _ in configs]
     diverged: dict[int, TrainingError] = {}
-    for part in parts:
-        for i, model in enumerate(train_together(data, configs, part)):
+    for split in splits:
+        for i, model in enumerate(train_together(data, configs, split)):
             try:
                 if isinstance(model, TrainingError):
                     raise model
                 loss = configs[i].resolve_loss(data.task)
-                scores[i].append(predict_scores(model, data.table.only(model.widths), part.held_out, loss))
+                scores[i].append(predict_scores(model, data.table.only(model.widths), split.held_out, loss))
             except TrainingError as error:
                 diverged.setdefault(i, error)
-    split, rows = OUT_OF_FOLD if configs[0].folds else VAL, [part.held_out for part in parts]
+    name, rows = OUT_OF_FOLD if configs[0].folds else VAL, [split.held_out for split in splits]
     outcomes: list[Outcome] = []
     for i, config in enumerate(configs):
-        held_out = None if i in diverged else HeldOut.join(split, data, rows, scores[i])
+        held_out = None if i in diverged else HeldOut.join(name, data, rows, scores[i])
         outcomes.append((held_out, float(config.n_epochs), {}) if held_out is not None else diverged[i])
     return outcomes
 
@@ -316,7 +316,7 @@ def _each_warning_once() -> Iterator[None]:
         seen.add(message)
         return new
 
-    logger = logging.getLogger("cachefuse.training.train")
+    logger = logging.getLogger("cachefuse.training.split")
     logger.addFilter(is_new)
     try:
         yield

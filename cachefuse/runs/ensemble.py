@@ -13,7 +13,7 @@ from cachefuse.runs.run import Run, split_digest
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.data import TrainingData
-from cachefuse.training.held_out import HeldOut, choose_for
+from cachefuse.training.held_out import HeldOut, final_thresholds
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
     )
     held_out = _mean_held_out(runs, digest)
     if held_out is not None:
-        chosen = choose_for(data, config, held_out)
+        chosen = final_thresholds(data, config, held_out)
     elif thresholds in ("global", "class"):
         raise ConfigError(f"thresholds {thresholds!r} need rows that every run held out; leave them out")
     elif thresholds == "none":

@@ -1,18 +1,13 @@
 """From a store to a run: the features are opened, the models trained and measured."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-
-from cachefuse.errors import ConfigError
-from cachefuse.fusion.model import FusionModel
 from cachefuse.runs.features import RunFeaturesByName, describe_features
 from cachefuse.runs.results import measure
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.store import FeatureStore
-from cachefuse.training.build import build_model
+from cachefuse.training.build import resolve_for
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, open_training_data
 from cachefuse.training.train import Progress, train_models
@@ -52,13 +47,9 @@ def train_run(
 ) -> Run:
     """Do what ``train_head`` does, with a problem that is open already."""
     begun = time.perf_counter()
-    config = data.resolve(config)
-    with torch.device("meta"):
-        untrained = build_model(config, data.widths, len(data.classes), data.tasks)
-    _check_size(untrained, config, max_size_mb)
-    data = data.only(list(untrained.widths)).shuffled(config)
-    trained = train_models(data, config, on_progress)
-    own = {name: used[name] for name in untrained.widths}
+    data, config = resolve_for(data, config, max_size_mb)
+    trained = train_models(data, config, on_progress, keep_interrupted=True)
+    features = {name: used[name] for name in data.widths}
     run = Run(
         name=f"{store.dataset}-{config.fusion}-{config.head_name}-{config.loss}",
         dataset=store.dataset,
@@ -66,7 +57,8 @@ def train_run(
         classes=data.classes,
         config=config,
         members=[
-            Member(settings, own, model, 1 / len(trained.members), fold) for settings, model, fold in trained.members
+            Member(member.config, features, member.model, 1 / len(trained.members), member.fold)
+            for member in trained.members
         ],
         thresholds=trained.thresholds,
         histories=trained.histories,
@@ -76,21 +68,3 @@ def train_run(
     run.results = measure(data, run, lambda member: data.table)
     run.seconds = time.perf_counter() - begun
     return run
-
-
-def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float | None) -> None:
-    if max_size_mb is None:
-        return
-    if not 0 < max_size_mb < math.inf:
-        raise ConfigError(f"max-size-mb must be a number above 0. Got {max_size_mb:g} instead")
-    n_models = config.members * (1 if config.refit else max(1, config.folds))
-    size = n_models * model.size_mb
-    if size > max_size_mb:
-        ways = ["smaller --layers"] * (config.head != "linear" and not config.is_generative) + ["fewer --members"] * (
-            config.members > 1
-        )
-        ways += ["--refit, which keeps one model a seed and not one a fold"] * bool(config.folds and not config.refit)
-        raise ConfigError(
-            f"the model would take {size:.2f} MB{f' ({n_models} of them)' if n_models > 1 else ''}, and max-size-mb is "
-            f"{max_size_mb:g}; take {', or '.join(ways) or 'fewer encoders'}"
-        )

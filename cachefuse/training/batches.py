@@ -14,7 +14,8 @@ Batch = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]  # features (B, D_m)
 class Batches:
     """The batches of an epoch over rows (n,), in a new random order in each iteration; ``batch_size`` 0 means all rows.
 
-    With ``sample_weights`` (n,), as many rows are drawn as there are, with replacement, each by its chance.
+    With ``sample_weights`` (n,), as many rows are drawn as there are, with replacement, each by its weight. With
+    ``modality_dropout`` each modality of a row is taken away with that probability, as ``drop_modalities`` does.
 
     What lies in a CPU's memory is copied once, in a random order. An epoch cuts that into slices, from a random row on,
     and takes them in a random order: to gather rows one by one costs as much as a linear head's GEMMs.
@@ -27,8 +28,10 @@ class Batches:
         batch_size: int,
         generator: torch.Generator,
         sample_weights: Tensor | None = None,
+        modality_dropout: float = 0.0,
     ) -> None:
         self.table, self.rows, self.generator, self.sample_weights = table, rows, generator, sample_weights
+        self.modality_dropout = modality_dropout
         self.size = min(batch_size or len(rows), len(rows))
         self.copy: Batch | None = None
         if sample_weights is None and all(
@@ -40,13 +43,14 @@ class Batches:
             self.copy = (*table.batch(order), table.targets[order].float())
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.copy is None:
-            for rows in self.table.batches(self._order(), self.size, self.generator):
-                yield *self.table.batch(rows), self.table.targets[rows]
-        else:
-            features, present, targets = self.copy
-            for part in self._slices():
-                yield {m: x[part] for m, x in features.items()}, {m: x[part] for m, x in present.items()}, targets[part]
+        for features, present, targets in self._drawn() if self.copy is None else self._slices(*self.copy):
+            if self.modality_dropout:
+                present = drop_modalities(present, self.modality_dropout, self.generator)
+            yield features, present, targets
+
+    def _drawn(self) -> Iterator[Batch]:
+        for rows in self.table.batches(self._order(), self.size, self.generator):
+            yield *self.table.batch(rows), self.table.targets[rows]
 
     def _order(self) -> Tensor:
         if self.sample_weights is not None:
@@ -56,22 +60,23 @@ class Batches:
             return self.rows[drawn.clamp(max=len(shares) - 1).to(self.rows.device)]  # rounding may reach the end
         return self.table.order(self.rows, self.generator) if self.size < len(self.rows) else self.rows
 
-    def _slices(self) -> Iterator[slice]:
+    def _slices(self, features: dict[str, Tensor], present: dict[str, Tensor], targets: Tensor) -> Iterator[Batch]:
         n = len(self.rows)
         begin = int(torch.randint(n, (), generator=self.generator)) if self.size < n else 0
         for i in torch.randperm(-(-n // self.size), generator=self.generator).tolist():
             start = (begin + i * self.size) % n
-            yield slice(start, start + min(self.size, n - i * self.size))
+            rows = slice(start, start + min(self.size, n - i * self.size))
+            yield {m: x[rows] for m, x in features.items()}, {m: x[rows] for m, x in present.items()}, targets[rows]
 
 
 def balanced_sample_weights(targets: Tensor) -> Tensor:
-    """Return each row's chance (n,) to be drawn, float64 on the CPU: the inverse of its rarest label's rows.
+    """Return each row's weight (n,) when rows are drawn, float64 on the CPU: the inverse of its rarest label's rows.
 
     Rows without labels count as a class of their own. In multi-class all classes are then drawn equally often.
     """
     hot = targets.cpu().bool()
     counts = hot.sum(0).double()
-    rarest = torch.cat([torch.where(part, counts, torch.inf).amin(1) for part in hot.split(LOAD_ROWS)])
+    rarest = torch.cat([torch.where(piece, counts, torch.inf).amin(1) for piece in hot.split(LOAD_ROWS)])
     blank = rarest.isinf()
     return 1 / torch.where(blank, blank.sum().double(), rarest)
 

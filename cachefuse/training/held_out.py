@@ -1,7 +1,7 @@
 """How good models are: on rows held out, with thresholds chosen on others, and on the splits they were not made for."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,10 +13,8 @@ from cachefuse.metrics.tasks import TaskSlice, decide_tasks
 from cachefuse.metrics.thresholds import HALF, THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData
-
-if TYPE_CHECKING:
-    pass
-
+from cachefuse.training.feature_table import LOAD_ROWS
+from cachefuse.training.inference import to_scores
 
 CROSSFIT_PARTS = 5  # of a validation split: each is decided on by thresholds chosen on the others
 
@@ -37,18 +35,18 @@ class HeldOut:
     @classmethod
     def join(cls, split: str, data: TrainingData, rows: list[Tensor], scores: list[np.ndarray]) -> "HeldOut | None":
         """Put the parts' rows and scores together, in the table's order; None if there are no rows."""
-        numbers = [part.numpy() for part in rows]
+        numbers = [piece.numpy() for piece in rows]
         all_rows = np.concatenate(numbers)
         if not len(all_rows):
             return None
         if len(rows) > 1:
-            parts = np.repeat(np.arange(len(rows)), [len(part) for part in numbers])
+            parts = np.repeat(np.arange(len(rows)), [len(piece) for piece in numbers])
         elif len(all_rows) < 2 or all(task.one_label for task in data.tasks):
             parts = np.zeros(len(all_rows), np.int64)  # there are no thresholds to choose
         else:
             parts = data.folds(rows[0], min(CROSSFIT_PARTS, data.n_groups(rows[0])), 0).numpy()
         order = np.argsort(all_rows, kind="stable")
-        places = np.split(order.argsort(), np.cumsum([len(part) for part in numbers])[:-1])
+        places = np.split(order.argsort(), np.cumsum([len(piece) for piece in numbers])[:-1])
         all_scores = np.empty((len(all_rows), len(data.classes)), np.float32)
         for place, values in zip(places, scores, strict=True):
             all_scores[place] = values
@@ -61,7 +59,7 @@ class HeldOut:
         """
         scores = self.scores if scores is None else scores
         predictions = decide_tasks(scores, data.tasks)
-        if not chooses(data, config, len(self.rows)):
+        if not chooses_thresholds(data, config, len(self.rows)):
             return predictions
         targets, per = data.targets(torch.from_numpy(self.rows)), config.thresholds == "class"
         for task in data.tasks:
@@ -83,8 +81,8 @@ class Result:
     per_class: dict[str, list[float]]
 
 
-def chooses(data: TrainingData, config: TrainConfig, n_held: int) -> bool:
-    """Whether thresholds are chosen, on so many rows. Raises ConfigError if they were asked for and can't be."""
+def chooses_thresholds(data: TrainingData, config: TrainConfig, n_held: int) -> bool:
+    """Whether thresholds are chosen, on so many rows. Raises ConfigError if they were asked for and cannot be."""
     if not any(task.kind == "multilabel" for task in data.tasks):
         if config.thresholds in ("global", "class"):
             raise ConfigError(
@@ -99,10 +97,10 @@ def chooses(data: TrainingData, config: TrainConfig, n_held: int) -> bool:
     )
 
 
-def choose_for(data: TrainingData, config: TrainConfig, held_out: HeldOut | None) -> np.ndarray:
+def final_thresholds(data: TrainingData, config: TrainConfig, held_out: HeldOut | None) -> np.ndarray:
     """Return the thresholds (C,) to predict with: chosen on all rows held out that have a task's label, or 0.5."""
     thresholds = np.full(len(data.classes), HALF)
-    if held_out is None or not chooses(data, config, len(held_out.rows)):
+    if held_out is None or not chooses_thresholds(data, config, len(held_out.rows)):
         return thresholds
     targets, per = data.targets(torch.from_numpy(held_out.rows)), config.thresholds == "class"
     for task in data.tasks:
@@ -129,3 +127,12 @@ def _threshold_metric(data: TrainingData, config: TrainConfig, task: TaskSlice) 
     names = {task.named(name): name for name in THRESHOLD_METRICS}
     listed = [names[name] for name in data.metrics if name in names]
     return config.threshold_metric or next(iter(listed), next(iter(THRESHOLD_METRICS)))
+
+
+@torch.inference_mode()
+def validation_score(data: TrainingData, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:
+    """Return a metric of some rows (n,), decided on at 0.5; their scores take the place of the logits (n, C)."""
+    for piece in logits.split(LOAD_ROWS):
+        piece.copy_(to_scores(piece, loss, data.tasks))
+    scores = logits.numpy()
+    return data.bind([metric])[metric](data.targets(rows), scores, decide_tasks(scores, data.tasks))

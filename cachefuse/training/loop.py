@@ -4,7 +4,8 @@ import ctypes
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from cachefuse.errors import TrainingError
 from cachefuse.fusion.base import Model
 from cachefuse.nn.losses import Loss
 from cachefuse.threads import adapt_threads, idle_threads
-from cachefuse.training.batches import Batch, Batches, drop_modalities
+from cachefuse.training.batches import Batch, Batches
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.inference import CHECKED_ROWS, mean_loss, predict_logits, spread
 from cachefuse.training.optim import EMA
@@ -56,109 +57,171 @@ class History:
     stages: dict[str, int] = field(default_factory=dict)
     earlier: dict[str, list[Epoch]] = field(default_factory=dict)
 
+    @classmethod
+    def of_stages(cls, histories: dict[str, "History"]) -> "History":
+        """Return the history of a training in stages, in their order by name; "" is a stage without a name."""
+        *earlier, last = histories
+        return replace(
+            histories[last],
+            stages={name: history.best_epoch for name, history in histories.items() if name},
+            earlier={name: histories[name].epochs for name in earlier},
+        )
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """How a model's weights change at each step.
+
+    The optimizer's gradient is cut to ``clip_norm``, 0 for never. A step's rows pass the model in ``accumulate`` parts,
+    whose gradients add up to that of the mean of all; with ``mixed_precision`` in bfloat16, on CUDA. Where there is an
+    ``ema``, its averaged weights are validated and kept.
+    """
+
+    optimizer: torch.optim.Optimizer
+    schedule: LRScheduler | None = None
+    ema: EMA[Any] | None = None
+    clip_norm: float = 0.0
+    accumulate: int = 1
+    mixed_precision: bool = False
+
 
 @dataclass(frozen=True)
 class Validation:
     """The rows (n,) that a model is validated on, and ``score(logits (n, C))``, higher for a better model.
 
-    The logits are the score's to overwrite.
+    The logits are the score's to overwrite. With ``patience`` the best epoch's weights are kept, and training stops
+    after so many epochs that were no better; with 0 the last epoch's weights stay.
     """
 
     rows: Tensor
     score: Callable[[Tensor], float]
+    patience: int = 0
+
+
+class EpochLoop:
+    """The epochs of a training: their numbers, their history, and the weights of the best one.
+
+    ``model`` is the one to keep. With ``patience`` the loop ends after so many epochs that were no better.
+    """
+
+    def __init__(self, model: nn.Module, n_epochs: int, patience: int = 0) -> None:
+        self.history = History()
+        self._model, self._n_epochs, self._patience = model, n_epochs, patience
+        self._number = self._threads = 0
+        self._best_score: float | None = None
+        self._best_weights: dict[str, Tensor] = {}
+
+    def __iter__(self) -> Iterator[int]:
+        """Yield the number of each epoch, from 1 on, with as many CPU threads as there are idle cores."""
+        while self._number < self._n_epochs:
+            self._number += 1
+            self._threads = adapt_threads()
+            yield self._number
+            if self._patience and self._number - self.history.best_epoch >= self._patience:
+                return
+
+    def check(self, loss: float) -> float:
+        """Return an epoch's mean loss. Raises TrainingError if it is not finite."""
+        if not math.isfinite(loss):
+            raise TrainingError(f"training diverged in epoch {self._number}: the loss is {loss}; take a lower lr")
+        return loss
+
+    def end_epoch(
+        self,
+        loss: float,
+        score: float | None = None,
+        val_loss: float | None = None,
+        raw_score: float | None = None,
+        *,
+        monitor: float | None,
+    ) -> Epoch:
+        """Add an epoch to the history, keep its weights if it is the best so far, and return it.
+
+        ``monitor`` is higher for a better epoch. If it is None or NaN, the later epoch is the better one.
+        """
+        best = monitor is None or self._best_score is None or not monitor <= self._best_score
+        epoch = Epoch(self._number, loss, score, best, val_loss, raw_score, self._threads)
+        self.history.epochs.append(epoch)
+        if best:
+            self._best_weights = {name: x.clone() for name, x in self._model.state_dict().items()}
+            self.history.best_epoch, self._best_score = self._number, monitor
+        return epoch
+
+    def restore_best(self, model: nn.Module) -> bool:
+        """Give a model the best epoch's weights, and return whether there are any."""
+        if self._best_weights:
+            model.load_state_dict(self._best_weights)
+        return bool(self._best_weights)
 
 
 @idle_threads()
 def fit(
     model: Model,
     loss: Loss,
-    optimizer: torch.optim.Optimizer,
-    table: FeatureTable,
-    train_rows: Tensor,
+    batches: Batches,
+    optimization: Optimization,
     *,
     epochs: int,
-    batch_size: int,
-    generator: torch.Generator,
-    schedule: LRScheduler | None = None,
     validation: Validation | None = None,
-    patience: int = 0,
-    ema: EMA | None = None,
-    clip_norm: float = 0.0,
-    sample_weights: Tensor | None = None,
-    modality_dropout: float = 0.0,
-    accumulate: int = 1,
-    mixed_precision: bool = False,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    keep_interrupted: bool = False,
 ) -> History:
-    """Train until ``epochs``, or ``patience`` epochs without a better validation; leaves the best weights in the model.
+    """Train for ``epochs``, or until validation is out of patience; leaves the best weights in the model.
 
-    Without validation, or with ``patience`` 0, the last epoch's weights stay; with ``ema`` its averaged ones. Modules
-    whose parameters are all frozen are left in evaluation mode. ``sample_weights`` (n,) are the rows' chances to be
-    drawn, where they are not all equal. A step's rows pass the model in ``accumulate`` parts, whose gradients add up
-    to that of the mean of all; with ``mixed_precision`` in bfloat16, on CUDA. Raises TrainingError if training
-    diverges. Ctrl-C ends training at the best epoch so far, if there is one.
+    Without patience the best weights are the last epoch's. Modules whose parameters are all frozen are left in
+    evaluation mode. With ``keep_interrupted``, Ctrl-C ends training at the best epoch so far; if there is none, or it
+    has learnt nothing yet, Ctrl-C is passed on. Raises TrainingError if training diverges.
     """
     keep_freed_memory()
-    history = History()
-    best_score: float | None = None
-    best_state: dict[str, Tensor] = {}
+    table, rows = batches.table, batches.rows
+    optimizer, schedule, ema = optimization.optimizer, optimization.schedule, optimization.ema
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept = model if ema is None else ema.model
-    batches = Batches(table, train_rows, batch_size, generator, sample_weights)
+    patience = validation.patience if validation else 0
+    loop = EpochLoop(kept, epochs, patience)
     try:
-        for epoch in range(1, epochs + 1):
-            threads = adapt_threads()
+        for _ in loop:
             _train_mode(model)
-            total = torch.zeros((), device=train_rows.device)
-            for features, present, targets in batches:  # (B, D_m), (B,), (B, C)
-                if modality_dropout:
-                    present = drop_modalities(present, modality_dropout, generator)
-
-                def closure(batch: Any = (features, present, targets)) -> Any:
-                    for parameter in parameters:
-                        parameter.grad = None
-                    value = torch.zeros((), device=train_rows.device)
-                    for features, present, targets in in_parts(batch, accumulate):
-                        with torch.autocast("cuda", torch.bfloat16, enabled=mixed_precision):
-                            part = model.objective(features, present, targets, loss)
-                        part = part * (len(targets) / len(batch[2]))
-                        part.backward()
-                        value += part.detach()
-                    if clip_norm:
-                        nn.utils.clip_grad_norm_(parameters, clip_norm)
-                    return value
-
-                value: Any = optimizer.step(closure)
+            total = torch.zeros((), device=rows.device)
+            for batch in batches:  # features {name: (B, D_m)}, presence {name: (B,)}, targets (B, C)
+                closure: Any = partial(backward, model, parameters, loss, batch, optimization)
+                value: Any = optimizer.step(closure)  # L-BFGS calls it several times
                 if schedule:
                     schedule.step()
                 if ema:
                     ema.update()
-                total.add_(value.detach(), alpha=len(targets))
-            mean_loss = total.item() / len(train_rows)
-            if not math.isfinite(mean_loss):
-                raise TrainingError(f"training diverged in epoch {epoch}: the loss is {mean_loss}; take a lower lr")
+                total.add_(value.detach(), alpha=len(batch[2]))
+            train_loss = loop.check(total.item() / len(rows))
             score, val_loss = _validate(kept, loss, table, validation)
             raw_score = _validate(model, loss, table, validation)[0] if ema else None
-            better = patience == 0 or epoch == 1 or _is_better(score, best_score)
-            history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss, raw_score, threads))
-            if better:
-                best_state = {name: x.clone() for name, x in kept.state_dict().items()}
-                history.best_epoch, best_score = epoch, score
-            on_epoch(history.epochs[-1])
-            if patience and epoch - history.best_epoch >= patience:
-                break
+            on_epoch(loop.end_epoch(train_loss, score, val_loss, raw_score, monitor=score if patience else None))
     except KeyboardInterrupt:
-        if not history.best_epoch:
+        if not (keep_interrupted and loop.restore_best(model) and _has_learnt(model, loss, table, rows)):
             raise
-        history.interrupted = True
-    model.load_state_dict(best_state)
-    try:
-        check_learnt(model, loss, table, train_rows)
-    except TrainingError:
-        if history.interrupted:  # it was not given the time to learn
-            raise KeyboardInterrupt from None
-        raise
-    return history
+        loop.history.interrupted = True
+        return loop.history
+    loop.restore_best(model)
+    check_learnt(model, loss, table, rows)
+    return loop.history
+
+
+def backward(
+    model: Model, parameters: list[nn.Parameter], loss: Loss, batch: Batch, optimization: Optimization
+) -> Tensor:
+    """Compute the loss of a batch, and the gradient of it that a step takes; return the loss."""
+    for parameter in parameters:
+        parameter.grad = None
+    n = len(batch[2])
+    total = torch.zeros((), device=batch[2].device)
+    for features, present, targets in in_parts(batch, optimization.accumulate):
+        with torch.autocast("cuda", torch.bfloat16, enabled=optimization.mixed_precision):
+            value = model.objective(features, present, targets, loss)
+        value = value * (len(targets) / n)
+        value.backward()
+        total += value.detach()
+    if optimization.clip_norm:
+        nn.utils.clip_grad_norm_(parameters, optimization.clip_norm)
+    return total
 
 
 def in_parts(batch: Batch, n: int) -> Iterator[Batch]:
@@ -202,11 +265,6 @@ def _validate(
     return validation.score(logits), val_loss
 
 
-def _is_better(score: float | None, best: float | None) -> bool:
-    """Whether a score beats the best so far; where there is none to tell by (None or NaN), a later epoch does."""
-    return score is None or best is None or not score <= best
-
-
 def check_learnt(model: nn.Module, loss: Loss, table: FeatureTable, rows: Tensor) -> None:
     """Raise TrainingError if a model does far worse on the rows it was trained on (n,) than one that says nothing."""
     rows = spread(rows, CHECKED_ROWS)
@@ -217,3 +275,11 @@ def check_learnt(model: nn.Module, loss: Loss, table: FeatureTable, rows: Tensor
         raise TrainingError(
             f"training diverged: the loss is {reached:.4g}, where logits of 0 give {blank:.4g}; take a lower lr"
         )
+
+
+def _has_learnt(model: nn.Module, loss: Loss, table: FeatureTable, rows: Tensor) -> bool:
+    try:
+        check_learnt(model, loss, table, rows)
+    except TrainingError:
+        return False
+    return True

@@ -1,12 +1,19 @@
 """Which rows to train on, to validate on and to measure on."""
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from cachefuse.errors import ConfigError
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TRAIN, VAL, TrainingData
+from cachefuse.training.held_out import chooses_thresholds
+from cachefuse.training.inference import CHECKED_ROWS
+
+logger = logging.getLogger(__name__)
 
 STOP_PARTS = 10  # with folds, one in so many of the rows to train on says when to stop
 
@@ -21,25 +28,55 @@ class Split:
 
 
 def make_splits(data: TrainingData, config: TrainConfig) -> list[Split]:
-    """Return the parts to train on: the dataset's own train and val, or K folds of both together.
+    """Return the splits to train on: the dataset's own train and val, or one for each of K folds of both together.
 
-    With folds, where an epoch is to be chosen, a tenth of the rows to train on is kept apart for that, so that the part
-    measured has no say in it. Raises ConfigError if training is to stop early, and there are no rows to tell when.
+    With folds and patience, a tenth of the rows to train on is kept apart to say when to stop, so that the rows held
+    out have no say in it. Raises ConfigError if there are no rows to stop early on, or too few to choose thresholds on,
+    where the settings ask for that.
     """
-    train = data.train_rows()
-    if not config.folds:
-        val = data.rows(VAL)
-        if config.patience and not len(val):
-            raise ConfigError(f"{data.name} has no labelled validation rows to stop early on; take --folds 5")
-        return [Split(train, val, val)]
+    splits = _fold_splits(data, config) if config.folds else [_own_split(data, config)]
+    chooses_thresholds(data, config, sum(len(split.held_out) for split in splits))  # now, not after hours of training
+    return splits
+
+
+def _own_split(data: TrainingData, config: TrainConfig) -> Split:
+    train, val = data.train_rows(), data.rows(VAL)
+    if config.patience and not len(val):
+        raise ConfigError(f"{data.name} has no labelled validation rows to stop early on; take --folds 5")
+    return Split(train, val, val)
+
+
+def _fold_splits(data: TrainingData, config: TrainConfig) -> list[Split]:
+    data.train_rows()  # there must be some
     rows = data.rows(TRAIN, VAL)
     fold_of = data.folds(rows, config.folds, config.seed)
-    parts = []
+    splits = []
     for fold in range(config.folds):
         held_out, rest = rows[fold_of == fold], rows[fold_of != fold]
         if config.patience:
             inner = data.folds(rest, min(STOP_PARTS, data.n_groups(rest)), config.seed)
-            parts.append(Split(rest[inner != 0], rest[inner == 0], held_out))
+            splits.append(Split(rest[inner != 0], rest[inner == 0], held_out))
         else:
-            parts.append(Split(rest, held_out, held_out))
-    return parts
+            splits.append(Split(rest, held_out, held_out))
+    return splits
+
+
+def split_of_all(data: TrainingData) -> Split:
+    """Return all of train and val to train on, and no rows for anything else."""
+    rows = data.rows(TRAIN, VAL)
+    return Split(rows, rows[:0], rows[:0])
+
+
+def warn_of_rare_classes(data: TrainingData, splits: Sequence[Split]) -> None:
+    """Log a warning if a class is in none of the rows that a split trains on."""
+    positives = np.min([_positives(data, split.train) for split in splits], axis=0)
+    absent = [name for name, n in zip(data.classes, positives, strict=True) if n == 0]
+    if absent:
+        where = "the training rows" if len(splits) == 1 else "the training rows of some fold"
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        logger.warning("class %r%s never occurs in %s, so nothing can be learnt of it there", absent[0], more, where)
+
+
+def _positives(data: TrainingData, rows: Tensor) -> np.ndarray:
+    """Return how many of some rows (n,) have each class, (C,)."""
+    return np.sum([(data.targets(piece) > 0).sum(axis=0) for piece in rows.split(CHECKED_ROWS)], axis=0)

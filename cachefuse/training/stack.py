@@ -21,14 +21,13 @@ from cachefuse.errors import ConfigError, TrainingError
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.losses import Loss
-from cachefuse.training.build import build_model, training_loss, untrained_model
+from cachefuse.training.build import build_model, build_stage, training_loss, training_stages, untrained_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, TrainingSet
 from cachefuse.training.feature_table import PIECE_ROWS
 from cachefuse.training.inference import CHECKED_ROWS, predict_logits, spread
-from cachefuse.training.loop import DIVERGED, Epoch, History, check_learnt
+from cachefuse.training.loop import DIVERGED, check_learnt, fit
 from cachefuse.training.split import Split
-from cachefuse.training.train import fit_module, fit_stages
 
 MAX_FLOATS = 2**25  # in the largest tensor that models trained together make: 128 MB
 LOSS_FLOATS = 2**18  # that a loss takes at a time: larger tensors would be asked of the system again and again
@@ -150,9 +149,9 @@ def most_together(data: TrainingData, config: TrainConfig, n_rows: int) -> int:
 
 @own_randomness()
 def train_together(
-    data: TrainingData, configs: Sequence[TrainConfig], part: Split
+    data: TrainingData, configs: Sequence[TrainConfig], split: Split
 ) -> list[FusionModel | TrainingError]:
-    """Train models on a part's rows, each as ``train_model`` would alone; in place of one that diverged, why.
+    """Train models on a split's rows, each as ``train_model`` would alone; in place of one that diverged, why.
 
     Their settings must be resolved, and their ``shared_settings`` equal.
     """
@@ -160,33 +159,25 @@ def train_together(
     order = sorted(range(len(configs)), key=lambda i: repr((_loss_settings(configs[i]), _rates(configs[i]))))
     ordered = [configs[i] for i in order]
     models = [untrained_model(data, config) for config in ordered]
-    training_set = TrainingSet.prepare(data, models[0], part.train)
+    training_set = TrainingSet.prepare(data, models[0], split.train)
     for model in models[1:]:
         model.standardize.load_state_dict(models[0].standardize.state_dict())
     stacked, loss = stack([model.fusion for model in models]), StackedLoss(data, ordered, training_set)
     diverged: dict[int, TrainingError] = {}
-
-    def train(stage: str, module: nn.Module, own: TrainingSet) -> History:
-        epochs: list[Epoch] = []
-        groups = parameter_groups(module, [_rates(config) for config in ordered])
+    for stage in training_stages(ordered[0], stacked, training_set):
+        rows_first = RowsFirst(stage.module)
+        groups = parameter_groups(rows_first, [_rates(config) for config in ordered])
         with suppress(TrainingError):  # of some of the models; of which is seen below
-            fit_module(
-                ordered[0], own, RowsFirst(module), loss, groups, epochs=ordered[0].n_epochs, on_epoch=epochs.append
-            )
-        if len(epochs) < ordered[0].n_epochs:
-            raise KeyboardInterrupt
+            fit(*build_stage(ordered[0], stage.training_set, rows_first, loss, groups), epochs=stage.n_epochs)
         unstack(stacked, [model.fusion for model in models])
-        for i in loss.suspects(own.reading(RowsFirst(module)), own):
-            one = models[i].fusion.unimodal_heads()[stage] if stage else models[i].fusion
+        for i in loss.suspects(stage.training_set.reading(rows_first), stage.training_set):
+            head = models[i].fusion.unimodal_heads()[stage.name] if stage.name else models[i].fusion
+            read, own_loss = stage.training_set, training_loss(data, ordered[i], training_set)
             try:
-                check_learnt(own.reading(one), training_loss(data, ordered[i], training_set), own.table, own.rows)
+                check_learnt(read.reading(head), own_loss, read.table, read.rows)
             except TrainingError as error:
                 diverged.setdefault(i, error)
-        return History(epochs)
-
-    fit_stages(ordered[0], stacked, training_set, train)
-    places = [order.index(i) for i in range(len(configs))]
-    return [diverged.get(i, models[i]) for i in places]
+    return [diverged.get(order.index(i), models[order.index(i)]) for i in range(len(configs))]
 
 
 class RowsFirst(Model):

@@ -14,7 +14,7 @@ from cachefuse.nn.losses import bce
 from cachefuse.training.batches import Batches
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.inference import mean_loss, predict_logits, spread, to_scores
-from cachefuse.training.loop import Validation, fit
+from cachefuse.training.loop import Optimization, Validation, fit
 from cachefuse.training.optim import NesterovSGD, adam
 
 
@@ -43,20 +43,20 @@ def table():
     return table_of(x, (x @ rng.normal(size=(5, 3)) > 0).astype(np.uint8))
 
 
-def train(table, *, scores=None, lr=0.1, optimizer=torch.optim.SGD, loss=bce, **options):
+def train(
+    table, *, scores=None, lr=0.1, optimizer=torch.optim.SGD, loss=bce, batch_size=0, patience=3, seed=0, **options
+):
     """Fit a probe; ``scores`` are what validation says after each epoch."""
     torch.manual_seed(0)
     model = Probe(table.features["image"].shape[1], table.targets.shape[1])
     given = iter(scores or ())
-    settings = {"epochs": 6, "batch_size": 0, "patience": 3, "generator": torch.Generator().manual_seed(0), **options}
     history = fit(
         model,
         loss,
-        optimizer(model.parameters(), lr=lr),
-        table,
-        torch.arange(len(table.targets)),
-        validation=Validation(torch.arange(8), lambda logits: next(given)) if scores else None,
-        **settings,
+        Batches(table, torch.arange(len(table.targets)), batch_size, torch.Generator().manual_seed(seed)),
+        Optimization(optimizer(model.parameters(), lr=lr)),
+        validation=Validation(torch.arange(8), lambda logits: next(given), patience) if scores else None,
+        **{"epochs": 6, **options},
     )
     return model, history
 
@@ -121,7 +121,7 @@ def test_the_same_seed_gives_the_same_bytes(table, batch_size):
 
 
 def test_another_seed_gives_other_batches(table):
-    first, other = (train(table, batch_size=12, generator=torch.Generator().manual_seed(seed))[0] for seed in (0, 1))
+    first, other = (train(table, batch_size=12, seed=seed)[0] for seed in (0, 1))
     assert not np.allclose(weights(first), weights(other), atol=1e-5)
 
 
@@ -141,11 +141,9 @@ def test_what_an_absent_row_holds_makes_no_difference(sample_weights, modality_d
         table = FeatureTable(features, dict(zip(features, here, strict=True)), torch.tensor(y), np.ones(40, bool), None)
         torch.manual_seed(0)
         model = SumFusion({"image": 5, "text": 5}, 3, nn.Linear)
-        history = fit(
-            model, bce, adam(model.parameters(), lr=0.05), table, torch.arange(40), epochs=3, batch_size=9,
-            generator=torch.Generator().manual_seed(0), sample_weights=sample_weights,
-            modality_dropout=modality_dropout,
-        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        batches = Batches(table, torch.arange(40), 9, generator, sample_weights, modality_dropout)
+        history = fit(model, bce, batches, Optimization(adam(model.parameters(), lr=0.05)), epochs=3)
         return [*(p.detach() for p in model.parameters()), torch.tensor([epoch.loss for epoch in history.epochs])]
 
     assert all(map(torch.equal, trained(0.0), trained(math.nan)))
@@ -221,11 +219,8 @@ def test_a_first_batch_that_happens_to_be_easy_is_no_divergence():
     model = Probe(1, 1)
     nn.init.constant_(model.linear.weight, 1.0)
     nn.init.zeros_(model.linear.bias)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    history = fit(
-        model, bce, optimizer, table, torch.arange(4),
-        epochs=1, batch_size=0, patience=0, generator=torch.Generator(),
-    )  # fmt: skip
+    optimization = Optimization(torch.optim.SGD(model.parameters(), lr=1e-3))
+    history = fit(model, bce, Batches(table, torch.arange(4), 0, torch.Generator()), optimization, epochs=1)
     assert history.epochs[0].loss > 0.5
 
 
@@ -239,7 +234,9 @@ def interrupt_in(epoch):
 
 def test_an_interrupt_keeps_the_best_epoch_so_far(table):
     best, _ = train(table, epochs=2)
-    model, history = train(table, scores=[0.1, 0.5, 0.4, 0.9], patience=10, on_epoch=interrupt_in(3))
+    model, history = train(
+        table, scores=[0.1, 0.5, 0.4, 0.9], patience=10, on_epoch=interrupt_in(3), keep_interrupted=True
+    )
     assert history.interrupted
     assert (len(history.epochs), history.best_epoch) == (3, 2)
     assert np.array_equal(weights(model), weights(best))
@@ -254,7 +251,7 @@ def test_an_interrupt_in_the_middle_of_an_epoch_keeps_the_last_whole_one(table):
             raise KeyboardInterrupt
         return bce(logits, targets)
 
-    model, history = train(table, batch_size=10, loss=loss)
+    model, history = train(table, batch_size=10, loss=loss, keep_interrupted=True)
     assert (history.interrupted, len(history.epochs), history.best_epoch) == (True, 1, 1)
     assert np.array_equal(weights(model), weights(whole))
 
@@ -264,12 +261,17 @@ def test_an_interrupt_before_the_first_epoch_is_over_is_passed_on(table):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(table, loss=loss)
+        train(table, loss=loss, keep_interrupted=True)
 
 
 def test_an_interrupt_before_anything_is_learnt_is_passed_on(table):
     with pytest.raises(KeyboardInterrupt):
-        train(table, lr=1e6, on_epoch=interrupt_in(1))
+        train(table, lr=1e6, on_epoch=interrupt_in(1), keep_interrupted=True)
+
+
+def test_an_interrupt_is_passed_on_where_it_is_not_to_be_kept(table):
+    with pytest.raises(KeyboardInterrupt):
+        train(table, on_epoch=interrupt_in(3))
 
 
 def test_logits_come_in_order_without_dropout(table):

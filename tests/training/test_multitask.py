@@ -26,10 +26,10 @@ from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import training_loss, untrained_model
 from cachefuse.training.config import LOSS_OPTIONS, TrainConfig
-from cachefuse.training.data import TrainingData, open_training_data
+from cachefuse.training.data import TrainingData, TrainingSet, open_training_data
 from cachefuse.training.inference import to_scores
 from cachefuse.training.split import make_splits
-from cachefuse.training.train import TrainingSet, train_model, train_models
+from cachefuse.training.train import train_model, train_models
 
 MANIFEST = """
 name = "apa"
@@ -136,10 +136,10 @@ def test_one_task_is_trained_as_a_dataset_of_it_alone(tasks_store):
         named = open_training_data(store)[0]
         alone = TrainingData.of_one_task("alone", named.table, named.classes, kind, ("accuracy",))
         assert several.tasks[0].name == "color"
-        one, other = (train_models(of, config) for of in (named, alone))
-        assert one.members[0][0].loss == other.members[0][0].loss
-        for key, weights in one.members[0][1].state_dict().items():
-            torch.testing.assert_close(weights, other.members[0][1].state_dict()[key], msg=key)
+        one, other = (train_models(of, of.resolve(config)) for of in (named, alone))
+        assert one.members[0].config.loss == other.members[0].config.loss
+        for key, weights in one.members[0].model.state_dict().items():
+            torch.testing.assert_close(weights, other.members[0].model.state_dict()[key], msg=key)
         np.testing.assert_allclose(one.held_out.scores, other.held_out.scores, atol=1e-6)
         np.testing.assert_allclose(one.thresholds, other.thresholds, atol=1e-6)
 
@@ -175,7 +175,7 @@ def test_tasks_of_one_kind(tasks_store):
     with pytest.raises(ConfigError, match="loss 'asl' fits none of the tasks color, pattern: they are multi-class"):
         data.resolve(TrainConfig(loss="asl"))
     with pytest.raises(ConfigError, match="thresholds are for multi-label tasks"):
-        train_models(data, TrainConfig(thresholds="class", epochs=1))
+        train_models(data, data.resolve(TrainConfig(thresholds="class", epochs=1)))
 
 
 def test_settings_of_one_task_are_refused(data):
@@ -233,31 +233,31 @@ def test_folds(settings, tasks_store, caplog):
 def test_tuning_trains_modality_attention_and_heads_alone(without, tasks_store):
     data = open_training_data(tasks_store(), views=cma().views)[0]
     config = data.resolve(cma(stages=(WARM_UP, TUNING), without=without))
-    (part,) = make_splits(data, config)
+    (split,) = make_splits(data, config)
     after = {}
 
-    def look(stage, epoch):
-        after.setdefault(stage, []).append(epoch.epoch)
+    def look(progress):
+        after.setdefault(progress.stage, []).append(progress.epoch.epoch)
 
-    model, history = train_model(data, config, part, on_epoch=look)
+    model, history = train_model(data, config, split, on_progress=look)
     assert after == {WARM_UP: [1, 2], TUNING: [1, 2]}
     assert history.stages == {WARM_UP: 2, TUNING: 2}
     assert [epoch.epoch for epoch in history.earlier[WARM_UP]] == [1, 2]
-    warm, _ = train_model(data, data.resolve(cma(stages=(WARM_UP,), without=without)), part)
+    warm, _ = train_model(data, data.resolve(cma(stages=(WARM_UP,), without=without)), split)
     before, now = warm.state_dict(), model.state_dict()
     for name, weights in now.items():
         tuned = "head" in name or "relevance" in name
         assert torch.equal(weights, before[name]) != tuned, name
     assert all(parameter.requires_grad for parameter in model.parameters())
-    joint, _ = train_model(data, data.resolve(cma(without=without)), part)
+    joint, _ = train_model(data, data.resolve(cma(without=without)), split)
     assert all(torch.equal(x, before[name]) for name, x in joint.state_dict().items())
 
 
 def test_tuning_begins_at_the_best_of_the_warm_up(tasks_store):
     data = open_training_data(tasks_store(), views=cma().views)[0]
     config = data.resolve(cma(stages=(WARM_UP, TUNING), epochs=8, lr=0.3, patience=2, schedule="constant"))
-    (part,) = make_splits(data, config)
-    _, history = train_model(data, config, part)
+    (split,) = make_splits(data, config)
+    _, history = train_model(data, config, split)
     warm_up = history.earlier[WARM_UP]
     best = history.stages[WARM_UP]
     assert best == 1 + int(np.argmax([epoch.score for epoch in warm_up]))
@@ -379,6 +379,6 @@ def test_few_rows_with_a_label_choose_no_thresholds(tasks_store):
     data = open_training_data(store)[0]
     val = data.rows("val")
     data.table.targets[val[1:], 5:] = -1
-    trained = train_models(data, TrainConfig(head="linear", epochs=1))
+    trained = train_models(data, data.resolve(TrainConfig(head="linear", epochs=1)))
     assert (trained.thresholds == 0.5).all()
     assert trained.held_out.predictions(data, data.resolve(TrainConfig())).shape == (len(val), 8)

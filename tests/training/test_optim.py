@@ -10,8 +10,9 @@ from torch import nn
 from cachefuse.fusion.base import Model
 from cachefuse.nn.losses import bce, cross_entropy
 from cachefuse.training import OPTIMIZERS, SCHEDULES
+from cachefuse.training.batches import Batches
 from cachefuse.training.feature_table import FeatureTable
-from cachefuse.training.loop import fit
+from cachefuse.training.loop import Optimization, fit
 from cachefuse.training.optim import LBFGS, NesterovSGD, adam, adamw, constant, cosine, onecycle
 
 N, D, C = 120, 5, 3
@@ -54,13 +55,9 @@ def train(table, loss, make, epochs, schedule=constant, batch_size=0):
     history = fit(
         model,
         loss,
-        optimizer,
-        table,
-        torch.arange(len(table.targets)),
+        Batches(table, torch.arange(len(table.targets)), batch_size, torch.Generator().manual_seed(0)),
+        Optimization(optimizer, scheduled),
         epochs=epochs,
-        batch_size=batch_size,
-        generator=torch.Generator().manual_seed(0),
-        schedule=scheduled,
     )
     return model.linear, history, scheduled
 
