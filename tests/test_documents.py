@@ -174,7 +174,7 @@ def check_scikit_learn(printed: Mapping[str, str], folder: Path) -> None:
 
 def check_reading(printed: Mapping[str, str], folder: Path) -> None:
     (output,) = printed.values()
-    assert output.splitlines() == ["0", "(3000, 724) (10, 724) (518, 724)", "()"]
+    assert output.splitlines() == ["10488000", "(3000, 724) (10, 724) (518, 724)", "()"]
 
 
 def check_matching(printed: Mapping[str, str], folder: Path) -> None:
