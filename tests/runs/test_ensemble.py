@@ -1,6 +1,5 @@
 import json
 import logging
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +20,7 @@ from cachefuse.store.columns import column_checksum
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.selection import load_table
+from fixtures.messages import naming
 
 QUICK = TrainConfig(head="linear", epochs=4, lr=0.03)
 FOLDED = replace(QUICK, folds=3)
@@ -112,7 +112,7 @@ def test_comes_back_from_its_directory_and_is_a_run_like_any_other(store, tmp_pa
     assert measured.split == "oof"
     assert {name: measured.metrics[name] for name in joined.results["oof"].metrics} == joined.results["oof"].metrics
     assert measured.per_class == json.loads((path / "run.json").read_text())["results"]["oof"]["per_class"]
-    with pytest.raises(RunError, match="have seen the rows held out; name another labelled --split"):
+    with pytest.raises(RunError, match="--split"):
         evaluate(loaded, store, without=["image"])
     assert evaluate(loaded, store, "train", without=["image"], n_resamples=0).caution.startswith("run made-ensemble-1")
 
@@ -153,7 +153,7 @@ def test_runs_that_held_out_other_rows_are_averaged_in_their_thresholds_too(stor
     )
     np.testing.assert_array_equal(joined.thresholds, (runs[0].thresholds + runs[1].thresholds) / 2)
     assert joined.results == {}  # some of its models were trained on each of the labelled splits
-    with pytest.raises(RunError, match="has no rows held out; name a labelled --split: train, val"):
+    with pytest.raises(RunError, match=naming("--split train val")):
         evaluate(joined, store)
     caution = evaluate(joined, store, "val", n_resamples=0).caution
     assert "made-ensemble was trained on val rows" in caution
@@ -215,7 +215,7 @@ def test_thresholds_where_no_rows_choose_them(store, caplog):
     joined, _ = warned(runs, store, caplog, thresholds="none")
     assert joined.thresholds.tolist() == [0.5] * 3
     for kind in ("global", "class"):
-        with pytest.raises(ConfigError, match=f"thresholds '{kind}' need rows that every run held out; leave them out"):
+        with pytest.raises(ConfigError, match=naming(f"thresholds {kind}")):
             ensemble(runs, store, thresholds=kind)
 
 
@@ -226,7 +226,7 @@ def test_multi_class_runs(toy_store):
     assert joined.thresholds.tolist() == [0.5] * 3
     right = joined.held_out.scores.argmax(1) == store.targets[joined.held_out.rows]
     assert joined.results["oof"].metrics["accuracy"] == pytest.approx(right.mean())
-    with pytest.raises(ConfigError, match="thresholds are for multi-label tasks"):
+    with pytest.raises(ConfigError, match="thresholds"):
         ensemble(runs, store, thresholds="class")
 
 
@@ -254,22 +254,22 @@ def test_the_runs_stay_as_they_were(store):
 def test_needs_two_different_runs(store, tmp_path):
     run = train_head(store, QUICK)
     for runs in ([], [run]):
-        with pytest.raises(RunError, match=f"an ensemble takes at least 2 runs. Got {len(runs)} instead"):
+        with pytest.raises(RunError, match=naming(f"2 {len(runs)}")):
             ensemble(runs, store)
     other = train_head(store, replace(QUICK, seed=1))
-    with pytest.raises(RunError, match="run made-sum-linear-asl is given twice; in an ensemble each run counts once"):
+    with pytest.raises(RunError, match="made-sum-linear-asl"):
         ensemble([run, other, run], store)
     path = save_run(run, tmp_path / "runs")
-    with pytest.raises(RunError, match="run made-sum-linear-asl-1 is given twice"):
+    with pytest.raises(RunError, match="made-sum-linear-asl-1"):
         ensemble([load_run(path), load_run(path.parent / ".." / "runs" / path.name)], store)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dataset": "other"}, "run b is of dataset other, and run a of made"),
-        ({"classes": ("x", "y", "z")}, "run b has other classes than run a; train one of them again"),
-        ({"task": "multiclass"}, "run b is for a multiclass task, and run a for a multilabel one"),
+        ({"dataset": "other"}, "b other a made"),
+        ({"classes": ("x", "y", "z")}, "b a classes"),
+        ({"task": "multiclass"}, "b multiclass a multilabel"),
     ],
     ids=str,
 )
@@ -277,25 +277,25 @@ def test_refuses_runs_that_do_not_go_together(change, message, store):
     a, b = (replace(train_head(store, replace(QUICK, seed=seed)), name="ab"[seed]) for seed in (0, 1))
     if "task" in change:
         change = {"manifest": b.manifest.model_copy(update=change)}
-    with pytest.raises(RunError, match=re.escape(message)):
+    with pytest.raises(RunError, match=naming(message)):
         ensemble([a, replace(b, **change)], store)
 
 
 def test_refuses_a_store_that_they_were_not_trained_on(store, toy_store, tmp_path):
     runs = [replace(train_head(store, replace(QUICK, seed=seed)), name="ab"[seed]) for seed in (0, 1)]
-    with pytest.raises(RunError, match=r"the runs are of dataset made, and .* holds features of other"):
+    with pytest.raises(RunError, match=naming("made other")):
         ensemble(runs, toy_store(name="other"))
     used = {"image": (replace(runs[1].features["image"][0], encoder="gone"),)}
     lost = replace(runs[1], members=[replace(runs[1].members[0], features=used)])
-    with pytest.raises(RunError, match=r"run b was trained on gone \(image\), which .* lacks"):
+    with pytest.raises(RunError, match=naming("b gone image")):
         ensemble([runs[0], lost], store)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"thresholds": "best"}, "thresholds must be one of"), ({"device": "tpu"}, "unknown device 'tpu'")],
+    [({"thresholds": "best"}, "thresholds"), ({"device": "tpu"}, "device tpu")],
 )
 def test_refuses_settings_that_do_not_exist(options, message, store):
     runs = [train_head(store, replace(QUICK, seed=seed)) for seed in (0, 1)]
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=naming(message)):
         ensemble(runs, store, **options)

@@ -25,6 +25,7 @@ from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.tables import StoreTables
 from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
+from fixtures.messages import naming
 
 CLASSES = 7
 
@@ -156,7 +157,7 @@ def test_intervals_are_the_bootstraps(data):
     assert heard[-1] == (200 * len(names), 200 * len(names))
     assert evaluate(run, data.store, "dev", n_resamples=200, seed=3) == found
     assert evaluate(run, data.store, "dev", n_resamples=0).intervals == {}
-    with pytest.raises(ConfigError, match=r"n_resamples must be at least 1\. Got -1 instead"):
+    with pytest.raises(ConfigError, match=naming("n_resamples 1 -1")):
         evaluate(run, data.store, "dev", n_resamples=-1)
 
 

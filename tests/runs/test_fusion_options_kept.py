@@ -10,6 +10,7 @@ from cachefuse.errors import RunError
 from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
+from fixtures.messages import naming
 
 SMALL = {"depth": 1, "width": 8, "heads": 2}
 
@@ -81,7 +82,7 @@ def test_options_edited_into_nonsense_are_refused(change, saved):
     values = json.loads((saved / "run.json").read_text())
     values["members"][0]["config"].update(change)
     (saved / "run.json").write_text(json.dumps(values))
-    with pytest.raises(RunError, match=r"run\.json: not a run's description: "):
+    with pytest.raises(RunError, match=naming("run.json")):
         load_run(saved)
 
 
@@ -90,5 +91,5 @@ def test_options_that_do_not_fit_the_weights_are_refused(saved):
     for change in ({"fusion_options": {**SMALL, "depth": 2}}, {"without": ["modality-attention"]}):
         values["members"][0]["config"].update(change)
         (saved / "run.json").write_text(json.dumps(values))
-        with pytest.raises(RunError, match=r"model\.safetensors: the weights don't fit the run's settings"):
+        with pytest.raises(RunError, match=naming("model.safetensors weights")):
             load_run(saved)

