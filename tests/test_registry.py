@@ -10,6 +10,7 @@ from cachefuse.metrics import METRICS
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
 from cachefuse.nn.losses import REDUCTIONS
 from cachefuse.registry import import_entry, lookup
+from fixtures.messages import naming
 
 TABLES = {
     "activation": ACTIVATIONS,
@@ -40,12 +41,12 @@ def test_resolve():
 
 
 def test_unknown_name_lists_the_choices():
-    with pytest.raises(UnknownNameError, match=r"^unknown fusion 'zzz'; choose from: concat, mixed, sum$"):
+    with pytest.raises(UnknownNameError, match=naming("fusion zzz concat mixed sum")):
         lookup({"sum": 1, "mixed": 2, "concat": 3}, "zzz", "fusion")
 
 
 def test_unknown_name_suggests_the_closest():
-    with pytest.raises(UnknownNameError, match=r"^unknown fusion 'smu' \(did you mean 'sum'\?\); choose from: "):
+    with pytest.raises(UnknownNameError, match=naming("fusion smu sum")):
         FUSIONS["smu"]
 
 

@@ -7,6 +7,7 @@ import torch
 from cachefuse.alignment import search
 from cachefuse.alignment.search import nearest
 from cachefuse.errors import ConfigError
+from fixtures.messages import naming
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -207,7 +208,7 @@ def test_tells_how_far_it_is(small_pieces, in_memory, some):
 
 @pytest.mark.parametrize("k", [0, -3])
 def test_k_below_1_is_refused(k, in_memory, some):
-    with pytest.raises(ConfigError, match=f"k must be at least 1. Got {k} instead"):
+    with pytest.raises(ConfigError, match=naming(f"k 1 {k}")):
         nearest(in_memory(some(10)), torch.ones(1, 8), k)
 
 

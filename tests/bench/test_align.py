@@ -2,6 +2,7 @@ import pytest
 
 from cachefuse.bench.align import AlignBench, AlignSizes, bench_align, matrix_products
 from cachefuse.errors import ConfigError
+from fixtures.messages import naming
 
 TINY = AlignSizes(pairs=2, samples=40, captions=2, width=8, batch=16, common=8, rows=3000, queries=3)
 
@@ -38,5 +39,5 @@ def test_the_products_are_those_of_an_epoch(tmp_path, monkeypatch):
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="unknown device 'tpu'"):
+    with pytest.raises(ConfigError, match=naming("device tpu")):
         bench_align(tmp_path, device="tpu", sizes=TINY)

@@ -4,6 +4,7 @@ from cachefuse.bench.fusion import MEASUREMENTS, FusionBench, FusionSizes, bench
 from cachefuse.errors import ConfigError
 from cachefuse.experiments import costs
 from cachefuse.fusion import FUSIONS
+from fixtures.messages import naming
 
 TINY = FusionSizes(pairs=1, rows=24, batch=8, width=8, image_tokens=16, text_tokens=4, heads=2)
 
@@ -42,5 +43,5 @@ def test_the_products_are_those_of_a_step(tmp_path, monkeypatch, trimmed):
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="unknown device 'tpu'"):
+    with pytest.raises(ConfigError, match=naming("device tpu")):
         bench_fusion(tmp_path, device="tpu", sizes=TINY)

@@ -7,6 +7,7 @@ import torch
 
 from cachefuse.bench.train import MEASUREMENTS, TrainSizes, bench_train, matrix_products
 from cachefuse.errors import ConfigError
+from fixtures.messages import naming
 
 TINY = TrainSizes(pairs=1, epochs=2, rows=6000, width=16, batch=512, small=(8,), large=(16, 8), heads=3)
 
@@ -32,7 +33,7 @@ def test_every_row_is_there_and_finite(measured):
 
 
 def test_a_device_that_is_not_there_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="unknown device 'tpu'"):
+    with pytest.raises(ConfigError, match=naming("device tpu")):
         bench_train(tmp_path / "new", device="tpu", sizes=TINY)
     assert not (tmp_path / "new").exists()
 

@@ -227,7 +227,7 @@ def test_thresholds_are_one_a_label(view, indicator):
     assert len(set(FusionClassifier(**settings, thresholds="class").fit(view, indicator).thresholds_)) > 1
     assert len(set(FusionClassifier(**settings, thresholds="global").fit(view, indicator).thresholds_)) == 1
     assert FusionClassifier(**settings, thresholds="none").fit(view, indicator).thresholds_.tolist() == [0.5] * 3
-    with pytest.raises(ConfigError, match="thresholds are for multi-label tasks"):
+    with pytest.raises(ConfigError, match="thresholds"):
         FusionClassifier(**settings, thresholds="class").fit(view, indicator[:, 0])
 
 
@@ -282,6 +282,6 @@ def test_leaves_the_random_state_alone(view, labels):
     FusionClassifier(**QUICK).fit(view, labels)
     assert draws() == expected
     seeded()
-    with pytest.raises(ConfigError, match="has no option 'gama'"):
+    with pytest.raises(ConfigError, match="gama"):
         FusionClassifier(**QUICK, loss="bce", loss_options={"gama": 1}).fit(view, labels)
     assert draws() == expected

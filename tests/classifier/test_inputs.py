@@ -10,6 +10,7 @@ from sklearn.exceptions import NotFittedError
 from cachefuse import FusionClassifier
 from cachefuse.data.folds import stratified_folds
 from cachefuse.errors import ConfigError, DataError, UnknownNameError
+from fixtures.messages import naming
 
 KINDS = np.array(["cat", "dog", "emu"])
 
@@ -40,7 +41,7 @@ class TestAbsence:
 
     def test_a_modality_that_no_row_has(self, arrays, labels):
         arrays["text"][:] = np.nan
-        with pytest.raises(ConfigError, match="no training row has a usable text"):
+        with pytest.raises(ConfigError, match="text"):
             FusionClassifier(**QUICK).fit(arrays, labels)
         assert FusionClassifier(**QUICK, fusion="image").fit(arrays, labels).predict(arrays).shape == (60,)
 
@@ -51,7 +52,7 @@ class TestRefuses:
         with pytest.raises(NotFittedError, match="This FusionClassifier instance is not fitted yet"):
             getattr(FusionClassifier(), method)(view)
         failed = FusionClassifier(fusion="audio")
-        with pytest.raises(UnknownNameError, match="unknown fusion 'audio'"):
+        with pytest.raises(UnknownNameError, match=naming("fusion audio")):
             failed.fit(view, labels)
         with pytest.raises(NotFittedError, match="is not fitted yet"):
             getattr(failed, method)(view)
@@ -61,65 +62,65 @@ class TestRefuses:
         fitted = FusionClassifier(**QUICK).fit(arrays, labels)
         arrays["text"][4, 2] = value
         for call in (fitted.predict, lambda x: FusionClassifier(**QUICK).fit(x, labels)):
-            with pytest.raises(DataError, match="features of 'text' must be finite, or NaN throughout a row") as caught:
+            with pytest.raises(DataError, match=naming("text NaN")) as caught:
                 call(arrays)
             assert "\n" not in str(caught.value)
 
     @pytest.mark.parametrize(
         ("x", "message"),
         [
-            (lambda a: {"image": a["image"]}, r"fitted on, image \(6\), text \(5\). Got image \(6\) instead"),
-            (lambda a: {**a, "text": a["text"][:, 1:]}, r"Got image \(6\), text \(4\) instead; rows of NaN stand for"),
-            (lambda a: {"imgae": a["image"], "text": a["text"]}, r"Got imgae \(6\), text \(5\) instead"),
+            (lambda a: {"image": a["image"]}, "image 6 text 5"),
+            (lambda a: {**a, "text": a["text"][:, 1:]}, "image 6 text 4 NaN"),
+            (lambda a: {"imgae": a["image"], "text": a["text"]}, "imgae 6 text 5"),
         ],
     )
     def test_other_features_than_those_of_fit(self, arrays, labels, x, message):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=naming(message)):
             FusionClassifier(**QUICK).fit(arrays, labels).predict(x(arrays))
 
     @pytest.mark.parametrize(
         ("y", "message"),
         [
-            (np.tile([0, 2], (60, 1)), r"y must be labels \(n,\) or, .* Got int64 \(60, 2\) with \[0, 2\] instead"),
-            (np.tile([0, 1, -1], (60, 1)), r"Got int64 \(60, 3\) with \[-1, 0, 1\] instead"),
-            ([("a", "b")] * 60, r"0 and 1 \(n, C\), as MultiLabelBinarizer makes them. Got <U1 \(60, 2\) with \['a', "),
-            (["a"] * 60, r"y must have at least two classes. Got 1 class \(a\) instead"),
+            (np.tile([0, 2], (60, 1)), "y int64 60 2 0"),
+            (np.tile([0, 1, -1], (60, 1)), "int64 60 3 -1 0 1"),
+            ([("a", "b")] * 60, "0 1 MultiLabelBinarizer <U1 60 2 a"),
+            (["a"] * 60, "y 1"),
         ],
     )
     def test_targets_that_no_head_can_learn(self, view, y, message):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError, match=naming(message)):
             FusionClassifier(**QUICK).fit(view, y)
 
     @pytest.mark.parametrize(
         ("y", "message"),
         [
-            ([("a", "b"), ("a",)] * 30, "Sequence of sequences are no longer supported"),
-            (np.linspace(0, 1, 60), "Unknown label type: continuous"),
-            ([0, 1] * 29, r"inconsistent numbers of samples: \[60, 58\]"),
-            (None, "got None"),
+            ([("a", "b"), ("a",)] * 30, "sequences"),
+            (np.linspace(0, 1, 60), "continuous"),
+            ([0, 1] * 29, "60 58"),
+            (None, "None"),
         ],
     )
     def test_what_scikit_learn_refuses_too(self, view, y, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=naming(message)):
             FusionClassifier(**QUICK).fit(view, y)
 
     def test_no_rows(self, view, indicator):
-        with pytest.raises(DataError, match=r"y must have at least two classes. Got 0 class \(\) instead"):
+        with pytest.raises(DataError, match=naming("y 0")):
             FusionClassifier(**QUICK).fit(view[:0], [])
         fitted = FusionClassifier(**QUICK).fit(view, indicator)
         assert fitted.predict(view[:0]).shape == fitted.predict_proba(view[:0]).shape == (0, 3)
 
     def test_settings_that_do_not_fit(self, view, indicator):
         for settings, message in (
-            ({"loss": "ce"}, "loss 'ce' is for one label a row"),
-            ({"epochs": 0}, "epochs must be between 1 and"),
-            ({"random_state": -1}, "seed must be between 0 and"),
-            ({"device": "tpu"}, "unknown device 'tpu'"),
-            ({"folds": 61}, "folds must be from 2 to the number of rows, 60. Got 61"),
+            ({"loss": "ce"}, "loss ce"),
+            ({"epochs": 0}, "epochs 1"),
+            ({"random_state": -1}, "seed 0"),
+            ({"device": "tpu"}, "device tpu"),
+            ({"folds": 61}, "folds 2 60 61"),
         ):
-            with pytest.raises(ConfigError, match=message):
+            with pytest.raises(ConfigError, match=naming(message)):
                 FusionClassifier(**settings).fit(view, indicator)
-        with pytest.raises(ValueError, match="Invalid parameter 'seed' for estimator FusionClassifier"):
+        with pytest.raises(ValueError, match=naming("seed FusionClassifier")):
             FusionClassifier().set_params(seed=1)
 
 

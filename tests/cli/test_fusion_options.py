@@ -16,6 +16,7 @@ from cachefuse.runs.save import load_run
 from cachefuse.training.config import TrainConfig
 from cachefuse_cli.app import main
 from cachefuse_cli.shared.train_options import DEFAULTS, parse_config
+from fixtures.messages import naming
 
 N = 10**6  # rows, of which an epoch makes enough steps
 
@@ -43,13 +44,13 @@ def test_the_command_line_parses_options_and_parts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["depth"], r"fusion-options are given as depth=2\. Got 'depth' instead"),
-        ([""], r"fusion-options are given as depth=2\. Got '' instead"),
-        (["depth=1", "depth=2"], "fusion option depth is given twice"),
+        (["depth"], "depth=2 depth"),
+        ([""], "depth=2"),
+        (["depth=1", "depth=2"], "fusion depth"),
     ],
 )
 def test_what_does_not_parse_says_so(options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=naming(message)):
         parse_config(given(fusion="cma", fusion_options=options))
 
 

@@ -24,6 +24,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from cachefuse.training.split import make_splits
+from fixtures.messages import naming
 
 DOCUMENT = (Path(__file__).parents[2] / "cachefuse" / "data" / "README.md").read_text(encoding="utf-8")
 SPLITS = {"train2014": range(1, 41), "val2014": range(41, 61), "test2015": range(61, 66)}
@@ -258,7 +259,7 @@ class TestWritten:
     @pytest.mark.parametrize("task", ["multilabel", "multitask"])
     def test_a_row_of_several_labels_has_no_one_answer(self, task):
         config = TrainConfig(fusion="midfusion", fusion_options={"answers": "text", "decoder_layers": 1})
-        with pytest.raises(ConfigError, match=f"answers=text writes one answer a row, which a {task} task does not"):
+        with pytest.raises(ConfigError, match=naming(f"answers=text {task}")):
             config.resolve(task, 100)
 
     def test_an_edited_run_is_refused(self, cachefuse, tokens, folder):

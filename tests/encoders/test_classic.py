@@ -7,6 +7,7 @@ from sklearn.linear_model import LogisticRegression
 
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import EncoderError
+from fixtures.messages import naming
 
 
 def drawn(shape, colour, x, y, size=60):
@@ -86,5 +87,5 @@ def test_it_is_vectorised():
 
 @pytest.mark.parametrize("spec", ["classic:anything", "classic:@weights"])
 def test_it_has_no_models(spec):
-    with pytest.raises(EncoderError, match="classic has no models or weights: write 'classic', not 'classic"):
+    with pytest.raises(EncoderError, match=naming("classic weights")):
         open_encoder(spec)

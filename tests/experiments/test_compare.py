@@ -26,6 +26,7 @@ from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from cachefuse_cli.shared.sweep_tables import sweep_table
+from fixtures.messages import naming
 
 QUICK = {"folds": 2, "epochs": 1, "batch_size": 16}
 
@@ -81,12 +82,12 @@ def test_goes_on_where_it_was_stopped(toy_store, folder):
 
 
 def test_says_what_it_can_not_compare(toy_store, make_store, folder):
-    with pytest.raises(UnknownNameError, match="unknown fusion 'smu'"):
+    with pytest.raises(UnknownNameError, match=naming("fusion smu")):
         compare(toy_store(), folder=folder, methods=["smu"])
-    with pytest.raises(ConfigError, match="compare needs at least one fusion"):
+    with pytest.raises(ConfigError, match="fusion"):
         compare(toy_store(), folder=folder, methods=[])
     pooled = make_store({"image": np.eye(8, dtype=np.float16)}, np.eye(8, dtype=np.int8), ["train"] * 8, name="pooled")
-    with pytest.raises(CacheError, match="holds no tokens of image; make them with cachefuse extract --dataset pooled"):
+    with pytest.raises(CacheError, match=naming("tokens image --dataset pooled")):
         compare(pooled, folder=folder)
     assert not (folder / "trials.jsonl").exists()
 
@@ -188,9 +189,9 @@ class TestPresets:
     def test_what_a_preset_needs(self, make_store, folder):
         x = {"image": np.eye(4, dtype=np.float16)}
         store = make_store(x, np.array([0, 1, 0, 1], np.int32), ["train"] * 4, task="multiclass")
-        with pytest.raises(CacheError, match="holds no tokens of image"):
+        with pytest.raises(CacheError, match=naming("tokens image")):
             open_all(store, preset_views("where-to-fuse", {}))
-        with pytest.raises(UnknownNameError, match=r"unknown preset 'where-to-fus' .*where-to-fuse"):
+        with pytest.raises(UnknownNameError, match=naming("preset where-to-fus")):
             preset("where-to-fus", None)
         assert sorted(TOKEN_PRESETS) == ["cma-irrelevant", "lit-table", "where-to-fuse"]
 
@@ -230,9 +231,9 @@ class TestShuffle:
         assert shuffled < as_it_is - 0.05
 
     def test_what_it_refuses(self, toy_store):
-        with pytest.raises(ConfigError, match=r"shuffle must give a share of the rows from 0 to 1. Got text=2 instead"):
+        with pytest.raises(ConfigError, match=naming("shuffle 0 1 text=2")):
             TrainConfig(shuffle={"text": 2})
-        with pytest.raises(UnknownNameError, match="unknown modality 'txt'"):
+        with pytest.raises(UnknownNameError, match="txt"):
             train_head(toy_store(), TrainConfig(shuffle={"txt": 0.5}, epochs=1))
 
 
@@ -247,9 +248,9 @@ def test_parts_of_a_step_add_up_to_the_step(parts, toy_store):
 
 
 def test_parts_are_of_a_mean():
-    with pytest.raises(ConfigError, match="accumulate adds up the parts of a mean; leave out loss option reduction"):
+    with pytest.raises(ConfigError, match=naming("loss reduction")):
         TrainConfig(accumulate=2, loss_options={"reduction": "sum"})
-    with pytest.raises(ConfigError, match="accumulate must be between 1 and"):
+    with pytest.raises(ConfigError, match=naming("accumulate 1")):
         TrainConfig(accumulate=0)
 
 

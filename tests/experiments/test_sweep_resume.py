@@ -16,6 +16,7 @@ from cachefuse.experiments.files import JOURNAL, only_sweep, read_trials
 from cachefuse.experiments.settings import grid
 from cachefuse.experiments.sweep import sweep
 from cachefuse.training.config import TrainConfig
+from fixtures.messages import naming
 
 LINEAR = TrainConfig(head="linear", epochs=3, patience=0, batch_size=16, lr=0.01, loss="bce")
 
@@ -184,7 +185,7 @@ def test_goes_on_after_a_kill(toy_store, folder):
 
 
 def test_two_at_once_do_not_share_a_folder(toy_store, folder):
-    with only_sweep(folder), pytest.raises(ConfigError, match=f"another sweep is at work in {folder}; wait until"):
+    with only_sweep(folder), pytest.raises(ConfigError, match=naming(f"{folder}")):
         sweep(toy_store(), LINEAR, [{}], folder=folder, seeds=(0,))
     sweep(toy_store(name="b"), LINEAR, [{}], folder=folder, seeds=(0,))
 

@@ -4,6 +4,7 @@ import pytest
 
 from cachefuse.errors import ConfigError, UnknownNameError
 from cachefuse.experiments.settings import grid, parse_setting
+from fixtures.messages import naming
 
 
 def test_a_grid_is_every_combination():
@@ -17,10 +18,10 @@ def test_a_grid_is_every_combination():
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({}, "the grid has no fields"), ({"lr": [1], "loss": []}, "the grid has no values for loss")],
+    [({}, "grid"), ({"lr": [1], "loss": []}, "loss")],
 )
 def test_an_empty_grid(values, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=naming(message)):
         grid(values)
 
 
@@ -45,26 +46,26 @@ def test_settings_take_text_and_values(given, parsed):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dropout": "x"}, "dropout must be a number. Got 'x' instead"),
-        ({"dropout": ""}, "dropout must be a number. Got '' instead"),
-        ({"epochs": 1.5}, "epochs must be a whole number. Got 1.5 instead"),
-        ({"layers": "8-x"}, "layers must be widths such as 2048-512. Got '8-x' instead"),
-        ({"layers": "-8"}, "layers must be widths such as 2048-512. Got '-8' instead"),
-        ({"loss": 3}, "loss must be a name. Got 3 instead"),
+        ({"dropout": "x"}, "dropout x"),
+        ({"dropout": ""}, "dropout"),
+        ({"epochs": 1.5}, "epochs 1.5"),
+        ({"layers": "8-x"}, "layers 2048-512 8-x"),
+        ({"layers": "-8"}, "layers 2048-512 -8"),
+        ({"loss": 3}, "loss 3"),
         (
             {"loss_options": {"gamma": "two"}},
-            "loss_options must be a table of numbers, in a --settings file: .* Got {'gamma': 'two'} instead",
+            "loss_options --settings",
         ),
-        ({"seed": 3}, "seed can't differ between settings: seeds are given apart"),
-        ({"refit": True}, "refit can't differ between settings: models trained on every row have none left"),
-        ({"view": "tokens"}, "view can't differ between settings: a sweep reads its features once"),
+        ({"seed": 3}, "seed"),
+        ({"refit": True}, "refit"),
+        ({"view": "tokens"}, "view"),
     ],
 )
 def test_settings_that_do_not_parse(given, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=naming(message)):
         parse_setting(given)
 
 
 def test_settings_that_are_none():
-    with pytest.raises(UnknownNameError, match=r"unknown setting 'droput' \(did you mean 'dropout'\?\)"):
+    with pytest.raises(UnknownNameError, match=naming("droput dropout")):
         parse_setting({"droput": 0.5})

@@ -17,6 +17,7 @@ from cachefuse.extraction.pipeline import encode_prepared, in_order, item_source
 from cachefuse.store.lock import only_writer
 from cachefuse.store.shard import ShardWriter
 from cachefuse.store.store import FeatureStore
+from fixtures.messages import naming
 
 
 def run(dataset, store_path, *encoders, **options):
@@ -61,7 +62,7 @@ def test_an_incomplete_view_is_not_read(shapes, store_path, toy):
     toy.interrupt_after(9, store_path, n_blocks=1)
     with pytest.raises(KeyboardInterrupt):
         run(shapes, store_path, batch_size=8)
-    with pytest.raises(CacheError, match=r"toy \(image, pooled\) has 64 of 80 rows; run the same .* again to go on"):
+    with pytest.raises(CacheError, match=naming("toy image pooled 64 80")):
         open_toy(store_path).read()
 
 
@@ -73,7 +74,7 @@ def test_finished_blocks_of_an_incomplete_view_can_be_read(shapes, store_path, t
     np.testing.assert_array_equal(rows[64:], values[64:])
     np.testing.assert_array_equal(rows[[79, 64]], values[[79, 64]])
     for key in (0, slice(60, 70), [79, 63]):
-        with pytest.raises(CacheError, match=r"toy \(image, pooled\): block 0 is not there; run the same"):
+        with pytest.raises(CacheError, match=naming("toy image pooled block 0")):
             rows[key]
 
 
@@ -98,7 +99,7 @@ def test_an_error_in_a_thread_stops_the_run_and_leaves_the_store_usable(shapes, 
             raise ZeroDivisionError("the encoder is broken")
 
     toy.on_prepare = fail
-    message = r"can't prepare the image of sample \d{5}.*: ZeroDivisionError: the encoder is broken"
+    message = r"image.*\d{5}.*ZeroDivisionError: the encoder is broken"
     with caplog.at_level(logging.DEBUG), pytest.raises(EncoderError, match=message):
         run(shapes, store_path, batch_size=8)
     assert "broken" not in caplog.text
@@ -125,7 +126,7 @@ def test_a_second_writer_is_refused(shapes, store_path, toy):
     store_path.parent.mkdir()
     with (
         filelock.FileLock(store_path.with_name(".small.zarr.lock")),
-        pytest.raises(CacheError, match=r"another extract is writing to .*small\.zarr; wait until it has ended"),
+        pytest.raises(CacheError, match=naming("small.zarr")),
     ):
         run(shapes, store_path)
     run(shapes, store_path)
@@ -133,7 +134,7 @@ def test_a_second_writer_is_refused(shapes, store_path, toy):
 
 def test_a_second_writer_is_told_which_process_writes_and_since_when(shapes, store_path):
     since = r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
-    with only_writer(store_path), pytest.raises(CacheError, match=rf"another extract \(process {os.getpid()}, {since}"):
+    with only_writer(store_path), pytest.raises(CacheError, match=naming(f"{os.getpid()} {since}")):
         run(shapes, store_path)
     assert {path.name for path in store_path.parent.iterdir()} == {".small.zarr.lock"}
 
@@ -245,7 +246,7 @@ def test_images_are_prepared_at_most_two_windows_ahead(shapes, store_path, toy):
 @pytest.mark.parametrize("view", ["pooled", "tokens"])
 def test_features_that_are_not_finite_are_an_error(shapes, store_path, toy, value, view):
     toy.change = lambda rows: np.where(np.arange(4) == 2, value, rows).astype(np.float32)
-    with pytest.raises(CacheError, match=f"toy: image {view} features of sample 00000 are NaN or infinite"):
+    with pytest.raises(CacheError, match=naming(f"toy image {view} 00000 NaN")):
         run(shapes, store_path, views=(view,), dtype="float32")
 
 
@@ -253,10 +254,10 @@ def test_features_that_are_not_finite_are_an_error(shapes, store_path, toy, valu
 def test_features_too_large_for_float16_are_an_error_that_names_the_sample(shapes, store_path, toy, tools, view):
     dataset = tools.make_dataset(shapes, texts=[("b", "c")] * 10 + [("b", "c c c c c")] + [("b",)] * 9)
     toy.change = lambda rows: rows * (1e6 if len(rows) == 5 else 1)
-    with pytest.raises(CacheError, match=f"text {view} features of sample row-10 overflow float16; use --dtype float3"):
+    with pytest.raises(CacheError, match=naming(f"text {view} row-10 float16 --dtype float32")):
         run(dataset, store_path, views=(view,))
     run(dataset, store_path, views=(view,), dtype="float32")  # what the message says to do
-    with pytest.raises(CacheError, match=r"dtype \(float32 there, float16 here\)"):
+    with pytest.raises(CacheError, match=naming("dtype float32 float16")):
         run(dataset, store_path, views=(view,))
 
 
@@ -266,31 +267,31 @@ def test_features_too_large_for_float16_are_an_error_that_names_the_sample(shape
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encoders": []}, "extract needs at least one encoder"),
-        ({"views": ("patches",)}, "unknown view 'patches'; choose from: pooled, tokens, ids"),
-        ({"views": ()}, "unknown view ''; choose from"),
-        ({"dtype": "int4"}, "unknown dtype 'int4'; choose from: float16, float32, int8"),
-        ({"dtype": "int8"}, "dtype int8 is for tokens; add --views tokens, or pooled,tokens"),
-        ({"batch_size": 0}, "batch size must be at least 1. Got 0 instead"),
-        ({"max_bad": 1.5}, "max-bad must be between 0 and 1. Got 1.5 instead"),
-        ({"max_bad": float("nan")}, "max-bad must be between 0 and 1. Got nan instead"),
-        ({"views": ("tokens",)}, "encoder classic has no tokens view of image; choose from: pooled"),
+        ({"encoders": []}, "encoder"),
+        ({"views": ("patches",)}, "patches pooled tokens ids"),
+        ({"views": ()}, "view"),
+        ({"dtype": "int4"}, "dtype int4 float16 float32 int8"),
+        ({"dtype": "int8"}, "dtype int8 tokens --views"),
+        ({"batch_size": 0}, "size 1 0"),
+        ({"max_bad": 1.5}, "max-bad 0 1 1.5"),
+        ({"max_bad": float("nan")}, "max-bad 0 1 nan"),
+        ({"views": ("tokens",)}, "classic tokens image pooled"),
     ],
 )
 def test_wrong_settings(shapes, store_path, options, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=naming(message)):
         extract(shapes, options.pop("encoders", ["classic"]), store_path, device="cpu", **options)
     assert not store_path.exists()
 
 
 def test_an_unknown_encoder(shapes, store_path):
-    with pytest.raises(UnknownNameError, match=r"unknown encoder family 'clasic' .*did you mean 'classic'"):
+    with pytest.raises(UnknownNameError, match=naming("clasic classic")):
         run(shapes, store_path, "clasic")
 
 
 def test_an_encoder_for_what_the_dataset_lacks(shapes, store_path, toy, monkeypatch):
     monkeypatch.setattr("toy_encoder.open_toy", lambda spec, device: {"text": None})
-    with pytest.raises(EncoderError, match="encoder toy encodes text, but small has only image"):
+    with pytest.raises(EncoderError, match=naming("toy text image")):
         run(replace(shapes, texts=None), store_path)
 
 
@@ -304,9 +305,9 @@ def test_a_view_is_asked_of_the_dataset_s_modalities_only(shapes, store_path, to
 def test_two_encoders_of_one_name_are_refused(shapes, store_path, toy, tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder / "model").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="two encoders would both be kept as toy:model; rename one"):
+    with pytest.raises(ConfigError, match="toy:model"):
         run(shapes, store_path, f"toy:{tmp_path}/one/model", f"toy:{tmp_path}/two/model")
-    with pytest.raises(ConfigError, match="two encoders would both be kept as toy:a/b"):
+    with pytest.raises(ConfigError, match="toy:a/b"):
         run(shapes, store_path, "toy:a/b", "toy:a-b")
 
 

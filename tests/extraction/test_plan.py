@@ -11,6 +11,7 @@ from cachefuse.errors import CacheError, ConfigError
 from cachefuse.extraction.extract import extract
 from cachefuse.extraction.plan import ROOM_TO_LEAVE, plan, row_bytes
 from cachefuse.store.store import FeatureStore
+from fixtures.messages import naming
 
 
 def test_a_plan_says_what_extract_then_writes(shapes, store_path, toy):
@@ -52,19 +53,19 @@ def test_what_is_there_is_not_planned_again(shapes, store_path, toy, tools):
 
 def test_a_plan_refuses_what_extract_would_refuse(shapes, store_path, toy):
     extract(shapes, ["toy"], store_path, views=("tokens",), device="cpu")
-    with pytest.raises(CacheError, match=r"dtype of tokens \(float16 there, int8 here\)"):
+    with pytest.raises(CacheError, match=naming("dtype tokens float16 int8")):
         plan(shapes, ["toy"], store_path, views=("tokens",), dtype="int8", device="cpu")
 
 
 def test_a_plan_checks_what_is_asked_for(shapes, store_path):
-    with pytest.raises(ConfigError, match="encoder classic has no tokens view of image"):
+    with pytest.raises(ConfigError, match=naming("classic tokens image")):
         plan(shapes, ["classic"], store_path, views=("tokens",), device="cpu")
 
 
 def test_extract_stops_before_it_starts_where_the_disk_has_no_room(shapes, store_path, toy, monkeypatch):
     free = SimpleNamespace(free=ROOM_TO_LEAVE + 80 * 4 * 2 * 2 - 1)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(CacheError, match=r"the features take 1\.28 kB and .*cache has 67\.1 MB free; free some"):
+    with pytest.raises(CacheError, match=naming("1.28 kB 67.1 MB")):
         extract(shapes, ["toy"], store_path, device="cpu")
     assert toy.batches == []
     assert not plan(shapes, ["toy"], store_path, device="cpu").fits

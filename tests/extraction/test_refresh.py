@@ -12,6 +12,7 @@ from cachefuse.extraction.extract import extract
 from cachefuse.extraction.open_store import open_store
 from cachefuse.store.features import JOURNAL
 from cachefuse.store.store import FeatureStore
+from fixtures.messages import naming
 
 
 def run(dataset, store_path, *encoders, **options):
@@ -76,7 +77,7 @@ def test_outdated_tokens_are_not_read_as_none(shapes, store_path, toy):
     FeatureStore(store_path).open_features("toy", "text").forget("tokens", [3])
     rows = FeatureStore(store_path).open_features("toy", "text").rows("tokens", whole=False)
     for read_them in (lambda: rows[3], lambda: rows[5], lambda: rows.padded(torch.tensor([3, 70]))):
-        with pytest.raises(CacheError, match="block 0 is not there"):
+        with pytest.raises(CacheError, match=naming("block 0")):
             read_them()
     assert len(rows[70]) > 0
 
@@ -86,11 +87,11 @@ def test_rows_of_other_encoders_are_missing_until_they_are_computed_too(shapes, 
     before = read(store_path, "text", encoder="classic")
     changed = with_texts(shapes, CHANGES)
     run(changed, store_path, views=("pooled",), refresh=True)
-    with pytest.raises(CacheError, match=r"classic \(text, pooled\) has 78 of 80 rows; run the same"):
+    with pytest.raises(CacheError, match=naming("classic text pooled 78 80")):
         read(store_path, "text", encoder="classic")
     rows = FeatureStore(store_path).open_features("classic", "text").rows(whole=False)
     for row in (3, 5, 70):  # of either block: rows that are outdated are not told from their neighbours
-        with pytest.raises(CacheError, match="is not there"):
+        with pytest.raises(CacheError, match="block"):
             rows[row]
     assert run(changed, store_path, "classic", views=("pooled",)).computed[("classic", "text")] == 2
     after = read(store_path, "text", encoder="classic")
@@ -106,7 +107,7 @@ def test_outdated_rows_are_not_read_though_a_line_that_says_so_is_damaged(shapes
     assert b"stale" in lines[line]
     lines[line] = lines[line].replace(b"[3]", b"[4]")
     journal.write_bytes(b"".join(lines))
-    with pytest.raises(CacheError, match="has 79 of 80 rows"):
+    with pytest.raises(CacheError, match=naming("79 80")):
         read(store_path, "text")
 
 
@@ -121,7 +122,7 @@ def test_an_interrupted_refresh_goes_on_without_being_asked_again(shapes, store_
     with pytest.raises(KeyboardInterrupt):
         run(changed, store_path, refresh=True)
     toy.on_encode = lambda batch: None
-    with pytest.raises(CacheError, match="has 78 of 80 rows"):
+    with pytest.raises(CacheError, match=naming("78 80")):
         read(store_path, "image")
     assert run(changed, store_path).computed == {("toy", "image"): 2, ("toy", "text"): 2}
 
@@ -131,7 +132,7 @@ def test_a_mended_image_leaves_the_ledger_and_becomes_present(shapes, store_path
     run(tools.make_dataset(shapes, images=broken), store_path)
     mended = [tools.FakeImage(i + 100 if i == 4 else i, "is damaged" if i == 9 else "") for i in range(80)]
     dataset = tools.make_dataset(shapes, images=mended)
-    with pytest.raises(CacheError, match=r"1 sample changed since .*: row-4; add --refresh"):
+    with pytest.raises(CacheError, match=naming("1 row-4 --refresh")):
         run(dataset, store_path)
     report = run(dataset, store_path, refresh=True)
     assert report.computed == {("toy", "image"): 1}
@@ -169,7 +170,7 @@ def test_another_number_of_captions_is_refused(shapes, store_path, toy, tools, r
     texts = [(f"one {i}", f"two {i}") for i in range(40)]
     run(tools.make_dataset(shapes, texts=texts), store_path)
     texts[7] = (*texts[7], "three")
-    with pytest.raises(CacheError, match=r"some samples now have another number of texts\. Use another --workspace"):
+    with pytest.raises(CacheError, match="--workspace"):
         run(tools.make_dataset(shapes, texts=texts), store_path, refresh=refresh)
 
 
@@ -224,7 +225,7 @@ def test_an_interrupted_append_ends_with_the_bytes_of_one_that_was_not(grown, st
 def test_rows_appended_beside_rows_that_changed(grown, store_path, toy, tools):
     run(tools.head(grown, 80), store_path)
     changed = with_texts(grown, CHANGES)
-    with pytest.raises(CacheError, match="2 samples changed"):
+    with pytest.raises(CacheError, match=naming("2")):
         run(changed, store_path)
     assert run(changed, store_path, refresh=True).computed == {("toy", "image"): 132, ("toy", "text"): 132}
     fresh = store_path.with_name("fresh.zarr")

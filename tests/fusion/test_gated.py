@@ -8,6 +8,7 @@ from torch import nn
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.gated import GatedFusion
 from cachefuse.nn.heads import Linear
+from fixtures.messages import naming
 
 WIDTHS = {"text": 3, "audio": 4, "image": 2}
 
@@ -133,7 +134,7 @@ def test_one_modality_needs_no_gate(features):
 
 
 def test_needs_something_to_weigh():
-    with pytest.raises(ConfigError, match="fusion 'gated' needs some features; this store has: none"):
+    with pytest.raises(ConfigError, match=naming("fusion gated")):
         GatedFusion({}, 4, Linear)
 
 

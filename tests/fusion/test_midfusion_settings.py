@@ -8,6 +8,7 @@ from cachefuse.fusion.midfusion import MidFusion, read_fusion_spec
 from cachefuse.nn.heads import Linear
 from cachefuse.nn.pooling import read_pool
 from cachefuse.store.tokens import SequenceWidth
+from fixtures.messages import naming
 
 WIDTHS = {
     "audio_tokens": SequenceWidth(3, 4), "image": 7, "image_tokens": SequenceWidth(5, 6), "text": 4,
@@ -54,40 +55,40 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"fusion_spec": "0:text,5:image"}, "image can't join at layer 5: it may be at 0 to 4, the depth"),
-            ({"fusion_spec": "0:text,1:imgae"}, "fusion_spec names 'imgae', which is not among audio, image, text"),
-            ({"fusion_spec": "0:text,1:image,2:text"}, "fusion_spec names text twice"),
-            ({"fusion_spec": {0: ["text", "text"]}}, "fusion_spec names text twice"),
-            ({"fusion_spec": "1:text,2:image"}, r"some modality must join at layer 0, .* Got '1:text,2:image' instead"),
-            ({"fusion_spec": "text"}, "fusion_spec must look like 0:text,6:image. Got 'text' instead"),
-            ({"fusion_spec": "0:text,"}, "fusion_spec must look like 0:text,6:image. Got '0:text,' instead"),
-            ({"fusion_spec": {-1: ["text"]}}, "fusion_spec must look like 0:text,6:image. Got {-1: "),
-            ({"pool": "image=mean:7"}, "can't pool image to 7 tokens: a sample has 6 at most"),
-            ({"pool": "image=mean:0"}, "pooling must leave at least 1 token. Got 0 instead"),
-            ({"pool": "imgae=mean:2"}, "pool names 'imgae', which does not join; those that do: text, audio, image"),
-            ({"pool": "image=mean:2", "fusion_spec": "0:text"}, "pool names 'image', which does not join; .*: text"),
-            ({"pool": "image=mean:2,image=max:2"}, "pool names image twice"),
-            ({"pool": "image=mean"}, "pool must look like image=attention:14,text=mean:8. Got 'image=mean' instead"),
-            ({"pool": "mean:2"}, "pool must look like image=attention:14,text=mean:8. Got 'mean:2' instead"),
-            ({"width": 9}, "width must be a multiple of 2, the attention heads. Got 9 instead"),
-            ({"depth": 0}, "T5's num_layers must be a whole number from 1 on. Got 0 instead"),
-            ({"decoder_layers": -1}, "T5's num_decoder_layers must be a whole number from 0 on. Got -1 instead"),
-            ({"dropout": 1.0}, r"T5's dropout_rate must be in \[0, 1\). Got 1.0 instead"),
-            ({"text_view": "pooled"}, "text_view must be ids or tokens. Got 'pooled' instead"),
+            ({"fusion_spec": "0:text,5:image"}, "image layer 5 0 4"),
+            ({"fusion_spec": "0:text,1:imgae"}, "fusion_spec imgae audio image text"),
+            ({"fusion_spec": "0:text,1:image,2:text"}, "fusion_spec text"),
+            ({"fusion_spec": {0: ["text", "text"]}}, "fusion_spec text"),
+            ({"fusion_spec": "1:text,2:image"}, "layer 0 1:text,2:image"),
+            ({"fusion_spec": "text"}, "fusion_spec 0:text,6:image text"),
+            ({"fusion_spec": "0:text,"}, "fusion_spec 0:text,6:image 0:text"),
+            ({"fusion_spec": {-1: ["text"]}}, "fusion_spec 0:text,6:image {-1"),
+            ({"pool": "image=mean:7"}, "image 7 6"),
+            ({"pool": "image=mean:0"}, "pooling 1 0"),
+            ({"pool": "imgae=mean:2"}, "imgae text audio image"),
+            ({"pool": "image=mean:2", "fusion_spec": "0:text"}, "pool image text"),
+            ({"pool": "image=mean:2,image=max:2"}, "pool image"),
+            ({"pool": "image=mean"}, "pool image=attention:14,text=mean:8 image=mean"),
+            ({"pool": "mean:2"}, "pool image=attention:14,text=mean:8 mean:2"),
+            ({"width": 9}, "width 2 heads 9"),
+            ({"depth": 0}, "T5 num_layers 1 0"),
+            ({"decoder_layers": -1}, "T5 num_decoder_layers 0 -1"),
+            ({"dropout": 1.0}, "T5 dropout_rate 0 1 1.0"),
+            ({"text_view": "pooled"}, "text_view ids tokens pooled"),
         ],
     )
     def test_that_do_not_fit(self, options, message):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=naming(message)):
             MidFusion(WIDTHS, C, Linear, **{**SIZES, **options})
 
     def test_an_unknown_pooling(self):
-        with pytest.raises(UnknownNameError, match=r"unknown pooling 'atention' \(did you mean 'attention'\?\)"):
+        with pytest.raises(UnknownNameError, match=naming("atention attention")):
             build(pool="image=atention:2")
 
     def test_features_that_are_not_there(self):
-        with pytest.raises(ConfigError, match="fusion 'midfusion' needs image_tokens features; this store has: image"):
+        with pytest.raises(ConfigError, match=naming("fusion midfusion image_tokens image")):
             MidFusion({"image": 7}, C, Linear)
-        with pytest.raises(ConfigError, match="fusion 'midfusion' needs some features; this store has: none"):
+        with pytest.raises(ConfigError, match=naming("fusion midfusion")):
             MidFusion({}, C, Linear)
 
 

@@ -10,6 +10,7 @@ from cachefuse.errors import DataError
 from cachefuse.metrics import METRICS, evaluation_metrics
 from cachefuse.metrics.decisions import decide
 from cachefuse.metrics.per_class import per_class
+from fixtures.messages import naming
 
 
 class TestAnswers:
@@ -39,7 +40,7 @@ class TestAnswers:
 
     @pytest.mark.parametrize("value", [-0.1, 1.1, np.nan])
     def test_what_is_no_share(self, value):
-        with pytest.raises(DataError, match=rf"^targets must be from 0 to 1\. Got {value} instead\.$"):
+        with pytest.raises(DataError, match=naming(f"targets 0 1 {value}")):
             METRICS["vqa_accuracy"](np.array([[value]]), np.ones((1, 1)), np.ones((1, 1), bool))
 
 

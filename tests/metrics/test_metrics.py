@@ -9,6 +9,7 @@ from cachefuse.errors import ConfigError, DataError
 from cachefuse.metrics import METRICS, evaluation_metrics, lower_is_better, main_metric
 from cachefuse.metrics.decisions import decide
 from cachefuse.metrics.per_class import per_class
+from fixtures.messages import naming
 
 AVERAGES = ("micro", "macro", "samples", "weighted")
 TASKS = ("multilabel", "multiclass")
@@ -194,7 +195,7 @@ class TestCalibration:
     def test_scores_that_are_no_probabilities(self, name, scores):
         if name == "top_calibration_error" and scores[0][0] == 0.5:
             scores = [[-0.5, -1.0]]
-        with pytest.raises(DataError, match=r"^scores must be in \[0, 1\] for calibration\. Got .* to .* instead\.$"):
+        with pytest.raises(DataError, match=naming("scores 0 1")):
             METRICS[name](np.array([[1, 0]]), np.array(scores), np.array([[True, False]]))
 
 
@@ -227,9 +228,7 @@ def test_top5_is_shown_where_it_can_tell_something():
 
 
 def test_evaluation_metrics_of_another_task():
-    with pytest.raises(
-        ConfigError, match=r"one of multiclass, multilabel, vqa to evaluate\. Got 'retrieval' instead\.$"
-    ):
+    with pytest.raises(ConfigError, match="retrieval"):
         evaluation_metrics("retrieval", 7)
 
 
@@ -237,23 +236,22 @@ def test_evaluation_metrics_of_another_task():
 class TestInputs:
     def test_shapes_differ(self, measure):
         targets, scores, predictions = some()
-        shapes = r"must have one shape, \(N, C\)\. Got \(200, 6\), \(200, 6\), \(1, 6\) instead\.$"
-        with pytest.raises(DataError, match=shapes):
+        with pytest.raises(DataError, match=naming("200 6 1")):
             measure(targets, scores, predictions[:1])
-        with pytest.raises(DataError, match=r"Got \(200,\), \(200,\), \(200,\) instead"):
+        with pytest.raises(DataError, match=naming("200")):
             measure(targets[:, 0], scores[:, 0], predictions[:, 0])
 
     @pytest.mark.parametrize("value", [-1, 2])
     def test_targets_that_are_neither_0_nor_1(self, measure, value):
         targets, scores, predictions = some()
         targets[3, 2] = value
-        with pytest.raises(DataError, match=rf"^targets must be from 0 to 1\. Got {value} instead\.$"):
+        with pytest.raises(DataError, match=naming(f"targets 0 1 {value}")):
             measure(targets, scores, predictions)
 
     def test_scores_that_are_no_numbers(self, measure):
         targets, scores, predictions = some()
         scores[3, 2] = np.nan
-        with pytest.raises(DataError, match=r"^scores must be numbers\. Got NaN instead\.$"):
+        with pytest.raises(DataError, match=naming("scores NaN")):
             measure(targets, scores, predictions)
 
 
@@ -360,9 +358,7 @@ class TestDecide:
         assert scores.tolist() == [[0.2, 0.1]]
 
     def test_unknown_task(self):
-        with pytest.raises(
-            ConfigError, match=r"one of multiclass, vqa, multilabel to decide on labels\. Got 'retrieval'"
-        ):
+        with pytest.raises(ConfigError, match="retrieval"):
             decide(np.zeros((1, 2)), "retrieval")
 
 

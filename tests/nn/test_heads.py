@@ -17,6 +17,7 @@ from cachefuse.nn.heads import (
     Standardize,
 )
 from cachefuse.store.rows import TokenWidth
+from fixtures.messages import naming
 
 
 @pytest.mark.parametrize("name", sorted(HEADS))
@@ -30,7 +31,7 @@ def test_linear_is_a_linear_layer():
     head = Linear(6, 3)
     x = torch.randn(4, 6)
     torch.testing.assert_close(head(x), x @ head.weight.T + head.bias)
-    with pytest.raises(ConfigError, match=r"head 'linear' has no hidden layers. Got \(8,\) instead"):
+    with pytest.raises(ConfigError, match=naming("head linear layers 8")):
         Linear(6, 3, layers=(8,))
 
 
@@ -87,7 +88,7 @@ def test_gated_mlp_has_a_block_for_each_layer():
     head = GatedMLP(6, 3, layers=(8, 4))
     assert [type(module) for module in head.children()] == [nn.Sequential, nn.Linear]
     assert [(type(block), block.expand.out_features) for block in head.blocks] == [(GatedBlock, 8), (GatedBlock, 4)]
-    with pytest.raises(ConfigError, match=r"splits its layers in halves: they must be even. Got \(8, 5\) instead"):
+    with pytest.raises(ConfigError, match=naming("layers 8 5")):
         GatedMLP(6, 3, layers=(8, 5))
 
 
@@ -136,11 +137,11 @@ def test_a_gated_head_over_tokens_mixes_them():
 
 @pytest.mark.parametrize("kind", [MLP, GatedMLP])
 def test_options_out_of_range(kind):
-    with pytest.raises(ConfigError, match=r"layers must be at least 1 wide. Got \(8, 0\) instead"):
+    with pytest.raises(ConfigError, match=naming("layers 1 8 0")):
         kind(6, 3, layers=(8, 0))
-    with pytest.raises(ConfigError, match=r"dropout must be in \[0, 1\). Got 1 instead"):
+    with pytest.raises(ConfigError, match=naming("dropout 0 1")):
         kind(6, 3, layers=(8,), dropout=1)
-    with pytest.raises(UnknownNameError, match=r"unknown activation 'gelo' \(did you mean 'gelu'\?\)"):
+    with pytest.raises(UnknownNameError, match=naming("gelo gelu")):
         kind(6, 3, layers=(8,), activation="gelo")
 
 
@@ -208,10 +209,10 @@ class TestStandardize:
         assert Standardize(1).fit(x)(x).std(correction=0).item() == pytest.approx(1, rel=1e-3)
 
     def test_errors(self):
-        with pytest.raises(ConfigError, match="features to standardise have no rows"):
+        with pytest.raises(ConfigError, match="rows"):
             Standardize(2).fit(torch.zeros(0, 2))
-        with pytest.raises(ConfigError, match="features to standardise have no rows"):
+        with pytest.raises(ConfigError, match="rows"):
             Standardize(2).fit(torch.zeros(3, 2), torch.zeros(0, dtype=torch.int64))
         for bad in (torch.nan, torch.inf):
-            with pytest.raises(ConfigError, match="must be finite; dimension 1 of 2 is not"):
+            with pytest.raises(ConfigError, match=naming("1 2")):
                 Standardize(2).fit(torch.tensor([[0.0, 1], [1, bad]]))

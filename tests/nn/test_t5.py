@@ -12,6 +12,7 @@ from transformers.models.t5.modeling_t5 import T5Attention, T5LayerNorm
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.nn.t5 import T5, RelativeBias, T5Settings, distances
 from cachefuse.nn.t5_weights import load_t5, read_settings
+from fixtures.messages import naming
 
 VOCABULARY, LENGTHS = 24, (200, 3, 1, 60)
 MORE = {"vocab_size": 40, "num_decoder_layers": 2, "dropout_rate": 0.5}
@@ -248,23 +249,23 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"num_layers": 0}, "T5's num_layers must be a whole number from 1 on. Got 0 instead"),
-            ({"eos_token_id": [1, 2]}, r"T5's eos_token_id must be a whole number from 0 on. Got \[1, 2\] instead"),
-            ({"num_heads": True}, "T5's num_heads must be a whole number from 1 on. Got True instead"),
-            ({"feed_forward_proj": "gated-silu"}, "must be relu or gated-gelu. Got 'gated-silu' instead"),
-            ({"dropout_rate": 1}, r"T5's dropout_rate must be in \[0, 1\). Got 1 instead"),
-            ({"dropout_rate": "0"}, r"T5's dropout_rate must be in \[0, 1\). Got '0' instead"),
-            ({"relative_attention_num_buckets": 2}, "needs 4 buckets, and more distances. Got 2, 128"),
-            ({"relative_attention_max_distance": 32}, "needs 4 buckets, and more distances. Got 32, 32"),
+            ({"num_layers": 0}, "T5 num_layers 1 0"),
+            ({"eos_token_id": [1, 2]}, "T5 eos_token_id 0 1 2"),
+            ({"num_heads": True}, "T5 num_heads 1 True"),
+            ({"feed_forward_proj": "gated-silu"}, "relu gated-gelu gated-silu"),
+            ({"dropout_rate": 1}, "T5 dropout_rate 0 1"),
+            ({"dropout_rate": "0"}, "T5 dropout_rate 0 1"),
+            ({"relative_attention_num_buckets": 2}, "4 2 128"),
+            ({"relative_attention_max_distance": 32}, "4 32"),
         ],
     )
     def test_out_of_range(self, changes, message):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError, match=naming(message)):
             T5Settings(**{**asdict(T5Settings.from_scratch(8, 2, 2)), **changes})
 
     @pytest.mark.parametrize("heads", [0, 3])
     def test_heads_share_the_width(self, heads):
-        with pytest.raises(ConfigError, match=f"width must be a multiple of {heads}, the attention heads. Got 8"):
+        with pytest.raises(ConfigError, match=naming(f"width {heads} heads 8")):
             T5Settings.from_scratch(8, 2, heads)
 
 
@@ -311,12 +312,12 @@ class TestLoading:
         ours, theirs, (ids, mask) = load_t5(spec, 0).eval(), reference(tmp_path, transformers.T5EncoderModel), texts()
         expected = theirs.float()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         torch.testing.assert_close(ours.encode(ids, mask)[mask], expected[mask], rtol=1e-4, atol=1e-4)
-        with pytest.raises(EncoderError, match=r"its weights lack \d+ of the model's, such as decoder.block.0.layer.0"):
+        with pytest.raises(EncoderError, match=naming("weights decoder.block.0.layer.0")):
             load_t5(spec)
 
     @pytest.mark.parametrize("n", [-1, 3])
     def test_more_layers_than_there_are(self, n, tmp_path):
-        with pytest.raises(EncoderError, match=f"can't take {n} layers of hf:.*'s decoder: it has 2"):
+        with pytest.raises(EncoderError, match=naming(f"{n} layers 2")):
             load_t5(save_t5(tmp_path), n)
 
     @pytest.mark.parametrize(
@@ -348,43 +349,43 @@ class TestLoading:
     def test_another_model(self, tmp_path):
         save_t5(tmp_path)
         edit_config(tmp_path, model_type="bert")
-        with pytest.raises(EncoderError, match=r"can't open hf:.*: its config.json is of model_type 'bert', not 't5'"):
+        with pytest.raises(EncoderError, match=naming("config.json model_type bert t5")):
             read_settings(f"hf:{tmp_path}")
 
     @pytest.mark.parametrize("key", ["d_model", "num_layers", "num_heads", "d_kv", "d_ff", "vocab_size"])
     def test_a_config_that_lacks_a_size(self, key, tmp_path):
         save_t5(tmp_path)
         edit_config(tmp_path, **{key: None})
-        with pytest.raises(EncoderError, match=f"can't open hf:.*: its config.json lacks {key}"):
+        with pytest.raises(EncoderError, match=naming(f"config.json {key}")):
             load_t5(f"hf:{tmp_path}")
 
     @pytest.mark.parametrize("text", ["[]", "{", ""])
     def test_a_config_that_is_none(self, text, tmp_path):
         save_t5(tmp_path)
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(EncoderError, match="can't open hf:"):
+        with pytest.raises(EncoderError, match=naming("hf")):
             load_t5(f"hf:{tmp_path}")
 
     def test_weights_that_are_damaged(self, tmp_path):
         save_t5(tmp_path)
         (tmp_path / "model.safetensors").write_bytes(b"no such thing")
-        with pytest.raises(EncoderError, match="can't open hf:"):
+        with pytest.raises(EncoderError, match=naming("hf")):
             load_t5(f"hf:{tmp_path}")
 
     def test_pickles_are_refused(self, tmp_path):
         save_t5(tmp_path)
         (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-        with pytest.raises(EncoderError, match=r"it has no .safetensors weights but pytorch_model.bin, a pickle"):
+        with pytest.raises(EncoderError, match=naming("weights pytorch_model.bin")):
             load_t5(f"hf:{tmp_path}")
 
     def test_no_such_folder_and_no_such_family(self, tmp_path):
-        with pytest.raises(EncoderError, match=f"can't open hf:{tmp_path}/no: there is no folder"):
+        with pytest.raises(EncoderError, match=naming(f"hf:{tmp_path}/no folder")):
             load_t5(f"hf:{tmp_path}/no")
-        with pytest.raises(EncoderError, match=r"a T5 is opened with hf:, such as .* Got clip:ViT-B-32"):
+        with pytest.raises(EncoderError, match=naming("T5 clip:ViT-B-32")):
             load_t5("clip:ViT-B-32")
 
     def test_without_the_hub(self, tmp_path, monkeypatch):
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-        with pytest.raises(EncoderError, match="can't get hf:no/such-t5: tried no/such-t5 on the Hugging Face hub"):
+        with pytest.raises(EncoderError, match=naming("hf:no/such-t5 no/such-t5")):
             read_settings("hf:no/such-t5")

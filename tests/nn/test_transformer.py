@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from cachefuse.errors import ConfigError
 from cachefuse.nn.transformer import EXPANSION, TransformerBlock
+from fixtures.messages import naming
 
 B, T, W, HEADS = 5, 6, 12, 3
 
@@ -135,7 +136,7 @@ def test_dropout_acts_in_training_only_and_on_what_is_added(block, x):
 
 @pytest.mark.parametrize(("width", "heads"), [(12, 5), (0, 3), (12, 0), (12, -3), (2, 3), (-12, 3)])
 def test_widths_that_heads_can_not_share_are_refused(width, heads):
-    with pytest.raises(ConfigError, match=f"width must be a multiple of {heads}, the attention heads. Got {width} in"):
+    with pytest.raises(ConfigError, match=naming(f"width {heads} heads {width}")):
         TransformerBlock(width, heads)
 
 

@@ -21,6 +21,7 @@ from cachefuse.report.neighbours import chosen
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.writer import ViewWriter
 from cachefuse.training.loop import Epoch, History
+from fixtures.messages import naming
 
 SHORT = AlignConfig(epochs=2, width=32, batch_size=64)
 HOSTILE = (
@@ -271,7 +272,7 @@ def test_a_store_with_other_splits_is_told(run, store, dataset, html, parse):
 
 
 def test_a_store_without_the_features_is_refused(run, captions):
-    with pytest.raises(RunError, match=r"reads classic \(image\), which .* lacks"):
+    with pytest.raises(RunError, match=naming("classic image")):
         alignment_html(run, *captions, device="cpu")
 
 
@@ -336,20 +337,18 @@ def test_plots_of_one_epoch_or_none(run, tmp_path):
     assert write_alignment_report(none, tmp_path / "r.html") == [tmp_path / "r.html"]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [(".", "it is a folder"), ("gone/r.html", "there is no folder .*gone")], ids=["folder", "gone"]
-)
+@pytest.mark.parametrize(("name", "message"), [(".", "folder"), ("gone/r.html", "gone")], ids=["folder", "gone"])
 def test_says_where_it_can_not_be_written(name, message, run, tmp_path):
-    with pytest.raises(ConfigError, match=f"can't write .*: {message}"):
+    with pytest.raises(ConfigError, match=naming(message)):
         write_alignment_report(run, tmp_path / name)
 
 
 def test_what_fails_leaves_the_old_page(run, captions, tmp_path):
     (tmp_path / "r.html").write_text("old")
-    with pytest.raises(RunError, match="lacks"):
+    with pytest.raises(RunError, match="classic"):
         write_alignment_report(run, tmp_path / "r.html", *captions)
     (tmp_path / "training.png").mkdir()
-    with pytest.raises(ConfigError, match=r"training\.png: it is a folder"):
+    with pytest.raises(ConfigError, match=naming("training.png folder")):
         write_alignment_report(run, tmp_path / "r.html")
     assert (tmp_path / "r.html").read_text() == "old"
     assert not (tmp_path / "retrieval.png").exists()

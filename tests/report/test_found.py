@@ -8,6 +8,7 @@ from cachefuse.alignment.retrieve import Found, Match
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError
 from cachefuse.report.found_page import found_html, write_found
+from fixtures.messages import naming
 
 
 def matches(dataset, rows, items=None):
@@ -110,9 +111,7 @@ def test_is_written_the_same_each_time(page, captioned, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["f.html"]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"), [(".", "it is a folder"), ("gone/f.html", "there is no folder .*gone")], ids=["folder", "gone"]
-)
+@pytest.mark.parametrize(("name", "message"), [(".", "folder"), ("gone/f.html", "gone")], ids=["folder", "gone"])
 def test_says_where_it_can_not_be_written(name, message, dataset, tmp_path):
-    with pytest.raises(ConfigError, match=f"can't write .*: {message}"):
+    with pytest.raises(ConfigError, match=naming(message)):
         write_found(Found("q", "image", ()), tmp_path / name, "space", dataset)

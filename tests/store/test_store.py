@@ -15,6 +15,7 @@ from cachefuse.store.format import append_lines, read_lines
 from cachefuse.store.samples import BadSample
 from cachefuse.store.store import FeatureStore
 from cachefuse.workspace import WorkspacePaths
+from fixtures.messages import naming
 
 
 def run(dataset, store_path, *encoders, **options):
@@ -94,7 +95,7 @@ def test_appended_rows_alone_are_computed(shapes, store_path, toy, tools):
 def test_before_appended_rows_are_computed_reading_says_so(shapes, store_path, toy, tools):
     run(shapes, store_path)
     open_store(store_path, tools.make_shapes(test=25))
-    with pytest.raises(CacheError, match=r"toy \(image, pooled\) has 80 of 85 rows; .* again to go on"):
+    with pytest.raises(CacheError, match=naming("toy image pooled 80 85")):
         pooled(store_path)
 
 
@@ -129,38 +130,38 @@ def test_a_store_knows_its_dataset(shapes, store_path):
 
 def test_removed_rows_are_refused(shapes, store_path, tools):
     open_store(store_path, shapes)
-    with pytest.raises(CacheError, match=r"row 80 was '00079' and is gone; rows may only be appended"):
+    with pytest.raises(CacheError, match=naming("80 00079")):
         open_store(store_path, tools.head(shapes, 79))
 
 
 def test_reordered_rows_are_refused(shapes, store_path):
     open_store(store_path, shapes)
     order = ["00001", "00000", *shapes.ids[2:]]
-    with pytest.raises(CacheError, match=r"row 1 was '00000' and is now '00001'"):
+    with pytest.raises(CacheError, match=naming("1 00000 00001")):
         open_store(store_path, replace(shapes, ids=order))
 
 
 def test_changed_texts_are_refused(shapes, store_path):
     open_store(store_path, shapes)
     texts = [(f"{text[0]}!",) if i in (3, 5) else text for i, text in enumerate(shapes.texts)]
-    with pytest.raises(CacheError, match=r"2 samples changed since .*: 00003, 00005; add --refresh to comp"):
+    with pytest.raises(CacheError, match=naming("2 00003 00005 --refresh")):
         open_store(store_path, replace(shapes, texts=texts))
 
 
 def test_several_texts_where_all_had_one_are_refused(shapes, store_path, tools):
     open_store(store_path, shapes)
     grown = tools.make_shapes(test=21)
-    with pytest.raises(CacheError, match="several texts where all had one"):
+    with pytest.raises(CacheError, match="texts"):
         open_store(store_path, replace(grown, texts=[*grown.texts[:-1], ("one", "two")]))
 
 
 def test_features_made_differently_under_one_name_are_refused(shapes, store_path, toy):
     run(shapes, store_path)
     toy.version = "2"
-    with pytest.raises(CacheError, match=r"holds toy image features that were made differently: weights \(1 there, 2"):
+    with pytest.raises(CacheError, match=naming("toy image weights 1 2")):
         run(shapes, store_path)
     toy.version = "1"
-    with pytest.raises(CacheError, match=r"dtype \(float16 there, float32 here\); use another --workspace, or delete"):
+    with pytest.raises(CacheError, match=naming("dtype float16 float32 --workspace")):
         run(shapes, store_path, dtype="float32")
 
 
@@ -183,18 +184,18 @@ def test_a_store_of_another_version_is_refused(shapes, store_path):
     group = zarr.open_group(store_path, mode="a")
     group.attrs["cachefuse"] = {**group.attrs["cachefuse"], "format": 99}
     for open_it in (lambda: FeatureStore(store_path), lambda: open_store(store_path, shapes)):
-        with pytest.raises(CacheError, match=r"not a feature store of this version \(format 99, not 2\)"):
+        with pytest.raises(CacheError, match=naming("version 99 2")):
             open_it()
 
 
 def test_a_foreign_group_is_refused(store_path):
     zarr.create_group(store_path)
-    with pytest.raises(CacheError, match="format None, not 2"):
+    with pytest.raises(CacheError, match=naming("None 2")):
         FeatureStore(store_path)
 
 
 def test_a_missing_store_says_what_to_do(store_path):
-    with pytest.raises(CacheError, match=r"no feature store at .*; run cachefuse extract first"):
+    with pytest.raises(CacheError, match=naming("small.zarr extract")):
         FeatureStore(store_path)
 
 
@@ -204,7 +205,7 @@ def test_a_missing_store_says_what_to_do(store_path):
 def test_a_view_that_was_not_extracted_says_how_to_make_it(shapes, store_path, toy):
     run(shapes, store_path)
     features = FeatureStore(store_path).open_features("toy", "image")
-    with pytest.raises(CacheError, match=r"no tokens view .* extract --dataset small --encoder toy --views tokens"):
+    with pytest.raises(CacheError, match=naming("tokens --dataset small --encoder toy --views")):
         features.read("tokens")
 
 
@@ -228,7 +229,7 @@ def test_a_damaged_block_is_computed_again_and_never_read(shapes, store_path, to
     else:
         file.write_bytes(data[:-5] if damage == "short" else b"")
     view = "pooled" if name.startswith("pooled") else "tokens"
-    with pytest.raises(CacheError, match="has 16 of 80 rows"):
+    with pytest.raises(CacheError, match=naming("16 80")):
         FeatureStore(store_path).open_features("toy", modality).read(view)
     assert run(shapes, store_path, views=("pooled", "tokens")).computed[("toy", modality)] == 64
     after = tools.files(store_path)
@@ -340,7 +341,7 @@ def test_an_update_of_the_samples_is_whole_or_not_at_all(shapes, store_path, mon
     with pytest.raises(KeyboardInterrupt):
         open_store(store_path, changed)
     monkeypatch.undo()
-    with pytest.raises(CacheError, match="being updated when it was interrupted; run cachefuse extract again"):
+    with pytest.raises(CacheError, match="extract"):
         FeatureStore(store_path)
     store = open_store(store_path, changed)
     assert set(store.splits.tolist()) == {"holdout"}

@@ -10,6 +10,7 @@ from cachefuse.extraction.extract import extract
 from cachefuse.store import tokens as module
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.tokens import SequenceWidth, Tokens, length_grouped
+from fixtures.messages import naming
 
 WIDTH, VOCABULARY = 5, 50
 EMPTY = (3, 70, 79)  # texts without any token, the last row among them
@@ -165,7 +166,7 @@ def test_no_rows_are_an_empty_batch(modality, stored):
 
 def test_a_row_that_is_not_there_is_an_index_error(stored):
     for modality in ("image", "text"):
-        with pytest.raises(IndexError, match="row 80 is not one of 80 rows"):
+        with pytest.raises(IndexError, match=naming("80")):
             Tokens(stored(modality)).read(torch.tensor([0, 80]))
 
 
