@@ -2,7 +2,7 @@
 
 A document is README.md or a README.md beside the code. The blocks of a section (`## `) run in order, in one empty
 folder: a `sh` block's lines as commands, a `python` block as a program. A block that follows a file's name and a colon
-is written to that file. A block in no language shows output, or commands for data or time that a test does not have:
+is written to that file; of a pyproject.toml the entry points are installed. A block in no language shows output, or commands for data or time that a test does not have:
 their names and options are checked.
 """
 
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Section:
 
 
 def is_run(block: Block) -> bool:
-    """Whether a block is run; the commands that install cachefuse are what .ci/run runs."""
+    """Whether a block is run; what installs packages is not: .ci/run installs cachefuse."""
     return not block.file and block.language in ("sh", "python") and not block.code.startswith("pip install")
 
 
@@ -79,12 +80,20 @@ def titles(text: str) -> list[str]:
 
 def sections_of(document: Path) -> Iterator[Section]:
     text = document.read_text(encoding="utf-8")
-    for part in re.split(r"^##? (?=[^\n]*\n\n)", text, flags=re.M)[1:]:
+    fences = list(FENCE.finditer(text))
+    covered = [fence.span() for fence in fences]  # a comment in code may look like a heading
+    headings = [
+        heading
+        for heading in re.finditer(r"^##? (.*)$", text, flags=re.M)
+        if not any(start <= heading.start() < end for start, end in covered)
+    ]
+    for heading, end in zip(headings, [*(h.start() for h in headings[1:]), len(text)], strict=True):
         blocks = []
-        for fence in FENCE.finditer(part):
-            named = FILE_NAME.search(part, 0, fence.start())
-            blocks.append(Block(fence[1], fence[2], named[1] if named else ""))
-        yield Section(document.relative_to(ROOT).as_posix(), part.partition("\n")[0], tuple(blocks))
+        for fence in fences:
+            if heading.end() < fence.start() < end:
+                named = FILE_NAME.search(text, heading.end(), fence.start())
+                blocks.append(Block(fence[1], fence[2], named[1] if named else ""))
+        yield Section(document.relative_to(ROOT).as_posix(), heading[1], tuple(blocks))
 
 
 SECTIONS = {section.name: section for document in DOCUMENTS for section in sections_of(document)}
@@ -108,13 +117,28 @@ def run_section(section: Section, folder: Path) -> dict[str, str]:
     make_inputs(folder)
     for block in section.blocks:
         if block.file:
+            (folder / block.file).parent.mkdir(exist_ok=True)
             (folder / block.file).write_text(block.code, encoding="utf-8")
+        if block.file == "pyproject.toml":
+            install(block.code, folder)
     for block in filter(is_run, section.blocks):
         if block.language == "python":
             printed[block.code] = run([sys.executable, "-c", block.code], folder)
         for command in block.commands if block.language == "sh" else ():
             printed[command] = run(["bash", "-ec", command], folder)
     return printed
+
+
+def install(pyproject: str, folder: Path) -> None:
+    """Write what pip would write of a package in a folder on the path: its name and its entry points."""
+    project = tomllib.loads(pyproject)["project"]
+    about = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {place}" for name, place in points.items())]
+    (about / "entry_points.txt").write_text("\n".join(lines))
 
 
 def make_inputs(folder: Path) -> None:
@@ -201,10 +225,17 @@ def check_sentences(printed: Mapping[str, str], folder: Path) -> None:
     assert (folder / "tolerance.png").is_file()
 
 
+def check_a_plugin(printed: Mapping[str, str], folder: Path) -> None:
+    train_head, evaluate = list(printed.values())[-2:]
+    assert "Hamming loss" in train_head
+    assert re.search(r"accuracy +1\.000", evaluate)
+
+
 CHECKS: dict[str, Callable[[Mapping[str, str], Path], None]] = {
     "README.md#the-main-job": check_the_main_job,
     "README.md#your-own-data": check_your_own_data,
     "README.md#from-python": check_from_python,
+    "cachefuse/README.md#how-to-add-something": check_a_plugin,
     "cachefuse/alignment/README.md#match-images-and-texts": check_matching,
     "cachefuse/alignment/README.md#sentences": check_sentences,
     "cachefuse/data/README.md#a-manifest-in-full": check_a_manifest,
