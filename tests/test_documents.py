@@ -2,8 +2,8 @@
 
 A document is README.md or a README.md beside the code. The blocks of a section (`## `) run in order, in one empty
 folder: a `sh` block's lines as commands, a `python` block as a program. A block that follows a file's name and a colon
-is written to that file; of a pyproject.toml the entry points are installed. A block in no language shows output, or commands for data or time that a test does not have:
-their names and options are checked.
+is written to that file; the entry points of a pyproject.toml are installed. A block in no language shows output, or
+commands for data or time that a test does not have: their names and options are checked.
 """
 
 import ast
