@@ -1,4 +1,4 @@
-"""Where things run: devices, memory, seeds."""
+"""Devices, memory, seeds."""
 
 import os
 import random
@@ -13,7 +13,7 @@ MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/
 
 
 def resolve_device(name: str = "auto") -> str:
-    """Return "cpu" or a CUDA device. Raises ConfigError if CUDA is asked for and absent."""
+    """Return "cpu" or a CUDA device. Raises ConfigError for a device that this machine lacks."""
     import torch
 
     if name == "auto":
@@ -23,28 +23,28 @@ def resolve_device(name: str = "auto") -> str:
     except RuntimeError:
         raise ConfigError(f"unknown device {name!r}; choose from: auto, cpu, cuda, cuda:0") from None
     if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise ConfigError(f"device {name!r} was asked for, but there is none here; use --device cpu or auto")
+        raise ConfigError(f"this machine has no device {name!r}; use --device cpu or auto")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {name!r} is not supported; choose from: auto, cpu, cuda, cuda:0")
     return str(device)
 
 
 def total_memory() -> int:
-    """Return the bytes of memory of the machine, or of the container that this runs in."""
+    """Return the memory of the machine, or of the container around this process, in bytes."""
     return min([_machine_memory(), *map(_limit, MEMORY_LIMITS)])
 
 
 def _limit(path: Path) -> int:
     try:
         return int(path.read_text())
-    except (OSError, ValueError):  # there is none: no such file, or "max"
+    except (OSError, ValueError):  # no limit: no such file, or "max"
         return sys.maxsize
 
 
 def _machine_memory() -> int:
     if hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 16 << 30  # on Windows, where Python can't tell, what laptops have
+    return 16 << 30  # a typical laptop: Python cannot read it on Windows
 
 
 def seed_everything(seed: int) -> None:
@@ -59,9 +59,9 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Leave the random state of Python, NumPy and torch as it was, whatever is seeded and drawn meanwhile.
+    """Restore the random state of Python, NumPy and torch at the end of the block.
 
-    A caller's random splits, say, would all be the same after trainings that are.
+    A training seeds them. Without this, a caller's random splits after equal trainings would all be equal.
     """
     import numpy as np
     import torch

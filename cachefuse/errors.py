@@ -1,8 +1,8 @@
-"""The errors a user may meet. Each is also the builtin that a Python caller would expect to catch."""
+"""The errors that a user may meet. Each is also the builtin error that a Python caller would catch."""
 
 
 class CachefuseError(Exception):
-    """Something the user can mend; the command line prints it as one line and exits with code 1."""
+    """An error that the user can fix. The command line prints it as one line and exits with code 1."""
 
 
 class UnknownNameError(CachefuseError, LookupError):
@@ -10,11 +10,11 @@ class UnknownNameError(CachefuseError, LookupError):
 
 
 class PluginError(CachefuseError, ImportError):
-    """What another installed package adds (a fusion, a head, a loss) and can't be used; names the package."""
+    """What another installed package adds (a fusion, a head, a loss) and cannot be used; names the package."""
 
 
 class ManifestError(CachefuseError, ValueError):
-    """A dataset manifest that does not parse or does not validate; names the file and the key."""
+    """A dataset manifest that is not valid. The message names the file and the key."""
 
 
 class DataError(CachefuseError, ValueError):
@@ -22,23 +22,23 @@ class DataError(CachefuseError, ValueError):
 
 
 class MissingDataError(CachefuseError, FileNotFoundError):
-    """Raw data that is not there; says where to get it and where to put it."""
+    """Raw data that is missing. The message says where to get it and where to put it."""
 
 
 class BadSampleError(CachefuseError, ValueError):
-    """One image or text that can't be used. Never stops a run: the row is marked absent and listed."""
+    """One unusable image or text. It never stops a run: its row is marked absent and listed."""
 
 
 class EncoderError(CachefuseError, RuntimeError):
-    """An encoder that can't be opened; says what was tried and what works offline."""
+    """An encoder that cannot be opened. The message says what was tried and what works offline."""
 
 
 class CacheError(CachefuseError, RuntimeError):
-    """A feature store that is absent, incomplete, or was made from something else."""
+    """A feature store that is missing, incomplete, or made from other data or encoders."""
 
 
 class ConfigError(CachefuseError, ValueError):
-    """Settings that are out of range or contradict one another or the dataset."""
+    """Settings that are out of range, or contradict each other or the dataset."""
 
 
 class TrainingError(CachefuseError, ArithmeticError):
@@ -46,8 +46,8 @@ class TrainingError(CachefuseError, ArithmeticError):
 
 
 class RunError(CachefuseError, ValueError):
-    """A run directory that is absent, incomplete, or does not belong to this store."""
+    """A run directory that is missing, incomplete, or belongs to another store."""
 
 
 class SubmissionError(CachefuseError, ValueError):
-    """Predictions that the competition's format would not accept."""
+    """Predictions that the competition would reject."""

@@ -1,4 +1,4 @@
-"""Files written whole, names of folders, JSON, sizes in words."""
+"""Atomic writes, folder names, JSON, readable sizes."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def slug(text: str) -> str:
-    """Turn any text into one safe folder name."""
+    """Return a safe folder name for any text."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.") or "unnamed"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, even through a power cut."""
+    """Write a file completely or not at all, even in a power cut."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -28,7 +28,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, and have their names on the disk."""
+    """Make a folder and its parents, and flush their names to disk."""
     new = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in new:
@@ -36,24 +36,24 @@ def make_folder(path: Path) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Have a folder's names on the disk; where a folder can't be opened for that (Windows), the system sees to it."""
+    """Flush a folder's names to disk. On Windows, where folders cannot be opened, the system does it."""
     if not hasattr(os, "O_DIRECTORY"):
         return
-    opened = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Return "3.07 GB": three digits, in powers of 1,000."""
+    """Return a size such as "3.07 GB": three digits, units of powers of 1,000."""
     unit = min(4, int(math.log10(max(1, n_bytes)) / 3 + 1e-9))
     return f"{n_bytes / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
 def to_json(value: Any) -> str:
-    """Serialise for people and machines alike: indented, in order; NaN and infinity, which JSON lacks, as null."""
+    """Return indented JSON, keys in the given order. NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 

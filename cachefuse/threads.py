@@ -1,10 +1,10 @@
-"""How many threads torch computes with: as many as there are idle cores.
+"""The number of threads that torch computes with: one for each idle core.
 
-Threads of one product wait for each other. On a core that other work keeps busy one of them is late at every product,
-and all others spin meanwhile: beside four busy processes, two threads take several times as long as one. So work looks
-at the machine when it begins, and again between epochs and between windows of samples. `set_threads` and
-``CACHEFUSE_THREADS`` fix the number; where ``OMP_NUM_THREADS`` is set, torch's own stays. A sum depends in its last
-digits on the number of threads that share it, so the same bytes take the same number.
+The threads of one matrix product wait for each other. If other work keeps a core busy, the thread on it is late in
+every product, and all others spin. Beside four busy processes, two threads take several times as long as one. So the
+load is measured at the start of work, between epochs and between windows of samples. `set_threads` and
+``CACHEFUSE_THREADS`` fix the number; if ``OMP_NUM_THREADS`` is set, torch keeps its own. The last digits of a sum
+depend on the number of threads: the same bytes need the same number.
 """
 
 import logging
@@ -26,20 +26,20 @@ VARIABLE = "CACHEFUSE_THREADS"
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_CGROUP = Path("/proc/self/cgroup")
 MOMENT = 0.1  # seconds; the system counts in hundredths
-MOST = 512  # threads: far more than that end torch
-RECENT = 1.0  # seconds for which a look is of now
-IDLE = 0.7  # of a core's time that makes it count as idle: a machine at rest does a little all the time
-BUSY = ("nice", "irq", "softirq", "steal")  # beside user and system time, where a system tells them apart
+MOST = 512  # threads: torch crashes with many more
+RECENT = 1.0  # seconds; an older look is out of date
+IDLE = 0.7  # a core counts as idle if this share of its time is: even at rest a machine works a little
+BUSY = ("nice", "irq", "softirq", "steal")  # counted with user and system time, if the system reports them
 
 _chosen: int | None = None
-_n_active = 0  # blocks of ``idle_threads``, in all Python threads
-_usual = 1  # the number of threads outside of them
+_n_active = 0  # active blocks of ``idle_threads``, in all Python threads
+_usual = 1  # the number of threads outside of these blocks
 _active = threading.local()
 _lock = threading.Lock()
 
 
 def _renew_lock() -> None:
-    """Let a forked process take the lock that a thread may hold which it does not have."""
+    """Give a forked process a new lock: a thread of the parent may hold the old one for ever."""
     global _lock
     _lock = threading.Lock()
 
@@ -50,7 +50,7 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True)
 class Look:
-    """At a time, in seconds: the time that others had on the cores this process may use; idle cores since the last."""
+    """One look at the load: ``when``, time that ``others`` used on our cores (seconds), cores idle since the last."""
 
     when: float
     others: float
@@ -61,7 +61,7 @@ _last: Look | None = None
 
 
 def set_threads(n: int | None) -> None:
-    """Have torch compute with ``n`` threads whenever cachefuse does; with None by what is idle, as it is at first.
+    """Fix the number of torch's threads in cachefuse's work; None, the default, takes one for each idle core.
 
     Raises ConfigError for a number below 1 or above ``MOST``.
     """
@@ -70,14 +70,14 @@ def set_threads(n: int | None) -> None:
 
 
 def fixed_threads() -> int | None:
-    """Return the number of threads that a person has fixed, or None. Raises ConfigError if it can't be one."""
+    """Return the number of threads that the user has fixed, or None. Raises ConfigError if it is not valid."""
     if (same := getattr(_active, "same", None)) is not None:
         return int(same)
     if _chosen is not None:
         return _chosen
     if given := os.environ.get(VARIABLE):
         return _checked(given, VARIABLE)
-    if os.environ.get("OMP_NUM_THREADS"):  # torch has read it, and made of it what it can
+    if os.environ.get("OMP_NUM_THREADS"):  # torch has read it already
         import torch
 
         return torch.get_num_threads()
@@ -96,9 +96,9 @@ def _checked(value: int | str, name: str) -> int:
 
 @contextmanager
 def idle_threads() -> Iterator[None]:
-    """Compute with as many threads as there are idle cores, or the fixed number, and afterwards as before.
+    """Compute with one thread for each idle core, or the fixed number; restore the old number at the end.
 
-    Inside of another such block it changes nothing.
+    Inside another such block this changes nothing.
     """
     import torch
 
@@ -108,7 +108,7 @@ def idle_threads() -> Iterator[None]:
         return
     with _lock:
         if not _n_active:
-            # While another Python thread computes, torch's number is the one that it takes just now.
+            # If another Python thread computes, torch's number is that thread's, not the usual one.
             _usual = torch.get_num_threads()
         _n_active += 1
         before = _usual
@@ -126,7 +126,7 @@ def idle_threads() -> Iterator[None]:
 
 @contextmanager
 def same_threads() -> Iterator[None]:
-    """Compute with one number of threads throughout, by what is idle now: what is compared must have the same."""
+    """Compute with a constant number of threads, one for each core idle now, so that results are comparable."""
     import torch
 
     with idle_threads():
@@ -139,9 +139,9 @@ def same_threads() -> Iterator[None]:
 
 
 def adapt_threads(oldest_look: float = math.inf) -> int:
-    """Take the number of threads anew, inside of ``idle_threads``, and return it.
+    """Set the number of threads again, inside ``idle_threads``, and return it.
 
-    It goes by what was idle since the last look, or for a moment from now if that is older (in seconds).
+    It counts the cores idle since the last look. If that is older than ``oldest_look`` seconds, it takes a new look.
     """
     import torch
 
@@ -152,7 +152,7 @@ def adapt_threads(oldest_look: float = math.inf) -> int:
 
 
 def n_idle_cores(oldest_look: float = math.inf) -> int:
-    """Return how many cores nobody else uses, 1 at least: since the last look, or if that is older, in a moment."""
+    """Return how many cores no other process uses, at least 1: since the last look, or a new one if that is too old."""
     global _last
     with _lock:
         age = math.inf if _last is None else time.monotonic() - _last.when
@@ -163,8 +163,8 @@ def n_idle_cores(oldest_look: float = math.inf) -> int:
                 _last = _look()
                 time.sleep(MOMENT)
             now = _look()
-        except Exception as error:  # of many kinds, where a system does not let its load be seen
-            logger.debug("the load of this machine can't be seen: %s: %s", type(error).__name__, error)
+        except Exception as error:  # of many kinds, on systems that do not report their load
+            logger.debug("the load of this machine is unknown: %s: %s", type(error).__name__, error)
             return n_cores()
         busy = max(0.0, (now.others - _last.others) / (now.when - _last.when))
         _last = replace(now, n_idle=max(1, int(min(n_cores(), _n_allowed() - busy + 1 - IDLE))))
@@ -176,13 +176,13 @@ def _look() -> Look:
 
     cores = psutil.cpu_times(percpu=True)
     allowed = [cores[number] for number in _affinity() or range(len(cores)) if number < len(cores)]
-    busy = sum(core.user + core.system + sum(getattr(core, kind, 0.0) for kind in BUSY) for core in allowed)
-    own = os.times()
-    return Look(time.monotonic(), busy - own.user - own.system)
+    busy = sum(core.user + core.system + sum(getattr(core, name, 0.0) for name in BUSY) for core in allowed)
+    this_process = os.times()
+    return Look(time.monotonic(), busy - this_process.user - this_process.system)
 
 
 def n_cores() -> int:
-    """Return how many cores this process may use: by its affinity, and by the quota of its container."""
+    """Return how many cores this process may use, by its affinity and its container's quota."""
     return max(1, int(min(_n_allowed(), _quota())))
 
 
@@ -191,20 +191,20 @@ def _n_allowed() -> int:
 
 
 def _affinity() -> set[int] | None:
-    """Return the numbers of the cores that this process may run on; None where a system can't say."""
+    """Return the numbers of the cores that this process may run on, or None if the system does not tell."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 
 def _quota() -> float:
-    """Return how many cores' time this process may use, by the limits of its control groups (versions 2 and 1)."""
+    """Return how many cores this process may use, by the limits of its control groups (versions 2 and 1)."""
     limits = [math.inf]
     for line in _read(OWN_CGROUP).splitlines():
         controllers, _, group = line.partition(":")[2].partition(":")
         root = CGROUPS / "cpu" if "cpu" in controllers.split(",") else CGROUPS
         if root == CGROUPS and controllers:
             continue
-        own = root / group.strip("/")
-        for folder in (own, *own.parents):
+        group_folder = root / group.strip("/")
+        for folder in (group_folder, *group_folder.parents):
             if folder.is_relative_to(root):
                 limits.append(_limit(_read(folder / "cpu.max")))
                 limits.append(_limit(f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"))
@@ -214,7 +214,7 @@ def _quota() -> float:
 def _read(path: Path) -> str:
     try:
         return path.read_text("utf-8")
-    except (OSError, ValueError):  # there is none, or it is not what it should be
+    except (OSError, ValueError):  # missing, or not text
         return ""
 
 

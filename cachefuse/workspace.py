@@ -1,4 +1,4 @@
-"""The folder that commands share."""
+"""The paths in a workspace, the folder that commands share."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class WorkspacePaths:
-    """The folder that commands share: raw data, feature stores, runs."""
+    """The paths in a workspace: raw data, feature stores, runs."""
 
     root: Path = Path("workspace")
 

@@ -1,1 +1,1 @@
-"""The format on disk, and reading it."""
+"""The store's format on disk, and how to read it."""

@@ -1,4 +1,4 @@
-"""An array's blocks: rows by (block, row in it), and no row of a block before all of it agreed with its checksum."""
+"""An array's blocks: rows by (block, row in block). Each block's checksum is verified before its first row is read."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ from cachefuse.errors import CacheError
 from cachefuse.store.format import checksum
 from cachefuse.store.mapped import MappedFiles
 
-ReadBlock = Callable[[int, slice | np.ndarray], np.ndarray]  # (block, rows in it) -> those rows
+ReadBlock = Callable[[int, slice | np.ndarray], np.ndarray]  # (block, row numbers in block) -> rows
 
 
 @dataclass(frozen=True)
 class BlockFile:
-    """Where a finished block lies, its rows, and the checksum of those that the journal noted."""
+    """A finished block: its file, its number of rows, and their checksum from the journal."""
 
     path: Path
     n_rows: int
@@ -26,7 +26,7 @@ class BlockFile:
 
 
 class Blocks(ABC):
-    """Rows of finished blocks; ``files`` has None for a block that is not there. ``name`` is for messages."""
+    """Rows of finished blocks. ``files`` has None for a missing block; ``name`` is for messages."""
 
     def __init__(self, name: str, files: Sequence[BlockFile | None], row_shape: tuple[int, ...], dtype: np.dtype):
         self.name = name
@@ -37,26 +37,26 @@ class Blocks(ABC):
         self._n_unchecked = len(self.files)
 
     def take(self, block: np.ndarray, row: np.ndarray, out: Tensor | None = None) -> Tensor:
-        """Return the rows (B, *row_shape) at (block, row), int64 (B,) each, written to ``out`` where that is given.
+        """Return the rows (B, *row_shape) at (block, row), int64 (B,) each; written to ``out`` if given.
 
-        Raises CacheError, naming the block, if one is not there or is damaged.
+        Raises CacheError, naming the block, if one is missing or damaged.
         """
         self.check(block)
         return self._take(block, row, out)
 
     def check(self, block: np.ndarray) -> None:
-        """Raise CacheError, naming it, if one of some blocks (B,) is not there or is damaged."""
+        """Raise CacheError, naming the block, if one of ``block`` (B,) is missing or damaged."""
         if self._n_unchecked:
             for number in np.unique(block).tolist():
                 self._check(number)
 
     def data(self, block: int) -> np.ndarray:
-        """Return all rows of a block, read-only. Raises CacheError if it is not there or is damaged."""
+        """Return all rows of a block, read-only. Raises CacheError if it is missing or damaged."""
         self._check(block)
         return self._data(block, self.files[block])
 
     def tensor(self, block: int) -> Tensor:
-        """Return all rows of a block, for reading only. Raises CacheError if it is not there or is damaged."""
+        """Return all rows of a block; do not write to them. Raises CacheError if it is missing or damaged."""
         self._check(block)
         return self._tensor(block, self.files[block])
 
@@ -82,7 +82,7 @@ class Blocks(ABC):
 
 
 class DamagedBlockError(CacheError):
-    """A block that is not what was written."""
+    """A block whose bytes differ from those that were written."""
 
     def __init__(self, name: str, block: int, path: Path, why: str) -> None:
         super().__init__(f"{name}: block {block} is damaged ({path}: {why}); run cachefuse verify --repair")
@@ -90,12 +90,12 @@ class DamagedBlockError(CacheError):
 
 
 class MappedBlocks(Blocks):
-    """Shards that hold one run of rows each, read through memory maps."""
+    """Shards, each one contiguous run of rows, read through memory maps."""
 
     def __init__(self, name: str, files: Sequence[BlockFile | None], row_shape: tuple[int, ...], dtype: np.dtype):
         super().__init__(name, files, row_shape, dtype)
-        most = max((file.n_rows for file in self.files if file), default=0)
-        self._mapped = MappedFiles([file.path if file else None for file in self.files], most, row_shape, dtype)
+        max_rows = max((file.n_rows for file in self.files if file), default=0)
+        self._mapped = MappedFiles([file.path if file else None for file in self.files], max_rows, row_shape, dtype)
 
     def _take(self, block: np.ndarray, row: np.ndarray, out: Tensor | None) -> Tensor:
         position = torch.from_numpy(block * self._mapped.stride + row)
@@ -111,7 +111,7 @@ class MappedBlocks(Blocks):
 
 
 class ZarrBlocks(Blocks):
-    """Blocks in another layout (compressed, unsharded, chunks in another order), read by zarr-python; slower."""
+    """Blocks in another layout (compressed, unsharded, chunks in another order). zarr-python reads them, slower."""
 
     def __init__(
         self,
@@ -127,8 +127,8 @@ class ZarrBlocks(Blocks):
     def _take(self, block: np.ndarray, row: np.ndarray, out: Tensor | None) -> Tensor:
         out = torch.from_numpy(np.empty((len(row), *self.row_shape), self.dtype)) if out is None else out
         for number in np.unique(block).tolist():
-            here = block == number
-            out[torch.from_numpy(here)] = torch.from_numpy(self._read(number, row[here]))
+            mask = block == number  # (B,)
+            out[torch.from_numpy(mask)] = torch.from_numpy(self._read(number, row[mask]))
         return out
 
     def _data(self, block: int, file: BlockFile | None) -> np.ndarray:
@@ -136,5 +136,5 @@ class ZarrBlocks(Blocks):
             return np.empty((0, *self.row_shape), self.dtype)
         try:
             return self._read(block, slice(0, file.n_rows))
-        except Exception as error:  # whatever a codec raises on bytes that are not its own
+        except Exception as error:  # codecs raise many kinds of errors on changed bytes
             raise DamagedBlockError(self.name, block, file.path, str(error)) from error

@@ -17,15 +17,18 @@ from cachefuse.files import sync_folder
 from cachefuse.store.format import append_lines, checksum, seal, unseal
 
 BAD_SAMPLES = "bad.jsonl"
-CHUNK_ROWS = 1 << 16  # read and written at a time, so that a million ids never stand in memory twice
+CHUNK_ROWS = 1 << 16  # read and written at a time, so that a million ids are never in memory twice
 IDENTITY = ("id", "digest", "stamp")
 
 Columns = dict[str, np.ndarray]
 
 
 def read_column(path: Path, name: str) -> np.ndarray:
-    """Return an array of the store at ``path``. Raises whatever zarr-python does where files were cut short or changed,
-    and ValueError where all reads well and is not what was written: a chunk that is gone would read as zeros."""
+    """Return an array of the store at ``path``.
+
+    Raises zarr-python's errors if files are cut short or changed, and ValueError if the checksum is wrong: zarr-python
+    reads a missing chunk as zeros.
+    """
     array: Any = zarr.open_array(path / "samples" / name, mode="r")
     values = np.asarray(array[:])
     if array.attrs["checksum"] != column_checksum(values):
@@ -34,7 +37,7 @@ def read_column(path: Path, name: str) -> np.ndarray:
 
 
 def read_columns(path: Path) -> tuple[Columns, list[int] | None]:
-    """Return the arrays of the store at ``path`` that can be read, and the rows at which samples were appended."""
+    """Return the arrays of the store at ``path`` that are readable, and the rows at which samples were appended."""
     folder = path / "samples"
     columns: Columns = {}
     appended = None
@@ -48,7 +51,7 @@ def read_columns(path: Path) -> tuple[Columns, list[int] | None]:
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Return what the store at ``path`` says of its samples: ``rows``, those ``appended_at`` a time, ``columns``."""
+    """Return what the store at ``path`` notes on its samples: ``rows``, ``appended_at`` (rows), ``columns`` (names)."""
     file = path / "samples" / "zarr.json"
     try:
         return unseal(json.loads(file.read_bytes())["attributes"], file)
@@ -60,23 +63,25 @@ def column_checksum(values: np.ndarray) -> int:
     """Return the CRC-32C of an array's shape and values."""
     value = checksum(str(values.shape).encode())
     for start in range(0, len(values), CHUNK_ROWS):
-        part = values[start : start + CHUNK_ROWS]
-        value = checksum("\0".join((*part.tolist(), "")).encode() if values.dtype.kind == "T" else part, value)
+        chunk = values[start : start + CHUNK_ROWS]
+        value = checksum("\0".join((*chunk.tolist(), "")).encode() if values.dtype.kind == "T" else chunk, value)
     return value
 
 
 def has_column(path: Path, name: str) -> bool:
-    """Whether the store at ``path`` has an array, be it damaged or lost."""
+    """Whether the store at ``path`` has an array, even one that is damaged or lost."""
     with suppress(CacheError):
         return name in read_about(path)["columns"]
     return (path / "samples" / name).is_dir()
 
 
 def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int] = ()) -> None:
-    """Write the group anew and have it on the disk; every chunk has a checksum that any Zarr reader verifies, and every
-    array one of its own, for what its metadata might come to say."""
-    about = {"rows": len(columns["id"]), "appended_at": list(appended), "columns": sorted(columns)}
-    group = zarr.open_group(folder, mode="w", attributes=seal(about))
+    """Write a new group and flush it to disk.
+
+    Every chunk has a checksum that any Zarr reader verifies. Every array has its own too, in case its metadata changes.
+    """
+    attributes = {"rows": len(columns["id"]), "appended_at": list(appended), "columns": sorted(columns)}
+    group = zarr.open_group(folder, mode="w", attributes=seal(attributes))
     with zarr.config.set({"array.write_empty_chunks": True}):
         for name, values in columns.items():
             chunks = (min(max(1, len(values)), CHUNK_ROWS), *values.shape[1:])
@@ -95,7 +100,7 @@ def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Seq
 def replace_samples(
     path: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int], bad_samples: Sequence[dict[str, Any]]
 ) -> None:
-    """Put a whole new group, with the lines of a ledger, in the place of the one of the store at ``path``."""
+    """Replace the samples of the store at ``path``, and its list of bad samples, in one step."""
     folder, new, old = path / "samples", path / ".samples.new", path / ".samples.old"
     write_samples(new, columns, appended)
     append_lines(new / BAD_SAMPLES, bad_samples)
@@ -107,16 +112,16 @@ def replace_samples(
 
 
 def finish_replacing(path: Path) -> None:
-    """Complete what was killed: without the old group the new one is whole and only has to take its place."""
+    """Complete ``replace_samples`` if it was killed. If the old group has gone, the new one is complete."""
     folder, new, old = path / "samples", path / ".samples.new", path / ".samples.old"
     if not folder.exists() and new.exists():
         os.replace(new, folder)
-    for left in (new, old):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def same_columns(old: Columns, new: Columns) -> bool:
-    """Whether the store has these columns already; of targets that are scores, those that are NaN stay so."""
+    """Whether two sets of columns are equal. NaN equals NaN, as in targets that are scores."""
     return old.keys() == new.keys() and all(
         old[name].dtype == values.dtype and np.array_equal(old[name], values, equal_nan=values.dtype.kind == "f")
         for name, values in new.items()
@@ -124,7 +129,7 @@ def same_columns(old: Columns, new: Columns) -> bool:
 
 
 def sync_tree(folder: Path) -> None:
-    """Have every file under a folder on the disk, and their names."""
+    """Flush every file under a folder to disk, and the folders that name them."""
     for path in (*folder.rglob("*"), folder):
         if path.is_dir():
             sync_folder(path)

@@ -1,4 +1,4 @@
-"""One encoder's features of one modality in a store: which rows of its views are there, and how to read them."""
+"""One encoder's features of one modality in a store: the rows that each view has, and how to read them."""
 
 import json
 import logging
@@ -25,9 +25,9 @@ JOURNAL = "journal.jsonl"
 
 
 class Features:
-    """One encoder's features of one modality: views (pooled, tokens, ids) of N rows, kept in blocks.
+    """One encoder's features of one modality: views (pooled, tokens, ids) of N rows, stored in blocks.
 
-    A row is there if the journal says so, and a block is what the journal says only if its checksum fits.
+    A row exists if the journal lists it. A block is valid only if its checksum equals the journal's.
     """
 
     def __init__(self, samples: StoredSamples, path: Path) -> None:
@@ -49,40 +49,40 @@ class Features:
     @classmethod
     def create(cls, samples: StoredSamples, path: Path, encoder: str, source: str, modality: str,
                provenance: Mapping[str, str]) -> "Features":  # fmt: skip
-        """Make the group of features that are new; ``source`` opens the encoder."""
+        """Create the group of new features. ``source`` is the spec that opens the encoder."""
         key = provenance_key(provenance)
-        about = {"encoder": encoder, "modality": modality, "source": source, "key": key}
+        meta = {"encoder": encoder, "modality": modality, "source": source, "key": key}
         declare_group(samples.path / "features")
         declare_group(path.parent)
-        declare_group(path, {"cachefuse": seal({**about, "provenance": dict(provenance), "views": []})})
+        declare_group(path, {"cachefuse": seal({**meta, "provenance": dict(provenance), "views": []})})
         return cls(samples, path)
 
     @cached_property
     def _written(self) -> dict[tuple[str, int], Written]:
-        found: dict[tuple[str, int], Written] = {}
+        blocks: dict[tuple[str, int], Written] = {}
         for line in read_lines(self.path / JOURNAL):
-            with suppress(KeyError, TypeError, ValueError, AttributeError):  # a line of another shape says nothing
-                place = line["view"], line["block"]
+            with suppress(KeyError, TypeError, ValueError, AttributeError):  # skip lines of another shape
+                key = line["view"], line["block"]
                 if "stale" in line:
-                    old = found.get(place, Written(0, {}))
-                    found[place] = Written(old.rows, old.files, old.stale | set(line["stale"]), old.cosine)
+                    old = blocks.get(key, Written(0, {}))
+                    blocks[key] = Written(old.rows, old.files, old.stale | set(line["stale"]), old.cosine)
                 else:
                     files = {name: (size, crc) for name, (size, crc) in line["files"].items()}
                     cosine = line.get("cosine")
-                    found[place] = Written(line["rows"], files, frozenset(), cosine and (cosine[0], cosine[1]))
-        return found
+                    blocks[key] = Written(line["rows"], files, frozenset(), cosine and (cosine[0], cosine[1]))
+        return blocks
 
     @property
     def n_written(self) -> int:
-        """The number of blocks in the journal, of all views."""
+        """The number of blocks in the journal, over all views."""
         return sum(bool(written.files) for written in self._written.values())
 
     def written(self, view: str, block: int) -> Written | None:
-        """Return what the journal has of a block."""
+        """Return the journal's entry for a block, or None."""
         return self._written.get((view, block))
 
     def note_written(self, view: str, block: int, written: Written) -> None:
-        """Add a block to the journal; from here on it counts."""
+        """Add a block to the journal. From then on its rows exist."""
         line: dict[str, Any] = {"view": view, "block": block, "rows": written.rows, "files": dict(written.files)}
         if written.cosine:
             line["cosine"] = written.cosine
@@ -90,16 +90,16 @@ class Features:
         self._written[(view, block)] = written
 
     def forget(self, view: str, rows: Iterable[int]) -> None:
-        """Note in the journal that some rows are outdated, so that they are computed again, and not read before."""
+        """Mark rows as outdated in the journal: they are computed again before anything reads them."""
         blocks: dict[int, list[int]] = {}
         for row in rows:
             blocks.setdefault(row // self.views[view].block_rows, []).append(row)
         lines = [{"view": view, "block": block, "stale": stale} for block, stale in blocks.items()]
-        append_lines(self.path / JOURNAL, [*lines, *lines])  # were the only one damaged, outdated rows would count
+        append_lines(self.path / JOURNAL, [*lines, *lines])  # twice, in case one line gets damaged
         self.__dict__.pop("_written", None)
 
     def n_blocks(self, view: str) -> int:
-        """Return how many blocks a view has when it is whole."""
+        """Return the number of blocks of a complete view."""
         return -(-self.n_rows // self.views[view].block_rows)
 
     def rows_of(self, view: str, block: int) -> range:
@@ -108,11 +108,11 @@ class Features:
         return range(block * size, min((block + 1) * size, self.n_rows))
 
     def files(self, view: str, block: int) -> dict[str, Path]:
-        """Return where a block lies, by array."""
+        """Return the files of a block, by array."""
         return self.views[view].files(self.path, block)
 
     def is_whole(self, view: str, block: int) -> bool:
-        """Whether a block is in the journal with all of its rows, and its files are there in their full size."""
+        """Whether the journal lists all rows of a block, and its files have their full size."""
         written = self.written(view, block)
         if written is None or written.stale or written.rows != len(self.rows_of(view, block)):
             return False
@@ -123,21 +123,21 @@ class Features:
         return [block for block in range(self.n_blocks(view)) if not self.is_whole(view, block)]
 
     def missing_rows(self, view: str) -> np.ndarray:
-        """Return the rows of a view that are still to be computed."""
+        """Return the rows of a view that are not computed yet."""
         if view not in self.views:
             return np.arange(self.n_rows)
         blocks = set(self.pending(view))
-        if blocks:  # writing one in our layout makes those in another one unreadable
+        if blocks:  # a new block in our layout makes blocks in another layout unreadable
             blocks |= {block for block in range(self.n_blocks(view)) if self.views[view].is_foreign(self.path, block)}
         missing = [self.missing_rows_of(view, block) for block in sorted(blocks)]
         return np.concatenate(missing) if missing else np.empty(0, np.int64)
 
     def missing_rows_of(self, view: str, block: int) -> np.ndarray:
-        """Return the rows of a block that are not written, or outdated; all of them if what is there is damaged."""
+        """Return the rows of a block that are not written or outdated; all rows if its files are damaged."""
         return self.missing_and_stored(view, block)[0]
 
     def missing_and_stored(self, view: str, block: int) -> tuple[np.ndarray, dict[str, np.ndarray] | None]:
-        """Return a block's missing rows, and its arrays as stored, which have the others; None if all are missing."""
+        """Return a block's missing rows, and its stored arrays with the other rows; None if all rows are missing."""
         rows, written = np.array(self.rows_of(view, block)), self.written(view, block)
         stored = self.stored(view, block)
         if written is None or stored is None:
@@ -146,16 +146,16 @@ class Features:
         return rows[~kept], stored if kept.any() else None
 
     def stored(self, view: str, block: int) -> dict[str, np.ndarray] | None:
-        """Return a block's arrays as they are stored, offsets included; None if any of it is not as it was written."""
-        about, written, files = self.views[view], self.written(view, block), self.files(view, block)
+        """Return a block's stored arrays, offsets included; None if any of them is missing or damaged."""
+        layout, written, files = self.views[view], self.written(view, block), self.files(view, block)
         if written is None or not self._sizes_fit(view, block, written):
             return None
         arrays = {}
         n_rows = written.rows
-        if about.ragged:
-            arrays[about.offsets] = np.fromfile(files[about.offsets], "<i8")
-            n_rows = int(arrays[about.offsets][-1])
-        for name, (shape, dtype) in about.arrays.items():
+        if layout.ragged:
+            arrays[layout.offsets] = np.fromfile(files[layout.offsets], "<i8")
+            n_rows = int(arrays[layout.offsets][-1])
+        for name, (shape, dtype) in layout.arrays.items():
             size = n_rows * math.prod(shape) * dtype.itemsize
             if not 0 <= size <= files[name].stat().st_size:
                 return None
@@ -165,22 +165,24 @@ class Features:
         return arrays if all(checksum(array) == written.files[name][1] for name, array in arrays.items()) else None
 
     def begin(self, view: View) -> None:
-        """Add a view that is new."""
+        """Add a new view."""
         self.views[view.name] = view
         self._meta["views"] = [view.to_dict() for view in self.views.values()]
         declare_group(self.path, {"cachefuse": seal(self._meta)})
 
     def new_view(self, name: str, row_shape: tuple[int, ...], *, ragged: bool, dtype: str, vocabulary: int = 0) -> View:
-        """Return how a view is to be kept whose rows are (D,), (T, D), or where ragged (T_i, D), or (T_i,) of ids, with
-        T_i near the given T."""
+        """Return the layout of a new view.
+
+        Its rows are (D,), (T, D), or if ragged (T_i, D), or (T_i,) of ids. Of ragged rows, T is a typical T_i.
+        """
         row_bytes = math.prod(row_shape) * np.dtype(DTYPES[dtype]).itemsize
         return View(name, row_shape, block_rows(self.n_rows, row_bytes), ragged, dtype, vocabulary)
 
     def rows(self, view: str = "pooled", *, whole: bool = True) -> Rows:
-        """Return a view's rows, to be read as they are asked for.
+        """Return a view's rows, which are read lazily.
 
-        Raises CacheError if any row is missing, saying how to go on; with ``whole`` False the blocks that are finished
-        can be read while others are not. Nothing is read that was not written.
+        Raises CacheError, with what to do, if any row is missing. If ``whole`` is False, finished blocks are readable
+        while others are missing. Rows that were never written are never read.
         """
         if view not in self.views:
             raise CacheError(
@@ -192,30 +194,29 @@ class Features:
             raise CacheError(self._not_whole(view, pending))
         rows = self.open_blocks(view, [block for block in range(self.n_blocks(view)) if block not in set(pending)])
         if not rows.mapped:
-            place = self.path / view
-            logger.warning("%s is laid out in another way than cachefuse writes; zarr-python reads it, slower", place)
+            logger.warning("%s is in another layout than cachefuse's; zarr-python reads it, slower", self.path / view)
         return rows
 
     def open_blocks(self, view: str, blocks: Iterable[int]) -> Rows:
-        """Return the rows of some blocks, whole ones; those of the others can't be read."""
-        written = {block: note for block in blocks if (note := self.written(view, block)) is not None}
+        """Return a view's rows, of which those of the given blocks are readable; these must be whole."""
+        written = {block: entry for block in blocks if (entry := self.written(view, block)) is not None}
         return open_rows(self.views[view], self.path, self.name(view), self.n_rows, written)
 
     def read(self, view: str = "pooled", rows: int | slice | np.ndarray | None = None) -> Any:
-        """Return rows of a view: (n, D), (n, T, D), for ragged tokens a list of n (T_i, D) arrays, for ids of (T_i,).
+        """Return rows of a view: (n, D) or (n, T, D); a list of n arrays, (T_i, D) for ragged tokens, (T_i,) for ids.
 
-        See ``rows``.
+        Raises CacheError as ``rows`` does.
         """
         return self.rows(view)[slice(None) if rows is None else rows]
 
     def name(self, view: str) -> str:
-        """Return what messages call a view."""
+        """Return a view's name for messages."""
         return f"{self.encoder} ({self.modality}, {view})"
 
     def _not_whole(self, view: str, pending: list[int]) -> str:
         n_missing = sum(len(self.missing_rows_of(view, block)) for block in pending)
         lost = [block for block in pending if self.written(view, block) and self.stored(view, block) is None]
-        damage = f", and block {lost[0]} is damaged: it is gone, cut short or changed" if lost else ""
+        damage = f", and block {lost[0]} is damaged (lost, cut short or changed)" if lost else ""
         return (
             f"{self.name(view)} has {self.n_rows - n_missing:,} of {self.n_rows:,} rows{damage}; "
             f"run the same cachefuse extract again to go on"

@@ -1,4 +1,4 @@
-"""What is in a store: arrays with their shapes, dtypes, sizes and progress, what made them, and what is bad."""
+"""A summary of a store: arrays with shapes, dtypes, sizes and progress, their provenance, and the bad samples."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from cachefuse.store.store import FeatureStore
 
 @dataclass(frozen=True)
 class StoredView:
-    """One view: its shape ("T" where rows differ in their number of tokens), rows there of all, bytes on the disk."""
+    """One view: shape ("T" if the number of tokens varies), ``done`` of ``rows`` rows, bytes on disk."""
 
     encoder: str
     modality: str
@@ -27,7 +27,7 @@ class StoredView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A store at a glance; ``provenance`` by (encoder, modality), ``present`` by modality."""
+    """A store's summary: ``provenance`` by (encoder, modality), ``present`` samples by modality."""
 
     path: Path
     dataset: str
@@ -43,7 +43,7 @@ class Inspection:
 
 
 def inspect_store(store: FeatureStore) -> Inspection:
-    """Say what is in a store. Nothing but its samples and its journals is read."""
+    """Summarise a store. This reads its samples and journals, no features."""
     features = store.features()
     counts = Counter(str(split) for split in store.splits)
     return Inspection(
@@ -64,7 +64,7 @@ def inspect_store(store: FeatureStore) -> Inspection:
 def _view(features: Features, name: str) -> StoredView:
     view, n_blocks = features.views[name], features.n_blocks(name)
     row_shape: tuple[int | str, ...] = ("T", *view.token_shape) if view.ragged else view.row_shape
-    written = [features.written(name, block) for block in range(n_blocks)]
+    blocks = [features.written(name, block) for block in range(n_blocks)]
     return StoredView(
         encoder=features.encoder,
         modality=features.modality,
@@ -74,5 +74,5 @@ def _view(features: Features, name: str) -> StoredView:
         done=features.n_rows - len(features.missing_rows(name)),
         rows=features.n_rows,
         blocks=n_blocks,
-        n_bytes=sum(size for block in written if block for size, _ in block.files.values()),
+        n_bytes=sum(size for block in blocks if block for size, _ in block.files.values()),
     )

@@ -1,4 +1,4 @@
-"""Files mapped read-only into one reserved range of addresses, so that rows of many files are one tensor's rows."""
+"""Files mapped read-only into one reserved range of addresses, so that their rows form one tensor."""
 
 import ctypes
 import math
@@ -21,21 +21,21 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class MappedFiles:
-    """Rows at the start of each of some files, mapped at equal distances: row r of file f is row f * stride + r.
+    """The first rows of several files, mapped at equal distances: row r of file f is row f * stride + r.
 
-    ``rows`` is (n, *row_shape) over all of the range. What lies between the files' rows, and where a file is None, must
-    not be touched: nothing is mapped there. The range goes when this object does, so keep it while the rows are in use.
+    ``rows`` (n, *row_shape) covers the whole range. Do not touch the gaps between files, or the place of a file that is
+    None: nothing is mapped there. Keep this object while its rows are in use, because the range is freed with it.
     """
 
     def __init__(self, files: Sequence[Path | None], n_rows: int, row_shape: tuple[int, ...], dtype: np.dtype) -> None:
-        """Map ``n_rows``, or as many as there are, of each file. Raises OSError if a file can't be mapped."""
+        """Map at most ``n_rows`` of each file. Raises OSError if a file cannot be mapped."""
         row_bytes = math.prod(row_shape) * dtype.itemsize
-        step = math.lcm(mmap.ALLOCATIONGRANULARITY, row_bytes)  # files begin at pages, and at rows
+        step = math.lcm(mmap.ALLOCATIONGRANULARITY, row_bytes)  # each file begins at a page, and at a row
         span = -(-max(1, n_rows) * row_bytes // step) * step
         self.stride = span // row_bytes
         size = max(1, len(files)) * span
         libc = _libc()
-        # Addresses only: no memory stands behind them, and none is counted.
+        # This reserves addresses only. The system counts no memory for them.
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
         base = _mmap(libc, None, size, 0, anonymous, -1)
         weakref.finalize(self, libc.munmap, base, size)
@@ -63,8 +63,8 @@ def _libc() -> ctypes.CDLL:
 
 
 def _mmap(libc: ctypes.CDLL, address: int | None, size: int, protection: int, flags: int, file: int) -> int:
-    found = libc.mmap(address, size, protection, flags, file, 0)
-    if found == _FAILED:
+    mapped = libc.mmap(address, size, protection, flags, file, 0)
+    if mapped == _FAILED:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    return int(found)
+    return int(mapped)

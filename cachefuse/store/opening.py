@@ -1,4 +1,4 @@
-"""Opening a view: its blocks mapped where they lie as cachefuse writes them, else read by zarr-python."""
+"""Opening a view. Blocks in cachefuse's own layout are mapped; zarr-python reads any other layout."""
 
 import math
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from cachefuse.store.views import View, Written, block_name
 
 
 def open_rows(view: View, group: Path, name: str, n_rows: int, written: Mapping[int, Written]) -> Rows:
-    """Open a view's rows, which lie in a group; ``written`` are the blocks that are there, ``name`` is for messages.
+    """Open the rows of a view in a group. ``written`` has the existing blocks; ``name`` is for messages.
 
     Checks each shard's index (order, completeness, checksum). Raises CacheError, naming the block, if one is damaged.
     """
@@ -36,7 +36,7 @@ def open_rows(view: View, group: Path, name: str, n_rows: int, written: Mapping[
 
 @dataclass(frozen=True)
 class _Opening:
-    """One view that is being opened."""
+    """The steps of opening one view."""
 
     view: View
     group: Path
@@ -49,7 +49,7 @@ class _Opening:
         return -(-self.n_rows // self.view.block_rows)
 
     def offsets(self, foreign: bool) -> np.ndarray:
-        """Return (n_blocks, block_rows + 1) offsets of a ragged view; zeros where a block is not there."""
+        """Return (n_blocks, block_rows + 1) offsets of a ragged view; zeros for a missing block."""
         array = self.view.offsets
         offsets = np.zeros((self.n_blocks, self.view.block_rows + 1), np.int64)
         read = _reader(self.group / array, 1) if foreign and self.written else None
@@ -57,16 +57,16 @@ class _Opening:
             file = self.view.files(self.group, block)[array]
             try:
                 values = np.fromfile(file, "<i8") if read is None else read(block, slice(0, 1))[0]
-            except Exception as error:  # whatever zarr-python raises on what was changed
+            except Exception as error:  # zarr-python raises many kinds of errors on changed files
                 raise DamagedBlockError(self.name, block, file, str(error)) from error
             fits = values.shape == offsets[block].shape and values[0] == 0 and (np.diff(values) >= 0).all()
             if not fits or checksum(values) != written.files[array][1]:
-                raise DamagedBlockError(self.name, block, file, "its offsets are not those that were written")
+                raise DamagedBlockError(self.name, block, file, "its offsets have changed")
             offsets[block] = values
         return offsets
 
     def files(self, array: str, offsets: np.ndarray | None) -> list[BlockFile | None]:
-        """Return each block's file of an array; None where a block is not there."""
+        """Return each block's file of an array; None for a missing block."""
         files: list[BlockFile | None] = [None] * self.n_blocks
         for block, written in self.written.items():
             n_rows = written.rows if offsets is None else int(offsets[block, -1])
@@ -74,7 +74,7 @@ class _Opening:
         return files
 
     def is_in_order(self, array: str, files: list[BlockFile | None]) -> bool:
-        """Whether every shard's inner chunks are all there, in order. Raises CacheError if an index is damaged."""
+        """Whether every shard has all inner chunks, in order. Raises CacheError if an index is damaged."""
         shape, dtype = self.view.arrays[array]
         row_bytes = math.prod(shape) * dtype.itemsize
         states = set()
@@ -84,21 +84,21 @@ class _Opening:
                 fits = file.path.stat().st_size == shard_bytes(rows, row_bytes)
                 states.add(check_index(file.path, rows, row_bytes) if fits else "damaged")
                 if "damaged" in states:
-                    raise DamagedBlockError(self.name, block, file.path, "its index is not that of a whole shard")
+                    raise DamagedBlockError(self.name, block, file.path, "its index or its size is wrong")
         return "foreign" not in states
 
     def blocks(self, array: str, files: list[BlockFile | None], foreign: bool) -> Blocks:
-        """Return an array's blocks: mapped, or where another program laid them out, read by zarr-python."""
+        """Return an array's blocks: mapped, or read by zarr-python if another program wrote them."""
         shape, dtype = self.view.arrays[array]
         if not foreign:
             return MappedBlocks(self.name, files, shape, dtype)
-        place = self.group / array
-        read = _ragged_reader(place) if self.view.ragged else _reader(place, self.view.block_rows)
+        folder = self.group / array
+        read = _ragged_reader(folder) if self.view.ragged else _reader(folder, self.view.block_rows)
         return ZarrBlocks(self.name, files, shape, dtype, read)
 
 
 def _reader(path: Path, block_rows: int) -> ReadBlock:
-    array = cache(partial(zarr.open_array, path, mode="r"))  # opened once, and where reading can say what is damaged
+    array = cache(partial(zarr.open_array, path, mode="r"))  # opened by the first read
 
     def read(block: int, rows: slice | np.ndarray) -> np.ndarray:
         opened: Any = array()

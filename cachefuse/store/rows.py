@@ -1,4 +1,4 @@
-"""One view's rows, read as they are asked for: where blocks begin and end, and how values are kept, is hidden here."""
+"""One view's rows, read lazily. Callers see neither blocks nor how values are stored."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,8 +15,8 @@ SHUFFLE_BYTES = 256 << 20  # of the blocks whose rows are shuffled together
 class Rows:
     """N rows (N, D) or (N, T, D), indexed like an array or, by ``index_select``, like a tensor.
 
-    Quantised rows come back as float16: int8 values times their row's scale. Nothing is read before it is asked for,
-    and a block is checked against its checksum before its first row is given out: CacheError names one that is damaged.
+    Quantised rows come back as float16: int8 values times their row's scale. Rows are read lazily. Each block's
+    checksum is verified before its first row is returned: CacheError names a damaged block.
     """
 
     device = torch.device("cpu")
@@ -35,16 +35,16 @@ class Rows:
 
     @property
     def mapped(self) -> bool:
-        """Whether memory maps serve them; zarr-python does, more slowly, where another program laid them out."""
+        """Whether the rows are memory-mapped. zarr-python reads other programs' layouts, slower."""
         return isinstance(self._values, MappedBlocks)
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all rows in memory."""
+        """The bytes that all rows take in memory."""
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
     def index_select(self, dim: int, index: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return the rows (B, ...) at ``index``, int64 (B,), in its order; written to ``out`` where that is given."""
+        """Return the rows (B, ...) at ``index``, int64 (B,), in its order; written to ``out`` if given."""
         if dim != 0:
             raise ValueError(f"rows are selected along dimension 0. Got {dim} instead")
         block, row = self._locate(index)
@@ -53,7 +53,7 @@ class Rows:
         return _dequantise(self._values.take(block, row), self._scales.take(block, row), out)
 
     def __getitem__(self, key: int | slice | np.ndarray) -> np.ndarray:
-        """Return one row, a slice, the rows where a mask (N,) is true, or rows by number; a copy."""
+        """Return a copy of one row, a slice, the rows where a mask (N,) is true, or rows by number."""
         if isinstance(key, slice) and key.step in (None, 1):
             return self._span(*key.indices(len(self))[:2])
         index = _row_numbers(key, len(self))
@@ -63,75 +63,75 @@ class Rows:
     def shuffled(
         self, batch_size: int, generator: torch.Generator, rows: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (index (B,), rows (B, ...)) over all rows, or some, block-shuffled: see ``block_shuffle``."""
+        """Yield (index (B,), rows (B, ...)) over all rows, or the given ones, in the order of ``block_shuffle``."""
         rows = torch.arange(len(self)) if rows is None else rows
         for index in block_shuffle(rows, self.block_rows, self.blocks_at_once, generator).split(batch_size):
             yield index, self.index_select(0, index)
 
     def in_order(self, size: int) -> Iterator[tuple[int, Tensor]]:
-        """Yield (number of the first, rows (n, ...)) over all rows, at most ``size`` at a time, none across blocks.
+        """Yield (number of the first row, rows (n, ...)) over all rows: at most ``size`` rows of one block at a time.
 
-        Where they are mapped nothing is copied: they are for reading only.
+        Mapped rows are not copied: do not write to them.
         """
         for start in range(0, len(self), self.block_rows):
             block = start // self.block_rows
             values = self._values.tensor(block)
             scales = None if self._scales is None else self._scales.tensor(block)
             for first in range(0, len(values), size):
-                part = slice(first, first + size)
-                yield start + first, values[part] if scales is None else _dequantise(values[part], scales[part])
+                chunk = slice(first, first + size)
+                yield start + first, values[chunk] if scales is None else _dequantise(values[chunk], scales[chunk])
 
     @property
     def blocks_at_once(self) -> int:
-        """How many blocks to shuffle together: what memory holds anyway."""
+        """How many blocks to shuffle together: about ``SHUFFLE_BYTES`` of rows."""
         return max(1, SHUFFLE_BYTES * len(self) // max(1, self.nbytes * self.block_rows))
 
     def to(self, device: torch.device | str) -> "Rows | Tensor":
-        """Return these rows where they are, on the CPU; for another device a tensor there, copied a block at a time."""
+        """Return these rows themselves for the CPU; for another device a tensor there, copied block by block."""
         if torch.device(device).type == "cpu":
             return self
-        whole = torch.empty(self.shape, dtype=self.dtype, device=device)
+        copy = torch.empty(self.shape, dtype=self.dtype, device=device)
         for start in range(0, len(self), self.block_rows):
-            part = torch.arange(start, min(start + self.block_rows, len(self)))
-            whole[start : start + len(part)] = self.index_select(0, part).to(device)
-        return whole
+            index = torch.arange(start, min(start + self.block_rows, len(self)))
+            copy[start : start + len(index)] = self.index_select(0, index).to(device)
+        return copy
 
     def _locate(self, index: Tensor) -> tuple[np.ndarray, np.ndarray]:
-        """Return each row's block and its place in it, (B,) int64 each."""
+        """Return each row's block and its number in the block, (B,) int64 each."""
         if index.dtype not in (torch.int64, torch.int32):
             raise IndexError(f"row numbers must be int64. Got {index.dtype} instead")
-        rows = index.numpy().astype(np.int64, copy=False)  # by NumPy: half of torch's time on so few numbers
+        rows = index.numpy().astype(np.int64, copy=False)  # NumPy takes half of torch's time on so few numbers
         if len(rows):
             low, high = rows.min(), rows.max()
-            if low < 0 or high >= len(self):  # what lies between the files is not mapped
+            if low < 0 or high >= len(self):  # the gaps between files are not mapped
                 raise IndexError(f"row {low if low < 0 else high} is not one of {len(self):,} rows")
         return rows >> self._block_bits, rows & (self.block_rows - 1)
 
     def _span(self, start: int, stop: int) -> np.ndarray:
-        """Return the rows [start, stop), copied from each block in turn."""
-        size, whole = self.block_rows, np.empty((max(0, stop - start), *self.shape[1:]), self._dtype)
+        """Return a copy of the rows [start, stop), block by block."""
+        size, copy = self.block_rows, np.empty((max(0, stop - start), *self.shape[1:]), self._dtype)
         for block in range(start // size, -(-stop // size) if stop > start else 0):
             inside = slice(max(0, start - block * size), stop - block * size)
-            out = whole[max(0, block * size - start) :][: size - inside.start]
+            out = copy[max(0, block * size - start) :][: size - inside.start]
             values = self._values.data(block)[inside]
             if self._scales is None:
                 out[:] = values
             else:
                 scales = torch.from_numpy(np.array(self._scales.data(block)[inside]))
                 _dequantise(torch.from_numpy(np.array(values)), scales, torch.from_numpy(out))
-        return whole
+        return copy
 
 
 class RaggedRows(Rows):
     """N rows of (T_i, D) tokens each, or (T_i,) ids: ``shape`` is (N, D), or (N,).
 
-    Items are lists of arrays; ``padded`` gives tensors.
+    Indexing returns lists of arrays; ``padded`` returns tensors.
     """
 
     def __init__(
         self, values: Blocks, offsets: np.ndarray, n_rows: int, block_rows: int, scales: Blocks | None = None
     ) -> None:
-        """``offsets`` (n_blocks, block_rows + 1) are where each row begins among its block's tokens."""
+        """``offsets`` (n_blocks, block_rows + 1): where each row begins among its block's tokens."""
         super().__init__(values, n_rows, block_rows, scales)
         self._offsets = offsets
 
@@ -148,9 +148,9 @@ class RaggedRows(Rows):
         raise TypeError("rows differ in their number of tokens; take them with padded() or as a list")
 
     def padded(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens (B, T_max, D), zero where a row has none, and the mask (B, T_max) bool of those that are.
+        """Return tokens (B, T_max, D), padded with zeros, and the mask (B, T_max) bool of real tokens.
 
-        Of ids they are (B, T_max) int32; zero is an id too, so that the mask alone tells.
+        Ids are (B, T_max) int32. Zero is an id too: only the mask shows padding.
         """
         flat, lengths = self._flat(index)
         mask = torch.arange(int(lengths.max(initial=0))) < torch.from_numpy(lengths)[:, None]
@@ -162,7 +162,7 @@ class RaggedRows(Rows):
         """Return one row's tokens (T_i, D), or a list of such arrays."""
         index = _row_numbers(key, len(self))
         flat, lengths = self._flat(torch.from_numpy(np.atleast_1d(index)))
-        rows = [part.numpy() for part in flat.split(lengths.tolist())]
+        rows = [tokens.numpy() for tokens in flat.split(lengths.tolist())]
         return rows if index.ndim else rows[0]
 
     def shuffled(
@@ -174,20 +174,20 @@ class RaggedRows(Rows):
             yield index, self.padded(index)
 
     def _flat(self, index: Tensor) -> tuple[Tensor, np.ndarray]:
-        """Return the tokens of some rows one after the other, (sum T_i, D), and their numbers (B,)."""
+        """Return the tokens of some rows one after the other, (sum T_i, D), and the rows' lengths (B,)."""
         block, row = self._locate(index)
-        self._values.check(block)  # where one is not there, its offsets say nothing
+        self._values.check(block)  # offsets of a missing block are meaningless
         begin = self._offsets[block, row]
         lengths = self._offsets[block, row + 1] - begin
-        first = lengths.cumsum() - lengths  # where each row's tokens begin in what comes back
+        first = lengths.cumsum() - lengths  # where each row's tokens begin in the result
         block = block.repeat(lengths)
-        place = np.arange(len(block)) + (begin - first).repeat(lengths)
-        values = self._values.take(block, place)
-        return (values if self._scales is None else _dequantise(values, self._scales.take(block, place))), lengths
+        position = np.arange(len(block)) + (begin - first).repeat(lengths)
+        values = self._values.take(block, position)
+        return (values if self._scales is None else _dequantise(values, self._scales.take(block, position))), lengths
 
 
 class JoinedRows:
-    """The features of several encoders side by side: rows (N, D_1) and (N, D_2) as (N, D_1 + D_2)."""
+    """The features of several encoders, concatenated: rows (N, D_1) and (N, D_2) as (N, D_1 + D_2)."""
 
     device = torch.device("cpu")
 
@@ -202,7 +202,7 @@ class JoinedRows:
         return torch.cat([part.index_select(dim, index) for part in self.parts], dim=1)
 
     def to(self, device: torch.device | str) -> "JoinedRows | Tensor":
-        """Return these rows where they are, on the CPU; for another device a tensor there."""
+        """Return these rows themselves for the CPU; for another device a tensor there."""
         if torch.device(device).type == "cpu":
             return self
         return torch.cat([torch.as_tensor(part.to(device)) for part in self.parts], dim=1)
@@ -223,9 +223,9 @@ class TokenWidth(int):
 
 
 class FlatTokens:
-    """The tokens of each sample side by side: rows (N, T, D), or ragged ones, as (N, T * D); zeros where one has fewer.
+    """The tokens of each sample, concatenated: rows (N, T, D), or ragged ones, as (N, T * D), padded with zeros.
 
-    T is the longest sample's number of tokens, or ``n_tokens``: further tokens are left out.
+    T is the longest sample's number of tokens, or ``n_tokens``: later tokens are dropped.
     """
 
     device = torch.device("cpu")
@@ -248,32 +248,32 @@ class FlatTokens:
         return torch.nn.functional.pad(tokens, (0, 0, 0, missing)).flatten(1)
 
     def to(self, device: torch.device | str) -> "FlatTokens":
-        """Return these rows where they are: as tokens are large, batches are copied to another device, one by one."""
+        """Return these rows themselves: tokens are large, so that each batch is copied to another device alone."""
         return self
 
 
-FeatureRows = Tensor | Rows | JoinedRows | FlatTokens  # (N, D): what has index_select along its rows
+FeatureRows = Tensor | Rows | JoinedRows | FlatTokens  # (N, D), with index_select along the rows
 
 
 def block_shuffle(rows: Tensor, block_rows: int, blocks_at_once: int, generator: torch.Generator) -> Tensor:
     """Return row numbers (n,) in a random order that reads few blocks at a time.
 
-    Blocks come in a random order; the rows of ``blocks_at_once`` of them are shuffled together. Data larger than the
-    memory is so read once, in large pieces, where a full shuffle would read a page of the disk for each row.
+    Blocks come in a random order; the rows of ``blocks_at_once`` blocks are shuffled together. So data larger than
+    memory is read once, in large pieces. A full shuffle would read a page from disk for each row.
     """
     if not len(rows):
         return rows
     rows = rows[torch.randperm(len(rows), generator=generator)]
-    order = torch.randperm(int(rows.max()) // block_rows + 1, generator=generator)  # place of each block
+    order = torch.randperm(int(rows.max()) // block_rows + 1, generator=generator)  # position of each block
     return rows[(order[rows // block_rows] // blocks_at_once).argsort(stable=True)]
 
 
 def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return int8 values (..., D) and the float16 scale (...) of each row, so that their product is near ``values``."""
-    most = np.abs(values).max(axis=-1, initial=0).astype(np.float32) / 127
-    scales = most.astype("<f2")
-    scales = np.where(scales < most, np.nextafter(scales, np.float16(np.inf)), scales)  # so that nothing is cut off
-    scales = np.minimum(scales, np.float16(65504 / 127 - 0.5))  # so that 127 of them are no infinity
+    """Return int8 values (..., D) and each row's float16 scale (...). Their product approximates ``values``."""
+    exact = np.abs(values).max(axis=-1, initial=0).astype(np.float32) / 127
+    scales = exact.astype("<f2")
+    scales = np.where(scales < exact, np.nextafter(scales, np.float16(np.inf)), scales)  # so that nothing is clipped
+    scales = np.minimum(scales, np.float16(65504 / 127 - 0.5))  # so that 127 * scale stays finite
     divisor = np.where(scales > 0, scales, 1).astype(np.float32)[..., None]
     return np.rint(values / divisor).astype("|i1"), scales
 
@@ -283,18 +283,18 @@ def _dequantise(values: Tensor, scales: Tensor, out: Tensor | None = None) -> Te
 
 
 def _row_numbers(key: Any, n_rows: int) -> np.ndarray:
-    """Return the row numbers that a key stands for: () for one row, else (n,); negative ones count from the end."""
+    """Return a key's row numbers: () for one row, else (n,). Negative numbers count from the end."""
     if isinstance(key, slice):
         return np.arange(*key.indices(n_rows))
     if isinstance(key, tuple):
-        raise IndexError(f"rows have one number each; take parts of what comes back. Got {key} instead")
+        raise IndexError(f"rows have one number each; index the result for parts of a row. Got {key} instead")
     key = np.asarray(key)
     if key.dtype == bool:
         if key.shape != (n_rows,):
             raise IndexError(f"a mask must have shape ({n_rows},). Got {key.shape} instead")
         return np.flatnonzero(key)
     if key.size and key.dtype.kind not in "iu":
-        raise IndexError(f"rows are numbered by integers. Got {key.dtype} instead")
+        raise IndexError(f"row numbers must be integers. Got {key.dtype} instead")
     key = key.astype(np.int64)
     wrong = (key < -n_rows) | (key >= n_rows)
     if wrong.any():

@@ -1,4 +1,4 @@
-"""The samples of a store: ids, splits, targets, which modalities they have, and which rows of features are theirs."""
+"""The samples of a store: ids, splits, targets, the modalities that each sample has, and its rows of features."""
 
 import json
 from collections import Counter
@@ -19,7 +19,7 @@ from cachefuse.store.format import FORMAT, append_lines, read_lines, unseal
 
 @dataclass(frozen=True)
 class BadSample:
-    """A line of the ledger: a sample that a modality had to do without, and why."""
+    """A sample whose image or text is unusable, and the reason: one line of the list of bad samples."""
 
     id: str
     modality: str
@@ -28,7 +28,7 @@ class BadSample:
 
 
 class StoredSamples:
-    """A dataset's samples as a store has them; nothing but their number is read before it is asked for."""
+    """A dataset's samples in a store. Arrays are read on first use."""
 
     def __init__(self, path: Path) -> None:
         if not (path / "zarr.json").is_file():
@@ -37,14 +37,14 @@ class StoredSamples:
         try:
             declared: Any = json.loads((path / "zarr.json").read_bytes())
             meta = declared.get("attributes", {}).get("cachefuse", {})
-            found = meta.get("format")
+            version = meta.get("format")
         except (ValueError, AttributeError) as error:
-            raise CacheError(f"{path} is damaged: its zarr.json can't be read; run cachefuse extract again") from error
-        if found != FORMAT:
-            raise CacheError(f"{path} is not a feature store of this version (format {found}, not {FORMAT})")
+            raise CacheError(f"{path} is damaged: its zarr.json cannot be read; run cachefuse extract again") from error
+        if version != FORMAT:
+            raise CacheError(f"{path} is not a feature store of this version (format {version}, not {FORMAT})")
         self._meta = unseal(meta, path / "zarr.json")
         if not (path / "samples").is_dir():
-            raise CacheError(f"{path} was being updated when it was interrupted; run cachefuse extract again to go on")
+            raise CacheError(f"an update of {path} was interrupted; run cachefuse extract again to go on")
         self._bad: dict[tuple[str, str], BadSample] = {}
         for line in read_lines(path / "samples" / BAD_SAMPLES):
             bad = BadSample(**{name: str(line.get(name, "")) for name in ("id", "modality", "source", "reason")})
@@ -66,16 +66,16 @@ class StoredSamples:
 
     @cached_property
     def targets(self) -> np.ndarray:
-        """(N, C) int8 for multi-label, (N,) int32 for classes, -1 where unlabelled; (N,) float32 for scores, or NaN.
+        """(N, C) int8 for multi-label, (N,) int32 for classes, (N,) float32 for scores; unlabelled is -1 or NaN.
 
-        Of visual question answering (N, 10) int32, the classes of the answers given: -2 for one that is no class, -1
-        where there is none.
+        For visual question answering (N, 10) int32, the classes of the ten answers: -2 for an answer that is not a
+        class, -1 for no answer.
         """
         return self._column("target")
 
     @cached_property
     def digests(self) -> np.ndarray:
-        """(N,) strings: each sample's digest of its content, empty in a store that has none."""
+        """(N,) strings: the digest of each sample's content, or "" in a store without digests."""
         known = "digest" in read_about(self.path)["columns"]
         return self._column("digest") if known else np.full(len(self), "")
 
@@ -98,7 +98,7 @@ class StoredSamples:
 
     @cached_property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that the dataset has."""
+        """The modalities of the dataset."""
         names = read_about(self.path)["columns"]
         return tuple(sorted(name.removeprefix("present/") for name in names if name.startswith("present/")))
 
@@ -107,37 +107,36 @@ class StoredSamples:
         return self._column(f"present/{modality}") if modality in self.modalities else np.zeros(len(self), bool)
 
     def items(self, modality: str) -> np.ndarray | None:
-        """Return (N + 1,) offsets of each sample's items where a sample has several (captions), else None.
+        """Return (N + 1,) offsets of each sample's items if a sample has several (captions), else None.
 
-        Raises ConfigError where samples share rows instead, which ``feature_rows`` gives: whoever asks for items would
-        take one row for another's.
+        Raises ConfigError if samples share rows: then ``feature_rows`` is what the caller needs.
         """
         if self.shared_rows(modality) is not None:
-            raise ConfigError(f"several samples of {self.dataset} are about one {modality}, and this reads one of each")
+            raise ConfigError(f"{self.dataset} has several samples per {modality}, but here each sample needs its own")
         name = f"items/{modality}"
         return self._column(name) if name in read_about(self.path)["columns"] else None
 
     def has_several(self, modality: str) -> bool:
-        """Return whether a sample has several items (captions) of this modality."""
+        """Whether samples have several items (captions) of this modality."""
         return f"items/{modality}" in read_about(self.path)["columns"]
 
     def shared_rows(self, modality: str) -> np.ndarray | None:
-        """Return (N,) the feature row of each sample where samples share them (questions about one image), else None.
+        """Return (N,) the feature row of each sample if samples share rows (questions about one image), else None.
 
-        Rows are numbered as they first occur.
+        Rows are numbered in order of first use.
         """
         name = f"rows/{modality}"
         return self._column(name) if name in read_about(self.path)["columns"] else None
 
     def feature_rows(self, modality: str, samples: np.ndarray | None = None) -> np.ndarray:
-        """Return which row of a modality's features each sample reads, (N,) int64, or (n,) of some samples (n,).
+        """Return the row of a modality's features that each sample reads, (N,) int64, or (n,) for ``samples`` (n,).
 
-        It is the sample's own number, but where samples share rows. Raises ConfigError where a sample has several rows
-        (captions), which ``items`` gives.
+        It is the sample's own number, unless samples share rows. Raises ConfigError if samples have several rows
+        (captions): ``items`` gives those.
         """
         shared = self.shared_rows(modality)
         if shared is None and self.items(modality) is not None:
-            raise ConfigError(f"{self.dataset} has several {modality}s a sample, and this reads one of each")
+            raise ConfigError(f"{self.dataset} has several {modality}s per sample, but this reads one")
         rows = np.arange(len(self)) if shared is None else shared
         return rows if samples is None else rows[samples]
 
@@ -146,7 +145,7 @@ class StoredSamples:
         return self._rows_before(modality, len(self))
 
     def sample_of(self, modality: str, row: int) -> str:
-        """Return the id of the sample, or of the first, that a row of a modality's features belongs to."""
+        """Return the id of the (first) sample that a row of a modality's features belongs to."""
         shared = self.shared_rows(modality)
         if shared is not None:
             return str(self.ids[int((shared == row).argmax())])
@@ -154,7 +153,7 @@ class StoredSamples:
         return str(self.ids[row if offsets is None else int(np.searchsorted(offsets, row, side="right")) - 1])
 
     def present_rows(self, modality: str) -> np.ndarray:
-        """Return which rows of a modality's features are those of samples that have it, (n_items,) bool."""
+        """Return which rows of a modality's features belong to samples that have it, (n_items,) bool."""
         present, shared = self.present(modality), self.shared_rows(modality)
         if shared is not None:
             rows = np.zeros(self.n_items(modality), bool)
@@ -164,11 +163,11 @@ class StoredSamples:
         return present if offsets is None else np.repeat(present, np.diff(offsets))
 
     def appended_at(self, modality: str) -> tuple[int, ...]:
-        """Return the feature rows at which samples were appended to a store that was there, ascending."""
+        """Return the feature rows at which later calls appended samples, ascending."""
         return tuple(self._rows_before(modality, sample) for sample in read_about(self.path)["appended_at"])
 
     def _rows_before(self, modality: str, sample: int) -> int:
-        """Return how many feature rows the samples before one have."""
+        """Return the number of feature rows of all samples before the given one."""
         shared = self.shared_rows(modality)
         if shared is not None:
             return int(shared[:sample].max(initial=-1)) + 1
@@ -176,7 +175,7 @@ class StoredSamples:
         return int(sample if offsets is None else offsets[sample])
 
     def mark_bad(self, bad: Sequence[BadSample]) -> None:
-        """Note samples in the ledger, each once; ``update_present`` then marks their modality absent."""
+        """Add samples to the list of bad samples, each once. ``update_present`` then marks their modality absent."""
         new = {(line.modality, line.id): line for line in bad if (line.modality, line.id) not in self._bad}
         if new:
             append_lines(self.path / "samples" / BAD_SAMPLES, [vars(line) for line in new.values()])
@@ -184,7 +183,7 @@ class StoredSamples:
             self.n_bad.update(modality for modality, _ in new)
 
     def update_present(self, modality: str) -> None:
-        """Mark a modality absent where the ledger lists it."""
+        """Mark a modality absent in the samples that are listed as bad."""
         bad = np.array([(modality, sample) in self._bad for sample in self.ids], bool)
         present = self.present(modality)
         if (present & bad).any():
@@ -193,13 +192,13 @@ class StoredSamples:
             array.attrs["checksum"] = column_checksum(present & ~bad)
 
     def bad_samples(self) -> list[BadSample]:
-        """Return the samples that had to do without a modality."""
+        """Return the samples with an unusable image or text."""
         return list(self._bad.values())
 
     def _column(self, name: str) -> np.ndarray:
         try:
             return read_column(self.path, name)
-        except Exception as error:  # whatever zarr-python raises on files that were cut short or changed
+        except Exception as error:  # zarr-python raises many kinds of errors on changed files
             raise CacheError(
                 f"{self.path}/samples/{name} is damaged ({error}); run the same cachefuse extract again"
             ) from error

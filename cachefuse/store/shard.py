@@ -1,8 +1,8 @@
-"""One shard file: a Zarr v3 `sharding_indexed` chunk, uncompressed, its inner chunks in order and its index at the end.
+"""One shard file: an uncompressed Zarr v3 `sharding_indexed` chunk, inner chunks in order, index at the end.
 
-    rows, padded with zeros to whole inner chunks | (offset, bytes) of each inner chunk, <u8 | CRC-32C of those, <u4
+    rows, padded with zeros to whole inner chunks | (offset, bytes) of each inner chunk, <u8 | CRC-32C of the index, <u4
 
-Such a file is one run of rows, so that it can be written as a stream and read through a memory map.
+Such a file is one contiguous run of rows: it can be written as a stream and read through a memory map.
 """
 
 import ctypes
@@ -21,23 +21,23 @@ from cachefuse.store.format import CHUNKS_PER_BLOCK, checksum
 
 INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
-SYNC_BYTES = 1 << 20  # after which the disk is set to work
+SYNC_BYTES = 1 << 20  # after so many bytes the disk starts to write
 _SYNC_FILE_RANGE_WRITE = 2
 
 
 def chunk_rows(rows: int) -> int:
-    """Return the rows of one inner chunk of a shard of ``rows`` rows; the last chunk may have to be padded."""
+    """Return the rows of one inner chunk of a shard of ``rows`` rows; the last chunk may need padding."""
     return max(1, -(-rows // min(CHUNKS_PER_BLOCK, max(1, rows))))
 
 
 def padded_rows(rows: int) -> int:
-    """Return the rows of a shard that holds ``rows``, padding included: whole inner chunks."""
+    """Return the rows of a shard that holds ``rows``, padded to whole inner chunks."""
     size = chunk_rows(rows)
     return max(1, -(-rows // size)) * size
 
 
 def shard_index(rows: int, row_bytes: int) -> bytes:
-    """Return the index, with its checksum, of a shard of ``rows`` rows whose inner chunks are all there, in order."""
+    """Return the index, with its checksum, of a shard of ``rows`` rows that has all inner chunks, in order."""
     size = chunk_rows(rows) * row_bytes
     offsets = np.arange(padded_rows(rows) // chunk_rows(rows), dtype="<u8") * size
     index = np.stack([offsets, np.full_like(offsets, size)], axis=1).tobytes()
@@ -50,23 +50,23 @@ def shard_bytes(rows: int, row_bytes: int) -> int:
 
 
 def check_index(path: Path, rows: int, row_bytes: int) -> str:
-    """Return "whole" if a shard's index is as it was written, "foreign" if it is another valid one, else "damaged".
+    """Return "whole" if a shard's index is ours, "foreign" if it is another valid one, else "damaged".
 
-    Another writer may put the inner chunks in another order, or leave out those that are all zero.
+    Other writers may reorder the inner chunks, or leave out those that are all zero.
     """
     expected = shard_index(rows, row_bytes)
     with path.open("rb") as file:
         file.seek(-min(len(expected), os.fstat(file.fileno()).st_size), os.SEEK_END)
-        found = file.read()
-    if found == expected:
+        index = file.read()
+    if index == expected:
         return "whole"
-    return "foreign" if checksum(found[:-4]).to_bytes(4, "little") == found[-4:] else "damaged"
+    return "foreign" if checksum(index[:-4]).to_bytes(4, "little") == index[-4:] else "damaged"
 
 
 class ShardWriter:
-    """Writes one shard as a stream, in a temporary file beside it: the shard is there whole or not at all.
+    """Writes one shard as a stream into a temporary file beside it, so that a shard is never half there.
 
-    Use it as a context manager: what was not finished is removed.
+    Use it as a context manager: an unfinished file is removed.
     """
 
     def __init__(self, temporary: Path) -> None:
@@ -78,7 +78,7 @@ class ShardWriter:
         self._file: BinaryIO = temporary.open("wb")
 
     def append(self, rows: np.ndarray) -> None:
-        """Append rows (n, ...); little-endian, and contiguous."""
+        """Append rows (n, ...), little-endian and contiguous."""
         self.crc = checksum(rows, self.crc)
         self.n_rows += len(rows)
         self._file.write(rows.data if rows.size else b"")
@@ -88,7 +88,7 @@ class ShardWriter:
             _start_sync(self._file)
 
     def finish(self, path: Path, shard_rows: int, row_bytes: int) -> int:
-        """Pad to a shard of ``shard_rows``, have it on the disk and move it to its place; return its size in bytes."""
+        """Pad to ``shard_rows``, flush to disk and rename to ``path``. Return the size in bytes."""
         self._file.truncate(self._file.seek(padded_rows(shard_rows) * row_bytes))
         self._file.write(shard_index(shard_rows, row_bytes))
         self._file.flush()
@@ -109,17 +109,17 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Remove what was not finished."""
-        with suppress(OSError):  # on a full disk what is still in the buffer can't be written; nobody needs it
+        """Remove an unfinished file."""
+        with suppress(OSError):  # a full disk cannot take the rest of the buffer, which nobody needs
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 def _start_sync(file: BinaryIO) -> None:
-    """Have the disk begin with what was written, so that less is left when it has to be waited for; only on Linux."""
+    """Ask the disk to start writing, so that the final flush takes less time. Linux only."""
     sync_file_range = _sync_file_range()
     if sync_file_range:
-        sync_file_range(file.fileno(), 0, 0, _SYNC_FILE_RANGE_WRITE)  # advice: an error will show at the fsync
+        sync_file_range(file.fileno(), 0, 0, _SYNC_FILE_RANGE_WRITE)  # only a hint: errors appear at the fsync
 
 
 @cache

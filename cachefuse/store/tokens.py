@@ -1,4 +1,4 @@
-"""Token features as sequences: fixed or ragged rows of the store, read as batches padded to their longest row."""
+"""Token features as sequences: fixed or ragged rows of a store, read in batches padded to the longest row."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cachefuse.store.rows import RaggedRows, Rows
 
-CHUNK_TOKENS = 1 << 16  # brought into memory at a time
+CHUNK_TOKENS = 1 << 16  # read into memory at a time
 WINDOW = 32  # batches whose rows are sorted by length together
 
 
@@ -53,9 +53,9 @@ class Tokens:
         self.nbytes = rows.nbytes if isinstance(rows, Rows) else sum(row.nbytes for row in rows)
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens (B, T, D), or ids (B, T) int64, of some rows (B,) and the mask (B, T) of those that are.
+        """Return the tokens (B, T, D), or ids (B, T) int64, of rows ``index`` (B,), and the mask (B, T) of real tokens.
 
-        T is that of the longest of these rows, and at least 1.
+        T is the length of the longest of these rows, and at least 1.
         """
         x, mask = padded(self._rows, index)
         if not x.shape[1]:
@@ -63,33 +63,33 @@ class Tokens:
         return (x.long() if self.is_ids else x), mask
 
     def chunks(self, rows: Tensor) -> Iterator[Tensor]:
-        """Yield the real tokens of some rows (n,), some rows' (n_tokens, D) at a time, in order."""
-        for part in rows.cpu().split(max(1, CHUNK_TOKENS // self.shape[1].n_tokens)):
-            x, mask = self.read(part)
+        """Yield the real tokens of ``rows`` (n,) in order, in chunks (n_tokens, D) of several rows."""
+        for chunk in rows.cpu().split(max(1, CHUNK_TOKENS // self.shape[1].n_tokens)):
+            x, mask = self.read(chunk)
             yield x[mask]
 
     def to(self, device: torch.device | str) -> "Tokens":
-        """Return these tokens where they are: as they are large, batches are copied to another device, one by one."""
+        """Return these tokens themselves: they are large, so that each batch is copied to another device alone."""
         return self
 
 
 def padded(rows: Rows | Tensor | Sequence[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the tokens (B, T, D), or ids (B, T), of some rows (B,), stored or in memory, and the mask (B, T)."""
+    """Return the tokens (B, T, D), or ids (B, T), of rows ``index`` (B,), and the mask (B, T) of real tokens."""
     if isinstance(rows, RaggedRows):
         return rows.padded(index)
     if isinstance(rows, Rows | Tensor):
         x = rows.index_select(0, index)
         return x, torch.ones(x.shape[:2], dtype=torch.bool)
-    some = [rows[i] for i in index.tolist()]
-    x = pad_sequence(some, batch_first=True)
-    return x, torch.arange(x.shape[1]) < torch.tensor([[len(row)] for row in some])
+    chosen = [rows[i] for i in index.tolist()]
+    x = pad_sequence(chosen, batch_first=True)
+    return x, torch.arange(x.shape[1]) < torch.tensor([[len(row)] for row in chosen])
 
 
 def length_grouped(order: Tensor, lengths: np.ndarray, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Cut rows (n,) that are in a random order into batches of rows alike in length (N,), so that little is padding.
+    """Cut shuffled row numbers ``order`` (n,) into batches of rows of similar length (N,), with little padding.
 
-    Rows are sorted by their length within windows of ``WINDOW`` batches; the batches come in a random order, and each
-    reads its rows in the order that they lie in. There are as many batches as without.
+    Rows are sorted by length within windows of ``WINDOW`` batches. The batches of a window come in a random order, and
+    each reads its rows in stored order. The number of batches stays the same.
     """
     for window in order.split(WINDOW * size):
         rows = window.cpu()

@@ -1,4 +1,4 @@
-"""How a view lies in its group: arrays of shards, and the metadata that lets any Zarr v3 reader open them."""
+"""The layout of a view in its group: arrays of shards, and the metadata that lets any Zarr v3 reader open them."""
 
 import json
 from collections.abc import Mapping
@@ -18,9 +18,9 @@ from cachefuse.store.shard import INDEX_CODECS, chunk_rows, padded_rows
 
 @dataclass(frozen=True)
 class Written:
-    """A block as the journal has it: rows, (bytes, CRC-32C) of each of its files by array, rows that are outdated.
+    """A block's entry in the journal: rows, (bytes, CRC-32C) of each file by array, outdated rows.
 
-    ``cosine`` of quantised rows to those in float16: mean and least.
+    ``cosine``: mean and minimum of the cosine between quantised and float16 rows.
     """
 
     rows: int
@@ -31,10 +31,10 @@ class Written:
 
 @dataclass(frozen=True)
 class View:
-    """How one view is stored: a row's shape, rows a block, whether rows differ in their number of tokens, the dtype.
+    """How one view is stored: the shape of a row, rows per block, whether the number of tokens varies, the dtype.
 
-    ``row_shape`` is (D,), (T, D), or of ids (T,); where ragged, T is only what a row was expected to have. Rows of
-    dtype int8 have a float16 scale for each vector of D. ``vocabulary`` is that of ids: every id is less.
+    ``row_shape`` is (D,), (T, D), or (T,) of ids. If ragged, T is only an estimate. Rows of dtype int8 have a float16
+    scale for each vector of D. Every id is less than ``vocabulary``.
     """
 
     name: str
@@ -46,29 +46,29 @@ class View:
 
     @classmethod
     def from_dict(cls, values: Any) -> "View":
-        """Return the view that a store describes, which may come from anyone: a name is no path, sizes are bounded."""
+        """Return a view from a store's metadata. Raises CacheError for names and sizes that cachefuse never writes."""
         try:
             view = cls(**{**values, "row_shape": tuple(values["row_shape"])})
             sizes = (*view.row_shape, view.block_rows)
-            sound = view.name in VIEWS and view.dtype in DTYPES and 1 <= len(view.row_shape) <= 2
-            sound = sound and all(type(n) is int and n >= 1 for n in sizes)
-            sound = sound and view.block_rows <= MAX_BLOCK_ROWS and view.block_rows.bit_count() == 1
-            sound = sound and type(view.vocabulary) is int and (view.name == IDS) == (view.vocabulary > 0)
-            sound = sound and (view.name == IDS) == (view.dtype == "int32")
-            sound = sound and (view.name != IDS or (view.ragged and len(view.row_shape) == 1))
+            valid = view.name in VIEWS and view.dtype in DTYPES and 1 <= len(view.row_shape) <= 2
+            valid = valid and all(type(n) is int and n >= 1 for n in sizes)
+            valid = valid and view.block_rows <= MAX_BLOCK_ROWS and view.block_rows.bit_count() == 1
+            valid = valid and type(view.vocabulary) is int and (view.name == IDS) == (view.vocabulary > 0)
+            valid = valid and (view.name == IDS) == (view.dtype == "int32")
+            valid = valid and (view.name != IDS or (view.ragged and len(view.row_shape) == 1))
         except (TypeError, KeyError):
-            sound = False
-        if not sound:
+            valid = False
+        if not valid:
             raise CacheError(f"not a view that cachefuse makes: {values}")
         return view
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what a store says of it."""
+        """Return the metadata that a store keeps."""
         return {name: value for name, value in vars(self).items() if name != "vocabulary" or value}
 
     @property
     def token_shape(self) -> tuple[int, ...]:
-        """The shape of one token where they are ragged: (D,), or () of ids."""
+        """The shape of one token of a ragged view: (D,), or () of ids."""
         return self.row_shape[1:]
 
     @property
@@ -84,25 +84,25 @@ class View:
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """The arrays of shards that hold it: name -> (shape of a row, or of a token where ragged; dtype)."""
+        """The arrays of shards: name -> (shape of a row, or of a token if ragged; dtype)."""
         shape = self.token_shape if self.ragged else self.row_shape
-        found = {self.name: (shape, np.dtype(DTYPES[self.dtype]))}
+        arrays = {self.name: (shape, np.dtype(DTYPES[self.dtype]))}
         if self.dtype == "int8":
-            found["scales"] = (shape[:-1], np.dtype(DTYPES["float16"]))
-        return found
+            arrays["scales"] = (shape[:-1], np.dtype(DTYPES["float16"]))
+        return arrays
 
     def files(self, group: Path, block: int) -> dict[str, Path]:
-        """Return where a block lies, by array: shards, and where tokens are ragged a chunk of their offsets."""
-        found = {}
+        """Return a block's files by array: shards, and a chunk of offsets if the view is ragged."""
+        files = {}
         for name, (shape, _) in self.arrays.items():
-            place = [block_name(block), "c", "0"] if self.ragged else ["c", str(block)]
-            found[name] = group.joinpath(name, *place, *("0" for _ in shape))
+            folders = [block_name(block), "c", "0"] if self.ragged else ["c", str(block)]
+            files[name] = group.joinpath(name, *folders, *("0" for _ in shape))
         if self.ragged:
-            found[self.offsets] = group / self.offsets / "c" / str(block) / "0"
-        return found
+            files[self.offsets] = group / self.offsets / "c" / str(block) / "0"
+        return files
 
     def declare(self, group: Path, n_rows: int) -> None:
-        """Write the metadata of the view's arrays for ``n_rows``, where it is not there already."""
+        """Write the metadata of the view's arrays for ``n_rows``, unless it exists already."""
         for name, (shape, dtype) in self.arrays.items():
             if self.ragged:
                 declare_group(group / name)
@@ -114,9 +114,9 @@ class View:
             _declare(group / self.offsets, shape=shape, chunks=(1, size), dtype=np.dtype("<i8"))
 
     def is_foreign(self, group: Path, block: int) -> bool:
-        """Whether another program laid out a block's arrays: compressed, unsharded, or in shards of another size.
+        """Whether a block is in another program's layout: compressed, unsharded, or in shards of another size.
 
-        Metadata that is gone or can't be opened says nothing; ``declare`` writes it again.
+        It is not if its metadata is missing or unreadable; ``declare`` writes that again.
         """
         folders = [group / name / block_name(block) if self.ragged else group / name for name in self.arrays]
         rows = None if self.ragged else self.block_rows
@@ -124,26 +124,26 @@ class View:
 
 
 def declare_shards(folder: Path, n_rows: int, rows: int, row_shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Write an array's metadata: ``n_rows`` in shards of ``rows``, of uncompressed inner chunks."""
+    """Write an array's metadata: ``n_rows`` in shards of ``rows``, with uncompressed inner chunks."""
     shards, chunks = (padded_rows(rows), *row_shape), (chunk_rows(rows), *row_shape)
     _declare(folder, shape=(n_rows, *row_shape), shards=shards, chunks=chunks, dtype=dtype)
 
 
 def declare_group(folder: Path, attributes: Mapping[str, Any] | None = None) -> None:
-    """Write a group's metadata, where it is not there already."""
+    """Write a group's metadata, unless it exists already."""
     files: dict[str, Any] = {}
     zarr.create_group(files, attributes=dict(attributes or {}))
     _write(folder, files)
 
 
-def _declare(folder: Path, **about: Any) -> None:
+def _declare(folder: Path, **array: Any) -> None:
     files: dict[str, Any] = {}
-    zarr.create_array(files, compressors=None, fill_value=0, **about)
+    zarr.create_array(files, compressors=None, fill_value=0, **array)
     _write(folder, files)
 
 
 def _write(folder: Path, files: Mapping[str, Any]) -> None:
-    """Have the metadata that zarr-python made in memory on the disk: written by it, a power cut might empty it."""
+    """Write the metadata that zarr-python made in memory. If zarr-python wrote it, a power cut might empty the file."""
     data, path = files["zarr.json"].to_bytes(), folder / "zarr.json"
     if not path.is_file() or path.read_bytes() != data:
         make_folder(folder)
@@ -163,7 +163,7 @@ def _is_ours(folder: Path, block_rows: int | None) -> bool:
             sharding["name"] == "sharding_indexed"
             and inner["index_location"] == "end"
             and inner["index_codecs"] == INDEX_CODECS
-            and inner["codecs"] in ([INDEX_CODECS[0]], [{"name": "bytes"}])  # one byte has no order
+            and inner["codecs"] in ([INDEX_CODECS[0]], [{"name": "bytes"}])  # single bytes have no byte order
             and inner["chunk_shape"] == [chunk_rows(shard[0]), *shard[1:]]
             and block_rows in (None, shard[0])
         )
@@ -174,11 +174,11 @@ def _is_ours(folder: Path, block_rows: int | None) -> bool:
 def _can_be_opened(folder: Path) -> bool:
     try:
         zarr.open_array(folder, mode="r")
-    except Exception:  # whatever zarr-python raises on metadata that was cut short or changed
+    except Exception:  # zarr-python raises many kinds of errors on changed metadata
         return False
     return True
 
 
 def block_name(block: int) -> str:
-    """Return the name of a block's own array, where tokens are ragged."""
+    """Return the name of the array of one block of ragged tokens."""
     return f"block-{block:06d}"

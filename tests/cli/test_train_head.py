@@ -152,7 +152,7 @@ def test_a_damaged_store_of_another_dataset_is_passed_over(cachefuse, workspace)
     (damaged / "zarr.json").write_text("{")
     result = cachefuse("train-head", "--head", "linear", "--epochs", "1")
     assert result.code == 0
-    assert "note: skipped: workspace/cache/other.zarr is damaged: its zarr.json can't be read" in result.err
+    assert "note: skipped: workspace/cache/other.zarr is damaged: its zarr.json cannot be read" in result.err
     assert "other.zarr is damaged" in cachefuse("train-head", "--dataset", "other").error
 
 

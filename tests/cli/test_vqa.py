@@ -79,6 +79,5 @@ def test_without_the_data_it_says_how_to_get_it(cachefuse):
 
 def test_what_reads_one_image_a_sample_says_why_it_can_t(cachefuse, questions):
     cachefuse("extract", "--dataset", "vqa2", "--data-dir", questions, "--encoder", "classic")
-    assert cachefuse("align", "--epochs", "1").error == (
-        "several samples of vqa2 are about one image, and this reads one of each"
-    )
+    error = cachefuse("align", "--epochs", "1").error
+    assert error == "vqa2 has several samples per image, but here each sample needs its own"
