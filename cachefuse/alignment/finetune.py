@@ -148,8 +148,7 @@ def _head_run(
     features = aligned_features(tuned, side, store, device=device)
     modality = features.modality
     table = load_table(store, {modality: [features]}).to(resolve_device(device))
-    data = TrainingData.of(store, table)
-    used = describe_features({modality: [features]}, data.widths)
+    data = TrainingData.of(store, table, {modality: [features]})
     rows = data.rows(VAL)
     held_out = HeldOut.join(VAL, data, [rows], [predict_scores(head, table, rows, config.resolve_loss(data.task))])
     run = Run(
@@ -158,7 +157,7 @@ def _head_run(
         manifest=store.manifest,
         classes=store.classes,
         config=config,
-        members=[Member(config, used, head.eval(), 1.0)],
+        members=[Member(config, describe_features(data.stored, data.widths), head.eval(), 1.0)],
         thresholds=final_thresholds(data, config, held_out),
         histories=[history],
         held_out=held_out,

@@ -65,7 +65,7 @@ class FusionBench:
         return write_tokens(self.folder / "tokens.zarr", self.sizes)
 
     def data(self, config: TrainConfig) -> TrainingData:
-        return open_training_data(self.store, device=self.device, views=config.views)[0]
+        return open_training_data(self.store, device=self.device, views=config.views)
 
 
 def write_tokens(path: Path, sizes: FusionSizes) -> FeatureStore:

@@ -61,7 +61,7 @@ class TrainBench:
         """Features in a store's files, all touched once, so that their checksums are verified."""
         path = self.folder / "rows.zarr"
         write_store(path, self.sizes.rows, self.sizes.width)
-        data, _ = open_training_data(FeatureStore(path), device=self.device)
+        data = open_training_data(FeatureStore(path), device=self.device)
         data.table.batch(torch.arange(self.sizes.rows, device=self.device))
         return data
 

@@ -10,7 +10,6 @@ from cachefuse.experiments.results import SettingResult, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
 from cachefuse.feature_spec import TOKENS
 from cachefuse.fusion import FUSIONS
-from cachefuse.runs.features import describe_features
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
@@ -52,11 +51,10 @@ def compare(
     if pool is None:
         pool = default_pool(store, encoders, reads)
     settings = [{"fusion": method, **_pooled(method, pool)} for method in methods]
-    data, chosen = open_training_data(store, encoders, device, reads)
-    used = describe_features(chosen, data.widths)
+    data = open_training_data(store, encoders, device, reads)
     title = f"{store.dataset}: {folds} folds, {epochs} epochs of {batch_size} rows a step"
     experiment = Experiment(base, settings, title=f"{title}, {pool}" if pool else title, costs=True, fields=("fusion",))
-    result = run_sweep(store, data, used, experiment, folder, [seed], on_trial)
+    result = run_sweep(store, data, experiment, folder, [seed], on_trial)
     write_results(result, folder)
     return result
 

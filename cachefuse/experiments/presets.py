@@ -16,7 +16,6 @@ from cachefuse.experiments.results import Published, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
 from cachefuse.experiments.token_presets import TOKEN_PRESETS
 from cachefuse.registry import lookup
-from cachefuse.runs.features import RunFeaturesByName
 from cachefuse.runs.run import Run
 from cachefuse.runs.train import train_run
 from cachefuse.store.store import FeatureStore
@@ -173,7 +172,6 @@ def preset_views(name: str, changes: Mapping[str, Any]) -> Views:
 def greedy(
     store: FeatureStore,
     data: TrainingData,
-    used: RunFeaturesByName,
     folder: Path,
     seeds: Sequence[int],
     changes: Mapping[str, Any] | None = None,
@@ -192,11 +190,11 @@ def greedy(
         experiment = _after(preset(name, data, {"folds": base.folds}), chosen)
         title = f"step {step} of {len(CHAIN)}, {experiment.title}"
         experiment = replace(experiment, base=replace(base, **chosen), title=title)
-        results.append(run_sweep(store, data, used, experiment, folder, seeds, on_trial))
+        results.append(run_sweep(store, data, experiment, folder, seeds, on_trial))
         write_results(results[-1], folder / f"{step}-{name.removeprefix('mmc-')}")
         best = results[-1].settings.index(results[-1].best)
         chosen |= experiment.settings[best]
-    run = train_run(store, data, used, replace(base, **chosen, refit=True, seed=seeds[0]))
+    run = train_run(store, data, replace(base, **chosen, refit=True, seed=seeds[0]))
     return results, run
 
 

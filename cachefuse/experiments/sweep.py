@@ -23,7 +23,7 @@ from cachefuse.feature_spec import modalities_of
 from cachefuse.files import to_json
 from cachefuse.metrics.bootstrap import bootstrap_intervals
 from cachefuse.nn.losses import build_loss
-from cachefuse.runs.features import RunFeaturesByName, describe_features
+from cachefuse.runs.features import describe_features
 from cachefuse.runs.run import split_digest
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
@@ -85,9 +85,8 @@ def sweep(
 
     Raises ConfigError for settings that don't fit one another or the dataset, before anything is trained.
     """
-    data, chosen = open_training_data(store, encoders, device, views_of(base, settings))
-    used = describe_features(chosen, data.widths)
-    result = run_sweep(store, data, used, Experiment(base, settings), folder, seeds, on_trial)
+    data = open_training_data(store, encoders, device, views_of(base, settings))
+    result = run_sweep(store, data, Experiment(base, settings), folder, seeds, on_trial)
     write_results(result, folder)
     return result
 
@@ -101,13 +100,12 @@ def views_of(base: TrainConfig, settings: Sequence[Mapping[str, Any]]) -> Views:
 def run_sweep(
     store: FeatureStore,
     data: TrainingData,
-    used: RunFeaturesByName,
     experiment: Experiment,
     folder: Path,
     seeds: Sequence[int],
     on_trial: Callable[[SweepResult], None] = lambda result: None,
 ) -> SweepResult:
-    """Do what ``sweep`` does, with a problem that is open already; of the files, only the trials are written."""
+    """Do what ``sweep`` does, with data that are open already; of the files, only the trials are written."""
     base, settings = experiment.base, [parse_setting(setting) for setting in experiment.settings]
     if not settings or not seeds or len(set(seeds)) < len(seeds):
         given = f"{len(settings)} settings and " + (f"seeds {', '.join(map(str, seeds))}" if seeds else "no seeds")
@@ -117,7 +115,7 @@ def run_sweep(
     configs = [[data.resolve(_changed(base, {**own, "seed": seed})) for seed in seeds] for own in settings]
     _check(data, [own[0] for own in configs])
     metrics = tuple(dict.fromkeys((base.monitor or data.metric, *data.metrics)))
-    digest = _digest(store, data, used, metrics)
+    digest = _digest(store, data, metrics)
     keys = [[_key(digest, config) for config in own] for own in configs]
     config_of = dict(zip(itertools.chain(*keys), itertools.chain(*configs), strict=True))
     done: dict[str, Trial] = {}
@@ -286,12 +284,11 @@ def _key(digest: str, config: TrainConfig) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _digest(store: FeatureStore, data: TrainingData, used: RunFeaturesByName, metrics: Sequence[str]) -> str:
+def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str]) -> str:
     """Hash what all trials share: features by their keys, samples and splits, targets, and how they are judged."""
+    features = describe_features(data.stored, data.widths)
     about = {
-        "features": {
-            modality: [(one.encoder, one.key, one.width) for one in group] for modality, group in used.items()
-        },
+        "features": {name: [(one.encoder, one.key, one.width) for one in group] for name, group in features.items()},
         "splits": split_digest(store),
         "classes": data.classes,
         "task": data.task,

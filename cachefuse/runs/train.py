@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 
-from cachefuse.runs.features import RunFeaturesByName, describe_features
+from cachefuse.runs.features import describe_features
 from cachefuse.runs.results import measure
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.store import FeatureStore
@@ -24,32 +24,31 @@ def train_head(
 ) -> Run:
     """Train a head on a store's ``train`` rows and measure it on every labelled split; nothing is written.
 
-    With ``config.folds``, ``train`` and ``val`` are taken together, and each part is measured by a model that has not
-    seen it ("oof"). Of ``train`` itself at most 100,000 rows, evenly spread, are measured.
+    With ``config.folds``, ``train`` and ``val`` are taken together, and each fold is measured by a model that has not
+    seen it ("oof"). Of ``train`` itself at most 100,000 rows, evenly spread, are measured. Ctrl-C ends the training of
+    a single model at its best epoch so far, and the run is then ``interrupted``; otherwise it is passed on.
 
     ``encoders`` name the features to use, by default all that the store has. ``max_size_mb`` is the most that the
     model may take, in 10^6 bytes. Raises ConfigError for settings that don't fit the dataset, a model that is too
     large, or a modality that no training row has, DataError without training rows, TrainingError if training diverges.
     """
-    data, chosen = open_training_data(store, encoders, device, config.views)
-    used = describe_features(chosen, data.widths)
-    return train_run(store, data, used, config, max_size_mb=max_size_mb, on_progress=on_progress)
+    data = open_training_data(store, encoders, device, config.views)
+    return train_run(store, data, config, max_size_mb=max_size_mb, on_progress=on_progress)
 
 
 def train_run(
     store: FeatureStore,
     data: TrainingData,
-    used: RunFeaturesByName,
     config: TrainConfig,
     *,
     max_size_mb: float | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Run:
-    """Do what ``train_head`` does, with a problem that is open already."""
+    """Do what ``train_head`` does, with data that are open already."""
     begun = time.perf_counter()
     data, config = resolve_for(data, config, max_size_mb)
     trained = train_models(data, config, on_progress, keep_interrupted=True)
-    features = {name: used[name] for name in data.widths}
+    features = describe_features(data.stored, data.widths)
     run = Run(
         name=f"{store.dataset}-{config.fusion}-{config.head_name}-{config.loss}",
         dataset=store.dataset,

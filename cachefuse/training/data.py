@@ -1,4 +1,4 @@
-"""What there is to learn: features, targets and how they are judged; loaded once, for many trainings."""
+"""What is learnt from: features, targets and the metrics that judge a model; opened once, for many trainings."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -36,8 +36,8 @@ OUT_OF_FOLD = "oof"  # train and val together, each row measured by a model that
 class TrainingData:
     """A table of features and targets (N, C) on a device; ``metrics`` are those to report.
 
-    ``origins`` says where each modality's features are from, where they are of one encoder. ``tasks`` are what the
-    columns are of. Rows of one of the ``groups`` (N,), as those about one image, are never parted by folds.
+    ``stored`` are the features of a store, by modality, that the table was opened from. ``tasks`` are what the columns
+    are of. Rows of one of the ``groups`` (N,), as those about one image, are always in the same fold.
     """
 
     name: str
@@ -47,7 +47,7 @@ class TrainingData:
     metrics: tuple[str, ...]
     tasks: tuple[TaskSlice, ...]
     min_labels: int = 0
-    origins: Mapping[str, Origin] = field(default_factory=dict)
+    stored: Mapping[str, Sequence[Features]] = field(default_factory=dict)
     groups: np.ndarray | None = None
 
     @classmethod
@@ -66,11 +66,10 @@ class TrainingData:
 
     @classmethod
     def of(
-        cls, store: FeatureStore, table: FeatureTable, chosen: Mapping[str, Sequence[Features]] | None = None
+        cls, store: FeatureStore, table: FeatureTable, stored: Mapping[str, Sequence[Features]] | None = None
     ) -> "TrainingData":
-        """Return what a store's dataset asks of a table of its features, ``chosen`` by modality."""
+        """Return what a store's dataset asks of a table, which was opened from its ``stored`` features by modality."""
         about = store.manifest
-        origins = {m: Origin(group[0].source, group[0].provenance) for m, group in (chosen or {}).items()}
         groups = None
         for modality in store.modalities:
             shared = store.shared_rows(modality)
@@ -84,7 +83,7 @@ class TrainingData:
             metrics=about.reported_metrics,
             tasks=about.task_slices(store.classes),
             min_labels=about.min_labels,
-            origins=origins,
+            stored=stored or {},
             groups=groups,
         )
 
@@ -92,6 +91,11 @@ class TrainingData:
     def widths(self) -> dict[str, int]:
         """The widths of the features at hand, by name."""
         return {name: x.shape[1] for name, x in self.table.features.items()}
+
+    @property
+    def origins(self) -> dict[str, Origin]:
+        """Where the first features of each modality are from."""
+        return {modality: Origin(group[0].source, group[0].provenance) for modality, group in self.stored.items()}
 
     @property
     def metric(self) -> str:
@@ -151,11 +155,11 @@ class TrainingData:
         return resolve_tasks(config, self.tasks).resolve(self.task, len(self.train_rows()), self.origins, self.classes)
 
     def shuffled(self, config: TrainConfig) -> "TrainingData":
-        """Return the same problem with modalities shuffled as the settings ask for."""
+        """Return the same data with modalities shuffled as the settings ask for."""
         return replace(self, table=self.table.shuffled(config.shuffle, config.seed)) if config.shuffle else self
 
     def only(self, names: Sequence[str]) -> "TrainingData":
-        """Return the same problem with some of its features."""
+        """Return the same data with some of its features."""
         return replace(self, table=self.table.only(names))
 
     def train_rows(self) -> Tensor:
@@ -170,9 +174,8 @@ class TrainingData:
 
 def open_training_data(
     store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto", views: Views = pooled
-) -> tuple[TrainingData, dict[str, list[Features]]]:
-    """Open the views that are read of a store's features, by default all that are complete, and return the features,
-    by modality, with the problem that they pose.
+) -> TrainingData:
+    """Open the views that are read of a store's features, by default of all that are complete.
 
     A modality of which samples have several items (captions) is left out where there is another. Raises CacheError or
     ConfigError if the features are not there, and ConfigError if the dataset's task has no head, or one class alone.
@@ -184,17 +187,17 @@ def open_training_data(
         if task.one_label and task.n_classes < 2:
             one = f"{task.name or store.dataset} has one class only, {store.classes[task.columns][0]!r}"
             raise ConfigError(f"{one}: there is nothing to tell apart")
-    chosen = select_features(store, encoders, views)
-    single = {modality: group for modality, group in chosen.items() if not store.has_several(modality)}
-    for modality in chosen.keys() - single.keys() if single else ():
+    features = select_features(store, encoders, views)
+    single = {modality: group for modality, group in features.items() if not store.has_several(modality)}
+    for modality in features.keys() - single.keys() if single else ():
         logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
-    chosen = single or chosen
-    return TrainingData.of(store, load_table(store, chosen, views).to(resolve_device(device)), chosen), chosen
+    features = single or features
+    return TrainingData.of(store, load_table(store, features, views).to(resolve_device(device)), features)
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What models of one part are trained on: rows (n,) of a table.
+    """What models of one split are trained on: rows (n,) of a table.
 
     The table is standardised already where memory allows; elsewhere ``standardize`` is still to be applied.
     """
@@ -205,7 +208,7 @@ class TrainingSet:
 
     @classmethod
     def prepare(cls, data: TrainingData, model: FusionModel, rows: Tensor) -> "TrainingSet":
-        """Take the model's statistics from its rows (n,), and bring the table to hand."""
+        """Take the model's statistics from its rows (n,), and bring the table into memory where that is allowed."""
         table, rows = data.table.only(model.widths), rows.to(data.device)
         model.fit_statistics(table.features, table.present, rows, table.feature_rows)
         at_hand = table.at_hand(model.standardize)

@@ -141,7 +141,7 @@ class FeatureSet:
         Raises as ``open_training_data`` does.
         """
         self.store = store
-        self.table = open_training_data(store, encoders, "cpu")[0].table
+        self.table = open_training_data(store, encoders, "cpu").table
 
     @property
     def classes(self) -> tuple[str, ...]:

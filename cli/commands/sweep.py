@@ -76,7 +76,6 @@ def sweep(
             from cachefuse.experiments import presets
             from cachefuse.experiments.files import write_results
             from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
-            from cachefuse.runs.features import describe_features
             from cachefuse.runs.save import save_run
             from cachefuse.training.data import open_training_data
             from cachefuse.workspace import WorkspacePaths
@@ -87,18 +86,17 @@ def sweep(
             tried = _tried(grid, settings, preset, changes)
             store = open_store(workspace, dataset)
             views = presets.preset_views(preset, changes) if preset else views_of(base, tried)
-            data, chosen = open_training_data(store, encoder or (), device, views)
-            used = describe_features(chosen, data.widths)
+            data = open_training_data(store, encoder or (), device, views)
             label = name or f"{store.dataset}-{preset or _hash(base, tried, encoder)}"
             folder = workspace / "sweeps" / slug(label)
             numbers = range(base.seed, base.seed + seeds)
         with sweep_tables.SweepProgress() as progress:
             if preset == presets.GREEDY:
-                results, run = presets.greedy(store, data, used, folder, numbers, changes, progress.update)
+                results, run = presets.greedy(store, data, folder, numbers, changes, progress.update)
                 save_run(run, WorkspacePaths(workspace).runs)
             else:
                 experiment = presets.preset(preset, data, changes) if preset else Experiment(base, tried)
-                results, run = [run_sweep(store, data, used, experiment, folder, numbers, progress.update)], None
+                results, run = [run_sweep(store, data, experiment, folder, numbers, progress.update)], None
                 write_results(results[0], folder)
     if json:
         render.print_json(sweep_tables.sweeps_dict(results, folder, run))

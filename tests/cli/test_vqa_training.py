@@ -158,7 +158,7 @@ def test_the_report_says_how_right_the_answers_are(cachefuse, extracted, folder)
 def test_folds_never_part_questions_about_one_image(cachefuse, extracted, folder, monkeypatch):
     monkeypatch.setattr("cachefuse.training.split.STOP_PARTS", 1000)  # more than there are images
     store = FeatureStore(folder / "workspace/cache/vqa2.zarr")
-    training, _ = open_training_data(store)
+    training = open_training_data(store)
     parts = make_splits(training, TrainConfig(folds=4, patience=2))
     images = store.feature_rows("image")
     held_out = torch.cat([part.held_out for part in parts])
@@ -236,7 +236,7 @@ class TestWritten:
     @pytest.mark.slow
     def test_a_step_s_cost_is_that_of_learning(self, cachefuse, tokens, folder, monkeypatch):
         config = TrainConfig(fusion="midfusion", fusion_options={"answers": "text", "decoder_layers": 1, "width": 8})
-        training, _ = open_training_data(FeatureStore(folder / "workspace/cache/vqa2.zarr"), views=config.views)
+        training = open_training_data(FeatureStore(folder / "workspace/cache/vqa2.zarr"), views=config.views)
         steps, real = [], AnswerWriter.learn
         monkeypatch.setattr(AnswerWriter, "learn", lambda self, *args: steps.append(1) or real(self, *args))
         assert measure_costs(training, training.resolve(config)).steps_per_second > 0
@@ -279,7 +279,7 @@ class TestWritten:
 
 def test_targets_are_how_right_each_answer_is(cachefuse, extracted, folder):
     store = FeatureStore(folder / "workspace/cache/vqa2.zarr")
-    training, _ = open_training_data(store)
+    training = open_training_data(store)
     rows = training.rows("train", "val")
     targets = training.targets(rows)
     assert targets.shape == (180, len(store.classes))
@@ -301,7 +301,7 @@ def test_notebooks_get_the_features_of_a_question_s_image(cachefuse, extracted, 
 
 
 def test_shuffled_images_are_other_questions_images(cachefuse, extracted, folder):
-    training, _ = open_training_data(FeatureStore(folder / "workspace/cache/vqa2.zarr"))
+    training = open_training_data(FeatureStore(folder / "workspace/cache/vqa2.zarr"))
     rows = torch.arange(len(training.table.labelled))
     own, theirs = (
         table.batch(rows)[0]["image"] for table in (training.table, training.table.shuffled({"image": 1.0}, 0))

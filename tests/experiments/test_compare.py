@@ -20,7 +20,6 @@ from cachefuse.experiments.settings import parse_setting
 from cachefuse.experiments.sweep import run_sweep, sweep
 from cachefuse.experiments.token_presets import RECIPES, TOKEN_PRESETS
 from cachefuse.fusion import FUSIONS
-from cachefuse.runs.features import describe_features
 from cachefuse.runs.train import train_head
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
@@ -39,8 +38,7 @@ def hurried(monkeypatch):
 
 
 def open_all(store, views):
-    data, chosen = open_training_data(store, views=views)
-    return store, data, describe_features(chosen, data.widths)
+    return store, open_training_data(store, views=views)
 
 
 @pytest.mark.slow
@@ -109,7 +107,7 @@ def test_costs_leave_no_trace(toy_store):
     """What is measured draws its own random numbers and changes neither the store nor a training after it."""
     store, config = toy_store(), TrainConfig(fusion="sum", epochs=1)
     before = train_head(store, config).members[0].model.state_dict()
-    _, data, _ = open_all(store, config.views)
+    _, data = open_all(store, config.views)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     measure_costs(data, data.resolve(config))
@@ -198,7 +196,7 @@ class TestPresets:
 
 class TestShuffle:
     def test_rows_get_others(self, toy_store):
-        _, data, _ = open_all(toy_store(absent={"text": {3}}), TrainConfig(fusion="cma").views)
+        _, data = open_all(toy_store(absent={"text": {3}}), TrainConfig(fusion="cma").views)
         rows = torch.arange(60)
         whole, _ = data.table.batch(rows)
         table = data.table.shuffled({"text": 0.5}, seed=0)
@@ -216,7 +214,7 @@ class TestShuffle:
         assert np.array_equal(table.lengths, data.table.lengths[source])
 
     def test_all_or_none(self, toy_store):
-        _, data, _ = open_all(toy_store(), TrainConfig().views)
+        _, data = open_all(toy_store(), TrainConfig().views)
         assert data.shuffled(TrainConfig()) is data
         everything = data.table.shuffled({"text": 1.0}, seed=0).sources["text"]
         assert (everything != torch.arange(60)).all()

@@ -12,7 +12,6 @@ from cachefuse.experiments.files import JOURNAL
 from cachefuse.experiments.presets import BASE, CHAIN, PRESETS, greedy, preset
 from cachefuse.experiments.settings import parse_setting
 from cachefuse.experiments.sweep import run_sweep
-from cachefuse.runs.features import describe_features
 from cachefuse.runs.predict import predict_split
 from cachefuse.runs.save import load_run, save_run
 from cachefuse.training.data import open_training_data
@@ -22,8 +21,7 @@ from fixtures.messages import naming
 @pytest.fixture
 def opened(toy_store):
     store = toy_store()
-    data, chosen = open_training_data(store)
-    return store, data, describe_features(chosen, data.widths)
+    return store, open_training_data(store)
 
 
 @pytest.mark.parametrize("name", PRESETS)

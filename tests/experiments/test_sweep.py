@@ -14,7 +14,6 @@ from cachefuse.errors import ConfigError, DataError
 from cachefuse.experiments.files import JOURNAL
 from cachefuse.experiments.settings import grid
 from cachefuse.experiments.sweep import Experiment, run_sweep, sweep
-from cachefuse.runs.features import describe_features
 from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
@@ -207,10 +206,9 @@ def test_a_warning_is_heard_once(make_store, folder, caplog):
 
 def test_a_problem_is_opened_once_for_many_sweeps(toy_store, folder):
     store = toy_store()
-    data, chosen = open_training_data(store)
-    used = describe_features(chosen, data.widths)
+    data = open_training_data(store)
     experiment = Experiment(LINEAR, [{"lr": 0.1}, {"lr": 0.2}], "a title", [(0.5, 0.1), None])
-    result = run_sweep(store, data, used, experiment, folder, (0,))
+    result = run_sweep(store, data, experiment, folder, (0,))
     assert (result.title, [setting.published for setting in result.settings]) == ("a title", [(0.5, 0.1), None])
     assert sorted(path.name for path in folder.iterdir() if path.name[0] != ".") == [JOURNAL]
 

@@ -90,7 +90,7 @@ def tasks_store(tmp_path, add_features):
 
 @pytest.fixture
 def data(tasks_store):
-    return open_training_data(tasks_store())[0]
+    return open_training_data(tasks_store())
 
 
 def cma(**settings):
@@ -129,12 +129,12 @@ def test_rows_without_a_label_have_no_gradient_in_its_task(data):
 
 
 def test_one_task_is_trained_as_a_dataset_of_it_alone(tasks_store):
-    several = open_training_data(tasks_store())[0]
+    several = open_training_data(tasks_store())
     for name, columns, kind in (("color", slice(0, 3), "multiclass"), ("tags", slice(5, 8), "multilabel")):
         text = MANIFEST.partition("[tasks.")[0] + f'[tasks.{name}]\ntask = "{kind}"\n'
         store = tasks_store(text, CLASSES[columns], columns)
         config = TrainConfig(head="linear", epochs=3)
-        named = open_training_data(store)[0]
+        named = open_training_data(store)
         alone = TrainingData.of_one_task("alone", named.table, named.classes, kind, ("accuracy",))
         assert several.tasks[0].name == "color"
         one, other = (train_models(of, of.resolve(config)) for of in (named, alone))
@@ -232,7 +232,7 @@ def test_folds(settings, tasks_store, caplog):
 
 @pytest.mark.parametrize("without", [(), ("modality-attention",)])
 def test_tuning_trains_modality_attention_and_heads_alone(without, tasks_store):
-    data = open_training_data(tasks_store(), views=cma().views)[0]
+    data = open_training_data(tasks_store(), views=cma().views)
     config = data.resolve(cma(stages=(WARM_UP, TUNING), without=without))
     (split,) = make_splits(data, config)
     after = {}
@@ -255,7 +255,7 @@ def test_tuning_trains_modality_attention_and_heads_alone(without, tasks_store):
 
 
 def test_tuning_begins_at_the_best_of_the_warm_up(tasks_store):
-    data = open_training_data(tasks_store(), views=cma().views)[0]
+    data = open_training_data(tasks_store(), views=cma().views)
     config = data.resolve(cma(stages=(WARM_UP, TUNING), epochs=8, lr=0.3, patience=2, schedule="constant"))
     (split,) = make_splits(data, config)
     _, history = train_model(data, config, split)
@@ -307,7 +307,7 @@ def test_gates_are_each_tasks_own(tasks_store, tmp_path):
     np.testing.assert_allclose(weights.sum(2), 1, atol=1e-6)
     assert np.abs(weights[:, 0] - weights[:, 1]).max() > 1e-3
     targets = store.targets[found.rows]
-    table = open_training_data(store, views=run.config.views)[0].table
+    table = open_training_data(store, views=run.config.views).table
     model = copy.deepcopy(run.members[0].model).eval()
     with torch.no_grad():
         expected = model.modality_weights(*table.batch(torch.from_numpy(found.rows))).numpy()
@@ -377,7 +377,7 @@ def test_averaged_weights_over_tokens(tasks_store):
 
 def test_few_rows_with_a_label_choose_no_thresholds(tasks_store):
     store = tasks_store()
-    data = open_training_data(store)[0]
+    data = open_training_data(store)
     val = data.rows("val")
     data.table.targets[val[1:], 5:] = -1
     trained = train_models(data, data.resolve(TrainConfig(head="linear", epochs=1)))

@@ -33,7 +33,7 @@ def rows_of(store, *splits):
 
 def test_each_fold_is_measured_by_a_model_that_has_not_seen_it(toy_store):
     store = toy_store()
-    data, _ = open_training_data(store)
+    data = open_training_data(store)
     parts = make_splits(data, quick(folds=4))
     everything = rows_of(store, "train", "val")
     assert sorted(torch.cat([part.held_out for part in parts]).tolist()) == sorted(everything)
@@ -42,7 +42,7 @@ def test_each_fold_is_measured_by_a_model_that_has_not_seen_it(toy_store):
 
 
 def test_with_patience_a_fold_has_no_say_in_when_to_stop(toy_store):
-    data, _ = open_training_data(toy_store())
+    data = open_training_data(toy_store())
     for part in make_splits(data, quick(folds=4, patience=3)):
         train, stop, held_out = (set(rows.tolist()) for rows in (part.train, part.validate, part.held_out))
         assert stop
