@@ -7,16 +7,14 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.data import PairData, embed, in_batches
 from cachefuse.alignment.model import Aligner, Side
 from cachefuse.alignment.ranks import Embedded, best_ranks, recall_at
 from cachefuse.errors import TrainingError
-from cachefuse.threads import adapt_threads, idle_threads
-from cachefuse.training.loop import Epoch, History, keep_freed_memory
-from cachefuse.training.optim import EMA
+from cachefuse.threads import idle_threads
+from cachefuse.training.loop import Epoch, EpochLoop, History, Optimization, keep_freed_memory
 
 ReadChunk = Callable[[int, Tensor], Side]  # (side, item rows) -> features and mask, on the model's device
 
@@ -28,29 +26,27 @@ def fit(
     data: PairData,
     train: np.ndarray,
     validate: np.ndarray,
-    optimizer: torch.optim.Optimizer,
-    schedule: LRScheduler,
+    optimization: Optimization,
     generator: torch.Generator,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> History:
     """Train on some samples (n,) for the settings' epochs, or until ``patience`` of them were no better on others (m,).
 
     The best epoch's weights stay (averaged ones with EMA); without samples to validate on, the last one's. Raises
-    TrainingError if training diverges. Ctrl-C ends training at the best epoch so far, if there is one.
+    TrainingError if training diverges. Ctrl-C ends training at the best epoch so far; if there is none, it is passed
+    on.
     """
     keep_freed_memory()
     device = model.log_temperature.device
-    ema = EMA(model, config.ema) if config.ema else None
-    kept = ema.model if ema else model
-    history = History()
-    best_score, best_state = -math.inf, {}
+    optimizer, schedule, ema = optimization.optimizer, optimization.schedule, optimization.ema
+    kept = model if ema is None else ema.model
+    loop = EpochLoop(kept, config.epochs, config.patience)
 
     def read(side: int, index: Tensor) -> Side:
         return data.sides[side].read(index, device)
 
     try:
-        for epoch in range(1, config.epochs + 1):
-            threads = adapt_threads()
+        for _ in loop:
             model.train()
             total = torch.zeros((), device=device)
             n_pairs = 0
@@ -59,33 +55,26 @@ def fit(
                 optimizer.zero_grad()
                 value = backward(model, read, items, config.chunk_size, config.targets)
                 optimizer.step()
-                schedule.step()
+                if schedule:
+                    schedule.step()
                 model.bound_temperature()
                 if ema:
                     ema.update()
                 total.add_(value, alpha=len(samples))
                 n_pairs += len(samples)
-            mean_loss = total.item() / n_pairs
-            if not math.isfinite(mean_loss):
-                raise TrainingError(f"training diverged in epoch {epoch}: the loss is {mean_loss}; take a lower lr")
-            score, val_loss, better = None, None, True
+            train_loss = loop.check(total.item() / n_pairs)
+            score = val_loss = monitor = None
             if len(validate):
                 score, val_loss = _validate(kept, data, validate, config)
-                judged = -val_loss if config.monitor == "loss" else score
-                better, best_score = judged > best_score, max(judged, best_score)
-            history.epochs.append(Epoch(epoch, mean_loss, score, better, val_loss, threads=threads))
-            if better:
-                best_state = {name: x.clone() for name, x in kept.state_dict().items()}
-                history.best_epoch = epoch
-            on_epoch(history.epochs[-1])
-            if config.patience and epoch - history.best_epoch >= config.patience:
-                break
+                monitor = -val_loss if config.monitor == "loss" else score
+            on_epoch(loop.end_epoch(train_loss, score, val_loss, monitor=monitor))
     except KeyboardInterrupt:
-        if not history.best_epoch:
+        if not loop.restore_best(model):
             raise
-        history.interrupted = True
-    model.load_state_dict(best_state)
-    return history
+        loop.history.interrupted = True
+        return loop.history
+    loop.restore_best(model)
+    return loop.history
 
 
 def backward(model: Aligner, read: ReadChunk, items: tuple[Tensor, Tensor], chunk_size: int, targets: str) -> Tensor:

@@ -20,7 +20,8 @@ from cachefuse.store.features import Features
 from cachefuse.store.store import FeatureStore
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 from cachefuse.training.data import TRAIN, VAL
-from cachefuse.training.loop import History
+from cachefuse.training.loop import History, Optimization
+from cachefuse.training.optim import EMA
 from cachefuse.training.train import Progress
 
 KS = (1, 5, 10)
@@ -71,8 +72,9 @@ def align(
         data,
         train,
         validate,
-        optimizer,
-        SCHEDULES[config.schedule](optimizer, steps),
+        Optimization(
+            optimizer, SCHEDULES[config.schedule](optimizer, steps), EMA(model, config.ema) if config.ema else None
+        ),
         torch.Generator().manual_seed(config.seed),
         on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.epochs, epoch)),
     )

@@ -21,7 +21,8 @@ from cachefuse.bench.timing import BenchRow, by_turns, seconds, timed
 from cachefuse.device import resolve_device
 from cachefuse.nn.transformer import EXPANSION
 from cachefuse.threads import same_threads
-from cachefuse.training.optim import adamw, constant
+from cachefuse.training.loop import Optimization
+from cachefuse.training.optim import EMA, adamw
 
 K = 10
 REST = 0.3  # seconds
@@ -63,10 +64,10 @@ class AlignBench:
         model = Aligner([self.sizes.width] * 2, config).to(self.device)
         fit_statistics(model, self.data, self.data.samples)
         model.to(self.device)
-        optimizer = adamw(model.parameters(), lr=config.lr)
+        optimization = Optimization(adamw(model.parameters(), lr=config.lr), ema=EMA(model, config.ema))
         ends: list[float] = []
         fit(
-            model, config, self.data, self.data.samples, self.data.samples[:0], optimizer, constant(optimizer, 1),
+            model, config, self.data, self.data.samples, self.data.samples[:0], optimization,
             torch.Generator().manual_seed(0), on_epoch=lambda epoch: ends.append(time.perf_counter()),
         )  # fmt: skip
         return (ends[-1] - ends[0]) / n

@@ -15,6 +15,8 @@ from cachefuse.alignment.ranks import best_ranks, recall_at
 from cachefuse.errors import TrainingError
 from cachefuse.nn import TARGETS
 from cachefuse.training import OPTIMIZERS, SCHEDULES
+from cachefuse.training.loop import Optimization
+from cachefuse.training.optim import EMA
 from fixtures.messages import naming
 
 WIDTHS = (6, 5)
@@ -38,8 +40,7 @@ def prepare(data, config, seed=0):
         data,
         data.of("train"),
         data.of("val"),
-        optimizer,
-        schedule,
+        Optimization(optimizer, schedule, EMA(model, config.ema) if config.ema else None),
         torch.Generator().manual_seed(seed),
     )
 
@@ -116,7 +117,7 @@ def test_the_temperature_comes_back_from_its_bounds(correlated, monkeypatch, gra
     monkeypatch.setattr(loop, "backward", backward_of_one_parameter)
     config = AlignConfig(**{**SMALL, "epochs": 41}, lr=0.5, optimizer="sgd", schedule="constant", ema=0.0)
     arguments = prepare(correlated(32, 0), config)
-    arguments[5].param_groups[0].update(momentum=0.0, nesterov=False)
+    arguments[5].optimizer.param_groups[0].update(momentum=0.0, nesterov=False)
     seen = []
     fit(*arguments, on_epoch=lambda epoch: seen.append(arguments[0].log_temperature.item()))
     assert seen[20:40] == pytest.approx([bound] * 20)
