@@ -6,6 +6,7 @@ import re
 import pytest
 
 from cachefuse.experiments import costs
+from fixtures.messages import says
 
 QUICK = ("compare", "--methods", "image,text,sum,tirg", "--folds", "2", "--epochs", "1")
 
@@ -39,15 +40,15 @@ def test_a_table_of_what_to_choose_from(cachefuse, workspace, fits):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--methods", "smu"), "unknown fusion 'smu' (did you mean 'sum'?)"),
-        (("--methods", ""), "unknown fusion ''"),
-        (("--folds", "1"), "folds must be 0 for none, or at least 2"),
-        (("--epochs", "0"), "epochs must be between 1 and"),
-        ((), "workspace/cache/mine.zarr holds no tokens of image; make them with cachefuse extract --dataset mine"),
+        (("--methods", "smu"), "fusion smu sum"),
+        (("--methods", ""), "fusion"),
+        (("--folds", "1"), "folds 0 2"),
+        (("--epochs", "0"), "epochs 1"),
+        ((), "workspace/cache/mine.zarr tokens image extract --dataset mine"),
         (("--dataset", "nothing"), ""),
     ],
 )
 def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):
     result = cachefuse("compare", *args)
     assert result.code == 1
-    assert result.error.startswith(message)
+    assert says(result.error, message)

@@ -11,6 +11,7 @@ from cachefuse.runs.files import find_run
 from cachefuse.runs.save import load_run
 from cachefuse.store.columns import column_checksum
 from cachefuse.store.store import FeatureStore
+from fixtures.messages import says
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def row(text, name):
 def test_shows_metrics_with_intervals_and_figures_by_class(cachefuse, workspace, figures, fits):
     result = cachefuse("evaluate")
     assert result.code == 0
-    assert "run mine-sum-linear-asl-1: sum of classic (image), classic (text)" in result.err
+    assert says(result.err, "mine-sum-linear-asl-1 classic image text")
     assert result.out.startswith(f"mine, val: {figures.n_rows} rows")
     low, high = figures.intervals["micro_f1"]
     assert row(result.out, "micro-F1") == [f"{figures.metrics['micro_f1']:.3f}", f"{low:.3f}", "-", f"{high:.3f}"]
@@ -79,11 +80,12 @@ def test_weights_that_can_not_be_written_are_refused_before_anything_is_measured
     measured = []
     monkeypatch.setattr("cachefuse.runs.evaluate.evaluate", lambda *args, **options: measured.append(args))
     plain = cachefuse("evaluate", "--gates", "gates.csv")
-    assert (plain.code, "does not weigh modalities" in plain.error) == (1, True)
+    assert (plain.code, says(plain.error, "gated cma")) == (1, True)
     cachefuse("train-head", "--fusion", "gated", "--head", "linear", "--epochs", "1")
-    for target, why in ((".", "it is a folder"), ("nowhere/gates.csv", "there is no folder nowhere")):
+    for target, named in ((".", "folder"), ("nowhere/gates.csv", "nowhere/gates.csv")):
         result = cachefuse("evaluate", "--gates", target)
-        assert (result.code, result.error) == (1, f"can't write {target}: {why}")
+        assert result.code == 1
+        assert says(result.error, named)
     assert measured == []
 
 
@@ -97,18 +99,18 @@ def test_says_that_rows_were_trained_on_once(cachefuse, workspace):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--split", "dev"], "mine has no rows in split 'dev'; its splits are: train, val, test"),
-        (["--split", "test"], "mine has no labels in split 'test'; those with labels are: train, val"),
-        (["--without", "audio"], "unknown modality 'audio'; choose from: image, text"),
-        (["--without", "image", "--without", "text"], "run mine-sum-linear-asl-1 reads image and text; without them"),
-        (["--run", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-sum-linear-asl-1"),
-        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--split", "dev"], "mine dev train val test"),
+        (["--split", "test"], "mine test train val"),
+        (["--without", "audio"], "audio image text"),
+        (["--without", "image", "--without", "text"], "mine-sum-linear-asl-1 image text"),
+        (["--run", "nope"], "nope workspace/runs mine-sum-linear-asl-1"),
+        (["--device", "tpu"], "device tpu"),
     ],
 )
 def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):
     result = cachefuse("evaluate", *args)
     assert (result.code, result.out) == (1, "")
-    assert result.error.startswith(message)
+    assert says(result.error, message)
 
 
 def test_says_how_to_go_on_where_the_splits_have_changed(cachefuse, workspace):
@@ -118,15 +120,15 @@ def test_says_how_to_go_on_where_the_splits_have_changed(cachefuse, workspace):
     array = zarr.open_group(store, mode="a")["samples"]["split"]
     array[:] = splits
     array.attrs["checksum"] = column_checksum(splits)
-    assert cachefuse("evaluate").error.endswith("train again, or name a --split: train, val")
+    assert says(cachefuse("evaluate").error, "--split train val")
     result = cachefuse("evaluate", "--split", "val", "--no-intervals")
     assert result.code == 0
-    assert "note: samples or splits changed since run mine-sum-linear-asl-1 was trained" in result.err
+    assert says(result.err, "note mine-sum-linear-asl-1")
 
 
 def test_says_that_there_are_no_features(cachefuse, workspace):
     shutil.rmtree(workspace / "cache")
-    assert "no features of mine in workspace; make them with cachefuse extract" in cachefuse("evaluate").error
+    assert says(cachefuse("evaluate").error, "mine extract")
 
 
 def test_an_interrupt_is_told(cachefuse, workspace, monkeypatch):

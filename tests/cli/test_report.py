@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fixtures.messages import says
+
 TABLE = """
 name = "photos"
 task = "multilabel"
@@ -59,7 +61,7 @@ def test_writes_a_page_into_the_run(cachefuse, workspace, name, fits):
     assert result.code == 0
     assert re.fullmatch(rf"wrote workspace/runs/{name}/report.html \((\d+) kB\)\n", result.out)
     assert int(re.search(r"\((\d+) kB", result.out)[1]) == round(size / 1000)
-    assert f"run {name}: sum of classic" in result.err
+    assert says(result.err, f"{name} classic")
     assert page.read_text().count('<img src="data:image/jpeg') == 24
     fits(result.out)
 
@@ -80,10 +82,10 @@ def test_a_run_elsewhere_gets_its_page_there(cachefuse, workspace, name, folder)
 def test_without_the_raw_data_it_says_where_pictures_come_from(cachefuse, photos):
     result = cachefuse("report", "-o", "r.html")
     assert result.code == 0
-    assert "note: without the raw data there are no pictures and texts of examples; say where it is with" in result.err
+    assert says(result.err, "note --data-dir")
     assert "<img" not in Path("r.html").read_text()
     result = cachefuse("report", "-o", "r.html", "--data-dir", photos)
-    assert "without the raw data" not in result.err
+    assert "--data-dir" not in result.err
     page = Path("r.html").read_text()
     assert page.count("<img") > 2
     assert ">photo number " in page
@@ -92,24 +94,24 @@ def test_without_the_raw_data_it_says_where_pictures_come_from(cachefuse, photos
 def test_raw_data_that_is_named_must_be_there(cachefuse, photos):
     result = cachefuse("report", "--data-dir", "gone")
     assert (result.code, result.out) == (1, "")
-    assert result.error.startswith("no raw data for photos in gone: missing train.csv")
+    assert says(result.error, "photos gone train.csv")
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--run", "nope"], "no run 'nope' in workspace/runs; the runs are: mine-"),
-        (["--split", "dev"], "mine has no rows in split 'dev'; its splits are: train, val, test"),
-        (["--split", "test"], "mine has no labels in split 'test'; those with labels are: train, val"),
-        (["--output", "gone/r.html"], "can't write gone/r.html: there is no folder gone"),
-        (["--output", "workspace"], "can't write workspace: it is a folder"),
-        (["--device", "tpu"], "unknown device 'tpu'"),
+        (["--run", "nope"], "nope workspace/runs mine-"),
+        (["--split", "dev"], "mine dev train val test"),
+        (["--split", "test"], "mine test train val"),
+        (["--output", "gone/r.html"], "gone/r.html folder"),
+        (["--output", "workspace"], "workspace folder"),
+        (["--device", "tpu"], "device tpu"),
     ],
 )
 def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):
     result = cachefuse("report", *args)
     assert (result.code, result.out) == (1, "")
-    assert result.error.startswith(message)
+    assert says(result.error, message)
     assert not list(workspace.rglob("*.html"))
 
 
@@ -120,7 +122,7 @@ def test_an_interrupt_writes_nothing(cachefuse, workspace, monkeypatch):
     monkeypatch.setattr("cachefuse.report.run_page.report_html", stop)
     result = cachefuse("report")
     assert result.code == 130
-    assert "note: interrupted; nothing was written; run the same command again" in result.err
+    assert says(result.err, "note interrupted")
     assert not list(workspace.rglob("*.html"))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from cachefuse.experiments.presets import GREEDY, PRESETS, TOKEN_PRESETS
 from cachefuse_cli.commands.sweep import PRESET_NAMES
+from fixtures.messages import says
 
 QUICK = ("--head", "linear", "--epochs", "2", "--patience", "0", "--seeds", "2")
 LOSSES = ("--grid", "loss=bce,asl")
@@ -125,7 +126,7 @@ def test_the_presets_are_listed():
 def test_seeds_out_of_range_are_usage_errors(seeds, cachefuse, workspace):
     result = cachefuse("sweep", *LOSSES, "--seeds", seeds)
     assert result.code == 2
-    assert "Invalid value for '--seeds'" in result.err
+    assert says(result.err, "--seeds")
     assert re.search("than or equal to 1|1<=x<=1000", result.err)  # in the words of either version of Typer
 
 
@@ -174,52 +175,52 @@ def test_the_greedy_preset_ends_in_a_run(cachefuse, workspace, monkeypatch, fits
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((), "a sweep needs one of --grid, --settings and --preset"),
-        ((*LOSSES, "--preset", "mmc-losses"), "a sweep needs one of --grid, --settings and --preset"),
-        (("--grid", "loss"), "a grid is given as dropout=0,0.5. Got 'loss' instead"),
-        (("--grid", "loss="), "unknown loss ''; choose from: asl, bce, ce, focal"),
-        (("--grid", "=1"), "unknown setting ''; choose from: "),
-        (("--grid", "dropout=0,,1"), "dropout must be a number. Got '' instead"),
-        (("--grid", "dropout=0,1"), "dropout must be at least 0 and below 1. Got 1.0 instead"),
-        (("--grid", "droput=0,1"), "unknown setting 'droput' (did you mean 'dropout'?)"),
-        (("--grid", "epochs=two"), "epochs must be a whole number. Got 'two' instead"),
-        (("--grid", "layers=8"), "head 'linear' has no hidden layers. Got (8,) instead"),
-        (("--grid", "seed=1,2"), "seed can't differ between settings: seeds are given apart"),
-        ((*LOSSES, *LOSSES), "the grid has loss twice; give all its values at once"),
-        ((*LOSSES, "--loss", "asl"), "loss is among the settings to try; leave out --loss"),
-        ((*LOSSES, "--refit"), "a sweep does without refit: models trained on every row have none left"),
-        ((*LOSSES, "--dataset", "other"), "no features of other in workspace"),
-        (("--settings", "none.toml"), "none.toml: No such file or directory"),
-        (("--preset", "mmc-losse"), "unknown preset 'mmc-losse' (did you mean 'mmc-losses'?); choose from: cma-irr"),
-        (("--preset", "mmc-losses", "--loss", "asl"), "preset mmc-losses tries values of loss itself; leave it out"),
-        (("--preset", "mmc-greedy"), "preset mmc-greedy tries values of epochs itself; leave it out"),
-        (("--preset", "mmc-losses"), "head 'linear' has no hidden layers. Got (2048,) instead"),
+        ((), "--grid --settings --preset"),
+        ((*LOSSES, "--preset", "mmc-losses"), "--grid --settings --preset"),
+        (("--grid", "loss"), "dropout=0,0.5 loss"),
+        (("--grid", "loss="), "loss asl bce ce focal"),
+        (("--grid", "=1"), "setting"),
+        (("--grid", "dropout=0,,1"), "dropout"),
+        (("--grid", "dropout=0,1"), "dropout 0 1 1.0"),
+        (("--grid", "droput=0,1"), "droput dropout"),
+        (("--grid", "epochs=two"), "epochs two"),
+        (("--grid", "layers=8"), "head linear layers 8"),
+        (("--grid", "seed=1,2"), "seed"),
+        ((*LOSSES, *LOSSES), "loss"),
+        ((*LOSSES, "--loss", "asl"), "loss --loss"),
+        ((*LOSSES, "--refit"), "refit"),
+        ((*LOSSES, "--dataset", "other"), "other workspace"),
+        (("--settings", "none.toml"), "none.toml"),
+        (("--preset", "mmc-losse"), "preset mmc-losse mmc-losses"),
+        (("--preset", "mmc-losses", "--loss", "asl"), "preset loss"),
+        (("--preset", "mmc-greedy"), "preset epochs"),
+        (("--preset", "mmc-losses"), "head linear layers 2048"),
     ],
 )
 def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):
     result = cachefuse("sweep", *QUICK, *args)
     assert (result.code, result.out) == (1, "")
-    assert result.error.startswith(message)
+    assert says(result.error, message)
     assert not (workspace / "sweeps").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("setting = [", "tried.toml: not a TOML file: "),
-        (b"\xff", "tried.toml: not a TOML file: "),
-        ("", "tried.toml: must hold a [[setting]] for each, and nothing else"),
-        ("setting = 3", "tried.toml: must hold a [[setting]] for each"),
-        ("setting = [3]", "tried.toml: must hold a [[setting]] for each"),
-        ("[[setting]]\nlr = 1\n[other]", "tried.toml: must hold a [[setting]] for each"),
-        ("[[setting]]\nlr = 'x'", "lr must be a number. Got 'x' instead"),
-        ("[[setting]]\nlr = true\nlosss = 1", "unknown setting 'losss'"),
-        ("[[setting]]\nloss = 'asl'\nloss-options = { clipp = 1 }", "loss 'asl' has no option 'clipp'"),
+        ("setting = [", "tried.toml TOML"),
+        (b"\xff", "tried.toml TOML"),
+        ("", "tried.toml"),
+        ("setting = 3", "tried.toml"),
+        ("setting = [3]", "tried.toml"),
+        ("[[setting]]\nlr = 1\n[other]", "tried.toml"),
+        ("[[setting]]\nlr = 'x'", "lr x"),
+        ("[[setting]]\nlr = true\nlosss = 1", "losss"),
+        ("[[setting]]\nloss = 'asl'\nloss-options = { clipp = 1 }", "loss asl clipp"),
         (
             "[[setting]]\nloss-options = { clip = 'x' }",
-            "loss_options must be a table of numbers, in a --settings file: { gamma = 2 }. Got {'clip': 'x'} instead",
+            "loss_options --settings gamma 2",
         ),
-        ("setting = []", "a sweep needs at least one setting and one seed"),
+        ("setting = []", "setting seed"),
     ],
 )
 def test_a_file_of_settings_that_is_none(text, message, cachefuse, workspace):
@@ -227,7 +228,7 @@ def test_a_file_of_settings_that_is_none(text, message, cachefuse, workspace):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     result = cachefuse("sweep", *QUICK, "--settings", "tried.toml")
     assert result.code == 1
-    assert result.error.startswith(message)
+    assert says(result.error, message)
 
 
 COMMAND = (sys.executable, "-c", "import sys; from cachefuse_cli.app import main; main(sys.argv[1:])", "sweep")

@@ -24,7 +24,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from cachefuse.training.split import make_splits
-from fixtures.messages import naming
+from fixtures.messages import naming, says
 
 DOCUMENT = (Path(__file__).parents[2] / "cachefuse" / "data" / "README.md").read_text(encoding="utf-8")
 SPLITS = {"train2014": range(1, 41), "val2014": range(41, 61), "test2015": range(61, 66)}
@@ -245,16 +245,16 @@ class TestWritten:
     @pytest.mark.parametrize(
         ("given", "message"),
         [
-            (("--loss", "bce"), "answers=text learns by the probability of what is written: loss ce. Got 'bce'"),
-            (("--class-weights", "balanced"), "answers=text takes no class weights or loss options; leave them out"),
-            (("--thresholds", "class"), "thresholds are for multi-label tasks; where a row gets one label"),
-            (("--fusion-options", "t5=hf:./nowhere"), "can't open hf:./nowhere"),
+            (("--loss", "bce"), "answers=text loss bce"),
+            (("--class-weights", "balanced"), "answers=text weights loss"),
+            (("--thresholds", "class"), "thresholds"),
+            (("--fusion-options", "t5=hf:./nowhere"), "hf:./nowhere"),
         ],
     )
     def test_what_does_not_fit(self, cachefuse, tokens, given, message):
         result = cachefuse("train-head", *WRITES, *given)
         assert result.code == 1
-        assert message in result.error
+        assert says(result.error, message)
 
     @pytest.mark.parametrize("task", ["multilabel", "multitask"])
     def test_a_row_of_several_labels_has_no_one_answer(self, task):
@@ -274,7 +274,7 @@ class TestWritten:
             path.write_text(json.dumps(whole))
             result = cachefuse("predict")
             assert result.code == 1
-            assert "run.json" in result.error or "weights" in result.error
+            assert says(result.error, "run.json") or says(result.error, "weights")
 
 
 def test_targets_are_how_right_each_answer_is(cachefuse, extracted, folder):

@@ -22,7 +22,7 @@ from cachefuse.extraction.extract import extract
 from cachefuse.store.format import read_lines
 from cachefuse.store.store import FeatureStore
 from cachefuse.workspace import WorkspacePaths
-from fixtures.messages import naming
+from fixtures.messages import naming, says
 
 MANIFEST = """
 name = "crash"
@@ -101,7 +101,7 @@ def test_interrupted_and_killed_runs_end_with_the_same_bytes(start, tmp_path, to
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
-    assert "note: interrupted; finished blocks are kept; run the same command again to go on" in err
+    assert says(err, "note interrupted")
     assert "Traceback" not in err
     assert out == ""
     with pytest.raises(CacheError, match="extract"):
@@ -120,7 +120,7 @@ def test_interrupted_and_killed_runs_end_with_the_same_bytes(start, tmp_path, to
     process = start("killed")
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
-    assert "rows are there already; going on with the rest" in err
+    assert says(err, "rows")
     assert tools.files(store) == tools.files(undisturbed)
 
 

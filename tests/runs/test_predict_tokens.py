@@ -20,7 +20,7 @@ from cachefuse.runs.tables import StoreTables
 from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
-from fixtures.messages import naming
+from fixtures.messages import naming, says
 
 CMA = TrainConfig(
     fusion="cma", fusion_options={"depth": 2, "width": 16, "heads": 2}, head="linear", epochs=3, batch_size=16, lr=0.01
@@ -112,8 +112,8 @@ def test_samples_that_lack_one_or_the_other_or_both(runs, captioned_store, capti
         samples.texts[i] = ()
     with caplog.at_level(logging.WARNING, logger="cachefuse"):
         found = predict_samples(run, samples).scores
-    assert "3 of 12 samples predicted without their image; the first: " in caplog.text
-    assert "3 of 12 samples predicted without their text; the first: " in caplog.text
+    assert says(caplog.text, "3 12 image")
+    assert says(caplog.text, "3 12 text")
     for i, row in enumerate(TEST):
         gone = {1: ["image"], 2: ["text"], 4: ["image", "text"], 7: ["image"], 8: ["text"]}.get(i, [])
         np.testing.assert_allclose(found[i], stored_scores(run, captioned_store, [row], gone)[0], atol=1e-3)

@@ -16,7 +16,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from cachefuse.training.split import make_splits
-from fixtures.messages import naming
+from fixtures.messages import naming, says
 
 
 def quick(**settings):
@@ -285,11 +285,11 @@ def test_classes_without_positives_are_named(make_store, caplog):
     y[:, 0], y[5, 1] = rng.integers(0, 2, 30), 1
     store = make_store(x, y, ["train"] * 20 + ["val"] * 10)
     run = train_head(store, quick(fusion="image"))
-    assert "class 'class 2' never occurs in the training rows, so nothing can be learnt of it there" in caplog.text
+    assert says(caplog.text, "class 2")
     assert run.metrics["val"]["micro_f1"] >= 0
     caplog.clear()
     train_head(store, quick(fusion="image", folds=3, thresholds="class"))
-    assert "class 'class 1' and 1 more never occurs in the training rows of some fold" in caplog.text
+    assert says(caplog.text, "class 1")
 
 
 def test_rows_without_any_label_train_and_predict(make_store):
