@@ -135,7 +135,7 @@ def write(path, data):
     if path.name == "run.json":
         os.kill(os.getpid(), signal.SIGKILL)
 module.write_atomically = write
-from cachefuse.runs.run import Run
+from cachefuse.runs.save import load_run, save_run
 save_run(load_run(Path(sys.argv[1])), Path(sys.argv[2]))
 """
 
