@@ -2,11 +2,13 @@
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch
 from cachefuse import threads
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.base import Model
-from cachefuse.threads import Look, adapt_threads, fixed_threads, idle_threads, n_cores, n_idle_cores, same_threads
+from cachefuse.threads import adapt_threads, fixed_threads, idle_threads, n_cores, n_idle_cores, same_threads
 from cachefuse.training.batches import Batches
 from cachefuse.training.loop import Optimization, fit
 from fixtures.messages import naming
@@ -25,12 +27,28 @@ def by_what_is_idle(monkeypatch):
     """As a person finds it: nothing is fixed, and nobody has looked yet; torch would take two threads."""
     for name in ("CACHEFUSE_THREADS", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(threads, "_chosen", None)
+    threads.set_threads(None)
     monkeypatch.setattr(threads, "_last", None)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+    threads.set_threads(None)
+
+
+@pytest.fixture
+def allow(monkeypatch, tmp_path):
+    """Return ``allow(cores, quota)``: this process may use so many cores, and so many cores' time."""
+
+    def allow(cores, quota=None):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
+        (tmp_path / "own").write_text("0::/\n")
+        if quota:
+            (tmp_path / "cpu.max").write_text(f"{quota * 100_000} 100000")
+        monkeypatch.setattr(threads, "CGROUPS", tmp_path)
+        monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "own")
+
+    return allow
 
 
 @pytest.fixture
@@ -192,25 +210,33 @@ def small_training():
 class TestLooking:
     """What a look makes of the times that the system counts."""
 
-    def look(self, monkeypatch, busy, cores=4, quota=99):
+    @pytest.fixture
+    def system(self, monkeypatch):
+        """The system's counters: seconds now, and the seconds that others had; sleep takes no time."""
+        system = SimpleNamespace(now=100.0, others=50.0)
+        times = SimpleNamespace(user=0.0, system=0.0)
+        monkeypatch.setattr(threads.time, "monotonic", lambda: system.now)
+        monkeypatch.setattr(threads.time, "sleep", lambda seconds: setattr(system, "now", system.now + seconds))
+        monkeypatch.setattr(os, "times", lambda: times)
+        monkeypatch.setattr("psutil.cpu_times", lambda percpu: [SimpleNamespace(user=system.others, system=0.0)])
+        return system
+
+    def look(self, system, busy):
         """Return the idle cores where others had ``busy`` cores' time, in each of some intervals of a second."""
-        when, others = 100.0, 50.0
-        looks = [Look(when, others)]
+        n_idle_cores()
+        found = []
         for had in busy:
-            when, others = when + 1, others + had
-            looks.append(Look(when, others))
-        monkeypatch.setattr(threads, "_affinity", lambda: set(range(cores)))
-        monkeypatch.setattr(threads, "_quota", lambda: quota)
-        monkeypatch.setattr(threads, "_look", lambda: looks.pop(0))
-        monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
-        monkeypatch.setattr(threads.time, "monotonic", lambda: looks[0].when)
-        return [n_idle_cores() for _ in busy]
+            system.now, system.others = system.now + 1, system.others + had
+            found.append(n_idle_cores())
+        return found
 
-    def test_others_take_cores(self, monkeypatch):
-        assert self.look(monkeypatch, [0, 0.2, 0.5, 1, 2, 3, 4, 9, 0]) == [4, 4, 3, 3, 2, 1, 1, 1, 4]
+    def test_others_take_cores(self, system, allow):
+        allow(4)
+        assert self.look(system, [0, 0.2, 0.5, 1, 2, 3, 4, 9, 0]) == [4, 4, 3, 3, 2, 1, 1, 1, 4]
 
-    def test_a_quota_is_less_than_what_is_idle(self, monkeypatch):
-        assert self.look(monkeypatch, [30, 62, 63], cores=64, quota=4) == [4, 2, 1]
+    def test_a_quota_is_less_than_what_is_idle(self, system, allow):
+        allow(64, quota=4)
+        assert self.look(system, [30, 62, 63]) == [4, 2, 1]
 
     @pytest.mark.parametrize("error", [PermissionError, FileNotFoundError, NotImplementedError, ValueError])
     def test_where_the_load_can_not_be_seen(self, monkeypatch, error):
@@ -220,9 +246,10 @@ class TestLooking:
         monkeypatch.setattr("psutil.cpu_times", refuse)
         assert n_idle_cores() == n_cores()
 
-    def test_time_that_the_system_counts_late(self, monkeypatch):
+    def test_time_that_the_system_counts_late(self, system, allow):
         """Own time is counted more finely, so that others may seem to have had less than none."""
-        assert self.look(monkeypatch, [-0.3, 0.0]) == [4, 4]
+        allow(4)
+        assert self.look(system, [-0.3, 0.0]) == [4, 4]
 
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # what it warns of is what is tried
@@ -239,25 +266,30 @@ class TestLooking:
         thread.start()
         assert looking.wait(60)
         child = os.fork()
-        if not child:
-            os._exit(0 if threads._lock.acquire(timeout=5) else 1)
         forked.set()
+        if not child:
+            signal.alarm(60)  # ends a child that waits for the thread, which it does not have
+            n_idle_cores(0.0)
+            os._exit(0)
         thread.join()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
-    def test_an_old_look_says_nothing_of_now(self, monkeypatch):
-        looks = [Look(1000, 500), Look(1000.1, 500.2), Look(1000.2, 500.2)]
-        monkeypatch.setattr(threads, "_affinity", lambda: set(range(4)))
-        monkeypatch.setattr(threads, "_last", Look(100, 0, 4))
-        monkeypatch.setattr(threads, "_look", lambda: looks.pop(0))
-        monkeypatch.setattr(threads.time, "sleep", lambda seconds: None)
-        monkeypatch.setattr(threads.time, "monotonic", lambda: 1000.0)
+    def test_an_old_look_says_nothing_of_now(self, system, allow, monkeypatch):
+        def sleep(seconds):
+            """Others have two cores."""
+            system.now, system.others = system.now + seconds, system.others + 2 * seconds
+
+        allow(4)
+        n_idle_cores()
+        system.now, system.others = system.now + 900, system.others + 3600
+        monkeypatch.setattr(threads.time, "sleep", sleep)
         assert n_idle_cores(oldest_look=1.0) == 2
 
-    def test_a_look_a_moment_ago_is_kept(self, monkeypatch):
-        monkeypatch.setattr(threads, "_last", Look(time.monotonic(), 0, 7))
-        monkeypatch.setattr(threads, "_look", None)
-        assert n_idle_cores() == 7
+    def test_a_look_a_moment_ago_is_kept(self, system, allow):
+        allow(4)
+        assert self.look(system, [2]) == [2]
+        system.now, system.others = system.now + 0.05, system.others + 9
+        assert n_idle_cores() == 2
 
     def test_at_this_machine(self):
         assert 1 <= n_idle_cores() <= n_cores() <= os.cpu_count()
@@ -302,19 +334,17 @@ class TestCores:
             ),
         ],
     )
-    def test_of_a_container(self, tmp_path, monkeypatch, files, group, cores):
+    def test_of_a_container(self, tmp_path, allow, files, group, cores):
+        allow(8)
         for name, text in files.items():
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(text)
         (tmp_path / "own").write_text(group)
-        monkeypatch.setattr(threads, "CGROUPS", tmp_path)
-        monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "own")
-        monkeypatch.setattr(threads, "_affinity", lambda: set(range(8)))
         assert n_cores() == cores
 
     def test_without_control_groups(self, tmp_path, monkeypatch):
         monkeypatch.setattr(threads, "OWN_CGROUP", tmp_path / "missing")
-        monkeypatch.setattr(threads, "_affinity", lambda: None)
+        monkeypatch.delattr(os, "sched_getaffinity", raising=False)
         assert n_cores() == os.cpu_count()
 
     @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system pins no process to cores")

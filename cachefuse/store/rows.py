@@ -50,7 +50,7 @@ class Rows:
         block, row = self._locate(index)
         if self._scales is None:
             return self._values.take(block, row, out)
-        return _dequantise(self._values.take(block, row), self._scales.take(block, row), out)
+        return dequantise(self._values.take(block, row), self._scales.take(block, row), out)
 
     def __getitem__(self, key: int | slice | np.ndarray) -> np.ndarray:
         """Return a copy of one row, a slice, the rows where a mask (N,) is true, or rows by number."""
@@ -278,7 +278,7 @@ def quantise(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(values / divisor).astype("|i1"), scales
 
 
-def _dequantise(values: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
+def dequantise(values: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mul(values.to(scales.dtype), scales.unsqueeze(-1), out=out)
 
 

@@ -11,6 +11,7 @@ from cachefuse.errors import CacheError
 from cachefuse.extraction.extract import extract
 from cachefuse.extraction.open_store import open_store
 from cachefuse.extraction.verify import Damage, repair, verify
+from cachefuse.store.columns import read_column
 from cachefuse.store.format import append_lines, checksum
 from cachefuse.store.store import FeatureStore
 from fixtures.messages import naming
@@ -112,14 +113,14 @@ def test_an_array_without_metadata_is_found_and_mended(shapes, store, toy):
 
 @pytest.mark.parametrize("name", ["target", "split", "present/image", "id", "digest", "stamp"])
 def test_damaged_samples_are_found_and_mended(shapes, store, name):
-    expected = FeatureStore(store.path)._column(name)
+    expected = read_column(store.path, name)
     (chunk,) = [path for path in (store.path / "samples" / name / "c").rglob("*") if path.is_file()]
     flip(chunk, 12)
     found = verify(FeatureStore(store.path))
     assert found.damage == (Damage("", "", f"samples/{name}", None, "it can't be read, or its checksum does not fit"),)
     repair(FeatureStore(store.path), found, shapes, device="cpu")
     assert verify(FeatureStore(store.path)).damage == ()
-    np.testing.assert_array_equal(FeatureStore(store.path)._column(name), expected)
+    np.testing.assert_array_equal(read_column(store.path, name), expected)
 
 
 @pytest.mark.parametrize("lost", [("digest", "stamp"), ("id", "digest")])

@@ -16,7 +16,7 @@ from cachefuse.runs.predict import predict_split
 from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.tables import StoreTables
 from cachefuse.runs.train import train_head
-from cachefuse.store.columns import column_checksum
+from cachefuse.store.columns import column_checksum, read_column
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.selection import load_table
@@ -175,7 +175,7 @@ def test_other_labelled_splits_are_measured(make_store, caplog):
 
 def changed(store, column, row, value):
     """The store with another value in a column of its samples."""
-    values = store._column(column).copy()
+    values = read_column(store.path, column).copy()
     values[row] = value
     array = zarr.open_group(store.path, mode="a")["samples"][column]
     array[:] = values

@@ -10,7 +10,7 @@ from cachefuse.errors import CacheError
 from cachefuse.extraction.extract import extract
 from cachefuse.store.features import JOURNAL
 from cachefuse.store.format import read_lines
-from cachefuse.store.rows import _dequantise, quantise
+from cachefuse.store.rows import dequantise, quantise
 from cachefuse.store.store import FeatureStore
 from fixtures.messages import naming
 
@@ -25,7 +25,7 @@ def run(dataset, store_path, **options):
 def there_and_back(values):
     quantised, scales = quantise(values)
     assert (quantised.dtype, scales.dtype) == (np.int8, np.float16)
-    return _dequantise(torch.from_numpy(quantised), torch.from_numpy(scales)).numpy(), scales
+    return dequantise(torch.from_numpy(quantised), torch.from_numpy(scales)).numpy(), scales
 
 
 ROWS = {

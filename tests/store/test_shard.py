@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -204,16 +205,13 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch, call, 
 
     def write():
         with ShardWriter(tmp_path / ".shard.partial") as writer:
-            file, writer._file = writer._file, FullDisk(writer._file, call)
-            try:
-                writer.append(random_rows(8, (3,), "<f2"))
-                writer.finish(path, 8, 6)
-            finally:
-                file.close()
+            writer.append(random_rows(8, (3,), "<f2"))
+            writer.finish(path, 8, 6)
 
-    with monkeypatch.context() as patch:
+    with (tmp_path / ".shard.partial").open("wb") as file, monkeypatch.context() as patch:
         if call in ("fsync", "replace"):
             patch.setattr(os, call, full)
+        patch.setattr(Path, "open", lambda *_: FullDisk(file, call))
         with pytest.raises(OSError, match="No space left on device"):
             write()
     assert there(tmp_path) == (["0"] if begun else [])

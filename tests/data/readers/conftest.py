@@ -1,4 +1,8 @@
+import os
+
 import pytest
+
+DESCRIPTORS = "/proc/self/fd"
 
 
 @pytest.fixture
@@ -9,3 +13,16 @@ def move_out(tmp_path):
         path.symlink_to(path.rename(tmp_path / "outside"))
 
     return move
+
+
+@pytest.fixture
+def n_open():
+    """Return how many times this process has a file open, what it was before it was replaced included."""
+    if not os.path.isdir(DESCRIPTORS):
+        pytest.skip("no /proc here")
+
+    def count(path):
+        links = (f"{DESCRIPTORS}/{number}" for number in os.listdir(DESCRIPTORS))
+        return sum(os.readlink(link).startswith(str(path)) for link in links if os.path.lexists(link))
+
+    return count

@@ -293,14 +293,14 @@ def test_name_tells_rows_apart(tmp_path):
     assert [source.name for source in load(tmp_path).images] == [f"{tmp_path}/train.h5:pixels[{row}]" for row in (0, 1)]
 
 
-def test_threads_share_one_handle(tmp_path):
+def test_threads_share_one_handle(tmp_path, n_open):
     images = random_images(64)
     write_mini(tmp_path, n=64, pixels=images)
     dataset = load(tmp_path)
     with ThreadPoolExecutor(8) as pool:
         loaded = list(pool.map(lambda source: np.asarray(source.load()), dataset.images))
     np.testing.assert_array_equal(np.stack(loaded), images)
-    assert sum(path == tmp_path / "train.h5" for _, path in hdf5_file._HANDLES) == 1
+    assert n_open(tmp_path / "train.h5") == 1
 
 
 @pytest.mark.parametrize(
