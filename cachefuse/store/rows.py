@@ -79,7 +79,7 @@ class Rows:
             scales = None if self._scales is None else self._scales.tensor(block)
             for first in range(0, len(values), size):
                 chunk = slice(first, first + size)
-                yield start + first, values[chunk] if scales is None else _dequantise(values[chunk], scales[chunk])
+                yield start + first, values[chunk] if scales is None else dequantise(values[chunk], scales[chunk])
 
     @property
     def blocks_at_once(self) -> int:
@@ -118,7 +118,7 @@ class Rows:
                 out[:] = values
             else:
                 scales = torch.from_numpy(np.array(self._scales.data(block)[inside]))
-                _dequantise(torch.from_numpy(np.array(values)), scales, torch.from_numpy(out))
+                dequantise(torch.from_numpy(np.array(values)), scales, torch.from_numpy(out))
         return copy
 
 
@@ -183,7 +183,7 @@ class RaggedRows(Rows):
         block = block.repeat(lengths)
         position = np.arange(len(block)) + (begin - first).repeat(lengths)
         values = self._values.take(block, position)
-        return (values if self._scales is None else _dequantise(values, self._scales.take(block, position))), lengths
+        return (values if self._scales is None else dequantise(values, self._scales.take(block, position))), lengths
 
 
 class JoinedRows:

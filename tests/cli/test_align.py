@@ -259,7 +259,7 @@ def test_similarity_of_pairs(cachefuse, space, sentences, fits, folder):
     assert says(cachefuse("similarity", "--dataset", "mine").error, "mine")
     assert says(cachefuse("similarity", "--dataset", "sts", "--split", "val").error, "val")
     assert says(cachefuse("similarity", "--dataset", "sts", "--plot", "x.gif").error, ".png x.gif")
-    assert says(cachefuse("train-head", "--dataset", "sts").error, "sts similarity")
+    assert says(cachefuse("train-head", "--dataset", "sts").error, "similarity")
 
 
 def test_pairs_are_a_dataset_to_align_on(cachefuse, workspace, fits):

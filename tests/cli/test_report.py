@@ -100,7 +100,7 @@ def test_raw_data_that_is_named_must_be_there(cachefuse, photos):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--run", "nope"], "nope workspace/runs mine-"),
+        (["--run", "nope"], "nope workspace/runs"),
         (["--split", "dev"], "mine dev train val test"),
         (["--split", "test"], "mine test train val"),
         (["--output", "gone/r.html"], "gone/r.html folder"),

@@ -154,8 +154,8 @@ def test_a_damaged_store_of_another_dataset_is_passed_over(cachefuse, workspace)
     (damaged / "zarr.json").write_text("{")
     result = cachefuse("train-head", "--head", "linear", "--epochs", "1")
     assert result.code == 0
-    assert "note: skipped: workspace/cache/other.zarr is damaged: its zarr.json cannot be read" in result.err
-    assert "other.zarr is damaged" in cachefuse("train-head", "--dataset", "other").error
+    assert says(result.err, "note workspace/cache/other.zarr damaged zarr.json")
+    assert says(cachefuse("train-head", "--dataset", "other").error, "other.zarr damaged")
 
 
 def test_more_than_fits_in_memory_is_one_line(cachefuse, workspace):
@@ -178,4 +178,4 @@ def test_no_number_of_threads(cachefuse, value, monkeypatch):
     monkeypatch.setenv("CACHEFUSE_THREADS", value)
     result = cachefuse("train-head")
     assert result.code == 2
-    assert says(result.err, "CACHEFUSE")
+    assert "CACHEFUSE" in result.err

@@ -183,7 +183,7 @@ def other(tmp_path):
 def test_a_text_model_that_reads_other_tokens(captioned_store, other):
     with pytest.raises(ConfigError, match=naming(f"hf:{other} tokens ids {MINILM}")):
         train_head(captioned_store, TrainConfig(fusion="lit", fusion_options={"text_model": f"hf:{other}"}, epochs=1))
-    with pytest.raises(ConfigError, match=naming("text_model hf:bert-")):
+    with pytest.raises(ConfigError, match=naming("text_model clip:ViT-B-32")):
         train_head(captioned_store, TrainConfig(fusion="lit", fusion_options={"text_model": "clip:ViT-B-32"}, epochs=1))
 
 
@@ -193,7 +193,7 @@ def test_text_models_of_another_kind(tmp_path, vit):
 
 
 def test_weights_that_are_not_all_there(other):
-    with pytest.raises(EncoderError, match=naming("weights embeddings.word")):
+    with pytest.raises(EncoderError, match=r"weights.*embeddings\.word"):
         load_weights(build(BERT, 20), f"hf:{other}")
     with pytest.raises(EncoderError, match="folder"):
         load_weights(build(BERT, 20), f"hf:{other}/nowhere")

@@ -312,7 +312,7 @@ class TestLoading:
         ours, theirs, (ids, mask) = load_t5(spec, 0).eval(), reference(tmp_path, transformers.T5EncoderModel), texts()
         expected = theirs.float()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         torch.testing.assert_close(ours.encode(ids, mask)[mask], expected[mask], rtol=1e-4, atol=1e-4)
-        with pytest.raises(EncoderError, match=naming("weights decoder.block.0.layer.0")):
+        with pytest.raises(EncoderError, match=r"weights.*decoder\.block\.0\.layer\.0"):
             load_t5(spec)
 
     @pytest.mark.parametrize("n", [-1, 3])

@@ -257,7 +257,7 @@ def test_one_that_diverges_does_not_take_the_others_along(lr, scheme):
     sgd = replace(BASE, optimizer="sgd", lr=0.01, epochs=30, scheme=scheme)
     wild = [replace(sgd, lr=lr), replace(sgd, loss="focal", lr=lr)]
     for config in wild:
-        with pytest.raises(TrainingError, match="training diverged"):
+        with pytest.raises(TrainingError, match="lr"):
             train_model(data, config, EVERYTHING)
     tame = [sgd, replace(sgd, loss="focal"), replace(sgd, lr=0.02)]
     trained = train_together(data, [wild[0], tame[0], wild[1], *tame[1:]], EVERYTHING)
