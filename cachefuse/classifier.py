@@ -150,7 +150,8 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         scores = [
             predict_scores(copy.deepcopy(model).to(device), table, torch.arange(len(X)), loss) for model in self.models_
         ]
-        return np.stack(scores).mean(axis=0, dtype=np.float64).astype(np.float32)
+        mean: np.ndarray = np.stack(scores).mean(axis=0, dtype=np.float64)
+        return mean.astype(np.float32)
 
     def predict(self, X: Any) -> np.ndarray:
         """Return labels (n,), or 0 and 1 (n, C) for multi-label: those whose probability reaches its threshold."""
@@ -174,21 +175,23 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
 
     def _view(self, X: Any, reset: bool) -> FeatureView:
         """Return X as a view; with ``reset`` it is what later ones must be like."""
-        if not isinstance(X, FeatureView):
+        if isinstance(X, FeatureView):
+            view = X
+        else:
             several = isinstance(X, Mapping) and not hasattr(X, "shape")  # SciPy has sparse arrays that are mappings
             X = X if several else {"x": validate_data(self, X, reset=reset, ensure_all_finite=False)}
-            X = FeatureView.from_arrays(X)
+            view = FeatureView.from_arrays(X)
         if reset:
-            self.n_features_in_ = X.shape[1]
-            return X
+            self.n_features_in_ = view.shape[1]
+            return view
         expected = self.models_[0].widths
-        found = {modality: x.shape[1] for modality, x in X.table.features.items()}
+        found = {modality: x.shape[1] for modality, x in view.table.features.items()}
         if any(found.get(modality) != width for modality, width in expected.items()):
             raise DataError(
                 f"X must have the features that the model was fitted on, {_listed(expected)}. Got {_listed(found)} "
                 f"instead; rows of NaN stand for what is absent"
             )
-        return X
+        return view
 
 
 def _listed(widths: Mapping[str, int]) -> str:

@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+JsonObject = dict[str, Any]  # as a file has it, before anything in it is checked; or to be written
+
 
 def slug(text: str) -> str:
     """Return a safe folder name for any text."""
@@ -52,12 +54,12 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes / 1000**unit:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"
 
 
-def to_json(value: Any) -> str:
+def to_json(value: object) -> str:
     """Return indented JSON, keys in the given order. NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -6,17 +6,19 @@ Another installed package adds entries by an entry point, in a group that is cal
 import difflib
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cachefuse.errors import PluginError, UnknownNameError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
 
+T = TypeVar("T")  # an entry
 
-class Registry(MutableMapping[str, Any]):
+
+class Registry(MutableMapping[str, T]):
     """Objects by name; ``registry[name]`` imports what an entry names, and raises UnknownNameError with the choices.
 
     ``kind`` is what messages call an entry. ``group`` is that of the entry points by which installed packages add to
@@ -29,7 +31,7 @@ class Registry(MutableMapping[str, Any]):
         self,
         kind: str,
         group: str,
-        entries: Mapping[str, Any],
+        entries: Mapping[str, T | str],
         *,
         base: str = "",
         takes: str = "",
@@ -53,16 +55,17 @@ class Registry(MutableMapping[str, Any]):
     def _others(self) -> "dict[str, EntryPoint]":
         return {point.name: point for point in _entry_points().select(group=self.group)}
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> T:
         if name in self._own:
-            return import_entry(self._own[name])
+            entry: T = import_entry(self._own[name])
+            return entry
         self.check(name)
         return self._load(self._others[name])
 
-    def _load(self, point: "EntryPoint") -> Any:
+    def _load(self, point: "EntryPoint") -> T:
         """Import an entry of another package. Raises PluginError for one that fails, or is not what it must be."""
         try:
-            entry = point.load()
+            entry: T = point.load()
             problem = self._problem(entry)
         except Exception as error:  # whatever its module does
             problem = f"{type(error).__name__}: {error}"
@@ -73,7 +76,7 @@ class Registry(MutableMapping[str, Any]):
             )
         return entry
 
-    def _problem(self, entry: Any) -> str:
+    def _problem(self, entry: T) -> str:
         base = import_entry(self.base) if self.base else None
         if base is not None and not (isinstance(entry, type) and issubclass(entry, base)):
             return f"it must be a subclass of {self.base.replace(':', '.')}"
@@ -84,7 +87,7 @@ class Registry(MutableMapping[str, Any]):
             positional, _, keywords = self.takes.partition(", *, ")
             try:
                 named = dict.fromkeys(keywords.split(", ") if keywords else ())
-                inspect.signature(entry).bind(*positional.split(", "), **named)
+                inspect.signature(cast("Callable[..., object]", entry)).bind(*positional.split(", "), **named)
             except (TypeError, ValueError) as error:
                 return f"it must take ({self.takes}): {error}"
         return ""
@@ -95,7 +98,7 @@ class Registry(MutableMapping[str, Any]):
         except UnknownNameError:
             return default
 
-    def __setitem__(self, name: str, entry: Any) -> None:
+    def __setitem__(self, name: str, entry: T) -> None:
         self._own[name] = entry
 
     def __delitem__(self, name: str) -> None:
@@ -127,7 +130,7 @@ def unknown(names: Iterable[str], name: str, kind: str) -> UnknownNameError:
     return UnknownNameError(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(choices)}")
 
 
-def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
+def lookup(table: Mapping[str, object], name: str, kind: str) -> Any:
     """Return ``table[name]``, importing it first if the entry is a "module:attribute" string.
 
     Raises UnknownNameError with the choices, closest first in a suggestion, if the name is not there.
@@ -137,7 +140,7 @@ def lookup(table: Mapping[str, Any], name: str, kind: str) -> Any:
     return import_entry(table[name])
 
 
-def import_entry(entry: Any) -> Any:
+def import_entry(entry: object) -> Any:
     """Import what a "module:attribute" string names; anything else is returned as it is."""
     if not isinstance(entry, str):
         return entry

@@ -6,6 +6,7 @@ from typing import Any
 
 from cachefuse.alignment import METHODS, OPERATIONS
 from cachefuse.errors import ConfigError
+from cachefuse.files import JsonObject
 from cachefuse.nn import ATTENTION_HEADS, TARGETS
 from cachefuse.registry import lookup
 from cachefuse.training import OPTIMIZERS, SCHEDULES
@@ -85,7 +86,7 @@ class AlignConfig:
         """What tables call it: the method and, of a DFE, its operation."""
         return f"{self.method}-{self.op}" if self.method == "dfe" else self.method
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return asdict(self)
 
     @classmethod

@@ -96,7 +96,8 @@ class PairData:
 
     def of(self, split: str) -> np.ndarray:
         """Return the usable samples of a split, (n,)."""
-        return self.samples[self.splits[self.samples] == split]
+        inside: np.ndarray = self.samples[self.splits[self.samples] == split]
+        return inside
 
     def draw(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Return one item row of each sample (B,) for each side, drawn at random.

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, Field, TypeAdapter
@@ -14,7 +14,7 @@ from safetensors.torch import save
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.model import Aligner
 from cachefuse.data.splits import USUAL, ordered_splits
-from cachefuse.files import to_json
+from cachefuse.files import JsonObject, to_json
 from cachefuse.runs.files import (
     ALIGNMENT,
     FORMATS,
@@ -173,7 +173,7 @@ class Description(BaseModel):
 
     dataset: DatasetName
     created: str
-    config: dict[str, Any]
+    config: JsonObject
     sides: tuple[AlignmentSide, AlignmentSide]
     results: dict[str, Retrieval]
     split_digest: str

@@ -10,8 +10,8 @@ from torch import Tensor
 from cachefuse.alignment.run import Alignment
 from cachefuse.alignment.tower import aligned_features, side_spec
 from cachefuse.device import resolve_device
-from cachefuse.encoders import EncoderSpec, open_encoder
-from cachefuse.encoders.base import Tower
+from cachefuse.encoders import open_encoder
+from cachefuse.encoders.base import EncoderSpec, Tower
 from cachefuse.errors import BadSampleError, EncoderError, RunError
 from cachefuse.extraction.pipeline import encode_prepared, is_bad, prepare_source
 from cachefuse.store.features import Features

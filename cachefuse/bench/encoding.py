@@ -23,6 +23,7 @@ from cachefuse.data.manifest import parse_manifest
 from cachefuse.encoders import open_encoder
 from cachefuse.extraction.extract import WINDOW_BATCHES, ExtractProgress, extract
 from cachefuse.extraction.pipeline import encode_prepared
+from cachefuse.files import JsonObject
 
 BATCH = 32
 IMAGE_FILES = 64  # written; a dataset of more samples has each of them several times
@@ -120,7 +121,7 @@ def make_images(folder: Path, n: int) -> Dataset:
 
 def save_clip(folder: Path, layers: int) -> str:
     """Save a CLIP with the image tower of ViT-B-32, or fewer of its layers, and the least of a text tower."""
-    config: dict[str, Any] = open_clip.get_model_config("ViT-B-32")
+    config: JsonObject = open_clip.get_model_config("ViT-B-32")
     config["vision_cfg"]["layers"] = layers
     config["text_cfg"] |= {"width": 64, "heads": 1, "layers": 1}
     folder.mkdir()

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from cachefuse.device import resolve_device
 from cachefuse.experiments.costs import measure_costs
 from cachefuse.extraction.open_store import open_store
 from cachefuse.feature_spec import IDS
+from cachefuse.files import JsonObject
 from cachefuse.fusion import FUSIONS
 from cachefuse.nn.transformer import EXPANSION
 from cachefuse.store.store import FeatureStore
@@ -89,7 +89,7 @@ def write_tokens(path: Path, sizes: FusionSizes) -> FeatureStore:
         provenance = {"family": "bench", "dtype": "float16", "tokenizer": "bench"}
         features = store.require_features("bench", modality, provenance, "bench", dtypes)
         for view, shape in views.items():
-            kind: dict[str, Any] = {"ragged": modality == "text" and view != "pooled", "dtype": dtypes[view]}
+            kind: JsonObject = {"ragged": modality == "text" and view != "pooled", "dtype": dtypes[view]}
             features.begin(features.new_view(view, shape, **kind, vocabulary=VOCABULARY if view == IDS else 0))
             with ViewWriter(features, view, **kind) as writer:
                 for row in range(n):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from cachefuse.device import resolve_device
+from cachefuse.files import JsonObject
 from cachefuse.threads import n_cores
 
 
@@ -65,7 +66,7 @@ def rates(pairs: np.ndarray, work: float, name: str, what: str, unit: str, **abo
     return BenchRow(name, what, unit, ours, baseline, ratio, **about)
 
 
-def describe_machine(device: str = "auto") -> dict[str, Any]:
+def describe_machine(device: str = "auto") -> JsonObject:
     """Return what figures depend on: the processor, the cores this process may use, torch's version, the device."""
     device = resolve_device(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from cachefuse.data.digests import hash_parts
 from cachefuse.errors import BadSampleError
@@ -128,7 +128,7 @@ def decode(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError:
         raise BadSampleError(f"is over the limit of {MAX_PIXELS:,} pixels") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise BadSampleError("is not an image, or not of a supported format") from None
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise BadSampleError(f"can't be decoded: {str(error) or type(error).__name__}") from error
@@ -150,4 +150,6 @@ def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Scale wide grey values to 0..255: floats from 0..1, integers from 16 bits if any value needs them."""
     top = np.nan_to_num(values).max(initial=0)
     full = 1.0 if values.dtype.kind == "f" and top <= 1 else (65535.0 if top > 255 else 255.0)
-    return np.clip(np.round(np.nan_to_num(values).astype(np.float64) * (255.0 / full)), 0, 255).astype(np.uint8)
+    scaled = np.round(np.nan_to_num(values).astype(np.float64) * (255.0 / full))
+    clipped: np.ndarray = np.clip(scaled, 0, 255)
+    return clipped.astype(np.uint8)

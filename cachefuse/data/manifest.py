@@ -2,11 +2,11 @@
 
 import math
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
@@ -15,6 +15,7 @@ from cachefuse.data.readers.base import Reader
 from cachefuse.data.readers.table import TableReader
 from cachefuse.data.tasks import LabelTask, check_tasks, distinct, slices
 from cachefuse.errors import ManifestError, PluginError, UnknownNameError
+from cachefuse.files import JsonObject
 from cachefuse.metrics import MEAN, METRICS, main_metric
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.registry import lookup
@@ -61,7 +62,7 @@ class Manifest(Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
     task: Task
     title: str = ""
-    reader: dict[str, Any]
+    reader: JsonObject
     # None: found in the labelled rows. Of two classes for pairs, the second is that of pairs that mean the same.
     classes: tuple[str, ...] | None = Field(default=None, validate_default=True)
     # The lowest and the highest score of similarity.
@@ -142,7 +143,7 @@ class Manifest(Strict):
 
     @field_validator("reader")
     @classmethod
-    def _reader_opens(cls, reader: dict[str, Any]) -> dict[str, Any]:
+    def _reader_opens(cls, reader: JsonObject) -> JsonObject:
         if not isinstance(reader.get("kind"), str):
             raise ValueError(f"needs a kind; choose from: {', '.join(sorted(READERS))}")
         _open_reader(reader)
@@ -193,7 +194,7 @@ class Manifest(Strict):
             raise ManifestError(f"{self.name}: {error}") from error
 
 
-def _open_reader(reader: Mapping[str, Any]) -> Reader:
+def _open_reader(reader: JsonObject) -> Reader:
     options = {key: value for key, value in reader.items() if key != "kind"}
     try:
         return READERS[reader["kind"]](**options)

@@ -147,5 +147,6 @@ def encode_scores(samples: Samples, scale: tuple[float, float]) -> np.ndarray:
 def is_labelled(targets: np.ndarray) -> np.ndarray:
     """Return (N,) bool: which rows have targets, of several tasks those of any."""
     if targets.dtype.kind == "f":
-        return ~np.isnan(targets)
-    return targets != UNLABELLED if targets.ndim == 1 else (targets != UNLABELLED).any(axis=1)
+        return np.asarray(~np.isnan(targets))
+    known: np.ndarray = targets != UNLABELLED
+    return known if targets.ndim == 1 else np.asarray(known.any(axis=1))

@@ -3,10 +3,11 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from cachefuse.files import JsonObject
 from cachefuse.metrics.tasks import TaskSlice
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # neither "=" nor "." is in it: "color=red", "color.accuracy"
@@ -54,7 +55,7 @@ def distinct(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
     return tuple(names)
 
 
-def check_tasks(tasks: Mapping[str, LabelTask], reader: Mapping[str, Any]) -> None:
+def check_tasks(tasks: Mapping[str, LabelTask], reader: JsonObject) -> None:
     """Raise ValueError for tasks that are none, badly named, or not of this reader (its options, or nothing)."""
     if not tasks:
         raise ValueError('there must be at least one, such as [tasks.color] with task = "multiclass"')

@@ -16,7 +16,7 @@ class Family:
     about: str
 
 
-FAMILIES = Registry(
+FAMILIES: Registry[Family] = Registry(
     "encoder family",
     "cachefuse.encoders",
     {
@@ -56,5 +56,5 @@ def open_encoder(spec: str | EncoderSpec, device: str = "cpu") -> dict[str, Towe
     Raises UnknownNameError for an unknown family, EncoderError if the model or its weights can't be had.
     """
     spec = EncoderSpec.parse(spec) if isinstance(spec, str) else spec
-    family: Family = FAMILIES[spec.family]
-    return import_entry(family.opener)(spec, device)
+    towers: dict[str, Tower] = import_entry(FAMILIES[spec.family].opener)(spec, device)
+    return towers

@@ -1,7 +1,6 @@
 """Histograms and hashed n-grams: no weights and no downloads, a baseline that works everywhere."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import PIL
@@ -134,8 +133,9 @@ def _histogram(position: np.ndarray, weight: np.ndarray, bins: int, grid: int, c
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     """Scale rows to norm 1; a row of zeros stays."""
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    unit: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
-def _version(name: str, version: Any) -> str:
+def _version(name: str, version: str) -> str:
     return f"{name} {'.'.join(str(version).split('.')[:2])}"

@@ -6,10 +6,11 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import open_clip
 import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ from cachefuse.encoders.frozen import (
 )
 from cachefuse.encoders.images import ImageTower, split_compose
 from cachefuse.errors import EncoderError
+from cachefuse.files import JsonObject
 
+Tokenizer: TypeAlias = SimpleTokenizer | HFTokenizer
 DEFAULT_TAG = "laion2b_s34b_b79k"
 
 
@@ -56,7 +59,7 @@ class ClipTextTower(FrozenTower):
 
     ragged = True
 
-    def __init__(self, model: nn.Module, tokenizer: Any, device: str, provenance: Mapping[str, str]):
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer, device: str, provenance: Mapping[str, str]):
         self.tokenizer = tokenizer
         inner = getattr(tokenizer, "tokenizer", tokenizer)
         ends = (getattr(inner, name, None) for name in ("eot_token_id", "eos_token_id", "sep_token_id"))
@@ -73,7 +76,8 @@ class ClipTextTower(FrozenTower):
         super().__init__("text", model, device, facts)
 
     def prepare(self, sample: str) -> Tensor:
-        return self.tokenizer([sample])[0]  # (context length,)
+        ids: Tensor = self.tokenizer([sample])[0]  # (context length,)
+        return ids
 
     def length(self, prepared: Tensor) -> int:
         ends = (prepared == self.end).nonzero() if self.end is not None else prepared[:0]
@@ -120,7 +124,7 @@ def open_clip_towers(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         }
 
 
-def _from_folder(spec: EncoderSpec) -> tuple[str, dict[str, Any], nn.Module]:
+def _from_folder(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module]:
     folder = Path(spec.model).expanduser()
     if not folder.is_dir():
         raise EncoderError(f"can't open {spec}: there is no folder {folder}")
@@ -136,7 +140,7 @@ def _from_folder(spec: EncoderSpec) -> tuple[str, dict[str, Any], nn.Module]:
     return name, config, open_clip.create_model(name, require_pretrained=True)
 
 
-def _from_name(spec: EncoderSpec) -> tuple[str, dict[str, Any], nn.Module]:
+def _from_name(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module]:
     name = spec.model.replace("/", "-")
     if name not in open_clip.list_models():
         close = difflib.get_close_matches(name, open_clip.list_models(), n=3) or ["ViT-B-32"]
@@ -154,7 +158,7 @@ def _from_name(spec: EncoderSpec) -> tuple[str, dict[str, Any], nn.Module]:
     return name, {**config, "quick_gelu": quick_gelu or config.get("quick_gelu", False)}, model
 
 
-def _published(spec: EncoderSpec, name: str) -> dict[str, Any]:
+def _published(spec: EncoderSpec, name: str) -> JsonObject:
     tags = open_clip.list_pretrained_tags_by_model(name)
     if not tags:
         raise EncoderError(f"open_clip has no weights for {name}; give a file: clip:{name}@./weights.safetensors")
@@ -162,7 +166,8 @@ def _published(spec: EncoderSpec, name: str) -> dict[str, Any]:
     published = open_clip.get_pretrained_cfg(name, tag)
     if not published:
         raise EncoderError(f"unknown weights {tag!r} for {name}; choose from: {', '.join(tags)}")
-    return published
+    found: JsonObject = published
+    return found
 
 
 def _download(spec: EncoderSpec, location: str) -> Path:
@@ -177,7 +182,7 @@ def _download(spec: EncoderSpec, location: str) -> Path:
     raise EncoderError(f"can't open {spec}: none of {', '.join(stems)} is in {repo}")
 
 
-def _bpe_fingerprint(tokenizer: Any) -> str:
+def _bpe_fingerprint(tokenizer: SimpleTokenizer) -> str:
     rules = [tokenizer.encoder, list(tokenizer.bpe_ranks), tokenizer.clean_fn.__name__]
     return f"{type(tokenizer).__name__} {fingerprint(rules)}"
 

@@ -86,7 +86,7 @@ def weights_digest(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: object) -> str:
     """Hash anything made of dictionaries, lists, strings and numbers."""
     canonical = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()

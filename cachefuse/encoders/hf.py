@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,15 @@ import transformers
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import MODEL_MAPPING, AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import (
+    MODEL_MAPPING,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as library_logging
 
 from cachefuse.encoders.base import PICKLES, EncoderSpec, Features, Tower, is_path
@@ -29,6 +37,7 @@ from cachefuse.encoders.frozen import (
 )
 from cachefuse.encoders.images import ImageTower, Split
 from cachefuse.errors import BadSampleError, EncoderError
+from cachefuse.files import JsonObject
 
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")  # of a hub repository: all that a model needs, no pickles
 UNUSED = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version"}
@@ -36,10 +45,22 @@ PREFIX = ("cls_token", "distillation_token", "register_tokens")  # the tokens be
 MAX_TOKENS = 512  # for models that name no limit of their own
 
 
+class ImageProcessor(Protocol):
+    """What is used of a transformers image processor; those around timm's transforms have no attributes."""
+
+    rescale_factor: float
+    image_mean: Sequence[float]
+    image_std: Sequence[float]
+
+    def __call__(self, *, images: Image.Image, return_tensors: str, **options: bool) -> Mapping[str, Tensor]: ...
+
+    def to_dict(self) -> JsonObject: ...
+
+
 class HFImageTower(ImageTower):
     """Pooled: the class token after the last layer norm, else the mean of the tokens. Tokens: the patches only."""
 
-    def __init__(self, model: nn.Module, processor: Any, device: str, provenance: Mapping[str, str]):
+    def __init__(self, model: nn.Module, processor: ImageProcessor, device: str, provenance: Mapping[str, str]):
         prefix = {n.rsplit(".", 1)[-1]: p.shape[-2] for n, p in model.named_parameters() if n.endswith(PREFIX)}
         self.class_token = "cls_token" in prefix
         self.n_prefix = sum(prefix.values())
@@ -66,7 +87,14 @@ class HFTextTower(FrozenTower):
     views = ("pooled", "tokens", "ids")
     ragged = True
 
-    def __init__(self, model: nn.Module, tokenizer: Any, folder: Path, device: str, provenance: Mapping[str, str]):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: Path,
+        device: str,
+        provenance: Mapping[str, str],
+    ):
         self.tokenizer = tokenizer
         self.max_length = _max_length(model, tokenizer, folder)
         pooling = _read(folder / "1_Pooling" / "config.json")
@@ -84,7 +112,8 @@ class HFTextTower(FrozenTower):
         super().__init__("text", model, device, facts)
 
     def prepare(self, sample: str) -> list[int]:
-        ids = self.tokenizer(sample, truncation=True, max_length=self.max_length, padding=False)["input_ids"]
+        encoded = self.tokenizer(sample, truncation=True, max_length=self.max_length, padding=False)
+        ids: list[int] = encoded["input_ids"]
         if not ids:
             raise BadSampleError("has no tokens")
         return ids
@@ -173,7 +202,7 @@ def _check(spec: EncoderSpec, folder: Path) -> Path:
     return folder
 
 
-def _modality(spec: EncoderSpec, config: Any) -> str:
+def _modality(spec: EncoderSpec, config: PretrainedConfig) -> str:
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         raise EncoderError(
             f"{spec} ({config.model_type}) is an image-text model; open those with clip:, such as clip:ViT-B-32"
@@ -184,7 +213,7 @@ def _modality(spec: EncoderSpec, config: Any) -> str:
     return "image" if takes == "pixel_values" else "text"
 
 
-def _load(spec: EncoderSpec, folder: Path, config: Any, offline: Mapping[str, bool]) -> nn.Module:
+def _load(spec: EncoderSpec, folder: Path, config: PretrainedConfig, offline: Mapping[str, bool]) -> nn.Module:
     """Load in float32; drop the decoder and the pooler, which features don't need and weights often lack."""
     model, report = AutoModel.from_pretrained(
         folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **offline
@@ -198,14 +227,15 @@ def _load(spec: EncoderSpec, folder: Path, config: Any, offline: Mapping[str, bo
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(unused))
     if missing:
         raise EncoderError(f"can't open {spec}: its weights lack {len(missing)} of the model's, such as {missing[0]}")
-    return model
+    encoder: nn.Module = model
+    return encoder
 
 
-def _process(processor: Any, image: Image.Image, **options: bool) -> Tensor:
+def _process(processor: ImageProcessor, image: Image.Image, **options: bool) -> Tensor:
     return processor(images=image, return_tensors="pt", **options)["pixel_values"][0]  # (3, H, W)
 
 
-def _split_processor(processor: Any) -> Split:
+def _split_processor(processor: ImageProcessor) -> Split:
     """Leave scaling and normalising out. What a few processors do in another order shows when the split is tried."""
     resize = partial(_process, processor, do_rescale=False, do_normalize=False)
     white = 1 / processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
@@ -214,7 +244,7 @@ def _split_processor(processor: Any) -> Split:
     return Split(resize, white, mean, std)
 
 
-def _max_length(model: nn.Module, tokenizer: Any, folder: Path) -> int:
+def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
     """The least of what the tokenizer, the position table and a sentence-transformers folder allow."""
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
     limits.append(_read(folder / "sentence_bert_config.json").get("max_seq_length"))
@@ -226,7 +256,7 @@ def _max_length(model: nn.Module, tokenizer: Any, folder: Path) -> int:
     return min(known, default=MAX_TOKENS)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,8 @@ class Split:
 
     resize: Transform
     white: float = 1.0
-    mean: Any = 0.0  # a number, or one a channel
-    std: Any = 1.0
+    mean: float | Sequence[float] = 0.0  # a number, or one a channel
+    std: float | Sequence[float] = 1.0
 
 
 def split_compose(transform: Compose) -> Split | None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import timm
 from safetensors import safe_open
-from timm.data import create_transform, resolve_model_data_config
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower
@@ -42,7 +44,8 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     """
     _check_name(spec)
     with opening(spec):
-        default: Any = timm.get_pretrained_cfg(spec.model)
+        default = timm.get_pretrained_cfg(spec.model)
+        assert default is not None, "the name is known"
         path = local_weights(spec)
         n_classes = default.num_classes
         if path is None:
@@ -57,7 +60,7 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         model.reset_classifier(0)
         provenance = {
             "family": "timm",
-            "architecture": default.architecture,
+            "architecture": default.architecture or "",
             "weights": weights_digest(model),
             "pooling": "the model's own, before its classifier",
             "library": library(timm),
@@ -74,7 +77,7 @@ def _check_name(spec: EncoderSpec) -> None:
     raise EncoderError(f"unknown timm model {spec.model!r}; did you mean {', '.join(close)}?")
 
 
-def _from_hub(spec: EncoderSpec, default: Any) -> Path:
+def _from_hub(spec: EncoderSpec, default: PretrainedCfg) -> Path:
     if spec.weights:
         raise EncoderError(
             f"can't open {spec}: {spec.weights!r} is no .safetensors file; a tag is written timm:name.tag"

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -48,14 +49,15 @@ def measure_costs(data: TrainingData, config: TrainConfig) -> Costs:
             batch = next(batches)
         features, present, targets = batch
 
-        def closure() -> torch.Tensor:
+        def closure() -> Any:
             optimizer.zero_grad()
             with torch.autocast("cuda", torch.bfloat16, enabled=config.mixed_precision and targets.is_cuda):
                 value = module.objective(features, present, targets, loss)
             value.backward()
             return value
 
-        optimizer.step(closure).detach().item()  # waits for a GPU
+        last: Any = optimizer.step(closure)
+        last.detach().item()  # waits for a GPU
 
     return Costs(model.n_parameters, model.size_mb, 1000 * predict / len(rows), 1 / _median_seconds(step))
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from cachefuse.errors import ConfigError
-from cachefuse.experiments.results import Published
-from cachefuse.experiments.sweep import Curve, Experiment
+from cachefuse.experiments.results import Curve, Published
+from cachefuse.experiments.sweep import Experiment
 from cachefuse.feature_spec import IDS, TOKENS, feature_name
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData

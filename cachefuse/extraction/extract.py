@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from cachefuse.data.dataset import Dataset
-from cachefuse.encoders import EncoderSpec
-from cachefuse.encoders.base import DerivedTower, Tower
+from cachefuse.encoders.base import DerivedTower, EncoderSpec, Tower
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.extraction.derive import base_rows, derive
 from cachefuse.extraction.open_store import open_store
@@ -151,7 +150,8 @@ class Job:
     @cached_property
     def pending(self) -> np.ndarray:
         """Which rows are missing in any view, (n_rows,) bool."""
-        return np.logical_or.reduce(list(self.needed.values()))
+        pending: np.ndarray = np.logical_or.reduce(list(self.needed.values()))
+        return pending
 
     @cached_property
     def sources(self) -> list[Any]:

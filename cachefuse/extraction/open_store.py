@@ -7,13 +7,12 @@ import tempfile
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import CacheError
-from cachefuse.files import make_folder, sync_folder
+from cachefuse.files import JsonObject, make_folder, sync_folder
 from cachefuse.store.columns import (
     IDENTITY,
     Columns,
@@ -191,9 +190,9 @@ def _forget(store: FeatureStore, new: Columns, changed: np.ndarray) -> None:
             features.forget(view, rows.tolist())
 
 
-def _with_sharers(bad_samples: list[dict[str, Any]], new: Columns) -> list[dict[str, Any]]:
+def _with_sharers(bad_samples: list[JsonObject], new: Columns) -> list[JsonObject]:
     """Return a ledger that also lists the samples, appended ones maybe, that share a row with one that is listed."""
-    added: list[dict[str, Any]] = []
+    added: list[JsonObject] = []
     for name in [name for name in new if name.startswith("rows/")]:
         lines = {line["id"]: line for line in bad_samples if line["modality"] == name.removeprefix("rows/")}
         if lines:
@@ -204,7 +203,7 @@ def _with_sharers(bad_samples: list[dict[str, Any]], new: Columns) -> list[dict[
     return [*bad_samples, *added]
 
 
-def _mark_present(bad_samples: Sequence[dict[str, Any]], old: Columns, new: Columns, changed: np.ndarray) -> None:
+def _mark_present(bad_samples: Sequence[JsonObject], old: Columns, new: Columns, changed: np.ndarray) -> None:
     """Keep absent what was found to be unusable, by the ledger or by the column that was there."""
     bad = {(line["modality"], line["id"]) for line in bad_samples}
     for name in [name for name in new if name.startswith("present/")]:
@@ -218,7 +217,7 @@ def _mark_present(bad_samples: Sequence[dict[str, Any]], old: Columns, new: Colu
 
 def _describe(path: Path, dataset: Dataset) -> None:
     """Write what a store says of its dataset, and when."""
-    about: dict[str, Any] = {
+    about: JsonObject = {
         "format": FORMAT,
         "dataset": dataset.name,
         "manifest": dataset.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from cachefuse.data.dataset import Dataset
 from cachefuse.device import resolve_device
-from cachefuse.encoders import EncoderSpec, open_encoder
-from cachefuse.encoders.base import Tower
+from cachefuse.encoders import open_encoder
+from cachefuse.encoders.base import EncoderSpec, Tower
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.feature_spec import IDS
 from cachefuse.files import slug

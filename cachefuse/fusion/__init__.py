@@ -1,8 +1,13 @@
 """Fusions: from features by modality to logits. A method is one file and one line; naming them imports no torch."""
 
+from typing import TYPE_CHECKING
+
 from cachefuse.registry import Registry
 
-FUSIONS = Registry(
+if TYPE_CHECKING:
+    from cachefuse.fusion.base import Fusion
+
+FUSIONS: "Registry[type[Fusion]]" = Registry(
     "fusion",
     "cachefuse.fusions",
     {

@@ -7,12 +7,16 @@ NumPy.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from cachefuse.errors import ConfigError
 from cachefuse.registry import Registry
 
+if TYPE_CHECKING:
+    from cachefuse.metrics.base import Metric
+
 # A metric is a ``cachefuse.metrics.base.Metric``, which knows its title, and whether it is lower for a better model.
-METRICS = Registry(
+METRICS: "Registry[Metric]" = Registry(
     "metric",
     "cachefuse.metrics",
     {

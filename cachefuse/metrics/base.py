@@ -71,7 +71,8 @@ def by_rows(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndar
 
 def divide(a: np.ndarray, b: np.ndarray, otherwise: float) -> np.ndarray:
     """Return a / b, and ``otherwise`` where b is 0."""
-    return np.divide(a, b, out=np.full(a.shape, otherwise, np.float64), where=b != 0)
+    ratio: np.ndarray = np.divide(a, b, out=np.full(a.shape, otherwise, np.float64), where=b != 0)
+    return ratio
 
 
 def mean(values: ArrayLike) -> Weighted:

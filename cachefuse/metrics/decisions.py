@@ -20,7 +20,8 @@ def decide(scores: np.ndarray, task: str, threshold: float | np.ndarray = 0.5, m
     as well. Ties go to the class that comes first. Raises ConfigError for another task.
     """
     if task in ONE_LABEL:
-        return scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1])
+        highest: np.ndarray = scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1])
+        return highest
     if task != "multilabel":
         kinds = ", ".join((*ONE_LABEL, "multilabel"))
         raise ConfigError(f"task must be one of {kinds} to decide on labels. Got {task!r} instead.")

@@ -6,7 +6,7 @@ Targets (N, C) are 0 or 1, and -1 throughout the columns of a task whose label a
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -14,6 +14,11 @@ from cachefuse.metrics import MEAN, METRICS, main_metric
 from cachefuse.metrics.base import Metric, Weighted
 from cachefuse.metrics.decisions import ONE_LABEL, decide
 from cachefuse.registry import lookup
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Array = TypeVar("Array", np.ndarray, "Tensor")
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,7 @@ class TaskSlice:
 
     @property
     def n_classes(self) -> int:
-        return self.columns.stop - self.columns.start
+        return int(self.columns.stop - self.columns.start)
 
     @property
     def numbers(self) -> np.ndarray:
@@ -50,7 +55,7 @@ class TaskSlice:
         """Return what a class of this task is called by itself: "color=red" is "red"."""
         return name.removeprefix(f"{self.name}=") if self.name else name
 
-    def labelled(self, targets: Any) -> Any:
+    def labelled(self, targets: Array) -> Array:
         """Return (N,) bool, of an array or a tensor (N, C) of targets: which rows have this task's label."""
         return targets[:, self.columns.start] >= 0
 

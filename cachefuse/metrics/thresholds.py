@@ -39,7 +39,8 @@ def choose_thresholds(
         raise DataError(f"scores must be finite. Got {scores[~np.isfinite(scores)][0]} instead.")
     targets = targets > 0
     if per_class:
-        return by_class(targets, scores)
+        thresholds: np.ndarray = by_class(targets, scores)
+        return thresholds
     always = decide(scores, "multilabel", np.inf, min_labels)
     threshold = _search(as_groups(targets), as_groups(np.where(always, np.inf, scores)))
     return np.full(targets.shape[1], threshold)

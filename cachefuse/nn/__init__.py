@@ -1,15 +1,24 @@
 """Modules that know no dataset: heads, losses, poolings, transformers. Naming them imports no torch."""
 
+from typing import TYPE_CHECKING
+
 from cachefuse.registry import Registry
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
+
+    from cachefuse.nn.heads import HeadClass
+
 # Named here rather than beside their code, so that listing the choices does not import torch.
-ACTIVATIONS = Registry(
+ACTIVATIONS: "Registry[type[nn.Module]]" = Registry(
     "activation",
     "cachefuse.activations",
     {"gelu": "torch.nn:GELU", "leaky_relu": "torch.nn:LeakyReLU", "relu": "torch.nn:ReLU"},
     base="torch.nn:Module",
 )
-HEADS = Registry(
+HEADS: "Registry[HeadClass]" = Registry(
     "head",
     "cachefuse.heads",
     {
@@ -21,7 +30,7 @@ HEADS = Registry(
     has=("default_layers",),
     takes="width, classes, *, layers, activation, dropout",
 )
-LOSSES = Registry(
+LOSSES: "Registry[Callable[..., Tensor]]" = Registry(
     "loss",
     "cachefuse.losses",
     {
@@ -32,7 +41,7 @@ LOSSES = Registry(
     },
     takes="logits, targets, *, reduction",
 )
-POOLINGS = Registry(
+POOLINGS: "Registry[type[nn.Module]]" = Registry(
     "pooling",
     "cachefuse.poolings",
     {

@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def training_png(run: Alignment) -> bytes | None:
     epochs = run.history.epochs
     if not epochs:
         return None
-    panels: dict[str, dict[str, list[Any]]] = {
+    panels: dict[str, dict[str, list[float | None]]] = {
         "loss": {"training": [epoch.loss for epoch in epochs], "validation": [epoch.val_loss for epoch in epochs]},
         "validation " + ("score" if run.parent else "R@1"): {"validation": [epoch.score for epoch in epochs]},
     }
@@ -96,7 +96,7 @@ def _log_axis(axes: "Axes", low: float, high: float) -> None:
     axes.set_xticks([], minor=True)
 
 
-def _png(size: tuple[float, float], draw: Callable[["Figure"], Any]) -> bytes:
+def _png(size: tuple[float, float], draw: Callable[["Figure"], None]) -> bytes:
     """Return a figure as a file; names from data may have characters that no font here has, and no formulas."""
     import matplotlib
     from matplotlib.figure import Figure

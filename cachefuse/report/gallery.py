@@ -49,8 +49,9 @@ class Example:
 
 def row_losses(targets: np.ndarray, scores: np.ndarray, task: str) -> np.ndarray:
     """Return each row's log loss (n,) by targets (n, C) bool: its class's in multi-class, else the labels' mean."""
-    losses = -np.log(np.clip(np.where(targets, scores, 1 - scores), TINY, 1))
-    return losses[targets] if task == "multiclass" else losses.mean(axis=1, dtype=np.float64)
+    by_class = -np.log(np.clip(np.where(targets, scores, 1 - scores), TINY, 1))
+    losses: np.ndarray = by_class[targets] if task == "multiclass" else by_class.mean(axis=1, dtype=np.float64)
+    return losses
 
 
 def worst_examples(

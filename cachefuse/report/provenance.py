@@ -7,7 +7,7 @@ from typing import Any
 
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.run import Alignment
-from cachefuse.files import format_bytes
+from cachefuse.files import JsonObject, format_bytes
 from cachefuse.fusion.options import FOUND
 from cachefuse.runs.files import read_json
 from cachefuse.runs.run import Run
@@ -105,7 +105,7 @@ def alignment_settings(run: Alignment) -> list[tuple[str, str]]:
     return _named(run.config.to_dict())
 
 
-def _named(config: dict[str, Any]) -> list[tuple[str, str]]:
+def _named(config: JsonObject) -> list[tuple[str, str]]:
     return [(name.replace("_", "-"), _text(value)) for name, value in config.items()]
 
 
@@ -145,7 +145,7 @@ def _option(name: str, value: Any) -> list[str]:
     return [option, "all" if (name, value) == ("batch_size", 0) else str(value)]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {number}" for key, number in value.items()) or "none"
     if isinstance(value, list | tuple):

@@ -143,7 +143,8 @@ def _missed_and_wrong(measured: Evaluation) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _scaled(shares: np.ndarray) -> np.ndarray:
-    return shares / max(shares.max(initial=0), 1e-9)
+    scaled: np.ndarray = shares / max(shares.max(initial=0), 1e-9)
+    return scaled
 
 
 def _heatmap(counts: np.ndarray, shares: np.ndarray, names: list[str], n_classes: int) -> Heatmap:

@@ -18,7 +18,7 @@ from torch import nn
 
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
-from cachefuse.files import slug, write_atomically
+from cachefuse.files import JsonObject, slug, write_atomically
 from cachefuse.runs.features import RunFeaturesByName
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, VAL
@@ -59,7 +59,7 @@ class _Result(BaseModel):
 
 
 class _Member(BaseModel):
-    config: dict[str, Any]
+    config: JsonObject
     features: RunFeaturesByName
     weight: float = Field(gt=0, allow_inf_nan=False)
     fold: int | None
@@ -81,7 +81,7 @@ class Description(BaseModel):
     created: str
     manifest: Manifest
     classes: tuple[str, ...]
-    config: dict[str, Any]
+    config: JsonObject
     members: list[_Member]
     sources: tuple[str, ...]
     thresholds: list[FiniteFloat]
@@ -107,7 +107,7 @@ class RunSummary:
     n_rows: int
     metrics: dict[str, float]
     size_mb: float
-    settings: dict[str, Any]
+    settings: JsonObject
 
 
 def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Path:
@@ -219,7 +219,7 @@ def _summarize(path: Path) -> RunSummary:
     )
 
 
-def read_whole(path: Path, kind: str | None = None) -> dict[str, Any]:
+def read_whole(path: Path, kind: str | None = None) -> JsonObject:
     """Return a run's run.json. Raises RunError if the run lacks a file, is of another version, or of another kind."""
     for name in FILES:
         if not (path / name).is_file():
@@ -247,7 +247,7 @@ def describe(path: Path) -> Description:
         return about
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """Read a JSON object. Raises RunError if it is not there, or none."""
     try:
         values = json.loads(path.read_bytes())

@@ -14,8 +14,8 @@ from cachefuse.data.readers.base import ImageSource, Samples
 from cachefuse.data.readers.table import TableReader, read_columns
 from cachefuse.data.targets import is_labelled
 from cachefuse.device import resolve_device
-from cachefuse.encoders import EncoderSpec, open_encoder
-from cachefuse.encoders.base import Tower, is_derived
+from cachefuse.encoders import open_encoder
+from cachefuse.encoders.base import EncoderSpec, Tower, is_derived
 from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.extraction.pipeline import encode_prepared, is_bad, prepare_in_order
 from cachefuse.extraction.request import BATCH_SIZE

@@ -6,14 +6,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cachefuse.errors import CacheError
-from cachefuse.files import sync_folder
+from cachefuse.files import JsonObject, sync_folder
 from cachefuse.store.format import append_lines, checksum, seal, unseal
 
 BAD_SAMPLES = "bad.jsonl"
@@ -29,7 +28,7 @@ def read_column(path: Path, name: str) -> np.ndarray:
     Raises zarr-python's errors if files are cut short or changed, and ValueError if the checksum is wrong: zarr-python
     reads a missing chunk as zeros.
     """
-    array: Any = zarr.open_array(path / "samples" / name, mode="r")
+    array = zarr.open_array(path / "samples" / name, mode="r")
     values = np.asarray(array[:])
     if array.attrs["checksum"] != column_checksum(values):
         raise ValueError("its checksum does not fit")
@@ -50,7 +49,7 @@ def read_columns(path: Path) -> tuple[Columns, list[int] | None]:
     return columns, appended
 
 
-def read_about(path: Path) -> dict[str, Any]:
+def read_about(path: Path) -> JsonObject:
     """Return what the store at ``path`` notes on its samples: ``rows``, ``appended_at`` (rows), ``columns`` (names)."""
     file = path / "samples" / "zarr.json"
     try:
@@ -98,7 +97,7 @@ def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Seq
 
 
 def replace_samples(
-    path: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int], bad_samples: Sequence[dict[str, Any]]
+    path: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int], bad_samples: Sequence[JsonObject]
 ) -> None:
     """Replace the samples of the store at ``path``, and its list of bad samples, in one step."""
     folder, new, old = path / "samples", path / ".samples.new", path / ".samples.old"

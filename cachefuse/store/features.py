@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from cachefuse.errors import CacheError
+from cachefuse.files import JsonObject
 from cachefuse.store.format import DTYPES, append_lines, block_rows, checksum, provenance_key, read_lines, seal, unseal
 from cachefuse.store.opening import open_rows
-from cachefuse.store.rows import Rows
+from cachefuse.store.rows import RowKey, Rows
 from cachefuse.store.samples import StoredSamples
 from cachefuse.store.views import View, Written, declare_group
 
@@ -83,7 +83,7 @@ class Features:
 
     def note_written(self, view: str, block: int, written: Written) -> None:
         """Add a block to the journal. From then on its rows exist."""
-        line: dict[str, Any] = {"view": view, "block": block, "rows": written.rows, "files": dict(written.files)}
+        line: JsonObject = {"view": view, "block": block, "rows": written.rows, "files": dict(written.files)}
         if written.cosine:
             line["cosine"] = written.cosine
         append_lines(self.path / JOURNAL, [line])
@@ -202,7 +202,7 @@ class Features:
         written = {block: entry for block in blocks if (entry := self.written(view, block)) is not None}
         return open_rows(self.views[view], self.path, self.name(view), self.n_rows, written)
 
-    def read(self, view: str = "pooled", rows: int | slice | np.ndarray | None = None) -> Any:
+    def read(self, view: str = "pooled", rows: RowKey | None = None) -> np.ndarray | list[np.ndarray]:
         """Return rows of a view: (n, D) or (n, T, D); a list of n arrays, (T_i, D) for ragged tokens, (T_i,) for ids.
 
         Raises CacheError as ``rows`` does.

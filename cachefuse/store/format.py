@@ -5,17 +5,16 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import google_crc32c
 import numpy as np
 
 from cachefuse.errors import CacheError
 from cachefuse.feature_spec import IDS, POOLED, TOKENS
-from cachefuse.files import sync_folder
+from cachefuse.files import JsonObject, sync_folder
 
 
-def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+def append_lines(path: Path, lines: Iterable[JsonObject]) -> None:
     """Append lines and flush them to disk. A last line that was cut short is ended first."""
     text = "".join(json.dumps(seal(line), ensure_ascii=False) + "\n" for line in lines)
     data = text.encode("utf-8", "backslashreplace")
@@ -33,7 +32,7 @@ def append_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
         sync_folder(path.parent)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[JsonObject]:
     """Yield the lines that are complete."""
     if not path.is_file():
         return
@@ -82,12 +81,12 @@ def differing_fields(old: Mapping[str, str], new: Mapping[str, str]) -> list[str
     return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
 
 
-def seal(values: Mapping[str, Any]) -> dict[str, Any]:
+def seal(values: Mapping[str, object]) -> JsonObject:
     """Return values for a JSON file with their checksum, so that a changed byte is noticed."""
     return {**values, "checksum": checksum(_canonical(values))}
 
 
-def unseal(sealed: Mapping[str, Any], where: object) -> dict[str, Any]:
+def unseal(sealed: Mapping[str, object], where: object) -> JsonObject:
     """Return sealed values without their checksum. Raises CacheError, naming ``where``, if the checksum is wrong."""
     values = {key: value for key, value in sealed.items() if key != "checksum"}
     if sealed.get("checksum") != checksum(_canonical(values)):
@@ -95,5 +94,5 @@ def unseal(sealed: Mapping[str, Any], where: object) -> dict[str, Any]:
     return values
 
 
-def _canonical(values: Mapping[str, Any]) -> bytes:
+def _canonical(values: Mapping[str, object]) -> bytes:
     return json.dumps(values, sort_keys=True, ensure_ascii=False).encode("utf-8", "backslashreplace")

@@ -8,7 +8,6 @@ import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -45,8 +44,8 @@ class MappedFiles:
                     length = min(span, os.fstat(opened.fileno()).st_size)
                     flags = mmap.MAP_SHARED | _FIXED
                     _mmap(libc, base + i * span, length, mmap.PROT_READ, flags, opened.fileno())
-        buffer: Any = (ctypes.c_uint8 * size).from_address(base)
-        self.array = np.frombuffer(buffer, dtype).reshape(-1, *row_shape)
+        buffer = (ctypes.c_uint8 * size).from_address(base)
+        self.array = np.frombuffer(memoryview(buffer), dtype).reshape(-1, *row_shape)
         self.rows: Tensor = torch.from_numpy(self.array)
         self.array = self.array.view()
         self.array.flags.writeable = False

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
@@ -101,7 +100,7 @@ def _reader(path: Path, block_rows: int) -> ReadBlock:
     array = cache(partial(zarr.open_array, path, mode="r"))  # opened by the first read
 
     def read(block: int, rows: slice | np.ndarray) -> np.ndarray:
-        opened: Any = array()
+        opened = array()
         first = block * block_rows
         if isinstance(rows, slice):
             return np.asarray(opened[first + rows.start : first + rows.stop])
@@ -112,7 +111,7 @@ def _reader(path: Path, block_rows: int) -> ReadBlock:
 
 def _ragged_reader(path: Path) -> ReadBlock:
     def read(block: int, rows: slice | np.ndarray) -> np.ndarray:
-        array: Any = zarr.open_array(path / block_name(block), mode="r")
+        array = zarr.open_array(path / block_name(block), mode="r")
         return np.asarray(array.oindex[rows])
 
     return read

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cachefuse.store.blocks import Blocks, MappedBlocks
 
+RowKey = int | slice | np.ndarray  # a row's number, a slice, a mask (N,), or numbers
 SHUFFLE_BYTES = 256 << 20  # of the blocks whose rows are shuffled together
 
 
@@ -52,7 +53,7 @@ class Rows:
             return self._values.take(block, row, out)
         return dequantise(self._values.take(block, row), self._scales.take(block, row), out)
 
-    def __getitem__(self, key: int | slice | np.ndarray) -> np.ndarray:
+    def __getitem__(self, key: RowKey) -> np.ndarray:
         """Return a copy of one row, a slice, the rows where a mask (N,) is true, or rows by number."""
         if isinstance(key, slice) and key.step in (None, 1):
             return self._span(*key.indices(len(self))[:2])
@@ -158,7 +159,7 @@ class RaggedRows(Rows):
         tokens[mask] = flat
         return tokens, mask
 
-    def __getitem__(self, key: int | slice | np.ndarray) -> Any:
+    def __getitem__(self, key: RowKey) -> Any:
         """Return one row's tokens (T_i, D), or a list of such arrays."""
         index = _row_numbers(key, len(self))
         flat, lengths = self._flat(torch.from_numpy(np.atleast_1d(index)))
@@ -218,7 +219,7 @@ class TokenWidth(int):
         self.n_tokens = n_tokens
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[int, int]]:
         return type(self), (int(self), self.n_tokens)  # for copies, such as that of the model for averaged weights
 
 
@@ -282,7 +283,7 @@ def dequantise(values: Tensor, scales: Tensor, out: Tensor | None = None) -> Ten
     return torch.mul(values.to(scales.dtype), scales.unsqueeze(-1), out=out)
 
 
-def _row_numbers(key: Any, n_rows: int) -> np.ndarray:
+def _row_numbers(key: RowKey, n_rows: int) -> np.ndarray:
     """Return a key's row numbers: () for one row, else (n,). Negative numbers count from the end."""
     if isinstance(key, slice):
         return np.arange(*key.indices(n_rows))

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
@@ -35,7 +34,7 @@ class StoredSamples:
             raise CacheError(f"no feature store at {path}; run cachefuse extract first")
         self.path = path
         try:
-            declared: Any = json.loads((path / "zarr.json").read_bytes())
+            declared = json.loads((path / "zarr.json").read_bytes())
             meta = declared.get("attributes", {}).get("cachefuse", {})
             version = meta.get("format")
         except (ValueError, AttributeError) as error:
@@ -187,7 +186,7 @@ class StoredSamples:
         bad = np.array([(modality, sample) in self._bad for sample in self.ids], bool)
         present = self.present(modality)
         if (present & bad).any():
-            array: Any = zarr.open_array(self.path / "samples" / "present" / modality, mode="r+")
+            array = zarr.open_array(self.path / "samples" / "present" / modality, mode="r+")
             array[:] = present & ~bad
             array.attrs["checksum"] = column_checksum(present & ~bad)
 

@@ -8,11 +8,12 @@ Such a file is one contiguous run of rows: it can be written as a stream and rea
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -123,7 +124,7 @@ def _start_sync(file: BinaryIO) -> None:
 
 
 @cache
-def _sync_file_range() -> Any:
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     function = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
     if function:
         function.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)

@@ -1,7 +1,6 @@
 """Token features as sequences: fixed or ragged rows of a store, read in batches padded to the longest row."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ class SequenceWidth(int):
         self.n_tokens = n_tokens
         return self
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type, tuple[int, int]]:
         return type(self), (int(self), self.n_tokens)  # for copies, such as that of the model for averaged weights
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import zarr
+from zarr.core.buffer import Buffer
 
 from cachefuse.errors import CacheError
 from cachefuse.feature_spec import IDS
-from cachefuse.files import make_folder, write_atomically
+from cachefuse.files import JsonObject, make_folder, write_atomically
 from cachefuse.store.format import DTYPES, MAX_BLOCK_ROWS, VIEWS
 from cachefuse.store.shard import INDEX_CODECS, chunk_rows, padded_rows
 
@@ -45,7 +46,7 @@ class View:
     vocabulary: int = 0
 
     @classmethod
-    def from_dict(cls, values: Any) -> "View":
+    def from_dict(cls, values: JsonObject) -> "View":
         """Return a view from a store's metadata. Raises CacheError for names and sizes that cachefuse never writes."""
         try:
             view = cls(**{**values, "row_shape": tuple(values["row_shape"])})
@@ -62,7 +63,7 @@ class View:
             raise CacheError(f"not a view that cachefuse makes: {values}")
         return view
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         """Return the metadata that a store keeps."""
         return {name: value for name, value in vars(self).items() if name != "vocabulary" or value}
 
@@ -129,20 +130,20 @@ def declare_shards(folder: Path, n_rows: int, rows: int, row_shape: tuple[int, .
     _declare(folder, shape=(n_rows, *row_shape), shards=shards, chunks=chunks, dtype=dtype)
 
 
-def declare_group(folder: Path, attributes: Mapping[str, Any] | None = None) -> None:
+def declare_group(folder: Path, attributes: JsonObject | None = None) -> None:
     """Write a group's metadata, unless it exists already."""
-    files: dict[str, Any] = {}
+    files: dict[str, Buffer] = {}
     zarr.create_group(files, attributes=dict(attributes or {}))
     _write(folder, files)
 
 
 def _declare(folder: Path, **array: Any) -> None:
-    files: dict[str, Any] = {}
+    files: dict[str, Buffer] = {}
     zarr.create_array(files, compressors=None, fill_value=0, **array)
     _write(folder, files)
 
 
-def _write(folder: Path, files: Mapping[str, Any]) -> None:
+def _write(folder: Path, files: Mapping[str, Buffer]) -> None:
     """Write the metadata that zarr-python made in memory. If zarr-python wrote it, a power cut might empty the file."""
     data, path = files["zarr.json"].to_bytes(), folder / "zarr.json"
     if not path.is_file() or path.read_bytes() != data:

@@ -218,4 +218,5 @@ def _cosines(values: np.ndarray, quantised: np.ndarray) -> np.ndarray:
     """Return the cosine of each non-zero row to its quantised values; the scale does not change it."""
     x, y = values.astype(np.float32), quantised.astype(np.float32)
     norms = np.linalg.norm(x, axis=-1) * np.linalg.norm(y, axis=-1)
-    return ((x * y).sum(-1) / np.where(norms > 0, norms, 1))[x.any(-1)]
+    cosines: np.ndarray = (x * y).sum(-1) / np.where(norms > 0, norms, 1)
+    return cosines[x.any(-1)]

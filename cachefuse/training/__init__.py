@@ -1,8 +1,16 @@
 """Stage 2: from arrays to a trained model. Naming optimizers and schedules imports no torch."""
 
+from typing import TYPE_CHECKING
+
 from cachefuse.registry import Registry
 
-OPTIMIZERS = Registry(
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
+OPTIMIZERS: "Registry[Callable[..., Optimizer]]" = Registry(
     "optimizer",
     "cachefuse.optimizers",
     {
@@ -13,7 +21,7 @@ OPTIMIZERS = Registry(
     },
     takes="params, *, lr, weight_decay",
 )
-SCHEDULES = Registry(
+SCHEDULES: "Registry[Callable[[Optimizer, int], LRScheduler]]" = Registry(
     "schedule",
     "cachefuse.schedules",
     {

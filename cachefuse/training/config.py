@@ -196,12 +196,14 @@ class TrainConfig:
     @property
     def learning_rate(self) -> float:
         usual = LEARNING_RATES[self.optimizer]
-        return self._of("lr", usual) if self.optimizer in ("adam", "adamw") or self.lr is not None else usual
+        chosen: float = self._of("lr", usual)
+        return chosen if self.optimizer in ("adam", "adamw") or self.lr is not None else usual
 
     @property
     def penalty(self) -> float:
         """The weight decay."""
-        return self._of("weight_decay", WEIGHT_DECAYS.get(self.optimizer, 0.0))
+        decay: float = self._of("weight_decay", WEIGHT_DECAYS.get(self.optimizer, 0.0))
+        return decay
 
     @property
     def n_epochs(self) -> int:

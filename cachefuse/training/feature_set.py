@@ -203,7 +203,7 @@ def _as_array(modality: Any, x: Any) -> np.ndarray:
 
 
 def _present(modality: str, x: np.ndarray) -> np.ndarray:
-    present = ~np.isnan(x).all(axis=1)
+    present: np.ndarray = ~np.isnan(x).all(axis=1)
     wrong = np.flatnonzero(present & ~np.isfinite(x).all(axis=1))
     if len(wrong):
         raise DataError(

@@ -212,5 +212,7 @@ class FeatureTable:
 def multi_hot(targets: np.ndarray, n_classes: int) -> np.ndarray:
     """Return (N, C) uint8 targets; unlabelled rows are all 0."""
     if targets.ndim == 2:
-        return (targets > 0).astype(np.uint8)
-    return (targets[:, None] == np.arange(n_classes)).astype(np.uint8)
+        positive: np.ndarray = targets > 0
+    else:
+        positive = targets[:, None] == np.arange(n_classes)
+    return positive.astype(np.uint8)

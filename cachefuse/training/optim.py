@@ -72,7 +72,7 @@ class LBFGS(torch.optim.LBFGS):
                     value = value + self.weight_decay / 2 * parameter.detach().square().sum()
             return value
 
-        return super().step(penalised)
+        return super().step(penalised)  # type: ignore[no-untyped-call]
 
 
 def constant(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:

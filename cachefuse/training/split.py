@@ -79,4 +79,6 @@ def warn_of_rare_classes(data: TrainingData, splits: Sequence[Split]) -> None:
 
 def _positives(data: TrainingData, rows: Tensor) -> np.ndarray:
     """Return how many of some rows (n,) have each class, (C,)."""
-    return np.sum([(data.targets(piece) > 0).sum(axis=0) for piece in rows.split(CHECKED_ROWS)], axis=0)
+    of_each = [(data.targets(piece) > 0).sum(axis=0) for piece in rows.split(CHECKED_ROWS)]
+    positives: np.ndarray = np.sum(of_each, axis=0)
+    return positives

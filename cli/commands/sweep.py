@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from cachefuse.errors import ConfigError
-from cachefuse.files import slug, to_json
+from cachefuse.files import JsonObject, slug, to_json
 from cachefuse.registry import lookup
 from cachefuse.training.config import TrainConfig
 from cachefuse_cli.shared.options import (
@@ -106,11 +106,12 @@ def sweep(
 
 def _tried(
     grid: Sequence[str] | None, settings: Path | None, preset: str | None, given: Collection[str]
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Return the settings to try; none for a preset, which knows its own."""
-    from cachefuse.experiments.presets import GREEDY, PRESETS, TOKEN_PRESETS
+    from cachefuse.experiments.presets import GREEDY, PRESETS
     from cachefuse.experiments.settings import grid as combine
     from cachefuse.experiments.settings import parse_setting
+    from cachefuse.experiments.token_presets import TOKEN_PRESETS
 
     if [grid, settings, preset].count(None) != 2:
         raise ConfigError("a sweep needs one of --grid, --settings and --preset")
@@ -137,7 +138,7 @@ def _parse_grid(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
     return values
 
 
-def _read_settings(path: Path) -> list[dict[str, Any]]:
+def _read_settings(path: Path) -> list[JsonObject]:
     try:
         values = tomllib.loads(path.read_text("utf-8"))
     except ValueError as error:  # of TOML, or of UTF-8

@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cachefuse.files import JsonObject
 from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 SHOWN_TOLERANCES = (0.25, 0.5, 1.0)
 
 
-def alignment_dict(run: "Alignment") -> dict[str, Any]:
+def alignment_dict(run: "Alignment") -> JsonObject:
     return {
         "run": run.name,
         "path": str(run.path),
@@ -40,7 +41,7 @@ def alignment_dict(run: "Alignment") -> dict[str, Any]:
     }
 
 
-def results_dict(results: "Mapping[str, Retrieval]") -> dict[str, Any]:
+def results_dict(results: "Mapping[str, Retrieval]") -> JsonObject:
     return {split: asdict(result) for split, result in results.items()}
 
 
@@ -83,7 +84,7 @@ def results_report(results: "Mapping[str, Retrieval]") -> None:
     console.print(Text(f"modality gap, untrained to trained: {', '.join(gaps)}"))
 
 
-def alignments_dict(found: "Sequence[AlignmentSummary]") -> list[dict[str, Any]]:
+def alignments_dict(found: "Sequence[AlignmentSummary]") -> list[JsonObject]:
     return [{**asdict(one), "path": str(one.path), "kind": "alignment"} for one in found]
 
 
@@ -99,7 +100,7 @@ def alignments_report(found: "Sequence[AlignmentSummary]") -> None:
     out().print(table)
 
 
-def found_dict(found: "Found", texts: Sequence[str] | None) -> dict[str, Any]:
+def found_dict(found: "Found", texts: Sequence[str] | None) -> JsonObject:
     shown = texts if texts is not None else [None] * len(found.matches)
     matches = [{**asdict(match), "text": text} for match, text in zip(found.matches, shown, strict=True)]
     return {"query": found.query, "modality": found.modality, "matches": matches}
@@ -118,7 +119,7 @@ def found_report(found: "Found", texts: Sequence[str] | None, space: str, store:
     out().print(table)
 
 
-def zero_shot_dict(found: "ZeroShot", space: str, store: "FeatureStore") -> dict[str, Any]:
+def zero_shot_dict(found: "ZeroShot", space: str, store: "FeatureStore") -> JsonObject:
     return {"dataset": store.dataset, "space": space, "chance": found.chance, **asdict(found)}
 
 
@@ -148,7 +149,7 @@ def zero_shot_report(found: "ZeroShot", space: str, store: "FeatureStore") -> No
     console.print(classes)
 
 
-def similarity_dict(found: "Mapping[str, Mapping[str, Figures]]", store: "FeatureStore") -> dict[str, Any]:
+def similarity_dict(found: "Mapping[str, Mapping[str, Figures]]", store: "FeatureStore") -> JsonObject:
     from cachefuse.alignment.similarity import TOLERANCES
 
     figures = {name: {split: asdict(one) for split, one in by.items()} for name, by in found.items()}
@@ -204,7 +205,7 @@ def _paraphrases(found: "Mapping[str, Mapping[str, Figures]]") -> Table:
     return table
 
 
-def pairs_dict(pairs: "Pairs", manifest: Path) -> dict[str, Any]:
+def pairs_dict(pairs: "Pairs", manifest: Path) -> JsonObject:
     return {"manifest": str(manifest), "pairs": {split: len(rows) for split, rows in pairs.rows.items()}}
 
 

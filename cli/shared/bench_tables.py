@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from cachefuse.files import JsonObject
 from cachefuse_cli.shared.render import new_table, out
 
 if TYPE_CHECKING:
@@ -15,11 +16,11 @@ if TYPE_CHECKING:
 MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: ""}
 
 
-def bench_dict(machine: dict[str, Any], rows: "Sequence[BenchRow]") -> dict[str, Any]:
+def bench_dict(machine: JsonObject, rows: "Sequence[BenchRow]") -> JsonObject:
     return {"machine": machine, "rows": [{**asdict(row), "met": row.met} for row in rows]}
 
 
-def bench_report(machine: dict[str, Any], rows: "Sequence[BenchRow]") -> None:
+def bench_report(machine: JsonObject, rows: "Sequence[BenchRow]") -> None:
     """Ours beside the baseline, their ratio and the goal; what else there is to know comes below."""
     console = out()
     table = new_table("what / baseline", "ours", "baseline", "ratio", "goal", "", numbers=5)

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cachefuse.files import JsonObject
 from cachefuse.metrics import MEAN, headline, lower_is_better, metric_title
 from cachefuse.training.config import as_text
 from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
@@ -24,7 +25,7 @@ IN_NAME = ("fusion", "head", "loss")  # of a run
 PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1", "ap": "AP", "recall_at_p90": "R@P90"}
 
 
-def evaluation_dict(everything: "Evaluation", ablated: "Evaluation | None") -> dict[str, Any]:
+def evaluation_dict(everything: "Evaluation", ablated: "Evaluation | None") -> JsonObject:
     """The evaluation asked for; one without some modalities has that with everything beside it."""
     if ablated is None:
         return everything.as_dict()
@@ -112,7 +113,7 @@ def _gates(found: "Evaluation", order: Sequence[int]) -> Table:
     return table
 
 
-def runs_dict(found: "Sequence[RunSummary]") -> list[dict[str, Any]]:
+def runs_dict(found: "Sequence[RunSummary]") -> list[JsonObject]:
     return [{**asdict(run), "path": str(run.path)} for run in found]
 
 

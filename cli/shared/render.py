@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from cachefuse.files import JsonObject
 from cachefuse.metrics import MEAN, metric_title
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def run_line(run: "Run") -> None:
     err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {kind} {used}"), soft_wrap=True)
 
 
-def extract_dict(report: "ExtractReport") -> dict[str, Any]:
+def extract_dict(report: "ExtractReport") -> JsonObject:
     return {
         "store": str(report.store),
         "features": [
@@ -174,7 +175,7 @@ def extract_report(report: "ExtractReport", task: str) -> None:
     console.print(Text.assemble(("next  ", "dim"), NEXT.get(task, "cachefuse train-head")), soft_wrap=True)
 
 
-def run_dict(run: "Run") -> dict[str, Any]:
+def run_dict(run: "Run") -> JsonObject:
     return {
         "run": run.name,
         "path": str(run.path),
@@ -286,7 +287,7 @@ def prediction(predictions: "Predictions", *, as_json: bool) -> None:
     out().print(table)
 
 
-def datasets(rows: Sequence[dict[str, Any]]) -> None:
+def datasets(rows: Sequence[JsonObject]) -> None:
     """The built-in datasets, and how to bring one's own."""
     table = new_table("dataset", "task", "size", "splits", "data")
     table.columns[2].justify = "right"
@@ -298,7 +299,7 @@ def datasets(rows: Sequence[dict[str, Any]]) -> None:
     out().print("Your own: cachefuse extract --dataset ./mine.toml (the README shows one)")
 
 
-def encoders(families: "dict[str, Family]", default: str) -> None:
+def encoders(families: "Mapping[str, Family]", default: str) -> None:
     """The encoder families with an example each."""
     table = new_table("family", "encodes", "example")
     for name, family in families.items():

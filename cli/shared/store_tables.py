@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.text import Text
 
-from cachefuse.files import format_bytes
+from cachefuse.files import JsonObject, format_bytes
 from cachefuse_cli.shared.render import err, new_table, out
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _progress(view: "StoredView") -> str:
     return "all" if view.done == view.rows else f"[yellow]{view.done / max(1, view.rows):.1%}[/]"
 
 
-def inspect_dict(found: "Inspection") -> dict[str, Any]:
+def inspect_dict(found: "Inspection") -> JsonObject:
     return {
         "store": str(found.path),
         "dataset": found.dataset,
@@ -101,7 +101,7 @@ def plan_report(plan: "Plan") -> None:
         console.print(Text.assemble(("next  ", "dim"), step))
 
 
-def plan_dict(plan: "Plan") -> dict[str, Any]:
+def plan_dict(plan: "Plan") -> JsonObject:
     return {
         "store": str(plan.store),
         "views": [{**asdict(view), "n_bytes": view.n_bytes} for view in plan.views],
@@ -146,7 +146,7 @@ def _damage(found: "Verification", console: Any) -> None:
         console.print(Text.assemble(("damaged ", "bold red"), f"{place}{block}: {damage.reason}"), soft_wrap=True)
 
 
-def verify_dict(found: "Verification") -> dict[str, Any]:
+def verify_dict(found: "Verification") -> JsonObject:
     return {
         "store": str(found.path),
         "sound": not found.damage,

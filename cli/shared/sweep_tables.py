@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Group
 from rich.live import Live
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from cachefuse.files import JsonObject
 from cachefuse.metrics import metric_title
 from cachefuse_cli.shared.render import err, new_table, out, run_dict, run_report
 
@@ -134,7 +135,7 @@ def compare_verdict(result: "SweepResult", enough: "SettingResult | None") -> No
     out().print(Text.assemble(("next  ", "dim"), f"cachefuse train-head --fusion {name}"))
 
 
-def sweeps_dict(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> dict[str, Any]:
+def sweeps_dict(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> JsonObject:
     return {
         "path": str(folder),
         "sweeps": [_sweep_dict(result) for result in results],
@@ -142,7 +143,7 @@ def sweeps_dict(results: Sequence["SweepResult"], folder: Path, run: "Run | None
     }
 
 
-def _sweep_dict(result: "SweepResult") -> dict[str, Any]:
+def _sweep_dict(result: "SweepResult") -> JsonObject:
     return {
         "title": result.title,
         "split": result.split,

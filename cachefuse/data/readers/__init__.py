@@ -1,8 +1,13 @@
 """How raw files become samples. A reader is one file and one line here; a manifest names it as `reader.kind`."""
 
+from typing import TYPE_CHECKING
+
 from cachefuse.registry import Registry
 
-READERS = Registry(
+if TYPE_CHECKING:
+    from cachefuse.data.readers.base import Reader
+
+READERS: "Registry[type[Reader]]" = Registry(
     "reader",
     "cachefuse.readers",
     {

@@ -1,13 +1,13 @@
 """COCO captions: photographs with about five captions each (arXiv:1504.00325), in the division of 2017 or of 2014."""
 
 from pathlib import Path
-from typing import Any
 
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import Reader, Samples, check_inside, well_formed
 from cachefuse.data.readers.folder import links_out, note_links
 from cachefuse.data.readers.json_file import list_of_objects, read_json
 from cachefuse.errors import DataError
+from cachefuse.files import JsonObject
 
 YEARS = ("2017", "2014")  # both divide the same photographs, so one of them is taken
 SPLITS = ("train", "val")
@@ -98,14 +98,14 @@ def _read_annotations(path: Path) -> tuple[list[tuple[str, str]], dict[str, list
     return images, captions
 
 
-def _id(entry: dict[str, Any], key: str, where: str) -> str:
+def _id(entry: JsonObject, key: str, where: str) -> str:
     value = entry.get(key)
     if not isinstance(value, int | str) or isinstance(value, bool):
         raise DataError(f"{where} must have a whole number as its {key}. Got {str(value)[:80]!r} instead")
     return well_formed(str(value))
 
 
-def _plain_name(image: dict[str, Any], where: str) -> str:
+def _plain_name(image: JsonObject, where: str) -> str:
     """Return an image's file name. Raises DataError for a path: it could lead out of the folder."""
     name = image.get("file_name")
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):

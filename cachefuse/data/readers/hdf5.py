@@ -53,11 +53,12 @@ class ArrayImage:
             dataset = image_column(open_shared(self.path), self.key, self.DTYPE)
             if not 0 <= self.row < len(dataset):
                 raise BadSampleError(f"there is no row {self.row}; {self.key!r} has {len(dataset):,}")
-            return dataset[self.row]
+            values: np.ndarray = dataset[self.row]
         except (DataError, OSError, RuntimeError, KeyError) as error:
             if getattr(error, "errno", None) in FAILURES:
                 raise
             raise BadSampleError(f"can't be read: {error}") from error
+        return values
 
 
 class Hdf5Reader(Reader):

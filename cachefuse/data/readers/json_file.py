@@ -3,12 +3,12 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from cachefuse.errors import DataError
+from cachefuse.files import JsonObject
 
 
-def read_json(path: Path, most_bytes: int, kind: str, keep: Callable[[dict[str, Any]], Any]) -> Any:
+def read_json(path: Path, most_bytes: int, kind: str, keep: Callable[[JsonObject], object]) -> object:
     """Return a file's content with each object as ``keep`` leaves it, so that what nobody reads takes no memory.
 
     Raises DataError, naming the file, if it is larger than any of its ``kind``, or not JSON.
@@ -23,7 +23,7 @@ def read_json(path: Path, most_bytes: int, kind: str, keep: Callable[[dict[str, 
         raise DataError(f"{path.name}: not valid JSON: {error}") from error
 
 
-def list_of_objects(content: Any, key: str, path: Path) -> list[dict[str, Any]]:
+def list_of_objects(content: object, key: str, path: Path) -> list[JsonObject]:
     """Return the list under a key. Raises DataError, naming the file, if it is none, or not all of it objects."""
     values = content.get(key) if isinstance(content, dict) else None
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import h5py
 import numpy as np
@@ -16,6 +16,7 @@ from cachefuse.data.readers.base import ImageSource, Reader, Samples, well_forme
 from cachefuse.data.readers.hdf5 import ArrayImage
 from cachefuse.data.readers.hdf5_file import find_dataset, image_column, open_hdf5, read_strings
 from cachefuse.errors import DataError
+from cachefuse.files import JsonObject
 
 SPLITS = {"train": "train", "dev": "val", "val": "val", "test": "test"}
 MAX_JSON_BYTES = 1 << 25
@@ -49,7 +50,8 @@ class VggImage(ArrayImage):
         # The writer cut `pixel - mean` towards zero, so rounding away from it gives the pixel back.
         restored = np.clip(values, -255, 255).astype(np.float32) + BGR_MEANS
         restored = np.where(values < 0, np.floor(restored), np.ceil(restored))
-        return np.clip(restored, 0, 255).astype(np.uint8)[::-1].transpose(1, 2, 0)
+        bgr: np.ndarray = np.clip(restored, 0, 255).astype(np.uint8)
+        return bgr[::-1].transpose(1, 2, 0)
 
 
 class MmImdbReader(Reader):
@@ -141,13 +143,13 @@ def _read_split_file(path: Path) -> dict[str, list[str]]:
     return splits
 
 
-def _check_id(film: Any, origin: str) -> None:
+def _check_id(film: object, origin: str) -> None:
     # Ids become file names, so one with a slash would leave the folder; as numbers they would have lost their zeros.
     if not isinstance(film, str) or not _ID.fullmatch(film):
         raise DataError(f"{origin}: a film id must be a string of letters and digits. Got {film!r} instead")
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> object:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
     try:
@@ -156,7 +158,7 @@ def _read_json(path: Path) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _read_film(path: Path) -> dict[str, Any] | None:
+def _read_film(path: Path) -> JsonObject | None:
     try:
         content = _read_json(path)
     except (OSError, ValueError):
@@ -164,12 +166,12 @@ def _read_film(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def _strings(value: Any) -> list[str]:
+def _strings(value: object) -> list[str]:
     values = value if isinstance(value, list) else [value]
     return [well_formed(item).strip() for item in values if isinstance(item, str)]
 
 
-def _longest_plot(content: dict[str, Any]) -> str:
+def _longest_plot(content: JsonObject) -> str:
     return max(_strings(content.get("plot")), key=len, default="")
 
 
@@ -213,7 +215,7 @@ def _read_genres(file: h5py.File, name: str, samples: Samples) -> list[tuple[str
 def _read_split_attribute(file: h5py.File, name: str, n: int) -> list[str]:
     """Return each row's split, "" where it has none, from the array of row ranges that the fuel library writes."""
     table = file.attrs.get("split")
-    dtype: Any = getattr(table, "dtype", np.dtype(object))
+    dtype: np.dtype = getattr(table, "dtype", np.dtype(object))
     kinds = {field: dtype[field].base.kind for field in dtype.names or ()}
     if [kinds.get(field) for field in ("split", "source", "start", "stop")] != ["S", "S", "i", "i"]:
         raise DataError(f"{name}: attribute split must be an array of split, source, start and stop")

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, PrivateAttr
 
@@ -14,7 +13,8 @@ from cachefuse.data.readers.csv_text import read_csv
 from cachefuse.data.readers.lines import TEXT_ERRORS
 from cachefuse.errors import DataError
 
-TableColumns = dict[str, list[Any]]
+Cell = object  # text of csv; of parquet and jsonl also a number, a list or nothing
+TableColumns = dict[str, list[Cell]]
 _PLACE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -71,7 +71,8 @@ class TableReader(Reader):
         n = len(next(iter(columns.values()), []))
         named = _strings(_need(self.split, columns, file, "reader.split")) if self.split else [""] * n
         splits = [name.strip() or split for name in named]
-        columns = {**columns, "split": columns.get("split", splits)}
+        if "split" not in columns:
+            columns = {**columns, "split": list(splits)}
         first = len(samples.ids)
         samples.splits += splits
         samples.ids += (
@@ -99,7 +100,7 @@ class TableReader(Reader):
             return [None] * n
         return [self._split_labels(value, several) for value in columns[column]]
 
-    def _split_labels(self, value: Any, several: bool) -> tuple[str, ...] | None:
+    def _split_labels(self, value: Cell, several: bool) -> tuple[str, ...] | None:
         if _is_null(value):
             return None
         names = _strings(_as_list(value))
@@ -181,31 +182,32 @@ def _read_parquet(path: Path) -> TableColumns:
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pydict()
+        columns: TableColumns = pyarrow.parquet.read_table(path).to_pydict()
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path.name}: not a parquet file that can be read: {error}") from error
+    return columns
 
 
-def _need(name: str, columns: TableColumns, file: str, key: str) -> list[Any]:
+def _need(name: str, columns: TableColumns, file: str, key: str) -> list[Cell]:
     if name not in columns:
         known = ", ".join(column for column in columns)
         raise DataError(f"{file}: has no column {name!r}, which {key} names; its columns are: {known}")
     return columns[name]
 
 
-def _strings(values: Iterable[Any]) -> list[str]:
+def _strings(values: Iterable[Cell]) -> list[str]:
     return [_string(value) for value in values]
 
 
-def _as_list(value: Any) -> list[Any]:
+def _as_list(value: Cell) -> list[Cell]:
     return value if isinstance(value, list) else [value]
 
 
-def _is_null(value: Any) -> bool:
+def _is_null(value: Cell) -> bool:
     return value is None or value != value  # an empty cell of a numeric parquet column is NaN
 
 
-def _string(value: Any) -> str:
+def _string(value: Cell) -> str:
     if _is_null(value):
         return ""
     if isinstance(value, float) and value.is_integer():

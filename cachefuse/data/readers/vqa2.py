@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cachefuse.data.answers import N_ANSWERS
 from cachefuse.data.images import FileImage
@@ -11,6 +10,7 @@ from cachefuse.data.readers.base import ImageSource, Reader, Samples, check_insi
 from cachefuse.data.readers.folder import links_out, note_links
 from cachefuse.data.readers.json_file import list_of_objects, read_json
 from cachefuse.errors import DataError
+from cachefuse.files import JsonObject
 
 SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015"}
 UNANSWERED = ("test",)  # splits that were published without annotations
@@ -153,7 +153,7 @@ def _read_answers(path: Path, questions: dict[int, tuple[int, str]], notes: list
     return answers
 
 
-def _answers(annotation: dict[str, Any], where: str) -> list[str]:
+def _answers(annotation: JsonObject, where: str) -> list[str]:
     """Return the answers that are not blank."""
     given = annotation.get("answers")
     if not isinstance(given, list) or len(given) != N_ANSWERS:
@@ -165,13 +165,13 @@ def _answers(annotation: dict[str, Any], where: str) -> list[str]:
     return [well_formed(answer.strip()) for answer in given if answer.strip()]
 
 
-def _keep(found: dict[str, Any]) -> Any:
+def _keep(found: JsonObject) -> JsonObject | str:
     """Reduce an answer to its text, and leave out what is not read of other objects; there are millions."""
     answer = found.get("answer")
     return answer if isinstance(answer, str) else {key: found[key] for key in KEPT & found.keys()}
 
 
-def _number(entry: dict[str, Any], key: str, where: str) -> int:
+def _number(entry: JsonObject, key: str, where: str) -> int:
     value = entry.get(key)
     if type(value) is not int or not 0 <= value <= MAX_IMAGE_ID:
         raise DataError(f"{where} must have a whole number as its {key}. Got {str(value)[:80]!r} instead")
