@@ -60,6 +60,19 @@ splits = { val = { from = "train", fraction = 0.25 } }
 """
 
 
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory):
+    """Return ``made_once(name, make)``: the path that ``make(path)`` fills for the first test of a file that asks."""
+    folder = tmp_path_factory.mktemp("once")
+
+    def made_once(name, make):
+        if not (folder / name).exists():
+            make(folder / name)
+        return folder / name
+
+    return made_once
+
+
 @pytest.fixture
 def one_process(monkeypatch):
     """Do here what a bench does in processes of their own, each of which takes seconds to start; memory is made up."""

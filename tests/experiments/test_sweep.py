@@ -15,22 +15,9 @@ from cachefuse.experiments.files import JOURNAL
 from cachefuse.experiments.settings import grid
 from cachefuse.experiments.sweep import Experiment, run_sweep, sweep
 from cachefuse.runs.train import train_head
-from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from fixtures.messages import naming
-
-LINEAR = TrainConfig(head="linear", epochs=3, patience=0, batch_size=16, lr=0.01, loss="bce")
-
-
-MLP = replace(LINEAR, head="mlp", layers=(8,))
-
-
-def lines(folder):
-    return (folder / JOURNAL).read_bytes().splitlines()
-
-
-def figures(result):
-    return [[trial.metrics for trial in setting.trials] for setting in result.settings]
+from fixtures.sweeps import LINEAR, MLP, lines
 
 
 def table(path):

@@ -17,19 +17,7 @@ from cachefuse.experiments.settings import grid
 from cachefuse.experiments.sweep import sweep
 from cachefuse.training.config import TrainConfig
 from fixtures.messages import naming
-
-LINEAR = TrainConfig(head="linear", epochs=3, patience=0, batch_size=16, lr=0.01, loss="bce")
-
-
-MLP = replace(LINEAR, head="mlp", layers=(8,))
-
-
-def lines(folder):
-    return (folder / JOURNAL).read_bytes().splitlines()
-
-
-def figures(result):
-    return [[trial.metrics for trial in setting.trials] for setting in result.settings]
+from fixtures.sweeps import LINEAR, MLP, figures, lines
 
 
 def test_a_finished_sweep_trains_nothing_again(toy_store, folder):

@@ -19,16 +19,9 @@ from fixtures.messages import naming
 VIEWS = ("pooled", "tokens")
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Where the store is that each test gets a copy of, once the first has made it."""
-    return tmp_path_factory.mktemp("made") / "small.zarr"
-
-
 @pytest.fixture
-def store(shapes, store_path, toy, made):
-    if not made.exists():
-        extract(shapes, ["toy"], made, views=VIEWS, device="cpu", batch_size=8)
+def store(shapes, store_path, toy, made_once):
+    made = made_once("small.zarr", lambda path: extract(shapes, ["toy"], path, views=VIEWS, device="cpu", batch_size=8))
     return FeatureStore(shutil.copytree(made, store_path))
 
 

@@ -15,19 +15,15 @@ from fixtures.messages import naming
 SMALL = {"depth": 1, "width": 8, "heads": 2}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Where the run that the tests spoil copies of is kept."""
-    return tmp_path_factory.mktemp("trained") / "run"
-
-
 @pytest.fixture
-def saved(trained, tmp_path, toy_store):
+def saved(made_once, tmp_path, toy_store):
     """A copy of a run of cma, trained once."""
-    if not trained.exists():
+
+    def train(path):
         run = train_head(toy_store(), TrainConfig(fusion="cma", fusion_options=SMALL, head="linear", epochs=1))
-        save_run(run, tmp_path / "first").rename(trained)
-    return shutil.copytree(trained, tmp_path / "run")
+        save_run(run, tmp_path / "first").rename(path)
+
+    return shutil.copytree(made_once("run", train), tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -104,17 +104,9 @@ KINDS = {  # file -> its view
 }
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Where the store is that each test gets a copy of, once the first has made it."""
-    return tmp_path_factory.mktemp("made") / "small.zarr"
-
-
 @pytest.fixture
-def quantised(shapes, store_path, toy, made):
-    if not made.exists():
-        make(shapes, made, "int8")
-    return shutil.copytree(made, store_path)
+def quantised(shapes, store_path, toy, made_once):
+    return shutil.copytree(made_once("small.zarr", lambda path: make(shapes, path, "int8")), store_path)
 
 
 @pytest.mark.parametrize(("name", "view"), KINDS.items())
