@@ -1,7 +1,6 @@
 """Options of fusions and parts that are left out, on the command line."""
 
 import json
-import logging
 import re
 import shutil
 from dataclasses import fields
@@ -14,7 +13,6 @@ from cachefuse.fusion.cma import CMAFusion
 from cachefuse.fusion.tirg import TIRGFusion
 from cachefuse.runs.save import load_run
 from cachefuse.training.config import TrainConfig
-from cachefuse_cli.app import main
 from cachefuse_cli.shared.train_options import DEFAULTS, parse_config
 from fixtures.messages import naming, says
 
@@ -55,26 +53,6 @@ def test_what_does_not_parse_says_so(options, message):
 
 
 @pytest.fixture
-def cachefuse(tmp_path, monkeypatch, capsys):
-    """Run a command in an empty folder; its exit code, results, and messages line by line."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.delenv("CACHEFUSE_WORKSPACE", raising=False)
-    logger = logging.getLogger("cachefuse")
-    handlers, propagate = list(logger.handlers), logger.propagate
-
-    def run(*args):
-        with pytest.raises(SystemExit) as exit:
-            main([str(arg) for arg in args])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return exit.value.code or 0, captured.out, captured.err.splitlines()
-
-    yield run
-    logger.handlers[:], logger.propagate = handlers, propagate
-
-
-@pytest.fixture
 def in_workspace(tmp_path):
     """Have commands find a store."""
 
@@ -86,35 +64,26 @@ def in_workspace(tmp_path):
 
 def test_a_command_trains_with_options_and_parts(cachefuse, in_workspace, toy_store, tmp_path):
     in_workspace(toy_store().path)
-    code, out, _ = cachefuse(
+    result = cachefuse(
         *("train-head", "--fusion", "cma", "--fusion-options", "depth=1", "--fusion-options", "width=8"),
         *("--fusion-options", "heads=2", "--without", "modality-attention"),
         *("--head", "linear", "--epochs", "2", "--json"),
     )
-    assert code == 0
-    run = load_run(tmp_path / "workspace" / "runs" / json.loads(out)["run"])
+    assert result.code == 0
+    run = load_run(tmp_path / "workspace" / "runs" / json.loads(result.out)["run"])
     assert run.config.fusion_options.items() >= {"depth": 1, "width": 8, "heads": 2, "dropout": 0.1}.items()
     assert run.config.without == ("modality-attention",)
     assert (run.config.lr, run.config.batch_size) == (3e-4, 64)
     assert sorted(run.features) == ["image", "image_tokens", "text", "text_tokens"]
-    code, out, _ = cachefuse("runs", "--json")
-    (listed,) = json.loads(out)
+    (listed,) = json.loads(cachefuse("runs", "--json").out)
     assert listed["settings"]["without"] == ["modality-attention"]
     assert "lr" not in listed["settings"]
 
 
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """Where the toy store that all commands are refused on is kept."""
-    return tmp_path_factory.mktemp("shared") / "made.zarr"
-
-
 @pytest.fixture
-def made(shared, toy_store):
-    """The path of the toy store, made once."""
-    if not shared.exists():
-        toy_store().path.rename(shared)
-    return shared
+def made(made_once, toy_store):
+    """The path of the toy store that all commands are refused on."""
+    return made_once("made.zarr", lambda path: toy_store().path.rename(path))
 
 
 @pytest.mark.parametrize(
@@ -138,10 +107,9 @@ def made(shared, toy_store):
 )  # fmt: skip
 def test_a_command_says_in_one_line_what_is_wrong(fusion, args, message, cachefuse, in_workspace, made, tmp_path):
     in_workspace(made)
-    code, out, err = cachefuse("train-head", "--fusion", fusion, "--fusion-options", *args)
-    assert (code, out) == (1, "")
-    (line,) = [line for line in err if line.startswith("error: ")]
-    assert says(line, message)
+    result = cachefuse("train-head", "--fusion", fusion, "--fusion-options", *args)
+    assert (result.code, result.out) == (1, "")
+    assert says(result.error, message)
     assert not (tmp_path / "workspace" / "runs").exists()
 
 
@@ -149,19 +117,18 @@ def test_a_command_says_how_to_make_the_tokens_that_are_not_there(cachefuse, in_
     rng = np.random.default_rng(0)
     x = {m: rng.normal(size=(20, 3)).astype(np.float16) for m in ("image", "text")}
     in_workspace(make_store(x, np.ones((20, 2), np.int8), ["train"] * 20).path)
-    code, out, err = cachefuse("train-head", "--fusion", "cma")
-    assert (code, out) == (1, "")
-    (line,) = err
-    assert says(line, "error workspace/cache/made.zarr tokens image extract")
-    assert "--dataset made --encoder toy --views pooled,tokens" in line
-    assert cachefuse("train-head", "--fusion", "cma", "--without", "sequence-attention", "--epochs", "1")[0] == 0
+    result = cachefuse("train-head", "--fusion", "cma")
+    assert (result.code, result.out) == (1, "")
+    assert says(result.error, "workspace/cache/made.zarr tokens image extract")
+    assert "--dataset made --encoder toy --views pooled,tokens" in result.error
+    assert cachefuse("train-head", "--fusion", "cma", "--without", "sequence-attention", "--epochs", "1").code == 0
     assert len(list((tmp_path / "workspace" / "runs").glob("*-cma-*/run.json"))) == 1
 
 
 def test_the_help_names_options_and_parts(cachefuse):
-    code, out, _ = cachefuse("train-head", "--help")
-    text = re.sub(r"[\s│]+", " ", out)
-    assert code == 0
+    result = cachefuse("train-head", "--help")
+    text = re.sub(r"[\s│]+", " ", result.out)
+    assert result.code == 0
     for fusion in (CMAFusion, TIRGFusion):
         defaults = (f"{name} {value}" for name, value in fusion.options().items() if value not in ("", None))
         assert f"{fusion.name}: {', '.join(defaults)}" in text

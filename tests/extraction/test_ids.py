@@ -154,15 +154,8 @@ def test_features_are_added_to_ids(shapes, store_path, toy):
 
 
 @pytest.mark.parametrize("n_batches", [10, 12, 15, 19])
-def test_an_interrupted_run_ends_with_the_same_bytes(shapes, store_path, toy, tools, n_batches):
-    undisturbed = store_path.with_name("undisturbed.zarr")
-    run(shapes, undisturbed)
-    toy.batches.clear()
-    toy.interrupt_after(n_batches)
-    with pytest.raises(KeyboardInterrupt):
-        run(shapes, store_path)
-    run(shapes, store_path)
-    assert tools.files(store_path) == tools.files(undisturbed)
+def test_an_interrupted_run_ends_with_the_same_bytes(shapes, store_path, same_when_interrupted, n_batches):
+    same_when_interrupted(lambda path: run(shapes, path), n_batches)
     assert_ids(store_path, shapes)
 
 

@@ -103,15 +103,8 @@ def test_a_second_extract_computes_nothing_and_writes_nothing(questions, store_p
 
 
 @pytest.mark.parametrize("n_batches", [3, 10, 12, 20])
-def test_an_interrupted_run_ends_with_the_same_bytes(questions, store_path, toy, tools, n_batches):
-    undisturbed = store_path.with_name("undisturbed.zarr")
-    run(questions, undisturbed)
-    toy.batches.clear()
-    toy.interrupt_after(n_batches)
-    with pytest.raises(KeyboardInterrupt):
-        run(questions, store_path)
-    run(questions, store_path)
-    assert tools.files(store_path) == tools.files(undisturbed)
+def test_an_interrupted_run_ends_with_the_same_bytes(questions, same_when_interrupted, n_batches):
+    same_when_interrupted(lambda path: run(questions, path), n_batches)
 
 
 def test_a_plan_counts_images_once(questions, store_path, toy):
