@@ -19,6 +19,7 @@ from cachefuse.data.manifest import DEFAULT_METRICS
 from cachefuse.device import resolve_device
 from cachefuse.errors import DataError
 from cachefuse.metrics.decisions import decide
+from cachefuse.registry import Options
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TRAIN, VAL, TrainingData
 from cachefuse.training.feature_set import FeatureView
@@ -48,7 +49,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         self,
         *,
         fusion: str = TrainConfig.fusion,
-        fusion_options: Mapping[str, Any] | None = None,
+        fusion_options: Options | None = None,
         without: Sequence[str] = TrainConfig.without,
         scheme: str = TrainConfig.scheme,
         stages: Sequence[str] = TrainConfig.stages,

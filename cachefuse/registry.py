@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
 
 T = TypeVar("T")  # an entry
+Options = Mapping[str, Any]  # of a fusion, a loss ... by name; what each may be is for its constructor to say
 
 
 class Registry(MutableMapping[str, T]):

@@ -1,8 +1,6 @@
 """The settings of an alignment; every field is an option of `cachefuse align`."""
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
 from cachefuse.alignment import METHODS, OPERATIONS
 from cachefuse.errors import ConfigError
@@ -90,7 +88,7 @@ class AlignConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "AlignConfig":
+    def from_dict(cls, values: JsonObject) -> "AlignConfig":
         """Build from a run's file. Raises ConfigError for keys that are not settings."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -55,7 +54,7 @@ def retrieve(
         raise ConfigError("give a --text or an --image to look for, one of them")
     own = "text" if image is None else "image"
     wanted = modality or space.counterpart(own)
-    query: Any = text if image is None else FileImage(image)
+    query = text if image is None else FileImage(image)
     vector = space.embed(own, [query])  # (1, W)
     features = space.stored(store, wanted, on_rows)
     owners, items = item_places(store, wanted)

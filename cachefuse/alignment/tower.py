@@ -67,7 +67,7 @@ class AlignedTower(DerivedTower):
         return {"pooled": self.transform(rounded)}
 
     @torch.inference_mode()
-    def transform(self, rows: Any) -> np.ndarray:
+    def transform(self, rows: np.ndarray | list[np.ndarray]) -> np.ndarray:
         x, mask = _as_tokens(rows)
         return to_numpy(self._model(self._side, (x.to(self._device), mask.to(self._device))))
 
@@ -78,7 +78,7 @@ class AlignedTower(DerivedTower):
         return self._base
 
 
-def _as_tokens(rows: Any) -> tuple[Tensor, Tensor]:
+def _as_tokens(rows: np.ndarray | list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Return rows (B, D), (B, T, D), or a list of (T_i, D), as tokens (B, T, D) with a mask (B, T)."""
     in_memory: Any = (
         [torch.from_numpy(np.ascontiguousarray(row)) for row in rows]

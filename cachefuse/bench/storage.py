@@ -4,7 +4,6 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import zarr
@@ -33,7 +32,7 @@ def gather(bench: Bench) -> BenchRow:
 def gather_zarr(bench: Bench) -> BenchRow:
     """Random batches, over zarr-python's own reads of the same store."""
     rows, batches = bench.rows, [bench.random_rows() for _ in range(N_BATCHES)]
-    array: Any = zarr.open_array(bench.features.path / "pooled", mode="r")
+    array = zarr.open_array(bench.features.path / "pooled", mode="r")
     orthogonal, index = array.oindex, batches[0].numpy()
 
     def ours() -> float:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,11 +58,13 @@ def timed(function: Callable[[], object]) -> Callable[[], float]:
     return lambda: seconds(function)
 
 
-def rates(pairs: np.ndarray, work: float, name: str, what: str, unit: str, **about: Any) -> BenchRow:
+def rates(
+    pairs: np.ndarray, work: float, name: str, what: str, unit: str, *, goal: float | None = None, note: str = ""
+) -> BenchRow:
     """Return the row of pairs of seconds (n, 2) in which each side did so much ``work``, counted as ``unit`` says."""
     ours, baseline = (work / np.median(pairs, axis=0)).tolist()
     ratio = float(np.median(pairs[:, 1] / pairs[:, 0]))
-    return BenchRow(name, what, unit, ours, baseline, ratio, **about)
+    return BenchRow(name, what, unit, ours, baseline, ratio, goal, note=note)
 
 
 def describe_machine(device: str = "auto") -> JsonObject:

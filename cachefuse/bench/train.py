@@ -74,7 +74,7 @@ class TrainBench:
         x = model.standardize["text"](table.batch(rows)[0]["text"])
         return TrainingSet(replace(table, features={"text": x}), rows, model.standardize)
 
-    def model(self, layers: Layers) -> Any:
+    def model(self, layers: Layers) -> FusionModel:
         """Return an untrained model: a linear head, or an MLP with hidden layers."""
         return untrained_model(self.data, settings(layers))
 
@@ -237,7 +237,9 @@ def _over_gemms(
     name: str,
     what: str,
     sample_weights: Tensor | None = None,
-    **about: Any,
+    *,
+    goal: float | None = None,
+    note: str = "",
 ) -> BenchRow:
     fusion, table = bench.model(layers).fusion, bench.training_set.table
     products = matrix_products(table.features["text"], layers, bench.sizes.batch)
@@ -255,4 +257,4 @@ def _over_gemms(
     )
     shape = "-".join(map(str, (bench.sizes.width, *layers, N_CLASSES)))
     what = f"{what} {shape} / GEMMs" if layers else f"{what} / its GEMMs"
-    return rates(pairs, bench.sizes.rows / 1000, name, what, "krow/s", **about)
+    return rates(pairs, bench.sizes.rows / 1000, name, what, "krow/s", goal=goal, note=note)

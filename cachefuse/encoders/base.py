@@ -4,15 +4,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachefuse.errors import EncoderError
+
+if TYPE_CHECKING:
+    import numpy as np
+from cachefuse.files import JsonObject
 
 ALIGNED = "aligned"  # the family of encoders that are made of others
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}  # weights in these can run code when they are loaded
 
 # view -> (B, D) or (B, T, D) float32 array; for ragged tokens a list of B (T_i, D) arrays, for ids of B (T_i,) int32
-Features = dict[str, Any]
+Features = JsonObject
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class DerivedTower(Tower):
     base_view: str
 
     @abstractmethod
-    def transform(self, rows: Any) -> Any:
+    def transform(self, rows: "np.ndarray | list[np.ndarray]") -> "np.ndarray":
         """Map B stored rows, pooled (B, D), tokens (B, T, D), or a list of B (T_i, D), to (B, width) float32."""
 
 

@@ -12,7 +12,7 @@ import io
 import json
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -25,6 +25,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.experiments.costs import Costs
 from cachefuse.experiments.results import SettingResult, SweepResult, Trial
 from cachefuse.files import make_folder, to_json, write_atomically
+from cachefuse.registry import Options
 from cachefuse.store.format import append_lines, read_lines
 
 JOURNAL = "trials.jsonl"
@@ -48,7 +49,7 @@ def only_sweep(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def append_trials(folder: Path, trials: Iterable[tuple[Trial, Mapping[str, Any]]]) -> None:
+def append_trials(folder: Path, trials: Iterable[tuple[Trial, Options]]) -> None:
     """Keep trials, each with its settings, and have them on the disk before going on."""
     lines = ({**asdict(trial), "settings": settings} for trial, settings in trials)
     append_lines(folder / JOURNAL, [json.loads(to_json(line)) for line in lines])  # NaN as null

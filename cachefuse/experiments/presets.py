@@ -5,7 +5,7 @@ the mean over runs in per cent with its standard deviation. Its heads read CLIP 
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cachefuse.experiments.files import write_results
 from cachefuse.experiments.results import Published, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
 from cachefuse.experiments.token_presets import TOKEN_PRESETS
-from cachefuse.registry import lookup
+from cachefuse.registry import Options, lookup
 from cachefuse.runs.run import Run
 from cachefuse.runs.train import train_run
 from cachefuse.store.store import FeatureStore
@@ -148,7 +148,7 @@ CHAIN = ("mmc-layers", "mmc-batch", "mmc-epochs", "mmc-activation", "mmc-dropout
 GREEDY = "mmc-greedy"
 
 
-def preset(name: str, data: TrainingData, changes: Mapping[str, Any] | None = None) -> Experiment:
+def preset(name: str, data: TrainingData, changes: Options | None = None) -> Experiment:
     """Return a preset for a problem, with changes to its base. Batches are the paper's shares of the rows to train on.
 
     Raises UnknownNameError for another name, ConfigError for a change of what the preset tries.
@@ -161,7 +161,7 @@ def preset(name: str, data: TrainingData, changes: Mapping[str, Any] | None = No
     return replace(experiment, base=base, settings=[_scaled(own, data, base) for own in experiment.settings])
 
 
-def preset_views(name: str, changes: Mapping[str, Any]) -> Views:
+def preset_views(name: str, changes: Options) -> Views:
     """Return what is read by one or more of a preset's settings."""
     if name not in TOKEN_PRESETS:
         return pooled
@@ -174,7 +174,7 @@ def greedy(
     data: TrainingData,
     folder: Path,
     seeds: Sequence[int],
-    changes: Mapping[str, Any] | None = None,
+    changes: Options | None = None,
     on_trial: Callable[[SweepResult], None] = lambda result: None,
 ) -> tuple[list[SweepResult], Run]:
     """Choose one thing after another, each by its mean over the seeds, and train the best on every labelled row.
@@ -198,16 +198,14 @@ def greedy(
     return results, run
 
 
-def _changed(
-    name: str, base: TrainConfig, changes: Mapping[str, Any], tried: Sequence[Mapping[str, Any]]
-) -> TrainConfig:
+def _changed(name: str, base: TrainConfig, changes: Options, tried: Sequence[Options]) -> TrainConfig:
     clash = [field for field in changes if any(field in setting for setting in tried)]
     if clash:
         raise ConfigError(f"preset {name} tries values of {clash[0]} itself; leave it out")
     return replace(base, **changes)
 
 
-def _scaled(setting: Mapping[str, Any], data: TrainingData, base: TrainConfig) -> dict[str, Any]:
+def _scaled(setting: Options, data: TrainingData, base: TrainConfig) -> dict[str, Any]:
     """Return a setting with its batch size as the same share of the rows to train on; all of them are 0."""
     if "batch_size" not in setting:
         return dict(setting)
@@ -218,7 +216,7 @@ def _scaled(setting: Mapping[str, Any], data: TrainingData, base: TrainConfig) -
     return {**setting, "batch_size": math.ceil(share * n) if share < 1 else 0}
 
 
-def _after(experiment: Experiment, chosen: Mapping[str, Any]) -> Experiment:
+def _after(experiment: Experiment, chosen: Options) -> Experiment:
     """Return what is left to try where some fields are chosen already; the paper went on with others at times."""
     rows = list(zip(experiment.settings, experiment.published or (), strict=True))
     left = [row for row in rows if all(chosen.get(field, value) == value for field, value in row[0].items())]

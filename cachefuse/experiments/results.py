@@ -1,14 +1,13 @@
 """What a sweep came to: trials by setting and seed, their means and spreads."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
 from cachefuse.errors import TrainingError
 from cachefuse.experiments.costs import Costs
+from cachefuse.registry import Options
 from cachefuse.runs.files import Figure
 from cachefuse.training.config import TrainConfig, as_text
 
@@ -51,7 +50,7 @@ class SettingResult:
     names it in words, where it has such a name.
     """
 
-    values: Mapping[str, Any]
+    values: Options
     config: TrainConfig
     trials: tuple[Trial, ...]
     published: Published | None = None

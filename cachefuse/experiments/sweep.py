@@ -23,6 +23,7 @@ from cachefuse.feature_spec import modalities_of
 from cachefuse.files import to_json
 from cachefuse.metrics.bootstrap import bootstrap_intervals
 from cachefuse.nn.losses import build_loss
+from cachefuse.registry import Options
 from cachefuse.runs.features import describe_features
 from cachefuse.runs.run import split_digest
 from cachefuse.store.store import FeatureStore
@@ -53,7 +54,7 @@ class Experiment:
     """
 
     base: TrainConfig
-    settings: Sequence[Mapping[str, Any]]
+    settings: Sequence[Options]
     title: str = ""
     published: Sequence[Published | None] | None = None
     costs: bool = False
@@ -67,7 +68,7 @@ class Experiment:
 def sweep(
     store: FeatureStore,
     base: TrainConfig,
-    settings: Sequence[Mapping[str, Any]],
+    settings: Sequence[Options],
     *,
     folder: Path,
     seeds: Sequence[int] = (0, 1, 2),
@@ -91,7 +92,7 @@ def sweep(
     return result
 
 
-def views_of(base: TrainConfig, settings: Sequence[Mapping[str, Any]]) -> Views:
+def views_of(base: TrainConfig, settings: Sequence[Options]) -> Views:
     """Return what is read by one or more of the settings."""
     configs = [_changed(base, parse_setting(setting)) for setting in settings] or [base]
     return lambda modality: dict.fromkeys(view for config in configs for view in config.views(modality))
@@ -157,7 +158,7 @@ def run_sweep(
     return so_far()
 
 
-def _changed(base: TrainConfig, setting: Mapping[str, Any]) -> TrainConfig:
+def _changed(base: TrainConfig, setting: Options) -> TrainConfig:
     """Return the base with a setting's fields; options of another fusion than its own are not taken over."""
     same = setting.get("fusion", base.fusion) == base.fusion
     options = {**(base.fusion_options if same else {}), **setting.get("fusion_options", {})}

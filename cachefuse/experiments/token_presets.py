@@ -9,6 +9,8 @@ from cachefuse.errors import ConfigError
 from cachefuse.experiments.results import Curve, Published
 from cachefuse.experiments.sweep import Experiment
 from cachefuse.feature_spec import IDS, TOKENS, feature_name
+from cachefuse.files import JsonObject
+from cachefuse.registry import Options
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData
 
@@ -42,8 +44,9 @@ def where_to_fuse(data: TrainingData, base: TrainConfig) -> Experiment:
     n_tokens = getattr(data.widths.get(feature_name("image", TOKENS)), "n_tokens", 0)
     if not n_tokens or feature_name("text", view) not in data.widths:
         raise ConfigError(f"where-to-fuse needs tokens of images and {view} of texts; {data.name} lacks them")
-    architecture = data.resolve(base).fusion_options["architecture"] or {}
-    depth = int(architecture.get("num_layers", base.fusion_options.get("depth", 4)))
+    architecture: JsonObject = data.resolve(base).fusion_options["architecture"] or {}
+    from_scratch: int = base.fusion_options.get("depth", 4)
+    depth: int = architecture.get("num_layers", from_scratch)
     layers = sorted({round(i * depth / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
     how = [(pool, 1) for pool in POOLINGS if not pool or int(pool.partition(":")[2]) < n_tokens]
     how += [("attention:14", decoder) for decoder in DECODERS[1:] if n_tokens > 14]
@@ -87,7 +90,7 @@ class TokenPreset:
 
     base: TrainConfig
     make: Callable[[TrainingData, TrainConfig], Experiment]
-    reads: Sequence[Mapping[str, Any]] = ()
+    reads: Sequence[Options] = ()
 
 
 TOKEN_PRESETS = {

@@ -245,7 +245,7 @@ class Job:
         name = getattr(self.sources[row], "name", "")
         return f"sample {self.dataset.ids[self._owners[row]]}{f' ({name})' if name else ''}"
 
-    def _note_bad(self, rows: range, items: Sequence[Any]) -> None:
+    def _note_bad(self, rows: range, items: Sequence[object]) -> None:
         """List the samples that can't be used. Raises CacheError if they are too many by now."""
         modality = self.tower.modality
         bad = [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from cachefuse.feature_spec import IDS
 from cachefuse.threads import idle_threads, n_cores
 
 WRITES_AHEAD = 2  # windows encoded and not yet written
+T = TypeVar("T")
 STAGES = ("reading", "encoding", "writing")
 
 
@@ -42,7 +43,7 @@ def item_owners(dataset: Dataset, modality: str) -> np.ndarray:
     return np.arange(len(dataset)) if offsets is None else np.repeat(np.arange(len(dataset)), np.diff(offsets))
 
 
-def is_bad(item: Any) -> bool:
+def is_bad(item: object) -> bool:
     """Whether ``prepare_source`` could not use its source."""
     return isinstance(item, BadSampleError)
 
@@ -89,11 +90,9 @@ def prepare_in_order(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def in_order(
-    pool: ThreadPoolExecutor, function: Callable[[int], Any], items: Iterable[int], ahead: int
-) -> Iterator[Any]:
+def in_order(pool: ThreadPoolExecutor, function: Callable[[int], T], items: Iterable[int], ahead: int) -> Iterator[T]:
     """Yield ``function(item)`` in order, computed in the pool at most ``ahead`` items before they are taken."""
-    waiting: deque[Future[Any]] = deque()
+    waiting: deque[Future[T]] = deque()
     items = iter(items)
     while True:
         waiting.extend(pool.submit(function, item) for item in islice(items, ahead - len(waiting)))
@@ -138,7 +137,7 @@ def in_background(function: Callable[..., None], ahead: int = WRITES_AHEAD) -> I
     waiting: deque[Future[None]] = deque()
     failed = threading.Event()
 
-    def run(*arguments: Any) -> None:
+    def run(*arguments: object) -> None:
         if not failed.is_set():
             try:
                 function(*arguments)
@@ -146,7 +145,7 @@ def in_background(function: Callable[..., None], ahead: int = WRITES_AHEAD) -> I
                 failed.set()
                 raise
 
-    def call(*arguments: Any) -> None:
+    def call(*arguments: object) -> None:
         while len(waiting) >= ahead or (waiting and waiting[0].done()):
             waiting.popleft().result()
         waiting.append(pool.submit(run, *arguments))

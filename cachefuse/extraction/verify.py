@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import zarr
@@ -178,15 +177,14 @@ class _Check:
             cosine=cosine,
         )
 
-    def _read(self, block: int) -> Any:
+    def _read(self, block: int) -> np.ndarray | list[np.ndarray]:
         """Return a block's rows, (n, ...) or a list of n arrays. Raises DamagedBlockError."""
         rows = self.features.open_blocks(self.view, [block]) if self._rows is None else self._rows
         here = self.features.rows_of(self.view, block)
         return rows[here.start : here.stop]
 
-    def _count(self, block: int, values: Any) -> None:
-        ragged = isinstance(values, list)
-        flat = np.concatenate(values) if ragged else values
+    def _count(self, block: int, values: np.ndarray | list[np.ndarray]) -> None:
+        flat = np.concatenate(values) if isinstance(values, list) else values
         if self.view == IDS:
             wrong = (flat < 0) | (flat >= self.features.views[self.view].vocabulary)
             if wrong.any():
@@ -197,10 +195,10 @@ class _Check:
             if nan or inf:
                 self._note(block, f"it holds {nan:,} NaN and {inf:,} infinite values")
         rows = self.features.rows_of(self.view, block)
-        if ragged:  # the id 0 is a token like any other
+        if isinstance(values, list):  # the id 0 is a token like any other
             empty = np.array([not len(row) if self.view == IDS else not row.any() for row in values])
         else:
-            empty = ~values.reshape(len(values), -1).any(axis=1)
+            empty = np.asarray(~values.reshape(len(values), -1).any(axis=1))
         self.zero += int((empty & self._present[rows.start : rows.stop]).sum())
 
     def _check_metadata(self, name: str, block: int | None) -> None:

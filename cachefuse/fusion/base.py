@@ -16,6 +16,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import POOLED, feature_name, modalities_of
 from cachefuse.nn.losses import Loss
 from cachefuse.nn.masking import zero_absent
+from cachefuse.registry import Options
 
 HeadBuilder = Callable[[int, int], nn.Module]  # (width, classes) -> a head from (B, width) to (B, classes)
 
@@ -46,11 +47,9 @@ class Fusion(Model):
     mixed_precision: ClassVar[bool] = False  # whether it is worth bfloat16 on CUDA, as transformers are
     stages: ClassVar[tuple[str, ...]] = ()  # in which it can be trained, in their order
     per_task: ClassVar[bool] = False  # whether it takes ``tasks``, {name: classes}, to have parts for each of several
-    defaults: ClassVar[Mapping[str, Any]] = {}  # settings of a training that differ from those of the others
+    defaults: ClassVar[Options] = {}  # settings of a training that differ from those of the others
 
-    def __init__(
-        self, widths: Mapping[str, int], classes: int, head: HeadBuilder, options: Mapping[str, Any] | None = None
-    ):
+    def __init__(self, widths: Mapping[str, int], classes: int, head: HeadBuilder, options: Options | None = None):
         """``options`` are those that decide on the views to read."""
         super().__init__()
         used = modalities_of(widths) if self.modalities is None else self.modalities
@@ -64,7 +63,7 @@ class Fusion(Model):
         self.widths = {name: widths[name] for name in names}
 
     @classmethod
-    def views(cls, modality: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    def views(cls, modality: str, options: Options) -> tuple[str, ...]:
         """Return the views that are read of a modality, with such options."""
         return (POOLED,)
 
@@ -76,14 +75,12 @@ class Fusion(Model):
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
     @classmethod
-    def resolve_options(
-        cls, options: Mapping[str, Any], origins: Mapping[str, Origin], classes: Sequence[str]
-    ) -> dict[str, Any]:
+    def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> dict[str, Any]:
         """Return options with those filled in that depend on files, the classes, or where features are from."""
         return dict(options)
 
     @classmethod
-    def is_generative(cls, options: Mapping[str, Any]) -> bool:
+    def is_generative(cls, options: Options) -> bool:
         """Return whether it writes the classes' names, with such options: its logits are then log-probabilities."""
         return False
 

@@ -6,7 +6,7 @@ modalities apart. Positions are those that the encoders have put into their toke
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.nn.masking import zero_absent
 from cachefuse.nn.pooling import PoolSpec, build_pools
 from cachefuse.nn.transformer import TransformerBlock
+from cachefuse.registry import Options
 from cachefuse.store.tokens import SequenceWidth
 
 MODALITY_ATTENTION, SEQUENCE_ATTENTION = "modality-attention", "sequence-attention"
@@ -40,7 +41,7 @@ class CMAFusion(Fusion):
     defaults: ClassVar = {"dropout": 0.2, "lr": 3e-4, "weight_decay": 1e-4, "epochs": 15, "batch_size": 64}
 
     @classmethod
-    def views(cls, modality: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    def views(cls, modality: str, options: Options) -> tuple[str, ...]:
         return (POOLED,) if SEQUENCE_ATTENTION in options.get("without", ()) else (POOLED, TOKENS)
 
     def __init__(

@@ -20,6 +20,7 @@ from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.fusion.tirg import TIRG
 from cachefuse.nn.bert import build, load_weights, open_config
 from cachefuse.nn.masking import masked_mean, zero_absent
+from cachefuse.registry import Options
 
 IMAGE_PART, TIRG_PART = "image", "tirg"
 
@@ -41,15 +42,13 @@ class LiTFusion(Fusion):
     defaults: ClassVar = {"dropout": 0.1, "lr": 5e-5, "weight_decay": 0.0, "epochs": 30, "batch_size": 128}
 
     @classmethod
-    def views(cls, modality: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    def views(cls, modality: str, options: Options) -> tuple[str, ...]:
         without = options.get("without", ())
         image = () if IMAGE_PART in without else (TOKENS,) if TIRG_PART in without else (POOLED, TOKENS)
         return {"text": (IDS,), "image": image}.get(modality, ())
 
     @classmethod
-    def resolve_options(
-        cls, options: Mapping[str, Any], origins: Mapping[str, Origin], classes: Sequence[str]
-    ) -> dict[str, Any]:
+    def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> dict[str, Any]:
         return open_config(options, origins.get("text"))
 
     def __init__(
@@ -60,7 +59,7 @@ class LiTFusion(Fusion):
         *,
         text_model: str = "",
         grid: int = 0,
-        architecture: Mapping[str, Any] | None = None,
+        architecture: Options | None = None,
         without: tuple[str, ...] = (),
     ):
         super().__init__(widths, classes, head, {"without": without})

@@ -25,6 +25,7 @@ from cachefuse.nn.masking import masked_mean, zero_absent
 from cachefuse.nn.pooling import MeanPool, PoolSpec, build_pools
 from cachefuse.nn.t5 import T5, T5Decoder, T5Encoder, T5Settings, distances, shut_padding
 from cachefuse.nn.t5_weights import load_t5, read_settings
+from cachefuse.registry import Options
 from cachefuse.store.tokens import SequenceWidth
 
 TEXT = "text"
@@ -51,16 +52,14 @@ class MidFusion(Fusion):
     defaults: ClassVar = {"dropout": 0.2, "lr": 3e-4, "weight_decay": 1e-4, "epochs": 15, "batch_size": 64}
 
     @classmethod
-    def views(cls, modality: str, options: Mapping[str, Any]) -> tuple[str, ...]:
+    def views(cls, modality: str, options: Options) -> tuple[str, ...]:
         spec = options.get("fusion_spec")
         if spec and modality not in read_fusion_spec(spec):
             return ()
         return (_view(modality, options),)
 
     @classmethod
-    def resolve_options(
-        cls, options: Mapping[str, Any], origins: Mapping[str, Origin], classes: Sequence[str]
-    ) -> dict[str, Any]:
+    def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> dict[str, Any]:
         found = dict(options)
         spec = EncoderSpec.parse(options["t5"]) if options.get("t5") else None
         if spec and not options.get("architecture"):
@@ -72,7 +71,7 @@ class MidFusion(Fusion):
         return found
 
     @classmethod
-    def is_generative(cls, options: Mapping[str, Any]) -> bool:
+    def is_generative(cls, options: Options) -> bool:
         answers = options.get("answers") or CLASSES
         if answers not in (CLASSES, TEXT):
             raise ConfigError(f"answers must be {CLASSES} or {TEXT}. Got {answers!r} instead")
@@ -98,7 +97,7 @@ class MidFusion(Fusion):
         dropout: float = 0.1,
         text_view: str = "",
         t5: str = "",
-        architecture: Mapping[str, Any] | None = None,
+        architecture: Options | None = None,
         answer_tokens: Answers | None = None,
     ):
         if t5 and architecture is None:
@@ -259,7 +258,7 @@ def read_fusion_spec(spec: FusionSpec) -> dict[str, int]:
     return layers
 
 
-def _view(modality: str, options: Mapping[str, Any]) -> str:
+def _view(modality: str, options: Options) -> str:
     """Return the view that is read of a modality. Raises ConfigError if there is none such."""
     if modality != TEXT:
         return TOKENS
@@ -283,7 +282,7 @@ def _joins(spec: FusionSpec, at_hand: Sequence[str], depth: int) -> dict[int, tu
     return {at: tuple(sorted(m for m in layers if layers[m] == at)) for at in sorted(set(layers.values()))}
 
 
-def _pretrained(t5: Mapping[str, Any], decoder_layers: int) -> T5Settings:
+def _pretrained(t5: Options, decoder_layers: int) -> T5Settings:
     try:
         settings = T5Settings(**t5)
     except TypeError as error:

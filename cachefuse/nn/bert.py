@@ -1,12 +1,12 @@
 """Text transformers of transformers that are trained with more than words in their input: BERT and its kin."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from cachefuse.encoders.base import EncoderSpec, Origin
 from cachefuse.errors import ConfigError, EncoderError
+from cachefuse.registry import Options
 
 # model_type -> configuration and model; all take embeddings, their positions and their segments.
 KINDS = {
@@ -16,7 +16,7 @@ KINDS = {
 }
 
 
-def open_config(options: Mapping[str, Any], origin: Origin | None) -> dict[str, Any]:
+def open_config(options: Options, origin: Origin | None) -> dict[str, Any]:
     """Return options with ``text_model``, by default what cached ids are of, and its ``architecture`` from its files.
 
     Raises ConfigError if it is of another kind, or reads other tokens than those cached, EncoderError if it can't be
@@ -65,7 +65,7 @@ def check_tokenizer(spec: EncoderSpec, origin: Origin) -> None:
         )
 
 
-def build(architecture: Mapping[str, Any], vocabulary: int) -> Any:
+def build(architecture: Options, vocabulary: int) -> Any:
     """Return the untrained model of an architecture. Raises ConfigError for an unknown one, or too few tokens."""
     import transformers
 

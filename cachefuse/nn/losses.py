@@ -6,8 +6,7 @@ is finite wherever the logits are. ``reduction`` is "mean", "sum" or "none".
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from cachefuse.errors import ConfigError
 from cachefuse.nn import LOSSES, TARGETS
-from cachefuse.registry import lookup
+from cachefuse.registry import Options, lookup
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, C) and targets (B, C) -> a number, or one a row
 
@@ -122,7 +121,7 @@ def contrastive(
     return ((t * l1).sum() + (t.T * l2).sum()) / (2 * len(x))
 
 
-def build_loss(name: str, options: Mapping[str, Any], weights: Tensor | None = None) -> Loss:
+def build_loss(name: str, options: Options, weights: Tensor | None = None) -> Loss:
     """Return ``loss(logits, targets)`` with its options set, and classes weighted by ``class_weights`` where given.
 
     Raises UnknownNameError for an unknown loss, ConfigError for an option that it does not take.

@@ -7,7 +7,6 @@ H heads, D a head's width, W width, V vocabulary.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from cachefuse.errors import ConfigError
 from cachefuse.nn.heads import Dropout
 from cachefuse.nn.masking import zero_absent
+from cachefuse.registry import Options
 
 KeyValues = tuple[Tensor, Tensor]  # (B, H, T, D) each
 Memory = tuple[list[KeyValues], Tensor]  # each layer's keys and values of the memory, and the bias that shuts padding
@@ -73,7 +73,7 @@ class T5Settings:
         return cls(d_model=width, num_layers=depth, num_heads=heads, d_kv=width // heads, d_ff=4 * width, **more)
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "T5Settings":
+    def from_config(cls, config: Options) -> "T5Settings":
         """Take settings from transformers' config.json of a T5. Raises ConfigError if it is not one's, or lacks any."""
         if config.get("model_type") != "t5":
             raise ConfigError(f"its config.json is of model_type {config.get('model_type')!r}, not 't5'")

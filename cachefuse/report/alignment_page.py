@@ -1,7 +1,6 @@
 """An alignment as one HTML page that needs nothing else, and its two plots as files beside it."""
 
 from pathlib import Path
-from typing import Any
 
 from cachefuse.alignment.model import TEMPERATURE
 from cachefuse.alignment.run import Alignment, shown_split
@@ -58,7 +57,7 @@ def alignment_html(
     split = shown_split(run.results)
     rows = retrieval.rows(run)
     shown = [row for row in rows if row.split == split]
-    context: dict[str, Any] = {
+    context: dict[str, object] = {
         "run": run,
         "split": split,
         "why_no_figures": _why_no_figures(run),

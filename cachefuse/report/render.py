@@ -2,7 +2,6 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.report import formatting as words
@@ -11,7 +10,7 @@ from cachefuse.report import formatting as words
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
-def render(template: str, context: dict[str, Any]) -> str:
+def render(template: str, context: dict[str, object]) -> str:
     """Return the page that a template makes of what is to be shown; every value is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

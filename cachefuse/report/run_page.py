@@ -1,7 +1,6 @@
 """A run as one HTML page that needs nothing else: no network, no other file, no scripts."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -60,7 +59,7 @@ def report_html(
     Raises as ``evaluate`` does.
     """
     measured, without, why_not = measure(run, store, split, device, on_progress)
-    context: dict[str, Any] = {
+    context: dict[str, object] = {
         "run": run,
         "measured": measured,
         "ablations": without,
@@ -84,7 +83,9 @@ def report_html(
     return render(TEMPLATE, {**context, "parts": parts})
 
 
-def _part(run: Run, all_tasks: Evaluation, task: TaskSlice, ids: np.ndarray, dataset: Dataset | None) -> dict[str, Any]:
+def _part(
+    run: Run, all_tasks: Evaluation, task: TaskSlice, ids: np.ndarray, dataset: Dataset | None
+) -> dict[str, object]:
     """Return what the page says of one task, of the dataset's only one or of several."""
     measured = all_tasks.of_task(task) if task.name else all_tasks
     multiclass, classes = task.kind == "multiclass", measured.classes
@@ -112,7 +113,7 @@ def _thresholds(run: Run, task: TaskSlice) -> np.ndarray | None:
     return None if task.one_label else run.thresholds[task.columns]
 
 
-def _together(run: Run, store: FeatureStore, task: TaskSlice) -> dict[str, Any] | None:
+def _together(run: Run, store: FeatureStore, task: TaskSlice) -> dict[str, object] | None:
     """Return which labels of a multi-label task come together in the store; None if that can't be."""
     if task.one_label or task.n_classes < 2:
         return None
@@ -122,7 +123,7 @@ def _together(run: Run, store: FeatureStore, task: TaskSlice) -> dict[str, Any] 
     return {"name": task.name, "together": together, "n_labelled": len(labelled)}
 
 
-def _classes_on_last_split(run: Run, task: TaskSlice) -> dict[str, Any]:
+def _classes_on_last_split(run: Run, task: TaskSlice) -> dict[str, object]:
     """Return the classes' figures on the last split that the run was measured on, seen or not."""
     split, result = list(run.results.items())[-1]
     by = {name: values[task.columns] for name, values in result.per_class.items()}

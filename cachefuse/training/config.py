@@ -10,7 +10,7 @@ from cachefuse.feature_spec import FLAT, POOLED, TOKENS
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.options import FOUND, changed_options, typed_options
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
-from cachefuse.registry import lookup
+from cachefuse.registry import Options, lookup
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 
 MAX_WIDTH = 10**6  # of a hidden layer
@@ -63,7 +63,7 @@ class TrainConfig:
 
     view: str = POOLED
     fusion: str = "sum"
-    fusion_options: Mapping[str, Any] = field(default_factory=dict)
+    fusion_options: Options = field(default_factory=dict)
     without: tuple[str, ...] = ()
     scheme: str = "joint"
     stages: tuple[str, ...] = ()
@@ -244,7 +244,7 @@ class TrainConfig:
         self,
         task: str,
         n_rows: int,
-        origins: Mapping[str, Any] | None = None,
+        origins: Options | None = None,
         classes: Sequence[str] = (),
     ) -> "TrainConfig":
         """Return the same settings with none left open, for a task, its classes and so many rows to train on.
@@ -317,7 +317,7 @@ class TrainConfig:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TrainConfig":
+    def from_dict(cls, values: Options) -> "TrainConfig":
         """Build from a run's file. Raises ConfigError for keys that are not settings."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:

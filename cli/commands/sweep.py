@@ -2,7 +2,7 @@
 
 import hashlib
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -149,7 +149,7 @@ def _read_settings(path: Path) -> list[JsonObject]:
     return [{name.replace("-", "_"): value for name, value in table.items()} for table in tables]
 
 
-def _hash(base: TrainConfig, tried: Sequence[Mapping[str, Any]], encoders: Sequence[str] | None) -> str:
+def _hash(base: TrainConfig, tried: Sequence[JsonObject], encoders: Sequence[str] | None) -> str:
     """Return a short name for what is tried, whatever the seeds."""
     text = to_json([base.with_seed(0).to_dict(), [dict(own) for own in tried], encoders])
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
@@ -79,7 +79,7 @@ def note(message: str) -> None:
     _print_message(err(), Text.assemble(("note: ", "yellow"), message))
 
 
-def print_json(value: Any) -> None:
+def print_json(value: object) -> None:
     """Print a result for machines."""
     from cachefuse.files import to_json
 

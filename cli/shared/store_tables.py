@@ -1,8 +1,9 @@
 """What people see of a store: its contents, what an extraction will take, what verification found."""
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
@@ -139,7 +140,7 @@ def damage_report(found: "Verification") -> None:
     _damage(found, err())
 
 
-def _damage(found: "Verification", console: Any) -> None:
+def _damage(found: "Verification", console: Console) -> None:
     for damage in found.damage:
         place = f"{damage.encoder} ({damage.modality}, {damage.view})" if damage.encoder else damage.view
         block = "" if damage.block is None else f" block {damage.block}"

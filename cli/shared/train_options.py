@@ -1,7 +1,7 @@
 """The settings of a training as options: one for each field of TrainConfig, shared by the commands that train."""
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
+from cachefuse.registry import Options
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 from cachefuse.training.config import TrainConfig
 
@@ -93,7 +94,7 @@ DEFAULTS = dict.fromkeys(("layers", "batch_size", "loss_options", "fusion_option
 
 
 def takes(
-    config: Any, annotations: Mapping[str, Any], defaults: Mapping[str, Any], parse: Callable[[Mapping[str, Any]], Any]
+    config: Any, annotations: Options, defaults: Options, parse: Callable[[Options], Any]
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator: a command that has a parameter ``config`` gets an option for each field of a dataclass.
 
@@ -126,7 +127,7 @@ def takes(
     return decorate
 
 
-def parse_config(given: Mapping[str, Any]) -> TrainConfig:
+def parse_config(given: Options) -> TrainConfig:
     """Build the settings from what the options say. Raises ConfigError for what does not parse, or does not fit."""
     if given["thresholds"] == "none" and given["threshold_metric"] is not None:
         raise ConfigError("threshold-metric is what thresholds are chosen for; leave it out, or --thresholds none")
