@@ -6,7 +6,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import builtin_manifests, parse_manifest
 from cachefuse.errors import DataError, MissingDataError
-from fixtures.messages import naming
+from fixtures.messages import naming, says
 
 MANIFEST = """
 name = "mine"
@@ -90,8 +90,8 @@ def test_a_tenth_is_held_out_where_nothing_else_is_for_validation(tmp_path, capl
         dataset = load(tmp_path)
     n_val = dataset.splits.tolist().count("val")
     assert 10 <= n_val <= 30
-    note = f"held out {n_val} of 200 train rows as val"
-    assert dataset.notes == (note,)
+    (note,) = dataset.notes
+    assert says(note, f"{n_val} 200 train val")
     assert [(record.levelname, record.message) for record in caplog.records] == [("INFO", f"mine: {note}")]
 
     declared = load(tmp_path, options="splits.val = { from = 'train', fraction = 0.1 }")
@@ -139,10 +139,9 @@ def test_a_labelled_test_split_is_not_for_validation(tmp_path):
 def test_published_counts_are_a_warning(tmp_path, caplog):
     write(tmp_path)
     dataset = load(tmp_path, options="rows = { train = 6000, test = 10 }")
-    assert dataset.notes == (
-        "has 6 train rows where the published dataset has 6,000; going on with these",
-        "has 0 test rows where the published dataset has 10; going on with these",
-    )
+    assert len(dataset.notes) == 2
+    assert says(dataset.notes[0], "6 train 6,000")
+    assert says(dataset.notes[1], "0 test 10")
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
 
 

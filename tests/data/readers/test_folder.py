@@ -5,6 +5,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.errors import DataError, MissingDataError
+from fixtures.messages import says
 
 MANIFEST = """
 name = "pets"
@@ -64,7 +65,7 @@ def test_nothing_outside_the_root_is_read(tmp_path):
     (root / "dog").symlink_to(tmp_path / "outside")
     dataset = load(root)
     assert dataset.ids == ["cat/1.jpg", "cat/3.jpg"]
-    assert "skipped 1 links that leave the data folder, such as cat/2.jpg" in dataset.notes
+    assert says("\n".join(dataset.notes), "1 folder cat/2.jpg")
 
 
 def test_split_folder_that_is_a_link_out_of_the_root(tmp_path):

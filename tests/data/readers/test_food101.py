@@ -5,7 +5,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.errors import BadSampleError, DataError, MissingDataError
-from fixtures.messages import naming
+from fixtures.messages import naming, says
 
 TRAIN = """\
 apple_pie_0.jpg,"Apple Pie, the ""classic"" one",apple_pie
@@ -49,7 +49,7 @@ def test_food101_in_its_true_layout(tmp_path):
     assert dataset.targets.tolist() == [0, 0, 1, 1]
     assert dataset.texts[0] == ('Apple Pie, the "classic" one',)
     assert dataset.texts[1] == ("Grandma's apple pie | Crème fraîche",)
-    assert "has 3 train rows where the published dataset has 67,971; going on with these" in dataset.notes
+    assert says("\n".join(dataset.notes), "3 67,971")
     pixels = np.asarray(dataset.images[3].load(), int)
     assert pixels.shape == (9, 12, 3)
     assert np.abs(pixels - [200, 100, 50]).max() <= 3
