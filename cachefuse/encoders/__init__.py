@@ -1,4 +1,4 @@
-"""Frozen encoders. A family is one file and one entry here; `open_encoder` turns a spec into its towers."""
+"""Frozen encoders. A family is one file and one entry here; `open_encoder` turns a spec into towers."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from cachefuse.registry import Registry, import_entry
 
 @dataclass(frozen=True)
 class Family:
-    """A family of encoders: ``opener`` names a function (EncoderSpec, device) -> {modality: Tower}."""
+    """A family of encoders. ``opener`` names a function (EncoderSpec, device) -> {modality: Tower}."""
 
     opener: str
     example: str
@@ -53,7 +53,7 @@ DEFAULT_ENCODER = FAMILIES["clip"].example
 def open_encoder(spec: str | EncoderSpec, device: str = "cpu") -> dict[str, Tower]:
     """Open ``family:model[@weights]`` on a device and return its towers by modality.
 
-    Raises UnknownNameError for an unknown family, EncoderError if the model or its weights can't be had.
+    Raises UnknownNameError for an unknown family, EncoderError if the model or its weights are not available.
     """
     spec = EncoderSpec.parse(spec) if isinstance(spec, str) else spec
     towers: dict[str, Tower] = import_entry(FAMILIES[spec.family].opener)(spec, device)

@@ -1,4 +1,4 @@
-"""Histograms and hashed n-grams: no weights and no downloads, a baseline that works everywhere."""
+"""Histograms and hashed n-grams: a baseline without weights or downloads, which works everywhere."""
 
 from collections.abc import Collection, Mapping, Sequence
 
@@ -11,17 +11,17 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from cachefuse.encoders.base import EncoderSpec, Features, Tower
 from cachefuse.errors import EncoderError
 
-SIDE = 64  # pixels; every image is squashed to SIDE x SIDE
+SIDE = 64  # pixels; every image is resized to SIDE x SIDE
 HUES, GREYS, COLOUR_GRID = 8, 4, 4
 ORIENTATIONS, GRADIENT_GRID = 8, 8
 CHUNK = 4
-HASHED = 512  # columns for each kind of n-gram
+HASHED = 512  # columns per type of n-gram
 
 
 class ClassicImageTower(Tower):
     """Soft colour histograms on a 4 x 4 grid, gradient orientations on an 8 x 8 grid, and both over the whole image.
 
-    Each of the four is square-rooted and of norm 1. The orientations are unsigned, as in Dalal and Triggs,
+    The square root of each of the four is scaled to norm 1. Orientations are unsigned, as in Dalal and Triggs,
     "Histograms of oriented gradients for human detection", 2005.
     """
 
@@ -48,14 +48,14 @@ class ClassicImageTower(Tower):
 
 
 class ClassicTextTower(Tower):
-    """Hashed words and pairs of words, and hashed runs of 3 to 5 characters within words, each of norm 1."""
+    """Hashed words and word pairs, and hashed n-grams of 3 to 5 characters within words, each of norm 1."""
 
     modality = "text"
     views = ("pooled",)
     width = 2 * HASHED
 
     def __init__(self) -> None:
-        self._kinds = [
+        self._vectorizers = [
             HashingVectorizer(analyzer=analyzer, ngram_range=ngrams, n_features=HASHED, norm="l2", dtype=np.float32)
             for analyzer, ngrams in (("word", (1, 2)), ("char_wb", (3, 5)))
         ]
@@ -75,25 +75,25 @@ class ClassicTextTower(Tower):
         return len(prepared)
 
     def encode(self, batch: Sequence[str], views: Collection[str]) -> Features:
-        return {"pooled": np.hstack([kind.transform(batch).toarray() for kind in self._kinds])}
+        return {"pooled": np.hstack([vectorizer.transform(batch).toarray() for vectorizer in self._vectorizers])}
 
 
 def open_classic(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     """Open ``classic`` as an image and a text tower; both run on the CPU. Raises EncoderError for a model name."""
     if spec.model or spec.weights:
-        raise EncoderError(f"classic has no models or weights: write 'classic', not {str(spec)!r}")
+        raise EncoderError(f"classic has no models or weights; write 'classic', not {str(spec)!r}")
     return {"image": ClassicImageTower(), "text": ClassicTextTower()}
 
 
 def _histograms(batch: Sequence[np.ndarray]) -> np.ndarray:
     pixels = np.stack(batch).astype(np.float32) / 255  # (B, SIDE, SIDE, 3)
     cells = _colours(pixels), _gradients(pixels)  # (B, cells, bins) each
-    whole = [part.sum(1, keepdims=True) for part in cells]
-    return np.concatenate([_unit(np.sqrt(part.reshape(len(batch), -1))) for part in (*cells, *whole)], axis=1)
+    whole = [counts.sum(1, keepdims=True) for counts in cells]
+    return np.concatenate([_unit(np.sqrt(counts.reshape(len(batch), -1))) for counts in (*cells, *whole)], axis=1)
 
 
 def _colours(pixels: np.ndarray) -> np.ndarray:
-    """Histograms of hue, weighted by colourfulness, and of lightness, weighted by its absence: (B, 16, 12)."""
+    """Histograms of hue, weighted by chroma, and of lightness, weighted by 1 - chroma: (B, 16, 12)."""
     red, green, blue = np.moveaxis(pixels, -1, 0)
     high, low = np.maximum(np.maximum(red, green), blue), np.minimum(np.minimum(red, green), blue)
     chroma = high - low  # (B, SIDE, SIDE)
@@ -109,17 +109,17 @@ def _colours(pixels: np.ndarray) -> np.ndarray:
 
 
 def _gradients(pixels: np.ndarray) -> np.ndarray:
-    """Histograms of edge orientation weighted by contrast, each pixel's from its strongest channel: (B, 64, 8)."""
+    """Histograms of edge orientation, weighted by contrast, of each pixel's strongest channel: (B, 64, 8)."""
     down, right = np.gradient(pixels, axis=(1, 2))  # (B, SIDE, SIDE, 3) each
     strength = np.hypot(down, right)
     best = strength.argmax(-1)[..., None]
-    down, right, strength = (np.take_along_axis(part, best, -1)[..., 0] for part in (down, right, strength))
-    turns = np.arctan2(down, right) / np.pi % 1  # an edge and its reverse are the same
-    return _histogram(turns * ORIENTATIONS, strength, ORIENTATIONS, GRADIENT_GRID, circular=True)
+    down, right, strength = (np.take_along_axis(x, best, -1)[..., 0] for x in (down, right, strength))
+    half_turns = np.arctan2(down, right) / np.pi % 1  # opposite directions are one orientation
+    return _histogram(half_turns * ORIENTATIONS, strength, ORIENTATIONS, GRADIENT_GRID, circular=True)
 
 
 def _histogram(position: np.ndarray, weight: np.ndarray, bins: int, grid: int, circular: bool) -> np.ndarray:
-    """Count pixels (B, SIDE, SIDE) per cell, each shared linearly between the two bins nearest: (B, grid², bins)."""
+    """Count pixels (B, SIDE, SIDE) per cell, each shared linearly between its two nearest bins: (B, grid², bins)."""
     n_images, cell = len(position), SIDE // grid
     lower = np.minimum(position.astype(np.intp), bins - 1)
     upper = (lower + 1) % bins if circular else np.minimum(lower + 1, bins - 1)
@@ -132,7 +132,7 @@ def _histogram(position: np.ndarray, weight: np.ndarray, bins: int, grid: int, c
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    """Scale rows to norm 1; a row of zeros stays."""
+    """Scale rows to norm 1. Rows of zeros stay zero."""
     unit: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     return unit
 

@@ -1,4 +1,4 @@
-"""open_clip models: an image and a text tower whose pooled features share one space."""
+"""open_clip models: an image and a text tower with pooled features in one shared space."""
 
 import difflib
 import json
@@ -36,7 +36,7 @@ DEFAULT_TAG = "laion2b_s34b_b79k"
 
 
 class ClipImageTower(ImageTower):
-    """Pooled: the projected embedding, not normalised. Tokens: the last layer's patches, normed, not projected."""
+    """Pooled: the projected embedding, not normalised. Tokens: patches after the last layer norm, not projected."""
 
     def __init__(self, model: nn.Module, device: str, provenance: Mapping[str, str]):
         config = open_clip.get_model_preprocess_cfg(model)
@@ -48,14 +48,14 @@ class ClipImageTower(ImageTower):
         images = self.stack(batch)
         if not tokens or not hasattr(self.model.visual, "forward_intermediates"):
             return self.model.encode_image(images, normalize=False), None
-        # CoCa's last norm belongs to its attention pooling, and does not fit the patches.
+        # CoCa's last norm belongs to its attention pooling: its shape does not fit the patches.
         normed = getattr(self.model.visual, "attn_pool", None) is None
         out = self.model.visual.forward_intermediates(images, indices=1, normalize_intermediates=normed)
         return out["image_features"], flatten_map(out["image_intermediates"][-1])
 
 
 class ClipTextTower(FrozenTower):
-    """Pooled: the projected embedding, not normalised. Tokens: the last layer's up to the end mark, not projected."""
+    """Pooled: the projected embedding, not normalised. Tokens: the last layer's up to the end token, not projected."""
 
     ragged = True
 
@@ -64,7 +64,7 @@ class ClipTextTower(FrozenTower):
         inner = getattr(tokenizer, "tokenizer", tokenizer)
         ends = (getattr(inner, name, None) for name in ("eot_token_id", "eos_token_id", "sep_token_id"))
         self.end = next((end for end in ends if end is not None), None)
-        # Where attention only looks back, what follows the end mark has no effect, and needs no computing.
+        # With causal attention, tokens after the end token have no effect and are not computed.
         self.causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
         self.causal = self.causal and model.text_pool_type in ("argmax", "eos", "first")
         facts = {
@@ -93,7 +93,7 @@ class ClipTextTower(FrozenTower):
         return out["text_features"], out["text_intermediates"][-1]
 
     def _forward_causal(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What ``CLIP.encode_text`` does, on the longest text's T tokens instead of all the context: ids (B, T)."""
+        """Do what ``CLIP.encode_text`` does, on ids (B, T): T is the longest text's length, not the whole context."""
         model, n_tokens = self.model, ids.shape[1]
         hidden = model.token_embedding(ids) + model.positional_embedding[:n_tokens]  # (B, T, width)
         hidden = model.ln_final(model.transformer(hidden, attn_mask=model.attn_mask[:n_tokens, :n_tokens]))
@@ -107,7 +107,7 @@ class ClipTextTower(FrozenTower):
 def open_clip_towers(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     """Open ``clip:name[@tag or .safetensors file]``, or a folder with open_clip_config.json, as image and text towers.
 
-    Raises EncoderError for an unknown name or tag, with those like it, and for weights that can't be had or don't fit.
+    Raises EncoderError for an unknown name or tag, with similar ones, and for weights that are missing or do not fit.
     """
     with opening(spec), _quiet():
         name, config, model = _from_folder(spec) if is_path(spec.model) else _from_name(spec)
@@ -119,22 +119,22 @@ def open_clip_towers(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             "library": library(open_clip),
         }
         return {
-            "image": ClipImageTower(model, device, provenance).measure(),
-            "text": ClipTextTower(model, tokenizer, device, provenance).measure(),
+            "image": ClipImageTower(model, device, provenance).probe(),
+            "text": ClipTextTower(model, tokenizer, device, provenance).probe(),
         }
 
 
 def _from_folder(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module]:
     folder = Path(spec.model).expanduser()
     if not folder.is_dir():
-        raise EncoderError(f"can't open {spec}: there is no folder {folder}")
+        raise EncoderError(f"cannot open {spec}: there is no folder {folder}")
     if spec.weights:
-        raise EncoderError(f"can't open {spec}: a folder has its own weights; drop {spec.weights!r}")
+        raise EncoderError(f"cannot open {spec}: a folder has its own weights; drop {spec.weights!r}")
     if not (folder / "open_clip_config.json").is_file():
-        raise EncoderError(f"can't open {spec}: there is no open_clip_config.json in {folder}")
-    # open_clip would take a pickle before a .safetensors file of another name.
+        raise EncoderError(f"cannot open {spec}: there is no open_clip_config.json in {folder}")
+    # open_clip prefers a pickle to a .safetensors file of another name.
     if not any((folder / f"{stem}.safetensors").is_file() for stem in ("open_clip_model", "open_clip_pytorch_model")):
-        raise EncoderError(f"can't open {spec}: there is no open_clip_model.safetensors in {folder}")
+        raise EncoderError(f"cannot open {spec}: there is no open_clip_model.safetensors in {folder}")
     name = f"local-dir:{folder}"
     config = json.loads((folder / "open_clip_config.json").read_text(encoding="utf-8"))["model_cfg"]
     return name, config, open_clip.create_model(name, require_pretrained=True)
@@ -149,7 +149,7 @@ def _from_name(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module]:
     if path is None:
         published = _published(spec, name)
         path = _download(spec, published["hf_hub"])
-    # A tag's preprocessing and activation come with its weights: OpenAI's need QuickGELU whatever the model's name.
+    # A tag's weights need its preprocessing and activation: OpenAI's need QuickGELU under any model name.
     quick_gelu = bool(published.get("quick_gelu"))
     model = open_clip.create_model(
         name, str(path), require_pretrained=True, force_quick_gelu=quick_gelu, force_preprocess_cfg=published
@@ -171,7 +171,7 @@ def _published(spec: EncoderSpec, name: str) -> JsonObject:
 
 
 def _download(spec: EncoderSpec, location: str) -> Path:
-    """Download a published tag: safetensors, or where there are none what open_clip unpickles as plain tensors."""
+    """Download a published tag: safetensors, or else the file that open_clip unpickles as plain tensors."""
     repo, _, filename = location.rpartition("/")
     stems = [Path(filename).stem] if filename else ["open_clip_model", "open_clip_pytorch_model"]
     for names in ([f"{stem}.safetensors" for stem in stems], [f"{stem}.bin" for stem in stems]):
@@ -179,7 +179,7 @@ def _download(spec: EncoderSpec, location: str) -> Path:
         for name in names:
             if (folder / name).is_file():
                 return folder / name
-    raise EncoderError(f"can't open {spec}: none of {', '.join(stems)} is in {repo}")
+    raise EncoderError(f"cannot open {spec}: none of {', '.join(stems)} is in {repo}")
 
 
 def _bpe_fingerprint(tokenizer: SimpleTokenizer) -> str:
@@ -189,7 +189,7 @@ def _bpe_fingerprint(tokenizer: SimpleTokenizer) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep open_clip, which logs to the root logger, from giving it a handler that prints to the terminal."""
+    """Stop open_clip, which logs to the root logger, from adding a handler that prints to the terminal."""
     handler = logging.NullHandler()
     logging.getLogger().addHandler(handler)
     try:

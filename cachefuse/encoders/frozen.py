@@ -1,4 +1,4 @@
-"""What the families built on torch share: getting weights, freezing a model, and one encode for all of them."""
+"""The common code of torch encoders: get weights, freeze a model, encode."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ class FrozenTower(Tower):
         self.modality = modality
         self.model: Any = model.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
-        self.half = torch.float16  # 3 more bits of mantissa than bfloat16, which is for models that overflow
+        self.half = torch.float16  # 3 more mantissa bits than bfloat16, which models that overflow need
         self._provenance = dict(provenance)
 
     @property
@@ -36,7 +36,7 @@ class FrozenTower(Tower):
 
     @abstractmethod
     def forward(self, batch: Sequence[Any], tokens: bool) -> tuple[Tensor, Tensor | None]:
-        """Return pooled (B, D) and tokens (B, T, D), padded to the longest where ragged; None if it has none."""
+        """Return pooled (B, D) and tokens (B, T, D), padded to the longest if ragged, or None without tokens."""
 
     def encode(self, batch: Sequence[Any], views: Collection[str]) -> Features:
         cuda = self.device.type == "cuda"
@@ -52,32 +52,32 @@ class FrozenTower(Tower):
             )
         return features
 
-    def measure(self) -> "FrozenTower":
-        """Set the width, views and token shape from one sample; refuse a model whose features are random."""
+    def probe(self) -> "FrozenTower":
+        """Set the width, views and token shape from one sample. Raises EncoderError if the features are random."""
         sample = self.prepare(Image.linear_gradient("L").convert("RGB") if self.modality == "image" else "a sample")
         features = self.encode([sample], self.views)
         first, again = features["pooled"], self.encode([sample], ("pooled",))["pooled"]
         if first.ndim != 2:
             raise EncoderError(f"{type(self.model).__name__} gives features of shape {first.shape}; expected (B, D)")
         if not np.allclose(first, again, rtol=0, atol=1e-3 * np.abs(first).max()):
-            raise EncoderError(f"{type(self.model).__name__} gives other features each time for the same sample")
+            raise EncoderError(f"{type(self.model).__name__} gives different features each time for the same sample")
         self.width, self.views = first.shape[1], tuple(features)
         self.token_shape = features["tokens"][0].shape if "tokens" in features else None
         return self
 
 
 def flatten_map(features: Tensor, channels_last: bool = False) -> Tensor:
-    """Turn a feature map (B, D, H, W), or (B, H, W, D) if channels are last, into tokens (B, H * W, D)."""
+    """Turn a feature map (B, D, H, W), or (B, H, W, D) with channels last, into tokens (B, H * W, D)."""
     return features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """Bring features to the CPU as float32."""
+    """Copy features to the CPU as float32."""
     return tensor.detach().float().cpu().numpy()
 
 
 def weights_digest(module: nn.Module) -> str:
-    """Hash a model's parameters and buffers, names and shapes included: the same from a hub or from a file."""
+    """Hash a model's parameters and buffers, with names and shapes. The hash does not depend on the file."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(module.state_dict().items()):
         array = tensor.detach().cpu().contiguous()
@@ -87,13 +87,13 @@ def weights_digest(module: nn.Module) -> str:
 
 
 def fingerprint(value: object) -> str:
-    """Hash anything made of dictionaries, lists, strings and numbers."""
+    """Hash a value made of dictionaries, lists, strings and numbers."""
     canonical = json.dumps(value, sort_keys=True, default=str)
     return hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash a transformers tokenizer: its rules where it has a tokenizer.json, else its vocabulary."""
+    """Hash a transformers tokenizer: its rules if it has a tokenizer.json, else its vocabulary."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return f"{type(tokenizer).__name__} {fingerprint(content)}"
@@ -105,7 +105,7 @@ def library(module: ModuleType) -> str:
 
 
 def local_weights(spec: EncoderSpec) -> Path | None:
-    """Return the .safetensors file a spec names after ``@``, or None if what stands there is a tag.
+    """Return the .safetensors file that a spec names after ``@``, or None for a tag.
 
     Raises EncoderError for a file that is missing or not safetensors.
     """
@@ -115,36 +115,36 @@ def local_weights(spec: EncoderSpec) -> Path | None:
     if path.suffix != ".safetensors":
         raise EncoderError(f"{path} is not a .safetensors file; a pickle can run code: convert it with safetensors")
     if not path.is_file():
-        raise EncoderError(f"can't open {spec}: there is no file {path}")
+        raise EncoderError(f"cannot open {spec}: there is no file {path}")
     return path
 
 
 def fetch(spec: EncoderSpec, repo: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """Download a hub repository's files that match, or find them in the hub's cache; return their folder."""
-    try:  # the listing comes first and is not retried, so that a missing network shows at once
+    """Download the matching files of a hub repository, or find them in the hub's cache; return their folder."""
+    try:  # the listing comes first and is not retried: without a network it fails at once
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(patterns)))
     except Exception as error:
         offline = isinstance(error, LocalEntryNotFoundError)
-        cause = "the hub can't be reached and it is not in the hub's cache" if offline else brief(error)
+        cause = "the hub is not reachable, and its cache does not have the files" if offline else brief(error)
         local = "hf:./folder" if spec.family == "hf" else f"{spec.family}:{spec.model}@./weights.safetensors"
         raise EncoderError(
-            f"can't get {spec}: tried {repo} on the Hugging Face hub ({cause}); "
-            f"what works offline: `classic`, or weights on disk such as {local}"
+            f"cannot get {spec}: tried {repo} on the Hugging Face hub ({cause}); "
+            f"offline use `classic`, or weights on disk such as {local}"
         ) from error
 
 
 @contextmanager
 def opening(spec: EncoderSpec) -> Iterator[None]:
-    """Turn whatever a library raises on a broken or foreign model into one EncoderError line."""
+    """Turn any error of a library on a broken or unsupported model into an EncoderError of one line."""
     try:
         yield
     except CachefuseError:
         raise
     except Exception as error:
-        raise EncoderError(f"can't open {spec}: {brief(error)}") from error
+        raise EncoderError(f"cannot open {spec}: {brief(error)}") from error
 
 
 def brief(error: Exception) -> str:
-    """Return an error's message on one line, cut to a readable length."""
+    """Return an error's message on one line, at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

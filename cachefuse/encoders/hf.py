@@ -39,10 +39,10 @@ from cachefuse.encoders.images import ImageTower, Split
 from cachefuse.errors import BadSampleError, EncoderError
 from cachefuse.files import JsonObject
 
-FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")  # of a hub repository: all that a model needs, no pickles
+FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")  # all files of a hub repository that a model needs
 UNUSED = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version"}
 PREFIX = ("cls_token", "distillation_token", "register_tokens")  # the tokens before the patches
-MAX_TOKENS = 512  # for models that name no limit of their own
+MAX_TOKENS = 512  # for models without a limit of their own
 
 
 class ImageProcessor(Protocol):
@@ -58,7 +58,7 @@ class ImageProcessor(Protocol):
 
 
 class HFImageTower(ImageTower):
-    """Pooled: the class token after the last layer norm, else the mean of the tokens. Tokens: the patches only."""
+    """Pooled: the class token after the last layer norm, else the mean of the tokens. Tokens: only the patches."""
 
     def __init__(self, model: nn.Module, processor: ImageProcessor, device: str, provenance: Mapping[str, str]):
         prefix = {n.rsplit(".", 1)[-1]: p.shape[-2] for n, p in model.named_parameters() if n.endswith(PREFIX)}
@@ -79,9 +79,9 @@ class HFImageTower(ImageTower):
 
 
 class HFTextTower(FrozenTower):
-    """Pooled: the mean of the real tokens (the convention of sentence-transformers), or the first one.
+    """Pooled: the mean of the real tokens (as in sentence-transformers), or the first token.
 
-    Ids: the tokenizer's own, cut to what the model takes.
+    Ids: the tokenizer's, cut to the model's maximum length.
     """
 
     views = ("pooled", "tokens", "ids")
@@ -101,7 +101,7 @@ class HFTextTower(FrozenTower):
         self.first = bool(pooling.get("pooling_mode_cls_token")) or pooling.get("pooling_mode") == "cls"
         ids = (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None), 0)
         self.pad_id = next(i for i in ids if i is not None)
-        # Models often have a few rows more than the tokenizer has tokens, and some tokenizers leave numbers out.
+        # Models often have a few rows more than the tokenizer has tokens, and some tokenizers skip numbers.
         self.vocabulary = max(len(tokenizer), getattr(model.config, "vocab_size", None) or 0)
         facts = {
             **provenance,
@@ -140,7 +140,7 @@ class HFTextTower(FrozenTower):
 
 
 def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
-    """Open ``hf:name[@revision]`` or ``hf:./folder`` as one tower, image or text, whichever the model is.
+    """Open ``hf:name[@revision]`` or ``hf:./folder`` as one tower, image or text.
 
     Raises EncoderError for a folder without safetensors, a model of both modalities, or one that needs its own code.
     """
@@ -149,8 +149,8 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     with opening(spec), quiet():
         config = AutoConfig.from_pretrained(folder, **offline)
         modality = _modality(spec, config)
-        # Models trained with bfloat16's range overflow float16, and so do T5's activations.
-        wide = config.is_encoder_decoder or str(config.dtype) in ("torch.bfloat16", "bfloat16")
+        # Models trained in bfloat16 overflow float16, and so do T5's activations.
+        overflows = config.is_encoder_decoder or str(config.dtype) in ("torch.bfloat16", "bfloat16")
         model = _load(spec, folder, config, offline)
         settings = {key: value for key, value in config.to_dict().items() if key not in UNUSED}
         provenance = {
@@ -165,20 +165,20 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             tower = HFImageTower(model, processor, device, provenance)
             sizes = {tuple(tower.prepare(Image.new("RGB", size)).shape) for size in ((64, 48), (48, 64))}
             if len(sizes) > 1:
-                raise EncoderError(f"can't open {spec}: its image processor gives images of different sizes")
+                raise EncoderError(f"cannot open {spec}: its image processor gives images of different sizes")
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
             tower = HFTextTower(model, tokenizer, folder, device, provenance)
-        if wide:
+        if overflows:
             tower.half = torch.bfloat16
-        # Measuring also makes the tokenizer's first call, which sets its truncation: later calls only read it.
-        return {modality: tower.measure()}
+        # The probe also makes the tokenizer's first call, which sets its truncation: later calls only read it.
+        return {modality: tower.probe()}
 
 
 def model_folder(spec: EncoderSpec) -> Path:
-    """Return the folder of a model's files, which the hub gives where it is no local one.
+    """Return the folder of a model's files: a local one, or a download from the hub.
 
-    Raises EncoderError if it can't be had, or has no safetensors.
+    Raises EncoderError if it is not available, or has no safetensors.
     """
     if not spec.model:
         raise EncoderError("hf needs a model: hf:bert-base-uncased, or a local folder such as hf:./folder")
@@ -186,26 +186,26 @@ def model_folder(spec: EncoderSpec) -> Path:
         return _check(spec, fetch(spec, spec.model, FILES, spec.weights or None))
     folder = Path(spec.model).expanduser()
     if not folder.is_dir():
-        raise EncoderError(f"can't open {spec}: there is no folder {folder}")
+        raise EncoderError(f"cannot open {spec}: there is no folder {folder}")
     if spec.weights:
-        raise EncoderError(f"can't open {spec}: a local folder has no revision {spec.weights!r}")
+        raise EncoderError(f"cannot open {spec}: a local folder has no revision {spec.weights!r}")
     return _check(spec, folder)
 
 
 def _check(spec: EncoderSpec, folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise EncoderError(f"can't open {spec}: there is no config.json in {folder}")
+        raise EncoderError(f"cannot open {spec}: there is no config.json in {folder}")
     if not list(folder.glob("*.safetensors")):
         pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        found = f" but {pickles[0]}, a pickle, which can run code: convert it" if pickles else ""
-        raise EncoderError(f"can't open {spec}: it has no .safetensors weights{found}")
+        advice = f", only {pickles[0]}, a pickle, which can run code; convert it to safetensors" if pickles else ""
+        raise EncoderError(f"cannot open {spec}: it has no .safetensors weights{advice}")
     return folder
 
 
 def _modality(spec: EncoderSpec, config: PretrainedConfig) -> str:
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         raise EncoderError(
-            f"{spec} ({config.model_type}) is an image-text model; open those with clip:, such as clip:ViT-B-32"
+            f"{spec} ({config.model_type}) is an image-text model; open such models with clip:, as in clip:ViT-B-32"
         )
     takes = getattr(MODEL_MAPPING.get(type(config), None), "main_input_name", "nothing known")
     if takes not in ("pixel_values", "input_ids"):
@@ -214,7 +214,7 @@ def _modality(spec: EncoderSpec, config: PretrainedConfig) -> str:
 
 
 def _load(spec: EncoderSpec, folder: Path, config: PretrainedConfig, offline: Mapping[str, bool]) -> nn.Module:
-    """Load in float32; drop the decoder and the pooler, which features don't need and weights often lack."""
+    """Load in float32, without decoder and pooler: features do not need them, and weights often lack them."""
     model, report = AutoModel.from_pretrained(
         folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **offline
     )
@@ -226,7 +226,7 @@ def _load(spec: EncoderSpec, folder: Path, config: PretrainedConfig, offline: Ma
         model.pooler = nn.Identity()
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(unused))
     if missing:
-        raise EncoderError(f"can't open {spec}: its weights lack {len(missing)} of the model's, such as {missing[0]}")
+        raise EncoderError(f"cannot open {spec}: {len(missing)} weights of the model are missing, such as {missing[0]}")
     encoder: nn.Module = model
     return encoder
 
@@ -236,20 +236,20 @@ def _process(processor: ImageProcessor, image: Image.Image, **options: bool) -> 
 
 
 def _split_processor(processor: ImageProcessor) -> Split:
-    """Leave scaling and normalising out. What a few processors do in another order shows when the split is tried."""
+    """Split off scaling and normalising. ``ImageTower`` detects processors that work in another order."""
     resize = partial(_process, processor, do_rescale=False, do_normalize=False)
     white = 1 / processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
-    normalizes = getattr(processor, "do_normalize", False)  # processors around timm's transforms have no such options
+    normalizes = getattr(processor, "do_normalize", False)  # processors of timm's transforms lack these options
     mean, std = (processor.image_mean, processor.image_std) if normalizes else (0.0, 1.0)
     return Split(resize, white, mean, std)
 
 
 def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
-    """The least of what the tokenizer, the position table and a sentence-transformers folder allow."""
+    """Return the smallest limit of the tokenizer, the position table and a sentence-transformers folder."""
     limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
     limits.append(_read(folder / "sentence_bert_config.json").get("max_seq_length"))
     for name, module in model.named_modules():
-        # RoBERTa's positions start after the padding's: 514 rows hold 512 tokens.
+        # RoBERTa's positions start after the padding position: 514 rows hold 512 tokens.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
     known = [int(limit) for limit in limits if limit is not None and 0 < limit < 1_000_000]
@@ -262,7 +262,7 @@ def _read(path: Path) -> JsonObject:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the library's progress bars and load reports off the terminal, and put things back as they were."""
+    """Hide the library's progress bars and load reports, and restore its settings at the end."""
     level, bars = library_logging.get_verbosity(), library_logging.is_progress_bar_enabled()
     library_logging.set_verbosity_error()
     library_logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What the image towers share: threads resize and crop to bytes, the device scales and normalises the whole batch."""
+"""The common code of image towers: threads resize and crop to bytes, the device scales and normalises the batch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from cachefuse.encoders.frozen import FrozenTower
 
 Transform = Callable[[Image.Image], Tensor]  # an RGB image to (3, H, W)
 
-# Two orders of the same float32 arithmetic differ by less than this, absolute or relative; another formula by more.
+# The same float32 formula in another order differs by less than this, absolute or relative; other formulas by more.
 ROUNDING = 1e-6
-PROBES = ((640, 427), (37, 91))  # width, height: one shrinks and one grows, one is wide and one is tall
+PROBES = ((640, 427), (37, 91))  # width, height: a wide image to shrink and a tall one to enlarge
 
 
 @dataclass(frozen=True)
 class Split:
-    """A library's transform, cut where bytes become floats: ``(resize(image) / white - mean) / std`` is all of it."""
+    """A library's transform, cut at the step from bytes to floats: ``(resize(image) / white - mean) / std``."""
 
     resize: Transform
     white: float = 1.0
-    mean: float | Sequence[float] = 0.0  # a number, or one a channel
+    mean: float | Sequence[float] = 0.0  # a number, or one per channel
     std: float | Sequence[float] = 1.0
 
 
 def split_compose(transform: Compose) -> Split | None:
-    """Cut a torchvision pipeline before the ToTensor and Normalize at its end; None if it ends otherwise."""
+    """Cut a torchvision pipeline before its final ToTensor and Normalize; None if it has another end."""
     match transform.transforms:
         case [*resize, ToTensor(), Normalize() as normalize]:
             return Split(Compose([*resize, PILToTensor()]), 255.0, normalize.mean, normalize.std)
@@ -37,10 +37,10 @@ def split_compose(transform: Compose) -> Split | None:
 
 
 class ImageTower(FrozenTower):
-    """A tower that takes images as bytes from ``prepare``, a quarter of the floats, and normalises on the device.
+    """A tower whose ``prepare`` returns bytes, a quarter of the size of floats, and which normalises on the device.
 
-    ``whole`` is the library's own transform, to (3, H, W) float32. ``split`` is the same in two parts, which is tried
-    on probes: where it does not give bytes, or not the same numbers, threads do all of ``whole`` and hand over floats.
+    ``whole`` is the library's own transform, to (3, H, W) float32. ``split`` is the same in two steps. It is tried on
+    probes: if it does not give bytes, or not the same numbers, threads do all of ``whole`` and return floats.
     """
 
     def __init__(
@@ -52,12 +52,12 @@ class ImageTower(FrozenTower):
             self._use(Split(whole))
 
     def prepare(self, sample: Image.Image) -> Tensor:
-        # (3, H, W); contiguous, so that stacking is a plain copy. By NumPy: torch's copy would begin an OpenMP team in
-        # each thread, and with more of those than there are cores the encoder's own slows down.
+        # (3, H, W), contiguous: stacking is then a plain copy. NumPy makes it, because torch's copy would start an
+        # OpenMP team in each thread. More teams than cores slow the encoder down.
         return torch.from_numpy(np.ascontiguousarray(self.resize(sample).numpy()))
 
     def stack(self, batch: Sequence[Tensor]) -> Tensor:
-        """Stack prepared images (3, H, W) to (B, 3, H, W) on the device, float32 and normalised, without waiting."""
+        """Stack prepared images (3, H, W) to (B, 3, H, W) float32 on the device, normalised. The copy does not wait."""
         shape, dtype = (len(batch), *batch[0].shape), batch[0].dtype
         images = torch.empty(shape, dtype=dtype, pin_memory=self.device.type == "cuda")
         images = torch.stack(list(batch), out=images).to(self.device, non_blocking=True)
@@ -74,7 +74,7 @@ class ImageTower(FrozenTower):
         expected = whole(probe).float()
         try:
             prepared = self.prepare(probe)
-        except Exception:  # some libraries can't leave a step out: they refuse the option, or fail on bytes further on
+        except Exception:  # some libraries cannot skip a step: they reject the option, or fail on bytes later
             return False
         if prepared.dtype != torch.uint8 or prepared.shape != expected.shape:
             return False
@@ -82,7 +82,7 @@ class ImageTower(FrozenTower):
 
 
 def _probes() -> Iterator[Image.Image]:
-    """Noise, which has every byte, and edges that resampling overshoots at."""
+    """Yield noise images: they have every byte value, and edges at which resampling overshoots."""
     rng = np.random.default_rng(0)
     for width, height in PROBES:
         yield Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))

@@ -19,7 +19,7 @@ from cachefuse.errors import EncoderError
 
 
 class TimmTower(ImageTower):
-    """Pooled: what the classifier would see. Tokens: patches without class and register tokens, or the feature map."""
+    """Pooled: the classifier's input. Tokens: patches without class and register tokens, or the feature map."""
 
     def __init__(self, model: nn.Module, device: str, provenance: Mapping[str, str]):
         data = resolve_model_data_config(model)
@@ -30,7 +30,7 @@ class TimmTower(ImageTower):
     def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
         features = self.model.forward_features(self.stack(batch))
         pooled = self.model.forward_head(features, pre_logits=True)  # (B, D)
-        if not isinstance(features, Tensor):  # a few models keep several scales, which are no one grid
+        if not isinstance(features, Tensor):  # a few models return several scales, not one grid
             return pooled, None
         if features.ndim == 4:
             return pooled, flatten_map(features, channels_last=getattr(self.model, "output_fmt", "NCHW") == "NHWC")
@@ -40,7 +40,7 @@ class TimmTower(ImageTower):
 def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     """Open ``timm:name`` with the hub's weights, or ``timm:name@./file.safetensors``, as one image tower.
 
-    Raises EncoderError for an unknown name, with those like it, and for weights that can't be had or don't fit.
+    Raises EncoderError for an unknown name, with similar ones, and for weights that are missing or do not fit.
     """
     _check_name(spec)
     with opening(spec):
@@ -52,7 +52,7 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             path = _from_hub(spec, default)
         else:
             n_classes = _n_classes(path, default.classifier)
-        # Weights load strictly when the number of classes agrees; the classifier goes afterwards.
+        # Strict loading needs the right number of classes; the classifier is removed afterwards.
         overlay = {"file": str(path), "custom_load": False, "num_classes": n_classes}
         model: Any = timm.create_model(
             spec.model, pretrained=True, num_classes=n_classes, pretrained_cfg_overlay=overlay
@@ -65,7 +65,7 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             "pooling": "the model's own, before its classifier",
             "library": library(timm),
         }
-        return {"image": TimmTower(model, device, provenance).measure()}
+        return {"image": TimmTower(model, device, provenance).probe()}
 
 
 def _check_name(spec: EncoderSpec) -> None:
@@ -80,7 +80,7 @@ def _check_name(spec: EncoderSpec) -> None:
 def _from_hub(spec: EncoderSpec, default: PretrainedCfg) -> Path:
     if spec.weights:
         raise EncoderError(
-            f"can't open {spec}: {spec.weights!r} is no .safetensors file; a tag is written timm:name.tag"
+            f"cannot open {spec}: {spec.weights!r} is not a .safetensors file; write a tag as timm:name.tag"
         )
     if not default.hf_hub_id:
         raise EncoderError(
@@ -89,12 +89,12 @@ def _from_hub(spec: EncoderSpec, default: PretrainedCfg) -> Path:
     name = Path(default.hf_hub_filename or "model").with_suffix(".safetensors").name
     path = fetch(spec, default.hf_hub_id, [name]) / name
     if not path.is_file():
-        raise EncoderError(f"can't open {spec}: {default.hf_hub_id} has no {name}, and no other format is safe to load")
+        raise EncoderError(f"cannot open {spec}: {default.hf_hub_id} has no {name}; other formats are not safe to load")
     return path
 
 
 def _n_classes(path: Path, classifier: str | Sequence[str] | None) -> int:
-    """How many classes a weights file was trained for; 0 if it has no classifier."""
+    """Return the number of classes of a weights file; 0 if it has no classifier."""
     first = classifier if isinstance(classifier, str) else (classifier or ("",))[0]
     with safe_open(path, "pt") as file:
         return file.get_slice(f"{first}.weight").get_shape()[0] if f"{first}.weight" in set(file.keys()) else 0

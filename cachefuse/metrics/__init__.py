@@ -1,9 +1,9 @@
-"""Metrics: ``METRICS[name](targets, scores, predictions) -> float``, and which of them stand for a model.
+"""Metrics: ``METRICS[name](targets, scores, predictions) -> float``, and the main ones of a list.
 
-Targets (N, C) are 0 or 1 (one-hot for multi-class), of answers to questions also between: how right each is. Scores
-(N, C) are higher for likelier labels, predictions (N, C) are bool. All C classes count, whether or not they occur. What
-is not defined for want of positives counts as 0, an average over nothing is NaN. Importing this package imports no
-NumPy.
+Targets (N, C) are 0 or 1 (one-hot for multi-class); for answers to questions they are in [0, 1]: how right each answer
+is. Scores (N, C) are higher for likelier labels, predictions (N, C) are bool. All C classes count, even those that do
+not occur. A value that is undefined without positives counts as 0; an average over nothing is NaN. Importing this
+package does not import NumPy.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,7 +15,7 @@ from cachefuse.registry import Registry
 if TYPE_CHECKING:
     from cachefuse.metrics.base import Metric
 
-# A metric is a ``cachefuse.metrics.base.Metric``, which knows its title, and whether it is lower for a better model.
+# Each entry is a ``cachefuse.metrics.base.Metric``, which has a title and says whether lower is better.
 METRICS: "Registry[Metric]" = Registry(
     "metric",
     "cachefuse.metrics",
@@ -35,8 +35,8 @@ METRICS: "Registry[Metric]" = Registry(
         "weighted_f1": "cachefuse.metrics.decisions:weighted_f1",
     },
 )
-MEAN = "mean"  # of several tasks' main metrics
-TOP = 5  # scores that top5_accuracy looks at
+MEAN = "mean"  # of the main metrics of several tasks
+TOP = 5  # scores per sample that top5_accuracy counts
 
 EVALUATION_METRICS = {
     "multiclass": (
@@ -52,25 +52,25 @@ EVALUATION_METRICS = {
 
 
 def metric_title(name: str) -> str:
-    """Return what tables call a metric; that of one of several tasks begins with its name."""
+    """Return a metric's title for tables. If there are several tasks, it begins with the task's name."""
     task, _, metric = name.rpartition(".")
     title = METRICS[metric].title or metric if _is_metric(metric) else metric
     return f"{task} {title}".lstrip()
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a metric, of one of several tasks or not, is lower for a better model."""
+    """Whether a lower value of a metric is better. The name may begin with a task's."""
     metric = name.rpartition(".")[2]
     return _is_metric(metric) and METRICS[metric].lower_is_better
 
 
 def main_metric(names: Iterable[str]) -> str:
-    """Return the metric to prefer a model by: the first that is higher for a better one."""
+    """Return the metric by which models are compared: the first for which higher is better."""
     return next((name for name in names if not lower_is_better(name)), "accuracy")
 
 
 def headline(names: Iterable[str]) -> list[str]:
-    """Return those of a list of metrics that stand for all of it: of several tasks the mean, and the first of each."""
+    """Return the main metrics of a list: of several tasks the mean, and the first metric of each."""
     first: dict[str, str] = {}
     for name in names:
         first.setdefault(name.rpartition(".")[0] or name, name)
@@ -78,12 +78,12 @@ def headline(names: Iterable[str]) -> list[str]:
 
 
 def evaluation_metrics(task: str, n_classes: int) -> Sequence[str]:
-    """Return the names of the metrics that an evaluation shows, in order. Raises ConfigError for another task."""
+    """Return the names of the metrics that an evaluation shows, in order. Raises ConfigError for other tasks."""
     if task not in EVALUATION_METRICS:
         raise ConfigError(f"task must be one of {', '.join(EVALUATION_METRICS)} to evaluate. Got {task!r} instead.")
-    idle = {"top5_accuracy"} if n_classes <= TOP else set()  # it is always 1
-    return tuple(name for name in EVALUATION_METRICS[task] if name not in idle)
+    trivial = {"top5_accuracy"} if n_classes <= TOP else set()  # it is always 1
+    return tuple(name for name in EVALUATION_METRICS[task] if name not in trivial)
 
 
 def _is_metric(name: str) -> bool:
-    return name != MEAN and name in METRICS  # the mean first: to look for it among other packages' takes a while
+    return name != MEAN and name in METRICS  # the mean first: a search in other packages is slow

@@ -1,4 +1,4 @@
-"""What a metric is: it is defined once, for rows that count several times; its plain value is that of weights 1."""
+"""The definition of a metric: one function for weighted rows. The plain value has weights of 1."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from numpy.typing import ArrayLike
 
 from cachefuse.errors import DataError
 
-AT_ONCE = 1 << 24  # numbers in the arrays that a metric makes of rows
-RIGHT = 1  # the target of a label that is wholly right; one of questions may be so in part
+AT_ONCE = 1 << 24  # numbers in the temporary arrays of a metric
+RIGHT = 1  # the target of a fully right label; an answer to a question may be partly right
 Weighted = Callable[[np.ndarray], np.ndarray]  # weights (N, R), how often each row counts -> R figures, (R,)
 Definition = Callable[[np.ndarray, np.ndarray, np.ndarray], Weighted]
 
@@ -18,12 +18,12 @@ Definition = Callable[[np.ndarray, np.ndarray, np.ndarray], Weighted]
 class Metric:
     """``metric(targets, scores, predictions) -> float``, all (N, C); NaN without rows.
 
-    ``weighted`` takes the same and returns a function from weights (N, R), how often each row counts in each of R
-    resamples, to R figures: those of the rows so repeated. Both raise DataError if the shapes differ, targets are not
-    from 0 to 1, or a score is NaN.
+    ``weighted`` takes the same and returns a function from weights (N, R) to R figures. The weights say how often each
+    row counts in each of R resamples. Both raise DataError if the shapes differ, a target is outside [0, 1], or a score
+    is NaN.
 
-    The ``definition`` gets targets and predictions as bool, and at least one row. Where a label may be right in part,
-    only a ``graded`` metric sees how far; for the others it counts where it is wholly so. Tables call it ``title``.
+    The ``definition`` gets targets and predictions as bool, and at least one row. A ``graded`` metric gets the targets
+    in [0, 1]; for others only fully right labels count. ``title`` is its name in tables.
     """
 
     definition: Definition
@@ -43,19 +43,19 @@ class Metric:
 
 
 def metric(title: str, *, graded: bool = False, lower_is_better: bool = False) -> Callable[[Definition], Metric]:
-    """Make a function the definition of a metric: see ``Metric``."""
+    """Turn a function into a ``Metric`` (decorator)."""
     return lambda definition: Metric(definition, title, graded, lower_is_better)
 
 
 def checked(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return as bool which targets are wholly right, the scores, and the predictions as bool.
+    """Return a mask of the fully right targets, the scores, and the predictions as bool.
 
-    Raises DataError if they are not what metrics take.
+    Raises DataError for shapes or values that metrics do not take.
     """
     if targets.ndim != 2 or not targets.shape == scores.shape == predictions.shape:
         got = ", ".join(str(x.shape) for x in (targets, scores, predictions))
         raise DataError(f"targets, scores and predictions must have one shape, (N, C). Got {got} instead.")
-    if not (targets.min(initial=0) >= 0 and targets.max(initial=1) <= 1):  # neither holds of NaN
+    if not (targets.min(initial=0) >= 0 and targets.max(initial=1) <= 1):  # both are false for NaN
         raise DataError(f"targets must be from 0 to 1. Got {targets[~((targets >= 0) & (targets <= 1))][0]} instead.")
     if np.isnan(scores.min(initial=0)):
         raise DataError("scores must be numbers. Got NaN instead.")
@@ -63,19 +63,19 @@ def checked(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) ->
 
 
 def by_rows(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> np.ndarray:
-    """Return what a function makes of rows (n, C) of arrays, (N, ...); of so many at a time that it takes little."""
+    """Apply a function to rows (n, C) of arrays in chunks that need little memory, and return all results, (N, ...)."""
     n, classes = arrays[0].shape
     size = max(1, AT_ONCE // max(1, classes))
     return np.concatenate([function(*(x[i : i + size] for x in arrays)) for i in range(0, n, size)])
 
 
 def divide(a: np.ndarray, b: np.ndarray, otherwise: float) -> np.ndarray:
-    """Return a / b, and ``otherwise`` where b is 0."""
+    """Return a / b, or ``otherwise`` where b is 0."""
     ratio: np.ndarray = np.divide(a, b, out=np.full(a.shape, otherwise, np.float64), where=b != 0)
     return ratio
 
 
 def mean(values: ArrayLike) -> Weighted:
-    """Return the mean of one value a row, (N,)."""
+    """Return the weighted mean of values (N,), one per row."""
     numbers = np.asarray(values, np.float64)
     return lambda weights: numbers @ weights / weights.sum(axis=0)

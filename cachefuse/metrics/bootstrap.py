@@ -1,4 +1,4 @@
-"""Intervals of metrics by the bootstrap: how much they would differ on other samples of the same kind."""
+"""Bootstrap intervals of metrics: how much they would vary on other samples of the same kind."""
 
 from collections.abc import Callable, Mapping
 
@@ -7,7 +7,7 @@ import numpy as np
 from cachefuse.errors import ConfigError
 from cachefuse.metrics.tasks import BoundMetric
 
-CHUNK = 1 << 23  # numbers in the largest array that a bootstrap makes
+CHUNK = 1 << 23  # numbers in the largest array of a bootstrap
 MAX_TOGETHER = 64  # resamples
 
 
@@ -23,12 +23,12 @@ def bootstrap_intervals(
 ) -> dict[str, tuple[float, float]]:
     """Return the interval (low, high) of each metric by the percentile bootstrap: N rows drawn with replacement.
 
-    ``metrics`` are by name, as ``bind_metrics`` returns them. Every metric sees the same resamples, whichever others
-    are asked for. Those in which it is NaN are left out; its interval is NaN if none is left, and with fewer than two
-    rows. ``on_progress`` hears of the figures done, of all.
+    ``metrics`` is what ``bind_metrics`` returns. Every metric sees the same resamples, independently of the others.
+    Resamples in which a metric is NaN are left out. Its interval is NaN if none is left, or with fewer than two rows.
+    ``on_progress`` gets the number of figures done and their total.
 
-    Repeated rows flatter a ranking: with few positives, recall_at_p90 and, less so, average precision tend to be higher
-    on resamples, and the interval may lie above the figure itself.
+    Repeated rows make rankings look better. With few positives, recall_at_p90 and, less so, average precision tend to
+    be higher on resamples: the interval may lie above the metric itself.
 
     Raises ConfigError for a level outside (0, 1) or no resamples, DataError as the metrics do.
     """
@@ -46,9 +46,9 @@ def bootstrap_intervals(
         generator = np.random.default_rng(seed)
         figures = np.empty(n_resamples)
         for first in range(0, n_resamples, together):
-            part = figures[first : first + together]
-            part[:] = weighted(_resamples(n, len(part), generator))
-            on_progress(i * n_resamples + first + len(part), len(metrics) * n_resamples)
+            chunk = figures[first : first + together]
+            chunk[:] = weighted(_resamples(n, len(chunk), generator))
+            on_progress(i * n_resamples + first + len(chunk), len(metrics) * n_resamples)
         defined = figures[~np.isnan(figures)]
         low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else (np.nan, np.nan)
         intervals[name] = float(low), float(high)
@@ -56,6 +56,6 @@ def bootstrap_intervals(
 
 
 def _resamples(n: int, resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """Return how often each of n rows is drawn in each of R resamples of n, (n, R) float64."""
+    """Return how often each of n rows is drawn in each of R resamples, (n, R) float64."""
     draws = [np.bincount(generator.integers(n, size=n), minlength=n) for _ in range(resamples)]
     return np.stack(draws, axis=1).astype(np.float64)

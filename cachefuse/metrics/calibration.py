@@ -1,4 +1,4 @@
-"""Metrics of how far scores are the probabilities that they claim to be; lower is better."""
+"""Calibration metrics: how well scores agree with probabilities. Lower is better."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ BINS = 15
 
 @metric("ECE", lower_is_better=True)
 def calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the expected calibration error of all N * C scores, each as the probability that its label is there.
+    """Return the expected calibration error of all N * C scores, each the probability of its label.
 
     arXiv 1706.04599, equation 3, with 15 bins of equal width. Raises DataError if scores are not in [0, 1].
     """
@@ -19,9 +19,10 @@ def calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: np.n
 
 @metric("ECE (top)", lower_is_better=True)
 def top_calibration_error(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the expected calibration error of each sample's highest score, as the probability that its class is right.
+    """Return the expected calibration error of each sample's highest score, the probability of its class.
 
-    This is the usual one for multi-class tasks. Of equal scores the first counts. Otherwise as ``calibration_error``.
+    This is the usual definition for multi-class tasks. Of equal scores the first counts. Bins and errors are those of
+    ``calibration_error``.
     """
     top = scores.argmax(axis=1)[:, None]
     return _expected_error(*(np.take_along_axis(x, top, axis=1) for x in (targets, scores)))
@@ -35,7 +36,7 @@ def _expected_error(targets: np.ndarray, scores: np.ndarray) -> Weighted:
 
 
 def _gaps(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return by how much targets exceed scores in each row and bin, (n, 15)."""
+    """Return the sum of targets minus scores in each row and bin, (n, 15)."""
     n = len(scores)
     bins = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], scores)  # each is (lower, upper]
     bins += BINS * np.arange(n)[:, None]

@@ -9,24 +9,24 @@ from cachefuse.errors import ConfigError
 from cachefuse.metrics import TOP
 from cachefuse.metrics.base import Weighted, by_rows, divide, mean, metric
 
-ONE_LABEL = ("multiclass", "vqa")  # the tasks in which a row gets one label, that of the highest score
+ONE_LABEL = ("multiclass", "vqa")  # tasks in which a row gets one label, the one with the highest score
 
 
 def decide(scores: np.ndarray, task: str, threshold: float | np.ndarray = 0.5, min_labels: int = 0) -> np.ndarray:
     """Turn scores (N, C) into predictions (N, C) bool.
 
     Multi-class, and answers to questions: the class with the highest score. Multi-label: the classes whose score
-    reaches ``threshold``, one for all or (C,); a row left with fewer than ``min_labels`` takes its next highest scores
-    as well. Ties go to the class that comes first. Raises ConfigError for another task.
+    reaches ``threshold``, a number or (C,); a row with fewer than ``min_labels`` also gets its next highest scores.
+    Ties go to the first class. Raises ConfigError for other tasks.
     """
     if task in ONE_LABEL:
         highest: np.ndarray = scores.argmax(axis=1)[:, None] == np.arange(scores.shape[1])
         return highest
     if task != "multilabel":
-        kinds = ", ".join((*ONE_LABEL, "multilabel"))
-        raise ConfigError(f"task must be one of {kinds} to decide on labels. Got {task!r} instead.")
+        tasks = ", ".join((*ONE_LABEL, "multilabel"))
+        raise ConfigError(f"task must be one of {tasks} to decide on labels. Got {task!r} instead.")
     chosen = scores >= threshold
-    best_first = np.lexsort((-scores, ~chosen))  # along the classes: the chosen, then the others, each by score
+    best_first = np.lexsort((-scores, ~chosen))  # along classes: chosen ones first, then by score
     np.put_along_axis(chosen, best_first[:, :min_labels], True, axis=1)
     return chosen
 
@@ -37,35 +37,35 @@ def accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -
     return mean(by_rows(lambda right, chosen: (right == chosen).all(axis=1), targets, predictions))
 
 
-exact_match = replace(accuracy, title="exact match")  # what it is called in multi-label tasks
+exact_match = replace(accuracy, title="exact match")  # its name in multi-label tasks
 
 
 @metric("VQA accuracy", graded=True)
 def vqa_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the mean of how right the answers are, min(people who gave it / 3, 1), as targets (N, C) have it.
+    """Return the mean score of the answers: min(people who gave it / 3, 1), as in targets (N, C).
 
-    Of several answers to one question, the one that is most right counts.
+    Of several answers to one question, the best one counts.
     """
     return mean(by_rows(lambda right, chosen: np.where(chosen, right, 0).max(axis=1), targets, predictions))
 
 
 @metric("top-5 accuracy")
 def top5_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the share of samples with a label among the five highest scores; of equal ones, the last count as highest.
+    """Return the share of samples with a label among the five highest scores.
 
-    That order is scikit-learn's.
+    Of equal scores the last counts as highest, as in scikit-learn.
     """
 
-    def found(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    def has_label(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
         top = scores.argsort(axis=1, kind="stable")[:, -TOP:]
         return np.asarray(np.take_along_axis(targets, top, axis=1).any(axis=1))
 
-    return mean(by_rows(found, targets, scores))
+    return mean(by_rows(has_label, targets, scores))
 
 
 @metric("micro-F1")
 def micro_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the F1 over all N * C decisions together."""
+    """Return the F1 over all N * C decisions."""
     counts = class_counts(targets, predictions)
     return lambda weights: _f1(*(x.sum(axis=0) for x in counts(weights)))
 
@@ -91,7 +91,7 @@ def weighted_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray
 
 @metric("samples-F1")
 def samples_f1(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the mean F1 of the samples; a sample with no labels and none predicted counts as 0."""
+    """Return the mean F1 of the samples. A sample without labels and predictions counts as 0."""
 
     def figures(targets: np.ndarray, predictions: np.ndarray) -> np.ndarray:
         return _f1(*(x.sum(axis=1) for x in (targets & predictions, predictions, targets)))

@@ -1,4 +1,4 @@
-"""Each class's own figures: precision, recall, F1, average precision."""
+"""Figures of each class: precision, recall, F1, average precision."""
 
 from collections.abc import Sequence
 
@@ -11,16 +11,16 @@ from cachefuse.metrics.tasks import TaskSlice
 
 
 def per_class(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> dict[str, np.ndarray]:
-    """Return each class's precision, recall, f1, ap, recall_at_p90 and support (its number of positives), all (C,).
+    """Return each class's precision, recall, f1, ap, recall_at_p90 and support (number of positives), all (C,).
 
-    The ap and recall_at_p90 are NaN for a class without positives; all but the support are NaN without samples. Raises
+    ap and recall_at_p90 are NaN for a class without positives. Without samples all but the support are NaN. Raises
     DataError as the metrics do.
     """
     targets, scores, predictions = checked(targets, scores, predictions)
-    once = np.ones((len(targets), 1))
-    hits, predicted, positives = (count[:, 0] for count in class_counts(targets, predictions)(once))
+    weights = np.ones((len(targets), 1))
+    hits, predicted, positives = (count[:, 0] for count in class_counts(targets, predictions)(weights))
     undefined = 0.0 if len(targets) else np.nan
-    ap, recall_at_p90 = class_figures([average_precision, recall_at_precision], targets, scores)(once)[..., 0].T
+    ap, recall_at_p90 = class_figures([average_precision, recall_at_precision], targets, scores)(weights)[..., 0].T
     return {
         "precision": divide(hits, predicted, undefined),
         "recall": divide(hits, positives, undefined),
@@ -34,6 +34,6 @@ def per_class(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) 
 def per_task_class(
     targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray, tasks: Sequence[TaskSlice]
 ) -> dict[str, np.ndarray]:
-    """Return what ``per_class`` does, (C,) each: a class's figures are over the rows that have its task's label."""
-    found = [per_class(*task.own(targets, scores, predictions)) for task in tasks]
-    return {name: np.concatenate([figures[name] for figures in found]) for name in found[0]}
+    """Return the figures of ``per_class``, (C,) each. A class counts only rows that have its task's label."""
+    by_task = [per_class(*task.own(targets, scores, predictions)) for task in tasks]
+    return {name: np.concatenate([figures[name] for figures in by_task]) for name in by_task[0]}

@@ -1,4 +1,4 @@
-"""Metrics of how scores rank samples: average precision, and recall at a precision."""
+"""Ranking metrics: average precision, and recall at a precision."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -8,7 +8,7 @@ from cachefuse.metrics.base import Weighted, divide, metric
 
 PRECISION = 0.9  # of recall_at_p90
 
-KEPT = 1 << 26  # scores: what is worked out of more takes too much memory to keep for the next resamples
+KEPT = 1 << 26  # scores; of more, the sorted steps take too much memory to keep for the next resamples
 
 Steps = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # weights (N, R) -> hits and precision (S, R), see _steps
 Figure = Callable[[np.ndarray, np.ndarray], np.ndarray]  # hits and precision (S, R), see _steps -> (R,)
@@ -16,22 +16,22 @@ Figure = Callable[[np.ndarray, np.ndarray], np.ndarray]  # hits and precision (S
 
 @metric("macro-AP")
 def macro_ap(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the mean average precision (mAP) of the classes with at least one positive; NaN if there are none."""
+    """Return the mean average precision (mAP) of the classes with positives; NaN if no class has any."""
     return _mean_of_classes(average_precision, targets, scores)
 
 
 @metric("micro-AP")
 def micro_ap(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the average precision over all N * C scores together; NaN if there are no positives."""
+    """Return the average precision over all N * C scores; NaN without positives."""
     steps = _steps(targets, scores)
     return lambda weights: average_precision(*steps(weights))
 
 
 @metric("R@P90")
 def recall_at_p90(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the mean, over classes with at least one positive, of the highest recall at a precision of at least 0.9.
+    """Return the highest recall at a precision of at least 0.9, averaged over the classes with positives.
 
-    It is 0 for a class that reaches this precision at no threshold; NaN if there are no positives.
+    It is 0 for a class that never reaches this precision; NaN if no class has positives.
     """
     return _mean_of_classes(recall_at_precision, targets, scores)
 
@@ -42,13 +42,13 @@ def average_precision(hits: np.ndarray, precision: np.ndarray) -> np.ndarray:
 
 
 def recall_at_precision(hits: np.ndarray, precision: np.ndarray) -> np.ndarray:
-    """Return the highest recall at a precision of at least 0.9, (R,); 0 if there is none."""
+    """Return the highest recall at a precision of at least 0.9, (R,); 0 if that precision is never reached."""
     reached = np.where(precision >= PRECISION, hits.cumsum(axis=0), 0).max(axis=0, initial=0)
     return divide(reached, hits.sum(axis=0), np.nan)
 
 
 def class_figures(figures: Sequence[Figure], targets: np.ndarray, scores: np.ndarray) -> Weighted:
-    """Return a function from weights (N, R) to K figures of each class, (C, K, R); NaN where it has no positives."""
+    """Return a function from weights (N, R) to K figures of each class, (C, K, R); NaN without positives."""
 
     def classes() -> Iterator[Steps]:
         return (_steps(targets[:, c : c + 1], scores[:, c : c + 1]) for c in range(targets.shape[1]))
@@ -73,18 +73,18 @@ def _mean_of_classes(figure: Figure, targets: np.ndarray, scores: np.ndarray) ->
 
 
 def _steps(targets: np.ndarray, scores: np.ndarray) -> Steps:
-    """Take the S distinct scores of positives among all N * C as thresholds: recall grows at each, and nowhere else.
+    """Take the S distinct scores of the positives among all N * C as thresholds: only there does recall grow.
 
-    Return a function from weights (N, R) to the positives that each threshold adds, from the highest on, and the
-    precision there, (S, R). Scores that are equal stand or fall together.
+    Return a function from weights (N, R) to the positives that each threshold adds, from the highest down, and the
+    precision at it, (S, R). Equal scores share one threshold.
     """
     from scipy.sparse import csr_array
 
     thresholds = np.unique(scores[targets])
-    step = len(thresholds) - np.searchsorted(thresholds, scores, side="right")  # (N, C): the first that a score reaches
+    step = len(thresholds) - np.searchsorted(thresholds, scores, side="right")  # (N, C): the first a score reaches
 
     def added(pairs: np.ndarray) -> csr_array:
-        """How many of the pairs (N, C) of each row the thresholds add, (S, N)."""
+        """Return how many of the ``pairs`` (N, C) each threshold adds in each row, (S, N)."""
         rows = np.repeat(np.arange(len(pairs), dtype=np.int32), pairs.sum(axis=1))
         return csr_array((np.ones(len(rows)), (step[pairs], rows)), shape=(len(thresholds), len(pairs)))
 

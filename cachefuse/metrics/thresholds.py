@@ -1,6 +1,6 @@
-"""Decision thresholds for multi-label scores, by an exact search: every way in which a threshold can split the scores.
+"""Decision thresholds for multi-label scores, by an exact search over all splits of the scores.
 
-Targets (N, C) are 0 or 1, scores (N, C) are higher for likelier labels. F1 as ``cachefuse.metrics`` defines it.
+Targets (N, C) are 0 or 1, scores (N, C) are higher for likelier labels. ``cachefuse.metrics`` defines F1.
 """
 
 import numpy as np
@@ -9,21 +9,21 @@ from cachefuse.errors import ConfigError, DataError
 from cachefuse.metrics.decisions import decide
 from cachefuse.registry import lookup
 
-HALF = 0.5  # the threshold where none is chosen
-TIE = 1e-10  # values this close differ by rounding alone
+HALF = 0.5  # the threshold if none is chosen
+TIE = 1e-10  # closer values differ only by rounding
 MAX_ROUNDS = 100
 
 
 def choose_thresholds(
     targets: np.ndarray, scores: np.ndarray, metric: str, per_class: bool, min_labels: int = 0
 ) -> np.ndarray:
-    """Return the thresholds (C,) float64 that reach the highest ``metric`` under ``decide``: one for all, or by class.
+    """Return the thresholds (C,) float64 with the highest ``metric`` under ``decide``: one for all, or one per class.
 
-    A threshold lies midway between two neighbouring scores, the nearest to 0.5 where several are best. One threshold
-    for all is optimal, given ``min_labels``. Thresholds by class are chosen as if ``min_labels`` were 0: it only adds
-    labels to rows left with too few. They are optimal for macro_f1, where a class without positives keeps 0.5, and for
-    micro_f1. For samples_f1, whose classes can't be separated, they come from coordinate ascent that starts at the best
-    one for all: no change of one threshold improves, but changes of several might.
+    A threshold lies midway between two neighbouring scores; of several best ones, the nearest to 0.5 is taken. One
+    threshold for all is optimal, given ``min_labels``. Thresholds per class are chosen as if ``min_labels`` were 0,
+    which only adds labels to rows with too few. They are optimal for micro_f1 and macro_f1; for the latter, a class
+    without positives keeps 0.5. The classes of samples_f1 cannot be separated: coordinate ascent starts at the best
+    threshold for all. At its end no change of one threshold improves the metric, but a change of several might.
 
     Raises UnknownNameError for a metric not in THRESHOLD_METRICS, ConfigError if the shapes differ, DataError if there
     are no rows or scores are not finite.
@@ -34,7 +34,7 @@ def choose_thresholds(
             f"targets and scores must both have shape (N, C). Got {targets.shape} and {scores.shape} instead."
         )
     if not len(targets):
-        raise DataError("thresholds can't be chosen on no rows")
+        raise DataError("thresholds cannot be chosen: there are no rows")
     if not np.isfinite(scores).all():
         raise DataError(f"scores must be finite. Got {scores[~np.isfinite(scores)][0]} instead.")
     targets = targets > 0
@@ -55,27 +55,27 @@ def crossfit_decisions(
     min_labels: int = 0,
     decided: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return predictions (N, C) bool: the rows of each part, by thresholds chosen on the rows of all the others.
+    """Return predictions (N, C) bool: each fold is decided by thresholds chosen on all other folds.
 
-    Parts (N,) are fold numbers. A metric of these predictions never saw the rows that chose its thresholds. ``decided``
-    (N, C) are scores to decide on, where others than those thresholds are chosen by. Raises as ``choose_thresholds``
-    does, and ConfigError if parts are not one for each row.
+    ``parts`` (N,) are fold numbers. So no row takes part in the choice of its own thresholds. Thresholds are chosen on
+    ``scores`` and applied to ``decided`` (N, C), by default the same. Raises as ``choose_thresholds`` does, and
+    ConfigError if ``parts`` does not have one number per row.
     """
     decided = scores if decided is None else decided
     if parts.shape != (len(scores),):
         raise ConfigError(f"parts must have shape (N,), here ({len(scores)},). Got {parts.shape} instead.")
     predictions = np.zeros(scores.shape, bool)
-    for part in np.unique(parts):
-        rows = parts == part
+    for fold in np.unique(parts):
+        rows = parts == fold
         thresholds = choose_thresholds(targets[~rows], scores[~rows], metric, per_class, min_labels)
         predictions[rows] = decide(decided[rows], "multilabel", thresholds, min_labels)
     return predictions
 
 
 def _search(targets: np.ndarray, scores: np.ndarray) -> float:
-    """Return the best threshold for the mean F1 of G groups of n, (G, n); scores of inf are predicted in any case.
+    """Return the best threshold for the mean F1 of G groups of n, (G, n). Scores of inf are always predicted.
 
-    From the highest score to the lowest, each changes the F1 of its group alone: the mean is a sum of those changes.
+    Going from the highest score down, each score changes only its group's F1: the mean is a sum of these changes.
     """
     order = np.argsort(-scores, axis=1)
     ranked = np.take_along_axis(scores, order, axis=1)
@@ -89,23 +89,23 @@ def _search(targets: np.ndarray, scores: np.ndarray) -> float:
 
 
 def _pick(ranked: np.ndarray, values: np.ndarray) -> float:
-    """Return the best threshold, given scores from high to low (n,) and the value of predicting the first 0 to n."""
+    """Return the best threshold, given descending scores (n,) and the values of predicting the first 0 to n of them."""
     top = float(ranked.max(initial=0))
-    # The last score predicted and the first that is not; 0 and 1 stand in at the ends.
+    # The last score that is predicted and the first that is not; 1 and 0 are used at the ends.
     last = np.concatenate([[1 if top < 1 else 2 * top], ranked], dtype=np.float64)
     first = np.concatenate([ranked, [0]], dtype=np.float64)
-    possible = last > first  # equal scores can't be told apart
-    possible[-1] = True  # to predict them all
+    possible = last > first  # no threshold separates equal scores
+    possible[-1] = True  # predict all
     best = np.flatnonzero(possible & (values >= values[possible].max() - TIE))
     midway = (last[best] + first[best]) / 2
     nearest = np.abs(midway - 0.5).argmin()
-    # Between adjacent floats there is no other; a Python float is rounded to float32 to be compared with such scores.
-    apart = ranked.dtype.type(midway[nearest]) > first[best[nearest]]
-    return float(midway[nearest] if apart else last[best[nearest]])
+    # There is no float between adjacent floats, and comparing with float32 scores rounds the threshold to float32.
+    separates = ranked.dtype.type(midway[nearest]) > first[best[nearest]]
+    return float(midway[nearest] if separates else last[best[nearest]])
 
 
 def _macro_by_class(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return the optimal thresholds: each class is a search of its own."""
+    """Return the optimal thresholds: one independent search per class."""
     thresholds = np.full(targets.shape[1], 0.5)
     for c in np.flatnonzero(targets.any(axis=0)):
         thresholds[c] = _search(targets[None, :, c], scores[None, :, c])
@@ -116,7 +116,7 @@ def _micro_by_class(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Return the optimal thresholds, by Dinkelbach's method for ratios ("On nonlinear fractional programming", 1967).
 
     F1 is 2 TP / (predicted + positives). It can exceed a ratio a / b if and only if 2 TP b - (predicted + positives) a
-    can exceed 0, which is a sum over classes: maximise that, take the ratio reached, and repeat until it stays. The
+    can exceed 0. That is a sum over classes: maximise it, take the new ratio, and repeat until the ratio stays. The
     integers are exact.
     """
     n, classes = targets.shape
@@ -137,9 +137,9 @@ def _micro_by_class(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
 
 
 def _samples_by_class(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Return good thresholds, by coordinate ascent from the best one for all: each step is exact for one class.
+    """Return good thresholds, by coordinate ascent from the best threshold for all: each step is exact for one class.
 
-    Not always the optimum: it ends where no change of one threshold improves, or after MAX_ROUNDS over the classes.
+    They may not be optimal: the search ends when no change of one threshold improves, or after MAX_ROUNDS rounds.
     """
     thresholds = np.full(targets.shape[1], _search(targets, scores))
     chosen = scores >= thresholds
@@ -151,8 +151,8 @@ def _samples_by_class(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
             truth, ranking = targets[:, c], order[:, c]
             predicted -= chosen[:, c]
             hits -= chosen[:, c] & truth
-            without = 2 * hits / np.maximum(predicted + positives, 1)
-            changes = 2 * (hits + truth) / (predicted + 1 + positives) - without
+            f1_without = 2 * hits / np.maximum(predicted + positives, 1)
+            changes = 2 * (hits + truth) / (predicted + 1 + positives) - f1_without
             values = np.append(0, changes[ranking].cumsum() / len(changes))
             thresholds[c] = _pick(scores[ranking, c], values)
             chosen[:, c] = scores[:, c] >= thresholds[c]
@@ -163,7 +163,7 @@ def _samples_by_class(targets: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return thresholds
 
 
-# The groups whose F1 is averaged, (G, n), and the search by class.
+# For each metric: the groups (G, n) whose F1 is averaged, and the search per class.
 THRESHOLD_METRICS = {
     "micro_f1": (lambda x: x.reshape(1, -1), _micro_by_class),
     "macro_f1": (np.transpose, _macro_by_class),

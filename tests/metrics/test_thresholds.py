@@ -270,8 +270,7 @@ class TestErrors:
             choose_thresholds(np.zeros((0, 3)), np.zeros((0, 3), np.float32), metric, per_class)
 
     def test_unknown_metric(self, per_class):
-        choices = r"'macro_f1'\?\); choose from: macro_f1, micro_f1, samples_f1$"
-        with pytest.raises(UnknownNameError, match=naming(f"threshold macro-f1 {choices}")):
+        with pytest.raises(UnknownNameError, match=naming("threshold macro-f1 macro_f1 micro_f1 samples_f1")):
             choose_thresholds(*data(0, (4, 2)), "macro-f1", per_class)
 
     @pytest.mark.parametrize(("first", "second"), [((4, 2), (4, 3)), ((4,), (4,)), ((4, 1), (4, 2)), ((0, 2), (1, 2))])
