@@ -13,6 +13,7 @@ from cachefuse.registry import Registry
 CODE = '''
 from torch import nn
 
+from cachefuse.data.column import Column
 from cachefuse.data.readers.base import Reader, Samples
 from cachefuse.fusion.base import Fusion, join, joint_width
 from cachefuse.nn.losses import bce
@@ -56,7 +57,7 @@ class MyReader(Reader):
             ids=[str(i) for i in range(self.n)],
             splits=["val" if i % 4 == 0 else "train" for i in range(self.n)],
             labels=[(color,) for color in colors],
-            texts=[(f"a {color} thing",) for color in colors],
+            modalities={"text": Column.texts([f"a {color} thing" for color in colors])},
         )
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from cachefuse.data.dataset import Dataset
 from cachefuse.data.splits import ordered_splits
 from cachefuse.device import resolve_device
 from cachefuse.errors import ConfigError, DataError
-from cachefuse.extraction.pipeline import item_owners, item_sources
 from cachefuse.files import make_folder, slug, write_atomically
 from cachefuse.nn.losses import TINY_NORM
 from cachefuse.store.features import Features
@@ -42,7 +41,7 @@ class Pairs:
 @idle_threads()
 def mine_pairs(
     features: Features,
-    texts: list[tuple[str, ...]],
+    texts: Sequence[tuple[str, ...]],
     threshold: float,
     *,
     device: str = "auto",
@@ -59,8 +58,8 @@ def mine_pairs(
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold must be above 0 and at most 1. Got {threshold:g} instead")
     samples = features.samples
-    owners, _ = item_places(samples, "text")
-    several = samples.items("text") is not None
+    owners, _ = item_places(samples, features.modality)
+    several = samples.items(features.modality) is not None
     flat = [own for each in texts for own in (each if several else (each[0] if each else "",))]
     if len(flat) != len(owners):
         raise DataError(
@@ -68,7 +67,7 @@ def mine_pairs(
         )
     words: dict[str, int] = {}
     same = np.array([words.setdefault(" ".join(text.lower().split()), len(words)) for text in flat])
-    usable = samples.present("text")[owners]
+    usable = samples.present(features.modality)[owners]
     pairs = Pairs({}, {})
     total = int(usable.sum())
     done = 0
@@ -138,8 +137,8 @@ def write_pairs(pairs: Pairs, dataset: Dataset, folder: Path, source: str) -> Pa
     """
     if not len(pairs):
         raise DataError("no two texts are that near to one another; take a lower --threshold")
-    texts = item_sources(dataset, "text")
-    flat = [(dataset.ids[owner], text) for owner, text in zip(item_owners(dataset, "text"), texts, strict=True)]
+    texts = dataset.modalities["text"]
+    flat = [(dataset.ids[owner], text) for owner, text in zip(texts.owners(), texts.feature_sources(), strict=True)]
     make_folder(folder)
     name = re.sub(r"^[^a-z0-9]+", "", slug(folder.name).lower())[:64] or "pairs"
     files = {split: f"{slug(split)}.jsonl" for split in pairs.rows}

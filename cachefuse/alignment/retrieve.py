@@ -88,9 +88,9 @@ def matched_texts(found: Found, dataset: Dataset) -> list[str]:
 
     It is empty where the raw data has none, or no such sample.
     """
-    texts = dict(zip(dataset.ids, dataset.texts or (), strict=False))
+    rows = {sample: row for row, sample in enumerate(dataset.ids)}
     shown = []
     for match in found.matches:
-        own = texts.get(match.id, ())
+        own = [str(text) for text in dataset.sources("text", rows.get(match.id))]
         shown.append(own[match.item if found.modality == "text" and match.item < len(own) else 0] if own else "")
     return shown

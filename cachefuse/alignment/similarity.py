@@ -101,10 +101,10 @@ def pair_cosines(first: Features, second: Features | None = None) -> np.ndarray:
     NaN for a sample that does not have two usable texts.
     """
     about = first.samples
-    offsets = about.items("text")
+    offsets = about.items(first.modality)
     if offsets is None:
-        raise DataError(f"{about.dataset} has one text a sample, where pairs have two")
-    usable = about.present("text") & (np.diff(offsets) == 2)
+        raise DataError(f"{about.dataset} has one {first.modality} a sample, where pairs have two")
+    usable = about.present(first.modality) & (np.diff(offsets) == 2)
     a, b = first.rows(), (second or first).rows()
     cosines = np.full(len(about), np.nan)
     samples = np.flatnonzero(usable)

@@ -80,7 +80,7 @@ class AlignedSpace:
 
 
 class EncoderSpace:
-    """The space of one encoder with an image and a text tower, such as ``clip:ViT-B-32``."""
+    """The space of one encoder with two towers, such as those for images and texts of ``clip:ViT-B-32``."""
 
     unit = False
 
@@ -89,13 +89,13 @@ class EncoderSpace:
         self.name = self._spec.short
         self._towers = open_encoder(self._spec, resolve_device(device))
         widths = {tower.width for tower in self._towers.values()}
-        if set(self._towers) != {"image", "text"} or len(widths) != 1:
+        if len(self._towers) != 2 or len(widths) != 1:
             raise EncoderError(
                 f"{self.name} has no space that images and texts share; align it with another: cachefuse align"
             )
 
     def embed(self, modality: str, samples: Sequence[Any]) -> Tensor:
-        return encode_samples(self._towers[modality], samples)
+        return encode_samples(self._tower(modality), samples)
 
     def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = silent) -> Features:
         features = store.open_features(self.name, modality)
@@ -104,12 +104,18 @@ class EncoderSpace:
                 f"{store.path} has no features of {self.name} ({modality}); make them with cachefuse extract "
                 f"--dataset {store.dataset} --encoder {self._spec}"
             )
-        provenance = {**self._towers[modality].provenance, "dtype": features.provenance["dtype"]}
+        provenance = {**self._tower(modality).provenance, "dtype": features.provenance["dtype"]}
         store.check_same(features, provenance, {})
         return features
 
     def counterpart(self, modality: str) -> str:
-        return "text" if modality == "image" else "image"
+        self._tower(modality)
+        return next(other for other in self._towers if other != modality)
+
+    def _tower(self, modality: str) -> Tower:
+        if modality not in self._towers:
+            raise RunError(f"{self.name} has no {modality} side; it encodes {' and '.join(self._towers)}")
+        return self._towers[modality]
 
 
 def encode_samples(tower: Tower, samples: Sequence[Any]) -> Tensor:

@@ -57,6 +57,10 @@ class AlignedTower(DerivedTower):
     def prepare(self, sample: Any) -> Any:
         return self._encoder.prepare(sample)
 
+    @property
+    def by_length(self) -> bool:  # type: ignore[override]  # of the base, where others have a constant
+        return self._base is not None and self._base.by_length
+
     def length(self, prepared: Any) -> int:
         return self._encoder.length(prepared)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cachefuse.bench.timing import BenchRow
+from cachefuse.data.column import Column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.extraction.open_store import open_store
@@ -101,8 +102,7 @@ def write_store(path: Path, n_rows: int, width: int, scale: float = 1.0) -> Feat
         ids=[f"{row:08d}" for row in range(n_rows)],
         splits=np.repeat(["val", "train"], [n_val, n_rows - n_val]),
         targets=(rng.random((n_rows, N_CLASSES), np.float32) < 0.2).astype(np.int8),
-        images=None,
-        texts=[("a text",)] * n_rows,
+        modalities={"text": Column.texts([("a text",)] * n_rows)},
         name="bench",
     )
     store = open_store(path, dataset)

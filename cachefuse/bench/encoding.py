@@ -17,12 +17,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from cachefuse.bench.base import Bench
 from cachefuse.bench.timing import BenchRow, by_turns, rates, timed
+from cachefuse.data.column import Column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.encoders import open_encoder
 from cachefuse.extraction.extract import WINDOW_BATCHES, ExtractProgress, extract
-from cachefuse.extraction.pipeline import encode_prepared
+from cachefuse.extraction.pipeline import encode_prepared, prepare_source
 from cachefuse.files import JsonObject
 
 BATCH = 32
@@ -43,7 +44,8 @@ def extract_images(bench: Bench) -> BenchRow:
     dataset = make_images(bench.folder / "images", n_images)
     spec = save_clip(bench.folder / "clip", bench.sizes.image_layers)
     tower: Any = open_encoder(spec, bench.device)["image"]
-    ready = tower.stack([tower.prepare(image.load()) for image in (dataset.images or [])[:BATCH] if image])
+    images = dataset.modalities["image"].feature_sources()[:BATCH]
+    ready = tower.stack([prepare_source(tower, image) for image in images])
 
     def ours() -> float:
         begun: list[float] = []
@@ -113,8 +115,7 @@ def make_images(folder: Path, n: int) -> Dataset:
         ids=[f"{i:06d}" for i in range(n)],
         splits=np.repeat("train", n),
         targets=np.full(n, -1, np.int32),
-        images=[FileImage(files[i % len(files)]) for i in range(n)],
-        texts=None,
+        modalities={"image": Column([FileImage(files[i % len(files)]) for i in range(n)])},
         name="images",
     )
 

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from cachefuse.bench.base import MANIFEST, N_CLASSES, OnProgress, measure_all, temporary
 from cachefuse.bench.timing import BenchRow, by_turns, timed
+from cachefuse.data.column import Column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
@@ -77,8 +78,10 @@ def write_tokens(path: Path, sizes: FusionSizes) -> FeatureStore:
         ids=[f"{row:08d}" for row in range(n)],
         splits=np.array(["train"] * n),
         targets=(rng.random((n, N_CLASSES), np.float32) < 0.2).astype(np.int8),
-        images=[FileImage(Path(f"{row}.jpg")) for row in range(n)],
-        texts=[("a text",)] * n,
+        modalities={
+            "image": Column([FileImage(Path(f"{row}.jpg")) for row in range(n)]),
+            "text": Column.texts([("a text",)] * n),
+        },
         name="bench",
     )
     store = open_store(path, dataset)

@@ -1,18 +1,19 @@
-"""A dataset as the pipeline sees it: ids, splits, images, texts and targets, in manifest order."""
+"""A dataset as the pipeline sees it: ids, splits, targets and a column for each modality, in manifest order."""
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from cachefuse.data.column import Column, Source, TextOrSource
 from cachefuse.data.digests import hash_parts
 from cachefuse.data.manifest import PAIRS, HashSplit, Manifest
-from cachefuse.data.readers.base import ImageSource, Samples
+from cachefuse.data.readers.base import Samples
 from cachefuse.data.splits import apply_hash_splits
 from cachefuse.data.targets import encode_targets, is_labelled
 from cachefuse.errors import DataError, MissingDataError
@@ -24,20 +25,23 @@ logger = logging.getLogger(__name__)
 DEFAULT_SPLITS = {"val": HashSplit.model_validate({"from": "train", "fraction": 0.1})}
 MIN_ROWS_TO_SPLIT = 20
 BATCH = 32  # rows hashed by a thread at a time: one by one, handing small images over takes longer than hashing them
+MODALITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # it names folders of a store
 WINDOW = 4096  # rows that wait for threads at a time, however many there are in all
+
+Hasher = Callable[[TextOrSource], str]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """N samples. Missing modalities are None; ``images[i]`` None and ``texts[i]`` () where one sample lacks them.
+    """N samples. ``modalities`` has a column for each modality of this copy of the data, such as "image" and "text".
 
     targets: (N, C) int8 of 0 and 1 for multi-label, (N,) int32 class indices for multi-class and paraphrase; -1 where
     unlabelled. (N,) float32 scores for similarity, NaN where unlabelled. Of several tasks (N, C) int8 of 0 and 1, and
     -1 in all columns of a task whose label the row lacks; classes are called "color=red".
 
-    A sample of similarity or paraphrase is a pair: ``texts[i]`` are its two sentences, also where one is empty. One of
+    A sample of similarity or paraphrase is a pair: its two texts are the two sentences, also where one is empty. One of
     visual question answering is a question: (N, 10) int32 classes of the answers that people gave, -2 for one that is
-    no class, and of those ``shares_images`` that are about one image have the features of one.
+    no class. Its images are shared: questions about one image have the features of one.
     """
 
     manifest: Manifest
@@ -45,80 +49,81 @@ class Dataset:
     ids: list[str]
     splits: np.ndarray
     targets: np.ndarray
-    images: list[ImageSource | None] | None
-    texts: list[tuple[str, ...]] | None
+    modalities: Mapping[str, Column]
     notes: tuple[str, ...] = ()
     name: str = ""
-    shares_images: bool = False
+
+    def __post_init__(self) -> None:
+        for modality, column in self.modalities.items():
+            if not MODALITY.fullmatch(modality):
+                raise DataError(f"a modality must be named by letters, digits, _ and -. Got {modality!r} instead")
+            if len(column) != len(self):
+                raise DataError(f"{self.name}: has {len(self):,} samples, and a column {modality} of {len(column):,}")
+            column.check()
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    @property
-    def modalities(self) -> tuple[str, ...]:
-        """The modalities that this copy of the data has."""
-        return tuple(m for m, column in (("image", self.images), ("text", self.texts)) if column is not None)
-
-    @cached_property
-    def image_rows(self) -> np.ndarray | None:
-        """(N,) the number of each sample's image, where samples share them, else None: equal ones have one number.
-
-        They are numbered as they first occur, so that samples to come change no number; a sample without an image
-        shares the number of the others without.
-        """
-        if not self.shares_images or self.images is None:
-            return None
-        numbers: dict[ImageSource | None, int] = {}
-        return np.array([numbers.setdefault(image, len(numbers)) for image in self.images], np.int64)
+    def sources(self, modality: str, row: int | None) -> tuple[TextOrSource, ...]:
+        """Return what one sample has of a modality; () where it, or the dataset, has none, and for no row."""
+        return () if row is None or modality not in self.modalities else self.modalities[modality][row]
 
     def fingerprints(self) -> list[str]:
-        """Return N fingerprints of 16 characters, over each sample's texts and its image's stamp; reads no image.
+        """Return N fingerprints of 16 characters, over each sample's texts and its other sources' fingerprints.
 
-        A sample whose stamp is what it was has the digest that it had.
+        Reads no source. A sample whose fingerprint is what it was has the digest that it had.
         """
-        return self._fingerprints(range(len(self)), self._once(lambda image: image.fingerprint()))
+        return self._hashes(range(len(self)), self._by_modality(lambda source: source.fingerprint()))
 
     def digests(
         self,
         rows: Sequence[int] | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[str]:
-        """Return 16 characters a row, all rows by default, over the sample's texts and its image's content.
+        """Return 16 characters a row, all rows by default, over the content of the sample's texts and other sources.
 
-        Images are read and hashed in threads. ``on_progress`` gets the rows done and their total every so often.
+        Sources are read and hashed in threads. ``on_progress`` gets the rows done and their total every so often.
         """
         rows = range(len(self)) if rows is None else rows
         digests: list[str] = []
-        of_image = self._once(lambda image: image.digest())
+        hashers = self._by_modality(lambda source: source.digest())
         with ThreadPoolExecutor(n_cores(), thread_name_prefix="digest") as pool:
-            run = map if self.images is None else pool.map
+            run = map if all(column.is_text for column in self.modalities.values()) else pool.map
             for start in range(0, len(rows), WINDOW):
                 window = rows[start : start + WINDOW]
                 batches = [window[i : i + BATCH] for i in range(0, len(window), BATCH)]
-                for hashed in run(lambda batch: self._fingerprints(batch, of_image), batches):
+                for hashed in run(lambda batch: self._hashes(batch, hashers), batches):
                     digests += hashed
                     on_progress(len(digests), len(rows))
         return digests
 
-    def _once(self, of_image: Callable[[ImageSource], str]) -> Callable[[ImageSource], str]:
-        """Return a function of an image that, where samples share images, is computed once for each."""
-        known: dict[ImageSource, str] = {}
+    def _by_modality(self, hash_source: Callable[[Source], str]) -> dict[str, Hasher]:
+        """Return a function that hashes a source for each modality; one that samples share is hashed once."""
 
-        def look_up(image: ImageSource) -> str:
-            if image not in known:
-                known[image] = of_image(image)
-            return known[image]
+        def hash_any(source: TextOrSource) -> str:
+            return hash_parts(source) if isinstance(source, str) else hash_source(source)
 
-        return look_up if self.shares_images else of_image
+        return {
+            modality: _once(hash_any) if column.shared else hash_any for modality, column in self.modalities.items()
+        }
 
-    def _fingerprints(self, rows: Sequence[int], of_image: Callable[[ImageSource], str]) -> list[str]:
-        fingerprints = []
+    def _hashes(self, rows: Sequence[int], hashers: Mapping[str, Hasher]) -> list[str]:
+        """Hash rows. The first column of texts goes in as it is, then one part names all that the others have.
+
+        The last part is of no text and is there even if it is empty, so no text can stand for another source.
+        """
+        first_texts = next((modality for modality, column in self.modalities.items() if column.is_text), None)
+        hashes = []
         for row in rows:
-            texts = self.texts[row] if self.texts is not None else ()
-            image = self.images[row] if self.images is not None else None
-            # The image comes last and is never empty where there is one, so no text can stand for it.
-            fingerprints.append(hash_parts(*texts, f"image:{of_image(image)}" if image is not None else ""))
-        return fingerprints
+            texts = self.sources(first_texts, row) if first_texts is not None else ()
+            others = [
+                f"{modality}:{hashers[modality](source)}"
+                for modality, column in self.modalities.items()
+                if modality != first_texts
+                for source in column[row]
+            ]
+            hashes.append(hash_parts(*map(str, texts), ",".join(others)))
+        return hashes
 
     def limit(self, n: int) -> "Dataset":
         """Return about ``n`` samples, the first ones of each split in its proportion, under a name of its own.
@@ -139,9 +144,20 @@ class Dataset:
             ids=[self.ids[i] for i in rows],
             splits=self.splits[rows],
             targets=self.targets[rows],
-            images=[self.images[i] for i in rows] if self.images is not None else None,
-            texts=[self.texts[i] for i in rows] if self.texts is not None else None,
+            modalities={modality: column.take(rows) for modality, column in self.modalities.items()},
         )
+
+
+def _once(function: Hasher) -> Hasher:
+    """Return a function that computes each result once."""
+    known: dict[TextOrSource, str] = {}
+
+    def look_up(source: TextOrSource) -> str:
+        if source not in known:
+            known[source] = function(source)
+        return known[source]
+
+    return look_up
 
 
 def load_dataset(manifest: Manifest, root: Path) -> Dataset:
@@ -171,11 +187,9 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
         ids=samples.ids,
         splits=np.array(splits),
         targets=targets,
-        images=samples.images,
-        texts=samples.texts,
+        modalities=samples.modalities,
         notes=tuple(notes),
         name=manifest.name,
-        shares_images=samples.shares_images,
     )
 
 

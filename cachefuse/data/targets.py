@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from cachefuse.data.answers import encode_answers, frequent_answers
+from cachefuse.data.column import Column
 from cachefuse.data.manifest import PAIRS, VQA, Manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import DataError
@@ -39,11 +40,12 @@ def encode_targets(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...
 
 
 def _check_pairs(samples: Samples, manifest: Manifest) -> None:
-    for sample, texts in zip(samples.ids, samples.texts or [()] * len(samples.ids), strict=True):
-        if len(texts) != 2:
+    texts = samples.modalities.get("text", Column.texts([()] * len(samples.ids)))
+    for row, sample in enumerate(samples.ids):
+        if len(texts[row]) != 2:
             raise DataError(
                 f"{manifest.name}: a row of the task {manifest.task} must have two texts (the reader sentence_pairs "
-                f"gives them). Got {len(texts)} in row {sample!r}"
+                f"gives them). Got {len(texts[row])} in row {sample!r}"
             )
 
 

@@ -75,10 +75,11 @@ class Tower(ABC):
     samples. A row's features do not depend on the rest of its batch.
     """
 
-    modality: str  # "image" or "text"
+    modality: str  # the name of the column of the dataset that it reads
     width: int  # D of the pooled view
     token_shape: tuple[int, int] | None = None  # (T, D) of the token view; if ragged, T of one short text
     views: tuple[str, ...] = ("pooled", "tokens")
+    by_length: bool = False  # whether samples vary in length, so that many are sorted by it before they are batched
     ragged: bool = False  # whether the number of tokens varies
     vocabulary: int = 0  # of the view ids, if the tower has it: every id is less
 
@@ -89,7 +90,7 @@ class Tower(ABC):
 
     @abstractmethod
     def prepare(self, sample: Any) -> Any:
-        """Turn one RGB image or one text into an input of ``encode``."""
+        """Turn what one source loads, such as an RGB image, or one text into an input of ``encode``."""
 
     def length(self, prepared: Any) -> int:
         """The cost of a prepared sample in tokens. Samples of similar length form a batch."""

@@ -51,6 +51,7 @@ class ClassicTextTower(Tower):
     """Hashed words and word pairs, and hashed n-grams of 3 to 5 characters within words, each of norm 1."""
 
     modality = "text"
+    by_length = True
     views = ("pooled",)
     width = 2 * HASHED
 

@@ -58,6 +58,7 @@ class ClipTextTower(FrozenTower):
     """Pooled: the projected embedding, not normalised. Tokens: the last layer's up to the end token, not projected."""
 
     ragged = True
+    by_length = True
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, device: str, provenance: Mapping[str, str]):
         self.tokenizer = tokenizer

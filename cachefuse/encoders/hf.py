@@ -86,6 +86,7 @@ class HFTextTower(FrozenTower):
 
     views = ("pooled", "tokens", "ids")
     ragged = True
+    by_length = True
 
     def __init__(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cachefuse.data.column import Column
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import DerivedTower, EncoderSpec, Tower
 from cachefuse.errors import CacheError, ConfigError
@@ -20,8 +21,6 @@ from cachefuse.extraction.pipeline import (
     encode_prepared,
     in_background,
     is_bad,
-    item_owners,
-    item_sources,
     prepare_in_order,
     views_to_encode,
 )
@@ -155,8 +154,12 @@ class Job:
 
     @cached_property
     def sources(self) -> list[Any]:
-        """One image source or text a row."""
-        return item_sources(self.dataset, self.tower.modality)
+        """One source or text a row; None where a sample has none."""
+        return self._column.feature_sources()
+
+    @property
+    def _column(self) -> Column:
+        return self.dataset.modalities[self.tower.modality]
 
     @property
     def n_bytes(self) -> float:
@@ -215,9 +218,9 @@ class Job:
 
     @property
     def _window(self) -> int:
-        """Rows prepared and encoded together. Texts are sorted by length in it, and put back in order."""
+        """Rows prepared and encoded together. Those of any length are sorted by it, and put back in order."""
         n_batches = min(WINDOW_BATCHES[view] for view in self.dtypes)
-        return self.batch_size * (n_batches if self.tower.modality == "text" else 1)
+        return self.batch_size * (n_batches if self.tower.by_length else 1)
 
     def _windows(self) -> list[range]:
         """Return the windows with pending rows. They lie where they always lie and are encoded whole, so that a
@@ -234,11 +237,11 @@ class Job:
 
     @cached_property
     def _owners(self) -> np.ndarray:
-        return item_owners(self.dataset, self.tower.modality)
+        return self._column.owners()
 
     def _owners_of(self, row: int) -> list[int]:
         """Return every sample that a row belongs to."""
-        shared = self.dataset.image_rows if self.tower.modality == "image" else None
+        shared = self._column.rows
         return [int(self._owners[row])] if shared is None else np.flatnonzero(shared == row).tolist()
 
     def _describe(self, row: int) -> str:

@@ -55,13 +55,6 @@ def open_store(
     return FeatureStore(path)
 
 
-def text_offsets(dataset: Dataset) -> np.ndarray | None:
-    """Return (N + 1,) offsets into the dataset's flat texts if any sample has several, else None."""
-    if not dataset.texts or all(len(texts) <= 1 for texts in dataset.texts):
-        return None
-    return np.concatenate([[0], np.cumsum([len(texts) for texts in dataset.texts])]).astype(np.int64)
-
-
 def sample_columns(dataset: Dataset) -> Columns:
     """Return the group's arrays by name, all but the digests; a modality is present where a sample has a source."""
     columns = {
@@ -70,14 +63,12 @@ def sample_columns(dataset: Dataset) -> Columns:
         "target": dataset.targets,
         "stamp": strings(dataset.fingerprints()),
     }
-    for modality in dataset.modalities:
-        sources = (dataset.images if modality == "image" else dataset.texts) or ()
-        columns[f"present/{modality}"] = np.array([bool(source) for source in sources])
-    offsets = text_offsets(dataset)
-    if offsets is not None:
-        columns["items/text"] = offsets
-    if dataset.image_rows is not None:
-        columns["rows/image"] = dataset.image_rows
+    for modality, column in dataset.modalities.items():
+        columns[f"present/{modality}"] = column.present
+        if column.offsets is not None:
+            columns[f"items/{modality}"] = column.offsets
+        if column.rows is not None:
+            columns[f"rows/{modality}"] = column.rows
     return columns
 
 
@@ -94,26 +85,28 @@ def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
             + (f" and is now {now[row]!r}" if row < len(now) else " and is gone")
             + "; rows may only be appended. Use another --workspace, or delete the store to extract again"
         )
-    if ("items/text" in new) != has_column(path, "items/text"):
-        raise CacheError(
-            f"{path}: some samples now have several texts where all had one, or the reverse. "
-            f"Use another --workspace, or delete the store to extract again"
-        )
-    if ("rows/image" in new) != has_column(path, "rows/image"):
-        raise CacheError(
-            f"{path}: samples now share images where each had its own, or the reverse. "
-            f"Use another --workspace, or delete the store to extract again"
-        )
-    if "rows/image" in old and not np.array_equal(new["rows/image"][: len(old["rows/image"])], old["rows/image"]):
-        raise CacheError(
-            f"{path}: some samples are now about another image. "
-            f"Use another --workspace, or delete the store to extract again"
-        )
-    if "items/text" in old and not np.array_equal(new["items/text"][: len(old["items/text"])], old["items/text"]):
-        raise CacheError(
-            f"{path}: some samples now have another number of texts. "
-            f"Use another --workspace, or delete the store to extract again"
-        )
+    for modality in sorted({name.partition("/")[2] for name in old.keys() | new.keys() if "/" in name}):
+        _check_same_sources(path, modality, old, new)
+
+
+def _check_same_sources(path: Path, modality: str, old: Columns, new: Columns) -> None:
+    """Raise CacheError if stored samples now have more or fewer sources of a modality, or share others."""
+    items, rows = f"items/{modality}", f"rows/{modality}"
+    several, shared = has_column(path, items), has_column(path, rows)
+    changes = {
+        f"some samples now have several {modality}s where all had one, or the reverse": (items in new) != several,
+        f"samples now share {modality}s where each had its own, or the reverse": (rows in new) != shared,
+        f"some samples are now about another {modality}": _differs(rows, old, new),
+        f"some samples now have another number of {modality}s": _differs(items, old, new),
+    }
+    for change, has_happened in changes.items():
+        if has_happened:
+            raise CacheError(f"{path}: {change}. Use another --workspace, or delete the store to extract again")
+
+
+def _differs(name: str, old: Columns, new: Columns) -> bool:
+    """Return whether what a column had is not what it begins with now."""
+    return name in old and name in new and not np.array_equal(new[name][: len(old[name])], old[name])
 
 
 def _create(path: Path, dataset: Dataset, on_progress: OnProgress) -> None:

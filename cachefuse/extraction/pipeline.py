@@ -11,10 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
-from cachefuse.extraction.open_store import text_offsets
 from cachefuse.feature_spec import IDS
 from cachefuse.threads import idle_threads, n_cores
 
@@ -23,33 +21,13 @@ T = TypeVar("T")
 STAGES = ("reading", "encoding", "writing")
 
 
-def item_sources(dataset: Dataset, modality: str) -> list[Any]:
-    """Return one source a feature row: images, each once where samples share them, or texts, flat where a sample has
-    several."""
-    if modality == "image" and dataset.image_rows is not None:
-        return list(dict.fromkeys(dataset.images or ()))
-    if modality == "image":
-        return dataset.images or []
-    if text_offsets(dataset) is not None:
-        return [text for texts in dataset.texts or () for text in texts]
-    return [texts[0] if texts else "" for texts in dataset.texts or ()]
-
-
-def item_owners(dataset: Dataset, modality: str) -> np.ndarray:
-    """Return the sample, or the first of those, that each feature row belongs to."""
-    if modality == "image" and dataset.image_rows is not None:
-        return np.unique(dataset.image_rows, return_index=True)[1]
-    offsets = text_offsets(dataset) if modality == "text" else None
-    return np.arange(len(dataset)) if offsets is None else np.repeat(np.arange(len(dataset)), np.diff(offsets))
-
-
 def is_bad(item: object) -> bool:
     """Whether ``prepare_source`` could not use its source."""
     return isinstance(item, BadSampleError)
 
 
 def prepare_source(tower: Tower, source: Any) -> Any:
-    """Load and preprocess one image source or text; what can't be used comes back as its BadSampleError."""
+    """Load and preprocess one source or text; what can't be used comes back as its BadSampleError."""
     try:
         if not source:
             raise BadSampleError(f"has no {tower.modality}")

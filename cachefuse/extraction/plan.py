@@ -17,7 +17,6 @@ from cachefuse.extraction.derive import base_rows
 from cachefuse.extraction.pipeline import (
     encode_prepared,
     is_bad,
-    item_sources,
     prepare_in_order,
     prepare_source,
     views_to_encode,
@@ -90,7 +89,7 @@ def plan(
     store = FeatureStore(store_path) if (store_path / "zarr.json").is_file() else None
     planned, seconds = [], {}
     for spec, tower in request.towers:
-        sources = item_sources(dataset, tower.modality)
+        sources = dataset.modalities[tower.modality].feature_sources()
         dtypes = request.dtypes(tower)
         missing = {view: _missing(store, spec.short, request, tower, view, len(sources)) for view in dtypes}
         for view, kind in dtypes.items():
@@ -182,7 +181,7 @@ def _seconds_a_row(tower: Tower, sources: Sequence[Any], views: Sequence[str], s
         first = list(islice(prepared, size)) if n > size else []
         encode_prepared(tower, first, views, size)
         begun = time.perf_counter()
-        rest = list(prepared) if tower.modality == "text" else []
+        rest = list(prepared) if tower.by_length else []
         while rest or (rest := list(islice(prepared, size))):
             encode_prepared(tower, rest, views, size)
             rest = []

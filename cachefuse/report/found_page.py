@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefuse.alignment.retrieve import Found
+from cachefuse.data.column import Source
 from cachefuse.data.dataset import Dataset
-from cachefuse.data.readers.base import ImageSource
 from cachefuse.errors import BadSampleError
 from cachefuse.files import write_atomically
-from cachefuse.report.gallery import picture_of, thumbnail
+from cachefuse.report.gallery import picture_of, texts_of, thumbnail
 from cachefuse.report.render import check_target, render
 
 TEMPLATE = "found.html.j2"
@@ -26,9 +26,7 @@ class Hit:
     missing: str
 
 
-def write_found(
-    found: Found, path: Path, space_name: str, dataset: Dataset, query_image: ImageSource | None = None
-) -> Path:
+def write_found(found: Found, path: Path, space_name: str, dataset: Dataset, query_image: Source | None = None) -> Path:
     """Write what was found as a page, whole or not at all, and return its path. The rest is as in ``found_html``.
 
     Raises ConfigError if there can be no such file.
@@ -38,7 +36,7 @@ def write_found(
     return path
 
 
-def found_html(found: Found, space_name: str, dataset: Dataset, query_image: ImageSource | None = None) -> str:
+def found_html(found: Found, space_name: str, dataset: Dataset, query_image: Source | None = None) -> str:
     """Return what was found as one HTML page: the same matches give the same page.
 
     ``dataset`` is the raw data, in which samples are looked up by their ids; ``query_image`` is the query, if it is an
@@ -68,6 +66,6 @@ def found_html(found: Found, space_name: str, dataset: Dataset, query_image: Ima
 def _hit(found: Found, place: int, dataset: Dataset, rows: dict[str, int]) -> Hit:
     match = found.matches[place]
     row = rows.get(match.id)
-    own = dataset.texts[row] if dataset.texts is not None and row is not None else ()
+    own = texts_of(dataset, row)
     texts = own[match.item : match.item + 1] if found.modality == "text" else own[:MAX_CAPTIONS]
     return Hit(match.id, match.score, texts, *picture_of(dataset, row))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from cachefuse.data.column import Source
 from cachefuse.data.dataset import Dataset
-from cachefuse.data.readers.base import ImageSource
 from cachefuse.errors import BadSampleError
 from cachefuse.runs.evaluate import Evaluation
 
@@ -80,7 +80,7 @@ def worst_examples(
     return examples
 
 
-def thumbnail(source: ImageSource) -> str:
+def thumbnail(source: Source) -> str:
     """Return an image of at most 160 by 160 px as a data URI. Raises BadSampleError if it can't be read."""
     image = source.load()
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
@@ -93,15 +93,20 @@ def picture_of(dataset: Dataset, row: int | None) -> tuple[str, str]:
     """Return a sample's thumbnail, or why there is none; neither where the dataset has no images at all."""
     if row is None:
         return "", "not in the raw data"
-    if dataset.images is None:
+    if "image" not in dataset.modalities:
         return "", ""
-    source = dataset.images[row]
-    if source is None:
+    sources = dataset.sources("image", row)
+    if not sources or isinstance(sources[0], str):
         return "", "no image"
     try:
-        return thumbnail(source), ""
+        return thumbnail(sources[0]), ""
     except BadSampleError as error:
         return "", str(error)
+
+
+def texts_of(dataset: Dataset, row: int | None) -> tuple[str, ...]:
+    """Return a sample's texts."""
+    return tuple(text for text in dataset.sources("text", row) if isinstance(text, str))
 
 
 def _labels(measured: Evaluation, classes: Sequence[str], i: int) -> tuple[list[Label], int]:
@@ -118,5 +123,4 @@ def _raw(dataset: Dataset | None, row: int | None) -> tuple[tuple[str, ...], str
     """Return a sample's texts and its picture, or why there is none."""
     if dataset is None:
         return (), "", ""
-    texts = dataset.texts[row][:MAX_TEXTS] if dataset.texts is not None and row is not None else ()
-    return texts, *picture_of(dataset, row)
+    return texts_of(dataset, row)[:MAX_TEXTS], *picture_of(dataset, row)

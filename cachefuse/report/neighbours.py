@@ -21,7 +21,7 @@ N_NEAREST = 5
 
 @dataclass(frozen=True)
 class Item:
-    """A text or a picture of a sample, or why it can't be shown."""
+    """A picture, a text or the name of another source of a sample, or why it can't be shown."""
 
     id: str
     text: str = ""
@@ -133,6 +133,9 @@ class _Shelf:
         if about.modality == "image":
             picture, missing = picture_of(self._dataset, row)
             return Item(name, picture=picture, missing=missing or ("" if picture else "no image"))
-        texts = self._dataset.texts[row] if self._dataset.texts is not None and row is not None else ()
+        sources = self._dataset.sources(about.modality, row)
         place = int(items[which] - about.offsets[sample])
-        return Item(name, texts[place]) if place < len(texts) else Item(name, missing="not in the raw data")
+        if place >= len(sources):
+            return Item(name, missing="not in the raw data")
+        source = sources[place]
+        return Item(name, source if isinstance(source, str) else source.name)

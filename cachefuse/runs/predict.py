@@ -4,13 +4,13 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cachefuse.data.readers.base import ImageSource, Samples
+from cachefuse.data.column import Column, TextOrSource
+from cachefuse.data.readers.base import Samples
 from cachefuse.data.readers.table import TableReader, read_columns
 from cachefuse.data.targets import is_labelled
 from cachefuse.device import resolve_device
@@ -86,12 +86,13 @@ def predict_samples(
     Raises RunError if an encoder is not the one the run was trained with, BadSampleError if a sample can't be used and
     ``max_bad`` (the share that may) is exceeded, DataError if the samples have no modality that the run reads.
     """
-    sources: dict[str, list[ImageSource | str | None]] = {
-        "image": list(samples.images or []),
-        "text": [" ".join(texts) for texts in samples.texts or []],
+    sources = {
+        modality: _one_each(modality, column, samples.ids)
+        for modality, column in samples.modalities.items()
+        if modality in run.modalities and len(column)
     }
     n = len(samples.ids)
-    if not any(sources[modality] for modality in run.modalities):
+    if not sources:
         raise DataError(f"run {run.name} reads {' and '.join(run.modalities)}; give at least one of them")
     device = resolve_device(device)
     encoded: dict[Asked, Encoded] = {}
@@ -100,13 +101,13 @@ def predict_samples(
     for name, group in run.features.items():
         for used in group:
             asked[split_name(name)[0]].setdefault(used.source, []).append((name, used))
-    needed = [source for modality, wanted in asked.items() if sources[modality] for source in wanted]
+    needed = [source for modality, wanted in asked.items() if modality in sources for source in wanted]
     opened = {source: open_encoder(_beside(run, source), device) for source in dict.fromkeys(needed)}
     for modality, by_encoder in asked.items():
         bad: dict[int, BadSampleError] = {}
         for source, wanted in by_encoder.items():
             encoded |= {one: Encoded.empty(*one, n) for one in wanted}
-            if sources[modality]:
+            if modality in sources:
                 for _, used in wanted:
                     tower = _checked_tower(run, opened[source], modality, used)
                 outs = [encoded[one] for one in wanted]
@@ -117,7 +118,7 @@ def predict_samples(
             if len(bad) > max_bad * n:
                 raise BadSampleError(first)
             logger.warning("%s of %s samples predicted without their %s; the first: %s", len(bad), n, modality, first)
-        present[modality] = torch.tensor([bool(sources[modality]) and row not in bad for row in range(n)])
+        present[modality] = torch.tensor([modality in sources and row not in bad for row in range(n)])
     if not any(mask.any() for mask in present.values()):
         raise DataError(f"no sample has a usable {' or '.join(run.modalities)}, which run {run.name} reads")
 
@@ -137,25 +138,37 @@ def predict_samples(
 
 
 def read_input(path: Path, run: Run) -> Samples:
-    """Read new samples from a table, by the dataset's own columns or else by columns id, image and text.
+    """Read new samples from a table, by the dataset's own columns or else by columns called id and as modalities are.
 
-    Image paths are relative to the table's folder. Raises DataError if there is no such file, or no image or text
-    column in it.
+    Image paths are relative to the table's folder. Raises DataError if there is no such file, or no column in it of a
+    modality that the run reads.
     """
     if not path.is_file():
         raise DataError(f"no such file: {path}")
     columns = read_columns(path)
     reader = run.manifest.open_reader()
-    fields: dict[str, Any] = {}
-    for key in ("id", "image", "text"):
-        declared = getattr(reader, key, None) if isinstance(reader, TableReader) else None
-        if declared and TableReader.places(declared) <= columns.keys():
-            fields[key] = declared
-        elif key in columns:
-            fields[key] = key
-    if not {"image", "text"} & fields.keys():
-        raise DataError(f"{path}: needs a column image or text; its columns are: {', '.join(columns)}")
-    return TableReader(files={"input": path.name}, **fields).read(path.parent)
+    declared = {"id": reader.id, **reader.columns} if isinstance(reader, TableReader) else {}
+    chosen: dict[str, str] = {}
+    for key in ("id", *run.modalities):
+        for template in (declared.get(key), key):
+            if template and TableReader.places(template) <= columns.keys():
+                chosen[key] = template
+                break
+    template_of_id = chosen.pop("id", None)
+    if not chosen:
+        needed = " or ".join(run.modalities)
+        raise DataError(f"{path}: needs a column {needed}; its columns are: {', '.join(columns)}")
+    return TableReader(files={"input": path.name}, id=template_of_id, modalities=chosen).read(path.parent)
+
+
+def _one_each(modality: str, column: Column, ids: Sequence[str]) -> list[TextOrSource | None]:
+    """Return the source of each sample; several texts are joined. Raises DataError for several of another kind."""
+    if column.is_text:
+        return [" ".join(map(str, column[row])) for row in range(len(column))]
+    if column.offsets is not None:
+        row = int(np.diff(column.offsets).argmax())
+        raise DataError(f"sample {ids[row]} has {len(column[row])} of {modality}; a prediction reads one")
+    return column.feature_sources()
 
 
 def _beside(run: Run, source: str) -> EncoderSpec:
@@ -241,7 +254,7 @@ class Encoded:
 @idle_threads()
 def _encode(
     tower: Tower,
-    sources: Sequence[ImageSource | str | None],
+    sources: Sequence[TextOrSource | None],
     outs: Sequence[Encoded],
     device: str,
     on_progress: Callable[[str, int, int], None],

@@ -50,7 +50,8 @@ def pairs(
                 raise ConfigError(f"name the text encoder to compare by with --encoder; {store.dataset} has: {found}")
             raw = reopen_dataset(store, dataset, workspace, data_dir)
         with RowsProgress("comparing texts") as progress:
-            mined = mine_pairs(texts[0], list(raw.texts or ()), threshold, device=device, on_rows=progress.update)
+            captions = [tuple(map(str, raw.sources("text", row))) for row in range(len(raw))]
+            mined = mine_pairs(texts[0], captions, threshold, device=device, on_rows=progress.update)
         folder = output or WorkspacePaths(workspace).data(f"{store.dataset}-pairs")
         manifest = write_pairs(mined, raw, folder, texts[0].encoder)
     if json:

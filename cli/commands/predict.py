@@ -77,15 +77,17 @@ def predict(
 
 
 def _predict_one(run: "Run", image: Path | None, text: str | None, device: str) -> "Predictions":
+    from cachefuse.data.column import Column
     from cachefuse.data.images import FileImage
     from cachefuse.data.readers.base import Samples
     from cachefuse.runs.predict import predict_samples
 
-    samples = Samples(
-        ids=[str(image) if image is not None else "text"],
-        images=[FileImage(image)] if image is not None else None,
-        texts=[(text,)] if text is not None else None,
-    )
+    modalities = {}
+    if image is not None:
+        modalities["image"] = Column([FileImage(image)])
+    if text is not None:
+        modalities["text"] = Column.texts([text])
+    samples = Samples(ids=[str(image) if image is not None else "text"], modalities=modalities)
     return predict_samples(run, samples, device=device, max_bad=0.0)
 
 

@@ -58,7 +58,7 @@ def retrieve(
                 space, store, text=text, image=image, k=k, modality=among, split=split, on_rows=progress.update
             )
         raw = _raw_data(store, dataset, workspace, data_dir, needed=html is not None)
-        texts = matched_texts(found, raw) if raw is not None and raw.texts is not None else None
+        texts = matched_texts(found, raw) if raw is not None and "text" in raw.modalities else None
         if html is not None and raw is not None:
             from cachefuse.data.images import FileImage
             from cachefuse.report.found_page import write_found

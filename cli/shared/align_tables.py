@@ -212,7 +212,7 @@ def pairs_dict(pairs: "Pairs", manifest: Path) -> JsonObject:
 def pairs_report(pairs: "Pairs", dataset: "Dataset", manifest: Path) -> None:
     """How many, some of them, and what to do next."""
     console = out()
-    flat = [text for own in dataset.texts or () for text in own]
+    flat = [str(text) for text in dataset.modalities["text"].feature_sources()]
     table = new_table("split", "pairs", "mean cosine", "an example", numbers=0)
     for column in table.columns[1:3]:
         column.justify = "right"

@@ -13,6 +13,7 @@ from cachefuse.data.manifest import parse_manifest
 from cachefuse.extraction.open_store import open_store
 from cachefuse.registry import lookup
 from cachefuse.store.writer import ViewWriter
+from fixtures.columns import columns
 
 
 @pytest.fixture
@@ -101,8 +102,7 @@ def make_store(tmp_path):
             ids=[f"row{row}" for row in range(n)],
             splits=np.array(splits),
             targets=np.full(n, -1, np.int32) if targets is None else targets,
-            images=sources,
-            texts=words,
+            modalities=columns(sources, words),
             name=name,
         )
         store = open_store(tmp_path / f"{name}.zarr", dataset)

@@ -35,6 +35,7 @@ from cachefuse.runs.save import save_run
 from cachefuse.store.lock import only_writer
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.selection import select_features
+from fixtures.columns import columns, images_of, texts_of, with_columns
 from fixtures.messages import naming
 
 MANIFEST = """
@@ -91,8 +92,7 @@ def without_last(dataset, n):
         ids=dataset.ids[rows],
         splits=dataset.splits[rows],
         targets=dataset.targets[rows],
-        images=dataset.images[rows],
-        texts=dataset.texts[rows],
+        modalities=columns(images_of(dataset)[rows], texts_of(dataset)[rows]),
     )
 
 
@@ -119,9 +119,9 @@ def test_rows_that_are_appended_are_aligned_too(dataset, run, tmp_path):
 
 def test_a_changed_sample_is_aligned_anew(dataset, run, store):
     before = aligned_features(run, 1, store, device="cpu").read()
-    texts = list(dataset.texts)
+    texts = list(texts_of(dataset))
     texts[3] = ("something else entirely",)
-    extract(replace(dataset, texts=texts), ["classic"], store.path, device="cpu", refresh=True)
+    extract(with_columns(dataset, texts=texts), ["classic"], store.path, device="cpu", refresh=True)
     fresh = FeatureStore(store.path)
     assert aligned(fresh, run, "text").missing_rows("pooled").tolist() == [3]
     after = aligned_features(run, 1, fresh, device="cpu").read()
@@ -276,7 +276,9 @@ class TestFineTuning:
 
         moved = load_run(tmp_path / "moved" / place.name)
         image = FileImage(tmp_path / "colours" / "test" / "red" / "0.png")
-        found = predict_samples(moved, Samples(ids=["0"], splits=[""], labels=[None], images=[image]), device="cpu")
+        found = predict_samples(
+            moved, Samples(ids=["0"], splits=[""], labels=[None], modalities=columns([image])), device="cpu"
+        )
         assert found.names(0) == ["red"]
         # What was tuned is no alignment to take by itself, of whatever kind is looked for.
         with pytest.raises(RunError, match="alignments"):
@@ -338,9 +340,9 @@ class TestEncoderSpace:
     def test_retrieve_divides_by_the_length_of_what_is_stored(self, clip, dataset, tmp_path):
         extract(dataset, [clip], tmp_path / "c.zarr", device="cpu")
         store = FeatureStore(tmp_path / "c.zarr")
-        found = retrieve(EncoderSpace(clip, "cpu"), store, text=dataset.texts[0][0], k=5, modality="text")
+        found = retrieve(EncoderSpace(clip, "cpu"), store, text=texts_of(dataset)[0][0], k=5, modality="text")
         assert found.matches[0].score == pytest.approx(1, abs=1e-3)
-        assert dataset.texts[found.matches[0].sample] == dataset.texts[0]
+        assert texts_of(dataset)[found.matches[0].sample] == texts_of(dataset)[0]
 
     def test_features_of_other_weights_under_its_name_are_refused(self, clip, pictures, tmp_path):
         extract(pictures, [clip], tmp_path / "c.zarr", device="cpu")

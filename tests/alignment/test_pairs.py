@@ -11,6 +11,7 @@ from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.store.store import FeatureStore
+from fixtures.columns import texts_of
 from fixtures.messages import naming
 
 
@@ -50,7 +51,7 @@ def found_in(pairs):
 
 
 def mine(store, threshold=0.7, encoder="toy", **options):
-    return mine_pairs(store.open_features(encoder, "text"), store.raw.texts, threshold, device="cpu", **options)
+    return mine_pairs(store.open_features(encoder, "text"), texts_of(store.raw), threshold, device="cpu", **options)
 
 
 def assert_same(pairs, expected):
@@ -108,7 +109,7 @@ def test_with_a_few_candidates_each_no_pair_is_wrong(make_store, monkeypatch, bl
         assert (np.diff(pairs.cosines[split]) <= 0).all()
     used = np.concatenate([rows.ravel() for rows in pairs.rows.values()])
     assert len(used) == len({*used.tolist()}) == 2 * len(pairs)
-    assert len(pairs) >= 0.85 * sum(map(len, by_loops(texts, splits, store.raw.texts, 0.7, [True] * 100).values()))
+    assert len(pairs) >= 0.85 * sum(map(len, by_loops(texts, splits, texts_of(store.raw), 0.7, [True] * 100).values()))
 
 
 def test_by_hand(make_store):
@@ -170,7 +171,7 @@ class TestAbsentSamples:
         x = [np.empty((0, 2))] + [np.array([[1.0, 0]])] * 2
         store = make_store(["train"] * 3, texts={"toy": x}, words=[(), ("one",), ("two",)])
         path = write_pairs(mine(store, 0.9), store.raw, tmp_path / "out", "toy")
-        assert load_dataset(*load_manifest(str(path))).texts == [("one", "two")]
+        assert texts_of(load_dataset(*load_manifest(str(path)))) == [("one", "two")]
 
 
 def test_vectors_of_zeros_are_near_to_none(make_store):
@@ -220,11 +221,11 @@ class TestWriting:
         assert read.manifest.task == "retrieval"
         assert read.manifest.title == "3 pairs of texts of made, by toy"
         found = {split: set() for split in ("train", "val")}
-        for split, texts in zip(read.splits.tolist(), read.texts, strict=True):
+        for split, texts in zip(read.splits.tolist(), texts_of(read), strict=True):
             found[split].add(texts)
         assert found == {"train": {("a dog", "the dog"), ("one", "two")}, "val": {("a cat", "the cat")}}
         assert sorted(read.ids) == ["0-1", "2-3", "4-5"]
-        assert read.images is None
+        assert "image" not in read.modalities
 
     def test_tells_where_each_is_from(self, make_store):
         _, path = self.write(make_store, ["a", "b", "c", "d"])
@@ -241,21 +242,21 @@ class TestWriting:
         read = load_dataset(*load_manifest(str(write_pairs(pairs, store.raw, tmp_path / "new" / "out", "toy"))))
         flat = [text for own in words for text in own]
         expected = [(split, (flat[i], flat[j])) for split, rows in pairs.rows.items() for i, j in rows.tolist()]
-        assert list(zip(read.splits.tolist(), read.texts, strict=True)) == expected
+        assert list(zip(read.splits.tolist(), texts_of(read), strict=True)) == expected
         assert len(read) == len(pairs) > 10
-        assert all(len(own) == 2 for own in read.texts)
+        assert all(len(own) == 2 for own in texts_of(read))
 
     def test_hostile_texts_come_back_as_they_are(self, make_store):
         words = ['say "it"\\', "tab\t, {id} [x]", "two\nlines", "of\r\nWindows",
                  "line\u2028and\u2029paragraph", "next\x85\x0b\x0c\x1c",
                  "\U0001f600 é \u4e2d", "\x00\x1b[31m\x7f", "' or '' = '", "\ufeffmark \u202e back"]  # fmt: skip
         read, _ = self.write(make_store, words)
-        assert [text for own in read.texts for text in own] == words
+        assert [text for own in texts_of(read) for text in own] == words
 
     def test_half_a_surrogate_pair_becomes_a_question_mark(self, make_store):
         """JSON may hold one, and no file can."""
         read, _ = self.write(make_store, ["half \ud83d of one", "whole"])
-        assert read.texts == [("half ? of one", "whole")]
+        assert texts_of(read) == [("half ? of one", "whole")]
 
     @pytest.mark.parametrize(
         "folder", ["Пары", "with space", "UPPER.case", "a-b_c.d", "x" * 64, "q\"uo'te", "train.jsonl"]
@@ -284,13 +285,16 @@ class TestWriting:
 
     def test_splits_that_would_share_a_file_have_their_own(self, make_store):
         read, _ = self.write(make_store, ["a", "b", "c", "d"], ["a b", "a b", "a-b", "a-b"])
-        assert sorted(zip(read.splits.tolist(), read.texts, strict=True)) == [("a b", ("a", "b")), ("a-b", ("c", "d"))]
+        assert sorted(zip(read.splits.tolist(), texts_of(read), strict=True)) == [
+            ("a b", ("a", "b")),
+            ("a-b", ("c", "d")),
+        ]
 
     def test_writing_again_replaces(self, make_store):
         _, path = self.write(make_store, ["a", "b", "c", "d"])
         store = make_store(["train"] * 2, texts={"toy": [np.ones((1, 2))] * 2}, words=[("e",), ("f",)], name="next")
         write_pairs(mine(store, 0.9), store.raw, path.parent, "toy")
-        assert load_dataset(*load_manifest(str(path))).texts == [("e", "f")]
+        assert texts_of(load_dataset(*load_manifest(str(path)))) == [("e", "f")]
 
     def test_nothing_found_is_nothing_written(self, make_store, tmp_path):
         store = make_store(["train"] * 2, texts={"toy": [np.eye(2)[[i]] for i in range(2)]})

@@ -16,6 +16,7 @@ from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.extraction.extract import extract
 from cachefuse.store.store import FeatureStore
+from fixtures.columns import texts_of
 
 pytestmark = [
     pytest.mark.real,
@@ -37,7 +38,7 @@ def pairs():
         ids=[whole.ids[i] for i in rows],
         splits=whole.splits[rows],
         targets=whole.targets[rows],
-        texts=[whole.texts[i] for i in rows],
+        modalities={modality: column.take(rows) for modality, column in whole.modalities.items()},
     )
 
 
@@ -59,7 +60,7 @@ def test_spearman_of_stsb_through_the_store_is_that_of_the_model(pairs, tmp_path
     extract(pairs, [f"hf:{PLACE}"], tmp_path / "stsb.zarr", device="cpu")
     (by_split,) = similarity(FeatureStore(tmp_path / "stsb.zarr")).values()
     found = by_split["test"]
-    first, second = (direct([texts[side] for texts in pairs.texts]) for side in (0, 1))
+    first, second = (direct([texts[side] for texts in texts_of(pairs)]) for side in (0, 1))
     cosines = (first * second).sum(1) / np.linalg.norm(first, axis=1) / np.linalg.norm(second, axis=1)
     expected = spearmanr(cosines, pairs.targets)[0]
     assert found.n_pairs == 1379

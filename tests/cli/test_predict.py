@@ -8,6 +8,7 @@ import pytest
 
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import says
 
 
@@ -20,8 +21,8 @@ def read(path):
 def photo(folder):
     """The first test row's image, as a file; and its text."""
     dataset = load_dataset(load_manifest("./mine.toml")[0], folder)
-    dataset.images[120].load().save(folder / "photo.png")
-    return folder / "photo.png", dataset.texts[120][0]
+    images_of(dataset)[120].load().save(folder / "photo.png")
+    return folder / "photo.png", texts_of(dataset)[120][0]
 
 
 def test_writes_a_submission_from_the_latest_run(cachefuse, workspace, folder, fits):

@@ -6,6 +6,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import builtin_manifests, parse_manifest
 from cachefuse.errors import DataError, MissingDataError
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
 MANIFEST = """
@@ -49,8 +50,8 @@ def test_a_dataset(tmp_path):
     assert dataset.classes == ("a", "b")
     assert dataset.targets.tolist() == [0, 1] * 3
     assert dataset.splits.tolist() == ["train"] * 6
-    assert dataset.modalities == ("image", "text")
-    assert dataset.images[2].load().size == (5, 2)
+    assert tuple(dataset.modalities) == ("image", "text")
+    assert images_of(dataset)[2].load().size == (5, 2)
     assert dataset.notes == ()
 
 
@@ -67,8 +68,8 @@ def test_limit(tmp_path):
     assert rows == sorted(rows)
     assert limited.targets.tolist() == dataset.targets[rows].tolist()
     assert limited.splits.tolist() == dataset.splits[rows].tolist()
-    assert limited.texts == [dataset.texts[row] for row in rows]
-    assert limited.images == [dataset.images[row] for row in rows]
+    assert texts_of(limited) == [texts_of(dataset)[row] for row in rows]
+    assert images_of(limited) == [images_of(dataset)[row] for row in rows]
     assert limited.digests() == [dataset.digests()[row] for row in rows]
     assert limited.fingerprints() == [dataset.fingerprints()[row] for row in rows]
     assert dataset.limit(90) is dataset
@@ -79,8 +80,8 @@ def test_limit_without_images(tmp_path):
     (tmp_path / "train.csv").write_text("id,text,label\n1,x,a\n2,y,b\n3,z,b\n")
     text = MANIFEST.replace('image = "photos/{{id}}.png"\n', "").format(options="", files="", reader="")
     dataset = load_dataset(parse_manifest(text, "mine.toml"), tmp_path)
-    assert dataset.modalities == ("text",)
-    assert dataset.limit(2).images is None
+    assert tuple(dataset.modalities) == ("text",)
+    assert "image" not in dataset.limit(2).modalities
     assert len(set(dataset.digests())) == 3
 
 

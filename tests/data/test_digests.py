@@ -13,6 +13,7 @@ from cachefuse.data.dataset import Dataset, load_dataset
 from cachefuse.data.digests import hash_parts
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
+from fixtures.columns import columns, images_of, texts_of
 
 MANIFEST = """
 name = "mine"
@@ -51,8 +52,8 @@ def load(folder):
 def make_dataset(sources=None, texts=None):
     n = len(sources if sources is not None else texts)
     manifest = parse_manifest(MANIFEST, "mine.toml")
-    columns = {"ids": [str(i) for i in range(n)], "splits": np.array(["train"] * n), "targets": np.zeros(n, np.int32)}
-    return Dataset(manifest, ("a", "b"), images=sources, texts=texts, **columns)
+    others = {"ids": [str(i) for i in range(n)], "splits": np.array(["train"] * n), "targets": np.zeros(n, np.int32)}
+    return Dataset(manifest, ("a", "b"), modalities=columns(sources, texts), **others)
 
 
 class Source:
@@ -107,9 +108,9 @@ def test_neither_name_nor_place_nor_time_is_in_the_digests(root, tmp_path):
     moved = load(tmp_path / "moved")
     assert (moved.digests(), moved.fingerprints()) == (digests, fingerprints)
     renamed = [
-        FileImage(source.path.rename(source.path.with_name(f"new {i}"))) for i, source in enumerate(moved.images)
+        FileImage(source.path.rename(source.path.with_name(f"new {i}"))) for i, source in enumerate(images_of(moved))
     ]
-    assert make_dataset(renamed, moved.texts).digests() == digests
+    assert make_dataset(renamed, texts_of(moved)).digests() == digests
 
 
 def test_rows_whose_text_or_image_changed(root):
@@ -150,13 +151,12 @@ def test_an_image_that_samples_share_is_hashed_once():
     shared = [sources[i] for i in (0, 0, 3, 3, 3, 0, 4)] + [None]
     texts = [(f"text {i}",) for i in range(8)]
     alone = make_dataset(shared, texts)
-    together = replace(alone, shares_images=True)
+    together = replace(alone, modalities=columns(shared, texts, shared=True))
     assert alone.digests() == together.digests()
     assert alone.fingerprints() == together.fingerprints()
     assert sorted(hashed) == sorted([0, 0, 3, 3, 3, 0, 4, 0, 3, 4])
-    assert alone.image_rows is None
-    assert together.image_rows.tolist() == [0, 0, 1, 1, 1, 0, 2, 3]
-    assert replace(together, images=None).image_rows is None
+    assert alone.modalities["image"].rows is None
+    assert together.modalities["image"].rows.tolist() == [0, 0, 1, 1, 1, 0, 2, 3]
 
 
 def test_threads_give_the_digests_in_order(monkeypatch):
@@ -202,9 +202,9 @@ def test_a_failing_machine_is_not_a_digest(root, monkeypatch, code):
     with monkeypatch.context() as failing:
         failing.setattr(os, "stat", fail)
         with pytest.raises(OSError, match=os.strerror(code)):
-            dataset.images[0].fingerprint()
+            images_of(dataset)[0].fingerprint()
         with pytest.raises(OSError, match=os.strerror(code)):
-            dataset.images[0].digest()
+            images_of(dataset)[0].digest()
     assert len(set(dataset.digests())) == 6
 
 

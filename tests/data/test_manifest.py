@@ -13,6 +13,7 @@ from cachefuse.data import manifest as module
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import builtin_manifests, load_manifest, parse_manifest
 from cachefuse.errors import ManifestError, UnknownNameError
+from fixtures.columns import texts_of
 from fixtures.messages import naming
 
 HEAD = 'name = "mine"\ntask = "multiclass"\n'
@@ -67,9 +68,9 @@ def test_a_users_own_data_in_a_few_lines(tmp_path, write, reader):
     assert dataset.classes == ("a", "b")
     assert sorted(dataset.targets) == [0, 0, 1, 1]
     assert dataset.splits.tolist() == ["train"] * 4
-    if dataset.texts is not None:
+    if texts_of(dataset) is not None:
         assert dataset.ids == ["0", "1", "2", "3"]
-        assert dataset.texts[3] == ("text 3",)
+        assert texts_of(dataset)[3] == ("text 3",)
 
 
 def test_builtin_manifests_say_what_a_user_needs():

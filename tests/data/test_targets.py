@@ -5,6 +5,7 @@ from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.data.targets import encode_labels, encode_scores, encode_targets, find_classes, is_labelled
 from cachefuse.errors import DataError
+from fixtures.columns import columns
 from fixtures.messages import naming
 
 
@@ -93,7 +94,7 @@ def pair_manifest(task="similarity", options="scale = [-1, 5]"):
 
 def pairs(*labels):
     rows = samples(*labels)
-    rows.texts = [("a", "")] * len(labels)
+    rows.modalities = columns(texts=[("a", "")] * len(labels))
     return rows
 
 
@@ -133,7 +134,7 @@ def test_paraphrases_are_of_two_classes():
 )
 def test_a_row_that_is_no_pair(manifest, texts):
     rows = samples(None, None)
-    rows.texts = texts
+    rows.modalities = columns(texts=texts)
     row, n = (0, 0) if texts is None else (1, len(texts[1]))
     with pytest.raises(DataError, match=naming(f"mine {manifest.task} {n} s{row}")):
         encode_targets(rows, manifest)

@@ -4,7 +4,6 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import filelock
 import numpy as np
@@ -13,10 +12,11 @@ import pytest
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError, EncoderError, UnknownNameError
 from cachefuse.extraction.extract import extract
-from cachefuse.extraction.pipeline import encode_prepared, in_order, item_sources, prepare_source
+from cachefuse.extraction.pipeline import encode_prepared, in_order, prepare_source
 from cachefuse.store.lock import only_writer
 from cachefuse.store.shard import ShardWriter
 from cachefuse.store.store import FeatureStore
+from fixtures.columns import with_columns
 from fixtures.messages import naming
 
 
@@ -227,7 +227,7 @@ def test_images_are_prepared_at_most_two_windows_ahead(shapes, store_path, toy):
         ahead.append(toy.prepared - toy.n_encoded)
 
     toy.on_encode = note
-    run(replace(shapes, texts=None), store_path, batch_size=4)
+    run(with_columns(shapes, texts=None), store_path, batch_size=4)
     assert 4 < max(ahead) <= 12  # the batch being encoded, and two windows of one batch
 
 
@@ -284,14 +284,14 @@ def test_an_unknown_encoder(shapes, store_path):
 def test_an_encoder_for_what_the_dataset_lacks(shapes, store_path, toy, monkeypatch):
     monkeypatch.setattr("toy_encoder.open_toy", lambda spec, device: {"text": None})
     with pytest.raises(EncoderError, match=naming("toy text image")):
-        run(replace(shapes, texts=None), store_path)
+        run(with_columns(shapes, texts=None), store_path)
 
 
 def test_a_view_is_asked_of_the_dataset_s_modalities_only(shapes, store_path, toy, monkeypatch):
     towers = open_encoder("toy")
     towers["text"].views = ("pooled",)
     monkeypatch.setattr("toy_encoder.open_toy", lambda spec, device: towers)
-    run(replace(shapes, texts=None), store_path, views=("tokens",))
+    run(with_columns(shapes, texts=None), store_path, views=("tokens",))
 
 
 def test_two_encoders_of_one_name_are_refused(shapes, store_path, toy, tmp_path):
@@ -313,6 +313,6 @@ def test_an_encoder_named_twice_is_one(shapes, store_path, toy, tmp_path, monkey
 def test_sources_are_one_a_row(shapes, tools):
     one = tools.make_dataset(shapes, texts=[("a",), (), ("b",)])
     several = tools.make_dataset(shapes, texts=[("a", "b"), (), ("c",)])
-    assert item_sources(one, "text") == ["a", "", "b"]
-    assert item_sources(several, "text") == ["a", "b", "c"]
-    assert item_sources(one, "image") == []
+    assert one.modalities["text"].feature_sources() == ["a", None, "b"]
+    assert several.modalities["text"].feature_sources() == ["a", "b", "c"]
+    assert several.modalities["text"].owners().tolist() == [0, 0, 2]

@@ -18,6 +18,7 @@ from cachefuse.store.features import JOURNAL
 from cachefuse.store.inspect import inspect_store
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.views import View
+from fixtures.columns import texts_of, with_columns
 from fixtures.messages import naming
 
 ALL = ("pooled", "tokens", "ids")
@@ -34,7 +35,7 @@ def open_text(store_path):
 
 def expected_ids(dataset):
     tower = open_encoder("toy")["text"]
-    return [tower.codes(texts[0]) if texts and texts[0] else np.empty(0) for texts in dataset.texts]
+    return [tower.codes(texts[0]) if texts and texts[0] else np.empty(0) for texts in texts_of(dataset)]
 
 
 def assert_ids(store_path, dataset):
@@ -196,8 +197,8 @@ def test_an_inspection_shows_ids(shapes, store_path, toy):
 
 def test_refresh_computes_the_ids_of_a_text_that_changed(shapes, store_path, toy):
     run(shapes, store_path)
-    texts = [("a new text of six words",) if i in (3, 70) else text for i, text in enumerate(shapes.texts)]
-    changed = replace(shapes, texts=texts)
+    texts = [("a new text of six words",) if i in (3, 70) else text for i, text in enumerate(texts_of(shapes))]
+    changed = with_columns(shapes, texts=texts)
     assert run(changed, store_path, refresh=True).computed == {("toy", "image"): 2, ("toy", "text"): 2}
     assert_ids(store_path, changed)
 
@@ -215,7 +216,7 @@ def test_ids_of_appended_rows_are_added(tools, store_path, toy):
 def test_a_sound_store_is_verified(shapes, store_path, toy, tools):
     """The id 0 is a token like any other: a text of it alone is no row of zeros."""
     zero = next(word for word in map(str, range(1000)) if open_encoder("toy")["text"].codes(word)[0] == 0)
-    dataset = tools.make_dataset(shapes, texts=[(zero,), *shapes.texts[1:]])
+    dataset = tools.make_dataset(shapes, texts=[(zero,), *texts_of(shapes)[1:]])
     run(dataset, store_path, views=("ids",))
     found = verify(FeatureStore(store_path))
     assert found.damage == ()
@@ -301,7 +302,7 @@ def test_ids_that_no_encoder_has_are_an_error(shapes, store_path, toy, views):
     with pytest.raises(ConfigError, match=naming("ids classic hf:bert-base-uncased")):
         run(shapes, store_path, "classic", views=views)
     with pytest.raises(ConfigError, match=naming("ids toy")):
-        run(replace(shapes, texts=None), store_path, views=views)
+        run(with_columns(shapes, texts=None), store_path, views=views)
     assert not store_path.exists()
 
 

@@ -11,6 +11,7 @@ from cachefuse.errors import CacheError, ConfigError
 from cachefuse.extraction.extract import extract
 from cachefuse.extraction.plan import ROOM_TO_LEAVE, plan, row_bytes
 from cachefuse.store.store import FeatureStore
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming
 
 
@@ -32,8 +33,8 @@ def test_tokens_are_estimated_from_the_lengths_of_the_texts(shapes, toy, dtype, 
     towers = open_encoder("toy")
     for tower in towers.values():
         tower.token_shape = (3, 4)
-    texts = [text for (text,) in shapes.texts]
-    assert row_bytes(towers["image"], shapes.images, "tokens", dtype) == 3 * token_bytes
+    texts = [text for (text,) in texts_of(shapes)]
+    assert row_bytes(towers["image"], images_of(shapes), "tokens", dtype) == 3 * token_bytes
     mean = np.mean([len(text.split()) for text in texts[:64]])
     assert row_bytes(towers["text"], texts, "tokens", dtype) == pytest.approx(mean * token_bytes)
 

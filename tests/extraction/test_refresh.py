@@ -1,7 +1,6 @@
 """Samples that changed, were mended or were appended: those are computed, and every other row keeps its bytes."""
 
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from cachefuse.extraction.extract import extract
 from cachefuse.extraction.open_store import open_store
 from cachefuse.store.features import JOURNAL
 from cachefuse.store.store import FeatureStore
+from fixtures.columns import texts_of, with_columns
 from fixtures.messages import naming
 
 
@@ -30,8 +30,8 @@ def read_all(store_path):
 
 def with_texts(dataset, changes):
     """A dataset with other texts at some rows."""
-    texts = [changes.get(row, text) for row, text in enumerate(dataset.texts)]
-    return replace(dataset, texts=texts)
+    texts = [changes.get(row, text) for row, text in enumerate(texts_of(dataset))]
+    return with_columns(dataset, texts=texts)
 
 
 CHANGES = {3: ("a new text",), 70: ("another new one, longer than it was before",)}

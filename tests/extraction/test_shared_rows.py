@@ -16,6 +16,7 @@ from cachefuse.extraction.verify import repair, verify
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.data import TrainingData
 from cachefuse.training.selection import load_table, one_view
+from fixtures.columns import columns, images_of, texts_of, with_columns
 from fixtures.messages import naming
 
 N_IMAGES = 90  # two blocks of rows
@@ -30,7 +31,7 @@ def make(tools, shapes, n=3 * N_IMAGES, bad=None, texts=None, numbers=None):
     numbers = numbers_of(n) if numbers is None else numbers
     images = [None if (bad or {}).get(i) == "none" else tools.FakeImage(i, (bad or {}).get(i, "")) for i in numbers]
     texts = [(f"question {i} about {image}",) for i, image in enumerate(numbers)] if texts is None else texts
-    return tools.make_dataset(shapes, images=images, texts=texts, shares_images=True)
+    return tools.make_dataset(shapes, images=images, texts=texts, shared=True)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def assert_found(store_path, dataset, view="pooled"):
     store, tower = FeatureStore(store_path), open_encoder("toy")["image"]
     stored = store.open_features("toy", "image").read(view)
     rows = store.feature_rows("image")
-    for i, image in enumerate(dataset.images):
+    for i, image in enumerate(images_of(dataset)):
         prepared = [tower.prepare(image.load())] if image is not None and not image.bad else []
         expected = tower.encode(prepared, (view,))[view][0] if prepared else np.zeros_like(stored[0])
         np.testing.assert_array_equal(stored[rows[i]], expected)
@@ -150,8 +151,8 @@ def test_questions_that_come_without_a_new_image(shapes, store_path, toy, tools)
 
 def test_refresh_computes_an_image_once_for_all_its_questions(questions, store_path, toy):
     run(questions, store_path)
-    texts = [("another question",) if i in (3, 5, 200) else text for i, text in enumerate(questions.texts)]
-    changed = replace(questions, texts=texts)
+    texts = [("another question",) if i in (3, 5, 200) else text for i, text in enumerate(texts_of(questions))]
+    changed = with_columns(questions, texts=texts)
     with pytest.raises(CacheError, match=naming("3 row-3 row-5 row-200 --refresh")):
         run(changed, store_path)
     assert run(changed, store_path, refresh=True).computed == {("toy", "image"): 2, ("toy", "text"): 3}
@@ -168,9 +169,9 @@ def test_a_question_about_another_image_is_refused(shapes, store_path, toy, tool
 
 @pytest.mark.parametrize("first", [True, False])
 def test_images_that_come_to_be_shared_are_refused(questions, store_path, toy, first):
-    run(replace(questions, shares_images=first), store_path)
+    run(replace(questions, modalities=columns(images_of(questions), texts_of(questions), first)), store_path)
     with pytest.raises(CacheError, match="images"):
-        run(replace(questions, shares_images=not first), store_path)
+        run(replace(questions, modalities=columns(images_of(questions), texts_of(questions), not first)), store_path)
 
 
 # Images that can't be used
@@ -228,8 +229,8 @@ def test_a_bad_image_that_is_mended_is_there_for_every_question(shapes, store_pa
 def test_a_question_that_changes_leaves_the_others_image_bad(shapes, store_path, toy, tools):
     dataset = make(tools, shapes, bad={4: "is damaged"})
     run(dataset, store_path)
-    texts = [("another question",) if i == 13 else text for i, text in enumerate(dataset.texts)]
-    run(replace(dataset, texts=texts), store_path, refresh=True)
+    texts = [("another question",) if i == 13 else text for i, text in enumerate(texts_of(dataset))]
+    run(with_columns(dataset, texts=texts), store_path, refresh=True)
     store = FeatureStore(store_path)
     assert np.flatnonzero(~store.present("image")).tolist() == [12, 13, 14]
     assert sorted(line.id for line in store.bad_samples()) == ["row-12", "row-13", "row-14"]

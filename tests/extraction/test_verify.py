@@ -1,7 +1,6 @@
 """Verification finds every kind of damage and names its block; repair computes those blocks again and no others."""
 
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from cachefuse.extraction.verify import Damage, repair, verify
 from cachefuse.store.columns import read_column
 from cachefuse.store.format import append_lines, checksum
 from cachefuse.store.store import FeatureStore
+from fixtures.columns import texts_of, with_columns
 from fixtures.messages import naming
 
 VIEWS = ("pooled", "tokens")
@@ -150,7 +150,7 @@ def test_lines_of_another_shape_in_the_journal_and_the_ledger_say_nothing(shapes
 def test_without_ids_a_sample_that_changed_can_t_be_told_from_one_that_moved(shapes, store):
     (chunk,) = [path for path in (store.path / "samples" / "id" / "c").rglob("*") if path.is_file()]
     flip(chunk, 12)
-    changed = replace(shapes, texts=[("another text",), *shapes.texts[1:]])
+    changed = with_columns(shapes, texts=[("another text",), *texts_of(shapes)[1:]])
     with pytest.raises(CacheError, match=naming("damaged id")):
         open_store(store.path, changed, refresh=True)
 

@@ -19,6 +19,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.tokens import SequenceWidth
 from cachefuse.training.config import TrainConfig
+from fixtures.columns import columns, images_of, texts_of
 from fixtures.messages import naming
 
 B, C, W = 4, 3, 12
@@ -162,7 +163,7 @@ class TestMiniLM:
         rows = np.flatnonzero(captioned_store.splits == "test")
         samples = Samples(
             ids=[captioned.ids[row] for row in rows], splits=["test"] * len(rows), labels=None,
-            images=[captioned.images[row] for row in rows], texts=[captioned.texts[row] for row in rows],
+            modalities=columns([images_of(captioned)[row] for row in rows], [texts_of(captioned)[row] for row in rows]),
         )  # fmt: skip
         np.testing.assert_allclose(predict_samples(loaded, samples).scores, expected.scores, atol=2e-3)
 

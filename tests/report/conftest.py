@@ -16,6 +16,7 @@ from cachefuse.runs.save import save_run
 from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
+from fixtures.columns import columns, images_of
 
 SHAPES = """
 name = "mine"
@@ -41,9 +42,9 @@ def dataset():
 def hostile(dataset):
     """The same samples with class names, ids and texts that try to break a page; some without a text or an image."""
     texts = [(HOSTILE[i % 11] * (1 + i % 3),) if i % 6 else () for i in range(len(dataset))]
-    images = [FileImage(Path("gone.png")) if i % 6 == 1 else image for i, image in enumerate(dataset.images)]
+    images = [FileImage(Path("gone.png")) if i % 6 == 1 else image for i, image in enumerate(images_of(dataset))]
     ids = [f"{i} {HOSTILE[i % 5]}" for i in range(len(dataset))]
-    return replace(dataset, classes=HOSTILE, texts=texts, images=images, ids=ids)
+    return replace(dataset, classes=HOSTILE, ids=ids, modalities=columns(images, texts))
 
 
 @pytest.fixture(scope="session")

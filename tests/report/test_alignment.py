@@ -21,6 +21,7 @@ from cachefuse.report.neighbours import chosen
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.writer import ViewWriter
 from cachefuse.training.loop import Epoch, History
+from fixtures.columns import columns, texts_of
 from fixtures.messages import naming
 
 SHORT = AlignConfig(epochs=2, width=32, batch_size=64)
@@ -50,8 +51,8 @@ def hostile_html(hostile, open_store):
 @pytest.fixture(scope="module")
 def captions(dataset, open_store):
     """Two text encoders' features of samples with one to three texts, some of them hostile: (store, raw dataset)."""
-    texts = [tuple(f"{own[0]} {HOSTILE} {j}" for j in range(1 + i % 3)) for i, own in enumerate(dataset.texts)]
-    raw = replace(dataset, images=None, texts=texts, name="captions")
+    texts = [tuple(f"{own[0]} {HOSTILE} {j}" for j in range(1 + i % 3)) for i, own in enumerate(texts_of(dataset))]
+    raw = replace(dataset, modalities=columns(None, texts), name="captions")
     store = open_store(raw)
     rows = np.random.default_rng(0).normal(size=(store.n_items("text"), 8)).astype(np.float16)
     features = store.require_features("made:<up>", "text", {"dtype": "float16"}, "made:<up>", {"pooled": "float16"})
@@ -189,7 +190,7 @@ def test_the_gallery_shows_what_is_nearest(html, run, store, dataset):
     assert sorted((ranks[one.group(1)] for one in shown), reverse=True)[:4] == sorted(ranks.values(), reverse=True)[:4]
     for one, card in zip(shown, cards, strict=True):
         row, rank = list(ids).index(one.group(1)), ranks[one.group(1)]
-        assert dataset.texts[dataset.ids.index(one.group(1))][0] in card
+        assert texts_of(dataset)[dataset.ids.index(one.group(1))][0] in card
         order = np.argsort(-cosines[row])
         places = [*range(5), *([rank - 1] if rank > 5 else [])]
         assert re.findall(r'alt="Picture of (\w+)"', card) == [ids[order[place]] for place in places]
@@ -211,7 +212,7 @@ def test_texts_are_found_by_texts(same_texts, same_texts_html, captions, parse):
     assert re.search(rf"Of {n} texts, [\d.]+% find another text of their sample first among {n - 1}; by", found.text)
     assert "<up>" in found.text
     assert "aligned:workspace/runs/captions-dfe-add@2" in found.text
-    own = dict(zip(raw.ids, raw.texts, strict=True))
+    own = dict(zip(raw.ids, texts_of(raw), strict=True))
     cards = same_texts_html.split('<div class="query">')[1:]
     assert 4 < len(cards) <= 8
     for card in cards:
@@ -228,7 +229,9 @@ def test_the_same_alignment_gives_the_same_bytes(html, run, store, dataset):
 
 
 def test_raw_data_is_found_by_its_ids(html, run, store, dataset):
-    turned = replace(dataset, **{name: getattr(dataset, name)[::-1] for name in ("ids", "splits", "images", "texts")})
+    backwards = range(len(dataset))[::-1]
+    modalities = {modality: column.take(backwards) for modality, column in dataset.modalities.items()}
+    turned = replace(dataset, ids=dataset.ids[::-1], splits=dataset.splits[::-1], modalities=modalities)
     assert alignment_html(run, store, turned, device="cpu") == html
 
 

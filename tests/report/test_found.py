@@ -1,5 +1,4 @@
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ from cachefuse.alignment.retrieve import Found, Match
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError
 from cachefuse.report.found_page import found_html, write_found
+from fixtures.columns import images_of, texts_of, with_columns
 from fixtures.messages import naming
 
 
@@ -21,7 +21,7 @@ def matches(dataset, rows, items=None):
 @pytest.fixture(scope="module")
 def captioned(dataset):
     """Three texts a sample."""
-    return replace(dataset, texts=[(f"{own[0]} a", f"{own[0]} b", f"{own[0]} c") for own in dataset.texts])
+    return with_columns(dataset, texts=[(f"{own[0]} a", f"{own[0]} b", f"{own[0]} c") for own in texts_of(dataset)])
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +50,11 @@ def test_images_that_a_text_found(page, captioned, parse):
         assert f'<span class="rank">{i + 1}</span> {0.9 - 0.1 * i:.3f}' in card
         assert f'alt="Picture of {captioned.ids[row]}"' in card
         assert f"<bdi>{captioned.ids[row]}</bdi>" in card
-        assert re.findall(r'dir="auto">(.*?)</p>', card) == list(captioned.texts[row][:2])
+        assert re.findall(r'dir="auto">(.*?)</p>', card) == list(texts_of(captioned)[row][:2])
 
 
 def test_texts_that_an_image_found(captioned, parse, tmp_path):
-    captioned.images[0].load().save(tmp_path / "query.png")
+    images_of(captioned)[0].load().save(tmp_path / "query.png")
     image = FileImage(tmp_path / "query.png")
     html = found_html(Found(str(image.path), "text", matches(captioned, [2, 2], [2, 0])), "space", captioned, image)
     assert "The 2 texts nearest to this image by cosine, as space sees them." in parse(html).text
@@ -62,7 +62,7 @@ def test_texts_that_an_image_found(captioned, parse, tmp_path):
     assert "<h1><bdi>query.png</bdi></h1>" in html
     assert str(tmp_path) not in html
     texts = [re.findall(r'dir="auto">(.*?)</p>', card) for card in cards(html)]
-    assert texts == [[captioned.texts[2][2]], [captioned.texts[2][0]]]
+    assert texts == [[texts_of(captioned)[2][2]], [texts_of(captioned)[2][0]]]
 
 
 def test_an_image_that_can_not_be_read_is_told(captioned, parse):
@@ -72,17 +72,17 @@ def test_an_image_that_can_not_be_read_is_told(captioned, parse):
 
 
 def test_what_is_not_there_is_told(dataset, parse):
-    raw = replace(dataset, images=[None, *dataset.images[1:]], texts=[(), *dataset.texts[1:]])
+    raw = with_columns(dataset, images=[None, *images_of(dataset)[1:]], texts=[(), *texts_of(dataset)[1:]])
     gone = Match(0.5, 0, "not here", 0)
     found = parse(found_html(Found("q", "text", (*matches(raw, [0, 1], [0, 4]), gone)), "space", raw))
     assert "no image" in found.text
     assert "not in the raw data" in found.text
-    texts = replace(dataset, images=None)
+    texts = with_columns(dataset, images=None)
     html = found_html(Found("q", "text", matches(texts, [0])), "space", texts)
     assert "The text nearest to these words" in parse(html).text
     assert "<img" not in html
     assert "no image" not in html
-    images = replace(dataset, texts=None)
+    images = with_columns(dataset, texts=None)
     assert "<img" in found_html(Found("", "image", matches(images, [0])), "space", images)
 
 

@@ -10,6 +10,7 @@ from sklearn.metrics import log_loss
 
 from cachefuse.data.images import FileImage
 from cachefuse.report.gallery import N_EXAMPLES, SIDE, row_losses, worst_examples
+from fixtures.columns import columns
 
 
 @pytest.mark.parametrize("task", ["multilabel", "multiclass"])
@@ -61,7 +62,7 @@ def test_thumbnails_are_small_and_show_the_picture(random_rows, dataset, tmp_pat
     images = [FileImage(tmp_path / name) for name in ("wide.png", "tall.png", "tiny.png", "broken.png")] + [None]
     measured = random_rows(n=6)
     measured.predictions[:] = ~measured.targets
-    raw = replace(dataset, ids=[f"row {i}" for i in range(5)], images=images, texts=[("a", "b"), *[()] * 4])
+    raw = replace(dataset, ids=[f"row {i}" for i in range(5)], modalities=columns(images, [("a", "b"), *[()] * 4]))
     ids = np.array([f"row {i}" for i in range(6)])
     found = {x.id: x for x in worst_examples(measured, measured.classes, "multilabel", ids, raw)}
     assert len(found) == 6

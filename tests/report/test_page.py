@@ -15,6 +15,7 @@ from cachefuse.report.gallery import N_EXAMPLES
 from cachefuse.report.run_page import report_html, write_report
 from cachefuse.runs.save import load_run
 from cachefuse.store.store import FeatureStore
+from fixtures.columns import texts_of
 from fixtures.messages import naming
 
 
@@ -118,7 +119,7 @@ def test_the_gallery_shows_rows_as_they_are(page, saved, store, dataset):
         at = np.flatnonzero(saved.held_out.rows == row)[0]
         targets = store.targets[row] > 0
         assert float(loss) == pytest.approx(log_loss(targets, saved.held_out.scores[at].astype(float)), abs=1e-3)
-        assert dataset.texts[row][0] in card
+        assert texts_of(dataset)[row][0] in card
         kinds = dict(re.findall(r'<ul class="labels (\w+)" aria-label="[\w ]+">(.*?)</ul>', card, flags=re.S))
         names = {kind: set(re.findall(r"<bdi>(.*?)</bdi>", labels)) for kind, labels in kinds.items()}
         true = {saved.classes[c] for c in np.flatnonzero(targets)}

@@ -18,6 +18,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.store.columns import column_checksum
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
 TABLE = """
@@ -67,8 +68,7 @@ def run(runs):
 def samples_of(dataset, rows, image=True, text=True):
     return Samples(
         ids=[dataset.ids[row] for row in rows],
-        images=[dataset.images[row] for row in rows] if image else None,
-        texts=[dataset.texts[row] for row in rows] if text else None,
+        modalities={m: c.take(rows) for m, c in dataset.modalities.items() if {"image": image, "text": text}[m]},
     )
 
 
@@ -146,8 +146,8 @@ def test_opens_an_encoder_once(run, dataset, monkeypatch):
 
 def test_a_bad_sample_is_predicted_without_it_and_noted(run, dataset, tmp_path, caplog):
     samples = samples_of(dataset, range(3))
-    samples.images[1] = FileImage(tmp_path / "gone.png")
-    samples.texts[2] = ()
+    images_of(samples)[1] = FileImage(tmp_path / "gone.png")
+    texts_of(samples)[2] = ()
     with caplog.at_level(logging.WARNING, logger="cachefuse"):
         found = predict_samples(run, samples)
     assert says(caplog.text, "1 3 image")
@@ -183,8 +183,11 @@ def test_reads_new_rows_by_the_datasets_own_columns(table_run, tmp_path):
     (tmp_path / "new.csv").write_text("Item,Caption\na,an oak thing\nb,\n")
     samples = read_input(tmp_path / "new.csv", table_run)
     assert samples.ids == ["a", "b"]
-    assert samples.texts == [("an oak thing",), ()]
-    assert [image.path for image in samples.images] == [tmp_path / "photos" / "a.png", tmp_path / "photos" / "b.png"]
+    assert texts_of(samples) == [("an oak thing",), ()]
+    assert [image.path for image in images_of(samples)] == [
+        tmp_path / "photos" / "a.png",
+        tmp_path / "photos" / "b.png",
+    ]
     assert samples.labels == [None, None]
 
 
@@ -196,14 +199,14 @@ def test_reads_new_rows_by_plain_columns(suffix, table_run, tmp_path):
     }
     (tmp_path / f"new.{suffix}").write_text(content[suffix])
     samples = read_input(tmp_path / f"new.{suffix}", table_run)
-    assert (samples.ids, samples.texts) == (["a"], [("an oak thing",)])
-    assert samples.images[0].path == tmp_path / "x.png"
+    assert (samples.ids, texts_of(samples)) == (["a"], [("an oak thing",)])
+    assert images_of(samples)[0].path == tmp_path / "x.png"
 
 
 def test_rows_without_an_id_are_numbered(run, tmp_path):
     (tmp_path / "new.csv").write_text("text\none\ntwo\n")
     samples = read_input(tmp_path / "new.csv", run)
-    assert (samples.ids, samples.images) == (["0", "1"], None)
+    assert (samples.ids, images_of(samples)) == (["0", "1"], None)
 
 
 def test_refuses_a_table_without_image_or_text(run, tmp_path):

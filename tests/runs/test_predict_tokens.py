@@ -20,6 +20,7 @@ from cachefuse.runs.tables import StoreTables
 from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
 CMA = TrainConfig(
@@ -49,8 +50,7 @@ def runs(captioned_store):
 def samples_of(dataset, rows, image=True, text=True):
     return Samples(
         ids=[dataset.ids[row] for row in rows],
-        images=[dataset.images[row] for row in rows] if image else None,
-        texts=[dataset.texts[row] for row in rows] if text else None,
+        modalities={m: c.take(rows) for m, c in dataset.modalities.items() if {"image": image, "text": text}[m]},
     )
 
 
@@ -107,9 +107,9 @@ def test_samples_that_lack_one_or_the_other_or_both(runs, captioned_store, capti
     """Beside whole ones: what one sample lacks is no other's loss."""
     run, samples = runs["cma"], samples_of(captioned, TEST)
     for i in (1, 4, 7):
-        samples.images[i] = FileImage(tmp_path / "gone.png")
+        images_of(samples)[i] = FileImage(tmp_path / "gone.png")
     for i in (2, 4, 8):
-        samples.texts[i] = ()
+        texts_of(samples)[i] = ()
     with caplog.at_level(logging.WARNING, logger="cachefuse"):
         found = predict_samples(run, samples).scores
     assert says(caplog.text, "3 12 image")
@@ -124,7 +124,7 @@ def test_samples_of_no_use_are_refused(runs, captioned, tmp_path):
     with pytest.raises(DataError, match=naming("image text")):
         predict_samples(runs["cma"], samples_of(captioned, TEST, image=False, text=False))
     samples = samples_of(captioned, [60], text=False)
-    samples.images[0] = FileImage(tmp_path / "gone.png")
+    images_of(samples)[0] = FileImage(tmp_path / "gone.png")
     with pytest.raises(DataError, match=naming("image text")):
         predict_samples(runs["cma"], samples)
 

@@ -10,6 +10,7 @@ from cachefuse.extraction.pipeline import prepare_source
 from cachefuse.store.format import BLOCK_BYTES, MAX_BLOCK_ROWS, block_rows, differing_fields, provenance_key
 from cachefuse.store.shard import chunk_rows
 from cachefuse.store.store import FeatureStore
+from fixtures.columns import images_of, texts_of
 
 
 @pytest.mark.parametrize("n_rows", [1, 80, 5_000, 10**7])
@@ -35,7 +36,7 @@ def test_the_key_is_that_of_the_values_not_of_their_order():
 
 
 def encode_directly(dataset, tower, view="pooled"):
-    sources = dataset.images if tower.modality == "image" else [texts[0] for texts in dataset.texts]
+    sources = images_of(dataset) if tower.modality == "image" else [texts[0] for texts in texts_of(dataset)]
     return [tower.encode([prepare_source(tower, source)], (view,))[view][0] for source in sources]
 
 

@@ -1,7 +1,5 @@
 """Tokens in int8: how far they are from what was encoded, and that the journal says so."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,6 +10,7 @@ from cachefuse.store.features import JOURNAL
 from cachefuse.store.format import read_lines
 from cachefuse.store.rows import dequantise, quantise
 from cachefuse.store.store import FeatureStore
+from fixtures.columns import texts_of, with_columns
 from fixtures.messages import naming
 
 LARGEST, SMALLEST = 65504.0, 2.0**-24  # of float16
@@ -73,8 +72,8 @@ def stores(shapes, tmp_path, toy):
     """The same tokens quantised and in float16."""
     toy.width = 33
     toy.change = lambda rows: np.sin(rows).astype(np.float32)
-    texts = [("",) if row in (3, 5) else text for row, text in enumerate(shapes.texts)]  # two without any token
-    dataset = replace(shapes, texts=texts)
+    texts = [("",) if row in (3, 5) else text for row, text in enumerate(texts_of(shapes))]  # two without any token
+    dataset = with_columns(shapes, texts=texts)
     for name, dtype in (("quantised", "int8"), ("exact", "float16")):
         run(dataset, tmp_path / f"{name}.zarr", dtype=dtype, batch_size=16)
     return [FeatureStore(tmp_path / f"{name}.zarr") for name in ("quantised", "exact")]

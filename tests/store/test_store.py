@@ -15,6 +15,7 @@ from cachefuse.store.format import append_lines, read_lines
 from cachefuse.store.samples import BadSample
 from cachefuse.store.store import FeatureStore
 from cachefuse.workspace import WorkspacePaths
+from fixtures.columns import texts_of, with_columns
 from fixtures.messages import naming
 
 
@@ -143,16 +144,16 @@ def test_reordered_rows_are_refused(shapes, store_path):
 
 def test_changed_texts_are_refused(shapes, store_path):
     open_store(store_path, shapes)
-    texts = [(f"{text[0]}!",) if i in (3, 5) else text for i, text in enumerate(shapes.texts)]
+    texts = [(f"{text[0]}!",) if i in (3, 5) else text for i, text in enumerate(texts_of(shapes))]
     with pytest.raises(CacheError, match=naming("2 00003 00005 --refresh")):
-        open_store(store_path, replace(shapes, texts=texts))
+        open_store(store_path, with_columns(shapes, texts=texts))
 
 
 def test_several_texts_where_all_had_one_are_refused(shapes, store_path, tools):
     open_store(store_path, shapes)
     grown = tools.make_shapes(test=21)
     with pytest.raises(CacheError, match="texts"):
-        open_store(store_path, replace(grown, texts=[*grown.texts[:-1], ("one", "two")]))
+        open_store(store_path, with_columns(grown, texts=[*texts_of(grown)[:-1], ("one", "two")]))
 
 
 def test_features_made_differently_under_one_name_are_refused(shapes, store_path, toy):

@@ -1,7 +1,5 @@
 """Tokens as padded batches, from a store or from memory, and batches of rows that are alike in length."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from cachefuse.extraction.extract import extract
 from cachefuse.store import tokens as module
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.tokens import SequenceWidth, Tokens, length_grouped
+from fixtures.columns import texts_of, with_columns
 from fixtures.messages import naming
 
 WIDTH, VOCABULARY = 5, 50
@@ -18,7 +17,7 @@ EMPTY = (3, 70, 79)  # texts without any token, the last row among them
 
 @pytest.fixture
 def dataset(shapes):
-    return replace(shapes, texts=[("",) if row in EMPTY else text for row, text in enumerate(shapes.texts)])
+    return with_columns(shapes, texts=[("",) if row in EMPTY else text for row, text in enumerate(texts_of(shapes))])
 
 
 @pytest.fixture
@@ -93,7 +92,7 @@ def test_fixed_rows_are_all_there(stored):
 
 def test_ragged_rows_know_their_lengths(stored, dataset):
     tokens = Tokens(stored("text"))
-    lengths = [len(texts[0].split()) for texts in dataset.texts]
+    lengths = [len(texts[0].split()) for texts in texts_of(dataset)]
     assert tokens.lengths.tolist() == lengths
     assert tokens.shape == (80, WIDTH)
     assert tokens.shape[1].n_tokens == max(lengths)

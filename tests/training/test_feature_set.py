@@ -177,7 +177,7 @@ def test_a_split_is_its_labelled_rows(toy_store):
     features = FeatureSet(store)
     assert features.splits == ["train", "val", "test"]
     assert features.classes == ("class 0", "class 1", "class 2")
-    assert features.modalities == ("image", "text")
+    assert tuple(features.modalities) == ("image", "text")
     x, y = features.split("train")
     assert (x.shape, y.shape, y.dtype) == ((40, 11), (40, 3), np.int8)
     assert np.array_equal(y, store.targets[:40])

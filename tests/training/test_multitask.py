@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from cachefuse.data.column import Column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
@@ -66,14 +67,14 @@ def tasks_store(tmp_path, add_features):
         targets[TRAIN + VAL :] = -1
         parsed = parse_manifest(manifest, "apa.toml")
         images = [None if row % 8 == 0 else FileImage(Path(f"{row}.png")) for row in range(N)]
+        texts = [() if row % 8 == 4 else (f"text {row}",) for row in range(N)]
         dataset = Dataset(
             manifest=parsed,
             classes=classes,
             ids=[f"row{row}" for row in range(N)],
             splits=np.array(["train"] * TRAIN + ["val"] * VAL + ["test"] * (N - TRAIN - VAL)),
             targets=targets[:, columns],
-            images=images,
-            texts=[() if row % 8 == 4 else (f"text {row}",) for row in range(N)],
+            modalities={"image": Column(images), "text": Column.texts(texts)},
             name="apa",
         )
         store = open_store(tmp_path / f"apa{seed}.zarr", dataset)

@@ -13,6 +13,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.store.rows import FlatTokens, TokenWidth
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.selection import load_table, one_view, select_features
+from fixtures.columns import columns, images_of, texts_of
 from fixtures.messages import naming
 
 side_by_side = one_view(FLAT)
@@ -47,8 +48,7 @@ def test_a_run_on_tokens_predicts_stored_and_raw_samples_alike(fusion, captioned
     rows = np.flatnonzero(captioned_store.splits == "test")
     samples = Samples(
         ids=[captioned.ids[row] for row in rows],
-        images=[captioned.images[row] for row in rows],
-        texts=[captioned.texts[row] for row in rows],
+        modalities=columns([images_of(captioned)[row] for row in rows], [texts_of(captioned)[row] for row in rows]),
     )
     np.testing.assert_allclose(predict_samples(again, samples).scores, stored.scores, atol=2e-3)
     tokens = {m: [used.tokens for used in group] for m, group in again.features.items()}

@@ -4,11 +4,11 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Annotated, Protocol
+from typing import Annotated
 
-from PIL import Image
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
+from cachefuse.data.column import Column
 from cachefuse.errors import DataError
 
 
@@ -21,34 +21,15 @@ def _inside(path: str) -> str:
 InsidePath = Annotated[str, AfterValidator(_inside)]  # a manifest may come from anyone: it can't name files elsewhere
 
 
-class ImageSource(Protocol):
-    """Where one image comes from, hashable; opened in a worker thread when it is encoded."""
-
-    @property
-    def name(self) -> str:
-        """The file (and row) as a user would look for it."""
-
-    def load(self) -> Image.Image:
-        """Return the image as RGB. Raises BadSampleError with the reason if it can't be used."""
-
-    def fingerprint(self) -> str:
-        """What tells without reading that the content may have changed: a file's name, size and time of change."""
-
-    def digest(self) -> str:
-        """A hash of the content, or of why it can't be read, wherever it lies. Raises OSError if the machine failed."""
-
-
 @dataclass
 class Samples:
     """Samples as read, before splits and label spaces: parallel lists, one entry a sample, in file order.
 
-    images: None if the dataset has no images at all; an entry is None where one sample has none.
-    texts: None if the dataset has no texts; an entry is a tuple of one or several texts (captions) of the sample.
+    modalities: a column for each modality that the dataset has, such as "image" and "text".
     labels: an entry is None where the sample is unlabelled, else its class names (one for multi-class), or the answers
         that people gave to its question, as they wrote them.
     task_labels: of a dataset of several tasks, the labels of each by its name; ``labels`` are then all None.
     groups: rows of one group never fall into two splits of a hash split (several images of one product).
-    shares_images: whether samples with equal images (many questions about one) have the features of one image.
     notes: what a user should know about this copy of the data, one sentence each.
     """
 
@@ -56,11 +37,9 @@ class Samples:
     splits: list[str] = field(default_factory=list)
     labels: list[tuple[str, ...] | None] = field(default_factory=list)
     task_labels: dict[str, list[tuple[str, ...] | None]] = field(default_factory=dict)
-    images: list[ImageSource | None] | None = None
-    texts: list[tuple[str, ...]] | None = None
+    modalities: dict[str, Column] = field(default_factory=dict)
     groups: list[str] | None = None
     classes: tuple[str, ...] | None = None
-    shares_images: bool = False
     notes: list[str] = field(default_factory=list)
 
 

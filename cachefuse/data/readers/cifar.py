@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from cachefuse.data.column import Column
 from cachefuse.data.digests import hash_parts
 from cachefuse.data.images import MAX_BYTES, file_fingerprint, read_file
 from cachefuse.data.readers.base import Reader, Samples, check_inside
@@ -138,9 +139,12 @@ class CifarReader(Reader):
             if not splits:
                 raise DataError(f"{root}: has no {self.missing(root)[0]}")
             return FolderReader(splits={split: split for split in splits}).read(root)
-        samples = Samples(images=[], classes=self._classes(folder / layout.names, root))
+        images: list[CifarImage] = []
+        classes = self._classes(folder / layout.names, root)
+        samples = Samples(modalities={"image": Column(images)}, classes=classes)
         for split in SPLITS:
-            self._add(samples, split, [check_inside(folder / file, root) for file in layout.files[split]])
+            paths = [check_inside(folder / file, root) for file in layout.files[split]]
+            self._add(samples, images, classes, split, paths)
         return samples
 
     def _classes(self, path: Path, root: Path) -> tuple[str, ...]:
@@ -152,9 +156,9 @@ class CifarReader(Reader):
             raise DataError(f"{path.name}: must name {len(names)} classes, one a line. Got {len(set(found))} instead")
         return tuple(found)
 
-    def _add(self, samples: Samples, split: str, paths: list[Path]) -> None:
-        assert samples.classes is not None
-        assert samples.images is not None
+    def _add(
+        self, samples: Samples, images: list[CifarImage], classes: tuple[str, ...], split: str, paths: list[Path]
+    ) -> None:
         sizes = LAYOUTS[self.variant].label_sizes
         number = 0
         for path in paths:
@@ -162,8 +166,8 @@ class CifarReader(Reader):
                 number += 1
                 samples.ids.append(f"{split}-{number:05d}")
                 samples.splits.append(split)
-                samples.labels.append((samples.classes[label],))
-                samples.images.append(CifarImage(path, row, row * (len(sizes) + PIXELS) + len(sizes)))
+                samples.labels.append((classes[label],))
+                images.append(CifarImage(path, row, row * (len(sizes) + PIXELS) + len(sizes)))
 
 
 def _read_labels(path: Path, sizes: tuple[int, ...]) -> Iterator[int]:

@@ -1,7 +1,9 @@
 """COCO captions: photographs with about five captions each (arXiv:1504.00325), in the division of 2017 or of 2014."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from cachefuse.data.column import Column
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import Reader, Samples, check_inside, well_formed
 from cachefuse.data.readers.folder import links_out, note_links
@@ -15,6 +17,14 @@ MAX_JSON_BYTES = 200_000_000  # the largest has 92 MB
 KEPT = frozenset(("images", "annotations", "id", "file_name", "image_id", "caption"))
 
 
+@dataclass
+class Photographs:
+    """The images of all splits so far, None where one lies elsewhere, and each one's captions."""
+
+    images: list[FileImage | None] = field(default_factory=list)
+    captions: list[tuple[str, ...]] = field(default_factory=list)
+
+
 class CocoCaptionsReader(Reader):
     """Every image of a year's annotation files, with all its captions; the id is the image's number there."""
 
@@ -25,7 +35,7 @@ class CocoCaptionsReader(Reader):
         return [name for name in needed if not (root / name).exists()]
 
     def read(self, root: Path) -> Samples:
-        samples = Samples(images=[], texts=[])
+        samples, photographs = Samples(), Photographs()
         found = {year: splits for year in YEARS if (splits := _splits(root, year))}
         if not found:
             raise DataError(f"{root}: has no {' and no '.join(self.missing(root))}")
@@ -38,7 +48,8 @@ class CocoCaptionsReader(Reader):
                 lacks = f"annotations/{_file(split, year)} or {split}{year}/"
                 samples.notes.append(f"has no {split} split: {lacks} is not there")
                 continue
-            _add(samples, split, root / "annotations" / _file(split, year), found[year][split], root)
+            _add(samples, photographs, split, root / "annotations" / _file(split, year), found[year][split], root)
+        samples.modalities = {"image": Column(photographs.images), "text": Column.texts(photographs.captions)}
         return samples
 
 
@@ -56,7 +67,7 @@ def _splits(root: Path, year: str) -> dict[str, Path]:
     return found
 
 
-def _add(samples: Samples, split: str, path: Path, folder: Path, root: Path) -> None:
+def _add(samples: Samples, photographs: Photographs, split: str, path: Path, folder: Path, root: Path) -> None:
     images, captions = _read_annotations(check_inside(path, root))
     links = links_out(folder, root)
     skipped = []
@@ -64,10 +75,8 @@ def _add(samples: Samples, split: str, path: Path, folder: Path, root: Path) -> 
         samples.ids.append(key)
         samples.splits.append(split)
         samples.labels.append(None)
-        if samples.texts is not None:
-            samples.texts.append(tuple(captions.get(key, ())))
-        if samples.images is not None:
-            samples.images.append(None if name in links else FileImage(folder / name, root))
+        photographs.captions.append(tuple(captions.get(key, ())))
+        photographs.images.append(None if name in links else FileImage(folder / name, root))
         if name in links:
             skipped.append(f"{folder.name}/{name}")
     note_links(samples.notes, skipped)

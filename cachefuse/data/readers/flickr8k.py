@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from cachefuse.data.column import Column
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import Reader, Samples
 from cachefuse.errors import DataError
@@ -42,8 +43,10 @@ class Flickr8kReader(Reader):
             ids=[Path(file).stem for file in kept],
             splits=[splits[file] for file in kept],
             labels=[None] * len(kept),
-            images=[FileImage(folder / file, root) for file in kept],
-            texts=[tuple(captions.get(file, ())) for file in kept],
+            modalities={
+                "image": Column([FileImage(folder / file, root) for file in kept]),
+                "text": Column.texts([tuple(captions.get(file, ())) for file in kept]),
+            },
             notes=notes,
         )
 

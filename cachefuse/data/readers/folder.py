@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from cachefuse.data.column import Column
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, check_inside, is_inside
 from cachefuse.errors import DataError
@@ -26,7 +27,8 @@ class FolderReader(Reader):
         return [f"{folder}/" for folder in (self.splits or {"train": ""}).values() if not (root / folder).is_dir()]
 
     def read(self, root: Path) -> Samples:
-        samples = Samples(images=[])
+        images: list[FileImage] = []
+        samples = Samples(modalities={"image": Column(images)})
         links: list[str] = []
         for split, folder in (self.splits or {"train": "."}).items():
             paths = sorted(image_paths(root, folder, links))
@@ -37,8 +39,7 @@ class FolderReader(Reader):
                 samples.ids.append(path.as_posix())
                 samples.splits.append(split)
                 samples.labels.append(parents[:1] or None)
-                if samples.images is not None:
-                    samples.images.append(FileImage(root / path, root))
+                images.append(FileImage(root / path, root))
         note_links(samples.notes, links)
         return samples
 

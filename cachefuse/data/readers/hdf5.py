@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
+from cachefuse.data.column import Column
 from cachefuse.data.digests import hash_parts
 from cachefuse.data.images import FAILURES, file_fingerprint
 from cachefuse.data.readers.base import InsidePath, Reader, Samples
@@ -93,32 +94,42 @@ class Hdf5Reader(Reader):
         return [file for file in self.files.values() if not (root / file).is_file()]
 
     def read(self, root: Path) -> Samples:
-        samples = Samples(
-            images=[] if self.image else None,
-            texts=[] if self.text else None,
-            groups=[] if self.group else None,
-        )
+        samples = Samples(groups=[] if self.group else None)
+        images: list[ArrayImage] = []
+        texts: list[tuple[str, ...]] = []
         for split, file in self.files.items():
             with open_hdf5(root / file) as opened:
-                self._add(samples, split, opened, root / file)
+                self._add(samples, split, opened)
+                images += self._images(opened, root / file)
+                texts += self._texts(opened)
+        if self.image:
+            samples.modalities["image"] = Column(images)
+        if self.text:
+            samples.modalities["text"] = Column.texts(texts)
         return samples
 
-    def _add(self, samples: Samples, split: str, file: h5py.File, path: Path) -> None:
+    def _add(self, samples: Samples, split: str, file: h5py.File) -> None:
         n = self._count_rows(file)
         samples.splits += [split] * n
         samples.ids += self._column(file, self.id) if self.id else [f"{split}-{row}" for row in range(n)]
         labels = self._column(file, self.labels) if self.labels else [""] * n
         samples.labels += [_split_labels(value, self.label_separator) for value in labels]
-        if samples.images is not None and self.image:
-            image_column(file, self.image, ArrayImage.DTYPE)
-            samples.images += [ArrayImage(path, self.image, row) for row in range(n)]
-        if samples.texts is not None and self.text:
-            texts = self._column(file, self.text)
-            if self.drop_first_sentence:
-                texts = [without_first_sentence(text) for text in texts]
-            samples.texts += [(text,) if text else () for text in texts]
         if samples.groups is not None and self.group:
             samples.groups += self._column(file, self.group)
+
+    def _images(self, file: h5py.File, path: Path) -> list[ArrayImage]:
+        """Return a file's images. Raises DataError if its dataset holds none."""
+        if not self.image:
+            return []
+        n = len(image_column(file, self.image, ArrayImage.DTYPE))
+        return [ArrayImage(path, self.image, row) for row in range(n)]
+
+    def _texts(self, file: h5py.File) -> list[tuple[str, ...]]:
+        """Return each row's text, () where it is empty."""
+        texts = self._column(file, self.text) if self.text else []
+        if self.drop_first_sentence:
+            texts = [without_first_sentence(text) for text in texts]
+        return [(text,) if text else () for text in texts]
 
     def _column(self, file: h5py.File, key: str) -> list[str]:
         return read_strings(find_dataset(file, key), self.encoding)

@@ -11,8 +11,9 @@ from typing import ClassVar
 import h5py
 import numpy as np
 
+from cachefuse.data.column import Column, Source
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import ImageSource, Reader, Samples, well_formed
+from cachefuse.data.readers.base import Reader, Samples, well_formed
 from cachefuse.data.readers.hdf5 import ArrayImage
 from cachefuse.data.readers.hdf5_file import find_dataset, image_column, open_hdf5, read_strings
 from cachefuse.errors import DataError
@@ -36,7 +37,7 @@ class Film:
     id: str
     split: str
     genres: tuple[str, ...]
-    image: ImageSource
+    image: Source
     plot: str
 
 
@@ -67,7 +68,9 @@ class MmImdbReader(Reader):
         return [] if found else [f"split.json with dataset/ (or {HDF5_NAME})"]
 
     def read(self, root: Path) -> Samples:
-        samples = Samples(images=[], texts=[])
+        images: list[Source] = []
+        plots: list[tuple[str, ...]] = []
+        samples = Samples(modalities={"image": Column(images), "text": Column.texts(plots)})
         folder, file = _raw_folder(root), _hdf5_file(root)
         if folder is not None and (file is None or any(islice((folder / "dataset").glob("*.jpeg"), 1))):
             films = list(_read_raw(folder, root, samples.notes))
@@ -75,10 +78,10 @@ class MmImdbReader(Reader):
             films = _read_hdf5(file, samples)
         else:
             raise DataError(f"{root}: neither split.json with dataset/ nor {HDF5_NAME} is there")
-        self._add(samples, films)
+        self._add(samples, films, images, plots)
         return samples
 
-    def _add(self, samples: Samples, films: list[Film]) -> None:
+    def _add(self, samples: Samples, films: list[Film], images: list[Source], plots: list[tuple[str, ...]]) -> None:
         dropped = 0
         for film in films:
             genres = tuple(dict.fromkeys(genre for genre in film.genres if genre not in self.drop_genres))
@@ -88,10 +91,8 @@ class MmImdbReader(Reader):
             samples.ids.append(film.id)
             samples.splits.append(film.split)
             samples.labels.append(genres)
-            if samples.images is not None:
-                samples.images.append(film.image)
-            if samples.texts is not None:
-                samples.texts.append((film.plot,) if film.plot else ())
+            images.append(film.image)
+            plots.append((film.plot,) if film.plot else ())
         if dropped:
             samples.notes.append(f"dropped {dropped:,} films that have none of the kept genres")
 
@@ -238,7 +239,7 @@ def _plots_beside(path: Path, ids: list[str], samples: Samples) -> list[str]:
     plots = [_longest_plot(_read_film(folder / f"{film}.json") or {}) for film in ids] if folder.is_dir() else []
     n_plots = sum(map(bool, plots))
     if not n_plots:
-        samples.texts = None
+        del samples.modalities["text"]
         samples.notes.append(
             f"the text modality is absent: {path.name} holds only word numbers, no plots; "
             "to have it, put dataset/<id>.json of the raw archive (mmimdb.tar.gz) beside the file"

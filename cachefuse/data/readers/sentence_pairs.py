@@ -5,6 +5,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
 
+from cachefuse.data.column import Column
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, check_inside
 from cachefuse.data.readers.lines import read_lines
 from cachefuse.errors import DataError
@@ -42,7 +43,8 @@ class SentencePairsReader(Reader):
         return [] if self._found(root) else [paths[0] for paths in self.files.values()]
 
     def read(self, root: Path) -> Samples:
-        samples = Samples(texts=[])
+        pairs: list[tuple[str, ...]] = []
+        samples = Samples(modalities={"text": Column.texts(pairs)})
         found = self._found(root)
         absent = [f"{split} ({' or '.join(paths)})" for split, paths in self.files.items() if split not in found]
         if absent:
@@ -52,7 +54,7 @@ class SentencePairsReader(Reader):
             file, columns = next(iter(tables.values()))
             raise _no_column(file, self.label, "label", columns)
         for split, (file, columns) in tables.items():
-            self._add(samples, split, root / file, columns)
+            self._add(samples, pairs, split, root / file, columns)
         return samples
 
     def _found(self, root: Path) -> dict[str, str]:
@@ -75,7 +77,9 @@ class SentencePairsReader(Reader):
             raise DataError(f"{file}: column {twice[0]!r} occurs twice")
         return columns
 
-    def _add(self, samples: Samples, split: str, path: Path, columns: tuple[str, ...]) -> None:
+    def _add(
+        self, samples: Samples, pairs: list[tuple[str, ...]], split: str, path: Path, columns: tuple[str, ...]
+    ) -> None:
         """Add the rows of a file, without the lines that are cut short. Raises DataError if those are many."""
         index = {name: i for i, name in enumerate(columns)}
         broken: list[int] = []
@@ -92,8 +96,7 @@ class SentencePairsReader(Reader):
             samples.ids.append(values[index[self.id]] if self.id else f"{split}-{n_lines}")
             samples.splits.append(split)
             samples.labels.append((label,) if label else None)
-            if samples.texts is not None:
-                samples.texts.append((values[index[self.texts[0]]], values[index[self.texts[1]]]))
+            pairs.append((values[index[self.texts[0]]], values[index[self.texts[1]]]))
         if len(broken) > max(FEW_BROKEN, BROKEN_SHARE * n_lines) or 2 * len(broken) > n_lines:
             raise DataError(
                 f"{path.name} line {broken[0]}: must have {len(columns)} columns with a tab between them, and has "

@@ -8,8 +8,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 from pydantic import Field
 
+from cachefuse.data.column import Column
 from cachefuse.data.digests import hash_parts
-from cachefuse.data.readers.base import ImageSource, Reader, Samples
+from cachefuse.data.readers.base import Reader, Samples
 
 SIDE = 96
 FORMS = ("circle", "square", "triangle", "star")  # only in the image
@@ -85,7 +86,7 @@ class ShapesReader(Reader):
 
     def read(self, root: Path) -> Samples:
         rng = np.random.default_rng(self.seed)
-        images: list[ImageSource | None] = []
+        images: list[ShapeImage] = []
         texts: list[tuple[str, ...]] = []
         labels: list[tuple[str, ...] | None] = []
         for i in range(self.train + self.test):
@@ -100,8 +101,7 @@ class ShapesReader(Reader):
             ids=[f"{i:05d}" for i in range(len(images))],
             splits=["train"] * self.train + ["test"] * self.test,
             labels=labels,
-            images=images,
-            texts=texts,
+            modalities={"image": Column(images), "text": Column.texts(texts)},
             classes=CLASSES,
         )
 

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
+from cachefuse.data.column import Column, Entry, Value
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, well_formed
 from cachefuse.data.readers.csv_text import read_csv
@@ -21,8 +22,9 @@ _PLACE = re.compile(r"\{([^{}]*)\}")
 class TableReader(Reader):
     """One file a split, or one file with a column that names the split.
 
-    id, image and text are each a column, or a template over columns: ``image = "photos/{ImageID}.jpg"``.
-    A text column of lists (of parquet and jsonl) gives several texts a sample.
+    id, image and text are each a column, or a template over columns: ``image = "photos/{ImageID}.jpg"``. ``modalities``
+    names the columns of others, ``{ report = "Report", vitals = "Vitals" }``: of texts, or, in jsonl and parquet, of
+    lists of numbers and other values. A column of lists of texts gives several texts a sample.
     A file without the labels column is unlabelled, and so is a row where it is null.
     """
 
@@ -30,12 +32,27 @@ class TableReader(Reader):
     id: str | None = None  # left out: the row's number
     image: str | None = None
     text: str | None = None
+    modalities: dict[str, str] = Field(default={})  # any others -> column or template
     labels: str | None = None
     separator: str | None = None  # between several labels of a row; left out: one label a row
     split: str | None = None  # a column that overrides the file's split where it is not empty
     group: str | None = None
     header: tuple[str, ...] | None = None  # column names, for files that have none
     _tasks: dict[str, tuple[str, bool]] = PrivateAttr(default_factory=dict)
+
+    @field_validator("modalities")
+    @classmethod
+    def _named_once(cls, modalities: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        twice = [name for name in modalities if info.data.get(name) and name in ("image", "text")]
+        if twice:
+            raise ValueError(f"{twice[0]!r} is declared twice, here and as reader.{twice[0]}")
+        return modalities
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The column or template of each modality."""
+        named = {"image": self.image, "text": self.text, **self.modalities}
+        return {modality: template for modality, template in named.items() if template}
 
     def for_tasks(self, columns: Mapping[str, tuple[str, bool]]) -> "TableReader":
         """Return a reader of the labels of several tasks: the column of each by name, and whether a row has several.
@@ -56,17 +73,17 @@ class TableReader(Reader):
         for key, column in labels.items():
             if not any(column in columns for columns in tables.values()):
                 _need(column, next(iter(tables.values())), next(iter(self.files.values())), key)
-        samples = Samples(
-            images=[] if self.image else None,
-            texts=[] if self.text else None,
-            groups=[] if self.group else None,
-            task_labels={name: [] for name in self._tasks},
-        )
+        samples = Samples(groups=[] if self.group else None, task_labels={name: [] for name in self._tasks})
+        entries: dict[str, list[Entry]] = {modality: [] for modality in self.columns}
         for split, columns in tables.items():
-            self._add(samples, split, columns, root)
+            columns = self._add(samples, split, columns)
+            for modality in entries:
+                entries[modality] += self._entries(modality, columns, self.files[split], root)
+        samples.modalities = {modality: _column(modality, own) for modality, own in entries.items()}
         return samples
 
-    def _add(self, samples: Samples, split: str, columns: TableColumns, root: Path) -> None:
+    def _add(self, samples: Samples, split: str, columns: TableColumns) -> TableColumns:
+        """Add a file's rows, and return its columns, with the splits among them."""
         file = self.files[split]
         n = len(next(iter(columns.values()), []))
         named = _strings(_need(self.split, columns, file, "reader.split")) if self.split else [""] * n
@@ -81,14 +98,19 @@ class TableReader(Reader):
         samples.labels += self._labels(columns, self.labels, True, n)
         for task, (column, several) in self._tasks.items():
             samples.task_labels[task] += self._labels(columns, column, several, n)
-        if samples.images is not None and self.image:
-            paths = self._fill(self.image, columns, file, "reader.image")
-            samples.images += [FileImage(root / path, root) if path.strip() else None for path in paths]
-        if samples.texts is not None and self.text:
-            texts = columns.get(self.text) or self._fill(self.text, columns, file, "reader.text")
-            samples.texts += [tuple(text for text in _strings(_as_list(value)) if text.strip()) for value in texts]
         if samples.groups is not None and self.group:
             samples.groups += _strings(_need(self.group, columns, file, "reader.group"))
+        return columns
+
+    def _entries(self, modality: str, columns: TableColumns, file: str, root: Path) -> list[Entry]:
+        """Return what each row of a file has of a modality: an image's path, texts, or a value as it stands there."""
+        template = self.columns[modality]
+        key = f"reader.{modality}" if modality in ("image", "text") else f"reader.modalities.{modality}"
+        if modality == "image":
+            paths = self._fill(template, columns, file, key)
+            return [FileImage(root / path, root) if path.strip() else None for path in paths]
+        values = columns.get(template) or self._fill(template, columns, file, key)
+        return [_texts(value) if modality == "text" or _is_text(value) else Value(value) for value in values]
 
     @staticmethod
     def places(template: str) -> set[str]:
@@ -197,6 +219,22 @@ def _need(name: str, columns: TableColumns, file: str, key: str) -> list[Cell]:
 
 def _strings(values: Iterable[Cell]) -> list[str]:
     return [_string(value) for value in values]
+
+
+def _column(modality: str, entries: list[Entry]) -> Column:
+    """Return a column; it is one of texts if all that it has are texts."""
+    is_text = modality == "text" or all(isinstance(entry, tuple) for entry in entries)
+    return Column(entries, is_text=is_text and modality != "image")
+
+
+def _texts(value: Cell) -> tuple[str, ...]:
+    """Return the texts of a cell that are not blank."""
+    return tuple(text for text in _strings(_as_list(value)) if text.strip())
+
+
+def _is_text(value: Cell) -> bool:
+    """Return whether a cell is empty, a text, or a list of texts."""
+    return _is_null(value) or all(isinstance(one, str) for one in _as_list(value))
 
 
 def _as_list(value: Cell) -> list[Cell]:

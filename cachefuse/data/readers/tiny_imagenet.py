@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from cachefuse.data.column import Column
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import Reader, Samples, check_inside
 from cachefuse.data.readers.folder import image_paths, note_links
@@ -29,7 +30,8 @@ class TinyImageNetReader(Reader):
 
     def read(self, root: Path) -> Samples:
         base = check_inside(_base(root), root)
-        samples, links = Samples(images=[]), list[str]()
+        images: list[FileImage] = []
+        samples, links = Samples(modalities={"image": Column(images)}), list[str]()
         train = sorted(image_paths(base, "train", links))
         wnids = {path: path.parts[1] for path in train if len(path.parts) > 2}
         if not wnids:
@@ -45,8 +47,7 @@ class TinyImageNetReader(Reader):
                 samples.ids.append(path.as_posix())
                 samples.splits.append(split)
                 samples.labels.append((labels[path],) if path in labels else None)
-                if samples.images is not None:
-                    samples.images.append(FileImage(base / path, root))
+                images.append(FileImage(base / path, root))
         note_links(samples.notes, links)
         return samples
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefuse.data.answers import N_ANSWERS
+from cachefuse.data.column import Column
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import ImageSource, Reader, Samples, check_inside, well_formed
+from cachefuse.data.readers.base import Reader, Samples, check_inside, well_formed
 from cachefuse.data.readers.folder import links_out, note_links
 from cachefuse.data.readers.json_file import list_of_objects, read_json
 from cachefuse.errors import DataError
@@ -35,7 +36,7 @@ class Question:
     id: str
     split: str
     answers: tuple[str, ...] | None
-    image: ImageSource | None
+    image: FileImage | None
     text: str
     group: str
 
@@ -68,10 +69,11 @@ class Vqa2Reader(Reader):
             ids=[question.id for question in questions],
             splits=[question.split for question in questions],
             labels=[question.answers for question in questions],
-            images=[question.image for question in questions],
-            texts=[(question.text,) if question.text else () for question in questions],
+            modalities={
+                "image": Column([question.image for question in questions], shared=True),
+                "text": Column.texts([(question.text,) if question.text else () for question in questions]),
+            },
             groups=[question.group for question in questions],
-            shares_images=True,
             notes=notes,
         )
 
@@ -104,7 +106,7 @@ def _read_split(split: str, files: SplitFiles, root: Path, notes: list[str]) -> 
             note = f"{len(unanswered):,} {split} questions have no answers in {files.annotations.name}"
             notes.append(f"{note}, such as {unanswered[0]}")
     links, skipped = links_out(files.images, root), []
-    images: dict[int, ImageSource | None] = {}
+    images: dict[int, FileImage | None] = {}
     for number, (image, text) in questions.items():
         if image not in images:
             name = f"COCO_{SPLITS[split]}_{image:012d}.jpg"

@@ -11,6 +11,7 @@ from cachefuse.data.manifest import load_manifest
 from cachefuse.data.readers import cifar
 from cachefuse.data.readers.cifar import CLASSES, CifarReader
 from cachefuse.errors import BadSampleError, DataError, MissingDataError
+from fixtures.columns import images_of
 from fixtures.messages import naming
 
 CIFAR10 = {f"data_batch_{i}.bin": [i, 9] for i in range(1, 6)} | {"test_batch.bin": [0]}
@@ -47,10 +48,10 @@ def test_cifar10(tmp_path, folder):
     assert dataset.splits.tolist() == ["train"] * 10 + ["test"]
     assert dataset.targets.tolist() == [1, 9, 2, 9, 3, 9, 4, 9, 5, 9, 0]
     assert dataset.classes == ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-    np.testing.assert_array_equal(np.asarray(dataset.images[0].load()), NOISE)
-    np.testing.assert_array_equal(np.asarray(dataset.images[9].load()), NOISE + 1)
-    assert dataset.images[9].load().mode == "RGB"
-    assert dataset.images[9].name == f"{tmp_path / folder / 'data_batch_5.bin'}[1]"
+    np.testing.assert_array_equal(np.asarray(images_of(dataset)[0].load()), NOISE)
+    np.testing.assert_array_equal(np.asarray(images_of(dataset)[9].load()), NOISE + 1)
+    assert images_of(dataset)[9].load().mode == "RGB"
+    assert images_of(dataset)[9].name == f"{tmp_path / folder / 'data_batch_5.bin'}[1]"
 
 
 @pytest.mark.parametrize("folder", ["", "cifar-100-binary"])
@@ -60,7 +61,7 @@ def test_cifar100_learns_the_fine_labels(tmp_path, folder):
     assert dataset.ids == ["train-00001", "train-00002", "test-00001"]
     assert [dataset.classes[i] for i in dataset.targets] == ["beetle", "worm", "apple"]
     assert len(dataset.classes) == 100
-    np.testing.assert_array_equal(np.asarray(dataset.images[1].load()), NOISE + 1)
+    np.testing.assert_array_equal(np.asarray(images_of(dataset)[1].load()), NOISE + 1)
 
 
 def test_a_tenth_of_train_is_held_out(tmp_path):
@@ -94,7 +95,7 @@ def test_folders_of_images(tmp_path):
     assert dataset.ids == ["train/cat/1.png", "train/dog/1.png", "test/dog/2.png"]
     assert dataset.splits.tolist() == ["train", "train", "test"]
     assert dataset.classes == ("cat", "dog")
-    np.testing.assert_array_equal(np.asarray(dataset.images[2].load()), NOISE)
+    np.testing.assert_array_equal(np.asarray(images_of(dataset)[2].load()), NOISE)
 
 
 # What is not there, or not to be read
@@ -200,13 +201,13 @@ def test_only_the_rows_own_bytes_are_read(tmp_path, monkeypatch):
     write(tmp_path, CIFAR10)
     asked = []
     monkeypatch.setattr(cifar, "read_file", lambda *arguments: asked.append(arguments) or bytes(3072))
-    read(tmp_path).images[3].load()
+    images_of(read(tmp_path))[3].load()
     assert asked == [(str(tmp_path / "data_batch_2.bin"), 3073 + 1, 3072)]
 
 
 def test_a_file_that_changes_after_it_was_listed(tmp_path):
     write(tmp_path, CIFAR10)
-    first, second = read(tmp_path).images[:2]
+    first, second = images_of(read(tmp_path))[:2]
     fingerprints, digests = (first.fingerprint(), second.fingerprint()), (first.digest(), second.digest())
     assert len({*fingerprints, *digests}) == 4
     os.truncate(tmp_path / "data_batch_1.bin", 3073 + 100)
@@ -224,7 +225,7 @@ def test_a_file_that_changes_after_it_was_listed(tmp_path):
 
 def test_a_disk_that_fails_stops_the_run(tmp_path, monkeypatch):
     write(tmp_path, CIFAR10)
-    image = read(tmp_path).images[0]
+    image = images_of(read(tmp_path))[0]
 
     def fail(*arguments, **options):
         raise OSError(errno.EIO, "Input/output error")

@@ -9,6 +9,7 @@ from cachefuse.data.manifest import load_manifest
 from cachefuse.data.readers import coco_captions
 from cachefuse.data.readers.coco_captions import CocoCaptionsReader
 from cachefuse.errors import BadSampleError, DataError, MissingDataError
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
 CAPTIONS = {9: ["A dog.\n", " ", "A brown dog"], 25: ["Two giraffes"], 30: []}
@@ -51,10 +52,10 @@ def test_one_sample_an_image(tmp_path):
     dataset = load(tmp_path)
     assert dataset.ids == ["9", "25", "30", "42"]
     assert dataset.splits.tolist() == ["train", "train", "train", "val"]
-    assert dataset.texts == [("A dog.", "A brown dog"), ("Two giraffes",), (), ("A cat", "A grey cat")]
+    assert texts_of(dataset) == [("A dog.", "A brown dog"), ("Two giraffes",), (), ("A cat", "A grey cat")]
     assert dataset.classes == ()
-    assert dataset.images[1].path == tmp_path / "train2017/000000000025.jpg"
-    assert np.abs(np.asarray(dataset.images[3].load(), int)[0, 0] - [42, 0, 0]).max() <= 3
+    assert images_of(dataset)[1].path == tmp_path / "train2017/000000000025.jpg"
+    assert np.abs(np.asarray(images_of(dataset)[3].load(), int)[0, 0] - [42, 0, 0]).max() <= 3
 
 
 @pytest.mark.parametrize("folder", ["", "images"])
@@ -63,7 +64,7 @@ def test_the_division_of_2014(tmp_path, folder):
     write(tmp_path, "val", year=2014, folder=folder, captions={42: ["A cat"]})
     dataset = load(tmp_path)
     assert dataset.splits.tolist() == ["train"] * 3 + ["val"]
-    assert dataset.images[3].load().size == (4, 3)
+    assert images_of(dataset)[3].load().size == (4, 3)
 
 
 def test_of_both_divisions_that_of_2017_is_taken(tmp_path):
@@ -71,7 +72,7 @@ def test_of_both_divisions_that_of_2017_is_taken(tmp_path):
         write(tmp_path, year=year, captions={year % 100: [f"of {year}"]})
         write(tmp_path, "val", year=year, captions={42: ["A cat"]})
     samples = read(tmp_path)
-    assert samples.texts == [("of 2017",), ("A cat",)]
+    assert texts_of(samples) == [("of 2017",), ("A cat",)]
     (note,) = samples.notes
     assert says(note, "2017 2014")
 
@@ -109,13 +110,13 @@ def test_an_image_file_that_is_absent_is_a_bad_sample(tmp_path):
     write(tmp_path)
     (tmp_path / "train2017/000000000009.jpg").unlink()
     with pytest.raises(BadSampleError, match="file"):
-        read(tmp_path).images[0].load()
+        images_of(read(tmp_path))[0].load()
 
 
 def test_captions_of_unknown_images_are_counted(tmp_path):
     write(tmp_path, annotations=[{"image_id": key, "caption": "a"} for key in (9, 77, 77, 78)])
     samples = read(tmp_path)
-    assert samples.texts == [("a",), (), ()]
+    assert texts_of(samples) == [("a",), (), ()]
     assert says("\n".join(samples.notes), "3 captions_train2017.json 77")
 
 
@@ -124,9 +125,9 @@ def test_ids_may_be_strings_and_odd_unicode_can_be_encoded(tmp_path):
     write(tmp_path, images=images, annotations=[{"image_id": "a\ud800", "caption": "\udfff dog"}])
     samples = read(tmp_path)
     assert samples.ids == ["a?"]
-    assert samples.texts == [("? dog",)]
+    assert texts_of(samples) == [("? dog",)]
     with pytest.raises(BadSampleError, match="file"):
-        samples.images[0].load()
+        images_of(samples)[0].load()
 
 
 def test_an_image_that_is_listed_twice(tmp_path):
@@ -163,8 +164,8 @@ def test_links_out_of_the_data_folder_are_not_followed(tmp_path):
     (root / "train2017/000000000025.jpg").unlink()
     (root / "train2017/000000000025.jpg").symlink_to("000000000030.jpg")
     samples = read(root)
-    assert samples.images[0] is None
-    assert samples.images[1].load().size == (4, 3)
+    assert images_of(samples)[0] is None
+    assert images_of(samples)[1].load().size == (4, 3)
     assert any(says(note, "1 train2017/000000000009.jpg") for note in samples.notes)
 
 

@@ -12,6 +12,7 @@ from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers import READERS
 from cachefuse.data.readers.base import Reader
 from cachefuse.errors import BadSampleError, ManifestError
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming
 
 
@@ -142,9 +143,9 @@ def contents(root):
 def test_lists_are_parallel(mini):
     reader, root, n = mini
     samples = reader.read(root)
-    columns = [samples.ids, samples.splits, samples.labels, samples.images, samples.texts, samples.groups]
+    columns = [samples.ids, samples.splits, samples.labels, images_of(samples), texts_of(samples), samples.groups]
     assert {len(column) for column in columns if column is not None} == {n}
-    assert samples.images is not None or samples.texts is not None
+    assert images_of(samples) is not None or texts_of(samples) is not None
 
 
 def test_values_are_of_the_documented_types(mini):
@@ -154,7 +155,7 @@ def test_values_are_of_the_documented_types(mini):
     assert all(isinstance(value, str) and value for value in samples.ids + samples.splits)
     for names in samples.labels:
         assert names is None or (isinstance(names, tuple) and all(isinstance(name, str) and name for name in names))
-    for texts in samples.texts or []:
+    for texts in texts_of(samples) or []:
         assert isinstance(texts, tuple)
         assert all(isinstance(text, str) and text.strip() for text in texts)
     assert samples.classes is None or isinstance(samples.classes, tuple)
@@ -165,7 +166,7 @@ def test_reading_is_pure_and_repeatable(mini):
     reader, root, _ = mini
     before = contents(root)
     first, second = reader.read(root), reader.read(root)
-    for source in first.images or []:
+    for source in images_of(first) or []:
         source.fingerprint(), source.digest()
     assert first == second
     assert contents(root) == before
@@ -173,7 +174,7 @@ def test_reading_is_pure_and_repeatable(mini):
 
 def test_images_are_rgb_or_bad_samples(mini):
     reader, root, _ = mini
-    loaded, images = 0, reader.read(root).images
+    loaded, images = 0, images_of(reader.read(root))
     for source in images or []:
         assert source.name
         try:
@@ -188,7 +189,7 @@ def test_images_are_rgb_or_bad_samples(mini):
 
 def test_stamps_and_digests_stay_and_stamps_tell_rows_apart(mini):
     reader, root, _ = mini
-    sources, again = reader.read(root).images or [], reader.read(root).images or []
+    sources, again = images_of(reader.read(root)) or [], images_of(reader.read(root)) or []
     assert [source.fingerprint() for source in sources] == [source.fingerprint() for source in again]
     assert [source.digest() for source in sources] == [source.digest() for source in again]
     assert len({source.fingerprint() for source in sources}) == len(sources)

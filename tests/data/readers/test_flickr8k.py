@@ -8,6 +8,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.errors import DataError, MissingDataError
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
 CAPTIONS = """\
@@ -56,13 +57,13 @@ def test_captions_file(tmp_path):
     dataset = load(tmp_path)
     assert dataset.ids == ["100_a", "200_b", "300_c"]
     assert dataset.splits.tolist() == ["train", "val", "test"]
-    assert dataset.texts == [
+    assert texts_of(dataset) == [
         ("A dog runs .", 'A dog , in "the" park , runs'),
         ('"Go" says a man to the "dog"', "A man , a dog"),
         ("A girl",),
     ]
     assert dataset.classes == ()
-    pixels = np.asarray(dataset.images[1].load(), int)
+    pixels = np.asarray(images_of(dataset)[1].load(), int)
     assert pixels.shape == (8, 11, 3)
     assert np.abs(pixels - [10, 200, 30]).max() <= 3
 
@@ -71,7 +72,7 @@ def test_original_archive_with_a_token_file(tmp_path):
     write(tmp_path, images="Flicker8k_Dataset", captions=TOKENS, file="Flickr8k.token.txt")
     dataset = load(tmp_path)
     assert dataset.ids == ["100_a", "200_b", "300_c"]
-    assert dataset.texts[0] == ("A dog runs .", '"A dog , in the park , runs"')
+    assert texts_of(dataset)[0] == ("A dog runs .", '"A dog , in the park , runs"')
     assert says("\n".join(dataset.notes), "1 400_d.jpg")
     assert says("\n".join(dataset.notes), "1 image 2258277193_586949ec62.jpg.1")
 
@@ -92,7 +93,7 @@ def test_listed_images_that_are_absent_are_dropped_and_counted(tmp_path):
 
 def test_image_without_a_caption_has_no_texts(tmp_path):
     write(tmp_path, captions="100_a.jpg,A dog\n200_b.jpg,\n")
-    assert load(tmp_path).texts == [("A dog",), (), ()]
+    assert texts_of(load(tmp_path)) == [("A dog",), (), ()]
 
 
 def test_line_that_is_no_caption(tmp_path):
@@ -126,8 +127,8 @@ def test_real_data():
     dataset = load(Path(folder) / "data" / "flickr8k")
     counts = dict(zip(*np.unique(dataset.splits, return_counts=True), strict=True))
     assert counts == {"train": 900, "val": 100, "test": 200}
-    assert {len(texts) for texts in dataset.texts} == {5}
-    assert not any('""' in text or text.startswith('"A dog shakes') for texts in dataset.texts for text in texts)
-    assert dataset.texts[dataset.ids.index("1012212859_01547e3f17")][0].startswith("A dog shakes its head")
-    for source in dataset.images[:20]:
+    assert {len(texts) for texts in texts_of(dataset)} == {5}
+    assert not any('""' in text or text.startswith('"A dog shakes') for texts in texts_of(dataset) for text in texts)
+    assert texts_of(dataset)[dataset.ids.index("1012212859_01547e3f17")][0].startswith("A dog shakes its head")
+    for source in images_of(dataset)[:20]:
         assert source.load().mode == "RGB"

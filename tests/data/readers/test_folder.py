@@ -5,6 +5,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.errors import DataError, MissingDataError
+from fixtures.columns import images_of
 from fixtures.messages import says
 
 MANIFEST = """
@@ -41,8 +42,8 @@ def test_classes_straight_under_the_root(tmp_path):
     assert dataset.splits.tolist() == ["train"] * 3
     assert dataset.classes == ("cat", "dog")
     assert dataset.targets.tolist() == [0, 0, 1]
-    assert dataset.modalities == ("image",)
-    np.testing.assert_array_equal(np.asarray(dataset.images[2].load())[0, 0], [1, 2, 3])
+    assert tuple(dataset.modalities) == ("image",)
+    np.testing.assert_array_equal(np.asarray(images_of(dataset)[2].load())[0, 0], [1, 2, 3])
 
 
 def test_splits_are_sub_folders_and_a_flat_one_is_unlabelled(tmp_path):

@@ -5,6 +5,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.errors import BadSampleError, DataError, MissingDataError
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
 TRAIN = """\
@@ -47,10 +48,10 @@ def test_food101_in_its_true_layout(tmp_path):
     assert dataset.splits[3] == "test"
     assert dataset.classes == ("apple_pie", "waffles")
     assert dataset.targets.tolist() == [0, 0, 1, 1]
-    assert dataset.texts[0] == ('Apple Pie, the "classic" one',)
-    assert dataset.texts[1] == ("Grandma's apple pie | Crème fraîche",)
+    assert texts_of(dataset)[0] == ('Apple Pie, the "classic" one',)
+    assert texts_of(dataset)[1] == ("Grandma's apple pie | Crème fraîche",)
     assert says("\n".join(dataset.notes), "3 67,971")
-    pixels = np.asarray(dataset.images[3].load(), int)
+    pixels = np.asarray(images_of(dataset)[3].load(), int)
     assert pixels.shape == (9, 12, 3)
     assert np.abs(pixels - [200, 100, 50]).max() <= 3
 
@@ -60,9 +61,9 @@ def test_absent_and_broken_images_are_bad_samples(tmp_path):
     (tmp_path / "images/train/waffles/waffles_7.jpg").write_text("<html>not found</html>")
     dataset = load(tmp_path)
     with pytest.raises(BadSampleError, match="file"):
-        dataset.images[1].load()
+        images_of(dataset)[1].load()
     with pytest.raises(BadSampleError, match="image"):
-        dataset.images[2].load()
+        images_of(dataset)[2].load()
 
 
 def test_names_that_leave_the_folder_are_not_opened(tmp_path):
@@ -71,7 +72,7 @@ def test_names_that_leave_the_folder_are_not_opened(tmp_path):
     write(root, test="../../../../secret.jpg,title,waffles\n")
     Image.new("RGB", (4, 4)).save(tmp_path / "secret.jpg")
     with pytest.raises(BadSampleError, match="folder"):
-        load(root).images[3].load()
+        images_of(load(root))[3].load()
 
 
 def test_val_is_a_small_part_of_train(tmp_path):

@@ -9,6 +9,7 @@ from cachefuse.data.manifest import load_manifest, parse_manifest
 from cachefuse.data.readers import hdf5_file
 from cachefuse.data.readers.hdf5 import ArrayImage, without_first_sentence
 from cachefuse.errors import BadSampleError, DataError, ManifestError, MissingDataError
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
 MANIFEST = """
@@ -55,7 +56,7 @@ def test_images_come_back_pixel_for_pixel(tmp_path, planes_first):
     stored = images.transpose(0, 3, 1, 2) if planes_first else images
     write_mini(tmp_path, n=4, pixels=stored)
     dataset = load(tmp_path)
-    for source, expected in zip(dataset.images, images, strict=True):
+    for source, expected in zip(images_of(dataset), images, strict=True):
         image = source.load()
         assert image.mode == "RGB"
         np.testing.assert_array_equal(np.asarray(image), expected)
@@ -67,21 +68,21 @@ def test_default_ids_labels_and_absent_texts(tmp_path):
     assert dataset.ids == ["train-0", "train-1", "train-2"]
     assert dataset.classes == ("hat", "shoe")
     assert dataset.targets.tolist() == [0, -1, 1]
-    assert dataset.texts == [("a",), (), ()]
+    assert texts_of(dataset) == [("a",), (), ()]
 
 
 @pytest.mark.parametrize("shape", [(2,), (2, 1)])
 def test_rows_that_are_not_in_the_encoding_are_read_as_latin_1(tmp_path, shape):
     captions = np.array(["naïve".encode(), "café".encode("latin-1")]).reshape(shape)
     write_mini(tmp_path, caption=captions)
-    assert load(tmp_path).texts == [("naïve",), ("café",)]
+    assert texts_of(load(tmp_path)) == [("naïve",), ("café",)]
 
 
 def test_strings_of_variable_length_and_whole_numbers(tmp_path):
     captions = np.array(["größer", "smaller"], object)
     write_mini(tmp_path, caption=captions, label=np.array([[10], [9]]))
     dataset = load(tmp_path)
-    assert dataset.texts == [("größer",), ("smaller",)]
+    assert texts_of(dataset) == [("größer",), ("smaller",)]
     assert dataset.classes == ("9", "10")
 
 
@@ -101,7 +102,7 @@ def test_soft_links_inside_the_file_are_followed(tmp_path):
         del file["caption"]
         file["group/alias"] = h5py.SoftLink("real")
         file["caption"] = h5py.SoftLink("/group/alias")
-    assert load(tmp_path).texts == [("caption 0",), ("caption 1",)]
+    assert texts_of(load(tmp_path)) == [("caption 0",), ("caption 1",)]
 
 
 @pytest.mark.parametrize(
@@ -139,11 +140,11 @@ def test_fashiongen_in_its_true_layout(tmp_path):
     assert len(dataset) == 192
     assert (dataset.splits == "test").sum() == 12
     assert dataset.classes == ("JEANS", "SKINNY JEANS")
-    assert dataset.texts[0] == ("Décolleté cut.",)
+    assert texts_of(dataset)[0] == ("Décolleté cut.",)
     products = {split: {i // 3 for i in np.flatnonzero(dataset.splits == split)} for split in ("train", "val")}
     assert products["val"]
     assert not products["train"] & products["val"]
-    np.testing.assert_array_equal(np.asarray(dataset.images[5].load()), random_images(180, 8, 8)[5])
+    np.testing.assert_array_equal(np.asarray(images_of(dataset)[5].load()), random_images(180, 8, 8)[5])
     assert says("\n".join(dataset.notes), "180 260,480")
 
 
@@ -271,9 +272,9 @@ def test_damaged_row_is_a_bad_sample_and_the_others_are_not(tmp_path):
     data[offset] ^= 0xFF
     (tmp_path / "train.h5").write_bytes(data)
     dataset = load(tmp_path)
-    np.testing.assert_array_equal(np.asarray(dataset.images[0].load()), images[0])
+    np.testing.assert_array_equal(np.asarray(images_of(dataset)[0].load()), images[0])
     with pytest.raises(BadSampleError, match="read"):
-        dataset.images[1].load()
+        images_of(dataset)[1].load()
 
 
 def test_rows_and_files_that_are_not_there_are_bad_samples(tmp_path):
@@ -290,7 +291,9 @@ def test_rows_and_files_that_are_not_there_are_bad_samples(tmp_path):
 
 def test_name_tells_rows_apart(tmp_path):
     write_mini(tmp_path)
-    assert [source.name for source in load(tmp_path).images] == [f"{tmp_path}/train.h5:pixels[{row}]" for row in (0, 1)]
+    assert [source.name for source in images_of(load(tmp_path))] == [
+        f"{tmp_path}/train.h5:pixels[{row}]" for row in (0, 1)
+    ]
 
 
 def test_threads_share_one_handle(tmp_path, n_open):
@@ -298,7 +301,7 @@ def test_threads_share_one_handle(tmp_path, n_open):
     write_mini(tmp_path, n=64, pixels=images)
     dataset = load(tmp_path)
     with ThreadPoolExecutor(8) as pool:
-        loaded = list(pool.map(lambda source: np.asarray(source.load()), dataset.images))
+        loaded = list(pool.map(lambda source: np.asarray(source.load()), images_of(dataset)))
     np.testing.assert_array_equal(np.stack(loaded), images)
     assert n_open(tmp_path / "train.h5") == 1
 

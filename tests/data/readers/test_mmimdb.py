@@ -8,6 +8,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.errors import BadSampleError, DataError, MissingDataError
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
 GENRES = ("Drama", "Comedy", "Sci-Fi")
@@ -56,12 +57,12 @@ def test_raw_layout(tmp_path, inside):
     dataset = load(tmp_path)
     assert dataset.ids == ["0000005", "0000417", "0012349"]
     assert dataset.splits.tolist() == ["train", "val", "test"]
-    assert dataset.texts == [("the longest plot",), ("only one",), ()]
+    assert texts_of(dataset) == [("the longest plot",), ("only one",), ()]
     assert len(dataset.classes) == 23
     named = [{dataset.classes[c] for c in np.flatnonzero(row == 1)} for row in dataset.targets]
     assert named == [{"Drama"}, {"Sci-Fi"}, {"Comedy", "Drama"}]
     assert says("\n".join(dataset.notes), "1 films genres")
-    pixels = np.asarray(dataset.images[0].load(), int)
+    pixels = np.asarray(images_of(dataset)[0].load(), int)
     assert pixels.shape == (48, 32, 3)
     assert np.abs(pixels - [255, 0, 0]).max() <= 3
 
@@ -79,7 +80,7 @@ def test_film_without_a_poster_is_a_bad_sample(tmp_path):
     write_raw(tmp_path)
     (tmp_path / "dataset/0000417.jpeg").unlink()
     with pytest.raises(BadSampleError, match="file"):
-        load(tmp_path).images[1].load()
+        images_of(load(tmp_path))[1].load()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +161,7 @@ def test_hdf5_layout_without_texts(tmp_path, inside):
     dataset = load(tmp_path)
     assert dataset.ids == ["0000005", "0000417", "0012349"]
     assert dataset.splits.tolist() == ["train", "val", "test"]
-    assert dataset.modalities == ("image",)
+    assert tuple(dataset.modalities) == ("image",)
     assert any("the text modality is absent" in note for note in dataset.notes)
     named = [{dataset.classes[c] for c in np.flatnonzero(row == 1)} for row in dataset.targets]
     assert named == [{"Drama"}, {"Sci-Fi"}, {"Comedy", "Drama"}]
@@ -169,7 +170,7 @@ def test_hdf5_layout_without_texts(tmp_path, inside):
 def test_hdf5_posters_come_back_as_rgb(tmp_path):
     write_hdf5(tmp_path)
     dataset = load(tmp_path)
-    for source, expected in zip(dataset.images, posters(3), strict=True):
+    for source, expected in zip(images_of(dataset), posters(3), strict=True):
         image = source.load()
         assert image.size == (160, 256)
         difference = np.abs(np.asarray(image, int) - expected.astype(int))
@@ -183,7 +184,7 @@ def test_hdf5_values_out_of_range_are_clipped(tmp_path):
     values = vgg_input(posters(3))
     values[0, :, 0, 0] = [2**31 - 1, -(2**31), 0]
     write_hdf5(tmp_path, images=values)
-    assert load(tmp_path).images[0].load().getpixel((0, 0)) == (124, 0, 255)
+    assert images_of(load(tmp_path))[0].load().getpixel((0, 0)) == (124, 0, 255)
 
 
 def test_hdf5_takes_plots_from_the_raw_json_beside_it(tmp_path):
@@ -191,17 +192,17 @@ def test_hdf5_takes_plots_from_the_raw_json_beside_it(tmp_path):
     write_film(tmp_path, "0000005", ["Drama"], ["short", "the longest plot"], image=False)
     write_film(tmp_path, "0012349", ["Drama"], ["a plot"], image=False)
     dataset = load(tmp_path)
-    assert dataset.texts == [("the longest plot",), (), ("a plot",)]
+    assert texts_of(dataset) == [("the longest plot",), (), ("a plot",)]
     assert says("\n".join(dataset.notes), "1 3 dataset/<id>.json")
 
 
 def test_raw_archive_is_preferred_if_it_has_posters(tmp_path):
     write_hdf5(tmp_path)
     write_raw(tmp_path)
-    assert load(tmp_path).images[0].load().size == (32, 48)
+    assert images_of(load(tmp_path))[0].load().size == (32, 48)
     for path in (tmp_path / "dataset").glob("*.jpeg"):
         path.unlink()
-    assert load(tmp_path).images[0].load().size == (160, 256)
+    assert images_of(load(tmp_path))[0].load().size == (160, 256)
 
 
 def test_hdf5_rows_in_no_split_and_without_genres_are_dropped(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest, parse_manifest
 from cachefuse.errors import DataError, MissingDataError
+from fixtures.columns import texts_of
 from fixtures.messages import naming, says
 
 OWN = """
@@ -59,12 +60,12 @@ def test_stsb(tmp_path):
     dataset = load("stsb", tmp_path)
     assert dataset.ids == ["train-1", "train-2", "val-1", "test-1"]
     assert dataset.splits.tolist() == ["train", "train", "val", "test"]
-    assert dataset.texts[0] == ('A plane is "taking off.', "An air plane is taking off.")
-    assert dataset.texts[1:] == [("a", "b"), ("c", "d"), ("e", "f")]
+    assert texts_of(dataset)[0] == ('A plane is "taking off.', "An air plane is taking off.")
+    assert texts_of(dataset)[1:] == [("a", "b"), ("c", "d"), ("e", "f")]
     assert dataset.targets.dtype == np.float32
     np.testing.assert_array_equal(dataset.targets, np.float32([5, 0, 2.5, np.nan]))
     assert dataset.classes == ()
-    assert dataset.modalities == ("text",)
+    assert tuple(dataset.modalities) == ("text",)
     assert dataset.manifest.scale == (0.0, 5.0)
 
 
@@ -99,9 +100,9 @@ def test_real_stsb():
     assert counts == {"train": 5749, "val": 1500, "test": 1379}
     assert dataset.notes == ()
     assert (dataset.targets.min(), dataset.targets.max()) == (0, 5)
-    assert all(first and second for first, second in dataset.texts)
+    assert all(first and second for first, second in texts_of(dataset))
     quoted = 'A dog in a "superman" shirt sleeps on a blanket.'
-    assert any(first == quoted for first, _ in dataset.texts)
+    assert any(first == quoted for first, _ in texts_of(dataset))
 
 
 # MRPC and QQP
@@ -112,7 +113,7 @@ def test_mrpc_as_microsoft_gives_it(tmp_path):
     write(tmp_path, "msr_paraphrase_test.txt", f"{MRPC}0\t80\t81\tc\td\r\n")
     dataset = load("mrpc", tmp_path)
     assert dataset.ids == ["train-1", "train-2", "test-1"]
-    assert dataset.texts == [('He said "no.', 'No, he said "'), ("a", "b"), ("c", "d")]
+    assert texts_of(dataset) == [('He said "no.', 'No, he said "'), ("a", "b"), ("c", "d")]
     assert dataset.classes == ("0", "1")
     assert dataset.targets.dtype == np.int32
     assert dataset.targets.tolist() == [1, 0, 0]
@@ -127,7 +128,7 @@ def test_mrpc_of_glue_never_trains_on_its_dev_rows(tmp_path):
     write(tmp_path, "test.tsv", MRPC.replace("Quality", "index") + "0\t5\t6\te\tf\r\n")
     dataset = load("mrpc", tmp_path)
     assert dataset.splits.tolist() == ["train", "val", "test"]
-    assert dataset.texts == [("a", "b"), ("c", "d"), ("e", "f")]
+    assert texts_of(dataset) == [("a", "b"), ("c", "d"), ("e", "f")]
     assert dataset.targets.tolist() == [1, 0, 1]
     (tmp_path / "msr_paraphrase_test.txt").unlink()
     assert load("mrpc", tmp_path).targets.tolist() == [1, 0, -1]
@@ -139,7 +140,7 @@ def test_qqp(tmp_path):
     write(tmp_path, "test.tsv", "id\tquestion1\tquestion2\n0\tfive\tsix\n")
     dataset = load("qqp", tmp_path)
     assert dataset.ids == ["train-1", "train-2", "val-1", "test-1"]
-    assert dataset.texts[0] == ('How "so?', "Why?")
+    assert texts_of(dataset)[0] == ('How "so?', "Why?")
     assert dataset.targets.tolist() == [1, 0, 0, -1]
     (tmp_path / "test.tsv").unlink()
     assert says("\n".join(load("qqp", tmp_path).notes), "test.tsv")
@@ -167,7 +168,7 @@ def test_counts_of_another_published_division_are_no_warning(tmp_path):
 def test_a_pair_stays_a_pair_where_a_sentence_is_empty(tmp_path):
     write(tmp_path, "train.tsv", "sentence1\tsentence2\tscore\n\tb\t1\na\t \t2\n\t\t3\n\t\t\n")
     dataset = load_own(tmp_path)
-    assert dataset.texts == [("", "b"), ("a", ""), ("", "")]
+    assert texts_of(dataset) == [("", "b"), ("a", ""), ("", "")]
     assert dataset.targets.tolist() == [1, 2, 3]
 
 
@@ -178,7 +179,7 @@ def test_byte_order_mark_old_bytes_and_columns_in_another_order(tmp_path):
     (tmp_path / "train.tsv").write_bytes(data)
     dataset = load_own(tmp_path, 'id = "key"')
     assert dataset.ids == ["x", "y"]
-    assert dataset.texts == [("naïve", "café"), ("c", "d")]
+    assert texts_of(dataset) == [("naïve", "café"), ("c", "d")]
     assert dataset.targets.tolist() == [1, 2]
 
 
@@ -197,7 +198,7 @@ def test_broken_lines_are_skipped_and_counted(tmp_path):
     write(tmp_path, "train.tsv", "sentence1\tsentence2\tscore\na\tb\t1\n\ncut\tshort\nc\td\t2\ne\tf\t3\n")
     dataset = load_own(tmp_path)
     assert dataset.ids == ["train-1", "train-3", "train-4"]
-    assert dataset.texts == [("a", "b"), ("c", "d"), ("e", "f")]
+    assert texts_of(dataset) == [("a", "b"), ("c", "d"), ("e", "f")]
     assert says("\n".join(dataset.notes), "1 train.tsv 4")
 
 
@@ -226,9 +227,9 @@ def test_many_broken_lines_are_an_error(tmp_path, n, broken):
         (
             b"sentence1,sentence2,score\na,b,1\n",
             "",
-            "train.tsv sentence1 reader.texts",
+            "train.tsv sentence1 texts_of(reader)",
         ),
-        (b"sentence1\tscore\na\t1\n", "", "train.tsv sentence2 reader.texts"),
+        (b"sentence1\tscore\na\t1\n", "", "train.tsv sentence2 texts_of(reader)"),
         (b"sentence1\tsentence2\na\tb\n", "", "train.tsv score reader.label"),
         (
             b"sentence1\tsentence2\tscore\na\tb\t1\n",

@@ -7,6 +7,7 @@ from pydantic import ValidationError
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.data.readers.shapes import CLASSES, SIDE, ShapeImage, ShapesReader, joint_classes
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming
 
 ROOT = Path("no folder is needed")
@@ -20,14 +21,14 @@ def samples():
 def test_the_same_seed_gives_the_same_samples(samples):
     again = ShapesReader(train=300, test=40).read(ROOT)
     assert again == samples
-    for one, other in zip(samples.images[:20], again.images[:20], strict=True):
+    for one, other in zip(images_of(samples)[:20], images_of(again)[:20], strict=True):
         np.testing.assert_array_equal(np.asarray(one.load()), np.asarray(other.load()))
     other = ShapesReader(train=300, test=40, seed=1).read(ROOT)
-    assert other.texts != samples.texts
+    assert texts_of(other) != texts_of(samples)
     for one, another in ((samples, other), (other, samples)):
-        digests = {source.digest() for source in one.images}
+        digests = {source.digest() for source in images_of(one)}
         assert len(digests) == 340
-        assert digests.isdisjoint(source.digest() for source in another.images)
+        assert digests.isdisjoint(source.digest() for source in images_of(another))
 
 
 def test_each_drawing_parameter_is_in_the_digest():
@@ -38,12 +39,12 @@ def test_each_drawing_parameter_is_in_the_digest():
 def test_more_rows_change_no_others(samples):
     more = ShapesReader(train=300, test=80).read(ROOT)
     assert more.ids[:340] == samples.ids
-    assert more.texts[:340] == samples.texts
-    assert more.images[:340] == samples.images
+    assert texts_of(more)[:340] == texts_of(samples)
+    assert images_of(more)[:340] == images_of(samples)
 
 
 def test_drawings(samples):
-    for source in samples.images[:40]:
+    for source in images_of(samples)[:40]:
         image = source.load()
         assert (image.mode, image.size) == ("RGB", (SIDE, SIDE))
         assert np.asarray(image, float).std() > 8  # the shape stands out from the ground
@@ -52,7 +53,7 @@ def test_drawings(samples):
 
 def test_large_shapes_cover_more(samples):
     covered = {True: [], False: []}
-    for source in samples.images[:100]:
+    for source in images_of(samples)[:100]:
         values = np.asarray(source.load(), float)
         ground = np.median(values[:4], axis=(0, 1))
         covered[source.large].append((np.abs(values - ground).sum(axis=2) > 75).mean())
@@ -62,7 +63,9 @@ def test_large_shapes_cover_more(samples):
 def test_labels_follow_from_image_and_text(samples):
     materials = {"wooden": "wooden oak pine timber walnut", "metal": "metal steel iron brass copper"}
     materials |= {"glass": "glass crystal", "paper": "paper cardboard papier-mache"}
-    for source, (text,), labels in zip(samples.images[:300], samples.texts[:300], samples.labels[:300], strict=True):
+    for source, (text,), labels in zip(
+        images_of(samples)[:300], texts_of(samples)[:300], samples.labels[:300], strict=True
+    ):
         named = {material for material, words in materials.items() if set(words.split()) & set(text.split())}
         assert labels[0] == source.form
         assert named == {labels[1]}

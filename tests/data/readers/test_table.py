@@ -7,6 +7,7 @@ import pytest
 
 from cachefuse.data.readers.table import TableReader, read_columns
 from cachefuse.errors import DataError
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming
 
 
@@ -103,15 +104,15 @@ def test_columns_and_templates(tmp_path):
     write(tmp_path / "a.csv", "id,name,caption\n1,cat,A cat.\n2,dog,\n")
     samples = read(tmp_path, id="{split}/{id}", image="{name}/{id}.jpg", text="{name}: {caption}")
     assert samples.ids == ["train/1", "train/2"]
-    assert [source.path.relative_to(tmp_path).as_posix() for source in samples.images] == ["cat/1.jpg", "dog/2.jpg"]
-    assert samples.texts == [("cat: A cat.",), ("dog: ",)]
+    assert [source.path.relative_to(tmp_path).as_posix() for source in images_of(samples)] == ["cat/1.jpg", "dog/2.jpg"]
+    assert texts_of(samples) == [("cat: A cat.",), ("dog: ",)]
     assert samples.labels == [None, None]
 
 
 @pytest.mark.parametrize("value", ["{__class__}", "{0}", "{id.__class__}", "{name!r}", "{}", "%s", "=1+1", "{{id}}"])
 def test_nothing_in_the_data_is_interpreted(tmp_path, value):
     write(tmp_path / "a.csv", f"id,text\n1,{value}\n")
-    assert read(tmp_path, text="{id} {text}").texts == [(f"1 {value}",)]
+    assert texts_of(read(tmp_path, text="{id} {text}")) == [(f"1 {value}",)]
 
 
 @pytest.mark.parametrize("place", ["__class__", "0", "id.__class__", "id!r", "", "id:>10", "nothing"])
@@ -147,9 +148,9 @@ def test_split_column_overrides_the_file_where_it_is_not_empty(tmp_path):
 def test_blank_cells_are_absent(tmp_path):
     write(tmp_path / "a.csv", "image,text,label\n,x,a\na.png, ,\n")
     samples = read(tmp_path, image="image", text="text", labels="label")
-    assert samples.images[0] is None
-    assert samples.images[1] is not None
-    assert samples.texts == [("x",), ()]
+    assert images_of(samples)[0] is None
+    assert images_of(samples)[1] is not None
+    assert texts_of(samples) == [("x",), ()]
     assert samples.labels == [("a",), ()]
 
 
@@ -186,7 +187,7 @@ def test_typed_values(tmp_path):
     )
     samples = read(tmp_path, id="{id}/{score}", text="captions", labels="labels", separator=" ")
     assert samples.ids == ["1/1", "2/2.5", "/", "4/"]
-    assert samples.texts == [("one", "two"), ("x",), (), ()]
+    assert texts_of(samples) == [("one", "two"), ("x",), (), ()]
     assert samples.labels == [("a", "b"), (), None, ("a", "a")]
     assert read(tmp_path, labels="score").labels == [("1",), ("2.5",), None, None]
 
@@ -202,7 +203,7 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path):
     write(tmp_path / "a.jsonl", '{"id": "1\\ud800", "text": "x \\ud83d\\ude00 y\\udc00", "label": "\\ud800"}')
     samples = read(tmp_path, id="id", text="text", labels="label")
     assert samples.ids == ["1?"]
-    assert samples.texts == [("x 😀 y?",)]
+    assert texts_of(samples) == [("x 😀 y?",)]
     assert samples.labels == [("?",)]
 
 

@@ -4,6 +4,7 @@ from PIL import Image
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
 from cachefuse.errors import DataError, MissingDataError
+from fixtures.columns import images_of
 from fixtures.messages import naming, says
 
 WORDS = """\
@@ -52,8 +53,8 @@ def test_the_folders_as_they_are_unpacked(tmp_path, folder):
     assert dataset.splits.tolist() == ["train"] * 6 + ["val"] * 2 + ["test"]
     assert dataset.classes == ("goldfish", "crane (n02012849)", "crane (n03126707)")
     assert dataset.targets.tolist() == [0, 0, 1, 1, 2, 2, 2, 0, -1]
-    assert all(image.load().mode == "RGB" for image in dataset.images)
-    assert dataset.images[1].path == tmp_path / folder / dataset.ids[1]
+    assert all(image.load().mode == "RGB" for image in images_of(dataset))
+    assert images_of(dataset)[1].path == tmp_path / folder / dataset.ids[1]
 
 
 def test_without_words_the_classes_are_the_ids(tmp_path):
@@ -126,7 +127,7 @@ def test_names_that_lead_out_of_the_folder_are_not_followed(tmp_path):
     save(root / "secret.JPEG")
     dataset = load(root)
     assert len(dataset) == 9
-    assert not any("secret" in image.name for image in dataset.images)
+    assert not any("secret" in image.name for image in images_of(dataset))
 
 
 def test_words_that_are_otherwise(tmp_path):

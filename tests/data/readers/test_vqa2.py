@@ -9,6 +9,7 @@ from cachefuse.data.manifest import load_manifest, parse_manifest
 from cachefuse.data.readers import vqa2
 from cachefuse.data.readers.vqa2 import Vqa2Reader
 from cachefuse.errors import BadSampleError, DataError, MissingDataError
+from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
 QUESTIONS = {9000: (9, "Is it red?"), 9001: (9, " How many? "), 25000: (25, "What is it?")}
@@ -69,17 +70,16 @@ def test_one_sample_a_question(tmp_path):
     dataset = load(tmp_path)
     assert dataset.ids == ["9000", "9001", "25000", "42000", "77000", "77001"]
     assert dataset.splits.tolist() == ["train"] * 3 + ["val"] + ["test"] * 2
-    assert dataset.texts[:3] == [("Is it red?",), ("How many?",), ("What is it?",)]
-    assert dataset.modalities == ("image", "text")
-    assert np.abs(np.asarray(dataset.images[2].load(), int)[0, 0] - [25, 0, 0]).max() <= 3
+    assert texts_of(dataset)[:3] == [("Is it red?",), ("How many?",), ("What is it?",)]
+    assert tuple(dataset.modalities) == ("image", "text")
+    assert np.abs(np.asarray(images_of(dataset)[2].load(), int)[0, 0] - [25, 0, 0]).max() <= 3
 
 
 def test_questions_about_an_image_share_it(tmp_path):
     write_all(tmp_path)
     dataset = load(tmp_path)
-    assert dataset.shares_images
-    assert dataset.image_rows.tolist() == [0, 0, 1, 2, 3, 3]
-    assert dataset.images[0] is dataset.images[1]
+    assert dataset.modalities["image"].rows.tolist() == [0, 0, 1, 2, 3, 3]
+    assert images_of(dataset)[0] is images_of(dataset)[1]
 
 
 def test_classes_are_the_frequent_answers_in_train(tmp_path):
@@ -111,7 +111,7 @@ def test_the_number_of_classes_is_the_manifest_s(tmp_path):
 @pytest.mark.parametrize("folder", ["", "images"])
 def test_where_the_images_lie(tmp_path, folder):
     write(tmp_path, folder=folder)
-    assert read(tmp_path).images[0].path == tmp_path / folder / "train2014/COCO_train2014_000000000009.jpg"
+    assert images_of(read(tmp_path))[0].path == tmp_path / folder / "train2014/COCO_train2014_000000000009.jpg"
 
 
 def test_a_split_that_is_not_whole_is_left_out(tmp_path):
@@ -131,7 +131,9 @@ def test_questions_of_one_image_stay_together_where_val_is_held_out(tmp_path):
     write(tmp_path, "train", questions, dict.fromkeys(questions, ["yes"] * 10))
     dataset = load(tmp_path)
     assert set(dataset.splits) == {"train", "val"}
-    assert len({(row, split) for row, split in zip(dataset.image_rows, dataset.splits, strict=True)}) == 59
+    assert (
+        len({(row, split) for row, split in zip(dataset.modalities["image"].rows, dataset.splits, strict=True)}) == 59
+    )
 
 
 def test_missing(tmp_path):
@@ -155,7 +157,7 @@ def test_an_image_file_that_is_absent_is_a_bad_sample(tmp_path):
     write(tmp_path)
     (tmp_path / "train2014/COCO_train2014_000000000009.jpg").unlink()
     with pytest.raises(BadSampleError, match="file"):
-        read(tmp_path).images[1].load()
+        images_of(read(tmp_path))[1].load()
 
 
 def test_questions_without_answers_and_answers_without_questions_are_counted(tmp_path):
@@ -173,7 +175,7 @@ def test_blank_texts_and_odd_unicode(tmp_path):
     questions = {1: (1, " "), 2: (2, "\udfff dog?")}
     write(tmp_path, "train", questions, {1: ["", " "] * 5, 2: ["dog\ud800"] * 9 + [""]})
     samples = read(tmp_path)
-    assert samples.texts == [(), ("? dog?",)]
+    assert texts_of(samples) == [(), ("? dog?",)]
     assert samples.labels == [(), ("dog?",) * 9]
     assert load(tmp_path).targets.tolist() == [[-1] * 10, [0] * 9 + [-1]]
 
@@ -185,8 +187,8 @@ def test_links_out_of_the_data_folder_are_not_followed(tmp_path):
     (root / name).rename(tmp_path / "secret.jpg")
     (root / name).symlink_to(tmp_path / "secret.jpg")
     samples = read(root)
-    assert samples.images[:2] == [None, None]
-    assert samples.images[2].load().size == (4, 3)
+    assert images_of(samples)[:2] == [None, None]
+    assert images_of(samples)[2].load().size == (4, 3)
     assert says("\n".join(samples.notes), f"1 folder {name}")
 
 

@@ -1,0 +1,155 @@
+"""One modality of a dataset: the sources of each sample, and which samples share a source."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+
+from cachefuse.data.digests import hash_parts
+from cachefuse.errors import DataError
+
+
+class Source(Protocol):
+    """Where one image, or whatever else a tower takes, comes from; hashable, opened in a worker thread."""
+
+    @property
+    def name(self) -> str:
+        """The file (and row) as a user would look for it."""
+
+    def load(self) -> Any:
+        """Return what the tower prepares, such as an RGB image. Raises BadSampleError if it cannot be used."""
+
+    def fingerprint(self) -> str:
+        """What tells without reading that the content may have changed: a file's name, size and time of change."""
+
+    def digest(self) -> str:
+        """A hash of the content, or of why it can't be read, wherever it lies. Raises OSError if the machine failed."""
+
+
+NAME_LENGTH = 60  # of a value that has no file, at most
+
+TextOrSource = str | Source  # a text is its own content
+Entry = TextOrSource | tuple[TextOrSource, ...] | None
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Value:
+    """A source that is in memory: an array, or anything made of numbers, texts, lists and dictionaries."""
+
+    content: Any
+
+    @property
+    def name(self) -> str:
+        return " ".join(repr(self.content)[:NAME_LENGTH].split())
+
+    def load(self) -> Any:
+        return self.content
+
+    def fingerprint(self) -> str:
+        return self.digest()
+
+    def digest(self) -> str:
+        if isinstance(self.content, np.ndarray):
+            array = self.content
+            return hash_parts("array", array.dtype.str, str(array.shape), array.tobytes())
+        return hash_parts("value", json.dumps(self.content, sort_keys=True))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Value) and self.digest() == other.digest()
+
+    def __hash__(self) -> int:
+        return hash(self.digest())
+
+
+@dataclass(frozen=True)
+class Column:
+    """One modality of N samples. An entry is a sample's source, a tuple of several (captions), or None or () for none.
+
+    is_text: whether the sources are texts.
+    shared: whether samples with equal sources (many questions about one image) have the features of one.
+    """
+
+    sources: Sequence[Entry]
+    is_text: bool = False
+    shared: bool = False
+
+    @classmethod
+    def texts(cls, texts: Sequence[str | tuple[str, ...]]) -> "Column":
+        """Return a column of texts, one or a tuple of several for each sample; () for none."""
+        return cls(texts, is_text=True)
+
+    @classmethod
+    def values(cls, values: Iterable[Any]) -> "Column":
+        """Return a column of one value for each sample, such as a list of numbers; None for none."""
+        return cls([None if value is None else Value(value) for value in values])
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, row: int) -> tuple[TextOrSource, ...]:
+        """Return the sources of one sample."""
+        entry = self.sources[row]
+        if isinstance(entry, tuple):
+            return entry
+        return () if entry is None else (entry,)
+
+    @property
+    def present(self) -> np.ndarray:
+        """(N,) bool: which samples have a source."""
+        return np.array([len(self[row]) > 0 for row in range(len(self))], bool)
+
+    @cached_property
+    def offsets(self) -> np.ndarray | None:
+        """(N + 1,) offsets into ``feature_sources`` if any sample has several sources, else None."""
+        counts = [len(self[row]) for row in range(len(self))]
+        if max(counts, default=0) <= 1:
+            return None
+        return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+    @cached_property
+    def rows(self) -> np.ndarray | None:
+        """(N,) the number of each sample's source where samples share them, else None: equal ones have one number.
+
+        They are numbered as they first occur, so that samples to come change no number. A sample without a source
+        shares the number of the others without.
+        """
+        if not self.shared:
+            return None
+        if self.offsets is not None:
+            raise DataError("samples that share sources must have one each, and some have several")
+        numbers: dict[tuple[TextOrSource, ...], int] = {}
+        return np.array([numbers.setdefault(self[row], len(numbers)) for row in range(len(self))], np.int64)
+
+    def feature_sources(self) -> list[TextOrSource | None]:
+        """Return one source for each row of features: each once where samples share them, flat where one has several.
+
+        A sample without a source has a row of its own, with None, unless samples have several.
+        """
+        if self.rows is not None:
+            return [next(iter(sources), None) for sources in dict.fromkeys(self[row] for row in range(len(self)))]
+        if self.offsets is not None:
+            return [source for row in range(len(self)) for source in self[row]]
+        return [next(iter(self[row]), None) for row in range(len(self))]
+
+    def owners(self) -> np.ndarray:
+        """Return the sample, or the first of those, that each row of features belongs to, (n_rows,)."""
+        if self.rows is not None:
+            return np.unique(self.rows, return_index=True)[1]
+        samples = np.arange(len(self))
+        return samples if self.offsets is None else np.repeat(samples, np.diff(self.offsets))
+
+    def check(self) -> None:
+        """Raise DataError if a sample's first source is neither a text nor one that can be loaded and hashed."""
+        first = next((source for row in range(len(self)) for source in self[row]), "")
+        if not isinstance(first, str) and not hasattr(first, "digest"):
+            raise DataError(
+                f"a source must be a text or have load() and digest(). Got {type(first).__name__} instead; "
+                f"wrap plain values with Column.values"
+            )
+
+    def take(self, rows: Sequence[int]) -> "Column":
+        """Return the column of some samples."""
+        return replace(self, sources=[self.sources[row] for row in rows])
