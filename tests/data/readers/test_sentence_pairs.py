@@ -227,9 +227,9 @@ def test_many_broken_lines_are_an_error(tmp_path, n, broken):
         (
             b"sentence1,sentence2,score\na,b,1\n",
             "",
-            "train.tsv sentence1 texts_of(reader)",
+            "train.tsv sentence1 reader.texts",
         ),
-        (b"sentence1\tscore\na\t1\n", "", "train.tsv sentence2 texts_of(reader)"),
+        (b"sentence1\tscore\na\t1\n", "", "train.tsv sentence2 reader.texts"),
         (b"sentence1\tsentence2\na\tb\n", "", "train.tsv score reader.label"),
         (
             b"sentence1\tsentence2\tscore\na\tb\t1\n",
