@@ -1,14 +1,14 @@
 """Fusions compared: each with the same folds, epochs and steps, and what it costs; where a pooled head is enough."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.experiments.files import write_results
 from cachefuse.experiments.results import SettingResult, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
 from cachefuse.feature_spec import TOKENS
+from cachefuse.files import JsonObject
 from cachefuse.fusion import FUSIONS
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
@@ -73,7 +73,7 @@ def enough(result: SweepResult) -> SettingResult | None:
     return min(near, key=lambda setting: setting.costs.ms_per_item if setting.costs else 0.0)
 
 
-def default_pool(store: FeatureStore, encoders: Sequence[str], views: Any) -> str:
+def default_pool(store: FeatureStore, encoders: Sequence[str], views: Callable[[str], Collection[str]]) -> str:
     """Return how the tokens of modalities that have many of them are pooled; "" where none has."""
     chosen = select_features(store, encoders, views)
     many = []
@@ -84,6 +84,6 @@ def default_pool(store: FeatureStore, encoders: Sequence[str], views: Any) -> st
     return ",".join(many)
 
 
-def _pooled(method: str, pool: str) -> dict[str, Any]:
+def _pooled(method: str, pool: str) -> JsonObject:
     takes = "pool" in FUSIONS[method].options()
     return {"fusion_options": {"pool": pool}} if pool and takes else {}

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import filelock
 from pydantic import TypeAdapter, ValidationError
@@ -27,6 +27,9 @@ from cachefuse.experiments.results import SettingResult, SweepResult, Trial
 from cachefuse.files import make_folder, to_json, write_atomically
 from cachefuse.registry import Options
 from cachefuse.store.format import append_lines, read_lines
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 JOURNAL = "trials.jsonl"
 DPI = 150
@@ -75,7 +78,7 @@ def write_results(result: SweepResult, folder: Path) -> None:
             write_atomically(folder / f"curves.{kind}", data)
 
 
-def _trial_rows(result: SweepResult) -> Iterator[Sequence[Any]]:
+def _trial_rows(result: SweepResult) -> Iterator[Sequence[object]]:
     labels = ["label"] * any(setting.label for setting in result.settings)
     yield *labels, *result.fields, "seed", "status", "split", *result.metrics, "epoch", "seconds", "message", "key"
     for setting in result.settings:
@@ -89,7 +92,7 @@ def _trial_rows(result: SweepResult) -> Iterator[Sequence[Any]]:
             ]  # fmt: skip
 
 
-def _summary_rows(result: SweepResult) -> Iterator[Sequence[Any]]:
+def _summary_rows(result: SweepResult) -> Iterator[Sequence[object]]:
     published = any(setting.published for setting in result.settings)
     figures = [f"{metric}_{kind}" for metric in result.metrics for kind in ("mean", "std")]
     costs = any(setting.costs for setting in result.settings)
@@ -111,7 +114,7 @@ def _summary_rows(result: SweepResult) -> Iterator[Sequence[Any]]:
         ]
 
 
-def _as_csv(rows: Iterable[Sequence[Any]]) -> bytes:
+def _as_csv(rows: Iterable[Sequence[object]]) -> bytes:
     """Return rows as CSV; what is not defined is left empty."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -175,7 +178,7 @@ def plot_curves(result: SweepResult) -> dict[str, bytes]:
     return _drawn(figure)
 
 
-def _drawn(figure: Any) -> dict[str, bytes]:
+def _drawn(figure: "Figure") -> dict[str, bytes]:
     """Return a figure's files, the same bytes each time."""
     import matplotlib
 

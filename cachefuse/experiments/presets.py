@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.experiments.files import write_results
 from cachefuse.experiments.results import Published, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
 from cachefuse.experiments.token_presets import TOKEN_PRESETS
+from cachefuse.files import JsonObject
 from cachefuse.registry import Options, lookup
 from cachefuse.runs.run import Run
 from cachefuse.runs.train import train_run
@@ -47,7 +47,7 @@ PAPER_ASL = {"gamma_negative": 4.0, "gamma_positive": 1.0, "clip": 0.05}
 DIVERGED = (math.nan, math.nan)
 
 
-def _preset(title: str, base: TrainConfig, rows: Sequence[tuple[dict[str, Any], Published]]) -> Experiment:
+def _preset(title: str, base: TrainConfig, rows: Sequence[tuple[JsonObject, Published]]) -> Experiment:
     """Build an experiment of settings with their figures in per cent, as printed."""
     return Experiment(
         base=base,
@@ -184,7 +184,7 @@ def greedy(
     """
     tried = [setting for name in CHAIN for setting in PRESETS[name].settings]
     base = _changed(GREEDY, BASE, changes or {}, [*tried, {"refit": True}])
-    chosen: dict[str, Any] = {}
+    chosen: JsonObject = {}
     results = []
     for step, name in enumerate(CHAIN, 1):
         experiment = _after(preset(name, data, {"folds": base.folds}), chosen)
@@ -205,7 +205,7 @@ def _changed(name: str, base: TrainConfig, changes: Options, tried: Sequence[Opt
     return replace(base, **changes)
 
 
-def _scaled(setting: Options, data: TrainingData, base: TrainConfig) -> dict[str, Any]:
+def _scaled(setting: Options, data: TrainingData, base: TrainConfig) -> JsonObject:
     """Return a setting with its batch size as the same share of the rows to train on; all of them are 0."""
     if "batch_size" not in setting:
         return dict(setting)
@@ -222,7 +222,7 @@ def _after(experiment: Experiment, chosen: Options) -> Experiment:
     left = [row for row in rows if all(chosen.get(field, value) == value for field, value in row[0].items())]
     if not left:
         left = [(setting, None) for setting, _ in rows]
-    settings: dict[str, tuple[dict[str, Any], Published | None]] = {}
+    settings: dict[str, tuple[JsonObject, Published | None]] = {}
     for setting, figures in left:
         own = {field: value for field, value in setting.items() if field not in chosen}
         settings.setdefault(repr(own), (own, figures))

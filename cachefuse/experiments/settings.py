@@ -7,6 +7,7 @@ from typing import Any, get_args, get_type_hints
 from pydantic import TypeAdapter
 
 from cachefuse.errors import ConfigError
+from cachefuse.files import JsonObject
 from cachefuse.registry import Options, lookup
 from cachefuse.training.config import TrainConfig
 
@@ -31,7 +32,7 @@ TEXTS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+def grid(values: Mapping[str, Sequence[Any]]) -> list[JsonObject]:
     """Return every combination of the fields' values, the last field varying fastest.
 
     Raises ConfigError if there are no fields, or one has no values.
@@ -44,7 +45,7 @@ def grid(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
-def parse_setting(values: Options) -> dict[str, Any]:
+def parse_setting(values: Options) -> JsonObject:
     """Return fields of TrainConfig with values of their types; text is parsed: "0.5", layers "2048-512", batches "all".
 
     Raises UnknownNameError for a name that is no field, ConfigError for one that a sweep has fixed, or a bad value.

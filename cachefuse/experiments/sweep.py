@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from cachefuse.experiments.files import append_trials, only_sweep, read_trials, 
 from cachefuse.experiments.results import Curve, Published, SettingResult, SweepResult, Trial
 from cachefuse.experiments.settings import FIXED, parse_setting
 from cachefuse.feature_spec import modalities_of
-from cachefuse.files import to_json
+from cachefuse.files import JsonObject, to_json
 from cachefuse.metrics.bootstrap import bootstrap_intervals
 from cachefuse.nn.losses import build_loss
 from cachefuse.registry import Options
@@ -274,7 +273,7 @@ def _train_together(data: TrainingData, configs: Sequence[TrainConfig]) -> list[
     return outcomes
 
 
-def _values(config: TrainConfig) -> dict[str, Any]:
+def _values(config: TrainConfig) -> JsonObject:
     """Return all settings by name; their layers are those of the head if they name none."""
     return {**config.to_dict(), "layers": tuple(config.head_options()["layers"])}
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.experiments.results import Curve, Published
@@ -25,7 +24,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
 }
 SHARES = (0.0, 0.5, 1.0)  # of the rows whose captions are another's
 # "Leveraging efficient training and feature fusion", table 1, of the datasets' first metrics, in per cent.
-LIT_TABLE: tuple[tuple[str, dict[str, Any], dict[str, float]], ...] = (
+LIT_TABLE: tuple[tuple[str, JsonObject, dict[str, float]], ...] = (
     ("text", {"fusion": "lit", "without": ("image",)}, {"food101": 78.7, "mmimdb": 63.3, "fashiongen": 76.1}),
     ("image", {"fusion": "image"}, {"food101": 73.3, "mmimdb": 48.6, "fashiongen": 31.8}),
     ("as MMBT", {"fusion": "lit", "without": ("tirg",), "fusion_options": {"grid": 3}},

@@ -6,7 +6,7 @@ Features go by name: a modality's pooled ones by its own ("image"), its other vi
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -68,14 +68,14 @@ class Fusion(Model):
         return (POOLED,)
 
     @classmethod
-    def options(cls) -> dict[str, Any]:
+    def options(cls) -> Options:
         """Return the options with their defaults."""
         parameters = inspect.signature(cls.__init__).parameters.values()
         others = ("tasks", "without")  # which have settings of their own, or are the dataset's
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
     @classmethod
-    def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> dict[str, Any]:
+    def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> Options:
         """Return options with those filled in that depend on files, the classes, or where features are from."""
         return dict(options)
 

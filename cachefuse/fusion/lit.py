@@ -48,7 +48,7 @@ class LiTFusion(Fusion):
         return {"text": (IDS,), "image": image}.get(modality, ())
 
     @classmethod
-    def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> dict[str, Any]:
+    def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> Options:
         return open_config(options, origins.get("text"))
 
     def __init__(

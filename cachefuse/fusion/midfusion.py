@@ -59,7 +59,7 @@ class MidFusion(Fusion):
         return (_view(modality, options),)
 
     @classmethod
-    def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> dict[str, Any]:
+    def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> Options:
         found = dict(options)
         spec = EncoderSpec.parse(options["t5"]) if options.get("t5") else None
         if spec and not options.get("architecture"):

@@ -1,16 +1,19 @@
 """A fusion's options as they are given: checked, of the types of their defaults, and told apart from what was found."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.registry import Options
+
+if TYPE_CHECKING:
+    from cachefuse.fusion.base import Fusion
 
 FOUND = ("architecture", "answer_tokens")  # options that are not given, but found in files or classes
 KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}
 
 
-def typed_options(fusion: Any, given: Options) -> dict[str, Any]:
+def typed_options(fusion: "type[Fusion]", given: Options) -> Options:
     """Return all options of a fusion. Raises ConfigError for one that it does not have, or of another type."""
     known = fusion.options()
     for name in given:
@@ -20,7 +23,7 @@ def typed_options(fusion: Any, given: Options) -> dict[str, Any]:
     return {name: _as_type(name, given.get(name, default), default) for name, default in known.items()}
 
 
-def changed_options(fusion: Any, options: Options) -> dict[str, Any]:
+def changed_options(fusion: "type[Fusion]", options: Options) -> Options:
     """Return options that differ from the fusion's own; what was found is left out."""
     usual = fusion.options()
     return {name: value for name, value in options.items() if name not in FOUND and value != usual.get(name)}

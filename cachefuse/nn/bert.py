@@ -6,6 +6,7 @@ import torch
 
 from cachefuse.encoders.base import EncoderSpec, Origin
 from cachefuse.errors import ConfigError, EncoderError
+from cachefuse.files import JsonObject
 from cachefuse.registry import Options
 
 # model_type -> configuration and model; all take embeddings, their positions and their segments.
@@ -16,7 +17,7 @@ KINDS = {
 }
 
 
-def open_config(options: Options, origin: Origin | None) -> dict[str, Any]:
+def open_config(options: Options, origin: Origin | None) -> JsonObject:
     """Return options with ``text_model``, by default what cached ids are of, and its ``architecture`` from its files.
 
     Raises ConfigError if it is of another kind, or reads other tokens than those cached, EncoderError if it can't be

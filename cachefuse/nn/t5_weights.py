@@ -4,7 +4,6 @@ import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -38,7 +37,7 @@ def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
     with opening(parsed), ExitStack() as stack:
         paths = [path for path in [folder / "model.safetensors"] if path.is_file()]
         paths = paths or sorted(folder.glob("model-*.safetensors"))
-        stored: dict[str, Any] = {}
+        stored: dict[str, safe_open] = {}
         for path in paths:
             file = stack.enter_context(safe_open(path, "pt"))
             stored |= dict.fromkeys(file.keys(), file)

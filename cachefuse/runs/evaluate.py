@@ -5,7 +5,6 @@ import io
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import ConfigError, DataError, RunError
 from cachefuse.feature_spec import modalities_of
-from cachefuse.files import write_atomically
+from cachefuse.files import JsonObject, write_atomically
 from cachefuse.metrics import evaluation_metrics
 from cachefuse.metrics.base import RIGHT
 from cachefuse.metrics.bootstrap import bootstrap_intervals
@@ -70,7 +69,7 @@ class Evaluation:
         rows = self.labelled[:, k]
         weights = self.weights[rows, k : k + 1]  # (n_k, 1, M)
 
-        def mine(values: dict[str, Any]) -> dict[str, Any]:
+        def mine(values: JsonObject) -> JsonObject:
             own_names = {name: name.removeprefix(task.named("")) for name in values if name.startswith(task.named(""))}
             return {short: values[name] for name, short in own_names.items()}
 
@@ -92,7 +91,7 @@ class Evaluation:
             weights=weights,
         )
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> JsonObject:
         """Return the figures and what they are of, but not the rows one by one; with those of several tasks by name."""
         found = {name: x for name, x in vars(self).items() if name != "tasks" and not isinstance(x, np.ndarray)}
         if self.several:

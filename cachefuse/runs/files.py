@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Protocol, TypeVar
 
 import numpy as np
 import safetensors
@@ -139,7 +139,7 @@ def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Pa
     return max(made)[1]
 
 
-def kind_of(values: Mapping[str, Any]) -> str:
+def kind_of(values: JsonObject) -> str:
     """Return which kind of run a run.json describes."""
     return str(values.get("kind", HEAD))
 

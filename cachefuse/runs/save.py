@@ -11,7 +11,6 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.numpy
@@ -19,7 +18,7 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save
 
-from cachefuse.files import to_json, write_atomically
+from cachefuse.files import JsonObject, to_json, write_atomically
 from cachefuse.runs.features import widths_of
 from cachefuse.runs.files import (
     FORMATS,
@@ -101,7 +100,7 @@ def load_run(path: Path) -> Run:
     )
 
 
-def _to_dict(run: Run) -> dict[str, Any]:
+def _to_dict(run: Run) -> JsonObject:
     return {
         "kind": HEAD,
         "format": FORMATS[HEAD],

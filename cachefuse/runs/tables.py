@@ -1,7 +1,7 @@
 """A store's features, as the models of runs read them."""
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cachefuse.device import resolve_device
 from cachefuse.errors import RunError
@@ -52,7 +52,7 @@ class StoreTables:
         self, runs: "Sequence[Run]", store: FeatureStore, device: str = "auto", without: Collection[str] = ()
     ) -> None:
         """``without`` names modalities to take as absent; UnknownNameError for one that a run does not read."""
-        self._tables: dict[Any, FeatureTable] = {}
+        self._tables: dict[tuple[object, ...], FeatureTable] = {}
         for run in runs:
             for modality in without:
                 lookup(dict.fromkeys(run.modalities), modality, "modality")
@@ -65,7 +65,7 @@ class StoreTables:
     def __call__(self, member: "Member") -> FeatureTable:
         return self._tables[self._key(member)]
 
-    def _key(self, member: "Member") -> tuple[Any, ...]:
+    def _key(self, member: "Member") -> tuple[object, ...]:
         return tuple(member.features.items())
 
 

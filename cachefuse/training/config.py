@@ -7,6 +7,7 @@ from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FLAT, POOLED, TOKENS
+from cachefuse.files import JsonObject
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.options import FOUND, changed_options, typed_options
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
@@ -180,7 +181,7 @@ class TrainConfig:
         """Whether the model is trained in bfloat16 on CUDA."""
         return bool(self._fusion.mixed_precision)
 
-    def own_options(self) -> dict[str, Any]:
+    def own_options(self) -> JsonObject:
         """Return the keyword arguments of the fusion."""
         return {**self.fusion_options, **({"without": self.without} if self.without else {})}
 
@@ -271,17 +272,17 @@ class TrainConfig:
             epochs=self._of("epochs", epochs),
         )
 
-    def head_options(self) -> dict[str, Any]:
+    def head_options(self) -> JsonObject:
         """Return the keyword arguments of the head; a linear head has no hidden layers to speak of."""
         layers = self.layers if self.layers is not None else HEADS[self.head].default_layers
         return {"layers": layers, "activation": self.activation, "dropout": self._of("dropout", DROPOUT)}
 
-    def differences(self, task: str) -> dict[str, Any]:
+    def differences(self, task: str) -> JsonObject:
         """Return the settings, resolved ones, that differ from those of a training with this head, loss and optimizer.
 
         Those three count by themselves, and the epochs that few rows take are among them.
         """
-        mine: dict[str, Any] = {
+        mine: JsonObject = {
             "fusion": self.fusion,
             "head": self.head,
             "loss": self.loss,
@@ -295,11 +296,11 @@ class TrainConfig:
         named = ((field.name, getattr(own, field.name)) for field in fields(self))
         return {name: value for name, value in named if value != getattr(plain, name)}
 
-    def changed_options(self) -> dict[str, Any]:
+    def changed_options(self) -> Options:
         """Return the fusion's options that are not its own; what was found in files or classes is left out."""
         return changed_options(self._fusion, self.fusion_options)
 
-    def shown(self) -> dict[str, Any]:
+    def shown(self) -> JsonObject:
         """Return the settings as they are read: without what was found in files, or plays no part."""
         options = {name: value for name, value in self.fusion_options.items() if name not in FOUND}
         idle = HEAD_SETTINGS if self.is_generative else ()
@@ -313,7 +314,7 @@ class TrainConfig:
     def with_seed(self, seed: int) -> "TrainConfig":
         return replace(self, seed=seed)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return asdict(self)
 
     @classmethod
@@ -334,7 +335,7 @@ def why_no_head(task: str) -> str:
     return f"a {task} dataset is about pairs of sentences: measure them with cachefuse similarity"
 
 
-def as_text(name: str, value: Any) -> str:
+def as_text(name: str, value: object) -> str:
     """Return a setting's value as it is given on the command line."""
     if isinstance(value, Mapping):
         return " ".join(f"{key}={as_text(key, x)}" for key, x in value.items())

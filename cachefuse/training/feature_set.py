@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import DTypeLike
 from torch import Tensor, nn
 
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import DataError
+from cachefuse.files import JsonObject
 from cachefuse.registry import lookup
 from cachefuse.store.rows import FeatureRows
 from cachefuse.store.store import FeatureStore
@@ -107,10 +109,10 @@ class FeatureView:
             raise IndexError(f"rows are picked by numbers (n,), a mask or a slice. Got {key!r} instead")
         return FeatureView(self.table, rows)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.concatenate([self[modality] for modality in self], axis=1, dtype=dtype)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[object, ...]:
         # As arrays: memory maps don't go to another process, and the rows that are not picked need not.
         return FeatureView.from_arrays, (dict(self),)
 
@@ -122,7 +124,7 @@ class FeatureView:
         """Return these rows as a table of their own, with targets (n, C) and splits (n,)."""
         rows = torch.from_numpy(self.rows)
         pooled: Any = self.table.features
-        features: dict[str, Any] = {m: PickedRows(x, self.table.feature_rows(m, rows)) for m, x in pooled.items()}
+        features: JsonObject = {m: PickedRows(x, self.table.feature_rows(m, rows)) for m, x in pooled.items()}
         return FeatureTable(
             features=features,
             present={modality: x[rows] for modality, x in self.table.present.items()},
@@ -191,7 +193,7 @@ def open_features(dataset: str, *, encoders: Sequence[str] = (), workspace: Path
     return FeatureSet(FeatureStore(WorkspacePaths(Path(workspace)).store(dataset)), encoders)
 
 
-def _as_array(modality: Any, x: Any) -> np.ndarray:
+def _as_array(modality: object, x: Any) -> np.ndarray:
     taken = not isinstance(modality, str) or "." in modality or hasattr(nn.ModuleDict(), modality)
     if taken or not modality:
         raise DataError(f"a modality can't be called {modality!r}; take a word such as image")

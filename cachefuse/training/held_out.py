@@ -1,7 +1,6 @@
 """How good models are: on rows held out, with thresholds chosen on others, and on the splits they were not made for."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -114,7 +113,7 @@ def final_thresholds(data: TrainingData, config: TrainConfig, held_out: HeldOut 
 def figures(data: TrainingData, rows: Tensor, scores: np.ndarray, predictions: np.ndarray) -> Result:
     """Return the dataset's metrics, and each class's figures, of scores and predictions (n, C) for some rows."""
     decided = data.targets(rows), scores, predictions
-    by_class: dict[str, Any] = per_task_class(*decided, data.tasks)
+    by_class = per_task_class(*decided, data.tasks)
     return Result(
         n_rows=len(rows),
         metrics={name: metric(*decided) for name, metric in data.bind(data.metrics).items()},

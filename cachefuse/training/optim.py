@@ -52,14 +52,14 @@ def adamw(params: Parameters, lr: float, weight_decay: float = 0.0) -> torch.opt
 class NesterovSGD(torch.optim.SGD):
     """SGD with Nesterov momentum 0.9."""
 
-    def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
+    def __init__(self, params: Parameters, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay, fused=True)
 
 
 class LBFGS(torch.optim.LBFGS):
     """L-BFGS with line search over all rows at once, up to 20 iterations a step; weight decay is an L2 penalty."""
 
-    def __init__(self, params: Any, lr: float = 1.0, weight_decay: float = 0.0) -> None:
+    def __init__(self, params: Parameters, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, line_search_fn="strong_wolfe")
         self.weight_decay = weight_decay
 

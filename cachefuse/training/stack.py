@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cachefuse.device import own_randomness
 from cachefuse.errors import ConfigError, TrainingError
+from cachefuse.files import JsonObject
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.losses import Loss
@@ -123,7 +124,7 @@ def shared_settings(config: TrainConfig, device: torch.device) -> TrainConfig | 
     own_way = own_way or config.accumulate > 1 or bool(config.shuffle)
     if own_way or config.members > 1 or not config.is_linear or (config.head != "linear" and device.type != "cuda"):
         return None
-    free: dict[str, Any] = {
+    free: JsonObject = {
         "loss": None, "loss_options": {}, "class_weights": "none", "lr": None, "weight_decay": 0.0,
         "monitor": None, "thresholds": "none", "threshold_metric": None, "refit": False,
     }  # fmt: skip
@@ -236,13 +237,13 @@ class StackedLoss:
         return torch.nonzero(~(reached <= DIVERGED * blank)).flatten().tolist()
 
 
-def parameter_groups(module: nn.Module, rates: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, rates: Sequence[tuple[float, float]]) -> list[JsonObject]:
     """Return an optimizer's groups for a stack whose H models have these learning rates and weight decays.
 
     Where they differ, each group's parameters are slices of the stack's own memory, which get their gradients from it.
     """
     runs = [(rate, len(list(run))) for rate, run in groupby(rates)]
-    groups: list[dict[str, Any]] = [
+    groups: list[JsonObject] = [
         {"params": [], "lr": lr, "weight_decay": weight_decay} for (lr, weight_decay), _ in runs
     ]
     for parameter in module.parameters():
@@ -269,5 +270,5 @@ def _rates(config: TrainConfig) -> tuple[float, float]:
     return config.learning_rate, config.penalty
 
 
-def _loss_settings(config: TrainConfig) -> tuple[Any, ...]:
+def _loss_settings(config: TrainConfig) -> tuple[object, ...]:
     return config.loss, sorted(config.loss_options.items()), config.class_weights
