@@ -24,7 +24,7 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import build_loss
 from cachefuse.runs.features import describe_features
-from cachefuse.runs.results import measure
+from cachefuse.runs.results import compute_results
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.lock import only_writer
 from cachefuse.store.rows import TokenWidth
@@ -163,6 +163,6 @@ def _head_run(
         held_out=held_out,
         split_digest=split_digest(store),
     )
-    run.results = measure(data, run, lambda member: table)
+    run.results = compute_results(data, run, lambda member: table)
     run.seconds = time.perf_counter() - begun
     return run

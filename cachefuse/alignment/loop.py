@@ -90,19 +90,19 @@ def backward(model: Aligner, read: ReadChunk, items: tuple[Tensor, Tensor], chun
         value = model.loss(x, y, targets)
         value.backward()
         return value.detach()
-    chunks = [(side, part) for side in (0, 1) for part in items[side].split(chunk_size)]
+    chunks = [(side, rows) for side in (0, 1) for rows in items[side].split(chunk_size)]
     states, embeddings = [], []
     with torch.no_grad():
-        for side, part in chunks:
+        for side, rows in chunks:
             states.append(_random_state(model))
-            embeddings.append(model(side, read(side, part)))
+            embeddings.append(model(side, read(side, rows)))
     leaves = [x.requires_grad_() for x in embeddings]
     half = len(leaves) // 2
     value = model.loss(torch.cat(leaves[:half]), torch.cat(leaves[half:]), targets)
     value.backward()
-    for (side, part), state, leaf in zip(chunks, states, leaves, strict=True):
+    for (side, rows), state, leaf in zip(chunks, states, leaves, strict=True):
         with _random_numbers_of(model, state):
-            model(side, read(side, part)).backward(leaf.grad)
+            model(side, read(side, rows)).backward(leaf.grad)
     return value.detach()
 
 
@@ -144,8 +144,10 @@ def _loss_of_some(model: Aligner, both: tuple[Embedded, Embedded], config: Align
         first, counts = np.unique(one.owners, return_index=True, return_counts=True)[1:]
         place = first + np.minimum(side, counts - 1) * (one.items is not None)
         firsts.append(one.vectors[torch.from_numpy(place)])
-    parts = zip(*(x.to(device).split(config.batch_size) for x in firsts), strict=True)
-    losses = [(len(x), model.loss(x, y, config.targets).item()) for x, y in parts if len(x) > 1 or len(firsts[0]) == 1]
+    batches = zip(*(x.to(device).split(config.batch_size) for x in firsts), strict=True)
+    losses = [
+        (len(x), model.loss(x, y, config.targets).item()) for x, y in batches if len(x) > 1 or len(firsts[0]) == 1
+    ]
     return sum(n * loss for n, loss in losses) / sum(n for n, _ in losses)
 
 

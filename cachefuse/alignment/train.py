@@ -78,7 +78,7 @@ def align(
         torch.Generator().manual_seed(config.seed),
         on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.epochs, epoch)),
     )
-    run.results = {split: measure(run, data, data.of(split), gaps[split]) for split in gaps}
+    run.results = {split: measure_retrieval(run, data, data.of(split), gaps[split]) for split in gaps}
     run.seconds = time.perf_counter() - begun
     return run
 
@@ -102,13 +102,13 @@ def evaluate_alignment(
     untrained = Aligner([side.width for side in run.sides], run.config)
     untrained.standardize.load_state_dict(run.model.standardize.state_dict())
     gaps = {name: _gap(untrained.to(run.model.log_temperature.device), data, name) for name in splits}
-    return {name: measure(run, data, data.of(name), gaps[name]) for name in splits}
+    return {name: measure_retrieval(run, data, data.of(name), gaps[name]) for name in splits}
 
 
 def run_features(run: Alignment, store: FeatureStore) -> tuple[Features, Features]:
     """Return a store's features that an alignment reads. Raises RunError if the store has others or none."""
-    found = [find_side(run, side, store) for side in run.sides]
-    return found[0], found[1]
+    first, second = run.sides
+    return find_side(run, first, store), find_side(run, second, store)
 
 
 def find_side(run: Alignment, side: AlignmentSide, store: FeatureStore) -> Features:
@@ -132,7 +132,7 @@ def measured_splits(data: PairData) -> list[str]:
     return [split for split in ordered_splits(data.splits[data.samples]) if split != TRAIN]
 
 
-def measure(run: Alignment, data: PairData, samples: np.ndarray, gap_before: float) -> Retrieval:
+def measure_retrieval(run: Alignment, data: PairData, samples: np.ndarray, gap_before: float) -> Retrieval:
     """Return the figures of some samples (n,), with all of their captions."""
     both = embed_samples(run.model, data, samples)
     first, second = run.side_names

@@ -46,7 +46,7 @@ Outcome = tuple[HeldOut, float, dict[str, float]] | TrainingError
 class Experiment:
     """What a sweep tries: ``base`` with the fields that each setting changes, and what was published of each.
 
-    A setting's fusion options come on top of the base's. With ``costs`` an interval of each trial's score is found, and
+    A setting's fusion options come on top of the base's. With ``costs`` each trial has an interval of its score, and
     what each model costs is measured. ``fields`` are those that tell the settings apart, all that one changes unless
     told; ``labels`` do so in words. ``curves`` say where each setting lies in a plot of curves, ``paper`` what the
     published figures are of, ``shown`` which metrics a table has, where not the first.
@@ -106,43 +106,24 @@ def run_sweep(
     on_trial: Callable[[SweepResult], None] = lambda result: None,
 ) -> SweepResult:
     """Do what ``sweep`` does, with data that are open already; of the files, only the trials are written."""
-    base, settings = experiment.base, [parse_setting(setting) for setting in experiment.settings]
+    experiment = replace(experiment, settings=[parse_setting(setting) for setting in experiment.settings])
+    base, settings = experiment.base, experiment.settings
     if not settings or not seeds or len(set(seeds)) < len(seeds):
         given = f"{len(settings)} settings and " + (f"seeds {', '.join(map(str, seeds))}" if seeds else "no seeds")
         raise ConfigError(f"a sweep needs at least one setting and one seed, no seed twice. Got {given} instead")
     if base.refit:
         raise ConfigError(f"a sweep does without refit: {FIXED['refit']}")
-    configs = [[data.resolve(_changed(base, {**own, "seed": seed})) for seed in seeds] for own in settings]
-    _check(data, [own[0] for own in configs])
+    configs = [[data.resolve(_changed(base, {**setting, "seed": seed})) for seed in seeds] for setting in settings]
+    _check(data, [of_setting[0] for of_setting in configs])
     metrics = tuple(dict.fromkeys((base.monitor or data.metric, *data.metrics)))
     digest = _digest(store, data, metrics)
-    keys = [[_key(digest, config) for config in own] for own in configs]
+    keys = [[_key(digest, config) for config in of_setting] for of_setting in configs]
     config_of = dict(zip(itertools.chain(*keys), itertools.chain(*configs), strict=True))
     done: dict[str, Trial] = {}
 
     def so_far() -> SweepResult:
-        published: Sequence[Published | None] = experiment.published or [None] * len(settings)
-        return SweepResult(
-            title=experiment.title or data.name,
-            fields=experiment.fields or tuple(dict.fromkeys(name for own in settings for name in own)),
-            metrics=metrics,
-            split=OUT_OF_FOLD if base.folds else VAL,
-            n_rows=len(_held_rows(data, base)),
-            seeds=tuple(seeds),
-            paper=experiment.paper,
-            shown=tuple(name for name in experiment.shown if name in metrics),
-            settings=tuple(
-                SettingResult(
-                    _values(own[0]),
-                    own[0],
-                    tuple(done[key] for key in of if key in done),
-                    published[i],
-                    experiment.labels[i] if experiment.labels else "",
-                    experiment.curves[i] if experiment.curves else None,
-                )
-                for i, (own, of) in enumerate(zip(configs, keys, strict=True))
-            ),
-        )
+        trials = [tuple(done[key] for key in of_setting if key in done) for of_setting in keys]
+        return _result(data, experiment, seeds, metrics, [of_setting[0] for of_setting in configs], trials)
 
     with only_sweep(folder), _each_warning_once():
         done |= {trial.key: trial for trial in read_trials(folder) if trial.key in config_of}
@@ -155,6 +136,39 @@ def run_sweep(
             done |= {trial.key: trial for trial in trials}
             on_trial(so_far())
     return so_far()
+
+
+def _result(
+    data: TrainingData,
+    experiment: Experiment,
+    seeds: Sequence[int],
+    metrics: tuple[str, ...],
+    configs: Sequence[TrainConfig],
+    trials: Sequence[tuple[Trial, ...]],
+) -> SweepResult:
+    """Return what each setting, resolved in ``configs``, came to in its ``trials`` so far."""
+    published: Sequence[Published | None] = experiment.published or [None] * len(configs)
+    return SweepResult(
+        title=experiment.title or data.name,
+        fields=experiment.fields or tuple(dict.fromkeys(itertools.chain(*experiment.settings))),
+        metrics=metrics,
+        split=OUT_OF_FOLD if experiment.base.folds else VAL,
+        n_rows=len(_held_rows(data, experiment.base)),
+        seeds=tuple(seeds),
+        paper=experiment.paper,
+        shown=tuple(name for name in experiment.shown if name in metrics),
+        settings=tuple(
+            SettingResult(
+                _values(config),
+                config,
+                trials[i],
+                published[i],
+                experiment.labels[i] if experiment.labels else "",
+                experiment.curves[i] if experiment.curves else None,
+            )
+            for i, config in enumerate(configs)
+        ),
+    )
 
 
 def _changed(base: TrainConfig, setting: Options) -> TrainConfig:
@@ -190,7 +204,7 @@ def _batches(data: TrainingData, pending: Mapping[str, TrainConfig]) -> Iterator
     while left:
         first, shared = next(iter(left.values()))
         n = 1 if shared is None else most_together(data, first, n_rows)
-        alike = itertools.islice((key for key, (_, own) in left.items() if own == shared), n)
+        alike = itertools.islice((key for key, (_, settings) in left.items() if settings == shared), n)
         yield {key: left.pop(key)[0] for key in list(alike)}
 
 
@@ -204,13 +218,13 @@ def _run(data: TrainingData, batch: Mapping[str, TrainConfig], metrics: Sequence
     ]
     seconds = (time.perf_counter() - begun) / len(batch)
     trials = []
-    for key, outcome, own in zip(batch, outcomes, figures, strict=True):
+    for key, outcome, values in zip(batch, outcomes, figures, strict=True):
         if isinstance(outcome, TrainingError):
-            trials.append(Trial(key, batch[key].seed, own, math.nan, seconds, str(outcome)))
+            trials.append(Trial(key, batch[key].seed, values, math.nan, seconds, str(outcome)))
             continue
         held_out, epoch, weights = outcome
         interval = _interval(data, batch[key], held_out, metrics[0]) if intervals else None
-        trials.append(Trial(key, batch[key].seed, own, epoch, seconds, interval=interval, weights=weights))
+        trials.append(Trial(key, batch[key].seed, values, epoch, seconds, interval=interval, weights=weights))
     return trials
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.metrics.thresholds import HALF
-from cachefuse.runs.results import measure
+from cachefuse.runs.results import compute_results
 from cachefuse.runs.run import Run, split_digest
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
@@ -69,7 +69,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         sources=tuple(run.name for run in runs),
         seconds=sum(run.seconds for run in runs),
     )
-    joined.results = measure(data, joined, table_of)
+    joined.results = compute_results(data, joined, table_of)
     return joined
 
 

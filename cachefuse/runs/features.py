@@ -2,16 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from cachefuse.errors import RunError
 from cachefuse.feature_spec import FLAT, POOLED, split_name
 from cachefuse.store.features import Features
 from cachefuse.store.rows import TokenWidth
 from cachefuse.store.tokens import SequenceWidth
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -33,14 +29,14 @@ class RunFeatures:
 RunFeaturesByName = dict[str, tuple[RunFeatures, ...]]
 
 
-def read_view(name: str, used: RunFeatures) -> str:
+def read_view(name: str, features: RunFeatures) -> str:
     """Return which view is read of features that go by a name."""
     view = split_name(name)[1]
-    return FLAT if view == POOLED and used.tokens else view
+    return FLAT if view == POOLED and features.tokens else view
 
 
-def describe_features(chosen: Mapping[str, Sequence[Features]], widths: Mapping[str, int]) -> RunFeaturesByName:
-    """Describe the features, chosen by modality, that a run is trained on, of the given widths by name."""
+def describe_features(stored: Mapping[str, Sequence[Features]], widths: Mapping[str, int]) -> RunFeaturesByName:
+    """Describe the stored features, by modality, that a run is trained on, of the given widths by name."""
 
     def describe(f: Features, width: int) -> RunFeatures:
         tokens = getattr(width, "n_tokens", 0)
@@ -53,7 +49,7 @@ def describe_features(chosen: Mapping[str, Sequence[Features]], widths: Mapping[
             tokens=tokens,
         )
 
-    return {name: tuple(describe(f, width) for f in chosen[split_name(name)[0]]) for name, width in widths.items()}
+    return {name: tuple(describe(f, width) for f in stored[split_name(name)[0]]) for name, width in widths.items()}
 
 
 def widths_of(features: RunFeaturesByName) -> dict[str, int]:
@@ -66,7 +62,7 @@ def _width_of(name: str, group: Sequence[RunFeatures]) -> int:
         if len(group) != 1 or group[0].tokens < 1:
             raise RunError(f"{name} must be of one encoder, with the most tokens that a sample has")
         return SequenceWidth(group[0].width, group[0].tokens)
-    width, tokens = sum(used.width for used in group), group[0].tokens if group else 0
+    width, tokens = sum(features.width for features in group), group[0].tokens if group else 0
     if tokens and (len(group) > 1 or tokens < 0 or width % tokens):
         raise RunError(f"{width} numbers a sample are not {tokens} tokens of one encoder")
     return TokenWidth(width, tokens) if tokens else width

@@ -1,28 +1,26 @@
 """The figures of a run, on the rows held out and on each labelled split."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 
+from cachefuse.runs.run import Member, Run
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData
 from cachefuse.training.feature_table import FeatureTable
+from cachefuse.training.held_out import Result, figures
 from cachefuse.training.inference import CHECKED_ROWS, spread
 
-if TYPE_CHECKING:
-    from cachefuse.runs.run import Member, Run
-from cachefuse.training.held_out import Result, figures
 
-
-def measure(data: TrainingData, run: "Run", table_of: Callable[["Member"], FeatureTable]) -> dict[str, Result]:
+def compute_results(data: TrainingData, run: Run, table_of: Callable[[Member], FeatureTable]) -> dict[str, Result]:
     """Return a run's figures on the rows held out, and on each labelled split that is none of them.
 
-    Of train, what its models were trained on is measured only where they are one and the same.
+    ``train`` is among them only if its models are those that were trained on it alone. Of its rows, at most 100,000
+    are taken.
     """
     results = {}
-    whole = run.config.folds or run.config.refit
+    trained_on_more = run.config.folds or run.config.refit
     for split in data.splits:
-        if split == VAL or (split == TRAIN and whole):
+        if split == VAL or (split == TRAIN and trained_on_more):
             continue
         rows = data.rows(split)
         rows = spread(rows, CHECKED_ROWS) if split == TRAIN else rows

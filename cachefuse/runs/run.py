@@ -93,7 +93,7 @@ class Run:
     @property
     def encoders(self) -> tuple[tuple[str, str], ...]:
         """The encoders that its features are of, each with its modality, once."""
-        named = ((used.encoder, split_name(name)[0]) for name, group in self.features.items() for used in group)
+        named = ((one.encoder, split_name(name)[0]) for name, group in self.features.items() for one in group)
         return tuple(dict.fromkeys(named))
 
     @property
@@ -132,9 +132,9 @@ class Run:
             return self.scores(table_of, rows)
         scores = np.zeros((len(rows), len(self.classes)), np.float32)
         for fold in set(folds):
-            mine = held_out.parts == fold
+            unseen = held_out.parts == fold
             blind = [member for member in self.members if member.fold == fold]
-            scores[mine] = self._mean(blind, table_of, rows[mine])
+            scores[unseen] = self._mean(blind, table_of, rows[unseen])
         return scores
 
     def _mean(self, members: Sequence[Member], table_of: Callable[[Member], FeatureTable], rows: Tensor) -> np.ndarray:

@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 from cachefuse.runs.features import RunFeaturesByName, read_view
 
 
-def match_features(run: "Run", used: RunFeaturesByName, store: FeatureStore) -> dict[str, list[Features]]:
-    """Return a store's features that a run's member reads, by modality.
+def match_features(run: "Run", features: RunFeaturesByName, store: FeatureStore) -> dict[str, list[Features]]:
+    """Return the stored features that a run's member reads, by modality.
 
     Raises RunError if the store has others or none.
     """
     if store.classes != run.classes:
         raise RunError(f"run {run.name} was trained on other classes than {store.path} has now; train again")
     matched: dict[str, list[Features]] = {}
-    for name, group in used.items():
+    for name, group in features.items():
         modality = split_name(name)[0]
         for one in group:
-            features = store.open_features(one.encoder, modality)
-            if features is None:
+            stored = store.open_features(one.encoder, modality)
+            if stored is None:
                 raise RunError(f"run {run.name} was trained on {one.encoder} ({modality}), which {store.path} lacks")
-            if features.key != one.key:
+            if stored.key != one.key:
                 raise RunError(
                     f"run {run.name} was trained on another store: its {one.encoder} ({modality}) features were made "
                     f"differently from those in {store.path}; train again, or take the store it was trained on"
                 )
             group_so_far = matched.setdefault(modality, [])
             if one.encoder not in [other.encoder for other in group_so_far]:  # of which several views are read
-                group_so_far.append(features)
+                group_so_far.append(stored)
     return matched
 
 
@@ -69,11 +69,11 @@ class StoreTables:
         return tuple(member.features.items())
 
 
-def open_table(run: "Run", used: RunFeaturesByName, store: FeatureStore) -> FeatureTable:
+def open_table(run: "Run", features: RunFeaturesByName, store: FeatureStore) -> FeatureTable:
     """Open a store's features as a run's member reads them. Raises RunError if the store has others or none."""
-    chosen = match_features(run, used, store)
+    chosen = match_features(run, features, store)
     read: dict[str, list[str]] = {}
-    for name, group in used.items():
+    for name, group in features.items():
         read.setdefault(split_name(name)[0], []).append(read_view(name, group[0]))
-    n_tokens = {name: group[0].tokens for name, group in used.items()}
+    n_tokens = {name: group[0].tokens for name, group in features.items()}
     return load_table(store, chosen, read.__getitem__, n_tokens)

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from cachefuse.runs.features import describe_features
-from cachefuse.runs.results import measure
+from cachefuse.runs.results import compute_results
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import resolve_for
@@ -64,6 +64,6 @@ def train_run(
         held_out=trained.held_out,
         split_digest=split_digest(store),
     )
-    run.results = measure(data, run, lambda member: data.table)
+    run.results = compute_results(data, run, lambda member: data.table)
     run.seconds = time.perf_counter() - begun
     return run

@@ -99,13 +99,13 @@ def training_loss(data: TrainingData, config: TrainConfig, training_set: Trainin
 
     def of_task(task: TaskSlice) -> Loss:
         name, weights = loss_of(task, given), None
-        own = config.loss_options if name == given else {**LOSS_OPTIONS.get(name, {}), **reduction}
+        settings = config.loss_options if name == given else {**LOSS_OPTIONS.get(name, {}), **reduction}
         if config.class_weights != "none":
             targets = training_set.targets
             targets = targets[task.labelled(targets), task.columns]
             kind = "multiclass" if name == "ce" else task.kind  # a softmax weighs rows, and not each of their labels
             weights = class_weights(targets, config.class_weights, kind)
-        return build_loss(name, {**own, **options}, weights)
+        return build_loss(name, {**settings, **options}, weights)
 
     if not data.tasks[0].name:
         return of_task(data.tasks[0])

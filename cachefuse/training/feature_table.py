@@ -164,8 +164,8 @@ class FeatureTable:
         for modality, apply in standardize.items():
             x: Any = self.features[modality]
             features[modality] = torch.empty(x.shape, device=device)
-            for part in torch.arange(x.shape[0], device=x.device).split(LOAD_ROWS):
-                features[modality][part[0] : part[-1] + 1] = apply(x.index_select(0, part).to(device))
+            for rows in torch.arange(x.shape[0], device=x.device).split(LOAD_ROWS):
+                features[modality][rows[0] : rows[-1] + 1] = apply(x.index_select(0, rows).to(device))
         return replace(self, features=features)
 
     @torch.inference_mode()
@@ -183,13 +183,13 @@ class FeatureTable:
             order = torch.arange(len(rows))
         else:
             order = torch.from_numpy(self.lengths)[rows.cpu()].argsort(stable=True)
-        found = torch.empty(0)
-        for i, part in enumerate(order.split(size)):
-            made = function(*self.batch(rows[part.to(rows.device)])).cpu()
+        output = torch.empty(0)
+        for i, places in enumerate(order.split(size)):
+            values = function(*self.batch(rows[places.to(rows.device)])).cpu()
             if i == 0:
-                found = made.new_empty(len(rows), *made.shape[1:])  # filled as it is made: it may be most of memory
-            found.index_copy_(0, part, made)
-        return found
+                output = values.new_empty(len(rows), *values.shape[1:])  # filled batch by batch: it may be large
+            output.index_copy_(0, places, values)
+        return output
 
     def _tokens(self) -> list[Tokens]:
         return [x for x in self.features.values() if isinstance(x, Tokens)]

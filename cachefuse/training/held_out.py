@@ -64,9 +64,15 @@ class HeldOut:
         for task in data.tasks:
             rows = np.flatnonzero(task.labelled(targets))  # no figure is of the others
             if task.kind == "multilabel" and len(np.unique(self.parts[rows])) > 1:
-                metric, own = _threshold_metric(data, config, task), np.ix_(rows, task.numbers)
-                predictions[own] = crossfit_decisions(
-                    targets[own], self.scores[own], self.parts[rows], metric, per, task.min_labels, scores[own]
+                metric, of_task = _threshold_metric(data, config, task), np.ix_(rows, task.numbers)
+                predictions[of_task] = crossfit_decisions(
+                    targets[of_task],
+                    self.scores[of_task],
+                    self.parts[rows],
+                    metric,
+                    per,
+                    task.min_labels,
+                    scores[of_task],
                 )
         return predictions
 

@@ -18,8 +18,8 @@ CHECKED_ROWS = 100_000  # of the training rows that what was learnt is measured 
 def mean_loss(loss: Loss, logits: Tensor, table: FeatureTable, rows: Tensor) -> float:
     """Return the loss of logits (n, C) of some rows; of more than fit side by side, the mean of their parts'."""
     size = max(1, PIECE_FLOATS // logits.shape[1])
-    parts = zip(logits.split(size), rows.split(size), strict=True)
-    return sum(loss(x, table.targets[part].cpu()).item() * len(part) for x, part in parts) / len(rows)
+    pieces = zip(logits.split(size), rows.split(size), strict=True)
+    return sum(loss(x, table.targets[piece].cpu()).item() * len(piece) for x, piece in pieces) / len(rows)
 
 
 def spread(rows: Tensor, most: int) -> Tensor:

@@ -80,22 +80,22 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
     names = sorted({features.encoder for features in stored})
     short = Path(name).name if is_path(name) else EncoderSpec.parse(name).short
     exact = {f.encoder for f in stored if f.encoder == short or f.source == name}
-    found = sorted(exact) or [full for full in names if short in full]
-    if len(found) != 1:
-        problem = "fits several" if found else "is not in this store"
+    matches = sorted(exact) or [full for full in names if short in full]
+    if len(matches) != 1:
+        problem = "fits several" if matches else "is not in this store"
         raise ConfigError(f"encoder {name!r} {problem}; choose from: {', '.join(names)}")
-    return [features for features in stored if features.encoder == found[0]]
+    return [features for features in stored if features.encoder == matches[0]]
 
 
-def _lacking(store: FeatureStore, found: Sequence[Features], views: Sequence[str]) -> CacheError:
+def _lacking(store: FeatureStore, stored: Sequence[Features], views: Sequence[str]) -> CacheError:
     """Return the error of features that lack views which are read."""
-    able = [features for features in found if not is_derived(features.encoder) and features.encoder != "classic"]
+    able = [features for features in stored if not is_derived(features.encoder) and features.encoder != "classic"]
     encoders = " ".join(f"--encoder {features.source}" for features in able) or "--encoder clip:ViT-B-32"
-    lacking = sorted({view for features in found for view in views if view not in features.views})
-    every = dict.fromkeys([*(able or found)[0].views, *views])
+    lacking = sorted({view for features in stored for view in views if view not in features.views})
+    every = dict.fromkeys([*(able or stored)[0].views, *views])
     wide = " --dtype float32" if any(features.provenance.get("dtype") == "float32" for features in able) else ""
     return CacheError(
-        f"{store.path} holds no {' and '.join(lacking)} of {found[0].modality}; make them with cachefuse extract "
+        f"{store.path} holds no {' and '.join(lacking)} of {stored[0].modality}; make them with cachefuse extract "
         f"--dataset {store.dataset} {encoders} --views {','.join(every)}{wide}"
     )
 
@@ -120,17 +120,17 @@ def load_table(
             raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
         for view in views(modality):
             name = modality if view == FLAT else feature_name(modality, view)
-            parts = [part.rows(*stored_views([view])) for part in group]
+            rows = [stored.rows(*stored_views([view])) for stored in group]
             if shared is not None:
                 sources[name] = torch.from_numpy(shared)
             if view == POOLED:
-                features[name] = parts[0] if len(parts) == 1 else JoinedRows(parts)
-            elif len(parts) > 1:
+                features[name] = rows[0] if len(rows) == 1 else JoinedRows(rows)
+            elif len(rows) > 1:
                 raise ConfigError(f"{store.dataset} has {modality} tokens of several encoders; name one with --encoder")
             elif view == FLAT:
-                features[name] = FlatTokens(parts[0], (n_tokens or {}).get(modality, 0))
+                features[name] = FlatTokens(rows[0], (n_tokens or {}).get(modality, 0))
             else:
-                features[name] = Tokens(parts[0], group[0].views[view].vocabulary)
+                features[name] = Tokens(rows[0], group[0].views[view].vocabulary)
     return FeatureTable(
         features=features,
         present={name: torch.from_numpy(store.present(split_name(name)[0])) for name in features},

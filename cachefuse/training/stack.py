@@ -208,8 +208,8 @@ class StackedLoss:
             self._runs.append((len(alike), each, str(alike[0].loss_options.get("reduction", "mean"))))
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
-        own = self.of_each(logits, targets)
-        return torch.where(own < HOPELESS, own, 0).sum()
+        losses = self.of_each(logits, targets)
+        return torch.where(losses < HOPELESS, losses, 0).sum()
 
     def of_each(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return each model's own loss, (H,)."""
