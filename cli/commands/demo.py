@@ -22,7 +22,8 @@ def demo(
     """The whole of cachefuse in a minute, without any download: make data, extract, train, compare, submit."""
     from cachefuse_cli.shared import render
 
-    with render.interruptible("run cachefuse demo again: what was extracted is kept"):
+    how_to_go_on = "run cachefuse demo again: what was extracted is kept"
+    with render.interruptible(how_to_go_on):
         with render.status("loading torch"):
             from cachefuse.data.dataset import load_dataset
             from cachefuse.data.manifest import load_manifest
@@ -49,7 +50,7 @@ def demo(
             with TrainProgress(manifest.main_metric) as training:
                 runs.append(train_head(store, config, on_progress=training.update))
             if runs[-1].interrupted:
-                raise KeyboardInterrupt
+                raise render.interrupted(how_to_go_on)
         metric = manifest.main_metric
         ranked = sorted(runs, key=lambda run: run.metrics["val"][metric])
         for run in ranked:  # the best one last, so that predict takes it

@@ -107,8 +107,13 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        note(f"interrupted; {how_to_go_on}")
-        raise typer.Exit(130) from None
+        raise interrupted(how_to_go_on) from None
+
+
+def interrupted(how_to_go_on: str) -> typer.Exit:
+    """Say how to go on after Ctrl-C, and return the exit that ends the command."""
+    note(f"interrupted; {how_to_go_on}")
+    return typer.Exit(130)
 
 
 def dataset_line(dataset: "Dataset") -> None:
