@@ -1,4 +1,7 @@
-"""Images from untrusted files to RGB: bounded in pixels and formats, every failure a BadSampleError with its reason."""
+"""Untrusted image files to RGB: pixels and formats are limited, and every failure is a BadSampleError with its reason.
+
+Stores keep these reasons, and digests hash them: do not reword them.
+"""
 
 import errno
 import io
@@ -16,19 +19,19 @@ from cachefuse.errors import BadSampleError
 
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 29
-# The machine's trouble, not the image's: a disk or mount that fails must stop a run, not mark samples absent for good.
+# Failures of the machine, not of the image: a failing disk or mount must stop a run, not mark samples absent for ever.
 FAILURES = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
-# Formats whose decoders only decode: EPS, for one, would run Ghostscript. MPO, of some cameras, opens as JPEG.
+# Formats whose decoders run no other program, as EPS would run Ghostscript. MPO, of some cameras, opens as JPEG.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 
-# Pillow's advice on odd metadata, and on sizes between its limit and this one, is not for the user. Set once:
-# warnings.catch_warnings around each image would not be safe in threads.
+# The user cannot act on Pillow's warnings on odd metadata and on sizes between its limit and ours. This is set once:
+# warnings.catch_warnings around each image would not be thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True, slots=True)
 class FileImage:
-    """An image file of the raw data. A path that a data file names may not leave ``root``."""
+    """An image file of the raw data. Its path must lie in ``root``."""
 
     path: Path
     root: Path | None = None
@@ -42,10 +45,10 @@ class FileImage:
 
     def fingerprint(self) -> str:
         try:
-            path, place = self._locate()
+            path, relative = self._locate()
         except BadSampleError as error:
             return f"{self.path.name}:{error}"
-        return f"{place}:{file_fingerprint(path)}"
+        return f"{relative}:{file_fingerprint(path)}"
 
     def digest(self) -> str:
         try:
@@ -54,8 +57,8 @@ class FileImage:
             return hash_parts("unusable", str(error))
 
     def _locate(self) -> tuple[str, str]:
-        """Return the absolute path and, from the root on, the relative one. Raises BadSampleError outside the root."""
-        path = os.path.abspath(self.path)  # without "..", which could go up from where a link leads
+        """Return the absolute path and the path from the root. Raises BadSampleError for a path outside the root."""
+        path = os.path.abspath(self.path)  # resolves "..", which after a link could lead elsewhere
         if self.root is None:
             return path, self.path.name
         root = os.path.join(os.path.abspath(self.root), "")
@@ -65,9 +68,9 @@ class FileImage:
 
 
 def read_file(path: str, start: int = 0, n_bytes: int = -1) -> bytes:
-    """Return a file's bytes, or ``n_bytes`` of them from ``start`` on, fewer where it ends.
+    """Return a file's bytes, or at most ``n_bytes`` of them from ``start`` on.
 
-    Raises BadSampleError with the reason if it can't be read, OSError if a disk failed.
+    Raises BadSampleError with the reason if the file is not readable, OSError if the disk failed.
     """
     try:
         status = os.stat(path)
@@ -87,9 +90,9 @@ def read_file(path: str, start: int = 0, n_bytes: int = -1) -> bytes:
 
 
 def file_fingerprint(path: str | Path) -> str:
-    """Return what tells without reading a file that it may have changed. Raises OSError if the machine fails.
+    """Return a fingerprint that shows a change of a file without reading it. Raises OSError if the machine fails.
 
-    Its kind, size in bytes, time of change, and whether it may be read, which changes no time; or why it has none.
+    It has the file's type, size in bytes, time of change and whether it is readable; or the reason why it has none.
     """
     try:
         status = os.stat(path)
@@ -100,7 +103,7 @@ def file_fingerprint(path: str | Path) -> str:
 
 
 def _explain(error: OSError | ValueError) -> str:
-    """Return why a file can't be read, in the same words wherever it lies. Raises the error if the machine failed."""
+    """Return why a file is not readable, without its path. Raises the error if the machine failed."""
     if getattr(error, "errno", None) in FAILURES:
         raise error
     if isinstance(error, FileNotFoundError):
@@ -112,7 +115,7 @@ def _explain(error: OSError | ValueError) -> str:
 def decode(data: bytes) -> Image.Image:
     """Decode an image to RGB: the first frame, transparency over white, 16 bits scaled to 8.
 
-    Raises BadSampleError for what is empty, truncated, not an image, or over MAX_PIXELS.
+    Raises BadSampleError for data that is empty, truncated, not an image, or over MAX_PIXELS.
     """
     if not data:
         raise BadSampleError("the file is empty")
@@ -130,12 +133,12 @@ def decode(data: bytes) -> Image.Image:
         raise BadSampleError(f"is over the limit of {MAX_PIXELS:,} pixels") from None
     except UnidentifiedImageError:
         raise BadSampleError("is not an image, or not of a supported format") from None
-    except Exception as error:  # decoders of damaged files raise nearly anything
+    except Exception as error:  # decoders raise many kinds of errors on damaged files
         raise BadSampleError(f"can't be decoded: {str(error) or type(error).__name__}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB without clipping 16-bit values or showing what lies under transparency."""
+    """Convert any mode to RGB. 16-bit values are not clipped, and transparent pixels become white."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode.startswith("I") or image.mode == "F":
@@ -148,8 +151,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_8_bits(values: np.ndarray) -> np.ndarray:
     """Scale wide grey values to 0..255: floats from 0..1, integers from 16 bits if any value needs them."""
-    top = np.nan_to_num(values).max(initial=0)
-    full = 1.0 if values.dtype.kind == "f" and top <= 1 else (65535.0 if top > 255 else 255.0)
-    scaled = np.round(np.nan_to_num(values).astype(np.float64) * (255.0 / full))
+    largest = np.nan_to_num(values).max(initial=0)
+    white = 1.0 if values.dtype.kind == "f" and largest <= 1 else (65535.0 if largest > 255 else 255.0)
+    scaled = np.round(np.nan_to_num(values).astype(np.float64) * (255.0 / white))
     clipped: np.ndarray = np.clip(scaled, 0, 255)
     return clipped.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""A dataset described as data: one TOML file, typed and checked; each problem is named with its file and key."""
+"""A manifest describes a dataset in one TOML file, which is typed and validated. Errors name the file and the key."""
 
 import math
 import tomllib
@@ -31,9 +31,9 @@ DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
     "similarity": (),
     "paraphrase": (),
     "vqa": ("vqa_accuracy",),
-    "multitask": (),  # those of its tasks
+    "multitask": (),  # its tasks have their own
 }
-USUAL_ANSWERS = 3129  # that most models of VQA v2 choose from
+USUAL_ANSWERS = 3129  # classes of most models of VQA v2
 MAX_BYTES = 1 << 20
 
 
@@ -42,14 +42,14 @@ class Strict(BaseModel):
 
 
 class HashSplit(Strict):
-    """Rows moved to a new split by a stable hash of their id (or group): the same rows on every machine."""
+    """A rule that moves rows to a new split by a stable hash of their id (or group): the same on every machine."""
 
     source: str = Field(alias="from")
     fraction: float = Field(gt=0, lt=1)
 
 
 class SubmissionFormat(Strict):
-    """A competition's file: the two column names and what stands between several labels of a row."""
+    """A competition's file: its two column names, and the separator of several labels in a row."""
 
     id: str = "id"
     labels: str = "labels"
@@ -57,26 +57,26 @@ class SubmissionFormat(Strict):
 
 
 class Manifest(Strict):
-    """A dataset: how to read it, what its task is, how it is split, and what a submission looks like."""
+    """A dataset: how to read it, its task, its splits, and the format of a submission."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")
     task: Task
     title: str = ""
     reader: JsonObject
-    # None: found in the labelled rows. Of two classes for pairs, the second is that of pairs that mean the same.
+    # None: the classes of the labelled rows. For paraphrase: first the class of pairs that differ, then of paraphrases.
     classes: tuple[str, ...] | None = Field(default=None, validate_default=True)
     # The lowest and the highest score of similarity.
     scale: tuple[float, float] | None = Field(default=None, validate_default=True)
-    # How many of the most frequent answers are classes of visual question answering, where ``classes`` does not say.
+    # For visual question answering without ``classes``: how many of the most frequent answers are classes.
     answers: int | None = Field(default=None, ge=1, validate_default=True)
-    # By name, of the task multitask: what is to be told of each sample.
+    # For multitask: its tasks by name.
     tasks: dict[str, LabelTask] = Field(default={}, validate_default=True)
     min_labels: int = Field(default=0, ge=0)
     splits: dict[str, HashSplit] = {}
     metrics: tuple[str, ...] = ()
     submission: SubmissionFormat = SubmissionFormat()
     rows: dict[str, int] = {}  # published counts by split, before any hash split
-    other_rows: tuple[dict[str, int], ...] = ()  # those of other divisions that were published too
+    other_rows: tuple[dict[str, int], ...] = ()  # counts of other published splits
     licence: str = ""
     get: str = ""  # how to get the data
     layout: str = ""  # the folder layout expected
@@ -86,10 +86,10 @@ class Manifest(Strict):
     def _classes_differ(cls, classes: tuple[str, ...] | None, info: ValidationInfo) -> tuple[str, ...] | None:
         if info.data.get("task") == "paraphrase" and len(classes or ()) != 2:
             raise ValueError(
-                "must name the two classes of a paraphrase task: that of pairs that differ, then that of paraphrases"
+                "must name the two classes of a paraphrase task: first for pairs that differ, then for paraphrases"
             )
         if classes is not None and info.data.get("task") == MULTITASK:
-            raise ValueError("belong to the tasks of a multitask dataset, such as [tasks.color]")
+            raise ValueError("must be in the tasks of a multitask dataset, such as [tasks.color]")
         return distinct(classes)
 
     @field_validator("scale")
@@ -101,7 +101,7 @@ class Manifest(Strict):
         if scale is None:
             return None
         if task not in (None, "similarity"):
-            raise ValueError(f"is for the task similarity alone, and this one is {task}")
+            raise ValueError(f"is only for the task similarity. Got the task {task} instead")
         if not (all(map(math.isfinite, scale)) and scale[0] < scale[1]):
             raise ValueError(f"must be a lower and a higher number. Got {list(scale)} instead")
         return scale
@@ -113,7 +113,7 @@ class Manifest(Strict):
         if task == VQA:
             return answers or USUAL_ANSWERS
         if answers is not None and task is not None:
-            raise ValueError(f"is for the task vqa alone, and this one is {task}")
+            raise ValueError(f"is only for the task vqa. Got the task {task} instead")
         return answers
 
     @field_validator("tasks")
@@ -122,7 +122,7 @@ class Manifest(Strict):
         task, reader = info.data.get("task"), info.data.get("reader") or {}
         if task != MULTITASK:
             if tasks and task is not None:
-                raise ValueError(f"are for the task {MULTITASK} alone, and this one is {task}")
+                raise ValueError(f"are only for the task {MULTITASK}. Got the task {task} instead")
             return tasks
         check_tasks(tasks, reader)
         return tasks
@@ -131,14 +131,14 @@ class Manifest(Strict):
     @classmethod
     def _min_labels_fit(cls, min_labels: int, info: ValidationInfo) -> int:
         if min_labels and info.data.get("task") == MULTITASK:
-            raise ValueError("belongs to the multi-label tasks of a multitask dataset, such as [tasks.tags]")
+            raise ValueError("must be in the multi-label tasks of a multitask dataset, such as [tasks.tags]")
         return min_labels
 
     @field_validator("submission")
     @classmethod
     def _columns_differ(cls, submission: SubmissionFormat, info: ValidationInfo) -> SubmissionFormat:
         if submission.id in (info.data.get("tasks") or {}):
-            raise ValueError(f"the column of ids is called as task {submission.id!r} is; set another id")
+            raise ValueError(f"the id column has the name of task {submission.id!r}; set another id")
         return submission
 
     @field_validator("reader")
@@ -156,7 +156,7 @@ class Manifest(Strict):
             try:
                 METRICS.check(name)
             except UnknownNameError as error:
-                raise ValueError(str(error)) from None  # which the validation puts beside the key
+                raise ValueError(str(error)) from None  # the validation adds the key
         return metrics
 
     def open_reader(self) -> Reader:
@@ -170,21 +170,21 @@ class Manifest(Strict):
 
     @property
     def reported_metrics(self) -> tuple[str, ...]:
-        """The metrics to report: those listed, or the task's usual ones; of several tasks each's, after their mean."""
+        """The metrics to report: ``metrics`` or the task's defaults; for several tasks their mean, then each task's."""
         if not self.tasks:
             return self.metrics or DEFAULT_METRICS[self.task]
-        usual = {name: (*DEFAULT_METRICS[task.task], "recall_at_p90") for name, task in self.tasks.items()}
-        return (MEAN, *(f"{name}.{metric}" for name in self.tasks for metric in self.metrics or usual[name]))
+        defaults = {name: (*DEFAULT_METRICS[task.task], "recall_at_p90") for name, task in self.tasks.items()}
+        return (MEAN, *(f"{name}.{metric}" for name in self.tasks for metric in self.metrics or defaults[name]))
 
     @property
     def main_metric(self) -> str:
-        """The metric to prefer a model by: the first of them that is higher for a better one."""
+        """The metric by which models are compared: the first for which higher is better."""
         return main_metric(self.reported_metrics)
 
     def task_slices(self, classes: Sequence[str]) -> tuple[TaskSlice, ...]:
-        """Return the tasks with their columns among these classes; those of several tasks are called "color=red".
+        """Return the tasks with their columns among these classes; with several tasks, a class is "color=red".
 
-        Raises ManifestError if they are not the classes of these tasks.
+        Raises ManifestError if the classes belong to other tasks.
         """
         if not self.tasks:
             return (TaskSlice("", self.task, slice(0, len(classes)), self.min_labels),)
@@ -199,11 +199,11 @@ def _open_reader(reader: JsonObject) -> Reader:
     try:
         return READERS[reader["kind"]](**options)
     except (UnknownNameError, PluginError) as error:
-        raise ValueError(str(error)) from None  # which the validation puts beside the key
+        raise ValueError(str(error)) from None  # the validation adds the key
 
 
 def parse_manifest(text: str, origin: str) -> Manifest:
-    """Parse a manifest's TOML. Raises ManifestError naming ``origin`` and each offending key."""
+    """Parse a manifest's TOML. Raises ManifestError, naming ``origin`` and each wrong key."""
     try:
         content = tomllib.loads(text)
     except (ValueError, RecursionError) as error:
@@ -217,7 +217,7 @@ def parse_manifest(text: str, origin: str) -> Manifest:
 def _problems(error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "manifest"
+        key = ".".join(str(name) for name in problem["loc"]) or "manifest"
         message = problem["msg"].removeprefix("Value error, ")
         if problem["type"] == "extra_forbidden":
             message = "unknown key"
@@ -233,16 +233,16 @@ def builtin_manifests() -> Iterator[Manifest]:
 
 
 def load_manifest(name: str) -> tuple[Manifest, Path | None]:
-    """Return the manifest of a built-in dataset, or of a TOML file, and the file's folder (None for a built-in).
+    """Return the manifest of a built-in dataset or a TOML file, and the file's folder (None for a built-in one).
 
-    Raises UnknownNameError if there is no such dataset, ManifestError if the file is wrong.
+    Raises UnknownNameError if there is no such dataset, ManifestError if the file is not valid.
     """
     if name.endswith(".toml") or "/" in name:
         path = Path(name)
         if not path.is_file():
             raise ManifestError(f"{name}: no such manifest file")
         if path.stat().st_size > MAX_BYTES:
-            raise ManifestError(f"{name}: larger than {MAX_BYTES} bytes, which no manifest is")
+            raise ManifestError(f"{name}: larger than the limit of {MAX_BYTES} bytes")
         try:
             text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
@@ -255,7 +255,7 @@ def load_manifest(name: str) -> tuple[Manifest, Path | None]:
 
 
 def _builtin_folder() -> Traversable:
-    """The manifests' folder, from an installed package or from a checkout that is merely on the path."""
+    """Return the manifests' folder, of an installed package or of a checkout on the path."""
     try:
         return resources.files("cachefuse.data_manifests")
     except ModuleNotFoundError:

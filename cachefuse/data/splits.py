@@ -1,4 +1,4 @@
-"""Splits: given by the data, or made by a stable hash of each row's id."""
+"""Splits: given by the data, or computed by a stable hash of each row's id."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -15,19 +15,19 @@ USUAL = ("train", "val", "test")
 
 
 def ordered_splits(names: Iterable[str]) -> list[str]:
-    """Return split names once each: train, val and test first, then others by name."""
+    """Return each split name once: train, val and test first, then others by name."""
     return sorted(set(names), key=lambda name: (USUAL.index(name) if name in USUAL else len(USUAL), name))
 
 
 def hash_unit(key: str) -> float:
-    """Map a string to [0, 1), uniformly, and the same on every machine."""
+    """Map a string to a uniform number in [0, 1), the same on every machine."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()) / 2**64
 
 
 def apply_hash_splits(rules: "Mapping[str, HashSplit]", samples: Samples) -> list[str]:
     """Return each row's split after moving a fraction of ``rule.source`` to each new split.
 
-    A row's fate depends on its id (or group) alone: added rows never move the others.
+    A row's split depends only on its id (or group): new rows never move others.
     """
     splits = list(samples.splits)
     groups = samples.groups or samples.ids
@@ -36,7 +36,7 @@ def apply_hash_splits(rules: "Mapping[str, HashSplit]", samples: Samples) -> lis
         rows = [i for i, split in enumerate(splits) if split == rule.source]
         if not rows:
             known = ", ".join(sorted(set(samples.splits)))
-            raise DataError(f"splits.{name}: takes rows from {rule.source!r}, which has none; the splits are: {known}")
+            raise DataError(f"splits.{name}: there are no rows in {rule.source!r} to take; the splits are: {known}")
         for i in rows:
             if hash_unit(f"{name}/{keys[i]}") < rule.fraction:
                 splits[i] = name

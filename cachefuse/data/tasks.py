@@ -1,4 +1,4 @@
-"""Several tasks on the same samples, as a manifest declares them: labels, classes and missing labels of each."""
+"""Several tasks on the same samples in a manifest: each has its own labels, classes and missing labels."""
 
 import re
 from collections import Counter
@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from cachefuse.files import JsonObject
 from cachefuse.metrics.tasks import TaskSlice
 
-NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # neither "=" nor "." is in it: "color=red", "color.accuracy"
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # no "=" and no ".": "color=red", "color.accuracy"
 
 
 class LabelTask(BaseModel):
-    """One of several tasks on the same samples, each with labels, classes and missing labels of its own.
+    """One of several tasks on the same samples, with its own labels, classes and missing labels.
 
-    ``column`` is that of the labels, by default the task's name. Without ``min_labels`` an empty cell of a multi-label
-    column says that the sample has none of the labels, with it that they are not known.
+    ``column`` has the labels; its default is the task's name. An empty cell of a multi-label column means that the
+    sample has none of the labels; with ``min_labels`` it means that the labels are unknown.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,12 +36,12 @@ class LabelTask(BaseModel):
     @classmethod
     def _min_labels_fit(cls, min_labels: int, info: ValidationInfo) -> int:
         if min_labels and info.data.get("task") == "multiclass":
-            raise ValueError("is for multi-label tasks; a multi-class one has one label a row")
+            raise ValueError("is for multi-label tasks; a multi-class task has one label per row")
         return min_labels
 
 
 def distinct(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    """Return names of classes without the spaces around them, as labels are read. Raises ValueError if two are one."""
+    """Return class names without surrounding spaces, as labels are read. Raises ValueError if two are equal."""
     if classes is None:
         return None
     names = Counter(name.strip() for name in classes)
@@ -56,27 +56,27 @@ def distinct(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
 
 
 def check_tasks(tasks: Mapping[str, LabelTask], reader: JsonObject) -> None:
-    """Raise ValueError for tasks that are none, badly named, or not of this reader (its options, or nothing)."""
+    """Raise ValueError if there are no tasks, a name is not valid, or the reader (its options) cannot read them."""
     if not tasks:
         raise ValueError('there must be at least one, such as [tasks.color] with task = "multiclass"')
     for name in tasks:
         if not NAME.fullmatch(name):
-            raise ValueError(f"a task's name must be of lower-case letters, digits, - and _. Got {name!r} instead")
+            raise ValueError(f"a task's name may have lower-case letters, digits, - and _. Got {name!r} instead")
     if reader and reader["kind"] != "table":
-        raise ValueError(f"are read from the columns of a table, and reader {reader['kind']!r} gives one label")
+        raise ValueError(f"need the reader 'table', which reads several label columns. Got {reader['kind']!r} instead")
     if "labels" in reader:
-        raise ValueError("name a column of labels each; leave out the reader's labels")
+        raise ValueError("have their own label columns; leave out the reader's labels")
 
 
 def slices(tasks: Mapping[str, LabelTask], classes: Sequence[str]) -> tuple[TaskSlice, ...]:
-    """Return the tasks with their columns among classes "color=red". Raises ValueError if those are of other tasks."""
-    found, start = [], 0
+    """Return the tasks with their columns among classes "color=red". Raises ValueError for classes of other tasks."""
+    task_slices, start = [], 0
     for name, task in tasks.items():
-        n = sum(own.startswith(f"{name}=") for own in classes[start:])
-        found.append(TaskSlice(name, task.task, slice(start, start + n), task.min_labels))
-        if not n or not all(own.startswith(f"{name}=") for own in classes[start : start + n]):
-            raise ValueError(f"classes such as {', '.join(classes[:3])} are not those of its tasks")
+        n = sum(label.startswith(f"{name}=") for label in classes[start:])
+        task_slices.append(TaskSlice(name, task.task, slice(start, start + n), task.min_labels))
+        if not n or not all(label.startswith(f"{name}=") for label in classes[start : start + n]):
+            raise ValueError(f"classes such as {', '.join(classes[:3])} do not belong to its tasks")
         start += n
     if start < len(classes):
-        raise ValueError(f"class {classes[start]!r} is of none of its tasks")
-    return tuple(found)
+        raise ValueError(f"class {classes[start]!r} belongs to none of its tasks")
+    return tuple(task_slices)

@@ -1,1 +1,1 @@
-"""Stage 1: from a dataset to a store."""
+"""Stage 1: write a dataset's features to a store."""

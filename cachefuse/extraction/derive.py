@@ -1,4 +1,4 @@
-"""Features made of others that a store has already: read, mapped, written; no sample is encoded again."""
+"""Features computed from other features of a store. No sample is encoded again."""
 
 from collections.abc import Callable, Mapping
 
@@ -10,14 +10,14 @@ from cachefuse.store.rows import Rows
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.writer import ViewWriter
 
-AT_ONCE = 1 << 22  # floats read at a time, at most; some rows have many tokens
+AT_ONCE = 1 << 22  # maximum floats read at a time; some rows have many tokens
 MOST_ROWS = 1024
 
 OnRows = Callable[[int, int], None]
 
 
 def base_rows(store: FeatureStore, tower: DerivedTower) -> Rows | None:
-    """Return the rows that a tower's features are made of, or None if the store lacks them, or any of them."""
+    """Return the rows from which a tower computes its features, or None unless the store has all of them."""
     base = store.open_features(tower.base_encoder, tower.modality)
     if base is None or base.key != tower.base_key or tower.base_view not in base.views or base.pending(tower.base_view):
         return None
@@ -31,9 +31,9 @@ def derive(
     dtypes: Mapping[str, str],
     on_rows: OnRows = lambda done, total: None,
 ) -> int:
-    """Compute the rows that features lack from those of another encoder, and return how many those are.
+    """Compute the missing rows from ``rows``, another encoder's features. Return how many were missing.
 
-    A sample without the modality keeps its row, of zeros.
+    The row of a sample without the modality is zeros.
     """
     samples, view = features.samples, "pooled"
     missing = features.missing_rows(view)
@@ -42,12 +42,12 @@ def derive(
     size = max(1, min(MOST_ROWS, AT_ONCE // max(1, n_tokens * rows.shape[-1])))
     with ViewWriter(features, view, ragged=False, dtype=dtypes[view]) as writer:
         for start in range(0, len(missing), size):
-            part = missing[start : start + size]
-            here = present[part]
-            values: list[np.ndarray | None] = [None] * len(part)
-            if here.any():
-                for i, value in zip(np.flatnonzero(here).tolist(), tower.transform(rows[part[here]]), strict=True):
+            chunk = missing[start : start + size]
+            usable = present[chunk]
+            values: list[np.ndarray | None] = [None] * len(chunk)
+            if usable.any():
+                for i, value in zip(np.flatnonzero(usable).tolist(), tower.transform(rows[chunk[usable]]), strict=True):
                     values[i] = value
-            writer.add(part, values)
-            on_rows(start + len(part), len(missing))
+            writer.add(chunk, values)
+            on_rows(start + len(chunk), len(missing))
     return len(missing)

@@ -1,4 +1,4 @@
-"""What is asked of an extraction: a dataset, its towers, the views to make of each; checked before anything is done."""
+"""A request for an extraction: dataset, towers, views. It is checked before any work begins."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -21,7 +21,7 @@ BATCH_SIZE = {"cpu": 32, "cuda": 256}
 
 @dataclass(frozen=True)
 class Request:
-    """A dataset, the towers to pass it through, the views to keep, their dtype, and samples a batch."""
+    """A dataset, the towers that encode it, the views to store, their dtype, and samples per batch."""
 
     dataset: Dataset
     towers: tuple[tuple[EncoderSpec, Tower], ...]
@@ -30,23 +30,23 @@ class Request:
     batch_size: int
 
     def dtypes(self, tower: Tower) -> dict[str, str]:
-        """Return the views to make by a tower, those of all that it has, and the dtype that each is kept in."""
-        return {view: _kept_dtype(view, self.dtype) for view in self.views if view in tower.views}
+        """Return the requested views that a tower has, with the dtype in which each is stored."""
+        return {view: _stored_dtype(view, self.dtype) for view in self.views if view in tower.views}
 
     def provenance(self, tower: Tower) -> dict[str, str]:
-        """Return what a tower's features depend on. Quantised tokens stand beside float16 ones: same key."""
+        """Return everything that a tower's features depend on. Quantised tokens and float16 views share one key."""
         return {**tower.provenance, "dtype": "float32" if self.dtype == "float32" else "float16"}
 
 
-def _kept_dtype(view: str, dtype: str) -> str:
-    """Return what a view is kept in: only tokens are quantised, and ids are whole numbers whatever is asked for."""
+def _stored_dtype(view: str, dtype: str) -> str:
+    """Return the dtype in which a view is stored: only tokens are quantised, and ids are always int32."""
     if view == IDS:
         return "int32"
     return "float16" if dtype == "int8" and view != "tokens" else dtype
 
 
 def check_options(encoders: Sequence[str], views: Sequence[str], batch_size: int | None, dtype: str) -> None:
-    """Raise ConfigError for what can't be asked for, before any model is opened."""
+    """Raise ConfigError for options that are not valid, before any model is opened."""
     if not encoders:
         raise ConfigError("extract needs at least one encoder")
     unknown = [view for view in views if view not in VIEWS]
@@ -63,12 +63,11 @@ def check_options(encoders: Sequence[str], views: Sequence[str], batch_size: int
 def open_request(
     dataset: Dataset, encoders: Sequence[str], views: Sequence[str], device: str, batch_size: int | None, dtype: str
 ) -> Request:
-    """Open the encoders, each once, on "auto" or a named device.
+    """Open each encoder once, on "auto" or a named device.
 
-    Ids are made by those that have them, which images have not; an encoder that is left with nothing to make is left
-    out. Raises EncoderError if one encodes nothing that the dataset has, ConfigError if one can't give another view,
-    none has ids that are asked for, or two would be kept under one name. With dtype int8 the pooled features, which are
-    few, are float16.
+    Only some text encoders have ids; an encoder without any requested view is skipped. With dtype int8, pooled features
+    are float16: they are small. Raises EncoderError if an encoder has no modality of the dataset. Raises ConfigError if
+    one lacks a view other than ids, if none has requested ids, or if two would be stored under one name.
     """
     check_options(encoders, views, batch_size, dtype)
     device = resolve_device(device)
@@ -84,10 +83,10 @@ def open_request(
                 f"{' and '.join(dataset.modalities) or 'labels'}"
             )
         for tower in usable:
-            lacking = [view for view in views if view not in tower.views and view != IDS]
-            if lacking:
+            missing = [view for view in views if view not in tower.views and view != IDS]
+            if missing:
                 known = ", ".join(tower.views)
-                raise ConfigError(f"encoder {spec} has no {lacking[0]} view of {tower.modality}; choose from: {known}")
+                raise ConfigError(f"encoder {spec} has no {missing[0]} view of {tower.modality}; choose from: {known}")
         towers += [(spec, tower) for tower in usable if set(views) & set(tower.views)]
     _check_ids(specs, towers, views)
     return Request(
@@ -96,15 +95,15 @@ def open_request(
 
 
 def _check_ids(specs: Iterable[EncoderSpec], towers: Sequence[tuple[EncoderSpec, Tower]], views: Sequence[str]) -> None:
-    """Raise ConfigError if ids are asked for and no tower has them; say which encoders have nothing to do."""
+    """Raise ConfigError if no tower has the requested ids. Warn of encoders that are skipped."""
     if IDS in views and not any(IDS in tower.views for _, tower in towers):
         raise ConfigError(
-            f"no ids view of {' or '.join(map(str, specs))}; token ids are those of a text encoder of transformers, "
+            f"{' or '.join(map(str, specs))} has no ids view; only text encoders of transformers have token ids, "
             f"such as hf:bert-base-uncased"
         )
     for spec in specs:
         if spec not in [used for used, _ in towers]:
-            logger.warning("%s is left out: it has no token ids, and nothing else is asked for", spec)
+            logger.warning("%s is skipped: it has no token ids, and no other view is requested", spec)
 
 
 def _check_names(specs: Sequence[EncoderSpec]) -> None:
@@ -112,5 +111,5 @@ def _check_names(specs: Sequence[EncoderSpec]) -> None:
     for spec, folder in zip(specs, folders, strict=True):
         if folders.count(folder) > 1:
             raise ConfigError(
-                f"two encoders would both be kept as {spec.short}; rename one, or use another --workspace"
+                f"two encoders would both be stored as {spec.short}; rename one, or use another --workspace"
             )

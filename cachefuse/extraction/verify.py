@@ -1,4 +1,4 @@
-"""Reading all of a store against its checksums, and computing again the blocks that are not what was written."""
+"""Verify all checksums of a store, and compute damaged blocks again."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -27,7 +27,7 @@ from cachefuse.store.views import block_name
 
 @dataclass(frozen=True)
 class Damage:
-    """A block that is not what was written; ``block`` is None for an array of the samples, or for metadata."""
+    """A damaged block. ``block`` is None for an array of the samples, or for metadata."""
 
     encoder: str
     modality: str
@@ -38,9 +38,9 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifiedView:
-    """What all finished blocks of a view hold: NaN and infinite values, rows of zeros though their sample is present.
+    """The finished blocks of a view: counts of NaN, infinite values, and rows of zeros of present samples.
 
-    ``cosine`` of quantised rows to those in float16: mean and least, as they were when they were written.
+    ``cosine``: mean and minimum of the cosine between quantised and float16 rows, noted when they were written.
     """
 
     encoder: str
@@ -57,7 +57,7 @@ class VerifiedView:
 
 @dataclass(frozen=True)
 class Verification:
-    """The views that were read, and all damage found."""
+    """All views of a store, and all damage in it."""
 
     path: Path
     views: tuple[VerifiedView, ...]
@@ -65,9 +65,9 @@ class Verification:
 
 
 def verify(store: FeatureStore, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
-    """Read every finished block: checksums, shard indexes, offsets, NaN and infinite values, rows of zeros.
+    """Check every finished block: checksums, shard indexes, offsets, NaN and infinite values, rows of zeros.
 
-    ``on_progress`` hears of the blocks done, of all. Blocks that were never finished are no damage.
+    ``on_progress`` gets the number of blocks done and their total. Unfinished blocks are not damage.
     """
     damage = list(_check_samples(store))
     opened = []
@@ -91,37 +91,37 @@ def verify(store: FeatureStore, *, on_progress: Callable[[int, int], None] = lam
 
 def repair(
     store: FeatureStore,
-    found: Verification,
+    verification: Verification,
     dataset: Dataset,
     *,
     device: str = "auto",
     on_progress: OnProgress = lambda progress: None,
 ) -> None:
-    """Compute damaged blocks again, and only those, with the encoders that made them, from the dataset's raw data.
+    """Compute only the damaged blocks again, from raw data, with the encoders that made them.
 
-    Raises CacheError where that can't be: samples whose ids are damaged, encoders that are not what they were.
+    Raises CacheError where this is impossible: the ids of the samples are damaged, or an encoder has changed.
     """
     with only_writer(store.path):
         store = open_store(store.path, dataset)
-        damaged = {(damage.encoder, damage.modality, damage.view) for damage in found.damage}
-        for path in sorted(damaged, key=lambda path: (is_derived(path[0]), path)):  # what is made of others comes last
-            features = store.open_features(*path[:2]) if path[0] else None
+        damaged = {(damage.encoder, damage.modality, damage.view) for damage in verification.damage}
+        for name in sorted(damaged, key=lambda name: (is_derived(name[0]), name)):  # derived features come last
+            features = store.open_features(*name[:2]) if name[0] else None
             if features is None:
                 continue
-            view = features.views[path[2]]
-            dtype = view.dtype if view.dtype in FEATURE_DTYPES else "float16"  # of ids it plays no part
+            view = features.views[name[2]]
+            dtype = view.dtype if view.dtype in FEATURE_DTYPES else "float16"  # ids ignore it
             request = open_request(dataset, [features.source], [view.name], device, None, dtype)
-            towers = tuple(place for place in request.towers if place[1].modality == features.modality)
+            towers = tuple((spec, tower) for spec, tower in request.towers if tower.modality == features.modality)
             view.declare(features.path, features.n_rows)
-            for damage in found.damage:
-                if (damage.encoder, damage.modality, damage.view) == path and damage.block is not None:
+            for damage in verification.damage:
+                if (damage.encoder, damage.modality, damage.view) == name and damage.block is not None:
                     features.forget(view.name, features.rows_of(view.name, damage.block))
-            # However many samples are bad, the ledger has them already.
+            # A limit of 1.0: all bad samples are listed already.
             extract_into(store, replace(request, towers=towers), 1.0, on_progress)
 
 
 class _Check:
-    """One view, block by block."""
+    """Checks one view, block by block."""
 
     def __init__(self, features: Features, view: str) -> None:
         self.features, self.view = features, view
@@ -130,14 +130,14 @@ class _Check:
         self._cosines: list[tuple[int, float, float]] = []
         self._present = _present_rows(features)
         self._whole = np.array([features.is_whole(view, block) for block in range(features.n_blocks(view))], bool)
-        self._rows: Rows | None = None  # where an index is damaged, each block is opened by itself, to tell which it is
+        self._rows: Rows | None = None  # None if an index is damaged: then each block is opened alone
         with suppress(DamagedBlockError):
             self._rows = features.open_blocks(view, np.flatnonzero(self._whole).tolist())
         for name in features.views[view].arrays:
             self._check_metadata(name, None)
 
     def add(self, block: int) -> None:
-        """Read one block."""
+        """Check one block."""
         written = self.features.written(self.view, block)
         if written is None or written.stale:
             return
@@ -152,18 +152,21 @@ class _Check:
             self._count(block, values)
             self.finished += 1
         elif self.features.stored(self.view, block) is None:
-            self._note(block, "it is gone, cut short or changed")
+            self._note(block, "it is lost, cut short or changed")
             return
         self.n_bytes += sum(size for size, _ in written.files.values())
         if written.cosine:
             self._cosines.append((written.rows, *written.cosine))
 
     def result(self) -> VerifiedView:
-        """What was found in all blocks."""
+        """Return the summary of all checked blocks."""
         cosine = None
         if self._cosines:
-            rows = sum(n for n, _, _ in self._cosines)
-            cosine = sum(n * mean for n, mean, _ in self._cosines) / rows, min(least for *_, least in self._cosines)
+            n_rows = sum(n for n, _, _ in self._cosines)
+            cosine = (
+                sum(n * mean for n, mean, _ in self._cosines) / n_rows,
+                min(minimum for *_, minimum in self._cosines),
+            )
         return VerifiedView(
             encoder=self.features.encoder,
             modality=self.features.modality,
@@ -180,22 +183,22 @@ class _Check:
     def _read(self, block: int) -> np.ndarray | list[np.ndarray]:
         """Return a block's rows, (n, ...) or a list of n arrays. Raises DamagedBlockError."""
         rows = self.features.open_blocks(self.view, [block]) if self._rows is None else self._rows
-        here = self.features.rows_of(self.view, block)
-        return rows[here.start : here.stop]
+        numbers = self.features.rows_of(self.view, block)
+        return rows[numbers.start : numbers.stop]
 
     def _count(self, block: int, values: np.ndarray | list[np.ndarray]) -> None:
         flat = np.concatenate(values) if isinstance(values, list) else values
         if self.view == IDS:
-            wrong = (flat < 0) | (flat >= self.features.views[self.view].vocabulary)
-            if wrong.any():
-                self._note(block, f"it holds {int(wrong.sum()):,} token ids that are not of the vocabulary")
+            unknown = (flat < 0) | (flat >= self.features.views[self.view].vocabulary)
+            if unknown.any():
+                self._note(block, f"it holds {int(unknown.sum()):,} token ids outside the vocabulary")
         else:
             nan, inf = int(np.isnan(flat).sum()), int(np.isinf(flat).sum())
             self.nan, self.inf = self.nan + nan, self.inf + inf
             if nan or inf:
                 self._note(block, f"it holds {nan:,} NaN and {inf:,} infinite values")
         rows = self.features.rows_of(self.view, block)
-        if isinstance(values, list):  # the id 0 is a token like any other
+        if isinstance(values, list):  # 0 is a valid id
             empty = np.array([not len(row) if self.view == IDS else not row.any() for row in values])
         else:
             empty = np.asarray(~values.reshape(len(values), -1).any(axis=1))
@@ -204,8 +207,8 @@ class _Check:
     def _check_metadata(self, name: str, block: int | None) -> None:
         try:
             zarr.open(self.features.path / name, mode="r")
-        except Exception as error:  # whatever zarr-python raises on metadata that is not its own
-            self._note(block, f"{name}/zarr.json can't be read by Zarr: {str(error) or type(error).__name__}")
+        except Exception as error:  # zarr-python raises many kinds of errors on changed metadata
+            self._note(block, f"Zarr cannot read {name}/zarr.json: {str(error) or type(error).__name__}")
 
     def _note(self, block: int | None, reason: str) -> None:
         if not any(damage.block == block for damage in self.damage):
@@ -213,23 +216,23 @@ class _Check:
 
 
 def _check_samples(store: FeatureStore) -> Iterator[Damage]:
-    """Read every array of the samples; each chunk has a checksum, and each array must have a row a sample."""
-    there, _ = read_columns(store.path)
+    """Check every array of the samples: each chunk has a checksum, and each array needs one row per sample."""
+    readable, _ = read_columns(store.path)
     try:
         names = set(read_about(store.path)["columns"])
     except CacheError:
-        yield Damage("", "", "samples", None, "its zarr.json can't be read, or its checksum does not fit")
+        yield Damage("", "", "samples", None, "its zarr.json cannot be read, or its checksum does not fit")
         names = {*IDENTITY, "split", "target"}
-    for name in sorted(names - there.keys()):
-        yield Damage("", "", f"samples/{name}", None, "it can't be read, or its checksum does not fit")
-    lengths = {name: len(values) - name.startswith("items/") for name, values in there.items()}
+    for name in sorted(names - readable.keys()):
+        yield Damage("", "", f"samples/{name}", None, "it cannot be read, or its checksum does not fit")
+    lengths = {name: len(values) - name.startswith("items/") for name, values in readable.items()}
     for name, n in sorted(lengths.items()):
         if n != lengths.get("id", n):
-            yield Damage("", "", f"samples/{name}", None, f"it has {n:,} rows where there are {lengths['id']:,} ids")
+            yield Damage("", "", f"samples/{name}", None, f"it has {n:,} rows, but there are {lengths['id']:,} ids")
 
 
 def _present_rows(features: Features) -> np.ndarray:
-    """Return which rows have a sample with this modality; all, where the samples can't say."""
+    """Return which rows have a sample with this modality; all rows if the samples are damaged."""
     try:
         return features.samples.present_rows(features.modality)
     except CacheError:

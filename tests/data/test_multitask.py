@@ -93,7 +93,7 @@ def test_data_that_contradict_the_tasks(load):
         ),
         (
             HEAD + 'submission = { id = "color" }\n' + COLOR,
-            "submission ids color",
+            "submission id color",
         ),
         (HEAD + 'metrics = ["color.accuracy"]\n' + COLOR, "metrics color.accuracy"),
     ],

@@ -59,7 +59,7 @@ def test_a_whole_store_is_sound(store):
         ("image", "tokens", "tokens/c/1/0/0", 40, "its checksum does not fit"),
         ("text", "tokens", "tokens/block-000001/c/0/0", 9, "its checksum does not fit"),
         ("text", "tokens", "offsets/c/1/0", 16, "its offsets have changed"),
-        ("text", "tokens", "tokens/block-000001/zarr.json", 0, "zarr.json can't be read by Zarr"),
+        ("text", "tokens", "tokens/block-000001/zarr.json", 0, "Zarr cannot read tokens"),
     ],
 )
 def test_a_flipped_bit_is_found_named_and_mended(shapes, store, tools, toy, modality, view, file, place, reason):
@@ -85,7 +85,7 @@ def test_a_file_that_is_gone_or_cut_short_is_found(shapes, store, toy):
     shard.write_bytes(shard.read_bytes()[:-40])
     found = verify(store)
     assert places(found) == [("image", "pooled", 0), ("image", "tokens", 1)]
-    assert {damage.reason for damage in found.damage} == {"it is gone, cut short or changed"}
+    assert {damage.reason for damage in found.damage} == {"it is lost, cut short or changed"}
     repair(store, found, shapes, device="cpu")
     assert verify(FeatureStore(store.path)).damage == ()
 
@@ -110,7 +110,7 @@ def test_damaged_samples_are_found_and_mended(shapes, store, name):
     (chunk,) = [path for path in (store.path / "samples" / name / "c").rglob("*") if path.is_file()]
     flip(chunk, 12)
     found = verify(FeatureStore(store.path))
-    assert found.damage == (Damage("", "", f"samples/{name}", None, "it can't be read, or its checksum does not fit"),)
+    assert found.damage == (Damage("", "", f"samples/{name}", None, "it cannot be read, or its checksum does not fit"),)
     repair(FeatureStore(store.path), found, shapes, device="cpu")
     assert verify(FeatureStore(store.path)).damage == ()
     np.testing.assert_array_equal(read_column(store.path, name), expected)

@@ -1,4 +1,4 @@
-"""How raw files become samples. A reader is one file and one line here; a manifest names it as `reader.kind`."""
+"""Readers turn raw files into samples. A reader is one file and one line here; a manifest names it in `reader.kind`."""
 
 from typing import TYPE_CHECKING
 

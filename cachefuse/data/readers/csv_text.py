@@ -1,4 +1,4 @@
-"""Reading csv text as it is found: by the standard where it holds, else with a parser for unescaped quotes."""
+"""Real-world csv text: read by the standard if possible, else with a parser for unescaped quotes."""
 
 import csv
 import io
@@ -6,14 +6,14 @@ import re
 
 from cachefuse.errors import DataError
 
-csv.field_size_limit(1 << 26)  # long plots are longer than the module's 128 KiB
+csv.field_size_limit(1 << 26)  # some plots exceed the module's 128 KiB
 
 
 def read_csv(text: str, delimiter: str, origin: str, n_fields: int | None = None) -> list[list[str]]:
-    """Return the records of csv text, each of ``n_fields`` fields, or of as many as the first one (the header) has.
+    """Return the records of csv text, each with ``n_fields`` fields, by default as many as the first one (the header).
 
-    Text with quotes inside quoted fields that are not doubled (``"a "stop" sign"``) is read too, and keeps them.
-    Raises DataError, naming the line, if neither reading gives every record that number of fields.
+    Quotes in quoted fields need not be doubled (``"a "stop" sign"``); they are kept.
+    Raises DataError, naming the line, if no reading gives every record that number of fields.
     """
     rows = _read_standard(text, delimiter, n_fields)
     if rows is not None:
@@ -35,7 +35,7 @@ def _read_standard(text: str, delimiter: str, n_fields: int | None) -> list[list
 
 
 def _read_lines(text: str, n_fields: int) -> list[list[str]] | None:
-    """Read lines of tabs, which prose does not contain: where the fields come out even, quote marks are text."""
+    """Split lines at tabs, which prose does not contain. If all rows have ``n_fields``, quotes inside are text."""
     rows = [line.split("\t") for line in text.split("\n") if line.strip(" ")]
     if any(len(row) != n_fields for row in rows):
         return None
@@ -43,12 +43,12 @@ def _read_lines(text: str, n_fields: int) -> list[list[str]] | None:
 
 
 def _read_unescaped(text: str, delimiter: str, origin: str, n_fields: int) -> list[list[str]]:
-    """Parse records of a known number of fields, where a quote ends a field only if a field can end there.
+    """Parse records with a known number of fields. A quote ends a field only where a field can end.
 
-    A last field without quotes around it is the rest of its line, delimiters included.
+    A last field without quotes is the rest of its line, delimiters included.
     """
     comma = re.escape(delimiter)
-    # In prose a comma after a quote is followed by a space, between fields it is not.
+    # In prose a space follows the comma after a quote; between fields it does not.
     closing = re.compile(rf'"{comma}(?! )')
     before_last = rf'(?>"[^\n]*?{closing.pattern}|[^"{comma}\n]*{comma}){{{n_fields - 1}}}'
     closing_last = re.compile(rf'"[ \t]*(?:\Z|\n(?=[ \n]*(?:{before_last}|\Z)))')
@@ -59,7 +59,7 @@ def _read_unescaped(text: str, delimiter: str, origin: str, n_fields: int) -> li
         if not text[position : _end_of_line(text, position)].strip(" "):
             position = _end_of_line(text, position) + 1
             continue
-        # A record ends before a line that can only be another one: then an opening quote without its pair is text.
+        # A record ends before a line that must be a new record: then an unpaired opening quote is text.
         if limit < position:
             following = quoted_record.search(text, position)
             limit = following.start() if following else len(text)
@@ -87,7 +87,7 @@ def _read_unescaped(text: str, delimiter: str, origin: str, n_fields: int) -> li
 
 
 def _undouble(value: str) -> str:
-    """Undo the standard's doubling where every inner quote is doubled; elsewhere quotes are text."""
+    """Undo the standard's doubling if every inner quote is doubled; otherwise quotes are text."""
     return value if '"' in value.replace('""', "") else value.replace('""', '"')
 
 

@@ -1,4 +1,4 @@
-"""Reading HDF5 that was not made here: sizes are bounded, and nothing outside the file is ever opened."""
+"""Untrusted HDF5 files: sizes are limited, and no other file is ever opened."""
 
 import math
 import os
@@ -16,7 +16,7 @@ from cachefuse.errors import DataError
 
 MAX_ROWS = 50_000_000
 MAX_TEXT_BYTES = 1 << 20
-MAX_CHUNK_BYTES = 1 << 30  # what reading a single row may have to decompress
+MAX_CHUNK_BYTES = 1 << 30  # reading one row decompresses at most this
 SLICE_BYTES = 1 << 26
 SLICE_ROWS = 1 << 16
 MAX_HOPS = 8
@@ -27,46 +27,46 @@ _HANDLES_LOCK = threading.Lock()
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
-    """Open a file for reading. Raises DataError where it, or what is read from it inside the block, is damaged."""
+    """Open a file for reading. Raises DataError if it is damaged, also for reads inside the block."""
     try:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
-        raise DataError(f"{path.name}: not an HDF5 file that can be read: {error}") from error
+        raise DataError(f"{path.name}: not a readable HDF5 file: {error}") from error
 
 
 def open_shared(path: Path) -> h5py.File:
-    """Return this process's one handle of a file, a new one once the file has changed.
+    """Return this process's handle of a file, a new one after the file has changed.
 
-    It stays open: opening costs more than reading a row.
+    It stays open, because opening takes longer than reading a row.
     """
     fingerprint = file_fingerprint(path)
     with _HANDLES_LOCK:
-        key = (os.getpid(), path)  # a handle that was open before a fork is not the child's
+        key = (os.getpid(), path)  # a forked child needs its own handle
         if key not in _HANDLES or _HANDLES[key][0] != fingerprint:
-            # Closed first: HDF5 would share what it keeps of the old content with a second handle.
+            # Close the old handle first: HDF5 would share its cache of the old content.
             _HANDLES.pop(key, None)
             _HANDLES[key] = fingerprint, h5py.File(path, "r")
         return _HANDLES[key][1]
 
 
 def find_dataset(file: h5py.File, key: str, hops: int = MAX_HOPS) -> h5py.Dataset:
-    """Return the dataset under ``key``. Raises DataError if it is not there, or if any of it lies in another file."""
+    """Return the dataset under ``key``. Raises DataError if it is missing, or has data in another file."""
     name = file_name(file)
-    parts = [part for part in key.split("/") if part not in ("", ".")]
+    steps = [step for step in key.split("/") if step not in ("", ".")]
     node = file
-    for i, part in enumerate(parts):
-        # Looked at before it is followed: following an external link opens whatever file it names.
-        link = node.get(part, getlink=True) if isinstance(node, h5py.Group) else None
+    for i, step in enumerate(steps):
+        # Check each link before following it: an external link may open any file.
+        link = node.get(step, getlink=True) if isinstance(node, h5py.Group) else None
         if link is None:
-            where = "/".join([name, *parts[:i]])
+            where = "/".join([name, *steps[:i]])
             raise DataError(f"{name}: has no dataset {key!r}; {where} has: {_contents(node)}")
         if isinstance(link, h5py.SoftLink) and hops:
-            target = posixpath.join(node.name, link.path, *parts[i + 1 :])
+            target = posixpath.join(node.name, link.path, *steps[i + 1 :])
             return find_dataset(file, target, hops - 1)
         if not isinstance(link, h5py.HardLink):
-            raise DataError(f"{name}: {key!r} is a link out of the file, or one that never ends; neither is followed")
-        node = node[part]
+            raise DataError(f"{name}: {key!r} is a link to another file, or an endless one; such links are not allowed")
+        node = node[step]
     if not isinstance(node, h5py.Dataset):
         raise DataError(f"{name}: {key!r} is not a dataset; it has: {_contents(node)}")
     _check_dataset(node, name, key)
@@ -79,9 +79,9 @@ def _contents(node: object) -> str:
 
 def _check_dataset(dataset: h5py.Dataset, name: str, key: str) -> None:
     if dataset.is_virtual or dataset.external:
-        raise DataError(f"{name}: {key!r} keeps its data in other files, which are not opened")
+        raise DataError(f"{name}: {key!r} has its data in other files, which is not allowed")
     if not dataset.shape:
-        raise DataError(f"{name}: {key!r} must have one row a sample. Got a single value instead")
+        raise DataError(f"{name}: {key!r} must have one row per sample. Got a single value instead")
     if dataset.shape[0] > MAX_ROWS:
         raise DataError(f"{name}: {key!r} has {dataset.shape[0]:,} rows, over the limit of {MAX_ROWS:,}")
     if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
@@ -89,7 +89,7 @@ def _check_dataset(dataset: h5py.Dataset, name: str, key: str) -> None:
 
 
 def image_column(file: h5py.File, key: str, dtype: str) -> h5py.Dataset:
-    """Return a dataset of images, (N, H, W, 3) or (N, 3, H, W). Raises DataError if it is something else."""
+    """Return a dataset of images, (N, H, W, 3) or (N, 3, H, W). Raises DataError for other data."""
     dataset = find_dataset(file, key)
     shape = dataset.shape
     if len(shape) != 4 or 3 not in (shape[1], shape[3]) or 0 in shape[1:] or dataset.dtype != dtype:
@@ -107,7 +107,7 @@ def image_column(file: h5py.File, key: str, dtype: str) -> h5py.Dataset:
 def read_strings(dataset: h5py.Dataset, encoding: str) -> list[str]:
     """Read strings or whole numbers of shape (N,) or (N, 1) as N stripped strings.
 
-    A row that is not in ``encoding`` is read as latin-1, which has a character for every byte.
+    A row that is not valid in ``encoding`` is read as latin-1, which has a character for every byte.
     """
     name, dtype = f"{file_name(dataset.file)}: {dataset.name.lstrip('/')!r}", dataset.dtype
     if dtype.kind not in "Siu" and h5py.check_string_dtype(dtype) is None:
@@ -116,7 +116,7 @@ def read_strings(dataset: h5py.Dataset, encoding: str) -> list[str]:
         raise DataError(f"{name} must have shape (N,) or (N, 1). Got {dataset.shape} instead")
     if dtype.itemsize > MAX_TEXT_BYTES:
         raise DataError(f"{name} has strings of {dtype.itemsize:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
-    # Slices bound the memory; strings of variable length may share their bytes in the file, so they take small ones.
+    # Slices limit the memory. They are small for strings of variable length, which may share bytes in the file.
     step = 256 if dtype.kind == "O" else min(SLICE_ROWS, SLICE_BYTES // dtype.itemsize)
     strings: list[str] = []
     for start in range(0, len(dataset), step):
@@ -137,5 +137,5 @@ def _decode(value: bytes | str | int, encoding: str) -> str:
 
 
 def file_name(file: h5py.File) -> str:
-    """Return the file's name without its folder, as messages show it."""
+    """Return the file's name without its folder, for messages."""
     return Path(file.filename).name

@@ -1,4 +1,4 @@
-"""JSON files of raw data: bounded in size, and what they hold is checked before anything relies on it."""
+"""JSON files of raw data: their size is limited, and their content is checked first."""
 
 import json
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from cachefuse.files import JsonObject
 
 
 def read_json(path: Path, most_bytes: int, kind: str, keep: Callable[[JsonObject], object]) -> object:
-    """Return a file's content with each object as ``keep`` leaves it, so that what nobody reads takes no memory.
+    """Return a file's content. ``keep`` reduces each object to the keys that are needed, to save memory.
 
-    Raises DataError, naming the file, if it is larger than any of its ``kind``, or not JSON.
+    Raises DataError, naming the file, if it is not JSON, or larger than the limit for its ``kind``.
     """
     if path.stat().st_size > most_bytes:
-        raise DataError(f"{path.name}: is larger than {most_bytes:,} bytes, which no {kind} file is")
+        raise DataError(f"{path.name}: is larger than {most_bytes:,} bytes, the limit for a {kind} file")
     try:
         return json.loads(path.read_bytes(), object_hook=keep)
     except RecursionError as error:  # Python versions word it differently
@@ -24,7 +24,7 @@ def read_json(path: Path, most_bytes: int, kind: str, keep: Callable[[JsonObject
 
 
 def list_of_objects(content: object, key: str, path: Path) -> list[JsonObject]:
-    """Return the list under a key. Raises DataError, naming the file, if it is none, or not all of it objects."""
+    """Return the list of objects under a key. Raises DataError, naming the file, for other content."""
     values = content.get(key) if isinstance(content, dict) else None
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise DataError(f'{path.name}: must be a JSON object with a list "{key}" of objects')

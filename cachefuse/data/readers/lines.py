@@ -1,4 +1,4 @@
-"""Lines of text as they are found: with or without a byte-order mark, ended by either system, in either encoding."""
+"""Lines of text files: with or without a byte-order mark, with either line end, in UTF-8 or cp1252."""
 
 import codecs
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ MAX_LINE_BYTES = 1 << 20
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, numbered from 1, without their ends.
+    """Yield (number, line) for the lines that are not blank, numbered from 1, without line ends.
 
-    Raises DataError, naming the line, for what is not text or has no end of lines.
+    Raises DataError, naming the line, for data that is not text, and for lines that are too long.
     """
     with path.open("rb") as file:
         number = 0
@@ -30,7 +30,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _decode_as_cp1252(error: UnicodeError) -> tuple[str, int]:
-    """Decode the bytes that are not UTF-8 as the old Windows encoding, and only those: files are found with both."""
+    """Decode only the bytes that are not UTF-8 as the old Windows encoding: some files mix both."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
     return error.object[error.start : error.end].decode("cp1252", errors="replace"), error.end
