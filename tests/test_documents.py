@@ -353,3 +353,14 @@ def test_the_words_name_classes_that_exist() -> None:
     named = re.findall(r"`([A-Z]\w+)`", words)
     assert [name for name in named if not re.search(rf"^class {name}\b", code, flags=re.M)] == []
     assert len(named) > 15
+
+
+def test_what_to_look_for_is_in_the_file_to_open() -> None:
+    package = ROOT / "cachefuse"
+    table = (package / "README.md").read_text(encoding="utf-8").partition("## Where do I find")[2].partition("\n## ")[0]
+    answers = re.findall(r"\(([\w/]+\.py)\) \|([^|]*)\|$", table, flags=re.M)
+    assert len(answers) > 8
+    for path, names in answers:
+        code = (package / path).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(def|class) {name}\b", code, flags=re.M), f"{name} in {path}"
