@@ -1,9 +1,9 @@
 """Heads as a scikit-learn classifier, for its cross-validation, its searches and its pipelines."""
 
 import copy
+import inspect
 import numbers
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from cachefuse.data.manifest import DEFAULT_METRICS
 from cachefuse.device import resolve_device
 from cachefuse.errors import DataError
 from cachefuse.metrics.decisions import decide
-from cachefuse.registry import Options
+from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TRAIN, VAL, TrainingData
 from cachefuse.training.feature_set import FeatureView
@@ -30,8 +30,16 @@ from cachefuse.training.train import train_models
 HELD_PARTS = 10  # one in so many rows is held out, where epochs or thresholds are chosen on it
 
 
+ELSEWHERE = ("views", "seed")  # settings that X decides on, and ``random_state``
+DEFAULTS: dict[str, Any] = {
+    name: None if one.kind is Mapping else one.default
+    for name, one in settings_of(TrainConfig).items()
+    if name not in ELSEWHERE
+}
+
+
 class FusionClassifier(ClassifierMixin, BaseEstimator):
-    """A fusion of heads over features by modality; its parameters are the settings of ``TrainConfig``.
+    """A fusion of heads over features by modality; its parameters are the settings of ``TrainConfig``, and those below.
 
     X is a ``FeatureView`` or a dictionary of arrays {modality: (n, D_m)}; one array (n, D) counts as one modality. A
     dictionary can't be cut into rows by cross-validation: ``FeatureView.from_arrays`` makes it one that can. A row of a
@@ -48,72 +56,18 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
     def __init__(
         self,
         *,
-        fusion: str = TrainConfig.fusion,
-        fusion_options: Options | None = None,
-        without: Sequence[str] = TrainConfig.without,
-        scheme: str = TrainConfig.scheme,
-        stages: Sequence[str] = TrainConfig.stages,
-        head: str = TrainConfig.head,
-        layers: Sequence[int] | None = TrainConfig.layers,
-        activation: str = TrainConfig.activation,
-        dropout: float | None = TrainConfig.dropout,
-        modality_dropout: float = TrainConfig.modality_dropout,
-        shuffle: Mapping[str, float] | None = None,
-        loss: str | None = TrainConfig.loss,
-        loss_options: Mapping[str, float | str] | None = None,
-        class_weights: str = TrainConfig.class_weights,
-        sampler: str = TrainConfig.sampler,
-        optimizer: str = TrainConfig.optimizer,
-        lr: float | None = TrainConfig.lr,
-        schedule: str | None = TrainConfig.schedule,
-        weight_decay: float | None = TrainConfig.weight_decay,
-        clip_norm: float = TrainConfig.clip_norm,
-        ema: float = TrainConfig.ema,
-        epochs: int | None = TrainConfig.epochs,
-        batch_size: int | None = TrainConfig.batch_size,
-        accumulate: int = TrainConfig.accumulate,
-        patience: int = TrainConfig.patience,
-        monitor: str | None = TrainConfig.monitor,
-        thresholds: str = TrainConfig.thresholds,
-        threshold_metric: str | None = TrainConfig.threshold_metric,
-        folds: int = TrainConfig.folds,
-        members: int = TrainConfig.members,
-        refit: bool = TrainConfig.refit,
         min_labels: int = 0,
         random_state: int | np.random.RandomState | None = TrainConfig.seed,
         device: str = "auto",
+        **settings: Any,
     ) -> None:
-        self.fusion = fusion
-        self.scheme = scheme
-        self.stages = stages
-        self.head = head
-        self.layers = layers
-        self.activation = activation
-        self.dropout = dropout
-        self.modality_dropout = modality_dropout
-        self.shuffle = shuffle
-        self.loss = loss
-        self.loss_options = loss_options
-        self.fusion_options = fusion_options
-        self.without = without
-        self.class_weights = class_weights
-        self.sampler = sampler
-        self.optimizer = optimizer
-        self.lr = lr
-        self.schedule = schedule
-        self.weight_decay = weight_decay
-        self.clip_norm = clip_norm
-        self.ema = ema
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.accumulate = accumulate
-        self.patience = patience
-        self.monitor = monitor
-        self.thresholds = thresholds
-        self.threshold_metric = threshold_metric
-        self.folds = folds
-        self.members = members
-        self.refit = refit
+        unknown = sorted(settings.keys() - DEFAULTS.keys())
+        if unknown:
+            raise TypeError(
+                f"FusionClassifier has no parameter {unknown[0]!r}; its parameters are: {', '.join(DEFAULTS)}"
+            )
+        for name, value in {**DEFAULTS, **settings}.items():
+            setattr(self, name, value)
         self.min_labels = min_labels
         self.random_state = random_state
         self.device = device
@@ -168,11 +122,15 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
 
     def _config(self) -> TrainConfig:
         given, seed = self.get_params(deep=False), self.random_state
-        values = {field.name: given[field.name] for field in fields(TrainConfig) if field.name in given}
+        values = {name: given[name] for name in DEFAULTS}
         if not isinstance(seed, numbers.Integral):
             seed = check_random_state(seed).randint(2**31 - 1)
-        tables = {name: dict(values.get(name) or {}) for name in ("fusion_options", "loss_options", "shuffle")}
-        return TrainConfig.from_dict({**values, **tables, "seed": int(seed)})
+        of = {name: one for name, one in settings_of(TrainConfig).items() if name in values}
+        tables = {name: dict(values[name] or {}) for name, one in of.items() if one.kind is Mapping}
+        lists = {
+            name: tuple(values[name]) for name, one in of.items() if one.kind is tuple and values[name] is not None
+        }
+        return TrainConfig(**{**values, **tables, **lists, "seed": int(seed)})
 
     def _view(self, X: Any, reset: bool) -> FeatureView:
         """Return X as a view; with ``reset`` it is what later ones must be like."""
@@ -193,6 +151,16 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
                 f"instead; rows of NaN stand for what is absent"
             )
         return view
+
+
+def _signature() -> inspect.Signature:
+    """Return the constructor's signature with the settings in it, which is where scikit-learn reads parameters."""
+    first, *own = inspect.signature(FusionClassifier.__init__).parameters.values()
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=x) for name, x in DEFAULTS.items()]
+    return inspect.Signature([first, *named, *(one for one in own if one.kind is one.KEYWORD_ONLY)])
+
+
+vars(FusionClassifier.__init__)["__signature__"] = _signature()
 
 
 def _listed(widths: Mapping[str, int]) -> str:

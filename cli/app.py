@@ -29,6 +29,7 @@ from cachefuse_cli.commands.sweep import sweep
 from cachefuse_cli.commands.train_head import train_head
 from cachefuse_cli.commands.verify import verify
 from cachefuse_cli.commands.zero_shot import zero_shot
+from cachefuse_cli.shared.setting_options import Command
 
 app = typer.Typer(
     name="cachefuse",
@@ -62,7 +63,7 @@ for command in (
     datasets,
     encoders,
 ):
-    app.command()(command)
+    app.command(cls=Command)(command)
 app.add_typer(bench)
 
 

@@ -20,6 +20,7 @@ LAYERS = (
     "errors",
     "registry",
     "feature_spec",
+    "settings",
     "files",
     "workspace",
     "device",

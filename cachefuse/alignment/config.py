@@ -1,18 +1,20 @@
 """The settings of an alignment; every field is an option of `cachefuse align`."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from cachefuse.alignment import METHODS, OPERATIONS
 from cachefuse.errors import ConfigError
+from cachefuse.feature_spec import POOLED, TOKENS
 from cachefuse.files import JsonObject
 from cachefuse.nn import ATTENTION_HEADS, TARGETS
-from cachefuse.registry import lookup
+from cachefuse.settings import as_stored, check_settings, from_stored, setting
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 
-VIEWS = ("pooled", "tokens")
-MONITORS = ("r1", "loss")
 MAX_WIDTH = 1 << 14
+MAX_RATE = 1e6  # far beyond what trains
 TUNING_RATE = 3e-4  # lower than a head's: a tuned encoder is to stay where it is, roughly
+MODEL, TRAINING = "Model", "Training"  # groups of settings
+UNFIT = {"lbfgs": "is for linear heads; take adamw, adam or sgd"}
 
 
 @dataclass(frozen=True)
@@ -24,60 +26,41 @@ class AlignConfig:
     directions, or the loss.
     """
 
-    method: str = "dfe"
-    op: str = "add"
-    targets: str = "hard"
-    view: str = "pooled"
-    width: int = 512
-    dropout: float = 0.5
-    optimizer: str = "adamw"
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    schedule: str = "cosine"
-    epochs: int = 100
-    batch_size: int = 512
-    chunk_size: int = 0
-    ema: float = 0.99
-    patience: int = 25
-    monitor: str = "r1"
-    seed: int = 0
+    method: str = setting(
+        "dfe", "dfe, the Deep Fusion Encoder, or projection: one for each side, no more.", panel=MODEL, choices=METHODS
+    )
+    op: str = setting("add", "How a dfe takes in the context: {choices}.", panel=MODEL, choices=OPERATIONS)
+    targets: str = setting(
+        "hard",
+        "hard: every other pair is a negative; soft: less so one that is alike.",
+        panel=TRAINING,
+        choices=TARGETS,
+    )
+    views: str = setting(POOLED, "pooled, or tokens.", panel=MODEL, choices=(POOLED, TOKENS), old="view")
+    width: int = setting(512, "Of the common space.", panel=MODEL, least=ATTENTION_HEADS, most=MAX_WIDTH)
+    dropout: float = setting(
+        0.5, "In projections and the transformer block.", panel=MODEL, metavar="P", least=0, below=1
+    )
+    optimizer: str = setting("adamw", "{choices}.", panel=TRAINING, choices=OPTIMIZERS, unfit=UNFIT)
+    lr: float = setting(1e-3, "Learning rate.", panel=TRAINING, above=0, most=MAX_RATE)
+    weight_decay: float = setting(0.1, "Apart from the gradient in adamw.", panel=TRAINING, least=0, most=MAX_RATE)
+    schedule: str = setting("cosine", "{choices}.", panel=TRAINING, choices=SCHEDULES)
+    epochs: int = setting(100, "At most.", panel=TRAINING, least=1)
+    batch_size: int = setting(512, "Pairs that are compared with one another.", panel=TRAINING, least=2)
+    chunk_size: int = setting(
+        0, "Of them, those in memory at a time; the gradient is the same. 0: all.", panel=TRAINING, least=0
+    )
+    ema: float = setting(0.99, "Decay of averaged weights; 0: none.", panel=TRAINING, metavar="D", least=0, below=1)
+    patience: int = setting(25, "Stop after N epochs that were no better on val; 0: never.", panel=TRAINING, least=0)
+    monitor: str = setting(
+        "r1", "What better means: r1, recall at 1 both ways, or loss.", panel=TRAINING, choices=("r1", "loss")
+    )
+    seed: int = setting(0, "Same seed, machine, libraries and threads: same result.", panel=TRAINING, least=0)
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            kinds = (int, float) if field.type is float or field.type == "float" else (type(field.default),)
-            if not isinstance(value, kinds) or isinstance(value, bool):
-                raise ConfigError(
-                    f"{_option(field.name)} must be a {type(field.default).__name__}. Got {value!r} instead"
-                )
-        for table, name, kind in (
-            (METHODS, self.method, "method"),
-            (OPERATIONS, self.op, "operation"),
-            (OPTIMIZERS, self.optimizer, "optimizer"),
-            (SCHEDULES, self.schedule, "schedule"),
-        ):
-            lookup(table, name, kind)
-        for name, choices in (("targets", TARGETS), ("view", VIEWS), ("monitor", MONITORS)):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name} must be one of {', '.join(choices)}. Got {getattr(self, name)!r} instead")
-        if self.optimizer == "lbfgs":
-            raise ConfigError("optimizer 'lbfgs' is for linear heads; take adamw, adam or sgd")
-        if not ATTENTION_HEADS <= self.width <= MAX_WIDTH or self.width % ATTENTION_HEADS:
-            raise ConfigError(
-                f"width must be a multiple of {ATTENTION_HEADS}, at most {MAX_WIDTH}. Got {self.width} instead"
-            )
-        for name, low, high in (("dropout", 0, 1), ("ema", 0, 1)):
-            if not low <= getattr(self, name) < high:
-                raise ConfigError(
-                    f"{name} must be at least {low} and below {high}. Got {getattr(self, name):g} instead"
-                )
-        if not 0 < self.lr < float("inf") or not 0 <= self.weight_decay < float("inf"):
-            raise ConfigError(
-                f"lr must be above 0 and weight-decay not below. Got {self.lr}, {self.weight_decay} instead"
-            )
-        for name, least in (("epochs", 1), ("batch_size", 2), ("chunk_size", 0), ("patience", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{_option(name)} must be at least {least}. Got {getattr(self, name)} instead")
+        check_settings(self)
+        if self.width % ATTENTION_HEADS:
+            raise ConfigError(f"width must be a multiple of {ATTENTION_HEADS}. Got {self.width} instead")
 
     @property
     def label(self) -> str:
@@ -85,16 +68,10 @@ class AlignConfig:
         return f"{self.method}-{self.op}" if self.method == "dfe" else self.method
 
     def to_dict(self) -> JsonObject:
-        return asdict(self)
+        """Return the settings by their names in files."""
+        return as_stored(AlignConfig, asdict(self))
 
     @classmethod
     def from_dict(cls, values: JsonObject) -> "AlignConfig":
         """Build from a run's file. Raises ConfigError for keys that are not settings."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ConfigError(f"unknown settings: {', '.join(unknown)}")
-        return cls(**values)
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")
+        return cls(**from_stored(cls, values))

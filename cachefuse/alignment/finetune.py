@@ -93,7 +93,7 @@ def fine_tune(
         fusion=modality, head="linear", optimizer="adamw", epochs=epochs, batch_size=batch_size, lr=lr,
         weight_decay=weight_decay, patience=patience, seed=seed,
     )  # fmt: skip
-    view = run.config.view
+    view = run.config.views
     views = one_view(FLAT if view == "tokens" else view)
     table = load_table(store, {modality: [find_side(run, run.sides[side], store)]}, views).to(resolve_device(device))
     data = TrainingData.of(store, table)

@@ -132,7 +132,7 @@ def _all_cosines(
         if not encoders:  # what they were before, to compare with
             for i in sides:
                 features = store.open_features(run.sides[i].encoder, "text")
-                if features is not None and run.config.view == "pooled":
+                if features is not None and run.config.views == "pooled":
                     cosines[features.encoder] = pair_cosines(features)
         aligned = [aligned_features(run, i, store, device=device, on_rows=on_rows) for i in sides]
         for features in aligned:

@@ -38,7 +38,7 @@ class AlignedTower(DerivedTower):
     def __init__(self, run: Alignment, side: int, device: str = "cpu", base: Tower | None = None):
         about = run.sides[side]
         self.modality, self.width = about.modality, run.config.width
-        self.base_encoder, self.base_key, self.base_view = about.encoder, about.key, run.config.view
+        self.base_encoder, self.base_key, self.base_view = about.encoder, about.key, run.config.views
         self._run, self._side, self._about, self._base = run, side, about, base
         self._model = run.model.eval().to(device)
         self._device = torch.device(device)
@@ -174,8 +174,8 @@ def aligned_features(
     rows = base_rows(store, tower)
     if rows is None:
         raise RunError(
-            f"run {run.name} reads {about.encoder} ({about.modality}, {run.config.view}), which {store.path} lacks; "
-            f"run cachefuse extract --dataset {store.dataset} --encoder {about.source} --views {run.config.view}"
+            f"run {run.name} reads {about.encoder} ({about.modality}, {run.config.views}), which {store.path} lacks; "
+            f"run cachefuse extract --dataset {store.dataset} --encoder {about.source} --views {run.config.views}"
         )
     with only_writer(store.path):
         features = store.require_features(spec.short, about.modality, provenance, str(spec), dtypes)

@@ -44,7 +44,7 @@ def align(
     samples that have both sides, CacheError if rows are missing, TrainingError if training diverges.
     """
     begun = time.perf_counter()
-    data, features = open_pairs(store, encoders, config.view)
+    data, features = open_pairs(store, encoders, config.views)
     train, validate = data.of(TRAIN), data.of(VAL)
     if len(train) < 2:
         raise DataError(f"{store.dataset} has {len(train)} usable pairs in its {TRAIN!r} split; it takes two or more")
@@ -58,7 +58,7 @@ def align(
         name=f"{store.dataset}-{config.label}",
         dataset=store.dataset,
         config=config,
-        sides=(AlignmentSide.of(features[0], config.view), AlignmentSide.of(features[1], config.view)),
+        sides=(AlignmentSide.of(features[0], config.views), AlignmentSide.of(features[1], config.views)),
         model=model,
         history=History(),
         split_digest=split_digest(store),
@@ -92,7 +92,7 @@ def evaluate_alignment(
     Raises RunError if the store has other features or none, DataError if the split has no usable pairs.
     """
     run.model.to(resolve_device(device))
-    data = pair_data(store, run_features(run, store), run.config.view)
+    data = pair_data(store, run_features(run, store), run.config.views)
     splits = [split] if split is not None else measured_splits(data) or ordered_splits(data.splits[data.samples])
     for name in splits:
         if len(data.of(name)) < 1:

@@ -66,7 +66,7 @@ class FusionBench:
         return write_tokens(self.folder / "tokens.zarr", self.sizes)
 
     def data(self, config: TrainConfig) -> TrainingData:
-        return open_training_data(self.store, device=self.device, views=config.views)
+        return open_training_data(self.store, device=self.device, views=config.reads)
 
 
 def write_tokens(path: Path, sizes: FusionSizes) -> FeatureStore:

@@ -9,7 +9,8 @@ from cachefuse.errors import TrainingError
 from cachefuse.experiments.costs import Costs
 from cachefuse.registry import Options
 from cachefuse.runs.files import Figure
-from cachefuse.training.config import TrainConfig, as_text
+from cachefuse.settings import settings_of
+from cachefuse.training.config import TrainConfig
 
 Published = tuple[float, float]  # mean and standard deviation; NaN for a training that diverged
 
@@ -94,7 +95,8 @@ class SettingResult:
 
     def text(self, name: str) -> str:
         """Return a setting's value as it is given on the command line; of a fusion's options those not its own."""
-        return as_text(name, self.config.changed_options() if name == "fusion_options" else self.values[name])
+        value = self.config.changed_options() if name == "fusion_options" else self.values[name]
+        return settings_of(TrainConfig)[name].text(value)
 
     def _figures(self, metric: str) -> list[float]:
         return [trial.metrics.get(metric, math.nan) for trial in self.trials]

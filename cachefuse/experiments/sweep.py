@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +25,7 @@ from cachefuse.nn.losses import build_loss
 from cachefuse.registry import Options
 from cachefuse.runs.features import describe_features
 from cachefuse.runs.run import split_digest
+from cachefuse.settings import as_stored
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
@@ -94,7 +95,7 @@ def sweep(
 def views_of(base: TrainConfig, settings: Sequence[Options]) -> Views:
     """Return what is read by one or more of the settings."""
     configs = [_changed(base, parse_setting(setting)) for setting in settings] or [base]
-    return lambda modality: dict.fromkeys(view for config in configs for view in config.views(modality))
+    return lambda modality: dict.fromkeys(view for config in configs for view in config.reads(modality))
 
 
 def run_sweep(
@@ -132,7 +133,7 @@ def run_sweep(
             trials = _run(data, batch, metrics, experiment.costs)
             if experiment.costs:
                 trials = [replace(trial, costs=measure_costs(data, batch[trial.key])) for trial in trials]
-            append_trials(folder, [(trial, _values(batch[trial.key])) for trial in trials])
+            append_trials(folder, [(trial, _stored(batch[trial.key])) for trial in trials])
             done |= {trial.key: trial for trial in trials}
             on_trial(so_far())
     return so_far()
@@ -258,7 +259,7 @@ def _modality_weights(data: TrainingData, trained: TrainedModels) -> dict[str, f
     held_out = trained.held_out
     for member in trained.members:
         model = member.model
-        if not hasattr(model.fusion, "weights"):
+        if not model.weighs:
             return {}
         rows = held_out.rows if member.fold is None else held_out.rows[held_out.parts == member.fold]
         weights.append(data.table.only(model.widths).map(model.eval().modality_weights, torch.from_numpy(rows)))
@@ -289,12 +290,17 @@ def _train_together(data: TrainingData, configs: Sequence[TrainConfig]) -> list[
 
 def _values(config: TrainConfig) -> JsonObject:
     """Return all settings by name; their layers are those of the head if they name none."""
-    return {**config.to_dict(), "layers": tuple(config.head_options()["layers"])}
+    return {**asdict(config), "layers": tuple(config.head_options()["layers"])}
+
+
+def _stored(config: TrainConfig) -> dict[str, Any]:
+    """Return all settings by their names in files."""
+    return as_stored(TrainConfig, _values(config))
 
 
 def _key(digest: str, config: TrainConfig) -> str:
     """Hash what a trial depends on."""
-    text = to_json({"data": digest, "settings": _values(config)})
+    text = to_json({"data": digest, "settings": _stored(config)})
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 

@@ -24,6 +24,8 @@ HeadBuilder = Callable[[int, int], nn.Module]  # (width, classes) -> a head from
 class Model(nn.Module):
     """From features and what is present of them to logits (B, C), and to what training makes small."""
 
+    weighs: bool = False  # whether it has ``weights`` to show: how much each modality counts in each row
+
     def objective(self, features: dict[str, Tensor], present: dict[str, Tensor], targets: Tensor, loss: Loss) -> Tensor:
         """Return the loss of a batch; a model may have a shorter way to it than by all its logits."""
         return loss(self(features, present).float(), targets)
@@ -36,7 +38,8 @@ class Fusion(Model):
     of what is neither padding nor of a row that lacks the modality. ``widths`` are the D at hand by name; tokens' also
     know the most that a sample has (``SequenceWidth``), and that of ids is their vocabulary. The attribute ``widths``
     keeps those in use, by modality in alphabetical order, so that a model does not depend on the order they are listed
-    in. Keyword-only arguments of a constructor are the fusion's options. Raises ConfigError if a modality needed is
+    in. Keyword-only arguments of a constructor are the fusion's options; each says what it is,
+    ``depth: Annotated[int, "transformer blocks"] = 2``. Raises ConfigError if a modality needed is
     not there.
     """
 
@@ -71,7 +74,7 @@ class Fusion(Model):
     def options(cls) -> Options:
         """Return the options with their defaults."""
         parameters = inspect.signature(cls.__init__).parameters.values()
-        others = ("tasks", "without")  # which have settings of their own, or are the dataset's
+        others = ("tasks", "ablate")  # which have settings of their own, or are the dataset's
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
     @classmethod
@@ -90,6 +93,13 @@ class Fusion(Model):
     def trained_in(self, stage: str) -> Iterable[nn.Parameter]:
         """Return the parameters that one of its ``stages`` trains; the others are frozen in it."""
         return self.parameters()
+
+    def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        """Return how much each modality counts in each row, (B, M) in alphabetical order; of K tasks (B, K, M).
+
+        For a fusion that says so by ``weighs``.
+        """
+        raise NotImplementedError(f"fusion {self.name!r} does not weigh modalities")
 
     def unimodal_heads(self) -> "dict[str, nn.Module]":
         """Return the heads that the staged scheme trains first, each alone against the labels; none if there is one.

@@ -6,7 +6,7 @@ modalities apart. Positions are those that the encoders have put into their toke
 """
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,11 +38,12 @@ class CMAFusion(Fusion):
     parts = (MODALITY_ATTENTION, SEQUENCE_ATTENTION)
     stages = (WARM_UP, TUNING)
     per_task = True
+    weighs = True
     defaults: ClassVar = {"dropout": 0.2, "lr": 3e-4, "weight_decay": 1e-4, "epochs": 15, "batch_size": 64}
 
     @classmethod
     def views(cls, modality: str, options: Options) -> tuple[str, ...]:
-        return (POOLED,) if SEQUENCE_ATTENTION in options.get("without", ()) else (POOLED, TOKENS)
+        return (POOLED,) if SEQUENCE_ATTENTION in options.get("ablate", ()) else (POOLED, TOKENS)
 
     def __init__(
         self,
@@ -50,28 +51,28 @@ class CMAFusion(Fusion):
         classes: int,
         head: HeadBuilder,
         *,
-        depth: int = 2,
-        width: int = 256,
-        heads: int = 4,
-        dropout: float = 0.1,
-        pool: PoolSpec = "",
-        without: tuple[str, ...] = (),
+        depth: Annotated[int, "transformer blocks"] = 2,
+        width: Annotated[int, "of the tokens in the transformer"] = 256,
+        heads: Annotated[int, "of each block's attention"] = 4,
+        dropout: Annotated[float, "in the blocks"] = 0.1,
+        pool: Annotated[PoolSpec, "how a modality's tokens are pooled before: image=mean:16"] = "",
+        ablate: tuple[str, ...] = (),
         tasks: Mapping[str, int] | None = None,
     ):
-        super().__init__(widths, classes, head, {"without": without})
+        super().__init__(widths, classes, head, {"ablate": ablate})
         if width < 1:
             raise ConfigError(f"width must be at least 1. Got {width} instead")
         if depth < 1:
-            raise ConfigError(f"depth must be at least 1. Got {depth}; --without {SEQUENCE_ATTENTION} has no blocks")
+            raise ConfigError(f"depth must be at least 1. Got {depth}; --ablate {SEQUENCE_ATTENTION} has no blocks")
         self.embed = nn.ModuleDict({name: nn.Linear(own, width) for name, own in self.widths.items()})
-        depth = 0 if SEQUENCE_ATTENTION in without else depth
+        depth = 0 if SEQUENCE_ATTENTION in ablate else depth
         sequences = {split_name(name)[0]: own for name, own in self.widths.items() if isinstance(own, SequenceWidth)}
         self.pool = build_pools(pool, sequences) if depth else nn.ModuleDict()
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.tasks = dict(tasks or {})
         shape = (len(self.tasks), width) if self.tasks else (width,)
-        self.relevance = None if MODALITY_ATTENTION in without else nn.Parameter(torch.zeros(shape))
+        self.relevance = None if MODALITY_ATTENTION in ablate else nn.Parameter(torch.zeros(shape))
         if self.tasks:
             self.heads = nn.ModuleList(head(width, n) for n in self.tasks.values())
         else:

@@ -17,6 +17,7 @@ class GatedFusion(Fusion):
 
     name = "gated"
     linear = True
+    weighs = True
 
     def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
         super().__init__(widths, classes, head)

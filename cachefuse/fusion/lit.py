@@ -7,7 +7,7 @@ trained.
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -43,8 +43,8 @@ class LiTFusion(Fusion):
 
     @classmethod
     def views(cls, modality: str, options: Options) -> tuple[str, ...]:
-        without = options.get("without", ())
-        image = () if IMAGE_PART in without else (TOKENS,) if TIRG_PART in without else (POOLED, TOKENS)
+        ablate = options.get("ablate", ())
+        image = () if IMAGE_PART in ablate else (TOKENS,) if TIRG_PART in ablate else (POOLED, TOKENS)
         return {"text": (IDS,), "image": image}.get(modality, ())
 
     @classmethod
@@ -57,12 +57,12 @@ class LiTFusion(Fusion):
         classes: int,
         head: HeadBuilder,
         *,
-        text_model: str = "",
-        grid: int = 0,
+        text_model: Annotated[str, "the text encoder's spec, where not that of the cached ids"] = "",
+        grid: Annotated[int, "average the image's tokens to so many by so many; 0: keep all"] = 0,
         architecture: Options | None = None,
-        without: tuple[str, ...] = (),
+        ablate: tuple[str, ...] = (),
     ):
-        super().__init__(widths, classes, head, {"without": without})
+        super().__init__(widths, classes, head, {"ablate": ablate})
         if architecture is None:
             raise ConfigError("fusion 'lit' tunes the text model of cached ids; train it by train-head")
         self.text_model = text_model
@@ -70,7 +70,7 @@ class LiTFusion(Fusion):
         width = self.text.config.hidden_size
         self.head = head(width, classes)
         self.side = self.grid = 0
-        if IMAGE_PART not in without:
+        if IMAGE_PART not in ablate:
             self.side, self.grid = _square(self.widths["image_tokens"]), grid
             n_tokens = (grid or self.side) ** 2
             if grid > self.side or grid < 0:
@@ -82,7 +82,7 @@ class LiTFusion(Fusion):
                 )
             self.embed = nn.Linear(self.widths["image_tokens"], width)
         self.tirg = None
-        if not {TIRG_PART, IMAGE_PART} & set(without):
+        if not {TIRG_PART, IMAGE_PART} & set(ablate):
             self.project = nn.Linear(self.widths["image"], width)
             self.tirg = TIRG(width)
 

@@ -9,7 +9,7 @@ the bias is T5's, by their own positions; between two it is learnt for each head
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -87,16 +87,16 @@ class MidFusion(Fusion):
         classes: int,
         head: HeadBuilder,
         *,
-        fusion_spec: FusionSpec = "",
-        pool: PoolSpec = "",
-        width: int = 256,
-        depth: int = 4,
-        heads: int = 4,
-        decoder_layers: int = 0,
-        answers: str = CLASSES,
-        dropout: float = 0.1,
-        text_view: str = "",
-        t5: str = "",
+        fusion_spec: Annotated[FusionSpec, "the layer that each modality joins before: 0:text,6:image"] = "",
+        pool: Annotated[PoolSpec, "how a modality's tokens are pooled: image=mean:16"] = "",
+        width: Annotated[int, "of the tokens in the encoder"] = 256,
+        depth: Annotated[int, "layers of the encoder"] = 4,
+        heads: Annotated[int, "of each layer's attention"] = 4,
+        decoder_layers: Annotated[int, "layers of a decoder that reads the encoder's output; 0: its mean"] = 0,
+        answers: Annotated[str, "classes, which a head scores, or text, which the decoder writes"] = CLASSES,
+        dropout: Annotated[float, "in the layers"] = 0.1,
+        text_view: Annotated[str, "ids or tokens; ids where t5 is given"] = "",
+        t5: Annotated[str, "the spec of a pretrained T5, whose sizes it then has"] = "",
         architecture: Options | None = None,
         answer_tokens: Answers | None = None,
     ):

@@ -31,6 +31,7 @@ class FusionModel(Model):
             standardize = nn.ModuleDict({name: Standardize(width) for name, width in numbers.items()})
         self.standardize = standardize
         self.fusion: Any = fusion
+        self.weighs = fusion.weighs
 
     @property
     def n_parameters(self) -> int:

@@ -1,6 +1,7 @@
 """Text Image Residual Gating (arXiv 1812.07119), in the form of "Leveraging efficient training and feature fusion"."""
 
 from collections.abc import Mapping
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,13 @@ class TIRGFusion(Fusion):
     name = "tirg"
 
     def __init__(
-        self, widths: Mapping[str, int], classes: int, head: HeadBuilder, *, query: str = "image", width: int = 512
+        self,
+        widths: Mapping[str, int],
+        classes: int,
+        head: HeadBuilder,
+        *,
+        query: Annotated[str, "the modality that the other one adjusts"] = "image",
+        width: Annotated[int, "that both are mapped to"] = 512,
     ):
         super().__init__(widths, classes, head)
         if len(self.widths) != 2 or query not in self.widths:

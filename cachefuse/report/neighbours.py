@@ -71,7 +71,7 @@ def examples(run: Alignment, store: FeatureStore, dataset: Dataset, device: str 
     Returns None if nothing was held out. Raises as ``evaluate_alignment`` does.
     """
     run.model.to(resolve_device(device))
-    data = pair_data(store, run_features(run, store), run.config.view)
+    data = pair_data(store, run_features(run, store), run.config.views)
     held_out = measured_splits(data)
     split = shown_split([name for name in run.results if name in held_out] or held_out)
     if split is None:

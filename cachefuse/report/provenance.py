@@ -1,7 +1,7 @@
 """Where a run comes from: its settings, features and versions, and the commands that make it and use it."""
 
 import shlex
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from cachefuse.files import JsonObject, format_bytes
 from cachefuse.fusion.options import FOUND
 from cachefuse.runs.files import read_json
 from cachefuse.runs.run import Run
+from cachefuse.settings import Setting, settings_of
 from cachefuse.training.config import TrainConfig
 
 
@@ -116,10 +117,10 @@ def _created(created: str) -> str:
 def _changed(config: TrainConfig | AlignConfig) -> list[str]:
     """Return options for the settings that are not the defaults."""
     words = []
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if value not in (None, {}, field.default):
-            words += _option(field.name, value)
+    for one in settings_of(type(config)).values():
+        value = getattr(config, one.name)
+        if value not in (None, {}, one.default):
+            words += _option(one, value)
     return words
 
 
@@ -131,18 +132,14 @@ def _versions(path: Path | None) -> dict[str, str]:
     return versions if isinstance(versions, dict) else {}
 
 
-def _option(name: str, value: Any) -> list[str]:
-    option = f"--{name.replace('_', '-')}"
-    if value is True:
+def _option(one: Setting, value: Any) -> list[str]:
+    option = f"--{one.option}"
+    if one.kind is bool:
         return [option]
-    if name in ("loss_options", "fusion_options", "shuffle"):
+    if one.kind is Mapping:
         given = {key: x for key, x in value.items() if x != "" and not isinstance(x, dict | None) and key not in FOUND}
         return [word for key, x in given.items() for word in (option, f"{key}={x}")]
-    if name == "without":
-        return [word for part in value for word in (option, part)]
-    if name in ("layers", "stages"):
-        return [option, ",".join(map(str, value))]
-    return [option, "all" if (name, value) == ("batch_size", 0) else str(value)]
+    return [option, str(value) if one.kind is float else one.text(value)]
 
 
 def _text(value: object) -> str:

@@ -179,7 +179,7 @@ def evaluate(
 
 def check_weighs(run: Run) -> None:
     """Raise RunError if no fusion of a run weighs modalities: to be told before it is measured, not after."""
-    if not any(hasattr(member.model.fusion, "weights") for member in run.members):
+    if not any(member.model.weighs for member in run.members):
         raise _weighs_none(run.name)
 
 
@@ -248,7 +248,7 @@ def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarra
 
     It is the average over the members that weigh modalities; one that does so once does it for all tasks.
     """
-    weighing = [member for member in run.members if hasattr(member.model.fusion, "weights")]
+    weighing = [member for member in run.members if member.model.weighs]
     total = sum(member.weight for member in weighing)
     means: dict[str, np.ndarray] = {}
     for member in weighing:

@@ -5,7 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 from cachefuse.metrics.tasks import TaskSlice
-from cachefuse.training.config import as_text
+from cachefuse.settings import settings_of
 from cachefuse.training.tasks import loss_of
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ def model_card(run: "Run") -> str:
     if not run.sources:
         given = {name: value for name, value in config.shown().items() if value not in (None, {}, ())}
         lines += ["", "## Settings", ""]
-        lines += _table(["setting", "value"], [[name, _plain(as_text(name, value))] for name, value in given.items()])
+        known = settings_of(type(config))
+        rows = [[name, _plain(known[name].text(value))] for name, value in given.items()]
+        lines += _table(["setting", "value"], rows)
     meaning = "Scores rank labels; with this loss they are no probabilities."
     if all(loss_of(task, config.loss or "") in ("bce", "ce") for task in run.tasks):
         meaning = "Scores are probabilities as the training rows had them: on rows of another kind they may be off."

@@ -32,7 +32,7 @@ def train_head(
     model may take, in 10^6 bytes. Raises ConfigError for settings that don't fit the dataset, a model that is too
     large, or a modality that no training row has, DataError without training rows, TrainingError if training diverges.
     """
-    data = open_training_data(store, encoders, device, config.views)
+    data = open_training_data(store, encoders, device, config.reads)
     return train_run(store, data, config, max_size_mb=max_size_mb, on_progress=on_progress)
 
 

@@ -1,17 +1,20 @@
 """The settings of one training, checked once."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FLAT, POOLED, TOKENS
 from cachefuse.files import JsonObject
 from cachefuse.fusion import FUSIONS
+from cachefuse.fusion.declared import defaults_of, list_options, list_parts, list_stages
 from cachefuse.fusion.options import FOUND, changed_options, typed_options
+from cachefuse.metrics import METRICS, lower_is_better
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
-from cachefuse.registry import Options, lookup
+from cachefuse.registry import Options
+from cachefuse.settings import as_stored, check_settings, from_stored, setting
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 
 MAX_WIDTH = 10**6  # of a hidden layer
@@ -25,15 +28,12 @@ LBFGS_EPOCHS = 20  # of up to 20 iterations each
 LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
 WEIGHT_DECAYS = {"lbfgs": 3e-3}  # of others 0: without it, so thorough an optimizer overfits
 HEAD_SETTINGS = ("head", "layers", "activation")
-SCHEMES = ("joint", "staged")
-THRESHOLDS = ("none", "global", "class")
-CHOICES = {
-    "view": (POOLED, TOKENS),
-    "scheme": SCHEMES,
-    "class_weights": ("none", "balanced", "effective"),
-    "sampler": ("shuffle", "balanced"),
-    "thresholds": (*THRESHOLDS, "auto"),
-}
+MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"  # groups of settings
+
+
+def _unless_fusion(name: str, usual: str) -> Callable[[], str]:
+    """Return what says a setting's default, which some fusions have of their own."""
+    return lambda: "; ".join(filter(None, (usual, defaults_of(name))))
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TrainConfig:
     """How a head is trained, and on which view of the features.
 
     ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows, which pass the model in
-    ``accumulate`` parts. ``fusion_options`` are the fusion's keyword arguments, ``without`` names parts of it to leave
+    ``accumulate`` parts. ``fusion_options`` are the fusion's keyword arguments, ``ablate`` names parts of it to leave
     out. ``loss_options`` are the loss's keyword arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip
     0 unless told. None is resolved by ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class, bce
     for answers to questions), what the fusion has defaults of its own for to those, ``lr`` to the optimizer's,
@@ -62,89 +62,163 @@ class TrainConfig:
     averaged. ``refit`` trains them once more on all of train and val, when epochs and thresholds are chosen.
     """
 
-    view: str = POOLED
-    fusion: str = "sum"
-    fusion_options: Options = field(default_factory=dict)
-    without: tuple[str, ...] = ()
-    scheme: str = "joint"
-    stages: tuple[str, ...] = ()
-    head: str = "mlp"
-    layers: tuple[int, ...] | None = None
-    activation: str = "relu"
-    dropout: float | None = None
-    modality_dropout: float = 0.0
-    shuffle: Mapping[str, float] = field(default_factory=dict)
-    loss: str | None = None
-    loss_options: Mapping[str, float | str] = field(default_factory=dict)
-    class_weights: str = "none"
-    sampler: str = "shuffle"
-    optimizer: str = "adam"
-    lr: float | None = None
-    schedule: str | None = None
-    weight_decay: float | None = None
-    clip_norm: float = 0.0
-    ema: float = 0.0
-    epochs: int | None = None
-    batch_size: int | None = None
-    accumulate: int = 1
-    patience: int = 0
-    monitor: str | None = None
-    thresholds: str = "auto"
-    threshold_metric: str | None = None
-    folds: int = 0
-    members: int = 1
-    refit: bool = False
-    seed: int = 0
+    views: str = setting(
+        POOLED,
+        "pooled, or tokens, which head gmlp gates along.",
+        panel=MODEL,
+        choices=(POOLED, TOKENS),
+        old="view",
+    )
+    fusion: str = setting("sum", "{choices}.", panel=MODEL, choices=FUSIONS)
+    fusion_options: Mapping[str, Any] = setting(dict, list_options, panel=MODEL)
+    ablate: tuple[str, ...] = setting(
+        (),
+        lambda: f"Leave a part out. {list_parts()}",
+        panel=MODEL,
+        metavar="PART",
+        old="without",
+    )
+    scheme: str = setting(
+        "joint", "joint, or staged: each head alone, then what joins them.", panel=MODEL, choices=("joint", "staged")
+    )
+    stages: tuple[str, ...] = setting(
+        (), lambda: f"Stages to train in, one after the other. {list_stages()}", panel=MODEL, shown="one"
+    )
+    head: str = setting("mlp", "{choices}.", panel=MODEL, choices=HEADS)
+    layers: tuple[int, ...] | None = setting(
+        None, "Hidden widths: 2048,512.", panel=MODEL, least=1, most=MAX_WIDTH, shown="512"
+    )
+    activation: str = setting("relu", "{choices}.", panel=MODEL, choices=ACTIVATIONS)
+    dropout: float | None = setting(
+        None,
+        "In the head's hidden layers.",
+        panel=MODEL,
+        metavar="P",
+        least=0,
+        below=1,
+        shown=_unless_fusion("dropout", f"{DROPOUT}"),
+    )
+    modality_dropout: float = setting(
+        0.0, "Train without each modality in so many of the rows.", panel=MODEL, metavar="P", least=0, below=1
+    )
+    shuffle: Mapping[str, float] = setting(
+        dict,
+        "Give a share of the rows another's: what if it is irrelevant?",
+        panel=TRAINING,
+        metavar="MODALITY=X",
+        least=0,
+        most=1,
+    )
+    loss: str | None = setting(None, "{choices}.", panel=TRAINING, choices=LOSSES, shown="asl, multi-class: ce")
+    loss_options: Mapping[str, float | str] = setting(
+        dict,
+        "asl: gamma_negative 3, gamma_positive 0, clip 0; focal: gamma 3; ce: smoothing 0; all: reduction mean.",
+        panel=TRAINING,
+    )
+    class_weights: str = setting(
+        "none",
+        "none, balanced, or effective (number of rows).",
+        panel=TRAINING,
+        choices=("none", "balanced", "effective"),
+    )
+    sampler: str = setting(
+        "shuffle",
+        "shuffle, or balanced: rows of rare classes more often.",
+        panel=TRAINING,
+        choices=("shuffle", "balanced"),
+    )
+    optimizer: str = setting("adam", "{choices}.", panel=TRAINING, choices=OPTIMIZERS)
+    lr: float | None = setting(
+        None,
+        "Learning rate.",
+        panel=TRAINING,
+        above=0,
+        most=MAX_RATE,
+        shown=_unless_fusion("lr", "1e-3, sgd: 0.05, lbfgs: 1"),
+    )
+    schedule: str | None = setting(
+        None, "{choices}.", panel=TRAINING, choices=SCHEDULES, shown="cosine; lbfgs: constant"
+    )
+    weight_decay: float | None = setting(
+        None,
+        "L2 penalty; apart from the gradient in adamw.",
+        panel=TRAINING,
+        least=0,
+        most=MAX_RATE,
+        shown=_unless_fusion("weight_decay", "0; lbfgs: 0.003"),
+    )
+    clip_norm: float = setting(0.0, "Clip the gradient's norm; 0: never.", panel=TRAINING, least=0, most=MAX_RATE)
+    ema: float = setting(
+        0.0, "Decay of averaged weights, such as 0.999; 0: none.", panel=TRAINING, metavar="D", least=0, below=1
+    )
+    epochs: int | None = setting(
+        None,
+        "At most.",
+        panel=TRAINING,
+        least=1,
+        most=10**9,
+        shown=_unless_fusion("epochs", f"{EPOCHS}, or {MIN_STEPS} steps; lbfgs: {LBFGS_EPOCHS}"),
+    )
+    batch_size: int | None = setting(
+        None,
+        "Rows a step, or all.",
+        panel=TRAINING,
+        words={"all": 0},
+        least=0,
+        most=10**12,
+        shown=_unless_fusion("batch_size", f"{BATCH_SIZE}"),
+    )
+    accumulate: int = setting(
+        1, "Pass a step's rows in N parts, where they take too much memory.", panel=TRAINING, least=1, most=10**6
+    )
+    patience: int = setting(
+        0, "Stop after N epochs without a better validation score; 0: never.", panel=TRAINING, least=0, most=10**9
+    )
+    monitor: str | None = setting(
+        None, "What that score is.", panel=TRAINING, metavar="METRIC", choices=METRICS, shown="the dataset's first"
+    )
+    thresholds: str = setting(
+        "auto",
+        "global, class (one a class), none (0.5), or auto: global where rows are held out.",
+        panel=CHOOSING,
+        metavar="KIND",
+        choices=("none", "global", "class", "auto"),
+    )
+    threshold_metric: str | None = setting(
+        None,
+        "Choose them for micro_f1, macro_f1 or samples_f1.",
+        panel=CHOOSING,
+        metavar="METRIC",
+        choices="cachefuse.metrics.thresholds:THRESHOLD_METRICS",
+        shown="the dataset's first such",
+    )
+    folds: int = setting(
+        0,
+        "Train K models on train and val, each measured on what it has not seen.",
+        panel=CHOOSING,
+        metavar="K",
+        least=0,
+        most=1000,
+    )
+    members: int = setting(
+        1, "Average S models that differ in their seed.", panel=CHOOSING, metavar="S", least=1, most=1000
+    )
+    refit: bool = setting(False, "Then train on all of train and val.", panel=CHOOSING)
+    seed: int = setting(
+        0, "Same seed, machine, libraries and threads: same result.", panel=CHOOSING, least=0, most=2**63 - 1
+    )
 
     def __post_init__(self) -> None:
-        FUSIONS.check(self.fusion)
-        HEADS.check(self.head)
-        ACTIVATIONS.check(self.activation)
-        OPTIMIZERS.check(self.optimizer)
-        if self.schedule is not None:
-            SCHEDULES.check(self.schedule)
-        if self.loss is not None:
-            LOSSES.check(self.loss)
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{_option(name)} must be one of {', '.join(choices)}. Got {getattr(self, name)!r}")
-        for name, least, most in (
-            ("lr", 0, MAX_RATE), ("weight_decay", 0, MAX_RATE), ("clip_norm", 0, MAX_RATE),
-            ("epochs", 1, 10**9), ("batch_size", 0, 10**12), ("patience", 0, 10**9), ("folds", 0, 1000),
-            ("members", 1, 1000), ("accumulate", 1, 10**6),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ConfigError(f"{_option(name)} must be between {least} and {most:g}. Got {value} instead")
-        if any(width > MAX_WIDTH for width in self.layers or ()):
-            raise ConfigError(f"layers must be at most {MAX_WIDTH:,} wide. Got {max(self.layers or ())} instead")
-        for name in ("dropout", "modality_dropout", "ema"):
-            if not 0 <= (getattr(self, name) or 0) < 1:
-                raise ConfigError(f"{_option(name)} must be at least 0 and below 1. Got {getattr(self, name)} instead")
+        check_settings(self)
         self._check_together()
 
     def _check_together(self) -> None:
-        # Imported here: listing the settings, as --help does, needs no NumPy.
-        from cachefuse.metrics import METRICS, lower_is_better
-        from cachefuse.metrics.thresholds import THRESHOLD_METRICS
-
-        if self.monitor is not None:
-            lookup(METRICS, self.monitor, "metric")
-        if self.threshold_metric is not None:
-            lookup(THRESHOLD_METRICS, self.threshold_metric, "threshold metric")
-        for name in self.without:
+        for name in self.ablate:
             if name not in self._fusion.parts:
                 parts = ", ".join(self._fusion.parts) or "none"
                 raise ConfigError(f"fusion {self.fusion!r} has no {name!r} to leave out; its parts are: {parts}")
         if self.accumulate > 1 and self.loss_options.get("reduction") == "sum":
             raise ConfigError("accumulate adds up the parts of a mean; leave out loss option reduction=sum")
-        for modality, share in self.shuffle.items():
-            if not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise ConfigError(f"shuffle must give a share of the rows from 0 to 1. Got {modality}={share} instead")
-        if self.lr == 0:
-            raise ConfigError("lr must be above 0. Got 0 instead")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be between 0 and 2^63 - 1. Got {self.seed} instead")
         if self.folds == 1:
             raise ConfigError("folds must be 0 for none, or at least 2. Got 1 instead")
         if self.monitor is not None and lower_is_better(self.monitor):
@@ -166,15 +240,15 @@ class TrainConfig:
                 "optimizer 'lbfgs' takes all rows in each step, at a constant rate; leave out --schedule and --sampler"
             )
 
-    def views(self, modality: str) -> tuple[str, ...]:
+    def reads(self, modality: str) -> tuple[str, ...]:
         """Return the views that are read of a modality."""
         views = self._fusion.views(modality, self.own_options())
-        return (FLAT,) if self.view == TOKENS and views == (POOLED,) else views
+        return (FLAT,) if self.views == TOKENS and views == (POOLED,) else views
 
     @property
     def is_linear(self) -> bool:
         """Whether the model's weights are all in linear layers over pooled features, its head's hidden ones aside."""
-        return bool(self._fusion.linear) and self.view == POOLED
+        return bool(self._fusion.linear) and self.views == POOLED
 
     @property
     def mixed_precision(self) -> bool:
@@ -183,7 +257,7 @@ class TrainConfig:
 
     def own_options(self) -> JsonObject:
         """Return the keyword arguments of the fusion."""
-        return {**self.fusion_options, **({"without": self.without} if self.without else {})}
+        return {**self.fusion_options, **({"ablate": self.ablate} if self.ablate else {})}
 
     @property
     def _fusion(self) -> Any:
@@ -304,7 +378,7 @@ class TrainConfig:
         """Return the settings as they are read: without what was found in files, or plays no part."""
         options = {name: value for name, value in self.fusion_options.items() if name not in FOUND}
         idle = HEAD_SETTINGS if self.is_generative else ()
-        return {k: v for k, v in {**self.to_dict(), "fusion_options": options}.items() if k not in idle}
+        return {k: v for k, v in {**asdict(self), "fusion_options": options}.items() if k not in idle}
 
     @property
     def head_name(self) -> str:
@@ -315,17 +389,13 @@ class TrainConfig:
         return replace(self, seed=seed)
 
     def to_dict(self) -> JsonObject:
-        return asdict(self)
+        """Return the settings by their names in files."""
+        return as_stored(TrainConfig, asdict(self))
 
     @classmethod
     def from_dict(cls, values: Options) -> "TrainConfig":
         """Build from a run's file. Raises ConfigError for keys that are not settings."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise ConfigError(f"unknown settings: {', '.join(unknown)}")
-        layers = values.get("layers")
-        lists = {name: tuple(values.get(name, ())) for name in ("without", "stages")}
-        return cls(**{**values, "layers": None if layers is None else tuple(layers), **lists})
+        return cls(**from_stored(cls, values))
 
 
 def why_no_head(task: str) -> str:
@@ -333,18 +403,3 @@ def why_no_head(task: str) -> str:
     if task == "retrieval":
         return f"a {task} dataset has no labels, so there is no head to train on it"
     return f"a {task} dataset is about pairs of sentences: measure them with cachefuse similarity"
-
-
-def as_text(name: str, value: object) -> str:
-    """Return a setting's value as it is given on the command line."""
-    if isinstance(value, Mapping):
-        return " ".join(f"{key}={as_text(key, x)}" for key, x in value.items())
-    if isinstance(value, tuple | list):
-        return ("-" if name == "layers" else ",").join(map(str, value))
-    if name == "batch_size" and value == 0:
-        return "all"
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _option(name: str) -> str:
-    return name.replace("_", "-")

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cachefuse_cli.shared.options import WORKSPACE, Device, Json, RunName, Threads, Workspace
+from cachefuse_cli.shared.setting_options import note_old
 
 
 def evaluate(
@@ -14,9 +15,10 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="Rows to measure on.", show_default="those held out")
     ] = None,
-    without: Annotated[
-        list[str] | None, typer.Option(metavar="MODALITY", help="As if no row had it; repeatable.")
+    drop_modality: Annotated[
+        list[str] | None, typer.Option(metavar="MODALITY", help="Measure as if no row had it; repeatable.")
     ] = None,
+    without: Annotated[list[str] | None, typer.Option(hidden=True)] = None,  # its earlier name
     intervals: Annotated[bool, typer.Option(help="95% intervals, by the bootstrap.")] = True,
     gates: Annotated[
         Path | None,
@@ -42,17 +44,20 @@ def evaluate(
             from cachefuse.runs.files import ALIGNMENT, find_run, kind_of, read_json
             from cachefuse.workspace import WorkspacePaths
 
+            if without:
+                note_old("--without", "--drop-modality")
+            dropped = [*(drop_modality or ()), *(without or ())]
             found = find_run(WorkspacePaths(workspace).runs, run, kind=None)
         if kind_of(read_json(found / "run.json")) == ALIGNMENT:
-            _evaluate_alignment(found, split, without, dataset, device, workspace, json)
+            _evaluate_alignment(found, split, dropped, dataset, device, workspace, json)
         else:
-            _evaluate_head(found, split, without, intervals, gates, dataset, device, workspace, json)
+            _evaluate_head(found, split, dropped, intervals, gates, dataset, device, workspace, json)
 
 
 def _evaluate_head(
     path: Path,
     split: str | None,
-    without: list[str] | None,
+    dropped: list[str],
     intervals: bool,
     gates: Path | None,
     dataset: str | None,
@@ -87,7 +92,7 @@ def _evaluate_head(
             n_resamples=1000 if intervals else 0,
             on_progress=partial(progress.update, "intervals"),
         )
-        ablated = measure(without=without) if without else None
+        ablated = measure(without=dropped) if dropped else None
         everything = measure()
     if everything.caution:
         render.note(everything.caution)
@@ -103,7 +108,7 @@ def _evaluate_head(
 def _evaluate_alignment(
     path: Path,
     split: str | None,
-    without: list[str] | None,
+    dropped: list[str],
     dataset: str | None,
     device: str,
     workspace: Path,
@@ -112,8 +117,8 @@ def _evaluate_alignment(
     from cachefuse.errors import ConfigError
     from cachefuse_cli.shared import render
 
-    if without:
-        raise ConfigError("an alignment compares both of its sides: --without is for heads")
+    if dropped:
+        raise ConfigError("an alignment compares both of its sides: --drop-modality is for heads")
     with render.status("measuring"):
         from cachefuse.alignment.run import Alignment
         from cachefuse.alignment.train import evaluate_alignment

@@ -21,7 +21,6 @@ from cachefuse_cli.shared.options import (
     UsedEncoders,
     Workspace,
     open_store,
-    split_list,
 )
 from cachefuse_cli.shared.train_options import given_options, takes_config
 
@@ -42,7 +41,11 @@ def sweep(
     context: typer.Context,
     grid: Annotated[
         list[str] | None,
-        _option("--grid", metavar="NAME=A,B", help="An option's values: layers=512,2048-512; repeatable."),
+        _option(
+            "--grid",
+            metavar="NAME=A,B",
+            help='Values of an option: dropout=0,0.5, or of lists "layers=512 2048,512"; repeatable.',
+        ),
     ] = None,
     settings: Annotated[
         Path | None, _option("--settings", metavar="FILE", help=r"Or a TOML file: a \[\[setting]] of options for each.")
@@ -126,6 +129,8 @@ def _tried(
 
 
 def _parse_grid(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    from cachefuse.experiments.settings import grid_values
+
     values: dict[str, tuple[str, ...]] = {}
     for text in given:
         name, equals, choices = text.partition("=")
@@ -134,7 +139,7 @@ def _parse_grid(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
         field = name.strip().replace("-", "_")
         if field in values:
             raise ConfigError(f"the grid has {name} twice; give all its values at once")
-        values[field] = split_list(choices)
+        values[field] = grid_values(field, choices)
     return values
 
 

@@ -12,7 +12,8 @@ from rich.text import Text
 
 from cachefuse.files import JsonObject
 from cachefuse.metrics import MEAN, headline, lower_is_better, metric_title
-from cachefuse.training.config import as_text
+from cachefuse.settings import settings_of
+from cachefuse.training.config import TrainConfig
 from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
 
 if TYPE_CHECKING:
@@ -130,8 +131,9 @@ def runs_report(found: "Sequence[RunSummary]") -> None:
             about = f"{run.created[:16].replace('T', ' ')}, {run.n_models} model{'s' * (run.n_models > 1)}"
             if run.split:
                 about += f", {run.split}"
+            known = settings_of(TrainConfig)
             settings = {name: value for name, value in run.settings.items() if name not in IN_NAME}
-            told = (f"{name.replace('_', '-')} {as_text(name, value)}" for name, value in settings.items())
+            told = (f"{known[name].option} {known[name].text(value)}" for name, value in settings.items())
             about = "; ".join([about, *told])
             values = (_figure(run.metrics.get(name)) for name in names)
             rows = f"{run.n_rows:,}" if run.split else "-"

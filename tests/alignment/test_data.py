@@ -139,6 +139,6 @@ def test_aligns_tokens(make_store):
         for x, n in zip(z @ rng.normal(size=(4, 6)), rng.integers(1, 9, 60), strict=True)
     ]
     store = make_store(["train"] * 45 + ["val"] * 15, images={"vit": images}, texts={"bert": texts}, view="tokens")
-    config = AlignConfig(**QUICK, op="additive-attention", view="tokens", width=16, epochs=15, batch_size=16)
+    config = AlignConfig(**QUICK, op="additive-attention", views="tokens", width=16, epochs=15, batch_size=16)
     run = align(store, config, device="cpu")
     assert all(direction.recall[5] > 0.5 for direction in run.results["val"].directions.values())

@@ -98,7 +98,7 @@ def test_bad_settings_are_one_line(cachefuse, workspace):
     assert says(cachefuse("align", "--width", "30").error, "width 4")
     assert says(cachefuse("align", "--targets", "firm").error, "targets soft hard firm")
     assert says(cachefuse("align", "--encoder", "hf:none").error, "none")
-    assert says(cachefuse("align", "--view", "tokens").error, "tokens image extract")
+    assert says(cachefuse("align", "--views", "tokens").error, "tokens image extract")
     assert says(cachefuse("align", "--dataset", "gone").error, "gone")
     assert not list((workspace / "runs").glob("*dfe*"))
 
@@ -125,7 +125,7 @@ def test_evaluate_runs_and_predict_know_alignments(cachefuse, space, run, fits):
     assert cachefuse("predict", "--output", "x.csv").code == 0  # by the head, though the alignment is later
     assert says(cachefuse("predict", "--run", "mine-dfe-add-1").error, "alignment classes")
     assert says(cachefuse("retrieve", "--text", "x", "--run", "mine-sum-linear-asl-1").error, "head")
-    assert says(cachefuse("evaluate", "--without", "image").error, "--without heads")
+    assert says(cachefuse("evaluate", "--drop-modality", "image").error, "--drop-modality heads")
 
 
 @pytest.mark.slow

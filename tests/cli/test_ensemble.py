@@ -46,7 +46,7 @@ def test_the_ensemble_predicts_and_evaluates_like_any_run(cachefuse, workspace, 
     assert evaluated["run"] == "mine-ensemble-1"
     assert {name: evaluated["metrics"][name] for name in found["metrics"]["val"]} == found["metrics"]["val"]
     assert json.loads(cachefuse("runs", "--json").out)[0]["name"] == "mine-ensemble-1"
-    without = cachefuse("evaluate", "--without", "image", "--no-intervals")
+    without = cachefuse("evaluate", "--drop-modality", "image", "--no-intervals")
     assert without.code == 0
     assert "without image" in without.out
 

@@ -49,7 +49,7 @@ def test_json_has_all_of_it(cachefuse, workspace, figures):
 
 
 def test_without_a_modality_both_are_shown(cachefuse, workspace, fits):
-    args = "evaluate", "--run", "mine-sum-linear-asl-1", "--without", "image"
+    args = "evaluate", "--run", "mine-sum-linear-asl-1", "--drop-modality", "image"
     result = cachefuse(*args)
     found = json.loads(cachefuse(*args, "--json").out)
     assert re.search(r"^metric +with everything +without image +difference$", result.out, flags=re.M)
@@ -90,7 +90,7 @@ def test_weights_that_can_not_be_written_are_refused_before_anything_is_measured
 
 
 def test_says_that_rows_were_trained_on_once(cachefuse, workspace):
-    result = cachefuse("evaluate", "--split", "train", "--without", "text", "--no-intervals")
+    result = cachefuse("evaluate", "--split", "train", "--drop-modality", "text", "--no-intervals")
     assert result.code == 0
     (note,) = [line for line in result.err.splitlines() if line.startswith("note: ")]
     assert says(note, "mine-sum-linear-asl-1 train")
@@ -102,8 +102,8 @@ def test_says_that_rows_were_trained_on_once(cachefuse, workspace):
     [
         (["--split", "dev"], "mine dev train val test"),
         (["--split", "test"], "mine test train val"),
-        (["--without", "audio"], "audio image text"),
-        (["--without", "image", "--without", "text"], "mine-sum-linear-asl-1 image text"),
+        (["--drop-modality", "audio"], "audio image text"),
+        (["--drop-modality", "image", "--drop-modality", "text"], "mine-sum-linear-asl-1 image text"),
         (["--run", "nope"], "nope workspace/runs mine-sum-linear-asl-1"),
         (["--device", "tpu"], "device tpu"),
     ],

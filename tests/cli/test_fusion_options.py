@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -12,8 +11,9 @@ from cachefuse.errors import ConfigError
 from cachefuse.fusion.cma import CMAFusion
 from cachefuse.fusion.tirg import TIRGFusion
 from cachefuse.runs.save import load_run
+from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
-from cachefuse_cli.shared.train_options import DEFAULTS, parse_config
+from cachefuse_cli.shared.train_options import parse_config
 from fixtures.messages import naming, says
 
 N = 10**6  # rows, of which an epoch makes enough steps
@@ -21,16 +21,16 @@ N = 10**6  # rows, of which an epoch makes enough steps
 
 def given(**values):
     """What the command line says where these options are given."""
-    return {**{field.name: DEFAULTS.get(field.name, field.default) for field in fields(TrainConfig)}, **values}
+    return {**{name: one.default for name, one in settings_of(TrainConfig).items()}, **values}
 
 
 def test_the_command_line_parses_options_and_parts():
-    without = ["modality-attention", "sequence-attention", "modality-attention"]
-    config = parse_config(given(fusion="cma", fusion_options=["depth=1", "dropout=0.3"], without=without))
+    ablate = ["modality-attention", "sequence-attention", "modality-attention"]
+    config = parse_config(given(fusion="cma", fusion_options=["depth=1", "dropout=0.3"], ablate=ablate))
     assert config == TrainConfig(
         fusion="cma",
         fusion_options={"depth": "1", "dropout": "0.3"},
-        without=("modality-attention", "sequence-attention"),
+        ablate=("modality-attention", "sequence-attention"),
     )
     options = config.resolve("multilabel", N).fusion_options
     assert (options["depth"], options["dropout"]) == (1, 0.3)
@@ -42,9 +42,9 @@ def test_the_command_line_parses_options_and_parts():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["depth"], "depth=2 depth"),
-        ([""], "depth=2"),
-        (["depth=1", "depth=2"], "fusion depth"),
+        (["depth"], "fusion-options name=value depth"),
+        ([""], "fusion-options name=value"),
+        (["depth=1", "depth=2"], "fusion-options depth"),
     ],
 )
 def test_what_does_not_parse_says_so(options, message):
@@ -66,17 +66,17 @@ def test_a_command_trains_with_options_and_parts(cachefuse, in_workspace, toy_st
     in_workspace(toy_store().path)
     result = cachefuse(
         *("train-head", "--fusion", "cma", "--fusion-options", "depth=1", "--fusion-options", "width=8"),
-        *("--fusion-options", "heads=2", "--without", "modality-attention"),
+        *("--fusion-options", "heads=2", "--ablate", "modality-attention"),
         *("--head", "linear", "--epochs", "2", "--json"),
     )
     assert result.code == 0
     run = load_run(tmp_path / "workspace" / "runs" / json.loads(result.out)["run"])
     assert run.config.fusion_options.items() >= {"depth": 1, "width": 8, "heads": 2, "dropout": 0.1}.items()
-    assert run.config.without == ("modality-attention",)
+    assert run.config.ablate == ("modality-attention",)
     assert (run.config.lr, run.config.batch_size) == (3e-4, 64)
     assert sorted(run.features) == ["image", "image_tokens", "text", "text_tokens"]
     (listed,) = json.loads(cachefuse("runs", "--json").out)
-    assert listed["settings"]["without"] == ["modality-attention"]
+    assert listed["settings"]["ablate"] == ["modality-attention"]
     assert "lr" not in listed["settings"]
 
 
@@ -91,7 +91,7 @@ def made(made_once, toy_store):
     [
         ("cma", ["dept=1"], "fusion cma dept depth width heads dropout"),
         ("cma", ["depth=x"], "fusion depth x"),
-        ("cma", ["depth"], "fusion-options depth=2 depth"),
+        ("cma", ["depth"], "fusion-options name=value depth"),
         ("cma", ["heads=5"], "width 5 heads"),
         ("cma", ["width=-6"], "width 1 -6"),
         ("cma", ["dropout=2"], "dropout 0 1 2.0"),
@@ -99,8 +99,8 @@ def made(made_once, toy_store):
         ("tirg", ["width=0"], "width 1 0"),
         ("tirg", ["query=x"], "fusion tirg x image text"),
         ("sum", ["depth=1"], "fusion sum depth"),
-        ("cma", ["depth=1", "--without", "text"], "fusion cma text modality-attention"),
-        ("tirg", ["width=8", "--without", "gate"], "fusion tirg gate"),
+        ("cma", ["depth=1", "--ablate", "text"], "fusion cma text modality-attention"),
+        ("tirg", ["width=8", "--ablate", "gate"], "fusion tirg gate"),
         ("cma", ["depth=1", "--optimizer", "lbfgs", "--head", "linear"], "optimizer lbfgs"),
     ],
     ids=str,
@@ -121,7 +121,7 @@ def test_a_command_says_how_to_make_the_tokens_that_are_not_there(cachefuse, in_
     assert (result.code, result.out) == (1, "")
     assert says(result.error, "workspace/cache/made.zarr tokens image extract")
     assert "--dataset made --encoder toy --views pooled,tokens" in result.error
-    assert cachefuse("train-head", "--fusion", "cma", "--without", "sequence-attention", "--epochs", "1").code == 0
+    assert cachefuse("train-head", "--fusion", "cma", "--ablate", "sequence-attention", "--epochs", "1").code == 0
     assert len(list((tmp_path / "workspace" / "runs").glob("*-cma-*/run.json"))) == 1
 
 

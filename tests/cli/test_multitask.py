@@ -133,7 +133,7 @@ def test_each_command_shows_the_tasks(cachefuse, extracted, fits):
         assert heading in shown.out
     fits(shown.out)
     assert (extracted / "gates.csv").read_text().startswith("id,color.image,color.text,pattern.image")
-    without = cachefuse("evaluate", "--run", plain, "--without", "image")
+    without = cachefuse("evaluate", "--run", plain, "--drop-modality", "image")
     assert without.out.count("difference") == 4
     fits(without.out)
     assert says(cachefuse("evaluate", "--run", plain, "--gates", "gates.csv").error, "gated cma")
@@ -167,7 +167,7 @@ def test_staged_training_over_tokens(cachefuse, products, folder, vit, fits):
     (history,) = json.loads(next(Path("workspace/runs").glob("*/history.json")).read_text())["histories"]
     assert history["stages"] == {"warm-up": 3, "tuning": 3}
     fits(cachefuse("evaluate", "--no-intervals").out)
-    assert says(cachefuse("train-head", *cma, "--without", "nothing").error, "modality-attention")
+    assert says(cachefuse("train-head", *cma, "--ablate", "nothing").error, "modality-attention")
     refused = cachefuse("train-head", *cma, "--stages", "warm-up,end-to-end,tuning").error
     assert refused.startswith("stage 'end-to-end' would train the encoders, which are frozen here")
     assert cachefuse("predict", "--input", "products.csv", "-o", "all.csv").code == 0

@@ -218,7 +218,7 @@ class TestWritten:
         card = (path / "README.md").read_text()
         assert "features with a decoder" in card
         assert "answer" not in card.split("## Settings")[1].replace("answers=text", "")
-        evaluated = cachefuse("evaluate", "--without", "image", "--json")
+        evaluated = cachefuse("evaluate", "--drop-modality", "image", "--json")
         assert json.loads(evaluated.out)["metrics"]["vqa_accuracy"] < figure
 
     def test_a_pretrained_t5_writes_in_its_tokens(self, cachefuse, tokens, folder):
@@ -236,7 +236,7 @@ class TestWritten:
     @pytest.mark.slow
     def test_a_step_s_cost_is_that_of_learning(self, cachefuse, tokens, folder, monkeypatch):
         config = TrainConfig(fusion="midfusion", fusion_options={"answers": "text", "decoder_layers": 1, "width": 8})
-        training = open_training_data(FeatureStore(folder / "workspace/cache/vqa2.zarr"), views=config.views)
+        training = open_training_data(FeatureStore(folder / "workspace/cache/vqa2.zarr"), views=config.reads)
         steps, real = [], AnswerWriter.learn
         monkeypatch.setattr(AnswerWriter, "learn", lambda self, *args: steps.append(1) or real(self, *args))
         assert measure_costs(training, training.resolve(config)).steps_per_second > 0

@@ -107,7 +107,7 @@ def test_costs_leave_no_trace(toy_store):
     """What is measured draws its own random numbers and changes neither the store nor a training after it."""
     store, config = toy_store(), TrainConfig(fusion="sum", epochs=1)
     before = train_head(store, config).members[0].model.state_dict()
-    _, data = open_all(store, config.views)
+    _, data = open_all(store, config.reads)
     torch.manual_seed(5)
     state = torch.get_rng_state()
     measure_costs(data, data.resolve(config))
@@ -164,7 +164,7 @@ class TestPresets:
         assert len(result.settings) == 9
         for setting in result.settings:
             assert 0 < setting.weight("text") < 1
-            if "modality-attention" in setting.config.without:
+            if "modality-attention" in setting.config.ablate:
                 assert setting.weight("text") == pytest.approx(0.5, abs=0.01)
         lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
         assert len(lines) == 9
@@ -196,7 +196,7 @@ class TestPresets:
 
 class TestShuffle:
     def test_rows_get_others(self, toy_store):
-        _, data = open_all(toy_store(absent={"text": {3}}), TrainConfig(fusion="cma").views)
+        _, data = open_all(toy_store(absent={"text": {3}}), TrainConfig(fusion="cma").reads)
         rows = torch.arange(60)
         whole, _ = data.table.batch(rows)
         table = data.table.shuffled({"text": 0.5}, seed=0)
@@ -214,7 +214,7 @@ class TestShuffle:
         assert np.array_equal(table.lengths, data.table.lengths[source])
 
     def test_all_or_none(self, toy_store):
-        _, data = open_all(toy_store(), TrainConfig().views)
+        _, data = open_all(toy_store(), TrainConfig().reads)
         assert data.shuffled(TrainConfig()) is data
         everything = data.table.shuffled({"text": 1.0}, seed=0).sources["text"]
         assert (everything != torch.arange(60)).all()
@@ -229,7 +229,7 @@ class TestShuffle:
         assert shuffled < as_it_is - 0.05
 
     def test_what_it_refuses(self, toy_store):
-        with pytest.raises(ConfigError, match=naming("shuffle 0 1 text=2")):
+        with pytest.raises(ConfigError, match=naming("shuffle 0 1 text 2")):
             TrainConfig(shuffle={"text": 2})
         with pytest.raises(UnknownNameError, match="txt"):
             train_head(toy_store(), TrainConfig(shuffle={"txt": 0.5}, epochs=1))

@@ -50,7 +50,7 @@ def test_the_files(tmp_path):
     write_results(result, tmp_path)
     rows = table(tmp_path / "summary.csv")
     assert rows[0] == {
-        "lr": "0.2", "layers": "8-4", "trials": "2", "diverged": "0", "seconds": "0.5", "paper": "0.86",
+        "lr": "0.2", "layers": "8,4", "trials": "2", "diverged": "0", "seconds": "0.5", "paper": "0.86",
         "micro_f1_mean": "0.6", "micro_f1_std": str(statistics.stdev([0.5, 0.7])), "paper_std": "0.001",
     }  # fmt: skip
     assert [row["trials"] for row in rows] == ["2", "0", "2"]

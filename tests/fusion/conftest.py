@@ -17,11 +17,11 @@ WIDTHS = {
 MODALITIES = ("audio", "image", "text")
 
 
-def build_cma(without=(), modalities=MODALITIES, depth=2, dtype=torch.float64, **options):
+def build_cma(ablate=(), modalities=MODALITIES, depth=2, dtype=torch.float64, **options):
     """A fusion as after some training: its relevance is no longer 0, nor any bias, nor a norm the identity."""
     torch.manual_seed(0)
     widths = {name: width for name, width in WIDTHS.items() if name.partition("_")[0] in modalities}
-    fusion = CMAFusion(widths, 3, Linear, width=8, heads=2, depth=depth, without=without, **options)
+    fusion = CMAFusion(widths, 3, Linear, width=8, heads=2, depth=depth, ablate=ablate, **options)
     with torch.no_grad():
         for parameter in fusion.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -66,6 +66,6 @@ def cma():
     params=[(), (MODALITY_ATTENTION,), (SEQUENCE_ATTENTION,), (MODALITY_ATTENTION, SEQUENCE_ATTENTION)],
     ids=lambda parts: "-".join(parts) or "whole",
 )
-def without(request):
+def ablate(request):
     """Every ablation of CMA-CLIP."""
     return request.param

@@ -22,9 +22,9 @@ B, C, W, HEADS = 10, 3, 8, 2
 class Reference:
     """The paper's section 2 for one sample at a time: what is absent or padding is not there at all."""
 
-    def __init__(self, fusion, without, depth):
+    def __init__(self, fusion, ablate, depth):
         self.w = {name: x.numpy() for name, x in fusion.state_dict().items()}
-        self.without, self.depth = without, depth
+        self.ablate, self.depth = ablate, depth
 
     def linear(self, name, x):
         return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]
@@ -54,16 +54,16 @@ class Reference:
         """The class tokens after the transformer, by modality; ``sample`` is (pooled (D,), tokens (T, D)) by it."""
         names = list(sample)
         x = [self.linear(f"embed.{m}", sample[m][0]) for m in names]
-        if SEQUENCE_ATTENTION not in self.without:
+        if SEQUENCE_ATTENTION not in self.ablate:
             x += [self.linear(f"embed.{m}_tokens", token) for m in names for token in sample[m][1]]
         x = np.stack(x)
-        for i in range(0 if SEQUENCE_ATTENTION in self.without else self.depth):
+        for i in range(0 if SEQUENCE_ATTENTION in self.ablate else self.depth):
             x = x + self.attention(f"blocks.{i}", self.norm(f"blocks.{i}.norm1", x))
             x = x + self.mlp(f"blocks.{i}", self.norm(f"blocks.{i}.norm2", x))
         return {m: self.norm("norm", x[i]) for i, m in enumerate(names)}
 
     def weights(self, summaries):
-        if MODALITY_ATTENTION in self.without:
+        if MODALITY_ATTENTION in self.ablate:
             return {m: 1 / len(summaries) for m in summaries}
         powers = {m: math.exp(self.w["relevance"] @ c) for m, c in summaries.items()}
         return {m: power / sum(powers.values()) for m, power in powers.items()}
@@ -90,10 +90,10 @@ def samples(features, present, modalities=MODALITIES):
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
 @pytest.mark.parametrize("modalities", [("text",), ("image", "text"), MODALITIES], ids=len)
-def test_logits_and_weights_are_the_papers(modalities, depth, without, cma):
-    fusion = cma.build(without, modalities, depth)
+def test_logits_and_weights_are_the_papers(modalities, depth, ablate, cma):
+    fusion = cma.build(ablate, modalities, depth)
     features, present = cma.inputs()
-    reference = Reference(fusion, without, depth)
+    reference = Reference(fusion, ablate, depth)
     logits = fusion(*cma.of(fusion, features, present)).detach().numpy()
     weights = fusion.weights(*cma.of(fusion, features, present)).detach().numpy()
     for row, sample in enumerate(samples(features, present, modalities)):
@@ -151,7 +151,7 @@ def test_it_starts_as_the_mean_of_what_is_there(cma):
     given = cma.inputs()
     here = torch.stack([given[1][m] for m in MODALITIES], dim=1).double()
     torch.testing.assert_close(fusion.weights(*given), here / here.sum(1, keepdim=True).clamp(min=1))
-    plain = CMAFusion(cma.WIDTHS, C, Linear, width=W, heads=HEADS, without=(MODALITY_ATTENTION,)).double().eval()
+    plain = CMAFusion(cma.WIDTHS, C, Linear, width=W, heads=HEADS, ablate=(MODALITY_ATTENTION,)).double().eval()
     plain.load_state_dict({name: x for name, x in fusion.state_dict().items() if name != "relevance"})
     torch.testing.assert_close(plain(*given), fusion(*given), rtol=1e-12, atol=1e-12)
 
@@ -165,9 +165,9 @@ def test_without_modality_attention_it_is_the_plain_mean(cma):
 
 
 def test_without_sequence_attention_no_tokens_are_read(cma):
-    options = {"without": (SEQUENCE_ATTENTION,)}
+    options = {"ablate": (SEQUENCE_ATTENTION,)}
     assert CMAFusion.views("image", options) == ("pooled",)
-    assert CMAFusion.views("image", {"without": (MODALITY_ATTENTION,)}) == ("pooled", "tokens")
+    assert CMAFusion.views("image", {"ablate": (MODALITY_ATTENTION,)}) == ("pooled", "tokens")
     assert CMAFusion.views("image", {}) == ("pooled", "tokens")
     fusion = cma.build((SEQUENCE_ATTENTION,))
     assert list(fusion.widths) == list(FusionModel(fusion).widths) == list(MODALITIES)
@@ -182,7 +182,7 @@ def test_without_sequence_attention_no_tokens_are_read(cma):
 
 def test_without_either_it_is_arithmetic_by_hand():
     fusion = CMAFusion(
-        {"image": 1, "text": 2}, 1, Linear, width=2, heads=1, without=(MODALITY_ATTENTION, SEQUENCE_ATTENTION)
+        {"image": 1, "text": 2}, 1, Linear, width=2, heads=1, ablate=(MODALITY_ATTENTION, SEQUENCE_ATTENTION)
     ).double()
     numbers = {
         "embed.image.weight": [[3.0], [1]], "embed.image.bias": [1.0, 1], "embed.text.weight": [[1.0, 0], [0, 2]],
@@ -201,7 +201,7 @@ def test_without_either_it_is_arithmetic_by_hand():
 def test_its_options_are_keywords_with_their_defaults(cma):
     options = CMAFusion.options()
     assert options.keys() >= {"depth", "width", "heads", "dropout"}
-    assert "without" not in options
+    assert "ablate" not in options
     assert len(CMAFusion(cma.WIDTHS, C, Linear).blocks) == options["depth"]
     assert CMAFusion(cma.WIDTHS, C, Linear).head.in_features == options["width"]
     assert CMAFusion.parts == (MODALITY_ATTENTION, SEQUENCE_ATTENTION)
@@ -214,14 +214,14 @@ def test_its_options_are_keywords_with_their_defaults(cma):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"depth": 0}, "depth 1 0 --without"),
+        ({"depth": 0}, "depth 1 0 --ablate"),
         ({"depth": -1}, "depth 1 -1"),
         ({"width": 9}, "width 2 heads 9"),
         ({"heads": 0}, "width 0 heads 8"),
         ({"width": 0}, "width 1 0"),
         ({"width": -8}, "width 1 -8"),
-        ({"width": -8, "without": (SEQUENCE_ATTENTION,)}, "width 1 -8"),
-        ({"width": 0, "without": (SEQUENCE_ATTENTION,)}, "width 1 0"),
+        ({"width": -8, "ablate": (SEQUENCE_ATTENTION,)}, "width 1 -8"),
+        ({"width": 0, "ablate": (SEQUENCE_ATTENTION,)}, "width 1 0"),
         ({"dropout": 1.0}, "dropout 0 1 1.0"),
         ({"dropout": -0.1}, "dropout 0 1 -0.1"),
         ({"dropout": 7.0}, "dropout 0 1 7.0"),

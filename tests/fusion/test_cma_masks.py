@@ -24,8 +24,8 @@ def test_where_nothing_is_masked_no_mask_is_needed(cma):
     torch.testing.assert_close(fusion(*few), fusion(*cma.of(fusion, features, present))[rows], rtol=1e-12, atol=1e-12)
 
 
-def test_lambda_adds_up_to_1_over_what_is_there(without, cma):
-    fusion = cma.build(without)
+def test_lambda_adds_up_to_1_over_what_is_there(ablate, cma):
+    fusion = cma.build(ablate)
     features, present = cma.inputs(filler=torch.nan)
     weights = fusion.weights(*cma.of(fusion, features, present))
     here = torch.stack([present[m] for m in MODALITIES], dim=1)
@@ -37,9 +37,9 @@ def test_lambda_adds_up_to_1_over_what_is_there(without, cma):
 
 
 @pytest.mark.parametrize("head", [Linear, partial(MLP, layers=(6,), dropout=0.2)], ids=["linear", "mlp"])
-def test_gradients_reach_every_parameter(without, head, cma):
+def test_gradients_reach_every_parameter(ablate, head, cma):
     torch.manual_seed(0)
-    fusion = CMAFusion(cma.WIDTHS, C, head, width=W, heads=HEADS, without=without)  # from its own start, in training
+    fusion = CMAFusion(cma.WIDTHS, C, head, width=W, heads=HEADS, ablate=ablate)  # from its own start, in training
     fusion(*cma.of(fusion, *cma.inputs(torch.float32))).square().sum().backward()
     assert [name for name, p in fusion.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -52,8 +52,8 @@ def test_gradients_of_the_whole_reach_each_part_of_queries_keys_and_values(cma):
 
 
 @pytest.mark.parametrize("filler", [0.0, torch.inf, torch.nan])
-def test_a_row_of_nothing_is_finite_in_value_and_gradient(without, filler, cma):
-    fusion = cma.build(without, dtype=torch.float32)
+def test_a_row_of_nothing_is_finite_in_value_and_gradient(ablate, filler, cma):
+    fusion = cma.build(ablate, dtype=torch.float32)
     features, present = cma.inputs(torch.float32, filler)
     outcomes = []
     for rows in (slice(None), slice(NONE, None)):  # with others, and a batch of it alone
@@ -86,8 +86,8 @@ def test_every_row_has_something_to_attend_to(monkeypatch, cma):
         ]
 
 
-def test_what_is_absent_has_no_influence(without, cma):
-    fusion = cma.build(without)
+def test_what_is_absent_has_no_influence(ablate, cma):
+    fusion = cma.build(ablate)
     outcomes = []
     for filler in (0.0, 1e6, torch.nan):
         fusion.zero_grad()

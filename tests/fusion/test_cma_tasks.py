@@ -15,10 +15,10 @@ B, W = 9, 8
 head = partial(MLP, layers=(5,))
 
 
-def build(tasks=TASKS, without=(), **options):
+def build(tasks=TASKS, ablate=(), **options):
     torch.manual_seed(0)
     classes = sum(tasks.values()) if tasks else 9
-    fusion = CMAFusion(WIDTHS, classes, head, width=W, heads=2, without=without, tasks=tasks, **options)
+    fusion = CMAFusion(WIDTHS, classes, head, width=W, heads=2, ablate=ablate, tasks=tasks, **options)
     with torch.no_grad():
         for parameter in fusion.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -37,14 +37,14 @@ def inputs(fusion):
     return features, present
 
 
-def test_each_task_is_as_a_model_of_its_own(without):
-    fusion = build(without=without)
+def test_each_task_is_as_a_model_of_its_own(ablate):
+    fusion = build(ablate=ablate)
     features, present = inputs(fusion)
     logits, weights = fusion(features, present), fusion.weights(features, present)
     assert (logits.shape, weights.shape) == ((B, 9), (B, 3, 2))
     start = 0
     for k, (name, n) in enumerate(TASKS.items()):
-        alone = CMAFusion(WIDTHS, n, head, width=W, heads=2, without=without).double().eval()
+        alone = CMAFusion(WIDTHS, n, head, width=W, heads=2, ablate=ablate).double().eval()
         shared = {key: x for key, x in fusion.state_dict().items() if not key.startswith(("heads.", "relevance"))}
         own = {f"head.{key}": x for key, x in fusion.heads[k].state_dict().items()}
         own |= {} if fusion.relevance is None else {"relevance": fusion.relevance[k].detach()}
@@ -74,8 +74,8 @@ def test_lambda_by_the_papers_formula():
     assert len({tuple(weights[5, k].tolist()) for k in range(3)}) == 3
 
 
-def test_gradients_reach_every_parameter(without):
-    fusion = build(without=without).train()
+def test_gradients_reach_every_parameter(ablate):
+    fusion = build(ablate=ablate).train()
     fusion(*inputs(fusion)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in fusion.parameters())
 
@@ -95,7 +95,7 @@ def test_the_tuning_stage_trains_modality_attention_and_heads(tasks):
     names = {name for name, p in fusion.named_parameters() if id(p) in tuned}
     assert names == {name for name, _ in fusion.named_parameters() if name.startswith(("relevance", "head"))}
     assert len(list(fusion.trained_in(WARM_UP))) == len(list(fusion.parameters()))
-    assert len(build(tasks, without=(MODALITY_ATTENTION,)).trained_in(TUNING)) == len(tuned) - 1
+    assert len(build(tasks, ablate=(MODALITY_ATTENTION,)).trained_in(TUNING)) == len(tuned) - 1
 
 
 def test_one_task_keeps_its_form():

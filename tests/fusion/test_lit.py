@@ -81,7 +81,7 @@ def reference(fusion, features, present, row, grid=None):
 
 
 @pytest.mark.parametrize("architecture", [BERT, ROBERTA], ids=["bert", "roberta"])
-@pytest.mark.parametrize("options", [{}, {"without": ("tirg",)}, {"without": ("image",)}, {"grid": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"ablate": ("tirg",)}, {"ablate": ("image",)}, {"grid": 1}], ids=str)
 def test_against_a_loop_without_padding(architecture, options):
     fusion, (features, present) = fuse(architecture, **options), inputs()
     found = fusion(features, present)
@@ -94,8 +94,8 @@ def test_against_a_loop_without_padding(architecture, options):
 
 def test_what_is_read_and_what_is_there():
     assert list(fuse().widths) == ["image", "image_tokens", "text_ids"]
-    assert list(fuse(without=("tirg",)).widths) == ["image_tokens", "text_ids"]
-    only_text = fuse(without=("image",))
+    assert list(fuse(ablate=("tirg",)).widths) == ["image_tokens", "text_ids"]
+    only_text = fuse(ablate=("image",))
     assert list(only_text.widths) == ["text_ids"]
     assert not [name for name, _ in only_text.named_parameters() if not name.startswith(("text.", "head."))]
 

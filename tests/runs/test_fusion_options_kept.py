@@ -27,31 +27,31 @@ def saved(made_once, tmp_path, toy_store):
 
 
 @pytest.mark.parametrize(
-    ("fusion", "options", "without"),
+    ("fusion", "options", "ablate"),
     [
         ("cma", SMALL, ("modality-attention",)),
         ("cma", {**SMALL, "dropout": "0"}, ("modality-attention", "sequence-attention")),
         ("tirg", {"query": "text", "width": "8"}, ()),
     ],
 )
-def test_a_run_keeps_options_and_parts(fusion, options, without, toy_store, tmp_path):
-    config = TrainConfig(fusion=fusion, fusion_options=options, without=without, head="linear", epochs=2)
+def test_a_run_keeps_options_and_parts(fusion, options, ablate, toy_store, tmp_path):
+    config = TrainConfig(fusion=fusion, fusion_options=options, ablate=ablate, head="linear", epochs=2)
     run = train_head(toy_store(), config)
     path = save_run(run, tmp_path / "runs")
     again = load_run(path)
     assert again.config == run.config
-    assert again.config.without == without
+    assert again.config.ablate == ablate
     assert again.members[0].config == run.members[0].config
     assert again.config.fusion_options.items() >= {
         name: {"width": int, "dropout": float}.get(name, type(x))(x) for name, x in options.items()
     }.items()  # fmt: skip
     written = json.loads((path / "run.json").read_text())["config"]
-    assert (written["fusion_options"], written["without"]) == (run.config.fusion_options, list(without))
+    assert (written["fusion_options"], written["without"]) == (run.config.fusion_options, list(ablate))
     one, two = (x.members[0].model.state_dict() for x in (run, again))
     assert one.keys() == two.keys()
     assert all(torch.equal(x, two[name]) for name, x in one.items())
     card = (path / "README.md").read_text()
-    assert all(part in card for part in without)
+    assert all(part in card for part in ablate)
     assert "width=8" in card
 
 
@@ -62,7 +62,7 @@ def test_a_run_of_before_there_were_options_loads(toy_store, tmp_path):
         del config["fusion_options"], config["without"]
     (path / "run.json").write_text(json.dumps(values))
     run = load_run(path)
-    assert (run.config.fusion_options, run.config.without) == ({}, ())
+    assert (run.config.fusion_options, run.config.ablate) == ({}, ())
 
 
 @pytest.mark.parametrize(

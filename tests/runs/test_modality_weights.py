@@ -140,7 +140,7 @@ def test_weights_by_folds_and_members_are_their_mean(data):
 
 
 def test_without_modality_attention_what_is_there_counts_alike(data):
-    run = train_head(data.store, replace(CMA, without=("modality-attention",)))
+    run = train_head(data.store, replace(CMA, ablate=("modality-attention",)))
     present = np.stack([data.store.present(m)[run.held_out.rows] for m in MODALITIES], axis=1)
     expected = (present / present.sum(1, keepdims=True)).mean(0)
     gates = evaluate(run, data.store, n_resamples=0).gates
@@ -149,7 +149,7 @@ def test_without_modality_attention_what_is_there_counts_alike(data):
 
 @pytest.mark.parametrize("gone", [(), ("text",)], ids=str)
 def test_without_sequence_attention_weights_are_of_pooled_features(gone, data):
-    run = train_head(data.store, replace(CMA, without=("sequence-attention",)))
+    run = train_head(data.store, replace(CMA, ablate=("sequence-attention",)))
     assert sorted(run.features) == ["image", "text"]
     scores, weights = one_by_one(run.members[0], data, run.held_out.rows, gone)
     found = evaluate(run, data.store, without=gone, n_resamples=0)
@@ -181,7 +181,7 @@ def telling_store(data, path, view):
 def test_relevance_leans_to_the_modality_that_tells_the_labels(make_data, tmp_path):
     path = tmp_path / "made.zarr"
     store = telling_store(make_data(path, task="multiclass"), path, "pooled")
-    run = train_head(store, replace(CMA, without=("sequence-attention",), epochs=30), encoders=["told"])
+    run = train_head(store, replace(CMA, ablate=("sequence-attention",), epochs=30), encoders=["told"])
     assert evaluate(run, store, n_resamples=0).gates["text"] > 0.7
 
 

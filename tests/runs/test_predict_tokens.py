@@ -28,9 +28,9 @@ CMA = TrainConfig(
 )
 SETTINGS = {
     "cma": CMA,
-    "pooled": replace(CMA, without=("sequence-attention",)),
+    "pooled": replace(CMA, ablate=("sequence-attention",)),
     "sum": TrainConfig(head="linear", epochs=3),
-    "flat": TrainConfig(view="tokens", fusion="concat", head="gmlp", layers=(8,), epochs=2, batch_size=16),
+    "flat": TrainConfig(views="tokens", fusion="concat", head="gmlp", layers=(8,), epochs=2, batch_size=16),
 }
 TEST = range(60, 72)
 

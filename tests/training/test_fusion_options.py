@@ -33,7 +33,7 @@ def resolve(n_rows=N, task="multilabel", **settings):
         ),
         ({"fusion": "tirg", "fusion_options": {"depth": 1}}, "tirg depth query"),
         ({"fusion": "sum", "fusion_options": {"depth": 1}}, "fusion sum depth"),
-        ({"fusion": "cma", "fusion_options": {"without": ()}}, "fusion cma without"),
+        ({"fusion": "cma", "fusion_options": {"ablate": ()}}, "fusion cma ablate"),
         ({"fusion": "cma", "fusion_options": {"head": 1}}, "fusion cma head"),
         (
             {"fusion": "cma", "fusion_options": {"depth": "two"}},
@@ -47,15 +47,15 @@ def resolve(n_rows=N, task="multilabel", **settings):
         ),
         ({"fusion": "tirg", "fusion_options": {"width": "wide"}}, "width wide"),
         (
-            {"fusion": "cma", "without": ("attention",)},
+            {"fusion": "cma", "ablate": ("attention",)},
             "fusion cma attention modality-attention sequence-attention",
         ),
         (
-            {"fusion": "cma", "without": ("modality-attention", "image")},
+            {"fusion": "cma", "ablate": ("modality-attention", "image")},
             "fusion cma image modality-attention sequence-attention",
         ),
-        ({"fusion": "tirg", "without": ("gate",)}, "tirg gate"),
-        ({"fusion": "sum", "without": ("meta",)}, "fusion sum meta"),
+        ({"fusion": "tirg", "ablate": ("gate",)}, "tirg gate"),
+        ({"fusion": "sum", "ablate": ("meta",)}, "fusion sum meta"),
     ],
     ids=str,
 )  # fmt: skip
@@ -68,7 +68,7 @@ def test_a_training_refuses_them_too(toy_store):
     store = toy_store()
     for settings, message in (
         ({"fusion_options": {"dept": 1}}, "has no option 'dept'"),
-        ({"without": ("attention",)}, "has no 'attention' to leave out"),
+        ({"ablate": ("attention",)}, "has no 'attention' to leave out"),
         ({"fusion_options": {"depth": 0}}, "depth 1 0"),
         ({"fusion_options": {"heads": 5}}, "width heads 5"),
         ({"fusion_options": {"dropout": 2}}, "dropout 0 1 2.0"),
@@ -118,10 +118,10 @@ def test_options_of_other_fusions():
 
 
 def test_own_options_are_the_arguments_of_the_fusion():
-    config = TrainConfig(fusion="cma", fusion_options={"depth": 1}, without=("modality-attention",))
-    assert config.own_options() == {"depth": 1, "without": ("modality-attention",)}
+    config = TrainConfig(fusion="cma", fusion_options={"depth": 1}, ablate=("modality-attention",))
+    assert config.own_options() == {"depth": 1, "ablate": ("modality-attention",)}
     assert resolve(fusion="cma").own_options().keys() >= {"depth", "width", "heads", "dropout"}
-    assert "without" not in resolve(fusion="cma").own_options()
+    assert "ablate" not in resolve(fusion="cma").own_options()
 
 
 def test_a_fusion_has_settings_of_its_own():
@@ -164,22 +164,22 @@ def test_the_rate_of_another_optimizer_is_its_own():
 
 
 def test_views_are_those_that_the_fusion_reads():
-    assert TrainConfig(fusion="cma").views("text") == ("pooled", "tokens")
-    assert TrainConfig(fusion="cma", without=("sequence-attention",)).views("text") == ("pooled",)
-    assert TrainConfig(fusion="tirg").views("image") == ("pooled",)
-    assert TrainConfig(fusion="sum").views("image") == ("pooled",)
-    assert TrainConfig(fusion="sum", view="tokens").views("image") == ("flat",)
-    assert TrainConfig(fusion="cma", view="tokens").views("text") == ("pooled", "tokens")
+    assert TrainConfig(fusion="cma").reads("text") == ("pooled", "tokens")
+    assert TrainConfig(fusion="cma", ablate=("sequence-attention",)).reads("text") == ("pooled",)
+    assert TrainConfig(fusion="tirg").reads("image") == ("pooled",)
+    assert TrainConfig(fusion="sum").reads("image") == ("pooled",)
+    assert TrainConfig(fusion="sum", views="tokens").reads("image") == ("flat",)
+    assert TrainConfig(fusion="cma", views="tokens").reads("text") == ("pooled", "tokens")
 
 
-@pytest.mark.parametrize("without", [(), ("modality-attention",), ("sequence-attention",)], ids=str)
-def test_the_model_is_the_one_that_the_settings_describe(without, toy_store):
-    store, config = toy_store(), resolve(fusion="cma", fusion_options={**SMALL, "depth": "3"}, without=without)
-    table = load_table(store, select_features(store, views=config.views), config.views)
+@pytest.mark.parametrize("ablate", [(), ("modality-attention",), ("sequence-attention",)], ids=str)
+def test_the_model_is_the_one_that_the_settings_describe(ablate, toy_store):
+    store, config = toy_store(), resolve(fusion="cma", fusion_options={**SMALL, "depth": "3"}, ablate=ablate)
+    table = load_table(store, select_features(store, views=config.reads), config.reads)
     model = build_model(config, {name: x.shape[1] for name, x in table.features.items()}, 3)
     fusion = model.fusion
-    assert len(fusion.blocks) == (0 if "sequence-attention" in without else 3)
-    assert (fusion.relevance is None) == ("modality-attention" in without)
+    assert len(fusion.blocks) == (0 if "sequence-attention" in ablate else 3)
+    assert (fusion.relevance is None) == ("modality-attention" in ablate)
     assert {m.p for m in fusion.blocks.modules() if isinstance(m, torch.nn.Dropout)} <= {0.1}
     assert [m.p for m in fusion.head.modules() if isinstance(m, torch.nn.Dropout)] == [0.2]
     assert list(model.widths) == sorted(table.features)
@@ -195,7 +195,7 @@ def test_the_model_is_the_one_that_the_settings_describe(without, toy_store):
         ({"fusion": "cma", "lr": 3e-4, "dropout": 0.2, "epochs": 15}, {"fusion": "cma"}),
         ({"fusion": "cma", "lr": 1e-3, "dropout": 0.8}, {"fusion": "cma", "lr": 1e-3, "dropout": 0.8}),
         ({"fusion": "cma", "fusion_options": {"depth": 2, "width": str(CMA["width"])}}, {"fusion": "cma"}),
-        ({"fusion": "cma", "without": ("modality-attention",)}, {"fusion": "cma", "without": ("modality-attention",)}),
+        ({"fusion": "cma", "ablate": ("modality-attention",)}, {"fusion": "cma", "ablate": ("modality-attention",)}),
         ({"fusion": "cma", "head": "linear", "seed": 4}, {"fusion": "cma", "head": "linear", "seed": 4}),
         ({"fusion": "cma", "optimizer": "sgd"}, {"fusion": "cma", "optimizer": "sgd"}),
         ({"fusion": "tirg"}, {"fusion": "tirg"}),

@@ -231,10 +231,10 @@ def test_folds(settings, tasks_store, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("without", [(), ("modality-attention",)])
-def test_tuning_trains_modality_attention_and_heads_alone(without, tasks_store):
-    data = open_training_data(tasks_store(), views=cma().views)
-    config = data.resolve(cma(stages=(WARM_UP, TUNING), without=without))
+@pytest.mark.parametrize("ablate", [(), ("modality-attention",)])
+def test_tuning_trains_modality_attention_and_heads_alone(ablate, tasks_store):
+    data = open_training_data(tasks_store(), views=cma().reads)
+    config = data.resolve(cma(stages=(WARM_UP, TUNING), ablate=ablate))
     (split,) = make_splits(data, config)
     after = {}
 
@@ -245,18 +245,18 @@ def test_tuning_trains_modality_attention_and_heads_alone(without, tasks_store):
     assert after == {WARM_UP: [1, 2], TUNING: [1, 2]}
     assert history.stages == {WARM_UP: 2, TUNING: 2}
     assert [epoch.epoch for epoch in history.earlier[WARM_UP]] == [1, 2]
-    warm, _ = train_model(data, data.resolve(cma(stages=(WARM_UP,), without=without)), split)
+    warm, _ = train_model(data, data.resolve(cma(stages=(WARM_UP,), ablate=ablate)), split)
     before, now = warm.state_dict(), model.state_dict()
     for name, weights in now.items():
         tuned = "head" in name or "relevance" in name
         assert torch.equal(weights, before[name]) != tuned, name
     assert all(parameter.requires_grad for parameter in model.parameters())
-    joint, _ = train_model(data, data.resolve(cma(without=without)), split)
+    joint, _ = train_model(data, data.resolve(cma(ablate=ablate)), split)
     assert all(torch.equal(x, before[name]) for name, x in joint.state_dict().items())
 
 
 def test_tuning_begins_at_the_best_of_the_warm_up(tasks_store):
-    data = open_training_data(tasks_store(), views=cma().views)
+    data = open_training_data(tasks_store(), views=cma().reads)
     config = data.resolve(cma(stages=(WARM_UP, TUNING), epochs=8, lr=0.3, patience=2, schedule="constant"))
     (split,) = make_splits(data, config)
     _, history = train_model(data, config, split)
@@ -308,7 +308,7 @@ def test_gates_are_each_tasks_own(tasks_store, tmp_path):
     np.testing.assert_allclose(weights.sum(2), 1, atol=1e-6)
     assert np.abs(weights[:, 0] - weights[:, 1]).max() > 1e-3
     targets = store.targets[found.rows]
-    table = open_training_data(store, views=run.config.views).table
+    table = open_training_data(store, views=run.config.reads).table
     model = copy.deepcopy(run.members[0].model).eval()
     with torch.no_grad():
         expected = model.modality_weights(*table.batch(torch.from_numpy(found.rows))).numpy()

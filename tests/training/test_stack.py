@@ -297,7 +297,7 @@ def test_an_interrupt_is_one_even_while_some_diverge(scheme, lr):
         ({"clip_norm": 1.0}, CPU, False),
         ({"optimizer": "lbfgs"}, CPU, False),
         ({"members": 2}, CPU, False),
-        ({"view": "tokens", "head": "gmlp"}, CUDA, False),
+        ({"views": "tokens", "head": "gmlp"}, CUDA, False),
     ],
 )
 def test_what_is_trained_together(settings, device, free):

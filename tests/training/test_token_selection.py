@@ -27,7 +27,7 @@ def test_a_store_without_tokens_says_how_to_make_them(tokens, message, make_stor
     for encoders in ((), ("toy",)):
         with pytest.raises(CacheError, match=naming(message)):
             train_head(store, cma, encoders=encoders)
-    train_head(store, replace(cma, without=("sequence-attention",)))  # which reads none
+    train_head(store, replace(cma, ablate=("sequence-attention",)))  # which reads none
     train_head(store, replace(cma, fusion="sum", fusion_options={}))
 
 
@@ -45,7 +45,7 @@ def test_every_encoder_that_could_give_tokens_is_named(make_store, add_features,
 
 def test_features_without_tokens_are_left_out_where_others_have_them(token_store, add_features, cma):
     add_features(token_store, "hf:bert", "text", np.ones((60, 4), np.float16))
-    chosen = select_features(token_store, views=cma.views)
+    chosen = select_features(token_store, views=cma.reads)
     assert {m: [f.encoder for f in group] for m, group in chosen.items()} == {"image": ["toy"], "text": ["toy"]}
     assert train_head(token_store, cma).encoders == (("toy", "image"), ("toy", "text"))
 

@@ -34,7 +34,7 @@ def test_statistics_are_those_of_real_tokens(make_store, cma):
     x = {"text": rng.normal(size=(200, 4)).astype(np.float16)}
     targets = np.ones((200, 2), np.int8)
     store = make_store(x, targets, ["train"] * 200, absent={"text": absent}, others={"text": {"tokens": tokens}})
-    table = load_table(store, select_features(store, views=cma.views), cma.views)
+    table = load_table(store, select_features(store, views=cma.reads), cma.reads)
     rows = torch.arange(10, 150)
     model = FusionModel(small(table))
     model.fit_statistics(table.features, table.present, rows)

@@ -17,7 +17,7 @@ from fixtures.columns import columns, images_of, texts_of
 from fixtures.messages import naming
 
 side_by_side = one_view(FLAT)
-TOKENS = TrainConfig(view="tokens", head="gmlp", layers=(8,), epochs=2, batch_size=16)
+TOKENS = TrainConfig(views="tokens", head="gmlp", layers=(8,), epochs=2, batch_size=16)
 
 
 def test_tokens_lie_side_by_side_with_zeros_where_a_text_is_shorter(captioned_store):

@@ -1,0 +1,294 @@
+"""Settings: fields of a dataclass that say beside their default what they are. Whatever reads settings asks here.
+
+    epochs: int = setting(50, "Passes over the rows at most.", panel="Training", least=1)
+
+is all that a setting takes. The command line makes an option of it, a sweep's grid parses its values, the dataclass
+refuses what is out of range (``check_settings``), and the model card prints it as the command line takes it.
+"""
+
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from numbers import Integral, Real
+from operator import ge, gt, le, lt
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from cachefuse.errors import ConfigError
+from cachefuse.registry import Options, Registry, import_entry, unknown
+
+NOTHING = "none"  # a list of no names, in words
+CLASSES: dict[Any, Any] = {int: Integral, float: Real, tuple: (tuple, list), Mapping: Mapping}  # that values are of
+WHAT: dict[Any, str] = {
+    int: "a whole number", float: "a number", str: "a name", bool: "true or false",
+    Mapping: "a table such as { gamma = 2 }",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class About:
+    """What a field says of itself beside its type and default.
+
+    ``help`` is a sentence; {choices} in it stands for their names. ``choices`` are the values that there are: names, a
+    table of them, or "module:attribute" of one that is imported late. Those in ``unfit`` are not for this field, and
+    why. ``words`` are names for values, such as "all" for 0. Numbers, and each of several, are at least ``least``, at
+    most ``most``, ``above`` and ``below``. ``shown`` is what help says of a default that depends on other settings.
+    ``old`` is an earlier name: files keep it, and the command line takes it with a note.
+    """
+
+    help: str | Callable[[], str] = ""
+    panel: str | None = None
+    metavar: str = ""
+    choices: Iterable[str] | str | None = None
+    unfit: Mapping[str, str] = field(default_factory=dict)
+    words: Mapping[str, Any] = field(default_factory=dict)
+    least: float | None = None
+    most: float | None = None
+    above: float | None = None
+    below: float | None = None
+    shown: str | Callable[[], str] = ""
+    old: str = ""
+
+
+def setting(default: Any, help: str | Callable[[], str] = "", **about: Any) -> Any:
+    """Return a dataclass field with its default, or a type that makes it, and with what ``About`` takes."""
+    metadata = {"about": About(help, **about)}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A field of a dataclass, and what it says ``about`` itself.
+
+    ``kind`` is int, float, bool or str, or of several values tuple or Mapping; their type is then ``item``.
+    """
+
+    name: str
+    kind: Any
+    item: Any
+    optional: bool
+    default: Any
+    about: About
+
+    @property
+    def option(self) -> str:
+        """Its name on the command line, without the dashes in front."""
+        return self.name.replace("_", "-")
+
+    @property
+    def stored(self) -> str:
+        """Its name in files."""
+        return self.about.old or self.name
+
+    @property
+    def choices(self) -> Mapping[str, Any] | Sequence[str]:
+        """The table of choices, or their names; empty where every value is one."""
+        given: Any = self.about.choices
+        return import_entry(given) or ()
+
+    @property
+    def what(self) -> str:
+        """What a value must be, in words."""
+        if self.kind is tuple:
+            return "whole numbers such as 2048,512" if self.item is int else "a list of names, with commas"
+        if not self.about.words:
+            return WHAT.get(self.kind, "a value")
+        least = self.about.least or 0
+        least += least in self.about.words.values()
+        return f"{WHAT[self.kind]} of at least {least}, or {' or '.join(self.about.words)}"
+
+    def help(self) -> str:
+        """Return the sentence of the help, with the choices in it."""
+        text = self.about.help() if callable(self.about.help) else self.about.help
+        if "{choices}" not in text:
+            return text
+        return text.replace("{choices}", ", ".join(name for name in self.choices if name not in self.about.unfit))
+
+    def shown(self) -> str:
+        """Return what help says of the default; "" for its value."""
+        return self.about.shown() if callable(self.about.shown) else self.about.shown
+
+    def parse(self, given: Any) -> Any:
+        """Return a value of its type: of a text as the command line takes it, of a list of such, or of TOML's values.
+
+        Raises ConfigError for what does not parse.
+        """
+        if given is None:
+            return self.default if self.kind in (tuple, Mapping) else None
+        if self.kind is tuple:
+            return self._parse_list(given.split(",") if isinstance(given, str) else given)
+        if self.kind is Mapping:
+            return self._parse_table(given)
+        if isinstance(given, str) and given in self.about.words:
+            return self.about.words[given]
+        value = self._parse_one(self.kind, given)
+        if isinstance(given, str) and value in self.about.words.values():
+            raise self._refusal(given)  # which has a word of its own
+        return value
+
+    def _parse_list(self, given: Any) -> tuple[Any, ...]:
+        if not isinstance(given, tuple | list):
+            raise self._refusal(given)
+        texts = [part.strip() for one in given for part in (one.split(",") if isinstance(one, str) else (str(one),))]
+        texts = [text for text in texts if text]
+        if self.item is str:
+            return () if texts == [NOTHING] else tuple(dict.fromkeys(texts))
+        try:
+            return tuple(self._parse_one(self.item, text) for text in texts)
+        except ConfigError:
+            raise self._refusal(",".join(map(str, given))) from None
+
+    def _parse_table(self, given: Any) -> dict[str, Any]:
+        """Return {name: value} of a table, or of texts name=value: numbers, where the table's values may be."""
+        if isinstance(given, Mapping):
+            return {str(name): self._parse_value(name, value) for name, value in given.items()}
+        values: dict[str, Any] = {}
+        for text in given if isinstance(given, tuple | list) else (given,):
+            name, equals, value = str(text).partition("=")
+            if not equals:
+                raise ConfigError(f"{self.option} must be given as name=value. Got {text!r} instead")
+            if name in values:
+                raise ConfigError(f"{self.option} {name} is given twice")
+            values[name] = self._parse_value(name, value)
+        return values
+
+    def _parse_value(self, name: str, given: Any) -> Any:
+        if self.item is Any:
+            return given
+        try:
+            return float(given)
+        except (TypeError, ValueError):
+            if isinstance(given, str) and str in get_args(self.item):
+                return given
+            raise ConfigError(f"{self.option} {name} must be a number. Got {given!r} instead") from None
+
+    def _parse_one(self, kind: Any, given: Any) -> Any:
+        if kind is bool and isinstance(given, str):
+            given = {"true": True, "false": False}.get(given.lower(), given)
+        if kind in (int, float) and isinstance(given, str):
+            try:
+                return kind(given)
+            except ValueError:
+                raise self._refusal(given) from None
+        self._check_kind(kind, given)
+        return float(given) if kind is float else given
+
+    def text(self, value: Any) -> str:
+        """Return a value as the command line takes it."""
+        return next((word for word, meant in self.about.words.items() if value == meant), None) or as_text(value)
+
+    def check(self, value: Any) -> None:
+        """Raise ConfigError for a value of another type or out of range, UnknownNameError for one that is no choice."""
+        if value is None and self.optional:
+            return
+        self._check_kind(self.kind, value)
+        if self.about.choices is not None:
+            self._check_choice(value)
+        if self.kind is Mapping:
+            for name, one in value.items():
+                self._check_limits(f"{self.option} {name}", one)
+        for one in value if self.kind is tuple else ():
+            self._check_kind(self.item, one)
+            self._check_limits(self.option, one)
+        if self.kind in (int, float):
+            self._check_limits(self.option, value)
+
+    def _check_kind(self, kind: Any, value: Any) -> None:
+        fits = isinstance(value, CLASSES.get(kind, kind))
+        if not fits or (isinstance(value, bool) and kind is not bool):
+            raise self._refusal(value)
+
+    def _check_choice(self, value: str) -> None:
+        choices = self.choices
+        if isinstance(choices, Registry):
+            choices.check(value)
+        elif value not in choices:
+            if isinstance(choices, Mapping):
+                raise unknown(choices, value, self.name.replace("_", " "))
+            raise ConfigError(f"{self.option} must be one of {', '.join(choices)}. Got {value!r} instead")
+        if value in self.about.unfit:
+            raise ConfigError(f"{self.option} {value!r} {self.about.unfit[value]}")
+
+    def _check_limits(self, name: str, value: Any) -> None:
+        about, number = self.about, isinstance(value, Real) and not isinstance(value, bool)
+        every = (
+            ("at least", about.least, ge),
+            ("above", about.above, gt),
+            ("at most", about.most, le),
+            ("below", about.below, lt),
+        )
+        limits = [(words, limit, fits) for words, limit, fits in every if limit is not None]
+        if all(number and fits(value, limit) for _, limit, fits in limits):
+            return
+        must = " and ".join(f"{words} {_number(limit)}" for words, limit, _ in limits)
+        if about.least is not None and about.most is not None:
+            must = f"between {_number(about.least)} and {_number(about.most)}"
+        raise ConfigError(f"{name} must be {must}. Got {value} instead")
+
+    def _refusal(self, value: Any) -> ConfigError:
+        return ConfigError(f"{self.option} must be {self.what}. Got {value!r} instead")
+
+
+def settings_of(config: type) -> dict[str, Setting]:
+    """Return the fields of a dataclass by name. A field that a subclass narrows keeps what it says about itself."""
+    return _settings_of(config)
+
+
+@cache
+def _settings_of(config: type) -> dict[str, Setting]:
+    hints, found = get_type_hints(config), {}
+    for one in fields(config):
+        named = (vars(base).get("__dataclass_fields__", {}).get(one.name) for base in config.__mro__)
+        about = next((same.metadata["about"] for same in named if same and "about" in same.metadata), About())
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        found[one.name] = Setting(one.name, *_shape(hints[one.name]), default, about)
+    return found
+
+
+def _shape(hint: Any) -> tuple[Any, Any, bool]:
+    """Return the kind, the type of items, and whether None is a value, of a field's type."""
+    union = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
+    plain = next((one for one in union if one is not type(None)), hint)
+    items = get_args(plain)
+    kind = get_origin(plain) or plain
+    return kind, (items[0 if kind is tuple else 1] if items else None), type(None) in union
+
+
+def check_settings(config: object) -> None:
+    """Check the values of a dataclass, each by itself, as ``Setting.check`` does."""
+    for one in settings_of(type(config)).values():
+        one.check(getattr(config, one.name))
+
+
+def from_stored(config: type, values: Options) -> dict[str, Any]:
+    """Return a file's values by the names of the fields. Raises ConfigError for keys that are not settings."""
+    every = settings_of(config).values()
+    names = {name: one for one in every for name in (one.name, one.stored)}
+    others = sorted(set(values) - names.keys())
+    if others:
+        raise ConfigError(f"unknown settings: {', '.join(others)}")
+    lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return {names[name].name: value for name, value in {**values, **lists}.items()}
+
+
+def as_stored(config: type, values: Options) -> dict[str, Any]:
+    """Return values of fields by the names that files keep."""
+    known = settings_of(config)
+    return {known[name].stored: value for name, value in values.items()}
+
+
+def as_text(value: Any) -> str:
+    """Return a value as the command line takes it."""
+    if isinstance(value, Mapping):
+        return " ".join(f"{name}={as_text(one)}" for name, one in value.items())
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _number(limit: float) -> str:
+    """Return a limit in few characters: 0, 1e+06, 2^63 - 1."""
+    power = int(limit) + 1
+    return f"2^{power.bit_length() - 1} - 1" if power > 2**53 and not power & (power - 1) else f"{limit:g}"
