@@ -293,7 +293,7 @@ def _values(config: TrainConfig) -> JsonObject:
     return {**asdict(config), "layers": tuple(config.head_options()["layers"])}
 
 
-def _stored(config: TrainConfig) -> dict[str, Any]:
+def _stored(config: TrainConfig) -> JsonObject:
     """Return all settings by their names in files."""
     return as_stored(TrainConfig, _values(config))
 
