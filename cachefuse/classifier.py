@@ -101,7 +101,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         X = self._view(X, reset=False)
         device, loss = resolve_device(self.device), self.config_.resolve_loss(self._task)
         table = X.to_table(torch.zeros(len(X), len(self.thresholds_)), np.array([""] * len(X)))
-        table = table.only(self.models_[0].widths).to(device)
+        table = table.only(self.models_[0].specs).to(device)
         scores = [
             predict_scores(copy.deepcopy(model).to(device), table, torch.arange(len(X)), loss) for model in self.models_
         ]
@@ -143,7 +143,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         if reset:
             self.n_features_in_ = view.shape[1]
             return view
-        expected = self.models_[0].widths
+        expected = {name: spec.width for name, spec in self.models_[0].specs.items()}
         found = {modality: x.shape[1] for modality, x in view.table.features.items()}
         if any(found.get(modality) != width for modality, width in expected.items()):
             raise DataError(

@@ -15,7 +15,7 @@ from torch import nn
 
 from cachefuse.data.column import Column
 from cachefuse.data.readers.base import Reader, Samples
-from cachefuse.fusion.base import Fusion, join, joint_width
+from cachefuse.fusion.base import Fusion, join, joint_head
 from cachefuse.nn.losses import bce
 
 LAZY = "a text"
@@ -26,12 +26,12 @@ class MyFusion(Fusion):
 
     name = "mine"
 
-    def __init__(self, widths, classes, head):
-        super().__init__(widths, classes, head)
-        self.head = head(joint_width(self.widths), classes)
+    def __init__(self, specs, classes, head):
+        super().__init__(specs, classes, head)
+        self.head = joint_head(self.specs, classes, head)
 
     def forward(self, features, present):
-        return len(self.widths) * self.head(join(features, present, self.widths))
+        return len(self.specs) * self.head(join(features, present, self.specs))
 
 
 class MyHead(nn.Linear):

@@ -178,12 +178,13 @@ def small_training():
     """Return what ``fit`` takes: a linear model, loss, batches of 4 rows and an optimizer."""
     import numpy as np
 
+    from cachefuse.feature_spec import pooled_specs
     from cachefuse.training.feature_table import FeatureTable
 
     class Linear(Model):
         def __init__(self):
             super().__init__()
-            self.widths = {"image": 3}
+            self.specs = pooled_specs({"image": 3})
             self.layer = torch.nn.Linear(3, 2)
 
         def forward(self, features, present):
@@ -192,6 +193,7 @@ def small_training():
     n = 8
     table = FeatureTable(
         features={"image": torch.randn(n, 3)},
+        specs=pooled_specs({"image": 3}),
         present={"image": torch.ones(n, dtype=torch.bool)},
         targets=torch.ones(n, 2, dtype=torch.uint8),
         labelled=np.ones(n, bool),

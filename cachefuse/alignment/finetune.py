@@ -18,7 +18,7 @@ from cachefuse.alignment.tower import aligned_features
 from cachefuse.alignment.train import find_side
 from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError
-from cachefuse.feature_spec import FLAT
+from cachefuse.feature_spec import FLAT, pooled_specs
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.heads import Standardize
@@ -27,7 +27,6 @@ from cachefuse.runs.features import describe_features
 from cachefuse.runs.results import compute_results
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.lock import only_writer
-from cachefuse.store.rows import TokenWidth
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.batches import Batches
 from cachefuse.training.build import build_model, build_optimization, build_validation
@@ -108,10 +107,8 @@ def fine_tune(
         run, name=f"{run.name}-{store.dataset}", parent=run.name, model=copy.deepcopy(run.model), results={}
     )
     tuned.model.log_temperature.requires_grad_(False)
-    width = table.features[modality].shape[1]
-    n_tokens = width.n_tokens if isinstance(width, TokenWidth) else 0
-    head = build_model(config, {modality: run.config.width}, len(data.classes))
-    model = TunedModel(tuned.model, side, modality, head, n_tokens).to(data.device)
+    head = build_model(config, pooled_specs({modality: run.config.width}), len(data.classes))
+    model = TunedModel(tuned.model, side, modality, head, table.specs[modality].n_tokens).to(data.device)
     # Vectors of length 1, to values of about 1; what their own deviations are changes while they are tuned.
     cast(Standardize, head.standardize[modality]).scale.fill_(run.config.width**0.5)
     history = fit(
@@ -157,7 +154,7 @@ def _head_run(
         manifest=store.manifest,
         classes=store.classes,
         config=config,
-        members=[Member(config, describe_features(data.stored, data.widths), head.eval(), 1.0)],
+        members=[Member(config, describe_features(data.stored, data.specs), head.eval(), 1.0)],
         thresholds=final_thresholds(data, config, held_out),
         histories=[history],
         held_out=held_out,

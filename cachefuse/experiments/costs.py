@@ -34,7 +34,7 @@ def measure_costs(data: TrainingData, config: TrainConfig) -> Costs:
     """Return what a model of these settings, which must be resolved, costs on the machine at hand: medians."""
     train = data.train_rows()
     model, training_set, loss = build_training(data, config, train)
-    table, rows = data.table.only(model.widths), spread(train, PREDICTED_ROWS).to(data.device)
+    table, rows = data.table.only(model.specs), spread(train, PREDICTED_ROWS).to(data.device)
     predict = _median_seconds(lambda: predict_logits(model, table, rows))
     module = training_set.reading(model.fusion).train()
     optimizer = OPTIMIZERS[config.optimizer](module.parameters(), lr=1e-6)

@@ -183,7 +183,7 @@ def _check(data: TrainingData, configs: Sequence[TrainConfig]) -> None:
     """Raise what training with any of the settings would raise at its start: now, not after hours."""
     for config in configs:
         with torch.device("meta"):
-            build_model(config, data.widths, len(data.classes))
+            build_model(config, data.specs, len(data.classes))
         loss = build_loss(config.resolve_loss(data.task), config.loss_options)
         loss(*torch.zeros(2, 1, len(data.classes)))
         n_held = len(_held_rows(data, config))
@@ -262,9 +262,9 @@ def _modality_weights(data: TrainingData, trained: TrainedModels) -> dict[str, f
         if not model.weighs:
             return {}
         rows = held_out.rows if member.fold is None else held_out.rows[held_out.parts == member.fold]
-        weights.append(data.table.only(model.widths).map(model.eval().modality_weights, torch.from_numpy(rows)))
+        weights.append(data.table.only(model.specs).map(model.eval().modality_weights, torch.from_numpy(rows)))
     means = torch.cat(weights).double().flatten(0, -2).mean(0).tolist()  # (n, M), or of K tasks (n, K, M)
-    return dict(zip(modalities_of(trained.members[0].model.widths), means, strict=True))
+    return dict(zip(modalities_of(trained.members[0].model.specs.values()), means, strict=True))
 
 
 def _train_together(data: TrainingData, configs: Sequence[TrainConfig]) -> list[Outcome]:
@@ -277,7 +277,7 @@ def _train_together(data: TrainingData, configs: Sequence[TrainConfig]) -> list[
                 if isinstance(model, TrainingError):
                     raise model
                 loss = configs[i].resolve_loss(data.task)
-                scores[i].append(predict_scores(model, data.table.only(model.widths), split.held_out, loss))
+                scores[i].append(predict_scores(model, data.table.only(model.specs), split.held_out, loss))
             except TrainingError as error:
                 diverged.setdefault(i, error)
     name, rows = OUT_OF_FOLD if configs[0].folds else VAL, [split.held_out for split in splits]
@@ -306,7 +306,7 @@ def _key(digest: str, config: TrainConfig) -> str:
 
 def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str]) -> str:
     """Hash what all trials share: features by their keys, samples and splits, targets, and how they are judged."""
-    features = describe_features(data.stored, data.widths)
+    features = describe_features(data.stored, data.specs)
     about = {
         "features": {name: [(one.encoder, one.key, one.width) for one in group] for name, group in features.items()},
         "splits": split_digest(store),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cachefuse.errors import ConfigError
 from cachefuse.experiments.results import Curve, Published
 from cachefuse.experiments.sweep import Experiment
-from cachefuse.feature_spec import IDS, TOKENS, feature_name
+from cachefuse.feature_spec import IDS, TOKENS
 from cachefuse.files import JsonObject
 from cachefuse.registry import Options
 from cachefuse.training.config import TrainConfig
@@ -40,8 +40,8 @@ def where_to_fuse(data: TrainingData, base: TrainConfig) -> Experiment:
     Raises ConfigError for a store without the tokens of images and texts.
     """
     view = IDS if base.fusion_options.get("t5") else TOKENS
-    n_tokens = getattr(data.widths.get(feature_name("image", TOKENS)), "n_tokens", 0)
-    if not n_tokens or feature_name("text", view) not in data.widths:
+    n_tokens = max((s.n_tokens for s in data.specs.values() if (s.modality, s.view) == ("image", TOKENS)), default=0)
+    if not n_tokens or not any((s.modality, s.view) == ("text", view) for s in data.specs.values()):
         raise ConfigError(f"where-to-fuse needs tokens of images and {view} of texts; {data.name} lacks them")
     architecture: JsonObject = data.resolve(base).fusion_options["architecture"] or {}
     from_scratch: int = base.fusion_options.get("depth", 4)

@@ -24,5 +24,5 @@ FUSIONS: "Registry[type[Fusion]]" = Registry(
     },
     base="cachefuse.fusion.base:Fusion",
     has=("name",),
-    takes="widths, classes, head",
+    takes="specs, classes, head",
 )

@@ -1,7 +1,6 @@
 """What a fusion is: any number of modalities' features, some absent in some rows, to logits.
 
-Features go by name: a modality's pooled ones by its own ("image"), its other views by modality and view
-("image_tokens", "text_ids").
+Features go by name ("image", "image_tokens"): see ``feature_name``. What they are, their specs say; no name is parsed.
 """
 
 import inspect
@@ -13,12 +12,13 @@ from torch import Tensor, nn
 
 from cachefuse.encoders.base import Origin
 from cachefuse.errors import ConfigError
-from cachefuse.feature_spec import POOLED, feature_name, modalities_of
+from cachefuse.feature_spec import POOLED, FeatureSpec, feature_name, modalities_of
 from cachefuse.nn.losses import Loss
 from cachefuse.nn.masking import zero_absent
 from cachefuse.registry import Options
 
-HeadBuilder = Callable[[int, int], nn.Module]  # (width, classes) -> a head from (B, width) to (B, classes)
+# (width, classes) -> a head from (B, width) to (B, classes); a width of tokens side by side comes with n_tokens=T.
+HeadBuilder = Callable[..., nn.Module]
 
 
 class Model(nn.Module):
@@ -35,12 +35,10 @@ class Fusion(Model):
     """From features and what is present of them to logits (B, C).
 
     Pooled features are (B, D) with presence (B,) bool; tokens are (B, T, D), ids (B, T), both with a mask (B, T) bool
-    of what is neither padding nor of a row that lacks the modality. ``widths`` are the D at hand by name; tokens' also
-    know the most that a sample has (``SequenceWidth``), and that of ids is their vocabulary. The attribute ``widths``
-    keeps those in use, by modality in alphabetical order, so that a model does not depend on the order they are listed
-    in. Keyword-only arguments of a constructor are the fusion's options; each says what it is,
-    ``depth: Annotated[int, "transformer blocks"] = 2``. Raises ConfigError if a modality needed is
-    not there.
+    of what is neither padding nor of a row that lacks the modality. ``specs`` say which are at hand, by name. The
+    attribute ``specs`` keeps those in use, by modality in alphabetical order, so that a model does not depend on the
+    order they are listed in. Keyword-only arguments of a constructor are the fusion's options; each says what it is,
+    ``depth: Annotated[int, "transformer blocks"] = 2``. Raises ConfigError if a modality needed is not there.
     """
 
     name: ClassVar[str]
@@ -52,18 +50,20 @@ class Fusion(Model):
     per_task: ClassVar[bool] = False  # whether it takes ``tasks``, {name: classes}, to have parts for each of several
     defaults: ClassVar[Options] = {}  # settings of a training that differ from those of the others
 
-    def __init__(self, widths: Mapping[str, int], classes: int, head: HeadBuilder, options: Options | None = None):
+    def __init__(
+        self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder, options: Options | None = None
+    ):
         """``options`` are those that decide on the views to read."""
         super().__init__()
-        used = modalities_of(widths) if self.modalities is None else self.modalities
-        names = [feature_name(modality, view) for modality in used for view in self.views(modality, options or {})]
-        missing = [name for name in names if name not in widths]
+        used = modalities_of(specs.values()) if self.modalities is None else self.modalities
+        names = {feature_name(m, view): m for m in used for view in self.views(m, options or {})}
+        missing = [name for name, m in names.items() if name not in specs or specs[name].modality != m]
         if missing or not names:
             raise ConfigError(
                 f"fusion {self.name!r} needs {' and '.join(missing) or 'some'} features; "
-                f"this store has: {', '.join(sorted(widths)) or 'none'}"
+                f"this store has: {', '.join(sorted(specs)) or 'none'}"
             )
-        self.widths = {name: widths[name] for name in names}
+        self.specs = {name: specs[name] for name in names}
 
     @classmethod
     def views(cls, modality: str, options: Options) -> tuple[str, ...]:
@@ -109,10 +109,16 @@ class Fusion(Model):
         return {}
 
 
-def joint_width(widths: Mapping[str, int]) -> int:
-    """Return the width of what ``join`` makes of features; that of one modality alone, which may know its tokens."""
-    first, *others = widths.values()
-    return first + sum(others) if others else first
+def joint_width(specs: Mapping[str, FeatureSpec]) -> int:
+    """Return the width of what ``join`` makes of features."""
+    return sum(spec.width for spec in specs.values())
+
+
+def joint_head(specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder) -> nn.Module:
+    """Build a head on what ``join`` makes of features; that of one modality's flat tokens is told how many they are."""
+    first, *others = specs.values()
+    tokens = {"n_tokens": first.n_tokens} if first.n_tokens and not others else {}
+    return head(joint_width(specs), classes, **tokens)
 
 
 def join(features: Mapping[str, Tensor], present: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:

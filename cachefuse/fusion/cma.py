@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
-from cachefuse.feature_spec import POOLED, TOKENS, feature_name, modalities_of, split_name
+from cachefuse.feature_spec import POOLED, TOKENS, FeatureSpec, feature_name, modalities_of
 from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.nn.masking import zero_absent
 from cachefuse.nn.pooling import PoolSpec, build_pools
 from cachefuse.nn.transformer import TransformerBlock
 from cachefuse.registry import Options
-from cachefuse.store.tokens import SequenceWidth
 
 MODALITY_ATTENTION, SEQUENCE_ATTENTION = "modality-attention", "sequence-attention"
 WARM_UP, TUNING = "warm-up", "tuning"
@@ -47,7 +46,7 @@ class CMAFusion(Fusion):
 
     def __init__(
         self,
-        widths: Mapping[str, int],
+        specs: Mapping[str, FeatureSpec],
         classes: int,
         head: HeadBuilder,
         *,
@@ -59,14 +58,14 @@ class CMAFusion(Fusion):
         ablate: tuple[str, ...] = (),
         tasks: Mapping[str, int] | None = None,
     ):
-        super().__init__(widths, classes, head, {"ablate": ablate})
+        super().__init__(specs, classes, head, {"ablate": ablate})
         if width < 1:
             raise ConfigError(f"width must be at least 1. Got {width} instead")
         if depth < 1:
             raise ConfigError(f"depth must be at least 1. Got {depth}; --ablate {SEQUENCE_ATTENTION} has no blocks")
-        self.embed = nn.ModuleDict({name: nn.Linear(own, width) for name, own in self.widths.items()})
+        self.embed = nn.ModuleDict({name: nn.Linear(spec.width, width) for name, spec in self.specs.items()})
         depth = 0 if SEQUENCE_ATTENTION in ablate else depth
-        sequences = {split_name(name)[0]: own for name, own in self.widths.items() if isinstance(own, SequenceWidth)}
+        sequences = {spec.modality: spec for spec in self.specs.values() if spec.view == TOKENS}
         self.pool = build_pools(pool, sequences) if depth else nn.ModuleDict()
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -101,11 +100,12 @@ class CMAFusion(Fusion):
 
     def summaries(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return each modality's class token after the transformer (B, M, W), and which are present (B, M)."""
-        names = modalities_of(self.widths)
+        names = modalities_of(self.specs.values())
         here = torch.stack([present[m] for m in names], dim=1)  # (B, M)
-        pooled = {m: pool(features[f"{m}_tokens"], present[f"{m}_tokens"]) for m, pool in self.pool.items()}
-        features = {**features, **{f"{m}_tokens": x for m, (x, _) in pooled.items()}}
-        present = {**present, **{f"{m}_tokens": mask for m, (_, mask) in pooled.items()}}
+        features, present = dict(features), dict(present)
+        for m, pool in self.pool.items():
+            name = feature_name(m, TOKENS)
+            features[name], present[name] = pool(features[name], present[name])
         embedded = {name: embed(zero_absent(features[name], present[name])) for name, embed in self.embed.items()}
         x = torch.stack([embedded[m] for m in names], dim=1)  # (B, M, W)
         if self.blocks:

@@ -1,9 +1,12 @@
 """Gated late fusion: the "dynamic fusion" that "Multimodal multilabel classification with CLIP" asks for, section 5."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, join, joint_width
+from cachefuse.feature_spec import FeatureSpec
+from cachefuse.fusion.base import Fusion, HeadBuilder, join, joint_head, joint_width
 from cachefuse.fusion.late import UnimodalHead
 from cachefuse.nn.masking import zero_absent
 
@@ -19,23 +22,23 @@ class GatedFusion(Fusion):
     linear = True
     weighs = True
 
-    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
-        super().__init__(widths, classes, head)
-        self.heads = nn.ModuleDict({modality: head(width, classes) for modality, width in self.widths.items()})
-        self.gate = nn.Linear(joint_width(self.widths), len(self.widths))
+    def __init__(self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder):
+        super().__init__(specs, classes, head)
+        self.heads = nn.ModuleDict({m: joint_head({m: spec}, classes, head) for m, spec in self.specs.items()})
+        self.gate = nn.Linear(joint_width(self.specs), len(self.specs))
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
 
     def unimodal_heads(self) -> dict[str, nn.Module]:
-        return {m: UnimodalHead(head, {m: self.widths[m]}) for m, head in self.heads.items()}
+        return {m: UnimodalHead(head, {m: self.specs[m]}) for m, head in self.heads.items()}
 
     def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Return how much each modality counts in each row, (B, M) in the order of ``widths``; 0 where it is absent."""
-        here = torch.stack([present[m] for m in self.widths], dim=-1)  # (B, M)
-        scores = self.gate(join(features, present, self.widths)).masked_fill(~here, torch.finfo(torch.float32).min)
+        """Return how much each modality counts in each row, (B, M) in the order of ``specs``; 0 where it is absent."""
+        here = torch.stack([present[m] for m in self.specs], dim=-1)  # (B, M)
+        scores = self.gate(join(features, present, self.specs)).masked_fill(~here, torch.finfo(torch.float32).min)
         return zero_absent(scores.softmax(dim=-1), here.any(dim=-1))
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        x = {m: zero_absent(features[m], present[m]) for m in self.widths}
+        x = {m: zero_absent(features[m], present[m]) for m in self.specs}
         logits = torch.stack([head(x[m]) for m, head in self.heads.items()], dim=-2)  # (B, M, C)
         return (self.weights(features, present).unsqueeze(-1) * logits).sum(-2)

@@ -4,10 +4,13 @@ A row where a modality is absent takes nothing from it: its features are set to 
 they arrive standardised, and where a head of its own reads them, that head's logits are left out of the sum.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from cachefuse.fusion.base import Fusion, HeadBuilder, Model, join, joint_width
+from cachefuse.feature_spec import FeatureSpec
+from cachefuse.fusion.base import Fusion, HeadBuilder, Model, join, joint_head
 from cachefuse.nn.masking import zero_absent
 
 
@@ -17,12 +20,12 @@ class ConcatFusion(Fusion):
     name = "concat"
     linear = True
 
-    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
-        super().__init__(widths, classes, head)
-        self.head = head(joint_width(self.widths), classes)
+    def __init__(self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder):
+        super().__init__(specs, classes, head)
+        self.head = joint_head(self.specs, classes, head)
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.head(join(features, present, self.widths))
+        return self.head(join(features, present, self.specs))
 
 
 class ImageOnly(ConcatFusion):
@@ -42,13 +45,13 @@ class TextOnly(ConcatFusion):
 class UnimodalHead(Model):
     """One head of a fusion, by itself: [x_1; ...; x_n] of its modalities -> head -> logits."""
 
-    def __init__(self, head: nn.Module, widths: dict[str, int]):
+    def __init__(self, head: nn.Module, specs: Mapping[str, FeatureSpec]):
         super().__init__()
         self.head = head
-        self.widths = widths
+        self.specs = specs
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.head(join(features, present, self.widths))
+        return self.head(join(features, present, self.specs))
 
 
 class SumFusion(Fusion):
@@ -60,19 +63,19 @@ class SumFusion(Fusion):
     name = "sum"
     linear = True
 
-    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
-        super().__init__(widths, classes, head)
-        self.heads = nn.ModuleDict({modality: head(width, classes) for modality, width in self.widths.items()})
+    def __init__(self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder):
+        super().__init__(specs, classes, head)
+        self.heads = nn.ModuleDict({m: joint_head({m: spec}, classes, head) for m, spec in self.specs.items()})
         self.meta = nn.Linear(classes, classes)
         nn.init.eye_(self.meta.weight)
         nn.init.zeros_(self.meta.bias)
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        x = {m: zero_absent(features[m], present[m]) for m in self.widths}
+        x = {m: zero_absent(features[m], present[m]) for m in self.specs}
         return self.meta(self.total(x, present))
 
     def unimodal_heads(self) -> dict[str, nn.Module]:
-        return {m: UnimodalHead(head, {m: self.widths[m]}) for m, head in self.heads.items()}
+        return {m: UnimodalHead(head, {m: self.specs[m]}) for m, head in self.heads.items()}
 
     def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         """Add up the heads' logits (B, C), each where its modality is present."""
@@ -84,12 +87,12 @@ class MixedFusion(SumFusion):
 
     name = "mixed"
 
-    def __init__(self, widths: dict[str, int], classes: int, head: HeadBuilder):
-        super().__init__(widths, classes, head)
-        self.concat = head(joint_width(self.widths), classes)
+    def __init__(self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder):
+        super().__init__(specs, classes, head)
+        self.concat = joint_head(self.specs, classes, head)
 
     def unimodal_heads(self) -> dict[str, nn.Module]:
-        return {**super().unimodal_heads(), "concat": UnimodalHead(self.concat, self.widths)}
+        return {**super().unimodal_heads(), "concat": UnimodalHead(self.concat, self.specs)}
 
     def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        return self.concat(join(x, present, self.widths)) + super().total(x, present)
+        return self.concat(join(x, present, self.specs)) + super().total(x, present)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cachefuse.encoders.base import Origin
 from cachefuse.errors import ConfigError
-from cachefuse.feature_spec import IDS, POOLED, TOKENS
+from cachefuse.feature_spec import IDS, POOLED, TOKENS, FeatureSpec
 from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.fusion.tirg import TIRG
 from cachefuse.nn.bert import build, load_weights, open_config
@@ -53,7 +53,7 @@ class LiTFusion(Fusion):
 
     def __init__(
         self,
-        widths: Mapping[str, int],
+        specs: Mapping[str, FeatureSpec],
         classes: int,
         head: HeadBuilder,
         *,
@@ -62,16 +62,16 @@ class LiTFusion(Fusion):
         architecture: Options | None = None,
         ablate: tuple[str, ...] = (),
     ):
-        super().__init__(widths, classes, head, {"ablate": ablate})
+        super().__init__(specs, classes, head, {"ablate": ablate})
         if architecture is None:
             raise ConfigError("fusion 'lit' tunes the text model of cached ids; train it by train-head")
         self.text_model = text_model
-        self.text: Any = build(architecture, self.widths["text_ids"])
+        self.text: Any = build(architecture, self.specs["text_ids"].vocabulary)
         width = self.text.config.hidden_size
         self.head = head(width, classes)
         self.side = self.grid = 0
         if IMAGE_PART not in ablate:
-            self.side, self.grid = _square(self.widths["image_tokens"]), grid
+            self.side, self.grid = _square(self.specs["image_tokens"]), grid
             n_tokens = (grid or self.side) ** 2
             if grid > self.side or grid < 0:
                 raise ConfigError(f"grid must be between 1 and {self.side}, the image's own. Got {grid} instead")
@@ -80,10 +80,10 @@ class LiTFusion(Fusion):
                     f"the text model has {self.text.config.max_position_embeddings} positions, fewer than the image's "
                     f"{n_tokens} tokens; take grid, such as grid=7"
                 )
-            self.embed = nn.Linear(self.widths["image_tokens"], width)
+            self.embed = nn.Linear(self.specs["image_tokens"].width, width)
         self.tirg = None
         if not {TIRG_PART, IMAGE_PART} & set(ablate):
-            self.project = nn.Linear(self.widths["image"], width)
+            self.project = nn.Linear(self.specs["image"].width, width)
             self.tirg = TIRG(width)
 
     def initialize(self) -> None:
@@ -130,9 +130,9 @@ class LiTFusion(Fusion):
         return torch.arange(n, device=self.text.device) + (0 if first is None else first + 1)
 
 
-def _square(width: Any) -> int:
+def _square(spec: FeatureSpec) -> int:
     """Return the side of an image's grid of tokens. Raises ConfigError if they are no square."""
-    side = math.isqrt(width.n_tokens)
-    if side * side != width.n_tokens:
-        raise ConfigError(f"the image's {width.n_tokens} tokens are not a square grid, which fusion 'lit' needs")
+    side = math.isqrt(spec.n_tokens)
+    if side * side != spec.n_tokens:
+        raise ConfigError(f"the image's {spec.n_tokens} tokens are not a square grid, which fusion 'lit' needs")
     return side

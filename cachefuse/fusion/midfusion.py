@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Origin
 from cachefuse.errors import ConfigError
-from cachefuse.feature_spec import IDS, TOKENS, feature_name, modalities_of
+from cachefuse.feature_spec import IDS, TOKENS, FeatureSpec, feature_name, modalities_of
 from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.nn.answer_decoder import Answers, AnswerWriter, pieces_of, words_of
 from cachefuse.nn.bert import check_tokenizer
@@ -26,7 +26,6 @@ from cachefuse.nn.pooling import MeanPool, PoolSpec, build_pools
 from cachefuse.nn.t5 import T5, T5Decoder, T5Encoder, T5Settings, distances, shut_padding
 from cachefuse.nn.t5_weights import load_t5, read_settings
 from cachefuse.registry import Options
-from cachefuse.store.tokens import SequenceWidth
 
 TEXT = "text"
 CLASSES = "classes"
@@ -83,7 +82,7 @@ class MidFusion(Fusion):
 
     def __init__(
         self,
-        widths: Mapping[str, int],
+        specs: Mapping[str, FeatureSpec],
         classes: int,
         head: HeadBuilder,
         *,
@@ -104,15 +103,15 @@ class MidFusion(Fusion):
             raise ConfigError(f"the sizes of {t5} are not known; train by train-head, which reads them from its files")
         pretrained = None if architecture is None else _pretrained(architecture, decoder_layers)
         settings = pretrained or T5Settings.from_scratch(width, depth, heads)
-        joins = _joins(fusion_spec, modalities_of(widths), settings.num_layers)
-        super().__init__(widths, classes, head, {"fusion_spec": fusion_spec, "text_view": text_view, "t5": t5})
+        joins = _joins(fusion_spec, modalities_of(specs.values()), settings.num_layers)
+        super().__init__(specs, classes, head, {"fusion_spec": fusion_spec, "text_view": text_view, "t5": t5})
         self.t5 = t5
         self.settings = replace(settings, num_decoder_layers=decoder_layers, dropout_rate=dropout)
         self.joins = joins  # layer -> modalities, in the order of joining
         self.names = {m: feature_name(m, _view(m, {"text_view": text_view, "t5": t5})) for m in sum(joins.values(), ())}
-        self.enter = nn.ModuleDict({m: self._entrance(name) for m, name in self.names.items()})
-        most = {m: getattr(self.widths[name], "n_tokens", 0) for m, name in self.names.items()}
-        self.pool = build_pools(pool, {m: SequenceWidth(settings.d_model, n) for m, n in most.items()})
+        self.enter = nn.ModuleDict({m: self._entrance(self.specs[name]) for m, name in self.names.items()})
+        entered = {m: replace(self.specs[name], width=settings.d_model) for m, name in self.names.items()}
+        self.pool = build_pools(pool, entered)
         self.encoder: Any = T5Encoder(self.settings)
         # From one modality's tokens to another's, by their order of joining; the diagonal is not used. Those that join
         # after the last layer take no part in any attention.
@@ -205,14 +204,15 @@ class MidFusion(Fusion):
             weights = t5.decoder.state_dict()
             self.decoder.steps.load_state_dict({name: weights[name] for name in self.decoder.steps.state_dict()})
 
-    def _entrance(self, name: str) -> nn.Module:
-        width, vocabulary = self.widths[name], self.settings.vocab_size
-        if name == feature_name(TEXT, IDS):
-            if vocabulary and width > vocabulary:
-                raise ConfigError(f"{name} are of {width} tokens, and the pretrained T5 knows {vocabulary}")
-            return nn.Embedding(vocabulary or width, self.settings.d_model)  # starts at N(0, 1), as T5's
-        linear = nn.Linear(width, self.settings.d_model)
-        nn.init.normal_(linear.weight, std=width**-0.5)  # standardised features come out at the scale of T5's embedding
+    def _entrance(self, spec: FeatureSpec) -> nn.Module:
+        known = self.settings.vocab_size
+        if spec.view == IDS:
+            if known and spec.vocabulary > known:
+                raise ConfigError(f"{spec.name} are of {spec.vocabulary} tokens, and the pretrained T5 knows {known}")
+            return nn.Embedding(known or spec.vocabulary, self.settings.d_model)  # starts at N(0, 1), as T5's
+        linear = nn.Linear(spec.width, self.settings.d_model)
+        # Standardised features come out at the scale of T5's embedding.
+        nn.init.normal_(linear.weight, std=spec.width**-0.5)
         nn.init.zeros_(linear.bias)
         return linear
 

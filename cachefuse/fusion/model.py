@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
-from cachefuse.feature_spec import IDS, split_name
+from cachefuse.feature_spec import IDS
 from cachefuse.fusion.base import Fusion, Model
 from cachefuse.fusion.late import UnimodalHead
 from cachefuse.nn.heads import Standardize
@@ -18,17 +18,17 @@ from cachefuse.store.tokens import Tokens
 class FusionModel(Model):
     """From stored features of any float dtype, and what is present of them, to logits (B, C), as a ``Fusion`` does.
 
-    ``widths`` are those of the features in use, by name. Call ``fit_statistics`` before training: the statistics are
+    ``specs`` are those of the features in use, by name. Call ``fit_statistics`` before training: the statistics are
     part of the state dict, so a saved model takes features as they are stored. Token ids are no numbers to standardise.
     Absent rows count as the training mean. ``standardize`` is given where another model's statistics are to be shared.
     """
 
     def __init__(self, fusion: Fusion | UnimodalHead, standardize: nn.ModuleDict | None = None):
         super().__init__()
-        self.widths = fusion.widths
+        self.specs = fusion.specs
         if standardize is None:
-            numbers = {name: width for name, width in self.widths.items() if split_name(name)[1] != IDS}
-            standardize = nn.ModuleDict({name: Standardize(width) for name, width in numbers.items()})
+            numbers = {name: spec for name, spec in self.specs.items() if spec.view != IDS}
+            standardize = nn.ModuleDict({name: Standardize(spec.width) for name, spec in numbers.items()})
         self.standardize = standardize
         self.fusion: Any = fusion
         self.weighs = fusion.weighs
@@ -55,7 +55,7 @@ class FusionModel(Model):
     def standardized(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return features as the fusion takes them."""
         found = self.standardize
-        return {name: found[name](features[name]) if name in found else features[name] for name in self.widths}
+        return {name: found[name](features[name]) if name in found else features[name] for name in self.specs}
 
     def fit_statistics(
         self,
@@ -70,10 +70,9 @@ class FusionModel(Model):
         spread of the rows, where they are many. Raises ConfigError if a modality is present in none of the rows, or a
         value is not finite.
         """
-        for name in self.widths:
+        for name, spec in self.specs.items():
             here = rows[present[name][rows]]
             if not len(here):
-                modality = split_name(name)[0]
-                raise ConfigError(f"no training row has a usable {modality}; take a fusion that does without it")
+                raise ConfigError(f"no training row has a usable {spec.modality}; take a fusion that does without it")
             if name in self.standardize:
                 cast(Standardize, self.standardize[name]).fit(features[name], feature_rows(name, here))

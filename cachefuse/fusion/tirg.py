@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
+from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.nn.masking import zero_absent
 
@@ -54,22 +55,22 @@ class TIRGFusion(Fusion):
 
     def __init__(
         self,
-        widths: Mapping[str, int],
+        specs: Mapping[str, FeatureSpec],
         classes: int,
         head: HeadBuilder,
         *,
         query: Annotated[str, "the modality that the other one adjusts"] = "image",
         width: Annotated[int, "that both are mapped to"] = 512,
     ):
-        super().__init__(widths, classes, head)
-        if len(self.widths) != 2 or query not in self.widths:
+        super().__init__(specs, classes, head)
+        if len(self.specs) != 2 or query not in self.specs:
             raise ConfigError(
-                f"fusion 'tirg' adjusts a query, {query!r} here, by one other modality. Got {', '.join(self.widths)}"
+                f"fusion 'tirg' adjusts a query, {query!r} here, by one other modality. Got {', '.join(self.specs)}"
             )
         if width < 1:
             raise ConfigError(f"width must be at least 1. Got {width} instead")
-        self.query, self.modifier = query, next(m for m in self.widths if m != query)
-        self.project = nn.ModuleDict({m: nn.Linear(own, width) for m, own in self.widths.items()})
+        self.query, self.modifier = query, next(m for m in self.specs if m != query)
+        self.project = nn.ModuleDict({m: nn.Linear(spec.width, width) for m, spec in self.specs.items()})
         self.tirg = TIRG(width)
         self.head = head(width, classes)
 

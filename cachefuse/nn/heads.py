@@ -1,7 +1,8 @@
 """Heads: from one vector a sample, or its tokens, to logits; and the standardisation of features before them.
 
-Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.0)`` and maps (B, D) to (B, C).
-Its ``default_layers`` are what training takes where none are asked for.
+Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.0, n_tokens=0)`` and maps (B, D) to
+(B, C). ``n_tokens`` says of how many tokens side by side the width is; 0 for a pooled feature. Its ``default_layers``
+are what training takes where none are asked for.
 """
 
 from typing import ClassVar, Protocol
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
 from cachefuse.nn import ACTIVATIONS
-from cachefuse.store.rows import FeatureRows, TokenWidth
+from cachefuse.store.rows import FeatureRows
 from cachefuse.store.tokens import Tokens
 
 FIT_ROWS, FIT_FLOATS = 4096, 2**24  # converted to float64 at a time, at most: 128 MB
@@ -29,7 +30,7 @@ class HeadClass(Protocol):
 
 
 class Linear(nn.Linear):
-    """One linear layer, the linear probe; activation and dropout are for hidden layers and have no effect.
+    """One linear layer, the linear probe; activation, dropout and n_tokens have no effect.
 
     Raises ConfigError if ``layers`` are given.
     """
@@ -37,7 +38,14 @@ class Linear(nn.Linear):
     default_layers: ClassVar[tuple[int, ...]] = ()
 
     def __init__(
-        self, width: int, classes: int, *, layers: tuple[int, ...] = (), activation: str = "gelu", dropout: float = 0.0
+        self,
+        width: int,
+        classes: int,
+        *,
+        layers: tuple[int, ...] = (),
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        n_tokens: int = 0,
     ):
         if layers:
             raise ConfigError(
@@ -49,13 +57,21 @@ class Linear(nn.Linear):
 class MLP(nn.Module):
     """Linear, activation and dropout for each hidden width in ``layers``, then a Linear to the classes.
 
+    It reads tokens as any other numbers: ``n_tokens`` has no effect.
     Raises ConfigError for layers or dropout out of range, UnknownNameError for an unknown activation.
     """
 
     default_layers: ClassVar[tuple[int, ...]] = (512,)
 
     def __init__(
-        self, width: int, classes: int, *, layers: tuple[int, ...] = (), activation: str = "gelu", dropout: float = 0.0
+        self,
+        width: int,
+        classes: int,
+        *,
+        layers: tuple[int, ...] = (),
+        activation: str = "gelu",
+        dropout: float = 0.0,
+        n_tokens: int = 0,
     ):
         super().__init__()
         _check(layers, dropout)
@@ -73,9 +89,9 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """A gated block for each (even) hidden width in ``layers``, then a Linear to the classes.
 
-    gMLP (arXiv 2105.08050) gates along the tokens. Where the width is a ``TokenWidth``, of tokens side by side, that
-    is what it does, and their mean goes to the classes. A pooled feature has no token axis, so there the gate acts
-    along the channels: see ``SpatialGate`` and ``ChannelGate``. Raises ConfigError for layers or dropout out of range,
+    gMLP (arXiv 2105.08050) gates along the tokens. Where the width is that of ``n_tokens`` side by side, that is what
+    it does, and their mean goes to the classes. A pooled feature has no token axis, so there the gate acts along the
+    channels: see ``SpatialGate`` and ``ChannelGate``. Raises ConfigError for layers or dropout out of range,
     UnknownNameError for an unknown activation.
     """
 
@@ -89,6 +105,7 @@ class GatedMLP(nn.Module):
         layers: tuple[int, ...] = (),
         activation: str = "gelu",
         dropout: float = 0.0,
+        n_tokens: int = 0,
     ):
         super().__init__()
         _check(layers, dropout)
@@ -97,25 +114,25 @@ class GatedMLP(nn.Module):
                 f"head 'gmlp' splits its layers in halves: they must be even. Got {tuple(layers)} instead."
             )
         act = ACTIVATIONS[activation]
-        self.tokens = tokens = width.n_tokens if isinstance(width, TokenWidth) else None
-        width = width // (tokens or 1)
-        self.blocks = nn.Sequential(*(GatedBlock(width, hidden, act(), dropout, tokens) for hidden in layers))
+        self.n_tokens = n_tokens
+        width = width // (n_tokens or 1)
+        self.blocks = nn.Sequential(*(GatedBlock(width, hidden, act(), dropout, n_tokens) for hidden in layers))
         self.classify = nn.Linear(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.tokens is None:
+        if not self.n_tokens:
             return self.classify(self.blocks(x))
-        return self.classify(self.blocks(x.unflatten(-1, (self.tokens, -1))).mean(-2))
+        return self.classify(self.blocks(x.unflatten(-1, (self.n_tokens, -1))).mean(-2))
 
 
 class GatedBlock(nn.Module):
     """x + W2 s(act(W1 x)), with s a gate that halves the channels (arXiv 2105.08050, section 2)."""
 
-    def __init__(self, width: int, hidden: int, activation: nn.Module, dropout: float, tokens: int | None = None):
+    def __init__(self, width: int, hidden: int, activation: nn.Module, dropout: float, n_tokens: int = 0):
         super().__init__()
         self.expand = nn.Linear(width, hidden)
         self.activation = activation
-        self.gate = ChannelGate(hidden) if tokens is None else SpatialGate(hidden, tokens)
+        self.gate = SpatialGate(hidden, n_tokens) if n_tokens else ChannelGate(hidden)
         self.dropout = Dropout(dropout)
         self.project = nn.Linear(hidden // 2, width)
 
@@ -204,7 +221,7 @@ class Standardize(nn.Module):
         """
         rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows.to(x.device)
         if isinstance(x, Tokens):
-            most = max(1, FIT_TOKENS // x.shape[1].n_tokens)
+            most = max(1, FIT_TOKENS // x.n_tokens)
             chunks = x.chunks(rows[torch.arange(most) * len(rows) // most] if len(rows) > most else rows)
         else:
             at_once = max(1, min(FIT_ROWS, FIT_FLOATS // x.shape[1]))

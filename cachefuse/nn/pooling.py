@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
+from cachefuse.feature_spec import FeatureSpec
 from cachefuse.nn import ATTENTION_HEADS, POOLINGS
 from cachefuse.nn.masking import zero_absent
-from cachefuse.store.tokens import SequenceWidth
 
 PoolSpec = str | Mapping[str, Any]  # "image=attention:14", or {"image": ["attention", 14]}
 Pooled = tuple[Tensor, Tensor]  # tokens (B, K, D) and their mask (B, K)
@@ -126,17 +126,17 @@ def read_pool(pool: PoolSpec) -> dict[str, tuple[str, int]]:
     return found
 
 
-def build_pools(pool: PoolSpec, widths: Mapping[str, SequenceWidth]) -> nn.ModuleDict:
-    """Return the pooling of each modality that ``pool`` names, of tokens whose widths say how many there are at most.
+def build_pools(pool: PoolSpec, specs: Mapping[str, FeatureSpec]) -> nn.ModuleDict:
+    """Return the pooling of each modality that ``pool`` names; ``specs`` are those of tokens by modality.
 
     Raises ConfigError for a modality that is not among them, or more tokens than a sample has.
     """
     pools = {}
     for modality, (kind, n_tokens) in read_pool(pool).items():
-        if modality not in widths:
-            raise ConfigError(f"pool names {modality!r}, which does not join; those that do: {', '.join(widths)}")
-        pooling, width = POOLINGS[kind], widths[modality]
-        if width.n_tokens and n_tokens > width.n_tokens:
-            raise ConfigError(f"can't pool {modality} to {n_tokens} tokens: a sample has {width.n_tokens} at most")
-        pools[modality] = pooling(int(width), n_tokens)
+        if modality not in specs:
+            raise ConfigError(f"pool names {modality!r}, which does not join; those that do: {', '.join(specs)}")
+        pooling, spec = POOLINGS[kind], specs[modality]
+        if spec.n_tokens and n_tokens > spec.n_tokens:
+            raise ConfigError(f"can't pool {modality} to {n_tokens} tokens: a sample has {spec.n_tokens} at most")
+        pools[modality] = pooling(spec.width, n_tokens)
     return nn.ModuleDict(pools)

@@ -5,10 +5,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cachefuse.feature_spec import split_name
 from cachefuse.metrics import metric_title
 from cachefuse.metrics.thresholds import HALF
-from cachefuse.runs.features import read_view
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL
 
 if TYPE_CHECKING:
@@ -71,7 +69,7 @@ def ends(text: str, most: int = 22) -> str:
 
 FILTERS = {
     "count": count, "cut": cut, "ends": ends, "figure": figure, "interval": interval, "metric": long_title,
-    "modality": lambda name: split_name(name)[0], "place": place, "signed": signed, "view": read_view, "whole": whole,
+    "place": place, "signed": signed, "whole": whole,
 }  # fmt: skip
 
 

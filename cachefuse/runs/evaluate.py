@@ -256,7 +256,7 @@ def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarra
         model = member.model.to(table.targets.device).eval()
         found = table.map(model.modality_weights, rows.to(table.targets.device)).double().numpy()
         by_task = found if found.ndim == 3 else np.repeat(found[:, None], len(run.tasks), axis=1)  # (n, K, M)
-        for m, modality in enumerate(modalities_of(model.widths)):
+        for m, modality in enumerate(modalities_of(model.specs.values())):
             means[modality] = means.get(modality, 0) + member.weight / total * by_task[..., m]
     return means
 

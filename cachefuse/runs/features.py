@@ -2,20 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from cachefuse.errors import RunError
-from cachefuse.feature_spec import FLAT, POOLED, split_name
+from cachefuse.feature_spec import FLAT, IDS, POOLED, TOKENS, VIEWS, FeatureSpec
 from cachefuse.store.features import Features
-from cachefuse.store.rows import TokenWidth
-from cachefuse.store.tokens import SequenceWidth
 
 
 @dataclass(frozen=True)
 class RunFeatures:
     """One encoder's features that a run was trained on; ``source`` opens the encoder again.
 
-    ``tokens`` is the most tokens that a sample had, 0 for pooled features; where those lie side by side in the width,
-    in place of pooled features, just so many.
+    ``width`` is that of a sample's pooled feature, of one token, of all flat tokens side by side, or the vocabulary of
+    ids. ``tokens`` is the most tokens that a sample had, of flat ones just so many, and 0 of pooled features.
     """
 
     encoder: str
@@ -23,46 +22,70 @@ class RunFeatures:
     key: str
     dtype: str
     width: int
-    tokens: int = 0
+    tokens: int
+    modality: str
+    view: str
 
 
 RunFeaturesByName = dict[str, tuple[RunFeatures, ...]]
 
 
-def read_view(name: str, features: RunFeatures) -> str:
-    """Return which view is read of features that go by a name."""
-    view = split_name(name)[1]
-    return FLAT if view == POOLED and features.tokens else view
+def describe_features(stored: Mapping[str, Sequence[Features]], specs: Mapping[str, FeatureSpec]) -> RunFeaturesByName:
+    """Describe the stored features, by modality, that a run is trained on, with their specs by name."""
 
-
-def describe_features(stored: Mapping[str, Sequence[Features]], widths: Mapping[str, int]) -> RunFeaturesByName:
-    """Describe the stored features, by modality, that a run is trained on, of the given widths by name."""
-
-    def describe(f: Features, width: int) -> RunFeatures:
-        tokens = getattr(width, "n_tokens", 0)
+    def describe(f: Features, spec: FeatureSpec) -> RunFeatures:
         return RunFeatures(
             encoder=f.encoder,
             source=f.source,
             key=f.key,
             dtype=f.provenance["dtype"],
-            width=int(width) if tokens else f.views[POOLED].row_shape[0],
-            tokens=tokens,
+            width=f.views[POOLED].row_shape[0] if spec.view == POOLED else spec.vocabulary or spec.width,
+            tokens=spec.n_tokens,
+            modality=spec.modality,
+            view=spec.view,
         )
 
-    return {name: tuple(describe(f, width) for f in stored[split_name(name)[0]]) for name, width in widths.items()}
+    return {name: tuple(describe(f, spec) for f in stored[spec.modality]) for name, spec in specs.items()}
 
 
-def widths_of(features: RunFeaturesByName) -> dict[str, int]:
-    """Return the widths of a run's features by name. Raises RunError for tokens of several encoders, or not whole."""
-    return {name: _width_of(name, group) for name, group in features.items()}
+def specs_of(features: RunFeaturesByName) -> dict[str, FeatureSpec]:
+    """Return what a run's features are, by name. Raises RunError for tokens of several encoders, or not whole."""
+    return {name: _spec_of(name, group) for name, group in features.items()}
 
 
-def _width_of(name: str, group: Sequence[RunFeatures]) -> int:
-    if split_name(name)[1] != POOLED:
-        if len(group) != 1 or group[0].tokens < 1:
-            raise RunError(f"{name} must be of one encoder, with the most tokens that a sample has")
-        return SequenceWidth(group[0].width, group[0].tokens)
-    width, tokens = sum(features.width for features in group), group[0].tokens if group else 0
-    if tokens and (len(group) > 1 or tokens < 0 or width % tokens):
-        raise RunError(f"{width} numbers a sample are not {tokens} tokens of one encoder")
-    return TokenWidth(width, tokens) if tokens else width
+def _spec_of(name: str, group: Sequence[RunFeatures]) -> FeatureSpec:
+    if len({(one.modality, one.view) for one in group}) != 1 or group[0].view not in VIEWS:
+        raise RunError(f"{name} must be of one modality and view, of: {', '.join(VIEWS)}")
+    first, n_tokens, width = group[0], group[0].tokens, sum(one.width for one in group)
+    spec = FeatureSpec(first.modality, first.view, width, n_tokens)
+    if first.view == IDS:
+        spec = FeatureSpec(first.modality, first.view, n_tokens=n_tokens, vocabulary=width)
+    if spec.name != name:
+        raise RunError(f"the {first.view} of {first.modality} must be called {spec.name}. Got {name} instead")
+    if first.view == FLAT and (len(group) > 1 or n_tokens < 1 or width % n_tokens):
+        raise RunError(f"{width} numbers a sample are not {n_tokens} tokens of one encoder")
+    if first.view in (TOKENS, IDS) and (len(group) > 1 or n_tokens < 1):
+        raise RunError(f"{name} must be of one encoder, with the most tokens that a sample has")
+    return spec
+
+
+def add_views(features: Any) -> Any:
+    """Return features as run.json has them, by name, with the modality and view of those that do not say them.
+
+    Runs that were saved without them had modalities whose names do not end in "_tokens" or "_ids".
+    """
+    if not isinstance(features, Mapping):
+        return features  # not what it should be: to be told where all is checked
+
+    def complete(name: str, one: Any) -> Any:
+        if not isinstance(one, Mapping) or "modality" in one:
+            return one
+        modality, _, view = name.rpartition("_")
+        if modality and view in (TOKENS, IDS):
+            return {**one, "modality": modality, "view": view}
+        return {"tokens": 0, **one, "modality": name, "view": FLAT if one.get("tokens") else POOLED}
+
+    return {
+        name: [complete(name, one) for one in group] if isinstance(group, list) else group
+        for name, group in features.items()
+    }

@@ -19,7 +19,7 @@ from torch import nn
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
 from cachefuse.files import JsonObject, slug, write_atomically
-from cachefuse.runs.features import RunFeaturesByName
+from cachefuse.runs.features import RunFeaturesByName, add_views
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, VAL
 from cachefuse.training.held_out import HeldOut
@@ -60,7 +60,7 @@ class _Result(BaseModel):
 
 class _Member(BaseModel):
     config: JsonObject
-    features: RunFeaturesByName
+    features: Annotated[RunFeaturesByName, BeforeValidator(add_views)]
     weight: float = Field(gt=0, allow_inf_nan=False)
     fold: int | None
 

@@ -19,9 +19,9 @@ from cachefuse.encoders.base import EncoderSpec, Tower, is_derived
 from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.extraction.pipeline import encode_prepared, is_bad, prepare_in_order
 from cachefuse.extraction.request import BATCH_SIZE
-from cachefuse.feature_spec import FLAT, IDS, TOKENS, split_name
+from cachefuse.feature_spec import FLAT, IDS, TOKENS
 from cachefuse.metrics.tasks import TaskSlice
-from cachefuse.runs.features import RunFeatures, read_view
+from cachefuse.runs.features import RunFeatures, specs_of
 from cachefuse.runs.run import Member, Run
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.format import DTYPES, provenance_key
@@ -100,13 +100,13 @@ def predict_samples(
     asked: dict[str, dict[str, list[Asked]]] = {modality: {} for modality in run.modalities}  # by encoder
     for name, group in run.features.items():
         for used in group:
-            asked[split_name(name)[0]].setdefault(used.source, []).append((name, used))
+            asked[used.modality].setdefault(used.source, []).append((name, used))
     needed = [source for modality, wanted in asked.items() if modality in sources for source in wanted]
     opened = {source: open_encoder(_beside(run, source), device) for source in dict.fromkeys(needed)}
     for modality, by_encoder in asked.items():
         bad: dict[int, BadSampleError] = {}
         for source, wanted in by_encoder.items():
-            encoded |= {one: Encoded.empty(*one, n) for one in wanted}
+            encoded |= {(name, used): Encoded.empty(used, n) for name, used in wanted}
             if modality in sources:
                 for _, used in wanted:
                     tower = _checked_tower(run, opened[source], modality, used)
@@ -126,9 +126,11 @@ def predict_samples(
         features = {
             name: Encoded.columns([encoded[(name, used)] for used in group]) for name, group in member.features.items()
         }
+        specs = specs_of(member.features)
         return FeatureTable(
             features=features,
-            present={name: present[split_name(name)[0]] for name in features},
+            specs=specs,
+            present={name: present[spec.modality] for name, spec in specs.items()},
             targets=torch.zeros(n, len(run.classes), dtype=torch.uint8),
             labelled=np.zeros(n, bool),
             splits=np.array([""] * n),
@@ -214,22 +216,20 @@ def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: RunF
 class Encoded:
     """What a run reads of n raw samples, in the store's dtype: pooled features (n, D), or n samples' tokens."""
 
-    view: str
     used: RunFeatures
     rows: list[np.ndarray]
 
     @classmethod
-    def empty(cls, name: str, used: RunFeatures, n: int) -> "Encoded":
+    def empty(cls, used: RunFeatures, n: int) -> "Encoded":
         """Return those of samples that lack the modality."""
-        view = read_view(name, used)
-        dtype = np.dtype("<i8") if view == IDS else DTYPES[used.dtype]
-        shape = {TOKENS: (0, used.width), IDS: (0,)}.get(view, (used.width,))
-        return cls(view, used, [np.zeros(shape, dtype)] * n)
+        dtype = np.dtype("<i8") if used.view == IDS else DTYPES[used.dtype]
+        shape = {TOKENS: (0, used.width), IDS: (0,)}.get(used.view, (used.width,))
+        return cls(used, [np.zeros(shape, dtype)] * n)
 
     def put(self, row: int, value: np.ndarray) -> bool:
         """Take a sample's features; return whether they are finite in the store's dtype."""
         empty = self.rows[row]
-        if self.view == FLAT:
+        if self.used.view == FLAT:
             side_by_side = np.zeros_like(empty, value.dtype)
             kept = value.reshape(-1)[: self.used.width]  # fewer tokens leave zeros at the end
             side_by_side[: len(kept)] = kept
@@ -244,10 +244,10 @@ class Encoded:
     @staticmethod
     def columns(parts: "Sequence[Encoded]") -> Tensor | Tokens:
         """Return what a model reads: several encoders' pooled features side by side, or one's tokens."""
-        first = parts[0]
-        if first.view in (TOKENS, IDS):
-            rows = [torch.from_numpy(row) for row in first.rows]
-            return Tokens(rows, first.used.width if first.view == IDS else 0)
+        used = parts[0].used
+        if used.view in (TOKENS, IDS):
+            rows = [torch.from_numpy(row) for row in parts[0].rows]
+            return Tokens(rows, used.width if used.view == IDS else 0)
         return torch.from_numpy(np.concatenate([np.stack(part.rows) for part in parts], axis=1))
 
 
@@ -261,7 +261,7 @@ def _encode(
 ) -> dict[int, BadSampleError]:
     """Pass samples through an encoder, to each of ``outs``, and return the rows that can't be used."""
     bad: dict[int, BadSampleError] = {}
-    views = [*stored_views([out.view for out in outs])]
+    views = [*stored_views([out.used.view for out in outs])]
     size = BATCH_SIZE[device.partition(":")[0]]
     with prepare_in_order(tower, sources, range(len(sources)), 4 * size) as prepared:
         window = []

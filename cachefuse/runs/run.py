@@ -11,7 +11,6 @@ from torch import Tensor
 
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
-from cachefuse.feature_spec import modalities_of, split_name
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics.tasks import TaskSlice, decide_tasks
 from cachefuse.runs.features import RunFeatures, RunFeaturesByName
@@ -88,12 +87,12 @@ class Run:
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that its members read."""
-        return modalities_of(self.features)
+        return tuple(sorted({used.modality for group in self.features.values() for used in group}))
 
     @property
     def encoders(self) -> tuple[tuple[str, str], ...]:
         """The encoders that its features are of, each with its modality, once."""
-        named = ((one.encoder, split_name(name)[0]) for name, group in self.features.items() for one in group)
+        named = ((used.encoder, used.modality) for group in self.features.values() for used in group)
         return tuple(dict.fromkeys(named))
 
     @property

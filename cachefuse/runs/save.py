@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from safetensors.torch import save
 
 from cachefuse.files import JsonObject, to_json, write_atomically
-from cachefuse.runs.features import widths_of
+from cachefuse.runs.features import specs_of
 from cachefuse.runs.files import (
     FORMATS,
     HEAD,
@@ -73,9 +73,9 @@ def load_run(path: Path) -> Run:
         for member in about.members:
             settings = TrainConfig.from_dict(member.config)
             settings.resolve_loss(about.manifest.task)
-            widths = widths_of(member.features)
+            specs = specs_of(member.features)
             with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
-                model = build_model(settings, widths, len(about.classes), tasks)
+                model = build_model(settings, specs, len(about.classes), tasks)
             members.append(Member(settings, member.features, model, member.weight, member.fold))
     values = read_json(path / "history.json")
     with describing(path / "history.json"):

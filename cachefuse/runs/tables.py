@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from cachefuse.device import resolve_device
 from cachefuse.errors import RunError
-from cachefuse.feature_spec import modalities_of, split_name
+from cachefuse.feature_spec import FLAT, modalities_of
 from cachefuse.registry import lookup
 from cachefuse.store.features import Features
 from cachefuse.store.store import FeatureStore
@@ -14,7 +14,7 @@ from cachefuse.training.selection import load_table
 
 if TYPE_CHECKING:
     from cachefuse.runs.run import Member, Run
-from cachefuse.runs.features import RunFeaturesByName, read_view
+from cachefuse.runs.features import RunFeaturesByName
 
 
 def match_features(run: "Run", features: RunFeaturesByName, store: FeatureStore) -> dict[str, list[Features]]:
@@ -25,18 +25,18 @@ def match_features(run: "Run", features: RunFeaturesByName, store: FeatureStore)
     if store.classes != run.classes:
         raise RunError(f"run {run.name} was trained on other classes than {store.path} has now; train again")
     matched: dict[str, list[Features]] = {}
-    for name, group in features.items():
-        modality = split_name(name)[0]
+    for group in features.values():
         for one in group:
-            stored = store.open_features(one.encoder, modality)
+            stored = store.open_features(one.encoder, one.modality)
+            named = f"{one.encoder} ({one.modality})"
             if stored is None:
-                raise RunError(f"run {run.name} was trained on {one.encoder} ({modality}), which {store.path} lacks")
+                raise RunError(f"run {run.name} was trained on {named}, which {store.path} lacks")
             if stored.key != one.key:
                 raise RunError(
-                    f"run {run.name} was trained on another store: its {one.encoder} ({modality}) features were made "
+                    f"run {run.name} was trained on another store: its {named} features were made "
                     f"differently from those in {store.path}; train again, or take the store it was trained on"
                 )
-            group_so_far = matched.setdefault(modality, [])
+            group_so_far = matched.setdefault(one.modality, [])
             if one.encoder not in [other.encoder for other in group_so_far]:  # of which several views are read
                 group_so_far.append(stored)
     return matched
@@ -59,7 +59,7 @@ class StoreTables:
             for member in run.members:
                 if self._key(member) not in self._tables:
                     table = open_table(run, member.features, store)
-                    gone = [modality for modality in modalities_of(table.present) if modality in without]
+                    gone = [modality for modality in modalities_of(table.specs.values()) if modality in without]
                     self._tables[self._key(member)] = table.without(gone).to(resolve_device(device))
 
     def __call__(self, member: "Member") -> FeatureTable:
@@ -73,7 +73,9 @@ def open_table(run: "Run", features: RunFeaturesByName, store: FeatureStore) -> 
     """Open a store's features as a run's member reads them. Raises RunError if the store has others or none."""
     chosen = match_features(run, features, store)
     read: dict[str, list[str]] = {}
-    for name, group in features.items():
-        read.setdefault(split_name(name)[0], []).append(read_view(name, group[0]))
-    n_tokens = {name: group[0].tokens for name, group in features.items()}
+    n_tokens: dict[str, int] = {}
+    for group in features.values():
+        read.setdefault(group[0].modality, []).append(group[0].view)
+        if group[0].view == FLAT:
+            n_tokens[group[0].modality] = group[0].tokens
     return load_table(store, chosen, read.__getitem__, n_tokens)

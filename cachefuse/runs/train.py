@@ -48,7 +48,7 @@ def train_run(
     begun = time.perf_counter()
     data, config = resolve_for(data, config, max_size_mb)
     trained = train_models(data, config, on_progress, keep_interrupted=True)
-    features = describe_features(data.stored, data.widths)
+    features = describe_features(data.stored, data.specs)
     run = Run(
         name=f"{store.dataset}-{config.fusion}-{config.head_name}-{config.loss}",
         dataset=store.dataset,

@@ -209,20 +209,6 @@ class JoinedRows:
         return torch.cat([torch.as_tensor(part.to(device)) for part in self.parts], dim=1)
 
 
-class TokenWidth(int):
-    """The width T * D of T tokens side by side, which knows their number."""
-
-    n_tokens: int
-
-    def __new__(cls, width: int, n_tokens: int) -> "TokenWidth":
-        self = super().__new__(cls, width)
-        self.n_tokens = n_tokens
-        return self
-
-    def __reduce__(self) -> tuple[type, tuple[int, int]]:
-        return type(self), (int(self), self.n_tokens)  # for copies, such as that of the model for averaged weights
-
-
 class FlatTokens:
     """The tokens of each sample, concatenated: rows (N, T, D), or ragged ones, as (N, T * D), padded with zeros.
 
@@ -235,7 +221,7 @@ class FlatTokens:
         self._rows = rows
         longest = int(rows.lengths.max(initial=1)) if isinstance(rows, RaggedRows) else rows.shape[1]
         self.n_tokens = n_tokens or longest
-        self.shape = (len(rows), TokenWidth(self.n_tokens * rows.shape[-1], self.n_tokens))
+        self.shape = (len(rows), self.n_tokens * rows.shape[-1])
         self.block_rows = rows.block_rows
         self.nbytes = self.shape[0] * self.shape[1] * rows.dtype.itemsize
 

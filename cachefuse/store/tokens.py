@@ -13,24 +13,11 @@ CHUNK_TOKENS = 1 << 16  # read into memory at a time
 WINDOW = 32  # batches whose rows are sorted by length together
 
 
-class SequenceWidth(int):
-    """The width D of tokens (T, D), which knows how many tokens a sample has at most; of ids, their vocabulary."""
-
-    n_tokens: int
-
-    def __new__(cls, width: int, n_tokens: int) -> "SequenceWidth":
-        self = super().__new__(cls, width)
-        self.n_tokens = n_tokens
-        return self
-
-    def __reduce__(self) -> tuple[type, tuple[int, int]]:
-        return type(self), (int(self), self.n_tokens)  # for copies, such as that of the model for averaged weights
-
-
 class Tokens:
     """N samples of (T_i, D) tokens, or of (T_i,) token ids: stored rows, or N tensors in memory.
 
-    ``shape`` is (N, D), with D a ``SequenceWidth``. For ids, which have no width, ``vocabulary`` stands for it.
+    ``shape`` is (N, D), of ids (N,); ``n_tokens`` is the most tokens that a sample has, at least 1. Ids have a
+    ``vocabulary``, of tokens it is 0.
     """
 
     device = torch.device("cpu")
@@ -43,11 +30,11 @@ class Tokens:
             self.lengths = np.full(len(rows), rows.shape[1], np.int64)
         else:
             self.lengths = np.array([len(row) for row in rows], np.int64)
-        longest = int(self.lengths.max(initial=1))
-        width = vocabulary or int(rows.shape[-1] if isinstance(rows, Rows) else rows[0].shape[-1])
-        self.is_ids = bool(vocabulary)
-        self.shape = (len(rows), SequenceWidth(width, longest))
-        self.ragged = bool((self.lengths != longest).any())
+        self.n_tokens = int(self.lengths.max(initial=1))
+        self.vocabulary = vocabulary
+        width = (rows if isinstance(rows, Rows) else rows[0]).shape[-1]
+        self.shape: tuple[int, ...] = (len(rows),) if vocabulary else (len(rows), width)
+        self.ragged = bool((self.lengths != self.n_tokens).any())
         self.block_rows = rows.block_rows if isinstance(rows, Rows) else 1
         self.nbytes = rows.nbytes if isinstance(rows, Rows) else sum(row.nbytes for row in rows)
 
@@ -59,11 +46,11 @@ class Tokens:
         x, mask = padded(self._rows, index)
         if not x.shape[1]:
             x, mask = x.new_zeros(len(x), 1, *x.shape[2:]), mask.new_zeros(len(x), 1)
-        return (x.long() if self.is_ids else x), mask
+        return (x.long() if self.vocabulary else x), mask
 
     def chunks(self, rows: Tensor) -> Iterator[Tensor]:
         """Yield the real tokens of ``rows`` (n,) in order, in chunks (n_tokens, D) of several rows."""
-        for chunk in rows.cpu().split(max(1, CHUNK_TOKENS // self.shape[1].n_tokens)):
+        for chunk in rows.cpu().split(max(1, CHUNK_TOKENS // self.n_tokens)):
             x, mask = self.read(chunk)
             yield x[mask]
 

@@ -1,11 +1,11 @@
 """The batches of an epoch: index tensors, slices of a copy, or rows drawn by their weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from cachefuse.feature_spec import modalities_of, split_name
+from cachefuse.feature_spec import FeatureSpec
 from cachefuse.training.feature_table import LOAD_ROWS, FeatureTable
 
 Batch = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]  # features (B, D_m) and presence (B,), targets (B, C)
@@ -45,7 +45,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         for features, present, targets in self._drawn() if self.copy is None else self._slices(*self.copy):
             if self.modality_dropout:
-                present = drop_modalities(present, self.modality_dropout, self.generator)
+                present = drop_modalities(present, self.table.specs, self.modality_dropout, self.generator)
             yield features, present, targets
 
     def _drawn(self) -> Iterator[Batch]:
@@ -81,17 +81,20 @@ def balanced_sample_weights(targets: Tensor) -> Tensor:
     return 1 / torch.where(blank, blank.sum().double(), rarest)
 
 
-def drop_modalities(present: dict[str, Tensor], p: float, generator: torch.Generator) -> dict[str, Tensor]:
+def drop_modalities(
+    present: dict[str, Tensor], specs: Mapping[str, FeatureSpec], p: float, generator: torch.Generator
+) -> dict[str, Tensor]:
     """Take each modality away from a row with probability ``p``, but never the last: (B,) bool, or (B, T), by name."""
-    modalities = modalities_of(present)
+    modality_of = {name: specs[name].modality for name in present}
+    modalities = sorted(set(modality_of.values()))
     by_row = {name: x if x.ndim == 1 else x.any(1) for name, x in present.items()}
     here = torch.stack(
-        [torch.stack([x for name, x in by_row.items() if split_name(name)[0] == m]).any(0) for m in modalities]
+        [torch.stack([x for name, x in by_row.items() if modality_of[name] == m]).any(0) for m in modalities]
     )  # (M, B)
     kept = here & (torch.rand(here.shape, generator=generator) >= p).to(here.device)
     one = torch.rand(here.shape, generator=generator).to(here.device).masked_fill(~here, -1).argmax(0)  # (B,)
     spared = here & (torch.arange(len(here), device=here.device)[:, None] == one)
     kept = torch.where(kept.any(0), kept, spared)
     stays = dict(zip(modalities, kept, strict=True))
-    masks = {name: stays[split_name(name)[0]] for name in present}
+    masks = {name: stays[modality_of[name]] for name in present}
     return {name: x & (masks[name] if x.ndim == 1 else masks[name][:, None]) for name, x in present.items()}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from cachefuse.device import seed_everything
 from cachefuse.errors import ConfigError
+from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
@@ -37,10 +38,10 @@ def resolve_for(
     """
     config = data.resolve(config)
     with torch.device("meta"):
-        model = build_model(config, data.widths, len(data.classes), data.tasks)
+        model = build_model(config, data.specs, len(data.classes), data.tasks)
     if max_size_mb is not None:
         _check_size(model, config, max_size_mb)
-    return data.only(list(model.widths)).shuffled(config), config
+    return data.only(list(model.specs)).shuffled(config), config
 
 
 def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float) -> None:
@@ -60,9 +61,9 @@ def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float) -> 
 
 
 def build_model(
-    config: TrainConfig, widths: Mapping[str, int], n_classes: int, tasks: Sequence[TaskSlice] = ()
+    config: TrainConfig, specs: Mapping[str, FeatureSpec], n_classes: int, tasks: Sequence[TaskSlice] = ()
 ) -> FusionModel:
-    """Build the untrained model that the settings describe, for features of the given widths by name.
+    """Build the untrained model that the settings describe, for features that ``specs`` describe by name.
 
     Its logits are those of ``n_classes``; a fusion that has parts for each of several ``tasks`` is told of them.
     """
@@ -71,13 +72,13 @@ def build_model(
     named = {task.name: task.n_classes for task in tasks if task.name}
     if named and fusion.per_task:
         options["tasks"] = named
-    return FusionModel(fusion(dict(widths), n_classes, head, **options))
+    return FusionModel(fusion(specs, n_classes, head, **options))
 
 
 def untrained_model(data: TrainingData, config: TrainConfig) -> FusionModel:
     """Build the model that the settings describe, from their seed, on the device of the data."""
     seed_everything(config.seed)
-    model = build_model(config, data.widths, len(data.classes), data.tasks)
+    model = build_model(config, data.specs, len(data.classes), data.tasks)
     model.fusion.initialize()
     return model.to(data.device)
 
@@ -145,7 +146,7 @@ def training_stages(
         yield stage(name, fusion, training_set, name == config.stages[-1])
     if config.scheme == "staged":
         for name, head in fusion.unimodal_heads().items():
-            yield stage(name, head, training_set.only(head.widths), False)
+            yield stage(name, head, training_set.only(head.specs), False)
             head.requires_grad_(False)
     if not config.stages:
         yield stage("", fusion, training_set, True)

@@ -14,6 +14,7 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.device import resolve_device
 from cachefuse.encoders.base import Origin
 from cachefuse.errors import ConfigError, DataError
+from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import main_metric
@@ -88,9 +89,9 @@ class TrainingData:
         )
 
     @property
-    def widths(self) -> dict[str, int]:
-        """The widths of the features at hand, by name."""
-        return {name: x.shape[1] for name, x in self.table.features.items()}
+    def specs(self) -> Mapping[str, FeatureSpec]:
+        """What the features at hand are, by name."""
+        return self.table.specs
 
     @property
     def origins(self) -> dict[str, Origin]:
@@ -209,7 +210,7 @@ class TrainingSet:
     @classmethod
     def prepare(cls, data: TrainingData, model: FusionModel, rows: Tensor) -> "TrainingSet":
         """Take the model's statistics from its rows (n,), and bring the table into memory where that is allowed."""
-        table, rows = data.table.only(model.widths), rows.to(data.device)
+        table, rows = data.table.only(model.specs), rows.to(data.device)
         model.fit_statistics(table.features, table.present, rows, table.feature_rows)
         at_hand = table.at_hand(model.standardize)
         return cls(at_hand or table, rows, model.standardize if at_hand is None else None)
@@ -219,9 +220,9 @@ class TrainingSet:
         """The rows' targets (n, C)."""
         return self.table.targets[self.rows]
 
-    def only(self, modalities: Iterable[str]) -> "TrainingSet":
-        """Return some of the modalities, and the rows that have any of them."""
-        table = self.table.only(modalities)
+    def only(self, names: Iterable[str]) -> "TrainingSet":
+        """Return some of the features, by name, and the rows that have any of them."""
+        table = self.table.only(names)
         here = table.any_present(self.rows)
         return replace(self, table=table, rows=self.rows[here])
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import DataError
+from cachefuse.feature_spec import pooled_specs
 from cachefuse.files import JsonObject
 from cachefuse.registry import lookup
 from cachefuse.store.rows import FeatureRows
@@ -74,6 +75,7 @@ class FeatureView:
             raise DataError(f"features must be arrays by modality, all with the same number of rows. Got {got} instead")
         n = next(iter(lengths.values()))
         table = FeatureTable(
+            specs=pooled_specs({modality: x.shape[1] for modality, x in arrays.items()}),
             features={modality: torch.from_numpy(x) for modality, x in arrays.items()},
             present={modality: torch.from_numpy(_present(modality, x)) for modality, x in arrays.items()},
             targets=torch.zeros(n, 0),
@@ -127,6 +129,7 @@ class FeatureView:
         features: JsonObject = {m: PickedRows(x, self.table.feature_rows(m, rows)) for m, x in pooled.items()}
         return FeatureTable(
             features=features,
+            specs=self.table.specs,
             present={modality: x[rows] for modality, x in self.table.present.items()},
             targets=targets,
             labelled=np.ones(len(self), bool),

@@ -1,5 +1,6 @@
 """Features as they are stored, and batches as index tensors: no per-sample Dataset stands between them."""
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from cachefuse.data.answers import ENOUGH, NO_ANSWER
 from cachefuse.device import total_memory
-from cachefuse.feature_spec import modalities_of, split_name
+from cachefuse.feature_spec import FeatureSpec, modalities_of
 from cachefuse.registry import lookup
 from cachefuse.store.rows import SHUFFLE_BYTES, FeatureRows, block_shuffle
 from cachefuse.store.tokens import Tokens, length_grouped
@@ -51,11 +52,13 @@ class FeatureTable:
     """N rows of features with presence (N,) bool, both by name ("image_tokens"), and targets (N, C) of 0 and 1; of
     several tasks also -1, in all columns of one whose label a row lacks; of answers to questions from 0 to 1.
 
-    Features keep the store's dtype, and stay in its files until a batch takes them. ``labelled`` is (N,) bool.
+    Features keep the store's dtype, and stay in its files until a batch takes them. ``specs`` say what the features of
+    each name are. ``labelled`` is (N,) bool.
     ``sources`` (N,) by name say which row of the features each row has, where that is not its own.
     """
 
     features: Mapping[str, FeatureRows | Tokens]
+    specs: Mapping[str, FeatureSpec]
     present: dict[str, Tensor]
     targets: Tensor | AnswerTargets
     labelled: np.ndarray
@@ -116,22 +119,26 @@ class FeatureTable:
         """Return which of some rows (n,) have any of the modalities, (n,) bool."""
         return torch.stack([x[rows] for x in self.present.values()]).any(0)
 
-    def only(self, modalities: Iterable[str]) -> "FeatureTable":
-        """Return the same rows with some of their modalities."""
-        names = list(modalities)
+    def only(self, names: Iterable[str]) -> "FeatureTable":
+        """Return the same rows with some of their features, by name."""
+        names = list(names)
         return replace(
             self,
             features={name: self.features[name] for name in names},
+            specs={name: self.specs[name] for name in names},
             present={name: self.present[name] for name in names},
             sources={name: self.sources[name] for name in names if name in self.sources},
         )
 
     def without(self, modalities: Collection[str]) -> "FeatureTable":
         """Return the same rows as if they lacked some modalities. Raises UnknownNameError for one that is not there."""
-        for modality in modalities:
-            lookup(dict.fromkeys(modalities_of(self.present)), modality, "modality")
-        gone = {name: torch.zeros_like(x) for name, x in self.present.items() if split_name(name)[0] in modalities}
+        gone = {name: torch.zeros_like(self.present[name]) for m in modalities for name in self.names_of(m)}
         return replace(self, present={**self.present, **gone})
+
+    def names_of(self, modality: str) -> list[str]:
+        """Return the names of a modality's features. Raises UnknownNameError for one that is not there."""
+        lookup(dict.fromkeys(modalities_of(self.specs.values())), modality, "modality")
+        return [name for name, spec in self.specs.items() if spec.modality == modality]
 
     def shuffled(self, shares: Mapping[str, float], seed: int) -> "FeatureTable":
         """Return the same rows where some modalities, for shares of the rows, are other rows'.
@@ -140,12 +147,12 @@ class FeatureTable:
         """
         sources, present = dict(self.sources), dict(self.present)
         for modality, share in shares.items():
-            lookup(dict.fromkeys(modalities_of(self.present)), modality, "modality")
+            names = self.names_of(modality)
             generator = torch.Generator().manual_seed(seed)
             n = len(self.labelled)
             some = torch.randperm(n, generator=generator)[: round(share * n)]
             source = torch.arange(n).index_copy_(0, some, some.roll(1))
-            for name in (name for name in self.present if split_name(name)[0] == modality):
+            for name in names:
                 sources[name] = self.feature_rows(name, source)
                 present[name] = present[name][source.to(present[name].device)]
         return replace(self, sources=sources, present=present)
@@ -177,7 +184,7 @@ class FeatureTable:
         """
         width = sum(x.shape[1] for x in self.features.values() if not isinstance(x, Tokens))
         # A transformer's hidden layer is four times as wide as its tokens.
-        width += sum(4 * x.shape[1].n_tokens * (1 if x.is_ids else x.shape[1]) for x in self._tokens())
+        width += sum(4 * x.n_tokens * math.prod(x.shape[1:]) for x in self._tokens())
         size = max(1, min(PIECE_ROWS, PIECE_FLOATS // max(1, width)))
         if self.lengths is None or len(rows) <= size:
             order = torch.arange(len(rows))

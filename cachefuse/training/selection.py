@@ -10,7 +10,7 @@ from cachefuse.data.manifest import MULTITASK, VQA
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.feature_spec import FLAT, IDS, POOLED, TOKENS, feature_name, split_name
+from cachefuse.feature_spec import FLAT, IDS, POOLED, TOKENS, FeatureSpec
 from cachefuse.store.features import Features
 from cachefuse.store.rows import FeatureRows, FlatTokens, JoinedRows
 from cachefuse.store.store import FeatureStore
@@ -113,32 +113,52 @@ def load_table(
     if rows are missing.
     """
     features: dict[str, FeatureRows | Tokens] = {}
+    specs: dict[str, FeatureSpec] = {}
     sources: dict[str, torch.Tensor] = {}
     for modality, group in chosen.items():
         shared = store.shared_rows(modality)
         if store.has_several(modality):
             raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
         for view in views(modality):
-            name = modality if view == FLAT else feature_name(modality, view)
-            rows = [stored.rows(*stored_views([view])) for stored in group]
+            x = _open_view(store, modality, view, group, (n_tokens or {}).get(modality, 0))
+            spec = _spec_of(modality, view, x)
+            if spec.name in specs:
+                raise ConfigError(_same_name(store, specs[spec.name], spec))
+            features[spec.name], specs[spec.name] = x, spec
             if shared is not None:
-                sources[name] = torch.from_numpy(shared)
-            if view == POOLED:
-                features[name] = rows[0] if len(rows) == 1 else JoinedRows(rows)
-            elif len(rows) > 1:
-                raise ConfigError(f"{store.dataset} has {modality} tokens of several encoders; name one with --encoder")
-            elif view == FLAT:
-                features[name] = FlatTokens(rows[0], (n_tokens or {}).get(modality, 0))
-            else:
-                features[name] = Tokens(rows[0], group[0].views[view].vocabulary)
+                sources[spec.name] = torch.from_numpy(shared)
     return FeatureTable(
         features=features,
-        present={name: torch.from_numpy(store.present(split_name(name)[0])) for name in features},
+        specs=specs,
+        present={name: torch.from_numpy(store.present(spec.modality)) for name, spec in specs.items()},
         targets=_targets(store),
         labelled=is_labelled(store.targets),
         splits=store.splits,
         sources=sources,
     )
+
+
+def _open_view(
+    store: FeatureStore, modality: str, view: str, group: Sequence[Features], n_tokens: int
+) -> FeatureRows | Tokens:
+    """Open one view of a modality's features, which are of one or more encoders."""
+    parts = [part.rows(*stored_views([view])) for part in group]
+    if view == POOLED:
+        return parts[0] if len(parts) == 1 else JoinedRows(parts)
+    if len(parts) > 1:
+        raise ConfigError(f"{store.dataset} has {modality} tokens of several encoders; name one with --encoder")
+    return FlatTokens(parts[0], n_tokens) if view == FLAT else Tokens(parts[0], group[0].views[view].vocabulary)
+
+
+def _spec_of(modality: str, view: str, x: FeatureRows | Tokens) -> FeatureSpec:
+    if view == IDS and isinstance(x, Tokens):
+        return FeatureSpec(modality, view, n_tokens=x.n_tokens, vocabulary=x.vocabulary)
+    return FeatureSpec(modality, view, x.shape[1], x.n_tokens if isinstance(x, FlatTokens | Tokens) else 0)
+
+
+def _same_name(store: FeatureStore, *specs: FeatureSpec) -> str:
+    both = " and ".join(f"the {spec.view} of {spec.modality!r}" for spec in specs)
+    return f"{store.dataset}: {both} would both be called {specs[0].name!r}; give one modality another name"
 
 
 def _targets(store: FeatureStore) -> torch.Tensor | AnswerTargets:

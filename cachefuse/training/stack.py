@@ -141,7 +141,7 @@ def most_together(data: TrainingData, config: TrainConfig, n_rows: int) -> int:
     if data.tasks[0].name:
         return 1
     with torch.device("meta"):
-        n_weights = build_model(config, data.widths, len(data.classes)).n_parameters
+        n_weights = build_model(config, data.specs, len(data.classes)).n_parameters
     hidden = 0 if config.head == "linear" else sum(config.head_options()["layers"])
     classes = len(data.classes)
     checked, at_once = min(n_rows, CHECKED_ROWS), min(n_rows, max(config.effective_batch_size or n_rows, PIECE_ROWS))
@@ -187,7 +187,7 @@ class RowsFirst(Model):
     def __init__(self, stacked: Any):
         super().__init__()
         self.stacked = stacked
-        self.widths = stacked.widths
+        self.specs = stacked.specs
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         return self.stacked(features, present).transpose(0, 1)

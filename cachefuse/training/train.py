@@ -80,7 +80,7 @@ def train_models(
             )
             members.append(TrainedModel(settings, model, fold if config.folds else None))
             histories.append(history)
-            table = data.table.only(model.widths)
+            table = data.table.only(model.specs)
             mean += predict_scores(model, table, split.held_out, settings.resolve_loss(data.task), data.tasks)
         scores.append(mean / config.members)
     name = OUT_OF_FOLD if config.folds else VAL

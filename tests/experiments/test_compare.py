@@ -26,6 +26,7 @@ from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from cachefuse_cli.shared.sweep_tables import sweep_table
 from fixtures.messages import naming
+from fixtures.specs import specs_of
 
 QUICK = {"folds": 2, "epochs": 1, "batch_size": 16}
 
@@ -176,11 +177,8 @@ class TestPresets:
             assert resolved.lr in (1e-5, 5e-5)
         with torch.device("meta"):
             paper = RECIPES["cma-paper"].resolve("multilabel", 100)
-            from cachefuse.store.tokens import SequenceWidth
-
-            widths = {"image": 512, "text": 512, "image_tokens": SequenceWidth(768, 49),
-                      "text_tokens": SequenceWidth(512, 77)}  # fmt: skip
-            model = build_model(paper, widths, 18)
+            specs = specs_of({"image": 512, "text": 512, "image_tokens": (768, 49), "text_tokens": (512, 77)})
+            model = build_model(paper, specs, 18)
         assert len(model.fusion.blocks) == 12
         assert model.fusion.blocks[0].heads == 8
 

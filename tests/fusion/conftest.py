@@ -8,20 +8,21 @@ import torch
 from cachefuse.feature_spec import feature_name
 from cachefuse.fusion.cma import MODALITY_ATTENTION, SEQUENCE_ATTENTION, CMAFusion
 from cachefuse.nn.heads import Linear
-from cachefuse.store.tokens import SequenceWidth
+from fixtures.specs import specs_of
 
 WIDTHS = {
-    "text_tokens": SequenceWidth(3, 7), "text": 4, "image": 6, "audio_tokens": SequenceWidth(2, 3),
-    "image_tokens": SequenceWidth(5, 4), "audio": 3,
+    "text_tokens": (3, 7), "text": 4, "image": 6, "audio_tokens": (2, 3),
+    "image_tokens": (5, 4), "audio": 3,
 }  # fmt: skip
+SPECS = specs_of(WIDTHS)
 MODALITIES = ("audio", "image", "text")
 
 
 def build_cma(ablate=(), modalities=MODALITIES, depth=2, dtype=torch.float64, **options):
     """A fusion as after some training: its relevance is no longer 0, nor any bias, nor a norm the identity."""
     torch.manual_seed(0)
-    widths = {name: width for name, width in WIDTHS.items() if name.partition("_")[0] in modalities}
-    fusion = CMAFusion(widths, 3, Linear, width=8, heads=2, depth=depth, ablate=ablate, **options)
+    specs = {name: spec for name, spec in SPECS.items() if name.partition("_")[0] in modalities}
+    fusion = CMAFusion(specs, 3, Linear, width=8, heads=2, depth=depth, ablate=ablate, **options)
     with torch.no_grad():
         for parameter in fusion.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -45,7 +46,7 @@ def inputs(dtype=torch.float64, filler=0.0):
         name = feature_name(modality, "tokens")
         features[modality] = torch.randn(10, WIDTHS[modality], generator=generator, dtype=dtype)
         present[modality] = here[modality]
-        n, width = WIDTHS[name].n_tokens, WIDTHS[name]
+        width, n = WIDTHS[name]
         features[name] = torch.randn(10, n, width, generator=generator, dtype=dtype)
         present[name] = (torch.arange(n) < torch.tensor(lengths[modality])[:, None]) & here[modality][:, None]
     features = {name: torch.where(present[name].unsqueeze(-1), x, filler) for name, x in features.items()}
@@ -54,12 +55,12 @@ def inputs(dtype=torch.float64, filler=0.0):
 
 def of(fusion, features, present):
     """The inputs that a fusion reads."""
-    return {name: features[name] for name in fusion.widths}, {name: present[name] for name in fusion.widths}
+    return {name: features[name] for name in fusion.specs}, {name: present[name] for name in fusion.specs}
 
 
 @pytest.fixture(scope="session")
 def cma():
-    return SimpleNamespace(WIDTHS=WIDTHS, build=build_cma, inputs=inputs, of=of)
+    return SimpleNamespace(SPECS=SPECS, build=build_cma, inputs=inputs, of=of)
 
 
 @pytest.fixture(

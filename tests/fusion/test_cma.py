@@ -12,8 +12,8 @@ from cachefuse.fusion.cma import MODALITY_ATTENTION, SEQUENCE_ATTENTION, CMAFusi
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.heads import Linear
 from cachefuse.nn.transformer import TransformerBlock
-from cachefuse.store.tokens import SequenceWidth
 from fixtures.messages import naming
+from fixtures.specs import specs_of
 
 MODALITIES = ("audio", "image", "text")
 B, C, W, HEADS = 10, 3, 8, 2
@@ -146,12 +146,12 @@ def test_relevance_decides_between_modalities(cma):
 def test_it_starts_as_the_mean_of_what_is_there(cma):
     """w is 0 at first, so that the start is that of the fusion without modality attention."""
     torch.manual_seed(0)
-    fusion = CMAFusion(cma.WIDTHS, C, Linear, width=W, heads=HEADS).double().eval()
+    fusion = CMAFusion(cma.SPECS, C, Linear, width=W, heads=HEADS).double().eval()
     assert not fusion.relevance.any()
     given = cma.inputs()
     here = torch.stack([given[1][m] for m in MODALITIES], dim=1).double()
     torch.testing.assert_close(fusion.weights(*given), here / here.sum(1, keepdim=True).clamp(min=1))
-    plain = CMAFusion(cma.WIDTHS, C, Linear, width=W, heads=HEADS, ablate=(MODALITY_ATTENTION,)).double().eval()
+    plain = CMAFusion(cma.SPECS, C, Linear, width=W, heads=HEADS, ablate=(MODALITY_ATTENTION,)).double().eval()
     plain.load_state_dict({name: x for name, x in fusion.state_dict().items() if name != "relevance"})
     torch.testing.assert_close(plain(*given), fusion(*given), rtol=1e-12, atol=1e-12)
 
@@ -170,19 +170,21 @@ def test_without_sequence_attention_no_tokens_are_read(cma):
     assert CMAFusion.views("image", {"ablate": (MODALITY_ATTENTION,)}) == ("pooled", "tokens")
     assert CMAFusion.views("image", {}) == ("pooled", "tokens")
     fusion = cma.build((SEQUENCE_ATTENTION,))
-    assert list(fusion.widths) == list(FusionModel(fusion).widths) == list(MODALITIES)
+    assert list(fusion.specs) == list(FusionModel(fusion).specs) == list(MODALITIES)
     assert sorted(FusionModel(fusion).standardize) == list(MODALITIES)
     assert not len(fusion.blocks)
-    pooled = CMAFusion({"image": 6, "text": 4}, C, Linear, width=W, heads=HEADS, **options)  # a store without tokens
+    pooled = CMAFusion(
+        specs_of({"image": 6, "text": 4}), C, Linear, width=W, heads=HEADS, **options
+    )  # a store without tokens
     assert sorted(pooled.embed) == ["image", "text"]
-    assert list(FusionModel(cma.build()).widths) == [
+    assert list(FusionModel(cma.build()).specs) == [
         "audio", "audio_tokens", "image", "image_tokens", "text", "text_tokens",
     ]  # fmt: skip
 
 
 def test_without_either_it_is_arithmetic_by_hand():
     fusion = CMAFusion(
-        {"image": 1, "text": 2}, 1, Linear, width=2, heads=1, ablate=(MODALITY_ATTENTION, SEQUENCE_ATTENTION)
+        specs_of({"image": 1, "text": 2}), 1, Linear, width=2, heads=1, ablate=(MODALITY_ATTENTION, SEQUENCE_ATTENTION)
     ).double()
     numbers = {
         "embed.image.weight": [[3.0], [1]], "embed.image.bias": [1.0, 1], "embed.text.weight": [[1.0, 0], [0, 2]],
@@ -202,10 +204,10 @@ def test_its_options_are_keywords_with_their_defaults(cma):
     options = CMAFusion.options()
     assert options.keys() >= {"depth", "width", "heads", "dropout"}
     assert "ablate" not in options
-    assert len(CMAFusion(cma.WIDTHS, C, Linear).blocks) == options["depth"]
-    assert CMAFusion(cma.WIDTHS, C, Linear).head.in_features == options["width"]
+    assert len(CMAFusion(cma.SPECS, C, Linear).blocks) == options["depth"]
+    assert CMAFusion(cma.SPECS, C, Linear).head.in_features == options["width"]
     assert CMAFusion.parts == (MODALITY_ATTENTION, SEQUENCE_ATTENTION)
-    fusion = CMAFusion(cma.WIDTHS, C, Linear, depth=3, width=10, heads=5)
+    fusion = CMAFusion(cma.SPECS, C, Linear, depth=3, width=10, heads=5)
     assert len(fusion.blocks) == 3
     assert {block.heads for block in fusion.blocks} == {5}
     assert fusion.head.in_features == fusion.relevance.numel() == 10
@@ -231,17 +233,17 @@ def test_its_options_are_keywords_with_their_defaults(cma):
 )
 def test_options_out_of_range_are_refused(options, message, cma):
     with pytest.raises(ConfigError, match=naming(message)):
-        CMAFusion(cma.WIDTHS, C, Linear, **{"width": W, "heads": HEADS, **options})
+        CMAFusion(cma.SPECS, C, Linear, **{"width": W, "heads": HEADS, **options})
 
 
 @pytest.mark.parametrize(
     ("widths", "message"),
     [
-        ({"image": 6, "text": 4, "text_tokens": SequenceWidth(3, 7)}, "image_tokens"),
-        ({"image_tokens": SequenceWidth(5, 4)}, "fusion cma image image_tokens"),
+        ({"image": 6, "text": 4, "text_tokens": (3, 7)}, "image_tokens"),
+        ({"image_tokens": (5, 4)}, "fusion cma image image_tokens"),
         ({}, "fusion cma"),
     ],
 )
 def test_says_which_features_it_needs(widths, message):
     with pytest.raises(ConfigError, match=naming(message)):
-        CMAFusion(widths, C, Linear, width=W, heads=HEADS)
+        CMAFusion(specs_of(widths), C, Linear, width=W, heads=HEADS)

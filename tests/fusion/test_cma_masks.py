@@ -39,7 +39,7 @@ def test_lambda_adds_up_to_1_over_what_is_there(ablate, cma):
 @pytest.mark.parametrize("head", [Linear, partial(MLP, layers=(6,), dropout=0.2)], ids=["linear", "mlp"])
 def test_gradients_reach_every_parameter(ablate, head, cma):
     torch.manual_seed(0)
-    fusion = CMAFusion(cma.WIDTHS, C, head, width=W, heads=HEADS, ablate=ablate)  # from its own start, in training
+    fusion = CMAFusion(cma.SPECS, C, head, width=W, heads=HEADS, ablate=ablate)  # from its own start, in training
     fusion(*cma.of(fusion, *cma.inputs(torch.float32))).square().sum().backward()
     assert [name for name, p in fusion.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -57,7 +57,7 @@ def test_a_row_of_nothing_is_finite_in_value_and_gradient(ablate, filler, cma):
     features, present = cma.inputs(torch.float32, filler)
     outcomes = []
     for rows in (slice(None), slice(NONE, None)):  # with others, and a batch of it alone
-        x = {name: x[rows].clone().requires_grad_() for name, x in features.items() if name in fusion.widths}
+        x = {name: x[rows].clone().requires_grad_() for name, x in features.items() if name in fusion.specs}
         fusion.zero_grad()
         logits = fusion(x, {name: here[rows] for name, here in present.items()})
         logits.square().sum().backward()
@@ -123,9 +123,9 @@ def test_every_token_counts_and_every_modality_sees_the_others(depth, cma):
 
 def test_the_order_of_features_does_not_matter(cma):
     torch.manual_seed(0)
-    one = CMAFusion(cma.WIDTHS, C, Linear, width=W, heads=HEADS)
+    one = CMAFusion(cma.SPECS, C, Linear, width=W, heads=HEADS)
     torch.manual_seed(0)
-    two = CMAFusion(dict(reversed(cma.WIDTHS.items())), C, Linear, width=W, heads=HEADS)
+    two = CMAFusion(dict(reversed(cma.SPECS.items())), C, Linear, width=W, heads=HEADS)
     assert list(one.state_dict()) == list(two.state_dict())
     features, present = cma.inputs(torch.float32)
     backwards = dict(reversed(features.items())), dict(reversed(present.items()))

@@ -7,9 +7,10 @@ import torch
 
 from cachefuse.fusion.cma import MODALITY_ATTENTION, TUNING, WARM_UP, CMAFusion
 from cachefuse.nn.heads import MLP
-from cachefuse.store.tokens import SequenceWidth
+from fixtures.specs import specs_of
 
-WIDTHS = {"image": 6, "image_tokens": SequenceWidth(5, 4), "text": 4, "text_tokens": SequenceWidth(3, 7)}
+WIDTHS = {"image": 6, "image_tokens": (5, 4), "text": 4, "text_tokens": (3, 7)}
+SPECS = specs_of(WIDTHS)
 TASKS = {"color": 3, "type": 2, "keys": 4}
 B, W = 9, 8
 head = partial(MLP, layers=(5,))
@@ -18,7 +19,7 @@ head = partial(MLP, layers=(5,))
 def build(tasks=TASKS, ablate=(), **options):
     torch.manual_seed(0)
     classes = sum(tasks.values()) if tasks else 9
-    fusion = CMAFusion(WIDTHS, classes, head, width=W, heads=2, ablate=ablate, tasks=tasks, **options)
+    fusion = CMAFusion(SPECS, classes, head, width=W, heads=2, ablate=ablate, tasks=tasks, **options)
     with torch.no_grad():
         for parameter in fusion.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -29,10 +30,10 @@ def inputs(fusion):
     generator = torch.Generator().manual_seed(1)
     here = {"image": torch.arange(B) % 3 > 0, "text": torch.arange(B) % 4 > 0}  # row 0 has nothing
     features, present = {}, {}
-    for name in fusion.widths:
+    for name in fusion.specs:
         modality, _, tokens = name.partition("_")
-        n = (WIDTHS[name].n_tokens,) if tokens else ()
-        features[name] = torch.randn(B, *n, WIDTHS[name], generator=generator, dtype=torch.float64)
+        n = (SPECS[name].n_tokens,) if tokens else ()
+        features[name] = torch.randn(B, *n, SPECS[name].width, generator=generator, dtype=torch.float64)
         present[name] = here[modality][:, None].expand(B, *n) if tokens else here[modality]
     return features, present
 
@@ -44,7 +45,7 @@ def test_each_task_is_as_a_model_of_its_own(ablate):
     assert (logits.shape, weights.shape) == ((B, 9), (B, 3, 2))
     start = 0
     for k, (name, n) in enumerate(TASKS.items()):
-        alone = CMAFusion(WIDTHS, n, head, width=W, heads=2, ablate=ablate).double().eval()
+        alone = CMAFusion(SPECS, n, head, width=W, heads=2, ablate=ablate).double().eval()
         shared = {key: x for key, x in fusion.state_dict().items() if not key.startswith(("heads.", "relevance"))}
         own = {f"head.{key}": x for key, x in fusion.heads[k].state_dict().items()}
         own |= {} if fusion.relevance is None else {"relevance": fusion.relevance[k].detach()}

@@ -7,17 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import pad
 
-from cachefuse.feature_spec import split_name
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn import HEADS
-from cachefuse.store.tokens import SequenceWidth
+from fixtures.specs import specs_of
 
 # All that a store may have; each fusion takes what it reads.
-WIDTHS = {
-    "image": 6, "image_tokens": SequenceWidth(5, 4), "text": 4, "text_tokens": SequenceWidth(3, 7),
-    "text_ids": SequenceWidth(11, 7),
-}  # fmt: skip
+SPECS = specs_of({
+    "image": 6, "image_tokens": (5, 4), "text": 4, "text_tokens": (3, 7),
+    "text_ids": (11, 7),
+})  # fmt: skip
 B, C = 8, 3
 
 
@@ -27,7 +26,7 @@ def build(small_options):
         torch.manual_seed(seed)
         layers = {} if head == "linear" else {"layers": (8, 4)}
         make_head = partial(HEADS[head], **layers)
-        return FUSIONS[fusion](WIDTHS, C, make_head, **small_options.get(fusion, {}))
+        return FUSIONS[fusion](SPECS, C, make_head, **small_options.get(fusion, {}))
 
     return build
 
@@ -39,17 +38,16 @@ def inputs(seed=0, dtype=torch.float32):
     here["image"][[0, 3]] = False
     here["text"][[1, 3]] = False
     features, present = {}, {}
-    for name, width in WIDTHS.items():
-        modality, view = split_name(name)
-        if view == "pooled":
-            features[name] = torch.randn(B, width, generator=generator).to(dtype)
-            present[name] = here[modality]
-        elif view == "tokens":
-            features[name] = torch.randn(B, width.n_tokens, width, generator=generator).to(dtype)
-            present[name] = mask_of(modality, here, width.n_tokens)
+    for name, spec in SPECS.items():
+        if spec.view == "pooled":
+            features[name] = torch.randn(B, spec.width, generator=generator).to(dtype)
+            present[name] = here[spec.modality]
+        elif spec.view == "tokens":
+            features[name] = torch.randn(B, spec.n_tokens, spec.width, generator=generator).to(dtype)
+            present[name] = mask_of(spec.modality, here, spec.n_tokens)
         else:
-            features[name] = torch.randint(width, (B, width.n_tokens), generator=generator)
-            present[name] = mask_of(modality, here, width.n_tokens)
+            features[name] = torch.randint(spec.vocabulary, (B, spec.n_tokens), generator=generator)
+            present[name] = mask_of(spec.modality, here, spec.n_tokens)
     return features, present
 
 
@@ -135,7 +133,7 @@ def test_padding_has_no_influence(fusion, head, build):
 def test_model_standardises_raw_features(fusion, head, build):
     features, present = inputs(dtype=torch.float16)
     model = FusionModel(build(fusion, head)).eval()
-    assert sorted(model.standardize) == sorted(name for name in model.widths if not name.endswith("_ids"))
+    assert sorted(model.standardize) == sorted(name for name in model.specs if not name.endswith("_ids"))
     for name, standardize in model.standardize.items():
         standardize.fit(features[name][present[name]])
     x = {m: (features[m].float() - s.mean) * s.scale for m, s in model.standardize.items()}

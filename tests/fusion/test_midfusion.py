@@ -17,17 +17,18 @@ from cachefuse.fusion.midfusion import MidFusion
 from cachefuse.nn.heads import MLP, Linear
 from cachefuse.nn.pooling import read_pool
 from cachefuse.nn.t5_weights import load_t5, read_settings
-from cachefuse.store.tokens import SequenceWidth
 from fixtures.messages import naming
+from fixtures.specs import specs_of
 
 WIDTHS = {
-    "audio_tokens": SequenceWidth(3, 4),
+    "audio_tokens": (3, 4),
     "image": 7,
-    "image_tokens": SequenceWidth(5, 6),
+    "image_tokens": (5, 6),
     "text": 4,
-    "text_ids": SequenceWidth(20, 8),
-    "text_tokens": SequenceWidth(4, 8),
+    "text_ids": (20, 8),
+    "text_tokens": (4, 8),
 }
+FEATURES = specs_of(WIDTHS)
 LENGTHS = {  # of the modalities of each sample: all, one lacks each, two have one alone, and the last has none
     "audio_tokens": (4, 0, 2, 1, 0, 3, 0),
     "image_tokens": (6, 5, 0, 6, 6, 0, 0),
@@ -59,7 +60,7 @@ def build(case="default", seed=0, head=Linear, **more):
     options = {"width": W, "depth": DEPTH, "heads": H, "dropout": 0.0, "text_view": "ids", **CASES[case], **more}
     if any(kind == "attention" for kind, _ in read_pool(options.get("pool", "")).values()):
         options["heads"] = 4
-    fusion = MidFusion(WIDTHS, C, head, **options)
+    fusion = MidFusion(FEATURES, C, head, **options)
     for name, parameter in fusion.named_parameters():  # as after some training: what starts at 0 or 1 no longer is
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 2)
@@ -74,7 +75,7 @@ def inputs(padding=0, value=0.0, rows=slice(None), dtype=torch.float64):
     features = {"image": torch.full((B, 7), torch.nan), "text": torch.full((B, 4), torch.nan)}
     present = {m: torch.ones(B, dtype=torch.bool) for m in features}
     for name, lengths in LENGTHS.items():
-        n, width = max(lengths), WIDTHS[name]
+        n, (width, _) = max(lengths), WIDTHS[name]
         mask = torch.arange(n + padding) < torch.tensor(lengths)[:, None]
         if name == "text_ids":
             x = torch.randint(width, (B, n), generator=generator)
@@ -235,7 +236,7 @@ def test_against_a_loop(case):
     found = fusion(features, present).detach().numpy()
     np.testing.assert_allclose(found, reference(features, present), rtol=0, atol=1e-12)
     joined = {name for group in SPECS[case].values() for name in map(reference.names.get, group)}
-    assert list(fusion.widths) == sorted(joined)
+    assert list(fusion.specs) == sorted(joined)
 
 
 @every
@@ -344,7 +345,7 @@ class TestPretrained:
         settings = json.loads(json.dumps(asdict(read_settings(spec))))
         torch.manual_seed(1)
         ids = {"text_view": "ids", **options}
-        return MidFusion(WIDTHS, C, Linear, architecture=settings, width=99, depth=77, heads=55, **ids)
+        return MidFusion(FEATURES, C, Linear, architecture=settings, width=99, depth=77, heads=55, **ids)
 
     def test_text_alone_is_the_encoder(self, spec):
         fusion, (features, present) = self.fuse(spec, fusion_spec="0:text").eval(), inputs(dtype=torch.float32)
@@ -393,8 +394,8 @@ class TestPretrained:
     def test_ids_of_a_larger_vocabulary(self, spec):
         settings = {**asdict(read_settings(spec)), "vocab_size": 19}
         with pytest.raises(ConfigError, match=naming("text_ids 20 tokens T5 19")):
-            MidFusion(WIDTHS, C, Linear, architecture=settings, text_view="ids")
+            MidFusion(FEATURES, C, Linear, architecture=settings, text_view="ids")
 
     def test_settings_that_are_none(self):
         with pytest.raises(ConfigError, match=naming("t5 T5")):
-            MidFusion(WIDTHS, C, Linear, architecture={"depth": 3})
+            MidFusion(FEATURES, C, Linear, architecture={"depth": 3})

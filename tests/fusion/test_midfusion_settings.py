@@ -7,19 +7,20 @@ from cachefuse.errors import ConfigError, UnknownNameError
 from cachefuse.fusion.midfusion import MidFusion, read_fusion_spec
 from cachefuse.nn.heads import Linear
 from cachefuse.nn.pooling import read_pool
-from cachefuse.store.tokens import SequenceWidth
 from fixtures.messages import naming
+from fixtures.specs import specs_of
 
 WIDTHS = {
-    "audio_tokens": SequenceWidth(3, 4), "image": 7, "image_tokens": SequenceWidth(5, 6), "text": 4,
-    "text_ids": SequenceWidth(20, 8), "text_tokens": SequenceWidth(4, 8),
+    "audio_tokens": (3, 4), "image": 7, "image_tokens": (5, 6), "text": 4,
+    "text_ids": (20, 8), "text_tokens": (4, 8),
 }  # fmt: skip
+SPECS = specs_of(WIDTHS)
 C = 3
 SIZES = {"width": 8, "depth": 4, "heads": 2}
 
 
 def build(**options):
-    return MidFusion(WIDTHS, C, Linear, **SIZES, text_view="ids", **options)
+    return MidFusion(SPECS, C, Linear, **SIZES, text_view="ids", **options)
 
 
 class TestSettings:
@@ -30,7 +31,7 @@ class TestSettings:
         assert MidFusion.views("text", {"text_view": "tokens"}) == ("tokens",)
         assert MidFusion.views("image", {"text_view": "ids"}) == ("tokens",)
         assert MidFusion.views("image", {"fusion_spec": "0:text"}) == ()
-        assert list(build().widths) == ["audio_tokens", "image_tokens", "text_ids"]
+        assert list(build().specs) == ["audio_tokens", "image_tokens", "text_ids"]
         assert build().names == {"text": "text_ids", "audio": "audio_tokens", "image": "image_tokens"}
 
     def test_forms_of_a_fusion_spec(self):
@@ -49,7 +50,7 @@ class TestSettings:
         assert read_pool("") == read_pool({}) == {}
 
     def test_without_text_all_join_at_once(self):
-        fusion = MidFusion({"image_tokens": SequenceWidth(5, 6), "audio_tokens": SequenceWidth(3, 4)}, C, Linear)
+        fusion = MidFusion(specs_of({"image_tokens": (5, 6), "audio_tokens": (3, 4)}), C, Linear)
         assert fusion.joins == {0: ("audio", "image")}
 
     @pytest.mark.parametrize(
@@ -79,7 +80,7 @@ class TestSettings:
     )
     def test_that_do_not_fit(self, options, message):
         with pytest.raises(ConfigError, match=naming(message)):
-            MidFusion(WIDTHS, C, Linear, **{**SIZES, **options})
+            MidFusion(SPECS, C, Linear, **{**SIZES, **options})
 
     def test_an_unknown_pooling(self):
         with pytest.raises(UnknownNameError, match=naming("atention attention")):
@@ -87,14 +88,14 @@ class TestSettings:
 
     def test_features_that_are_not_there(self):
         with pytest.raises(ConfigError, match=naming("fusion midfusion image_tokens image")):
-            MidFusion({"image": 7}, C, Linear)
+            MidFusion(specs_of({"image": 7}), C, Linear)
         with pytest.raises(ConfigError, match=naming("fusion midfusion")):
-            MidFusion({}, C, Linear)
+            MidFusion(specs_of({}), C, Linear)
 
 
 def test_starts_without_a_bias_between_modalities():
     torch.manual_seed(0)
-    fusion = MidFusion(WIDTHS, C, Linear)
+    fusion = MidFusion(SPECS, C, Linear)
     assert not fusion.between.any()
     assert fusion.between.shape == (3, 3, 4)
     bias = fusion.bias([8, 4, 6])  # text, audio and image
@@ -105,9 +106,7 @@ def test_starts_without_a_bias_between_modalities():
 
 def test_what_joins_starts_at_the_scale_of_the_embedding():
     torch.manual_seed(0)
-    fusion = MidFusion(
-        {"image_tokens": SequenceWidth(100, 50), "text_ids": SequenceWidth(200, 50)}, C, Linear, text_view="ids"
-    )
+    fusion = MidFusion(specs_of({"image_tokens": (100, 50), "text_ids": (200, 50)}), C, Linear, text_view="ids")
     mask = torch.ones(4, 50, dtype=torch.bool)
     features = {"image_tokens": torch.randn(4, 50, 100), "text_ids": torch.randint(200, (4, 50))}
     for modality in ("image", "text"):

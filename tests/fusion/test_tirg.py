@@ -11,8 +11,10 @@ from cachefuse.fusion.tirg import TIRG, BatchNorm, TIRGFusion
 from cachefuse.nn.heads import Linear
 from cachefuse.training.optim import EMA
 from fixtures.messages import naming
+from fixtures.specs import specs_of
 
 WIDTHS = {"image": 3, "text": 4}
+SPECS = specs_of(WIDTHS)
 EPS = 1e-5  # of batch normalisation
 
 
@@ -164,7 +166,7 @@ def everywhere(n=6):
 
 def build(seed=0, **options):
     torch.manual_seed(seed)
-    return trained(TIRGFusion(WIDTHS, 2, Linear, width=5, **options).double()).eval()
+    return trained(TIRGFusion(SPECS, 2, Linear, width=5, **options).double()).eval()
 
 
 @pytest.mark.parametrize("query", ["image", "text"])
@@ -181,7 +183,7 @@ def test_the_query_is_adjusted_by_the_other_modality(query, features):
 def test_the_image_is_the_query_unless_told():
     assert TIRGFusion.options() == {"query": "image", "width": 512}
     assert (build().query, build().modifier) == ("image", "text")
-    assert TIRGFusion(WIDTHS, 2, Linear).head.in_features == 512
+    assert TIRGFusion(SPECS, 2, Linear).head.in_features == 512
 
 
 def test_query_and_modifier_are_not_interchangeable(features):
@@ -230,13 +232,13 @@ def test_gradients_reach_every_parameter_in_training(n, features):
 )
 def test_says_what_it_needs(widths, options, message):
     with pytest.raises(ConfigError, match=naming(message)):
-        TIRGFusion(widths, 2, Linear, **{"width": 5, **options})
+        TIRGFusion(specs_of(widths), 2, Linear, **{"width": 5, **options})
 
 
 def test_averaged_weights_come_with_the_running_statistics(features):
     """Those that the batches had: with the ones of the start, averaged weights would be of no use."""
     torch.manual_seed(0)
-    model = FusionModel(TIRGFusion(WIDTHS, 2, Linear, width=5)).train()
+    model = FusionModel(TIRGFusion(SPECS, 2, Linear, width=5)).train()
     ema = EMA(model, 0.5)
     x = {m: 10 + 3 * part.float() for m, part in features.items()}
     for _ in range(20):

@@ -12,6 +12,7 @@ from cachefuse.nn.answer_decoder import END, AnswerWriter, words_of
 from cachefuse.nn.losses import cross_entropy
 from cachefuse.nn.t5 import T5, T5Settings
 from fixtures.messages import naming
+from fixtures.specs import specs_of
 
 VOCABULARY, WIDTH, ROWS, LENGTH = 23, 16, 5, 7
 # Of one token and of several, one the beginning of another, with paths that part early, late and never.
@@ -169,8 +170,8 @@ class TestInMidFusion:
     def fusion(self, **more):
         options = {"decoder_layers": 2, "answers": "text", "answer_tokens": words_of(["a", "b c", "b"]), **more}
         options |= {"width": WIDTH, "depth": 2, "heads": 4, "dropout": 0.0}
-        widths = {"image_tokens": 6, "text_tokens": 5}
-        return MidFusion(widths, 3, lambda width, classes: torch.nn.Linear(width, classes), **options)
+        specs = specs_of({"image_tokens": (6, 3), "text_tokens": (5, 2)})
+        return MidFusion(specs, 3, lambda width, classes: torch.nn.Linear(width, classes), **options)
 
     def batch(self):
         torch.manual_seed(3)

@@ -16,7 +16,6 @@ from cachefuse.nn.heads import (
     SpatialGate,
     Standardize,
 )
-from cachefuse.store.rows import TokenWidth
 from fixtures.messages import naming
 
 
@@ -121,7 +120,7 @@ def test_the_spatial_gate_follows_its_equation_and_opens_as_the_identity():
 
 def test_a_gated_head_over_tokens_mixes_them():
     torch.manual_seed(0)
-    head = GatedMLP(TokenWidth(30, 5), 3, layers=(8,))
+    head = GatedMLP(30, 3, layers=(8,), n_tokens=5)
     x = torch.randn(2, 30)
     logits = head(x)
     assert logits.shape == (2, 3)

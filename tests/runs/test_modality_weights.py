@@ -67,7 +67,7 @@ def of_row(member, data, row, gone=()):
             tokens = torch.full((1, 1, tokens.shape[2]), torch.nan)
         features[f"{m}_tokens"] = tokens
         present[f"{m}_tokens"] = torch.full(tokens.shape[:2], here and len(data.tokens[m][row]) > 0)
-    names = member.model.widths
+    names = member.model.specs
     return {name: features[name] for name in names}, {name: present[name] for name in names}
 
 

@@ -234,6 +234,10 @@ def test_a_store_that_has_no_tokens_is_refused(runs, captioned, token_encoders, 
         ({"tokens": 0}, "image_tokens"),
         ({"tokens": -4}, "image_tokens"),
         ({"width": 31}, "weights"),
+        ({"view": "pooled"}, "pooled image image image_tokens"),
+        ({"view": "patches"}, "image_tokens pooled tokens ids flat"),
+        ({"modality": "text"}, "tokens text text_tokens image_tokens"),
+        ({"modality": None}, "run.json members.0.features.image_tokens.0.modality"),
     ],
     ids=str,
 )
@@ -244,3 +248,19 @@ def test_tokens_edited_into_nonsense_are_refused(change, message, runs, tmp_path
     (path / "run.json").write_text(json.dumps(values))
     with pytest.raises(RunError, match=naming(message)):
         load_run(path)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_that_does_not_say_modality_and_view_is_read_by_its_names(name, runs, captioned_store, tmp_path):
+    path = save_run(runs[name], tmp_path / "runs")
+    values = json.loads((path / "run.json").read_text())
+    for group in values["members"][0]["features"].values():
+        for one in group:
+            del one["modality"], one["view"]
+            if not one["tokens"]:
+                del one["tokens"]
+    (path / "run.json").write_text(json.dumps(values))
+    old = load_run(path)
+    assert old.features == runs[name].features
+    expected = predict_split(runs[name], captioned_store, "test").scores
+    np.testing.assert_array_equal(predict_split(old, captioned_store, "test").scores, expected)

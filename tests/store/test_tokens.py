@@ -7,7 +7,7 @@ import torch
 from cachefuse.extraction.extract import extract
 from cachefuse.store import tokens as module
 from cachefuse.store.store import FeatureStore
-from cachefuse.store.tokens import SequenceWidth, Tokens, length_grouped
+from cachefuse.store.tokens import Tokens, length_grouped
 from fixtures.columns import texts_of, with_columns
 from fixtures.messages import naming
 
@@ -84,7 +84,7 @@ def test_fixed_rows_are_all_there(stored):
     rows = stored("image")
     tokens = Tokens(rows)
     assert tokens.shape == (80, WIDTH)
-    assert (tokens.shape[1].n_tokens, tokens.ragged, tokens.is_ids) == (3, False, False)
+    assert (tokens.n_tokens, tokens.ragged, tokens.vocabulary > 0) == (3, False, False)
     assert tokens.lengths.tolist() == [3] * 80
     assert (tokens.nbytes, tokens.block_rows) == (80 * 3 * WIDTH * 2, 64)
     assert tokens.read(torch.tensor([70, 3]))[1].all()
@@ -95,7 +95,7 @@ def test_ragged_rows_know_their_lengths(stored, dataset):
     lengths = [len(texts[0].split()) for texts in texts_of(dataset)]
     assert tokens.lengths.tolist() == lengths
     assert tokens.shape == (80, WIDTH)
-    assert tokens.shape[1].n_tokens == max(lengths)
+    assert tokens.n_tokens == max(lengths)
     assert tokens.ragged
     assert tokens.nbytes == sum(lengths) * WIDTH * 2
 
@@ -106,9 +106,9 @@ def test_stored_ids_are_whole_numbers_that_an_embedding_takes(ids):
         x = assert_reads(tokens, each(ids), index)
         assert (x.dtype, x.ndim) == (torch.int64, 2)
         assert torch.nn.Embedding(VOCABULARY, 3)(x).shape == (*x.shape, 3)
-    assert tokens.is_ids
-    assert tokens.shape == (80, VOCABULARY)
-    assert tokens.shape[1].n_tokens == max(map(len, each(ids)))
+    assert tokens.vocabulary > 0
+    assert tokens.shape == (80,)
+    assert tokens.n_tokens == max(map(len, each(ids)))
     assert tokens.nbytes == 4 * sum(map(len, each(ids)))
 
 
@@ -126,7 +126,7 @@ def test_tensors_in_memory_are_read_as_stored_rows_are(index):
     tokens = Tokens([torch.from_numpy(row) for row in expected])
     assert assert_reads(tokens, expected, index).dtype == torch.float16
     assert tokens.shape == (4, 3)
-    assert tokens.shape[1].n_tokens == 4
+    assert tokens.n_tokens == 4
     assert tokens.lengths.tolist() == [2, 0, 4, 1]
     assert (tokens.ragged, tokens.nbytes, tokens.block_rows) == (True, 7 * 3 * 2, 1)
 
@@ -144,7 +144,7 @@ def test_where_no_row_has_a_token_one_of_padding_stands(lengths):
     assert mask.shape == (len(lengths), 1)
     assert not mask.any()
     assert not x.any()
-    assert tokens.shape[1].n_tokens == 1  # a width for what is never there
+    assert tokens.n_tokens == 1  # a width for what is never there
 
 
 def test_stored_rows_without_tokens_have_one_of_padding(stored, ids):
@@ -173,7 +173,7 @@ def test_a_row_that_is_not_there_is_an_index_error(stored):
 def test_chunks_are_the_real_tokens_in_the_order_of_the_rows(modality, stored, monkeypatch):
     tokens = Tokens(stored(modality))
     expected, rows = each(stored(modality)), [79, 0, 3, 64, 5, 5, 70]
-    read, longest, real = [], tokens.shape[1].n_tokens, Tokens.read
+    read, longest, real = [], tokens.n_tokens, Tokens.read
     monkeypatch.setattr(Tokens, "read", lambda self, index: read.append(len(index)) or real(self, index))
     for at_a_time in (1, 3, 2 * longest, 5 * longest - 1, 10**6):
         read.clear()
@@ -196,12 +196,6 @@ def test_tokens_stay_where_they_are(stored):
     assert tokens.to("cpu") is tokens
     assert tokens.to("meta") is tokens  # batches go there one by one
     assert tokens.device == torch.device("cpu")
-
-
-def test_a_width_knows_the_most_tokens():
-    width = SequenceWidth(12, 7)
-    assert (width, width.n_tokens, width + 1, 2 * width) == (12, 7, 13, 24)
-    assert torch.nn.Linear(width, 2).weight.shape == (2, 12)
 
 
 # Batches of rows alike in length

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from cachefuse.errors import CacheError, ConfigError, EncoderError
+from cachefuse.feature_spec import pooled_specs
 from cachefuse.training.batches import Batches
 from cachefuse.training.feature_table import FeatureTable, multi_hot
 from cachefuse.training.selection import load_table, select_features
@@ -156,7 +157,14 @@ def numbered(n, *, absent=()):
     present[list(absent)] = False
     targets = (number[:, None] >> torch.arange(12)).bitwise_and(1).to(torch.uint8)
     features = torch.stack([number.float(), -number.float()], dim=1)
-    return FeatureTable({"image": features}, {"image": present}, targets, np.ones(n, bool), np.full(n, "train"))
+    return FeatureTable(
+        {"image": features},
+        pooled_specs({"image": 2}),
+        {"image": present},
+        targets,
+        np.ones(n, bool),
+        np.full(n, "train"),
+    )
 
 
 class Drawn:

@@ -182,7 +182,7 @@ def test_the_model_is_the_one_that_the_settings_describe(ablate, toy_store):
     assert (fusion.relevance is None) == ("modality-attention" in ablate)
     assert {m.p for m in fusion.blocks.modules() if isinstance(m, torch.nn.Dropout)} <= {0.1}
     assert [m.p for m in fusion.head.modules() if isinstance(m, torch.nn.Dropout)] == [0.2]
-    assert list(model.widths) == sorted(table.features)
+    assert list(model.specs) == sorted(table.features)
 
 
 # Shown

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cachefuse.errors import TrainingError
+from cachefuse.feature_spec import pooled_specs
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.late import SumFusion
 from cachefuse.nn.losses import bce
@@ -33,7 +34,12 @@ class Probe(Model):
 def table_of(x, y):
     n = len(x)
     return FeatureTable(
-        {"image": torch.tensor(x)}, {"image": torch.ones(n, dtype=torch.bool)}, torch.tensor(y), np.ones(n, bool), None
+        {"image": torch.tensor(x)},
+        pooled_specs({"image": x.shape[1]}),
+        {"image": torch.ones(n, dtype=torch.bool)},
+        torch.tensor(y),
+        np.ones(n, bool),
+        None,
     )
 
 
@@ -133,15 +139,18 @@ def test_what_an_absent_row_holds_makes_no_difference(sample_weights, modality_d
     x, y = rng.normal(size=(2, 40, 5)).astype(np.float32), (rng.random((40, 3)) < 0.5).astype(np.uint8)
     here = torch.from_numpy(rng.random((2, 40)) < 0.8)
     here[0] |= ~here[1]
+    specs = pooled_specs({"image": 5, "text": 5})
 
     def trained(filling):
         features = {
             m: torch.from_numpy(values).masked_fill(~at[:, None], filling)
             for m, values, at in zip(("image", "text"), x, here, strict=True)
         }
-        table = FeatureTable(features, dict(zip(features, here, strict=True)), torch.tensor(y), np.ones(40, bool), None)
+        table = FeatureTable(
+            features, specs, dict(zip(features, here, strict=True)), torch.tensor(y), np.ones(40, bool), None
+        )
         torch.manual_seed(0)
-        model = SumFusion({"image": 5, "text": 5}, 3, nn.Linear)
+        model = SumFusion(specs, 3, nn.Linear)
         generator = torch.Generator().manual_seed(0)
         batches = Batches(table, torch.arange(40), 9, generator, sample_weights, modality_dropout)
         history = fit(model, bce, batches, Optimization(adam(model.parameters(), lr=0.05)), epochs=3)

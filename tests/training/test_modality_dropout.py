@@ -8,6 +8,9 @@ import torch
 from cachefuse.fusion.model import FusionModel
 from cachefuse.runs.train import train_head
 from cachefuse.training.batches import drop_modalities
+from fixtures.specs import specs_of
+
+SPECS = specs_of({"image": 5, "image_tokens": (5, 2), "text": 5, "text_tokens": (5, 3)})
 
 
 def many(n=4000, **absent):
@@ -24,7 +27,7 @@ def many(n=4000, **absent):
 def test_a_modality_is_dropped_with_its_tokens_and_never_the_last(p):
     present, lengths = many(image=slice(0, 500), text=slice(400, 1000))
     before = {name: x.clone() for name, x in present.items()}
-    found = drop_modalities(present, p, torch.Generator().manual_seed(0))
+    found = drop_modalities(present, SPECS, p, torch.Generator().manual_seed(0))
     assert list(found) == list(present)
     for modality in ("image", "text"):
         mask = torch.arange(3) < lengths[modality][:, None]
@@ -41,9 +44,9 @@ def test_a_modality_is_dropped_with_its_tokens_and_never_the_last(p):
 
 def test_nothing_is_dropped_at_0_and_draws_are_the_generators():
     present, _ = many(100, text=slice(0, 50))
-    found = drop_modalities(present, 0.0, torch.Generator().manual_seed(0))
+    found = drop_modalities(present, SPECS, 0.0, torch.Generator().manual_seed(0))
     assert all(torch.equal(x, present[name]) for name, x in found.items())
-    one, two, other = (drop_modalities(present, 0.5, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    one, two, other = (drop_modalities(present, SPECS, 0.5, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
     assert all(torch.equal(x, two[name]) for name, x in one.items())
     assert any(not torch.equal(x, other[name]) for name, x in one.items())
 
@@ -52,7 +55,7 @@ def test_which_features_are_read_makes_no_difference_to_what_is_dropped():
     """So that a fusion of tokens and one without, from the same seed, miss the same modalities."""
     present, _ = many(500)
     found = [
-        drop_modalities({name: present[name] for name in names}, 0.5, torch.Generator().manual_seed(0))
+        drop_modalities({name: present[name] for name in names}, SPECS, 0.5, torch.Generator().manual_seed(0))
         for names in (present, ["image", "text"], ["text_tokens", "text", "image"])
     ]
     assert all(torch.equal(found[0]["image"], other["image"]) for other in found)
@@ -63,7 +66,7 @@ def test_tokens_alone_are_dropped_by_the_row():
     """Of a modality of which tokens only are read, rows without any count as absent."""
     present, lengths = many(2000)
     tokens = {name: present[name] for name in ("image_tokens", "text_tokens")}
-    found = drop_modalities(tokens, 0.5, torch.Generator().manual_seed(0))
+    found = drop_modalities(tokens, SPECS, 0.5, torch.Generator().manual_seed(0))
     whole = {name: mask.sum(1) for name, mask in found.items()}
     assert set(whole["image_tokens"].tolist()) == {0, 2}
     assert ((whole["text_tokens"] == 0) | (whole["text_tokens"] == lengths["text"])).all()

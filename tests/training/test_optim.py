@@ -7,6 +7,7 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from cachefuse.feature_spec import pooled_specs
 from cachefuse.fusion.base import Model
 from cachefuse.nn.losses import bce, cross_entropy
 from cachefuse.training import OPTIMIZERS, SCHEDULES
@@ -40,6 +41,7 @@ def data():
 def table_of(x, targets):
     return FeatureTable(
         features={"image": torch.tensor(x, dtype=torch.float32)},
+        specs=pooled_specs({"image": x.shape[1]}),
         present={"image": torch.ones(len(x), dtype=torch.bool)},
         targets=torch.tensor(targets.astype(np.uint8)),
         labelled=np.ones(len(x), bool),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from cachefuse.feature_spec import pooled_specs
 from cachefuse.training.batches import Batches, balanced_sample_weights, drop_modalities
 from cachefuse.training.feature_table import FeatureTable
 
@@ -11,7 +12,14 @@ from cachefuse.training.feature_table import FeatureTable
 def drawn(n, rows, batch_size, generator, sample_weights, epochs=1):
     """The row numbers of each batch, of a table of n rows, by epoch."""
     numbers = torch.arange(n)[:, None]
-    table = FeatureTable({"image": numbers}, {"image": numbers >= 0}, numbers, np.ones(n, bool), np.array([""] * n))
+    table = FeatureTable(
+        {"image": numbers},
+        pooled_specs({"image": 1}),
+        {"image": numbers >= 0},
+        numbers,
+        np.ones(n, bool),
+        np.array([""] * n),
+    )
     batches = Batches(table, rows, batch_size, generator, sample_weights)
     return [[features["image"][:, 0] for features, _, _ in batches] for _ in range(epochs)]
 
@@ -82,7 +90,7 @@ class TestDropModalities:
         }
 
     def drop(self, present, p, seed=0):
-        return drop_modalities(present, p, torch.Generator().manual_seed(seed))
+        return drop_modalities(present, pooled_specs(dict.fromkeys(present, 1)), p, torch.Generator().manual_seed(seed))
 
     @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.9, 1.0])
     def test_never_takes_the_last_and_never_gives(self, present, p):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from cachefuse.errors import ConfigError, TrainingError
+from cachefuse.feature_spec import pooled_specs
 from cachefuse.fusion import FUSIONS
 from cachefuse.nn import ACTIVATIONS
 from cachefuse.training.build import build_model
@@ -34,7 +35,9 @@ def make_problem(task="multilabel", absent=True, dtype=torch.float32):
         features["text"][::7] = math.nan
     signal = features["image"].float() @ torch.randn(6, C, generator=generator)
     targets = (signal > 0.5) if task == "multilabel" else nn.functional.one_hot(signal.argmax(1), C)
-    table = FeatureTable(features, present, targets.to(torch.uint8), np.ones(N, bool), np.array(["train"] * N))
+    table = FeatureTable(
+        features, pooled_specs(WIDTHS), present, targets.to(torch.uint8), np.ones(N, bool), np.array(["train"] * N)
+    )
     return TrainingData.of_one_task("made", table, ("a", "b", "c"), task, ("micro_f1",))
 
 
@@ -62,7 +65,7 @@ def built(config, n=3):
     models = []
     for seed in range(n):
         torch.manual_seed(seed)
-        models.append(build_model(config, WIDTHS, C).fusion)
+        models.append(build_model(config, pooled_specs(WIDTHS), C).fusion)
         for parameter in models[-1].parameters():
             nn.init.normal_(parameter, std=0.3)
     return models

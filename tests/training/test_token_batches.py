@@ -35,7 +35,7 @@ def test_a_fusion_is_given_the_views_that_it_reads(token_store, table):
     assert {name: x.shape for name, x in table.features.items()} == {
         "image": (60, 6), "image_tokens": (60, 3), "text": (60, 5), "text_tokens": (60, 2),
     }  # fmt: skip
-    assert {name: x.shape[1].n_tokens for name, x in table.features.items() if "_" in name} == {
+    assert {name: spec.n_tokens for name, spec in table.specs.items() if spec.view == "tokens"} == {
         "image_tokens": 4, "text_tokens": 5,
     }  # fmt: skip
     pooled = TrainConfig(fusion="cma", ablate=("sequence-attention",)).reads

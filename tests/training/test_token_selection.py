@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cachefuse.errors import CacheError, ConfigError
+from cachefuse.feature_spec import pooled_specs
 from cachefuse.runs.train import train_head
-from cachefuse.training.selection import select_features
+from cachefuse.training.selection import load_table, select_features
 from fixtures.messages import naming
 
 
@@ -57,3 +58,26 @@ def test_tokens_of_two_encoders_do_not_go_together(token_store, add_features, cm
     with pytest.raises(ConfigError, match=naming("text tokens --encoder")):
         train_head(token_store, cma)
     assert train_head(token_store, cma, encoders=["bert"]).modalities == ("text",)
+
+
+def test_two_features_of_one_name_are_refused(make_store):
+    """The ids of "text" and the pooled features of "text_ids"."""
+    x = np.zeros((4, 3), np.float16)
+    ids = [np.array([1, 2], np.int32)] * 4
+    store = make_store(
+        {"text": x, "text_ids": x},
+        np.array([0, 1, 0, 1]),
+        ["train"] * 4,
+        task="multiclass",
+        others={"text": {"ids": ids}},
+    )
+
+    def views(modality):
+        return ("ids",) if modality == "text" else ("pooled",)
+
+    chosen = select_features(store, views=views)
+    assert list(chosen) == ["text", "text_ids"]
+    with pytest.raises(ConfigError, match=naming("made ids text pooled text_ids")):
+        load_table(store, chosen, views)
+    one = load_table(store, {"text_ids": chosen["text_ids"]}, views)
+    assert one.specs == pooled_specs({"text_ids": 3})

@@ -10,7 +10,7 @@ from cachefuse.feature_spec import FLAT
 from cachefuse.runs.predict import predict_samples, predict_split
 from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.train import train_head
-from cachefuse.store.rows import FlatTokens, TokenWidth
+from cachefuse.store.rows import FlatTokens
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.selection import load_table, one_view, select_features
 from fixtures.columns import columns, images_of, texts_of
@@ -28,7 +28,9 @@ def test_tokens_lie_side_by_side_with_zeros_where_a_text_is_shorter(captioned_st
         rows = stored.rows("tokens")
         longest = max(len(rows[row]) for row in range(len(rows)))
         assert features.shape == (72, longest * rows.shape[-1])
-        assert features.shape[1].n_tokens == longest
+        assert features.n_tokens == longest
+        spec = table.specs[modality]
+        assert (spec.view, spec.width, spec.n_tokens) == (FLAT, features.shape[1], longest)
         for row, flat in zip(index.tolist(), features.index_select(0, index).numpy(), strict=True):
             tokens = rows[row]
             np.testing.assert_array_equal(flat[: tokens.size], tokens.reshape(-1))
@@ -78,8 +80,3 @@ def test_a_number_of_tokens_edited_into_nonsense_is_refused(tokens, captioned_st
     (path / "run.json").write_text(json.dumps(values))
     with pytest.raises(RunError, match=naming("run.json tokens")):
         load_run(path)
-
-
-def test_a_width_of_tokens_is_a_number():
-    width = TokenWidth(12, 3)
-    assert (width, width.n_tokens, width + 1) == (12, 3, 13)

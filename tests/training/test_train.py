@@ -5,6 +5,7 @@ from safetensors.torch import save
 from sklearn.linear_model import LogisticRegression
 
 from cachefuse.errors import CacheError, ConfigError, DataError, TrainingError
+from cachefuse.feature_spec import pooled_specs
 from cachefuse.fusion import FUSIONS
 from cachefuse.metrics import METRICS
 from cachefuse.nn import HEADS, LOSSES
@@ -218,8 +219,8 @@ def test_learns_from_several_encoders_of_a_modality(toy_store, add_features):
     add_features(store, "second", "text", np.random.default_rng(1).normal(size=(60, 3)).astype(np.float32))
     run = train_head(store, quick(fusion="concat"))
     assert [used.encoder for used in run.features["text"]] == ["second", "toy"]
-    assert model_of(run).widths == {"image": 6, "text": 8}
-    assert model_of(train_head(store, quick(fusion="text"), encoders=["second"])).widths == {"text": 3}
+    assert model_of(run).specs == pooled_specs({"image": 6, "text": 8})
+    assert model_of(train_head(store, quick(fusion="text"), encoders=["second"])).specs == pooled_specs({"text": 3})
 
 
 def test_refuses_a_retrieval_dataset(make_store):
