@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from cachefuse.bench.store import bench_store
     from cachefuse.bench.train import bench_train
     from cachefuse.classifier import FusionClassifier
+    from cachefuse.data.column import Column
     from cachefuse.data.dataset import Dataset, load_dataset
     from cachefuse.data.manifest import Manifest, builtin_manifests, load_manifest
     from cachefuse.encoders import open_encoder
@@ -56,6 +57,7 @@ _API = {
     "AlignConfig": "cachefuse.alignment.config:AlignConfig",
     "AlignedSpace": "cachefuse.alignment.space:AlignedSpace",
     "Alignment": "cachefuse.alignment.run:Alignment",
+    "Column": "cachefuse.data.column:Column",
     "Dataset": "cachefuse.data.dataset:Dataset",
     "EncoderSpace": "cachefuse.alignment.space:EncoderSpace",
     "Evaluation": "cachefuse.runs.evaluate:Evaluation",
@@ -113,6 +115,7 @@ __all__ = [
     "AlignConfig",
     "AlignedSpace",
     "Alignment",
+    "Column",
     "Dataset",
     "EncoderSpace",
     "Evaluation",

@@ -19,6 +19,7 @@ from cachefuse.alignment.train import find_side
 from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FLAT, pooled_specs
+from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.heads import Standardize
@@ -89,7 +90,8 @@ def fine_tune(
         raise ConfigError(f"alignment {run.name} has no {modality} side to tune")
     side = sides[0]
     config = TrainConfig(
-        fusion=modality, head="linear", optimizer="adamw", epochs=epochs, batch_size=batch_size, lr=lr,
+        fusion=modality if modality in FUSIONS else "concat", head="linear", optimizer="adamw", epochs=epochs,
+        batch_size=batch_size, lr=lr,
         weight_decay=weight_decay, patience=patience, seed=seed,
     )  # fmt: skip
     view = run.config.views

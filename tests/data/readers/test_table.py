@@ -5,6 +5,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from cachefuse.data.column import Value
 from cachefuse.data.readers.table import TableReader, read_columns
 from cachefuse.errors import DataError
 from fixtures.columns import images_of, texts_of
@@ -217,3 +218,21 @@ def test_missing_files(tmp_path):
 def test_places():
     assert TableReader.places("Caption") == {"Caption"}
     assert TableReader.places("data/{a}/{b}.jpg") == {"a", "b"}
+
+
+def test_other_modalities(tmp_path):
+    rows = [{"v": [1.5, 2], "r": "fine", "u": 7}, {"v": None, "r": ["a", "b"], "u": None}]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    modalities = {"vitals": "v", "report": "r", "user_ids": "u", "both": "{r} {u}"}
+    samples = TableReader(files={"train": "t.jsonl"}, modalities=modalities).read(tmp_path)
+    assert list(samples.modalities) == list(modalities)
+    assert [samples.modalities["vitals"][row] for row in range(2)] == [(Value([1.5, 2]),), ()]
+    assert [samples.modalities["report"][row] for row in range(2)] == [("fine",), ("a", "b")]
+    assert [samples.modalities["user_ids"][row] for row in range(2)] == [(Value(7),), ()]
+    assert samples.modalities["both"][0] == ("fine 7",)
+    assert [name for name, column in samples.modalities.items() if column.is_text] == ["report", "both"]
+
+
+def test_a_modality_that_is_declared_twice():
+    with pytest.raises(ValueError, match=r"reader\.image"):
+        TableReader(files={"train": "t.csv"}, image="a", modalities={"image": "b"})
