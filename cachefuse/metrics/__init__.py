@@ -34,6 +34,7 @@ METRICS: "Registry[Metric]" = Registry(
         "vqa_accuracy": "cachefuse.metrics.decisions:vqa_accuracy",
         "weighted_f1": "cachefuse.metrics.decisions:weighted_f1",
     },
+    has=("weighted", "title", "lower_is_better"),
 )
 MEAN = "mean"  # of the main metrics of several tasks
 TOP = 5  # scores per sample that top5_accuracy counts
