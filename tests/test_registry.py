@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from cachefuse.nn.losses import REDUCTIONS
 from cachefuse.registry import import_entry, lookup
 from fixtures.messages import naming
 
-TABLES = {
+TABLES: dict[str, Any] = {
     "activation": ACTIVATIONS,
     "fusion": FUSIONS,
     "head": HEADS,

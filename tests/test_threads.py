@@ -217,8 +217,8 @@ class TestLooking:
         """The system's counters: seconds now, and the seconds that others had; sleep takes no time."""
         system = SimpleNamespace(now=100.0, others=50.0)
         times = SimpleNamespace(user=0.0, system=0.0)
-        monkeypatch.setattr(threads.time, "monotonic", lambda: system.now)
-        monkeypatch.setattr(threads.time, "sleep", lambda seconds: setattr(system, "now", system.now + seconds))
+        monkeypatch.setattr(time, "monotonic", lambda: system.now)
+        monkeypatch.setattr(time, "sleep", lambda seconds: setattr(system, "now", system.now + seconds))
         monkeypatch.setattr(os, "times", lambda: times)
         monkeypatch.setattr("psutil.cpu_times", lambda percpu: [SimpleNamespace(user=system.others, system=0.0)])
         return system
@@ -263,7 +263,7 @@ class TestLooking:
             forked.wait(60)
 
         forked = threading.Event()
-        monkeypatch.setattr(threads.time, "sleep", sleep)
+        monkeypatch.setattr(time, "sleep", sleep)
         thread = threading.Thread(target=n_idle_cores, args=(1.0,))
         thread.start()
         assert looking.wait(60)
@@ -284,7 +284,7 @@ class TestLooking:
         allow(4)
         n_idle_cores()
         system.now, system.others = system.now + 900, system.others + 3600
-        monkeypatch.setattr(threads.time, "sleep", sleep)
+        monkeypatch.setattr(time, "sleep", sleep)
         assert n_idle_cores(oldest_look=1.0) == 2
 
     def test_a_look_a_moment_ago_is_kept(self, system, allow):

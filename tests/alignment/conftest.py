@@ -114,7 +114,7 @@ def make_store(tmp_path):
             else:
                 rows = [row for own in rows for row in own]
             write_features(store, encoder, "text", rows, **options)
-        store.raw = dataset  # what it was made of, for those that take the raw dataset as well
+        vars(store)["raw"] = dataset  # what it was made of, for those that take the raw dataset as well
         return store
 
     return make

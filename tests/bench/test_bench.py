@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_an_epochs_time_leaves_out_the_first(tmp_path, monkeypatch):
     ticks = iter([100.0, 101.0, 104.0])
     bench = TrainBench(tmp_path, "cpu", TINY_TRAIN)
     assert bench.training_set.table
-    monkeypatch.setattr(train.time, "perf_counter", lambda: next(ticks))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
     assert bench.epoch(bench.model(()).fusion, bench.training_set.table, 2) == 2.0
 
 

@@ -26,7 +26,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.feature_table import multi_hot
-from cachefuse.training.train import HeldOut
+from cachefuse.training.held_out import HeldOut
 
 KINDS = np.array(["cat", "dog", "emu"])
 

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from cachefuse.experiments.presets import GREEDY, PRESETS, TOKEN_PRESETS
+from cachefuse.experiments.presets import GREEDY, PRESETS
+from cachefuse.experiments.token_presets import TOKEN_PRESETS
 from cachefuse_cli.commands.sweep import PRESET_NAMES
 from fixtures.messages import says
 

@@ -1,5 +1,6 @@
 import json
 import pickle
+from importlib import resources
 from pathlib import Path
 
 import h5py
@@ -95,7 +96,7 @@ def test_manifests_are_found_in_a_checkout_that_is_not_installed(monkeypatch):
     def not_installed(name):
         raise ModuleNotFoundError(name)
 
-    monkeypatch.setattr(module.resources, "files", not_installed)
+    monkeypatch.setattr(resources, "files", not_installed)
     assert load_manifest("shapes")[0].name == "shapes"
 
 

@@ -1,5 +1,6 @@
 import json
 import logging
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -50,7 +51,7 @@ def test_tokens_are_patches_and_real_text_tokens(folder, samples):
 
 
 def test_pooled_text_is_the_projected_end_token(folder):
-    tower = open_encoder(f"clip:{folder}")["text"]
+    tower: Any = open_encoder(f"clip:{folder}")["text"]
     features = tower.encode([tower.prepare("a red circle")], tower.views)
     projected = features["tokens"][0][-1] @ tower.model.text_projection.numpy()
     np.testing.assert_allclose(projected, features["pooled"][0], atol=1e-6)

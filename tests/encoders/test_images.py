@@ -11,7 +11,8 @@ import torch
 import transformers
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
-from timm.data import create_transform
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from torch import nn
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
@@ -165,7 +166,7 @@ def test_every_published_configuration_is_cut():
     transforms = {}
     for name in timm.list_pretrained():
         config = timm.get_pretrained_cfg(name).to_dict()
-        data = timm.data.resolve_data_config(pretrained_cfg=config)
+        data = resolve_data_config(pretrained_cfg=config)
         transforms.setdefault(repr(sorted(data.items())), create_transform(**data, is_training=False))
     for name, tag in open_clip.list_pretrained():
         known = open_clip.get_pretrained_cfg(name, tag)

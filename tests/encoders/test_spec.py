@@ -1,6 +1,7 @@
 import pytest
 
-from cachefuse.encoders import DEFAULT_ENCODER, FAMILIES, EncoderSpec, open_encoder
+from cachefuse.encoders import DEFAULT_ENCODER, FAMILIES, open_encoder
+from cachefuse.encoders.base import EncoderSpec
 from cachefuse.errors import EncoderError, UnknownNameError
 from fixtures.messages import naming
 

@@ -3,7 +3,8 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.data import create_transform, resolve_model_data_config
+from timm.data.config import resolve_model_data_config
+from timm.data.transforms_factory import create_transform
 
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import EncoderError

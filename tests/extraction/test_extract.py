@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import filelock
 import numpy as np
@@ -156,7 +157,7 @@ def test_texts_come_back_in_order_from_batches_of_like_length(shapes, store_path
     texts = [(" ".join(f"w{i}" for _ in range(rng.integers(1, 9))),) for i in range(200)]
     dataset = tools.make_dataset(shapes, texts=texts)
     stored = tools.read(dataset, store_path, "toy", "text", batch_size=8)
-    tower = open_encoder("toy")["text"]
+    tower: Any = open_encoder("toy")["text"]
     np.testing.assert_array_equal(stored, [tower.codes(text).sum() * np.arange(1, 5) for (text,) in texts])
     spread = [max(map(len, batch)) - min(map(len, batch)) for modality, batch, _ in toy.batches]
     assert max(spread) <= 2
@@ -175,7 +176,7 @@ def test_features_do_not_depend_on_the_batch_size(shapes, tmp_path, toy, tools, 
 
 
 def test_encode_prepared_leaves_gaps_for_the_bad(toy):
-    tower = open_encoder("toy")["text"]
+    tower: Any = open_encoder("toy")["text"]
     prepared = [prepare_source(tower, text) for text in ("a b c", "", "d", None, "e f")]
     values = encode_prepared(tower, prepared, ("pooled",), 2)["pooled"]
     assert [value is None for value in values] == [False, True, False, True, False]

@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,7 +35,7 @@ def open_text(store_path):
 
 
 def expected_ids(dataset):
-    tower = open_encoder("toy")["text"]
+    tower: Any = open_encoder("toy")["text"]
     return [tower.codes(texts[0]) if texts and texts[0] else np.empty(0) for texts in texts_of(dataset)]
 
 
@@ -215,7 +216,8 @@ def test_ids_of_appended_rows_are_added(tools, store_path, toy):
 
 def test_a_sound_store_is_verified(shapes, store_path, toy, tools):
     """The id 0 is a token like any other: a text of it alone is no row of zeros."""
-    zero = next(word for word in map(str, range(1000)) if open_encoder("toy")["text"].codes(word)[0] == 0)
+    tower: Any = open_encoder("toy")["text"]
+    zero = next(word for word in map(str, range(1000)) if tower.codes(word)[0] == 0)
     dataset = tools.make_dataset(shapes, texts=[(zero,), *texts_of(shapes)[1:]])
     run(dataset, store_path, views=("ids",))
     found = verify(FeatureStore(store_path))
@@ -243,7 +245,7 @@ def test_damaged_ids_are_found_and_made_again_without_the_model(shapes, store_pa
 
 @pytest.mark.parametrize("wrong", [-1, 50])
 def test_ids_that_are_not_of_the_vocabulary_are_an_error(shapes, store_path, toy, monkeypatch, wrong):
-    towers = open_encoder("toy")
+    towers: dict[str, Any] = open_encoder("toy")
     codes = towers["text"].codes
     towers["text"].codes = lambda text: np.append(codes(text), wrong)
     monkeypatch.setattr("toy_encoder.open_toy", lambda spec, device: towers)

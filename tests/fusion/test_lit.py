@@ -175,7 +175,9 @@ def other(tmp_path):
     folder = tmp_path / "other"
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "circle"]
     (tmp_path / "vocab.txt").write_text("\n".join(words))
-    transformers.BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(folder)
+    transformers.BertTokenizerFast(  # type: ignore[attr-defined]
+        str(tmp_path / "vocab.txt")
+    ).save_pretrained(folder)
     config = {**BERT, "vocab_size": len(words)}
     transformers.BertModel(transformers.BertConfig(**{k: v for k, v in config.items() if k != "model_type"}),
                            add_pooling_layer=False).save_pretrained(folder)  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,7 +225,7 @@ POOLS = {
 @every
 def test_against_a_loop(case):
     fusion, (features, present) = build(case).double(), inputs()
-    options = CASES[case]
+    options: dict[str, Any] = CASES[case]
     reference = Reference(
         fusion,
         SPECS[case],

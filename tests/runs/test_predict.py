@@ -11,6 +11,7 @@ from cachefuse.data.dataset import load_dataset
 from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers.base import Samples
+from cachefuse.encoders import open_encoder
 from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.extraction.extract import extract
 from cachefuse.runs.predict import predict_samples, predict_split, read_input
@@ -138,7 +139,7 @@ def test_refuses_samples_without_what_the_run_reads(reads, given, runs, dataset)
 def test_opens_an_encoder_once(run, dataset, monkeypatch):
     import cachefuse.runs.predict as module
 
-    opened, real = [], module.open_encoder
+    opened, real = [], open_encoder
     monkeypatch.setattr(module, "open_encoder", lambda spec, device: opened.append(str(spec)) or real(spec, device))
     predict_samples(run, samples_of(dataset, range(2)))
     assert opened == ["classic"]

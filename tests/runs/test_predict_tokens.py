@@ -11,8 +11,10 @@ import torch
 import cachefuse.runs.predict as module
 from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import Samples
+from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, DataError, RunError
 from cachefuse.extraction.extract import extract
+from cachefuse.extraction.pipeline import encode_prepared
 from cachefuse.runs.ensemble import ensemble
 from cachefuse.runs.predict import predict_samples, predict_split
 from cachefuse.runs.save import load_run, save_run
@@ -133,11 +135,10 @@ def test_samples_of_no_use_are_refused(runs, captioned, tmp_path):
 def encoded(monkeypatch):
     """Which views were asked of which encoder, and which encoders were opened."""
     seen, opened = [], []
-    encode, open_encoder = module.encode_prepared, module.open_encoder
 
     def spy(tower, window, views, size):
         seen.append((tower.modality, tuple(views)))
-        return encode(tower, window, views, size)
+        return encode_prepared(tower, window, views, size)
 
     monkeypatch.setattr(module, "encode_prepared", spy)
     monkeypatch.setattr(module, "open_encoder", lambda spec, device: opened.append(1) or open_encoder(spec, device))
