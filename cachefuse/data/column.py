@@ -13,23 +13,23 @@ from cachefuse.errors import DataError
 
 
 class Source(Protocol):
-    """Where one image, or whatever else a tower takes, comes from; hashable, opened in a worker thread."""
+    """Where one image, or another input of a tower, comes from. It is hashable, and loaded in a worker thread."""
 
     @property
     def name(self) -> str:
-        """The file (and row) as a user would look for it."""
+        """The file (and row), for messages."""
 
     def load(self) -> Any:
-        """Return what the tower prepares, such as an RGB image. Raises BadSampleError if it cannot be used."""
+        """Return the tower's input, such as an RGB image. Raises BadSampleError if it is unusable."""
 
     def fingerprint(self) -> str:
-        """What tells without reading that the content may have changed: a file's name, size and time of change."""
+        """A sign of changed content that needs no reading: a file's name, size and time of change."""
 
     def digest(self) -> str:
-        """A hash of the content, or of why it can't be read, wherever it lies. Raises OSError if the machine failed."""
+        """A hash of the content, or of the reason why it is unreadable. Raises OSError if the machine failed."""
 
 
-NAME_LENGTH = 60  # of a value that has no file, at most
+NAME_LENGTH = 60  # maximum, for a value without a file
 
 TextOrSource = str | Source  # a text is its own content
 Entry = TextOrSource | tuple[TextOrSource, ...] | None
@@ -37,7 +37,7 @@ Entry = TextOrSource | tuple[TextOrSource, ...] | None
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Value:
-    """A source that is in memory: an array, or anything made of numbers, texts, lists and dictionaries."""
+    """A source in memory: an array, or a value made of numbers, texts, lists and dictionaries."""
 
     content: Any
 
@@ -66,10 +66,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Column:
-    """One modality of N samples. An entry is a sample's source, a tuple of several (captions), or None or () for none.
+    """One modality of N samples. An entry is a source, a tuple of several sources (captions), or None or () for none.
 
     is_text: whether the sources are texts.
-    shared: whether samples with equal sources (many questions about one image) have the features of one.
+    shared: whether samples with equal sources (many questions about one image) share one row of features.
     """
 
     sources: Sequence[Entry]
@@ -78,12 +78,12 @@ class Column:
 
     @classmethod
     def texts(cls, texts: Sequence[str | tuple[str, ...]]) -> "Column":
-        """Return a column of texts, one or a tuple of several for each sample; () for none."""
+        """Return a column of texts: one text or a tuple of texts per sample, () for none."""
         return cls(texts, is_text=True)
 
     @classmethod
     def values(cls, values: Iterable[Any]) -> "Column":
-        """Return a column of one value for each sample, such as a list of numbers; None for none."""
+        """Return a column with one value per sample, such as a list of numbers; None for no value."""
         return cls([None if value is None else Value(value) for value in values])
 
     def __len__(self) -> int:
@@ -111,22 +111,22 @@ class Column:
 
     @cached_property
     def rows(self) -> np.ndarray | None:
-        """(N,) the number of each sample's source where samples share them, else None: equal ones have one number.
+        """(N,) the number of each sample's source if samples share sources, else None. Equal sources have one number.
 
-        They are numbered as they first occur, so that samples to come change no number. A sample without a source
-        shares the number of the others without.
+        They are numbered in order of first use, so that new samples change no number. All samples without a source
+        have the same number.
         """
         if not self.shared:
             return None
         if self.offsets is not None:
-            raise DataError("samples that share sources must have one each, and some have several")
+            raise DataError("samples that share sources must have one source each, but some have several")
         numbers: dict[tuple[TextOrSource, ...], int] = {}
         return np.array([numbers.setdefault(self[row], len(numbers)) for row in range(len(self))], np.int64)
 
     def feature_sources(self) -> list[TextOrSource | None]:
-        """Return one source for each row of features: each once where samples share them, flat where one has several.
+        """Return one source per row of features: each shared source once, and all of several sources in turn.
 
-        A sample without a source has a row of its own, with None, unless samples have several.
+        A sample without a source has its own row, with None, unless samples have several sources.
         """
         if self.rows is not None:
             return [next(iter(sources), None) for sources in dict.fromkeys(self[row] for row in range(len(self)))]
@@ -135,14 +135,14 @@ class Column:
         return [next(iter(self[row]), None) for row in range(len(self))]
 
     def owners(self) -> np.ndarray:
-        """Return the sample, or the first of those, that each row of features belongs to, (n_rows,)."""
+        """Return the (first) sample of each row of features, (n_rows,)."""
         if self.rows is not None:
             return np.unique(self.rows, return_index=True)[1]
         samples = np.arange(len(self))
         return samples if self.offsets is None else np.repeat(samples, np.diff(self.offsets))
 
     def check(self) -> None:
-        """Raise DataError if a sample's first source is neither a text nor one that can be loaded and hashed."""
+        """Raise DataError if the first source is neither a text nor a ``Source``."""
         first = next((source for row in range(len(self)) for source in self[row]), "")
         if not isinstance(first, str) and not hasattr(first, "digest"):
             raise DataError(
@@ -151,5 +151,5 @@ class Column:
             )
 
     def take(self, rows: Sequence[int]) -> "Column":
-        """Return the column of some samples."""
+        """Return the column of the given samples."""
         return replace(self, sources=[self.sources[row] for row in rows])

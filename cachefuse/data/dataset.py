@@ -1,4 +1,4 @@
-"""A dataset as the pipeline sees it: ids, splits, targets and a column for each modality, in manifest order."""
+"""A dataset for the pipeline: ids, splits, targets and one column per modality, in file order."""
 
 import logging
 import re
@@ -21,27 +21,27 @@ from cachefuse.threads import n_cores
 
 logger = logging.getLogger(__name__)
 
-# Held out where neither the data nor the manifest gives rows to validate on.
+# Held out if neither the data nor the manifest has validation rows.
 DEFAULT_SPLITS = {"val": HashSplit.model_validate({"from": "train", "fraction": 0.1})}
 MIN_ROWS_TO_SPLIT = 20
-BATCH = 32  # rows hashed by a thread at a time: one by one, handing small images over takes longer than hashing them
+BATCH = 32  # rows that a thread hashes at a time: handing over single small images takes longer than hashing them
 MODALITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # it names folders of a store
-WINDOW = 4096  # rows that wait for threads at a time, however many there are in all
+WINDOW = 4096  # rows that wait for threads at a time
 
 Hasher = Callable[[TextOrSource], str]
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """N samples. ``modalities`` has a column for each modality of this copy of the data, such as "image" and "text".
+    """N samples. ``modalities`` has one column per modality of this copy of the data, such as "image" and "text".
 
-    targets: (N, C) int8 of 0 and 1 for multi-label, (N,) int32 class indices for multi-class and paraphrase; -1 where
-    unlabelled. (N,) float32 scores for similarity, NaN where unlabelled. Of several tasks (N, C) int8 of 0 and 1, and
-    -1 in all columns of a task whose label the row lacks; classes are called "color=red".
+    targets: (N, C) int8 of 0 and 1 for multi-label, (N,) int32 class indices for multi-class and paraphrase, (N,)
+    float32 scores for similarity. Unlabelled rows have -1, or NaN for scores. For several tasks (N, C) int8 of 0 and 1,
+    with -1 in all columns of a task whose label the row lacks; a class is "color=red".
 
-    A sample of similarity or paraphrase is a pair: its two texts are the two sentences, also where one is empty. One of
-    visual question answering is a question: (N, 10) int32 classes of the answers that people gave, -2 for one that is
-    no class. Its images are shared: questions about one image have the features of one.
+    A sample of similarity or paraphrase is a pair: its two texts are the two sentences, even if one is empty. A sample
+    of visual question answering is a question. Its targets are (N, 10) int32, the classes of people's answers, -2 for
+    an answer that is not a class. Questions about one image share its features.
     """
 
     manifest: Manifest
@@ -56,22 +56,24 @@ class Dataset:
     def __post_init__(self) -> None:
         for modality, column in self.modalities.items():
             if not MODALITY.fullmatch(modality):
-                raise DataError(f"a modality must be named by letters, digits, _ and -. Got {modality!r} instead")
+                raise DataError(f"a modality's name may have letters, digits, _ and -. Got {modality!r} instead")
             if len(column) != len(self):
-                raise DataError(f"{self.name}: has {len(self):,} samples, and a column {modality} of {len(column):,}")
+                raise DataError(
+                    f"{self.name}: has {len(self):,} samples, but its column {modality} has {len(column):,}"
+                )
             column.check()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def sources(self, modality: str, row: int | None) -> tuple[TextOrSource, ...]:
-        """Return what one sample has of a modality; () where it, or the dataset, has none, and for no row."""
+        """Return a sample's sources of a modality; () if there are none, or if ``row`` is None."""
         return () if row is None or modality not in self.modalities else self.modalities[modality][row]
 
     def fingerprints(self) -> list[str]:
-        """Return N fingerprints of 16 characters, over each sample's texts and its other sources' fingerprints.
+        """Return N fingerprints of 16 characters, over each sample's texts and the fingerprints of its other sources.
 
-        Reads no source. A sample whose fingerprint is what it was has the digest that it had.
+        No source is read. A sample with an unchanged fingerprint has an unchanged digest.
         """
         return self._hashes(range(len(self)), self._by_modality(lambda source: source.fingerprint()))
 
@@ -80,9 +82,10 @@ class Dataset:
         rows: Sequence[int] | None = None,
         on_progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[str]:
-        """Return 16 characters a row, all rows by default, over the content of the sample's texts and other sources.
+        """Return 16 characters per row, by default of all rows: hashes of the content of texts and other sources.
 
-        Sources are read and hashed in threads. ``on_progress`` gets the rows done and their total every so often.
+        Threads read and hash the sources. ``on_progress`` gets the number of rows done and their total from time to
+        time.
         """
         rows = range(len(self)) if rows is None else rows
         digests: list[str] = []
@@ -98,7 +101,7 @@ class Dataset:
         return digests
 
     def _by_modality(self, hash_source: Callable[[Source], str]) -> dict[str, Hasher]:
-        """Return a function that hashes a source for each modality; one that samples share is hashed once."""
+        """Return a function per modality that hashes a source; shared sources are hashed once."""
 
         def hash_any(source: TextOrSource) -> str:
             return hash_parts(source) if isinstance(source, str) else hash_source(source)
@@ -108,9 +111,9 @@ class Dataset:
         }
 
     def _hashes(self, rows: Sequence[int], hashers: Mapping[str, Hasher]) -> list[str]:
-        """Hash rows. The first column of texts goes in as it is, then one part names all that the others have.
+        """Hash rows: the texts of the first text column, then one string with the hashes of all other sources.
 
-        The last part is of no text and is there even if it is empty, so no text can stand for another source.
+        That last string is always there, even if empty: no text can pass for another source.
         """
         first_texts = next((modality for modality, column in self.modalities.items() if column.is_text), None)
         hashes = []
@@ -126,9 +129,9 @@ class Dataset:
         return hashes
 
     def limit(self, n: int) -> "Dataset":
-        """Return about ``n`` samples, the first ones of each split in its proportion, under a name of its own.
+        """Return about ``n`` samples, the first ones of each split in proportion, under another name.
 
-        A limited dataset has its own store, so that a trial never mixes with the whole.
+        A limited dataset has its own store, so that a trial never mixes with the whole dataset.
         """
         if n >= len(self):
             return self
@@ -163,7 +166,7 @@ def _once(function: Hasher) -> Hasher:
 def load_dataset(manifest: Manifest, root: Path) -> Dataset:
     """Read a dataset from the raw data under ``root``.
 
-    Raises MissingDataError if files are absent (saying where to get them), DataError if they contradict the manifest.
+    Raises MissingDataError if files are missing (it says where to get them), DataError if they contradict the manifest.
     """
     reader = manifest.open_reader()
     missing = reader.missing(root)
@@ -194,7 +197,7 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
 
 
 def _lacks_validation(manifest: Manifest, samples: Samples, targets: np.ndarray) -> bool:
-    """Return whether no row to validate on is in val, and those to train on are enough to hold some out."""
+    """Whether val has no usable row, and train has enough rows to hold some out."""
     if manifest.splits or manifest.task in PAIRS or samples.splits.count("train") < MIN_ROWS_TO_SPLIT:
         return False
     if manifest.task == "retrieval":
@@ -209,7 +212,7 @@ def _check_ids(samples: Samples, manifest: Manifest) -> None:
         raise DataError(f"{manifest.name}: row {samples.ids.index('') + 1} has an empty id")
     repeated = [f"{sample} ({n} times)" for sample, n in Counter(samples.ids).most_common(3) if n > 1]
     if repeated:
-        raise DataError(f"{manifest.name}: each id must occur once, but found {', '.join(repeated)}")
+        raise DataError(f"{manifest.name}: each id must occur once. Got {', '.join(repeated)} instead")
 
 
 def _count_notes(samples: Samples, manifest: Manifest) -> list[str]:
@@ -217,7 +220,7 @@ def _count_notes(samples: Samples, manifest: Manifest) -> list[str]:
     if dict(counts) in manifest.other_rows:
         return []
     return [
-        f"has {counts[split]:,} {split} rows where the published dataset has {published:,}; going on with these"
+        f"has {counts[split]:,} {split} rows, but the published dataset has {published:,}; going on with these"
         for split, published in manifest.rows.items()
         if counts[split] != published
     ]
@@ -231,5 +234,5 @@ def _how_to_get(manifest: Manifest, root: Path, missing: list[str]) -> str:
         lines.append(f"licence: {manifest.licence.strip()}")
     if manifest.layout:
         lines.append("expected layout:\n" + "\n".join(f"  {line}" for line in manifest.layout.strip().splitlines()))
-    lines.append("put it there, or say where it is with --data-dir DIR")
+    lines.append("put it there, or name its folder with --data-dir DIR")
     return "\n".join(lines)

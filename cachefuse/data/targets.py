@@ -1,4 +1,4 @@
-"""The label space: class names and scores to targets, and back."""
+"""The label space: from class names and scores to targets."""
 
 import math
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ UNLABELLED = -1
 
 
 def encode_targets(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the classes, () where the task has none, and the targets of ``encode_labels``, ``encode_scores``,
-    ``encode_answers`` or ``encode_tasks``.
+    """Return the classes, () if the task has none, and the targets of the task.
 
-    Raises DataError as those do, where there are no classes, and where a sample of a task about pairs is no pair.
+    See ``encode_labels``, ``encode_scores``, ``encode_answers`` and ``encode_tasks``. Raises DataError as they do, if
+    there are no classes, and if a sample of a task on pairs is not a pair.
     """
     if manifest.task in PAIRS:
         _check_pairs(samples, manifest)
@@ -51,14 +51,14 @@ def _check_pairs(samples: Samples, manifest: Manifest) -> None:
 
 def find_classes(labels: Iterable[tuple[str, ...] | None]) -> tuple[str, ...]:
     """Return the class names that occur: in numeric order if all are whole numbers, else alphabetically."""
-    found = {name for row in labels if row is not None for name in row}
-    if all(name.isascii() and name.isdigit() and len(name) < 19 for name in found):
-        return tuple(sorted(found, key=lambda name: (int(name), name)))
-    return tuple(sorted(found))
+    names = {name for row in labels if row is not None for name in row}
+    if all(name.isascii() and name.isdigit() and len(name) < 19 for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
+    return tuple(sorted(names))
 
 
 def find_answers(samples: Samples, n: int) -> tuple[str, ...]:
-    """Return the ``n`` most frequent answers in train, or where nobody answered there in all splits."""
+    """Return the ``n`` most frequent answers in train, or in all splits if train has no answers."""
     answered = [(split, row) for split, row in zip(samples.splits, samples.labels, strict=True) if row]
     return frequent_answers([row for split, row in answered if split == "train"] or [row for _, row in answered], n)
 
@@ -66,9 +66,9 @@ def find_answers(samples: Samples, n: int) -> tuple[str, ...]:
 def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_labels: int = 0) -> np.ndarray:
     """Return targets: (N, C) int8 for multi-label, (N,) int32 for multi-class and paraphrase, -1 in unlabelled rows.
 
-    A row with no label is unlabelled if the task gives each row at least one, or if no row of its split has any.
+    A row with no label is unlabelled if the task needs at least one label per row, or if no row of its split has any.
 
-    Raises DataError, naming the row, for a label that is not a class, or several labels where a row must have one.
+    Raises DataError, naming the row, for a label that is not a class, or for several labels if a row must have one.
     """
     index = {name: i for i, name in enumerate(classes)}
     n = len(samples.ids)
@@ -92,40 +92,40 @@ def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_lab
         elif len(labels) == 1:
             targets[i] = index[labels[0]]
         else:
-            kind = "multi-class" if task == "multiclass" else task
-            raise DataError(f"row {samples.ids[i]!r} has {len(labels)} labels; a {kind} row must have one")
+            task_name = "multi-class" if task == "multiclass" else task
+            raise DataError(f"row {samples.ids[i]!r} has {len(labels)} labels; a {task_name} row must have one")
     return targets
 
 
 def encode_tasks(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...], np.ndarray]:
-    """Return the classes of several tasks, one task's after another's and called "color=red", and targets (N, C) int8.
+    """Return the classes of several tasks, task by task, such as "color=red", and their targets (N, C) int8.
 
-    They are 0 and 1, and -1 in all columns of a task whose label a row lacks. Raises DataError, naming the task, as
-    ``encode_labels`` does, and where no row has its label.
+    Targets are 0 and 1; if a row lacks a task's label, all columns of that task are -1. Raises DataError, naming the
+    task, as ``encode_labels`` does, and if no row has its label.
     """
     classes: list[str] = []
     targets = []
     for name, task in manifest.tasks.items():
-        own = replace(samples, labels=samples.task_labels[name])
-        names = task.classes or find_classes(own.labels)
+        task_samples = replace(samples, labels=samples.task_labels[name])
+        names = task.classes or find_classes(task_samples.labels)
         if not names:
             raise DataError(f"{manifest.name}: no row has a label of task {name}, so there are no classes to learn")
         try:
-            found = encode_labels(own, names, task.task, task.min_labels)
+            task_targets = encode_labels(task_samples, names, task.task, task.min_labels)
         except DataError as error:
             raise DataError(f"task {name}: {error}") from error
-        if found.ndim == 1:
-            hot = (found[:, None] == np.arange(len(names))).astype(np.int8)
-            found = np.where(found[:, None] == UNLABELLED, np.int8(UNLABELLED), hot)
-        classes += [f"{name}={own_class}" for own_class in names]
-        targets.append(found)
+        if task_targets.ndim == 1:
+            one_hot = (task_targets[:, None] == np.arange(len(names))).astype(np.int8)
+            task_targets = np.where(task_targets[:, None] == UNLABELLED, np.int8(UNLABELLED), one_hot)
+        classes += [f"{name}={class_name}" for class_name in names]
+        targets.append(task_targets)
     return tuple(classes), np.concatenate(targets, axis=1)
 
 
 def encode_scores(samples: Samples, scale: tuple[float, float]) -> np.ndarray:
-    """Return targets (N,) float32: the score that each row has as its label, NaN in unlabelled rows.
+    """Return targets (N,) float32: each row's label as a score, NaN in unlabelled rows.
 
-    Raises DataError, naming the row, for what is not one number, or not on the scale.
+    Raises DataError, naming the row, if the label is not one number, or not on the scale.
     """
     low, high = scale
     targets = np.full(len(samples.ids), np.nan, np.float32)
@@ -147,7 +147,7 @@ def encode_scores(samples: Samples, scale: tuple[float, float]) -> np.ndarray:
 
 
 def is_labelled(targets: np.ndarray) -> np.ndarray:
-    """Return (N,) bool: which rows have targets, of several tasks those of any."""
+    """Return which rows have targets, (N,) bool; with several tasks, targets of any task."""
     if targets.dtype.kind == "f":
         return np.asarray(~np.isnan(targets))
     known: np.ndarray = targets != UNLABELLED

@@ -1,4 +1,4 @@
-"""Stage 1: every sample passes the frozen encoders once, and what they see is kept."""
+"""Stage 1: the frozen encoders encode every sample once, and a store keeps the features."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -34,15 +34,15 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.store.writer import ViewWriter
 from cachefuse.threads import adapt_threads, idle_threads
 
-WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16}  # of texts; tokens of many long ones would fill the memory
+WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16}  # of texts; tokens of long texts take much memory
 
 
 @dataclass(frozen=True)
 class ExtractProgress:
-    """How far one encoder is with one modality, in rows; ``begun`` rows were there before this call.
+    """The progress of one encoder on one modality, in rows; ``begun`` rows existed before this call.
 
-    ``bottleneck`` is the stage that holds the others up: reading (and decoding), encoding or writing. Where
-    ``encoder`` is empty, so many samples' content has been compared with what the store was made from.
+    ``bottleneck`` is the slowest stage: reading (and decoding), encoding or writing. If ``encoder`` is empty, ``done``
+    counts the samples whose content was compared with the store's digests.
     """
 
     encoder: str
@@ -55,7 +55,7 @@ class ExtractProgress:
 
 @dataclass
 class ExtractReport:
-    """What extract did: rows by (encoder, modality), how many of them were computed now, and the bad samples."""
+    """The result of extract: rows by (encoder, modality), how many of them are new, and the bad samples."""
 
     store: Path
     rows: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -79,13 +79,14 @@ def extract(
     refresh: bool = False,
     on_progress: OnProgress = lambda progress: None,
 ) -> ExtractReport:
-    """Encode a dataset with each encoder and write the features to its store; what is there is not computed again.
+    """Encode a dataset with each encoder and write the features to its store. Existing rows are not computed again.
 
-    Interrupted at any moment, the next call goes on at the first block that is not whole. A sample that can't be
-    encoded keeps its row (zeros), is marked absent and listed; more than ``max_bad`` of them raise CacheError, as do
-    samples whose content has changed, unless ``refresh`` computes them again, and a disk without room for the features.
-    With dtype int8, tokens are quantised (a float16 scale a row) and pooled features are float16. The view ids, the
-    numbers of a text's tokens, is made by the encoders that have it, in int32 whatever the dtype.
+    After an interruption, the next call goes on at the first incomplete block. An unusable sample keeps its row (of
+    zeros), and is marked absent and listed. Raises CacheError for more than ``max_bad`` of them (a share), for samples
+    with changed content (``refresh`` computes them again instead), and for a disk without enough room.
+
+    With dtype int8, tokens are quantised (with a float16 scale per row) and pooled features are float16. The view ids,
+    a text's token ids, is always int32; only some text encoders have it.
     """
     check_options(encoders, views, batch_size, dtype)
     if not 0 <= max_bad <= 1:
@@ -101,10 +102,9 @@ def extract(
 
 
 def extract_into(store: FeatureStore, request: Request, max_bad: float, on_progress: OnProgress) -> ExtractReport:
-    """Compute what a store lacks of what is asked for; its lock is held, and its samples are up to date."""
-    towers = sorted(
-        request.towers, key=lambda place: isinstance(place[1], DerivedTower)
-    )  # made of the others' features
+    """Compute the missing rows of a request. The caller holds the store's lock and has updated its samples."""
+    # Derived towers come last: they need other features.
+    towers = sorted(request.towers, key=lambda pair: isinstance(pair[1], DerivedTower))
     jobs = [make_job(request, store, spec, tower, max_bad) for spec, tower in towers]
     check_room(store.path, round(sum(job.n_bytes for job in jobs)))
     report = ExtractReport(store.path)
@@ -120,7 +120,7 @@ def extract_into(store: FeatureStore, request: Request, max_bad: float, on_progr
 
 
 def make_job(request: Request, store: FeatureStore, spec: EncoderSpec, tower: Tower, max_bad: float) -> "Job":
-    """Find what one encoder has to do for one modality. Raises CacheError if what is stored was made differently."""
+    """Return the job of one encoder for one modality. Raises CacheError if stored features have another provenance."""
     source, dtypes = str(spec), request.dtypes(tower)
     features = store.require_features(spec.short, tower.modality, request.provenance(tower), source, dtypes)
     return Job(request.dataset, store, features, tower, dtypes, request.batch_size, max_bad)
@@ -128,7 +128,7 @@ def make_job(request: Request, store: FeatureStore, spec: EncoderSpec, tower: To
 
 @dataclass
 class Job:
-    """One encoder over one modality of a dataset; ``dtypes`` are those of the views to make."""
+    """One encoder's work on one modality of a dataset. ``dtypes`` has the dtype of each view to extract."""
 
     dataset: Dataset
     store: FeatureStore
@@ -154,7 +154,7 @@ class Job:
 
     @cached_property
     def sources(self) -> list[Any]:
-        """One source or text a row; None where a sample has none."""
+        """One source or text per row; None if a sample has none."""
         return self._column.feature_sources()
 
     @property
@@ -163,13 +163,13 @@ class Job:
 
     @property
     def n_bytes(self) -> float:
-        """The bytes that the missing rows will take."""
+        """The bytes of the missing rows."""
         missing = {view: int(mask.sum()) for view, mask in self.needed.items()}
         return sum(n * row_bytes(self.tower, self.sources, view, self.dtypes[view]) for view, n in missing.items() if n)
 
     @idle_threads()
     def run(self, on_progress: OnProgress) -> int:
-        """Compute the rows that are missing and return how many those are."""
+        """Compute the missing rows and return their number."""
         n_pending = int(self.pending.sum())
         if not n_pending:
             return 0
@@ -190,7 +190,7 @@ class Job:
             write = stack.enter_context(in_background(lambda writer, rows, values: writer.add(rows, values)))
             rows = chain.from_iterable(windows)
             prepared = stack.enter_context(
-                prepare_in_order(self.tower, self.sources, rows, 2 * self._window, self._describe)
+                prepare_in_order(self.tower, self.sources, rows, 2 * self._window, self._row_name)
             )
             for window in windows:
                 adapt_threads()
@@ -218,15 +218,17 @@ class Job:
 
     @property
     def _window(self) -> int:
-        """Rows prepared and encoded together. Those of any length are sorted by it, and put back in order."""
+        """Rows prepared and encoded together. Texts are sorted by length, then put back in order."""
         n_batches = min(WINDOW_BATCHES[view] for view in self.dtypes)
         return self.batch_size * (n_batches if self.tower.by_length else 1)
 
     def _windows(self) -> list[range]:
-        """Return the windows with pending rows. They lie where they always lie and are encoded whole, so that a
-        resumed run makes the same batches as one that was never interrupted: on one machine, with the same library
-        versions and number of threads, the same bytes. They begin anew where samples were appended, so that only
-        those are computed."""
+        """Return the windows with pending rows.
+
+        Windows have fixed positions and are encoded whole. So a resumed run has the same batches as an uninterrupted
+        one: the same bytes on one machine, with the same library versions and number of threads. A new window begins
+        at appended samples, so that only those are computed.
+        """
         starts = [0, *self.store.appended_at(self.tower.modality), len(self.pending)]
         windows = (
             range(start, min(start + self._window, end))
@@ -240,16 +242,17 @@ class Job:
         return self._column.owners()
 
     def _owners_of(self, row: int) -> list[int]:
-        """Return every sample that a row belongs to."""
+        """Return all samples of a row."""
         shared = self._column.rows
         return [int(self._owners[row])] if shared is None else np.flatnonzero(shared == row).tolist()
 
-    def _describe(self, row: int) -> str:
+    def _row_name(self, row: int) -> str:
+        """Return the sample and file of a row, for messages."""
         name = getattr(self.sources[row], "name", "")
         return f"sample {self.dataset.ids[self._owners[row]]}{f' ({name})' if name else ''}"
 
     def _note_bad(self, rows: range, items: Sequence[object]) -> None:
-        """List the samples that can't be used. Raises CacheError if they are too many by now."""
+        """List the unusable samples. Raises CacheError if they are too many by now."""
         modality = self.tower.modality
         bad = [
             BadSample(self.dataset.ids[sample], modality, getattr(self.sources[row], "name", ""), str(item))

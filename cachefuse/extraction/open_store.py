@@ -1,4 +1,4 @@
-"""Bringing a store's samples up to date with its dataset: rows appended, labels and splits anew, changed rows found."""
+"""Update a store's samples to its dataset: append rows, replace labels and splits, find changed samples."""
 
 import json
 import os
@@ -38,25 +38,25 @@ def open_store(
     refresh: bool = False,
     on_progress: OnProgress = lambda done, total: None,
 ) -> FeatureStore:
-    """Open or make the store of a dataset, and bring its samples, splits and targets up to date.
+    """Open or create the store of a dataset, and update its samples, splits and targets.
 
-    Rows are only ever appended: raises CacheError, naming rows, if stored rows are gone or moved, or if the content
-    of some changed; with ``refresh`` those are marked outdated, and extract computes them again. Content is read
-    (``on_progress`` hears how much) only where a source's name, size or time is not what it was.
+    Rows may only be appended. Raises CacheError, naming rows, if stored rows are gone or have moved, or if the content
+    of some has changed. With ``refresh``, changed rows are marked outdated, and extract computes them again. Content is
+    read only if a source's name, size or time has changed; ``on_progress`` gets the rows done and their total.
     """
-    _sweep(path)
+    _remove_leftovers(path)
     finish_replacing(path)
     if not (path / "zarr.json").is_file() and not (path / "samples").is_dir():
         _create(path, dataset, on_progress)
         return FeatureStore(path)
-    _mend_description(path, dataset)
+    _repair_metadata(path, dataset)
     _update(FeatureStore(path), dataset, refresh, on_progress)
-    _describe(path, dataset)
+    _write_metadata(path, dataset)
     return FeatureStore(path)
 
 
 def sample_columns(dataset: Dataset) -> Columns:
-    """Return the group's arrays by name, all but the digests; a modality is present where a sample has a source."""
+    """Return the arrays of the samples by name, without digests. A modality is present if a sample has a source."""
     columns = {
         "id": strings(dataset.ids),
         "split": strings(dataset.splits),
@@ -73,9 +73,9 @@ def sample_columns(dataset: Dataset) -> Columns:
 
 
 def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
-    """Raise CacheError, naming rows, if those of the store at ``path`` are gone or moved."""
+    """Raise CacheError, naming rows, if rows of the store at ``path`` are gone or have moved."""
     now = new["id"]
-    before = old.get("id", now)  # where they can't be read any more, the digests tell
+    before = old.get("id", now)  # if the ids are damaged, the digests show changes
     n = min(len(before), len(now))
     differ = np.flatnonzero(before[:n] != now[:n])
     if len(differ) or len(before) > len(now):
@@ -90,54 +90,54 @@ def check_same_rows(path: Path, old: Columns, new: Columns) -> None:
 
 
 def _check_same_sources(path: Path, modality: str, old: Columns, new: Columns) -> None:
-    """Raise CacheError if stored samples now have more or fewer sources of a modality, or share others."""
+    """Raise CacheError if stored samples now have another number of sources of a modality, or share other sources."""
     items, rows = f"items/{modality}", f"rows/{modality}"
     several, shared = has_column(path, items), has_column(path, rows)
     changes = {
-        f"some samples now have several {modality}s where all had one, or the reverse": (items in new) != several,
-        f"samples now share {modality}s where each had its own, or the reverse": (rows in new) != shared,
-        f"some samples are now about another {modality}": _differs(rows, old, new),
+        f"some samples now have several {modality}s, but all had one before, or the reverse": (items in new) != several,
+        f"samples now share {modality}s, but each had its own before, or the reverse": (rows in new) != shared,
+        f"some samples now have another {modality}": _differs(rows, old, new),
         f"some samples now have another number of {modality}s": _differs(items, old, new),
     }
-    for change, has_happened in changes.items():
-        if has_happened:
+    for change, happened in changes.items():
+        if happened:
             raise CacheError(f"{path}: {change}. Use another --workspace, or delete the store to extract again")
 
 
 def _differs(name: str, old: Columns, new: Columns) -> bool:
-    """Return whether what a column had is not what it begins with now."""
+    """Whether the old rows of a column have changed."""
     return name in old and name in new and not np.array_equal(new[name][: len(old[name])], old[name])
 
 
 def _create(path: Path, dataset: Dataset, on_progress: OnProgress) -> None:
-    """Make a store beside its place, so that it is whole from the moment it is there."""
+    """Create a store beside ``path`` and move it there, so that it is never incomplete."""
     columns = sample_columns(dataset)
     columns["digest"] = strings(dataset.digests(on_progress=on_progress))
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         new = Path(temporary) / path.name
-        _describe(new, dataset)
+        _write_metadata(new, dataset)
         write_samples(new / "samples", columns)
         os.replace(new, path)
         sync_folder(path.parent)
 
 
 def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: OnProgress) -> None:
-    """Bring the samples group up to date.
+    """Update the stored samples.
 
-    Raises CacheError, naming rows, if stored rows are gone or moved, or without ``refresh`` if some changed.
+    Raises CacheError, naming rows, if stored rows are gone or have moved, or without ``refresh`` if some have changed.
     """
     new, (old, appended) = sample_columns(dataset), read_columns(store.path)
     if "digest" not in old and not {"id", "stamp"} <= old.keys():
         if any(features.n_written for features in store.features()):
             raise _lost(store, old)
-        old, appended = {}, []  # nothing was computed yet: nothing depends on what was there
+        old, appended = {}, []  # nothing was computed yet, so nothing depends on the old samples
     else:
         check_same_rows(store.path, old, new)
     n = next((len(old[name]) for name in IDENTITY if name in old), 0)
-    if n > len(dataset):  # some are gone, and without their ids none can be named
+    if n > len(dataset):  # some are gone, and without ids they cannot be named
         raise _lost(store, old)
-    same = np.zeros(len(dataset), bool)  # whose name, size and time are what they were
+    same = np.zeros(len(dataset), bool)  # name, size and time have not changed
     if {"id", "stamp"} <= old.keys():
         same[:n] = new["stamp"][:n] == old["stamp"]
     digests = strings([""] * len(dataset))
@@ -156,7 +156,7 @@ def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: O
         )
     if names:
         _forget(store, new, changed)
-    fresh = set(names)  # whatever was wrong with them may be mended
+    fresh = set(names)  # changed samples may be usable now
     bad_samples = _with_sharers([vars(line) for line in store.bad_samples() if line.id not in fresh], new)
     _mark_present(bad_samples, old, new, changed)
     if appended is None or not same_columns(old, new):
@@ -167,13 +167,13 @@ def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: O
 def _lost(store: FeatureStore, old: Columns) -> CacheError:
     lost = ", ".join(name for name in IDENTITY if name not in old)
     return CacheError(
-        f"{store.path}/samples is damaged ({lost}): which row is whose can't be told any more; "
+        f"{store.path}/samples is damaged ({lost}): it is unknown now which row belongs to which sample; "
         f"delete the store to extract again"
     )
 
 
 def _forget(store: FeatureStore, new: Columns, changed: np.ndarray) -> None:
-    """Mark what was computed from samples that changed as outdated, whichever encoder it is from."""
+    """Mark all features of changed samples as outdated, for every encoder."""
     for features in store.features():
         offsets, shared = new.get(f"items/{features.modality}"), new.get(f"rows/{features.modality}")
         rows = changed if shared is None else np.unique(shared[changed])
@@ -184,7 +184,7 @@ def _forget(store: FeatureStore, new: Columns, changed: np.ndarray) -> None:
 
 
 def _with_sharers(bad_samples: list[JsonObject], new: Columns) -> list[JsonObject]:
-    """Return a ledger that also lists the samples, appended ones maybe, that share a row with one that is listed."""
+    """Return the list of bad samples, extended by samples (such as appended ones) that share a row with one of them."""
     added: list[JsonObject] = []
     for name in [name for name in new if name.startswith("rows/")]:
         lines = {line["id"]: line for line in bad_samples if line["modality"] == name.removeprefix("rows/")}
@@ -197,7 +197,7 @@ def _with_sharers(bad_samples: list[JsonObject], new: Columns) -> list[JsonObjec
 
 
 def _mark_present(bad_samples: Sequence[JsonObject], old: Columns, new: Columns, changed: np.ndarray) -> None:
-    """Keep absent what was found to be unusable, by the ledger or by the column that was there."""
+    """Mark a modality absent if the list of bad samples or the old column says so."""
     bad = {(line["modality"], line["id"]) for line in bad_samples}
     for name in [name for name in new if name.startswith("present/")]:
         modality = name.removeprefix("present/")
@@ -208,32 +208,32 @@ def _mark_present(bad_samples: Sequence[JsonObject], old: Columns, new: Columns,
         new[name] &= usable
 
 
-def _describe(path: Path, dataset: Dataset) -> None:
-    """Write what a store says of its dataset, and when."""
-    about: JsonObject = {
+def _write_metadata(path: Path, dataset: Dataset) -> None:
+    """Write a store's metadata: its dataset, manifest, classes, and the time."""
+    meta: JsonObject = {
         "format": FORMAT,
         "dataset": dataset.name,
         "manifest": dataset.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),
         "classes": list(dataset.classes),
         "extracted": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
-    declare_group(path, {"cachefuse": seal(about)})
+    declare_group(path, {"cachefuse": seal(meta)})
 
 
-def _mend_description(path: Path, dataset: Dataset) -> None:
-    """Write anew what a store says of its dataset if that was cut short or changed; another version's stays."""
+def _repair_metadata(path: Path, dataset: Dataset) -> None:
+    """Write a store's metadata again if it was cut short or changed. Another version's is left alone."""
     try:
-        about = json.loads((path / "zarr.json").read_bytes())["attributes"]["cachefuse"]
-        if about["format"] == FORMAT:
-            unseal(about, path)
+        meta = json.loads((path / "zarr.json").read_bytes())["attributes"]["cachefuse"]
+        if meta["format"] == FORMAT:
+            unseal(meta, path)
     except (FileNotFoundError, ValueError, CacheError):
-        _describe(path, dataset)
-    except (KeyError, TypeError):  # it is not ours
+        _write_metadata(path, dataset)
+    except (KeyError, TypeError):  # not written by cachefuse
         return
 
 
-def _sweep(path: Path) -> None:
-    """Remove what a killed process may have left of a store that it was making, or of a file that it was writing."""
+def _remove_leftovers(path: Path) -> None:
+    """Remove incomplete stores and files of a killed process."""
     for folder in path.parent.glob(f".{path.name}.*/"):
         shutil.rmtree(folder, ignore_errors=True)
     for pattern in ("*.partial", ".*.tmp"):

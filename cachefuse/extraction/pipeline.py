@@ -1,4 +1,4 @@
-"""The stages that samples pass: read and prepare in threads, encode, write in a thread; bounded queues between them."""
+"""The stages of extraction, with bounded queues between: read and prepare in threads, encode, write in a thread."""
 
 import threading
 import time
@@ -16,18 +16,18 @@ from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
 from cachefuse.feature_spec import IDS
 from cachefuse.threads import idle_threads, n_cores
 
-WRITES_AHEAD = 2  # windows encoded and not yet written
+WRITES_AHEAD = 2  # encoded windows that wait for the writer
 T = TypeVar("T")
 STAGES = ("reading", "encoding", "writing")
 
 
 def is_bad(item: object) -> bool:
-    """Whether ``prepare_source`` could not use its source."""
+    """Whether ``prepare_source`` returned an error."""
     return isinstance(item, BadSampleError)
 
 
 def prepare_source(tower: Tower, source: Any) -> Any:
-    """Load and preprocess one source or text; what can't be used comes back as its BadSampleError."""
+    """Load and preprocess one source or text. An unusable one returns its BadSampleError."""
     try:
         if not source:
             raise BadSampleError(f"has no {tower.modality}")
@@ -44,22 +44,22 @@ def prepare_in_order(
     sources: Sequence[Any],
     rows: Iterable[int],
     ahead: int,
-    describe: Callable[[int], str] = lambda row: f"row {row}",
+    row_name: Callable[[int], str] = lambda row: f"row {row}",
 ) -> Iterator[Iterator[Any]]:
-    """Prepare some rows' sources in threads, in order, at most ``ahead`` before they are taken.
+    """Prepare the sources of ``rows`` in threads, in order, at most ``ahead`` of them in advance.
 
-    An error that is not the sample's fault stops everything, and is raised with a note of which sample it was.
+    An error that is not the sample's fault stops everything. It is raised with a note that names the sample.
     """
 
     def prepare(row: int) -> Any:
         try:
             return prepare_source(tower, sources[row])
         except (CachefuseError, OSError, MemoryError) as error:
-            error.add_note(f"while preparing the {tower.modality} of {describe(row)}")
+            error.add_note(f"while preparing the {tower.modality} of {row_name(row)}")
             raise
         except Exception as error:
-            what = f"{type(error).__name__}: {error}"
-            raise EncoderError(f"can't prepare the {tower.modality} of {describe(row)}: {what}") from error
+            cause = f"{type(error).__name__}: {error}"
+            raise EncoderError(f"cannot prepare the {tower.modality} of {row_name(row)}: {cause}") from error
 
     with ThreadPoolExecutor(n_cores(), thread_name_prefix="prepare") as pool:
         try:
@@ -69,7 +69,7 @@ def prepare_in_order(
 
 
 def in_order(pool: ThreadPoolExecutor, function: Callable[[int], T], items: Iterable[int], ahead: int) -> Iterator[T]:
-    """Yield ``function(item)`` in order, computed in the pool at most ``ahead`` items before they are taken."""
+    """Yield ``function(item)`` in order. The pool computes at most ``ahead`` items in advance."""
     waiting: deque[Future[T]] = deque()
     items = iter(items)
     while True:
@@ -80,10 +80,10 @@ def in_order(pool: ThreadPoolExecutor, function: Callable[[int], T], items: Iter
 
 
 def views_to_encode(needed: Mapping[str, np.ndarray]) -> tuple[str, ...]:
-    """Return the views to encode where some rows are missing in each, (n,) bool by view.
+    """Return the views to encode, given the missing rows (n,) bool of each view.
 
-    All but ids come together if one is missing: which of them are asked for may change a model's last bits, and with
-    them what a resumed run writes. Without them ids need no model.
+    If one view other than ids is missing, all are encoded: the set of views may change the last bits of a model's
+    output, and so the bytes of a resumed run. Ids alone need no model.
     """
     missing = {view for view, rows in needed.items() if rows.any()}
     return tuple(view for view in needed if (view in missing if view == IDS else missing - {IDS}))
@@ -93,7 +93,7 @@ def views_to_encode(needed: Mapping[str, np.ndarray]) -> tuple[str, ...]:
 def encode_prepared(
     tower: Tower, prepared: Sequence[Any], views: Sequence[str], batch_size: int
 ) -> dict[str, list[np.ndarray | None]]:
-    """Encode prepared samples in batches of like length, each view in the order given; None where one is bad."""
+    """Encode prepared samples in batches of similar length. Return each view in the given order; None if bad."""
     good = sorted((i for i, item in enumerate(prepared) if not is_bad(item)), key=lambda i: tower.length(prepared[i]))
     values: dict[str, list[np.ndarray | None]] = {view: [None] * len(prepared) for view in views}
     for start in range(0, len(good), batch_size):
@@ -107,10 +107,10 @@ def encode_prepared(
 
 @contextmanager
 def in_background(function: Callable[..., None], ahead: int = WRITES_AHEAD) -> Iterator[Callable[..., None]]:
-    """Give a call that runs ``function`` in a thread, in order, and waits only while ``ahead`` calls are under way.
+    """Yield a function that runs ``function`` in a thread, in order, and waits only if ``ahead`` calls are unfinished.
 
-    An error in the thread is raised by the next call, or at the end, and calls that wait are dropped; so they are by an
-    error outside.
+    The next call, or the end of the block, raises an error of the thread. Then waiting calls are dropped, as they are
+    after an error in the block.
     """
     waiting: deque[Future[None]] = deque()
     failed = threading.Event()
@@ -138,7 +138,7 @@ def in_background(function: Callable[..., None], ahead: int = WRITES_AHEAD) -> I
 
 
 class Clock:
-    """Seconds that the encoding thread spends in each stage; what it waits for most is what holds all of them up."""
+    """Counts the seconds that the encoding thread spends in each stage. The slowest stage is the bottleneck."""
 
     def __init__(self) -> None:
         self._seconds = dict.fromkeys(STAGES, 0.0)
@@ -146,14 +146,14 @@ class Clock:
     @contextmanager
     def spend(self, stage: str) -> Iterator[None]:
         """Count the time of a block."""
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             yield
         finally:
-            # Older time fades, so that what is shown is how things are now.
-            self._seconds[stage] = 0.9 * self._seconds[stage] + time.perf_counter() - begun
+            # Older time fades: the bottleneck is the present one.
+            self._seconds[stage] = 0.9 * self._seconds[stage] + time.perf_counter() - start
 
     @property
     def bottleneck(self) -> str:
-        """The stage that takes most time; while nothing waits for reading or writing that is encoding."""
+        """The stage that takes the most time: encoding, unless it waits for reading or writing."""
         return max(STAGES, key=lambda stage: self._seconds[stage])

@@ -1,4 +1,4 @@
-"""What an extraction will take: rows, bytes, seconds, and whether the disk has room."""
+"""An estimate of an extraction: rows, bytes, seconds, and free disk space."""
 
 import shutil
 import time
@@ -28,14 +28,14 @@ from cachefuse.store.format import DTYPES
 from cachefuse.store.rows import Rows
 from cachefuse.store.store import FeatureStore
 
-MEASURED_TEXTS = 64  # that show how many tokens texts have
-PROBE_BATCHES = 4  # encoded to tell the time, after one that is not counted
-ROOM_TO_LEAVE = 64 << 20
+MEASURED_TEXTS = 64  # to estimate the number of tokens of texts
+PROBE_BATCHES = 4  # encoded to estimate the time, after one that is not counted
+ROOM_TO_LEAVE = 64 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class PlannedView:
-    """One view to make: all of its rows, those still to be computed, and the bytes that a row takes (a mean)."""
+    """One view to extract: all rows, pending rows, and the mean bytes of a row."""
 
     encoder: str
     modality: str
@@ -47,13 +47,13 @@ class PlannedView:
 
     @property
     def n_bytes(self) -> int:
-        """The bytes that are still to be written."""
+        """The bytes of all pending rows."""
         return round(self.pending * self.row_bytes)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What an extraction would do; ``seconds`` by (encoder, modality), ``free`` the bytes that the disk has."""
+    """The plan of an extraction: ``seconds`` by (encoder, modality), ``free`` bytes on the disk."""
 
     store: Path
     views: tuple[PlannedView, ...]
@@ -62,12 +62,12 @@ class Plan:
 
     @property
     def n_bytes(self) -> int:
-        """The bytes that are still to be written."""
+        """The bytes of all pending rows."""
         return sum(view.n_bytes for view in self.views)
 
     @property
     def fits(self) -> bool:
-        """Whether the disk has room for them."""
+        """Whether the disk has room for the pending rows."""
         return has_room(self.n_bytes, self.free)
 
 
@@ -81,9 +81,9 @@ def plan(
     batch_size: int | None = None,
     dtype: str = "float16",
 ) -> Plan:
-    """Say what ``extract`` with the same arguments would take; nothing is written.
+    """Estimate what ``extract`` with the same arguments would take. Nothing is written.
 
-    The time is that of a few batches, measured now, as a share of the rows that are missing.
+    The time is that of a few batches, measured now and scaled to all pending rows.
     """
     request = open_request(dataset, encoders, views, device, batch_size, dtype)
     store = FeatureStore(store_path) if (store_path / "zarr.json").is_file() else None
@@ -92,36 +92,36 @@ def plan(
         sources = dataset.modalities[tower.modality].feature_sources()
         dtypes = request.dtypes(tower)
         missing = {view: _missing(store, spec.short, request, tower, view, len(sources)) for view in dtypes}
-        for view, kind in dtypes.items():
-            n_bytes = row_bytes(tower, sources, view, kind)
+        for view, view_dtype in dtypes.items():
+            n_bytes = row_bytes(tower, sources, view, view_dtype)
             n_missing = int(missing[view].sum())
-            planned.append(PlannedView(spec.short, tower.modality, view, kind, len(sources), n_missing, n_bytes))
+            planned.append(PlannedView(spec.short, tower.modality, view, view_dtype, len(sources), n_missing, n_bytes))
         pending = int(np.logical_or.reduce(list(missing.values())).sum())
         base = base_rows(store, tower) if store is not None and isinstance(tower, DerivedTower) else None
-        a_row = 0.0
+        row_seconds = 0.0
         if pending and base is None:
-            a_row = _seconds_a_row(tower, sources, views_to_encode(missing), request.batch_size)
+            row_seconds = _encode_seconds(tower, sources, views_to_encode(missing), request.batch_size)
         if pending and base is not None and isinstance(tower, DerivedTower):
-            a_row = _seconds_to_derive(tower, base)
-        seconds[(spec.short, tower.modality)] = pending * a_row
+            row_seconds = _derive_seconds(tower, base)
+        seconds[(spec.short, tower.modality)] = pending * row_seconds
     return Plan(store_path, tuple(planned), seconds, free_bytes(store_path))
 
 
 def row_bytes(tower: Tower, sources: Sequence[Any], view: str, dtype: str) -> float:
-    """Return the bytes that a row takes; of tokens that differ in number, by the lengths of some of the texts."""
+    """Return the bytes of a row; for ragged tokens, an estimate from the lengths of some texts."""
     if view == "pooled":
         return float(tower.width * np.dtype(DTYPES[dtype]).itemsize)
     if view == IDS:
         return _mean_length(tower, sources) * np.dtype(DTYPES[dtype]).itemsize
     if tower.token_shape is None:
-        return 0.0  # not known before the first sample
+        return 0.0  # unknown before the first sample
     n_tokens, width = tower.token_shape
     token_bytes = width * np.dtype(DTYPES[dtype]).itemsize + (2 if dtype == "int8" else 0)
     return (_mean_length(tower, sources) if tower.ragged else float(n_tokens)) * token_bytes
 
 
 def _mean_length(tower: Tower, sources: Sequence[Any]) -> float:
-    """Return how many tokens some of the texts have, on average."""
+    """Return the mean number of tokens of some texts."""
     step = max(1, len(sources) // MEASURED_TEXTS)
     prepared = [prepare_source(tower, source) for source in sources[::step][:MEASURED_TEXTS]]
     lengths = [0 if is_bad(item) else tower.length(item) for item in prepared]
@@ -129,24 +129,24 @@ def _mean_length(tower: Tower, sources: Sequence[Any]) -> float:
 
 
 def check_room(store_path: Path, n_bytes: int) -> None:
-    """Raise CacheError if the disk has no room for so many bytes, before any of them is written."""
+    """Raise CacheError if the disk has no room for ``n_bytes``. Call it before writing."""
     free = free_bytes(store_path)
     if not has_room(n_bytes, free):
         raise CacheError(
-            f"the features take {format_bytes(n_bytes)} and {store_path.parent} has {format_bytes(free)} free; "
-            f"free some, use another --workspace, fewer --views, or --dtype int8 for tokens"
+            f"the features take {format_bytes(n_bytes)}, but {store_path.parent} has only {format_bytes(free)} free; "
+            f"free some space, or use another --workspace, fewer --views, or --dtype int8 for tokens"
         )
 
 
 def has_room(n_bytes: int, free: int) -> bool:
-    """Whether a disk with ``free`` bytes takes so many, and keeps some for other things; nothing always fits."""
+    """Whether ``n_bytes`` fit in ``free`` bytes and leave some for other things. Zero bytes always fit."""
     return not n_bytes or n_bytes + ROOM_TO_LEAVE <= free
 
 
 def free_bytes(store_path: Path) -> int:
-    """Return the bytes that are free where a store is, or will be."""
-    there = next(folder for folder in (store_path, *store_path.absolute().parents) if folder.exists())
-    return shutil.disk_usage(there).free
+    """Return the free bytes on the disk of a store, which need not exist yet."""
+    existing = next(folder for folder in (store_path, *store_path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
 
 
 def _missing(
@@ -157,32 +157,31 @@ def _missing(
     features = store.open_features(encoder, tower.modality) if store else None
     if features is not None and store is not None and features.n_written:
         store.check_same(features, request.provenance(tower), request.dtypes(tower))
-        there = min(features.n_rows, n_rows)
-        missing[:there] = False
+        missing[: min(features.n_rows, n_rows)] = False
         rows = features.missing_rows(view)
         missing[rows[rows < n_rows]] = True
     return missing
 
 
-def _seconds_to_derive(tower: DerivedTower, base: Rows) -> float:
-    """Map some rows that are there already, and return the seconds that one takes."""
+def _derive_seconds(tower: DerivedTower, base: Rows) -> float:
+    """Transform some stored rows, and return the seconds per row."""
     rows = base[:MEASURED_TEXTS]
     tower.transform(rows[:1])
-    begun = time.perf_counter()
+    start = time.perf_counter()
     tower.transform(rows)
-    return (time.perf_counter() - begun) / max(1, len(rows))
+    return (time.perf_counter() - start) / max(1, len(rows))
 
 
-def _seconds_a_row(tower: Tower, sources: Sequence[Any], views: Sequence[str], size: int) -> float:
-    """Encode a few batches, spread over the dataset, as extract would, and return the seconds that a row takes."""
+def _encode_seconds(tower: Tower, sources: Sequence[Any], views: Sequence[str], size: int) -> float:
+    """Encode a few batches, spread over the dataset, as extract does, and return the seconds per row."""
     n = min(len(sources), (1 + PROBE_BATCHES) * size)
     rows = np.linspace(0, len(sources) - 1, n).round().astype(int).tolist()
     with prepare_in_order(tower, sources, rows, 2 * size) as prepared:
         first = list(islice(prepared, size)) if n > size else []
         encode_prepared(tower, first, views, size)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         rest = list(prepared) if tower.by_length else []
         while rest or (rest := list(islice(prepared, size))):
             encode_prepared(tower, rest, views, size)
             rest = []
-        return (time.perf_counter() - begun) / (n - len(first))
+        return (time.perf_counter() - start) / (n - len(first))

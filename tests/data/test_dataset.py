@@ -156,7 +156,7 @@ def test_absent_raw_data(tmp_path, manifest):
     assert f"licence: {manifest.licence}" in message
     assert "expected layout:\n  " in message
     assert all(f"  {line}" in message for line in manifest.layout.strip().splitlines())
-    assert message.endswith("put it there, or say where it is with --data-dir DIR")
+    assert message.endswith("put it there, or name its folder with --data-dir DIR")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What every reader shares: its options are its fields, `read` gives the samples, `missing` the files it lacks."""
+"""The interface of readers: options are fields, `read` returns the samples, `missing` the missing files."""
 
 import os
 from abc import ABC, abstractmethod
@@ -18,19 +18,18 @@ def _inside(path: str) -> str:
     return path
 
 
-InsidePath = Annotated[str, AfterValidator(_inside)]  # a manifest may come from anyone: it can't name files elsewhere
+InsidePath = Annotated[str, AfterValidator(_inside)]  # manifests are untrusted: no other folders
 
 
 @dataclass
 class Samples:
-    """Samples as read, before splits and label spaces: parallel lists, one entry a sample, in file order.
+    """Samples as read, before splits and targets: parallel lists, one entry per sample, in file order.
 
-    modalities: a column for each modality that the dataset has, such as "image" and "text".
-    labels: an entry is None where the sample is unlabelled, else its class names (one for multi-class), or the answers
-        that people gave to its question, as they wrote them.
-    task_labels: of a dataset of several tasks, the labels of each by its name; ``labels`` are then all None.
-    groups: rows of one group never fall into two splits of a hash split (several images of one product).
-    notes: what a user should know about this copy of the data, one sentence each.
+    modalities: one column per modality of the dataset, such as "image" and "text".
+    labels: a sample's class names (one for multi-class) or people's raw answers to its question; None if unlabelled.
+    task_labels: with several tasks, each task's labels by name; then all ``labels`` are None.
+    groups: a hash split never separates rows of one group (several images of one product).
+    notes: facts on this copy of the data for the user, one sentence each.
     """
 
     ids: list[str] = field(default_factory=list)
@@ -44,31 +43,31 @@ class Samples:
 
 
 def well_formed(text: str) -> str:
-    """Return text as it can be encoded: JSON may hold half of a surrogate pair, which becomes a question mark."""
+    """Return text that can be encoded: half a surrogate pair, possible in JSON, becomes a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def is_inside(path: Path, root: Path) -> bool:
-    """Return whether a path lies below the root with all links followed; those of an archive may lead anywhere."""
+    """Whether a path lies below the root after following all links: links of an archive may lead anywhere."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def check_inside(path: Path, root: Path) -> Path:
-    """Return the path. Raises DataError if a link on it leaves the root."""
+    """Return the path. Raises DataError if it leaves the root through a link."""
     if not is_inside(path, root):
         raise DataError(f"{path}: lies outside the data folder {root}")
     return path
 
 
 class Reader(BaseModel, ABC):
-    """Options as fields, unknown keys refused. Reading is pure: it never writes into the data folder."""
+    """Options are fields; unknown keys are errors. A reader never writes into the data folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @abstractmethod
     def missing(self, root: Path) -> list[str]:
-        """Files and folders that this reader needs and that are not under ``root``; empty if all are there."""
+        """Return the files and folders that this reader needs but that are not under ``root``."""
 
     @abstractmethod
     def read(self, root: Path) -> Samples:
-        """Read every sample under ``root``. Raises DataError, naming the file, where it is not as declared."""
+        """Read every sample under ``root``. Raises DataError, naming the file, if its content is not as declared."""

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100: images of 32 x 32 pixels from the binary files, or from folders (Krizhevsky, 2009)."""
+"""CIFAR-10 and CIFAR-100: images of 32 x 32 pixels, from the binary files or from folders (Krizhevsky, 2009)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,21 +23,21 @@ SPLITS = ("train", "test")
 
 
 class Layout(NamedTuple):
-    """The files of one of the datasets: where they lie, by split, and the labels before each image's bytes."""
+    """The files of one variant, by split, and the label bytes before each image."""
 
     folder: str
     archive: str
     files: dict[str, tuple[str, ...]]
-    label_sizes: tuple[int, ...]  # how many classes each label byte tells apart, the last those that are learnt
+    label_sizes: tuple[int, ...]  # classes per label byte; the last byte is the target
     names: str
-    pickles: tuple[str, ...]  # what the python version leaves
+    pickles: tuple[str, ...]  # files of the python version
 
     @property
     def all_files(self) -> list[str]:
         return [file for split in SPLITS for file in self.files[split]]
 
     def binary_folder(self, root: Path) -> Path | None:
-        """Return the folder that has most of the files, or None if there are none."""
+        """Return the folder with most of the files, or None without any."""
         counts = {f: sum((f / file).is_file() for file in self.all_files) for f in (root, root / self.folder)}
         best = max(counts, key=lambda folder: counts[folder])
         return best if counts[best] else None
@@ -76,7 +76,7 @@ CLASSES = {
 
 @dataclass(frozen=True, slots=True)
 class CifarImage:
-    """One row of a binary file, of which its own bytes alone are read; ``start`` is the first of its pixels."""
+    """One row of a binary file. Only its own bytes are read; ``start`` is the position of its first pixel."""
 
     path: Path
     row: int
@@ -107,7 +107,7 @@ class CifarImage:
 
 
 class CifarReader(Reader):
-    """The binary files if they are there, else the folders `train/<class>/` and `test/<class>/` of images.
+    """Reads the binary files, or else the image folders `train/<class>/` and `test/<class>/`.
 
     Ids of the binary version are "<split>-<number of the row>", in the order of the files.
     """
@@ -123,13 +123,13 @@ class CifarReader(Reader):
         if _class_folders(root):
             return []
         pickles = [name for name in layout.pickles if (root / name).exists()]
-        instead = "or train/<class>/ and test/<class>/"
+        alternative = "or train/<class>/ and test/<class>/"
         if pickles:
-            instead = (
-                f"{pickles[0]} is of the python version, a pickle, which can run any code when it is read; "
-                f"take the binary version, {layout.archive}"
+            alternative = (
+                f"{pickles[0]} is a pickle of the python version, which can run any code when it is read; "
+                f"get the binary version, {layout.archive}"
             )
-        return [f"{layout.all_files[0]} ({instead})"]
+        return [f"{layout.all_files[0]} ({alternative})"]
 
     def read(self, root: Path) -> Samples:
         layout = LAYOUTS[self.variant]
@@ -151,10 +151,12 @@ class CifarReader(Reader):
         names = CLASSES[self.variant].split()
         if not path.is_file():
             return tuple(names)
-        found = [line.strip() for _, line in read_lines(check_inside(path, root))]
-        if len(found) != len(names) or len(set(found)) != len(names):
-            raise DataError(f"{path.name}: must name {len(names)} classes, one a line. Got {len(set(found))} instead")
-        return tuple(found)
+        listed = [line.strip() for _, line in read_lines(check_inside(path, root))]
+        if len(listed) != len(names) or len(set(listed)) != len(names):
+            raise DataError(
+                f"{path.name}: must name {len(names)} classes, one per line. Got {len(set(listed))} instead"
+            )
+        return tuple(listed)
 
     def _add(
         self, samples: Samples, images: list[CifarImage], classes: tuple[str, ...], split: str, paths: list[Path]
@@ -171,11 +173,11 @@ class CifarReader(Reader):
 
 
 def _read_labels(path: Path, sizes: tuple[int, ...]) -> Iterator[int]:
-    """Yield each row's last label. Raises DataError for a file that is not made of such rows."""
+    """Yield each row's last label. Raises DataError if the file does not consist of such rows."""
     row_bytes, n_bytes = len(sizes) + PIXELS, path.stat().st_size
     if not 0 < n_bytes <= MAX_BYTES or n_bytes % row_bytes:
-        limit = f"rows of {row_bytes:,} bytes, {MAX_BYTES:,} in all at most"
-        raise DataError(f"{path.name}: must be {limit}. Got {n_bytes:,} bytes instead")
+        expected = f"rows of {row_bytes:,} bytes, at most {MAX_BYTES:,} in total"
+        raise DataError(f"{path.name}: must have {expected}. Got {n_bytes:,} bytes instead")
     row = 0
     with path.open("rb") as file:
         while data := file.read(ROWS_AT_ONCE * row_bytes):

@@ -1,4 +1,4 @@
-"""COCO captions: photographs with about five captions each (arXiv:1504.00325), in the division of 2017 or of 2014."""
+"""COCO captions: photographs with about five captions each (arXiv:1504.00325), with the splits of 2017 or 2014."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +11,7 @@ from cachefuse.data.readers.json_file import list_of_objects, read_json
 from cachefuse.errors import DataError
 from cachefuse.files import JsonObject
 
-YEARS = ("2017", "2014")  # both divide the same photographs, so one of them is taken
+YEARS = ("2017", "2014")  # both split the same photographs: only one year is read
 SPLITS = ("train", "val")
 MAX_JSON_BYTES = 200_000_000  # the largest has 92 MB
 KEPT = frozenset(("images", "annotations", "id", "file_name", "image_id", "caption"))
@@ -19,14 +19,14 @@ KEPT = frozenset(("images", "annotations", "id", "file_name", "image_id", "capti
 
 @dataclass
 class Photographs:
-    """The images of all splits so far, None where one lies elsewhere, and each one's captions."""
+    """The images of all splits so far, None for a link out of the folder, and the captions of each."""
 
     images: list[FileImage | None] = field(default_factory=list)
     captions: list[tuple[str, ...]] = field(default_factory=list)
 
 
 class CocoCaptionsReader(Reader):
-    """Every image of a year's annotation files, with all its captions; the id is the image's number there."""
+    """Reads every image of a year's annotation files, with all its captions. The id is the image's number there."""
 
     def missing(self, root: Path) -> list[str]:
         if any(_splits(root, year) for year in YEARS):
@@ -36,19 +36,26 @@ class CocoCaptionsReader(Reader):
 
     def read(self, root: Path) -> Samples:
         samples, photographs = Samples(), Photographs()
-        found = {year: splits for year in YEARS if (splits := _splits(root, year))}
-        if not found:
+        splits_by_year = {year: splits for year in YEARS if (splits := _splits(root, year))}
+        if not splits_by_year:
             raise DataError(f"{root}: has no {' and no '.join(self.missing(root))}")
-        year = max(found, key=lambda year: len(found[year]))  # the first of equals
-        others = [other for other in found if other != year]
+        year = max(splits_by_year, key=lambda year: len(splits_by_year[year]))  # the first of equals
+        others = [other for other in splits_by_year if other != year]
         if others:
-            samples.notes.append(f"takes the division of {year}, and leaves out that of {', '.join(others)}")
+            samples.notes.append(f"takes the splits of {year}, and leaves out those of {', '.join(others)}")
         for split in SPLITS:
-            if split not in found[year]:
-                lacks = f"annotations/{_file(split, year)} or {split}{year}/"
-                samples.notes.append(f"has no {split} split: {lacks} is not there")
+            if split not in splits_by_year[year]:
+                missing = f"annotations/{_file(split, year)} or {split}{year}/"
+                samples.notes.append(f"has no {split} split: {missing} is missing")
                 continue
-            _add(samples, photographs, split, root / "annotations" / _file(split, year), found[year][split], root)
+            _add(
+                samples,
+                photographs,
+                split,
+                root / "annotations" / _file(split, year),
+                splits_by_year[year][split],
+                root,
+            )
         samples.modalities = {"image": Column(photographs.images), "text": Column.texts(photographs.captions)}
         return samples
 
@@ -58,13 +65,13 @@ def _file(split: str, year: str) -> str:
 
 
 def _splits(root: Path, year: str) -> dict[str, Path]:
-    """Return the folder of images of each split that has one and its annotations."""
-    found = {}
+    """Return the image folder of each split that has both images and annotations."""
+    image_folders = {}
     for split in SPLITS:
         folders = [folder for folder in (root, root / "images") if (folder / f"{split}{year}").is_dir()]
         if folders and (root / "annotations" / _file(split, year)).is_file():
-            found[split] = folders[0] / f"{split}{year}"
-    return found
+            image_folders[split] = folders[0] / f"{split}{year}"
+    return image_folders
 
 
 def _add(samples: Samples, photographs: Photographs, split: str, path: Path, folder: Path, root: Path) -> None:
@@ -88,9 +95,9 @@ def _add(samples: Samples, photographs: Photographs, split: str, path: Path, fol
 
 
 def _read_annotations(path: Path) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
-    """Return each image's id and file name, and the captions by image. Raises DataError if the file is otherwise."""
-    # Most of the file is addresses and licences, of which nothing is kept.
-    content = read_json(path, MAX_JSON_BYTES, "COCO", lambda found: {k: found[k] for k in KEPT & found.keys()})
+    """Return each image's id and file name, and the captions by image. Raises DataError for other content."""
+    # Most of the file is addresses and licences: they are dropped.
+    content = read_json(path, MAX_JSON_BYTES, "COCO", lambda entry: {k: entry[k] for k in KEPT & entry.keys()})
     images = [
         (_id(image, "id", f"{path.name}: image {i}"), _plain_name(image, f"{path.name}: image {i}"))
         for i, image in enumerate(list_of_objects(content, "images", path), start=1)
@@ -115,7 +122,7 @@ def _id(entry: JsonObject, key: str, where: str) -> str:
 
 
 def _plain_name(image: JsonObject, where: str) -> str:
-    """Return an image's file name. Raises DataError for a path: it could lead out of the folder."""
+    """Return an image's file name. Raises DataError for a path, which could leave the folder."""
     name = image.get("file_name")
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
         raise DataError(f"{where} must have a file_name without folders. Got {str(name)[:80]!r} instead")

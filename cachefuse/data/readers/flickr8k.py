@@ -1,4 +1,4 @@
-"""Flickr8k: photographs with five captions each, and lists that divide them (Hodosh, Young, Hockenmaier, 2013)."""
+"""Flickr8k: photographs with five captions each, and lists of the splits (Hodosh, Young, Hockenmaier, 2013)."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from cachefuse.data.images import FileImage
 from cachefuse.data.readers.base import Reader, Samples
 from cachefuse.errors import DataError
 
-IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset")  # the second is spelt as in the original archive
+IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset")  # the original archive spells the second one so
 CAPTION_FILES = ("captions.txt", "Flickr8k.token.txt", "Flickr8k_text/Flickr8k.token.txt")
 SPLIT_FILES = {
     "train": "Flickr_8k.trainImages.txt",
@@ -19,7 +19,7 @@ SPLIT_FILES = {
 
 
 class Flickr8kReader(Reader):
-    """Every image that a split lists, with all its captions; the id is the file's name without its extension."""
+    """Reads every image in a split list, with all its captions. The id is the file's name without extension."""
 
     def missing(self, root: Path) -> list[str]:
         missing = []
@@ -57,8 +57,8 @@ def _read_captions(path: Path) -> dict[str, list[str]]:
     separator = "\t" if tabs else ","
     captions: dict[str, list[str]] = {}
     for number, line in _lines(path):
-        name, found, caption = line.partition(separator)
-        if not found:
+        name, separated, caption = line.partition(separator)
+        if not separated:
             expected = "name#number<TAB>caption" if tabs else "name,caption"
             raise DataError(f"{path.name} line {number}: expected {expected}. Got {line[:80]!r} instead")
         if number == 1 and line.lower() == "image,caption":
@@ -72,13 +72,13 @@ def _read_captions(path: Path) -> dict[str, list[str]]:
 
 
 def _unquote(caption: str) -> str:
-    # Only a caption quoted as a whole is csv quoting; any other quote mark is part of the sentence.
+    # Quotes around the whole caption are csv quoting; all others are part of the sentence.
     quoted = re.fullmatch(r'"((?:[^"]|"")*)"', caption)
     return quoted[1].replace('""', '"').strip() if quoted else caption
 
 
 def _read_splits(root: Path, notes: list[str]) -> dict[str, str]:
-    """Return each listed file name's split; none, with a note, if there are no lists."""
+    """Return the split of each listed file name. If lists are missing, this adds a note."""
     splits: dict[str, str] = {}
     absent = []
     for split, file in SPLIT_FILES.items():

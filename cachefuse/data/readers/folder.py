@@ -1,4 +1,4 @@
-"""A folder of images whose sub-folders are the classes."""
+"""A folder of images with one sub-folder per class."""
 
 import os
 from collections.abc import Iterator
@@ -15,9 +15,9 @@ EXTENSIONS = frozenset(
 
 
 class FolderReader(Reader):
-    """`<split>/<class>/...` for each of ``splits``, or `<class>/...` straight under the root, all in the train split.
+    """Reads `<split>/<class>/...` for each of ``splits``, or `<class>/...` in the root, all in the train split.
 
-    The class is the first folder below the split's; images that lie in the split's own folder are unlabelled.
+    The class is the first folder below the split's. Images directly in the split's folder are unlabelled.
     The id is the path below the root, with forward slashes.
     """
 
@@ -45,21 +45,21 @@ class FolderReader(Reader):
 
 
 def links_out(folder: Path, root: Path) -> set[str]:
-    """Return the names of a folder's links that leave the root. Raises DataError if the folder itself is one."""
+    """Return the names of links in a folder that leave the root. Raises DataError if the folder itself is one."""
     with os.scandir(check_inside(folder, root)) as entries:
         return {entry.name for entry in entries if entry.is_symlink() and not is_inside(Path(entry.path), root)}
 
 
 def note_links(notes: list[str], links: list[str]) -> None:
-    """Note how many links were not followed, if any."""
+    """Add a note on links that were not followed, if any."""
     if links:
         notes.append(f"skipped {len(links):,} links that leave the data folder, such as {min(links)}")
 
 
 def image_paths(root: Path, folder: str, links: list[str]) -> Iterator[Path]:
-    """Yield the images at any depth below a folder, as paths relative to the root; list the links that leave it.
+    """Yield the images at any depth below a folder, as paths relative to the root.
 
-    Raises DataError if the folder itself is such a link.
+    Links that leave the root are added to ``links``. Raises DataError if the folder itself is such a link.
     """
     for parent, folders, files in os.walk(check_inside(root / folder, root)):
         folders[:] = [name for name in folders if not name.startswith(".")]

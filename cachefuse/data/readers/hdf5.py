@@ -1,4 +1,4 @@
-"""HDF5 files with one dataset a column, such as the image, the text and the label of every row."""
+"""HDF5 files with one dataset per column, such as the image, text and label of every row."""
 
 import re
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from cachefuse.errors import BadSampleError, DataError
 
 @dataclass(frozen=True, slots=True)
 class ArrayImage:
-    """One row of a dataset of images, (N, H, W, 3) or (N, 3, H, W); its file is opened when it is first needed."""
+    """One row of a dataset of images, (N, H, W, 3) or (N, 3, H, W). Its file is opened on demand."""
 
     DTYPE: ClassVar[str] = "uint8"
     path: Path
@@ -35,7 +35,7 @@ class ArrayImage:
         return Image.fromarray(np.ascontiguousarray(self.to_rgb(self._read())))
 
     def to_rgb(self, values: np.ndarray) -> np.ndarray:
-        """Return (H, W, 3) uint8 from a row as it is stored."""
+        """Convert a stored row to (H, W, 3) uint8."""
         return values if values.shape[-1] == 3 else values.transpose(1, 2, 0)
 
     def fingerprint(self) -> str:
@@ -44,12 +44,12 @@ class ArrayImage:
     def digest(self) -> str:
         try:
             values = self._read()
-        except BadSampleError:  # its reason would not do: h5py's name paths, addresses and times
+        except BadSampleError:  # not its reason: h5py's have paths, addresses and times
             return hash_parts("unusable", "can't be read")
         return hash_parts("array", values.dtype.str, str(values.shape), values.tobytes())
 
     def _read(self) -> np.ndarray:
-        """Return the row as it is stored. Raises BadSampleError if it can't be read, OSError if the machine fails."""
+        """Return the stored row. Raises BadSampleError if it is not readable, OSError if the machine fails."""
         try:
             dataset = image_column(open_shared(self.path), self.key, self.DTYPE)
             if not 0 <= self.row < len(dataset):
@@ -63,13 +63,13 @@ class ArrayImage:
 
 
 class Hdf5Reader(Reader):
-    """One file a split; image, text, labels, id and group are the keys of datasets, the same in every file."""
+    """Reads one file per split. image, text, labels, id and group are the keys of datasets, the same in every file."""
 
     files: dict[str, InsidePath] = Field(min_length=1)  # split -> file
     image: str | None = None
     text: str | None = None
     labels: str | None = None
-    label_separator: str | None = None  # left out: one label a row
+    label_separator: str | None = None  # left out: one label per row
     id: str | None = None  # left out: "<split>-<row>"
     group: str | None = None
     encoding: str = "utf-8"
@@ -81,7 +81,7 @@ class Hdf5Reader(Reader):
         try:
             b"a".decode(encoding)
         except (LookupError, UnicodeError):
-            raise ValueError(f"unknown text encoding {encoding!r}; usual ones are utf-8 and latin-1") from None
+            raise ValueError(f"unknown text encoding {encoding!r}; use one such as utf-8 or latin-1") from None
         return encoding
 
     @model_validator(mode="after")
@@ -118,14 +118,14 @@ class Hdf5Reader(Reader):
             samples.groups += self._column(file, self.group)
 
     def _images(self, file: h5py.File, path: Path) -> list[ArrayImage]:
-        """Return a file's images. Raises DataError if its dataset holds none."""
+        """Return a file's images. Raises DataError if its dataset has other data."""
         if not self.image:
             return []
         n = len(image_column(file, self.image, ArrayImage.DTYPE))
         return [ArrayImage(path, self.image, row) for row in range(n)]
 
     def _texts(self, file: h5py.File) -> list[tuple[str, ...]]:
-        """Return each row's text, () where it is empty."""
+        """Return each row's text, or () if it is empty."""
         texts = self._column(file, self.text) if self.text else []
         if self.drop_first_sentence:
             texts = [without_first_sentence(text) for text in texts]
@@ -144,7 +144,7 @@ class Hdf5Reader(Reader):
 
 
 def without_first_sentence(text: str) -> str:
-    """Return what follows the first sentence; nothing if there is only one."""
+    """Return a text without its first sentence."""
     return "".join(re.split(r"(?<=[.!?])\s+", text, maxsplit=1)[1:])
 
 

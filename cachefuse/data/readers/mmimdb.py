@@ -32,7 +32,7 @@ _ID = re.compile(r"[A-Za-z0-9_-]{1,32}")
 
 @dataclass(frozen=True)
 class Film:
-    """One row of either layout, before its genres are filtered."""
+    """One row of either layout, with all its genres."""
 
     id: str
     split: str
@@ -43,12 +43,12 @@ class Film:
 
 @dataclass(frozen=True, slots=True)
 class VggImage(ArrayImage):
-    """A poster stored as input to VGG: (3, H, W) int32, blue first, channel means subtracted."""
+    """A poster stored as input of VGG: (3, H, W) int32, blue first, channel means subtracted."""
 
     DTYPE: ClassVar[str] = "int32"
 
     def to_rgb(self, values: np.ndarray) -> np.ndarray:
-        # The writer cut `pixel - mean` towards zero, so rounding away from it gives the pixel back.
+        # The writer rounded `pixel - mean` towards zero: rounding away from zero restores the pixel.
         restored = np.clip(values, -255, 255).astype(np.float32) + BGR_MEANS
         restored = np.where(values < 0, np.floor(restored), np.ceil(restored))
         bgr: np.ndarray = np.clip(restored, 0, 255).astype(np.uint8)
@@ -56,16 +56,16 @@ class VggImage(ArrayImage):
 
 
 class MmImdbReader(Reader):
-    """The raw archive if it is there, else the HDF5 file, with plots from the archive's json files beside it.
+    """Reads the raw archive, or else the HDF5 file with plots from the archive's json files beside it.
 
-    drop_genres: genres that are not classes; a film that has no other is dropped.
+    drop_genres: genres that are not classes; films without other genres are dropped.
     """
 
     drop_genres: tuple[str, ...] = ("News", "Adult", "Talk-Show", "Reality-TV")
 
     def missing(self, root: Path) -> list[str]:
-        found = _raw_folder(root) or _hdf5_file(root)
-        return [] if found else [f"split.json with dataset/ (or {HDF5_NAME})"]
+        source = _raw_folder(root) or _hdf5_file(root)
+        return [] if source else [f"split.json with dataset/ (or {HDF5_NAME})"]
 
     def read(self, root: Path) -> Samples:
         images: list[Source] = []
@@ -77,7 +77,7 @@ class MmImdbReader(Reader):
         elif file is not None:
             films = _read_hdf5(file, samples)
         else:
-            raise DataError(f"{root}: neither split.json with dataset/ nor {HDF5_NAME} is there")
+            raise DataError(f"{root}: has neither split.json with dataset/ nor {HDF5_NAME}")
         self._add(samples, films, images, plots)
         return samples
 
@@ -145,7 +145,7 @@ def _read_split_file(path: Path) -> dict[str, list[str]]:
 
 
 def _check_id(film: object, origin: str) -> None:
-    # Ids become file names, so one with a slash would leave the folder; as numbers they would have lost their zeros.
+    # Ids become file names: one with a slash would leave the folder, and a number has lost its leading zeros.
     if not isinstance(film, str) or not _ID.fullmatch(film):
         raise DataError(f"{origin}: a film id must be a string of letters and digits. Got {film!r} instead")
 
@@ -214,19 +214,19 @@ def _read_genres(file: h5py.File, name: str, samples: Samples) -> list[tuple[str
 
 
 def _read_split_attribute(file: h5py.File, name: str, n: int) -> list[str]:
-    """Return each row's split, "" where it has none, from the array of row ranges that the fuel library writes."""
+    """Return each row's split, or "" without one, from the array of row ranges of the fuel library."""
     table = file.attrs.get("split")
     dtype: np.dtype = getattr(table, "dtype", np.dtype(object))
     kinds = {field: dtype[field].base.kind for field in dtype.names or ()}
     if [kinds.get(field) for field in ("split", "source", "start", "stop")] != ["S", "S", "i", "i"]:
         raise DataError(f"{name}: attribute split must be an array of split, source, start and stop")
     rows = table.ravel()
-    of_genres = rows[rows["source"] == b"genres"]  # every column is listed, with the same ranges
+    genre_rows = rows[rows["source"] == b"genres"]  # every column is listed, with the same ranges
     splits = [""] * n
-    for row in of_genres if len(of_genres) else rows:
+    for row in genre_rows if len(genre_rows) else rows:
         split, start, stop = row["split"].decode("ascii", "replace"), row["start"].item(), row["stop"].item()
         if split not in SPLITS:
-            raise DataError(f"{name}: unknown split {split!r}; the known ones are: {', '.join(SPLITS)}")
+            raise DataError(f"{name}: unknown split {split!r}; expected one of: {', '.join(SPLITS)}")
         if not 0 <= start <= stop <= n or ("indices" in kinds and row["indices"]):
             raise DataError(f"{name}: split {split!r} must be a range of {n:,} rows. Got {start:,} to {stop:,} instead")
         splits[start:stop] = [SPLITS[split]] * (stop - start)
@@ -234,15 +234,15 @@ def _read_split_attribute(file: h5py.File, name: str, n: int) -> list[str]:
 
 
 def _plots_beside(path: Path, ids: list[str], samples: Samples) -> list[str]:
-    """Return each film's longest plot from `dataset/<id>.json` beside the HDF5 file, "" where there is none."""
+    """Return each film's longest plot from `dataset/<id>.json` beside the HDF5 file, or "" without one."""
     folder = path.parent / "dataset"
     plots = [_longest_plot(_read_film(folder / f"{film}.json") or {}) for film in ids] if folder.is_dir() else []
     n_plots = sum(map(bool, plots))
     if not n_plots:
         del samples.modalities["text"]
         samples.notes.append(
-            f"the text modality is absent: {path.name} holds only word numbers, no plots; "
-            "to have it, put dataset/<id>.json of the raw archive (mmimdb.tar.gz) beside the file"
+            f"the text modality is absent: {path.name} has only word numbers, no plots; "
+            "to add it, put dataset/<id>.json of the raw archive (mmimdb.tar.gz) beside the file"
         )
         return [""] * len(ids)
     if n_plots < len(ids):

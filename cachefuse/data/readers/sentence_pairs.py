@@ -1,4 +1,4 @@
-"""Pairs of sentences in tab-separated files, with a score or a class each: STS benchmark, MRPC, QQP, one's own."""
+"""Pairs of sentences in tab-separated files, each with a score or a class: STS benchmark, MRPC, QQP, your own."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +10,7 @@ from cachefuse.data.readers.base import InsidePath, Reader, Samples, check_insid
 from cachefuse.data.readers.lines import read_lines
 from cachefuse.errors import DataError
 
-FEW_BROKEN, BROKEN_SHARE = 10, 0.01  # lines that a file may have cut short, whichever is more
+FEW_BROKEN, BROKEN_SHARE = 10, 0.01  # a file may have so many incomplete lines, whichever is more
 
 Paths = Annotated[
     tuple[InsidePath, ...],
@@ -20,14 +20,14 @@ Paths = Annotated[
 
 
 class SentencePairsReader(Reader):
-    """One file a split, of which the first that is there is taken; a split may have none, if another has one.
+    """Reads one file per split: the first existing one of its names. A split may be missing if another exists.
 
-    Nothing is quoted: a quote mark is text. Columns after those of the header are ignored. A sentence may be empty,
-    and stays one of two. A file without the label column is unlabelled, and so is a row where it is empty.
+    There is no quoting: a quote mark is text. Columns after those of the header are ignored. A sentence may be empty.
+    A file without the label column is unlabelled, and so is a row with an empty label.
     """
 
-    files: dict[str, Paths] = Field(min_length=1)  # split -> file, or several that it may be
-    header: tuple[str, ...] | None = None  # column names, for files that have none
+    files: dict[str, Paths] = Field(min_length=1)  # split -> file, or several possible files
+    header: tuple[str, ...] | None = None  # column names, for files without a header
     texts: tuple[str, str] = ("sentence1", "sentence2")
     label: str = "score"
     id: str | None = None  # left out: "<split>-<number of the row>"
@@ -40,16 +40,16 @@ class SentencePairsReader(Reader):
         return texts
 
     def missing(self, root: Path) -> list[str]:
-        return [] if self._found(root) else [paths[0] for paths in self.files.values()]
+        return [] if self._existing(root) else [paths[0] for paths in self.files.values()]
 
     def read(self, root: Path) -> Samples:
         pairs: list[tuple[str, ...]] = []
         samples = Samples(modalities={"text": Column.texts(pairs)})
-        found = self._found(root)
-        absent = [f"{split} ({' or '.join(paths)})" for split, paths in self.files.items() if split not in found]
+        files = self._existing(root)
+        absent = [f"{split} ({' or '.join(paths)})" for split, paths in self.files.items() if split not in files]
         if absent:
             samples.notes.append(f"some splits have no file: {', '.join(absent)}")
-        tables = {split: (file, self._columns(root, file)) for split, file in found.items()}
+        tables = {split: (file, self._columns(root, file)) for split, file in files.items()}
         if tables and not any(self.label in columns for _, columns in tables.values()):
             file, columns = next(iter(tables.values()))
             raise _no_column(file, self.label, "label", columns)
@@ -57,13 +57,13 @@ class SentencePairsReader(Reader):
             self._add(samples, pairs, split, root / file, columns)
         return samples
 
-    def _found(self, root: Path) -> dict[str, str]:
+    def _existing(self, root: Path) -> dict[str, str]:
         """Return the file of each split that has one."""
-        there = {split: [path for path in paths if (root / path).is_file()] for split, paths in self.files.items()}
-        return {split: paths[0] for split, paths in there.items() if paths}
+        existing = {split: [path for path in paths if (root / path).is_file()] for split, paths in self.files.items()}
+        return {split: paths[0] for split, paths in existing.items() if paths}
 
     def _columns(self, root: Path, file: str) -> tuple[str, ...]:
-        """Return a file's column names. Raises DataError if one that is needed is not among them, or is twice."""
+        """Return a file's column names. Raises DataError if a needed column is missing, or occurs twice."""
         first = next(read_lines(check_inside(root / file, root)), None)
         if first is None:
             raise DataError(f"{file}: the file is empty")
@@ -72,15 +72,15 @@ class SentencePairsReader(Reader):
             for name in names:
                 if name not in columns:
                     raise _no_column(file, name, key, columns)
-        twice = [name for name in (*self.texts, self.label, self.id) if name and columns.count(name) > 1]
-        if twice:
-            raise DataError(f"{file}: column {twice[0]!r} occurs twice")
+        repeated = [name for name in (*self.texts, self.label, self.id) if name and columns.count(name) > 1]
+        if repeated:
+            raise DataError(f"{file}: column {repeated[0]!r} occurs twice")
         return columns
 
     def _add(
         self, samples: Samples, pairs: list[tuple[str, ...]], split: str, path: Path, columns: tuple[str, ...]
     ) -> None:
-        """Add the rows of a file, without the lines that are cut short. Raises DataError if those are many."""
+        """Add the rows of a file, without incomplete lines. Raises DataError if there are many of those."""
         index = {name: i for i, name in enumerate(columns)}
         broken: list[int] = []
         lines = read_lines(path)
@@ -99,8 +99,8 @@ class SentencePairsReader(Reader):
             pairs.append((values[index[self.texts[0]]], values[index[self.texts[1]]]))
         if len(broken) > max(FEW_BROKEN, BROKEN_SHARE * n_lines) or 2 * len(broken) > n_lines:
             raise DataError(
-                f"{path.name} line {broken[0]}: must have {len(columns)} columns with a tab between them, and has "
-                f"fewer; so have {len(broken):,} of {n_lines:,} lines"
+                f"{path.name} line {broken[0]}: must have {len(columns)} columns, separated by tabs, but has "
+                f"fewer, as have {len(broken):,} of {n_lines:,} lines"
             )
         if broken:
             samples.notes.append(f"skipped {len(broken):,} broken lines of {path.name}, such as line {broken[0]}")

@@ -1,4 +1,4 @@
-"""The built-in dataset: drawn shapes with captions, where neither modality alone can tell every class."""
+"""The built-in dataset: drawn shapes with captions. Neither modality alone shows every class."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _PLACES = (
 
 @dataclass(frozen=True, slots=True)
 class ShapeImage:
-    """A drawing that is made anew, the same each time, when it is loaded."""
+    """A drawing that is made when it is loaded, always the same."""
 
     seed: int
     form: str
@@ -75,7 +75,7 @@ def _outline(form: str, centre: np.ndarray, radius: float, tilt: float) -> list[
 
 
 class ShapesReader(Reader):
-    """Samples from a seed: no files. The test split is unlabelled, as in a competition."""
+    """Makes samples from a seed, without files. The test split is unlabelled, as in a competition."""
 
     train: int = Field(default=2400, ge=1, le=1_000_000)
     test: int = Field(default=600, ge=0, le=1_000_000)
@@ -107,7 +107,7 @@ class ShapesReader(Reader):
 
 
 def joint_classes(material: str, large: bool) -> tuple[str, ...]:
-    """The classes that neither the image (size) nor the text (material) shows alone."""
+    """Return the classes that need both the image (size) and the text (material)."""
     if material == "metal":
         return ("heavy",) if large else ()
     if material == "glass":

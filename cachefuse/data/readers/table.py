@@ -1,4 +1,4 @@
-"""Tables: csv, tsv, jsonl and parquet files, one row a sample."""
+"""Tables: csv, tsv, jsonl and parquet files with one row per sample."""
 
 import json
 import re
@@ -14,38 +14,38 @@ from cachefuse.data.readers.csv_text import read_csv
 from cachefuse.data.readers.lines import TEXT_ERRORS
 from cachefuse.errors import DataError
 
-Cell = object  # text of csv; of parquet and jsonl also a number, a list or nothing
+Cell = object  # a text; in parquet and jsonl also a number, a list or null
 TableColumns = dict[str, list[Cell]]
 _PLACE = re.compile(r"\{([^{}]*)\}")
 
 
 class TableReader(Reader):
-    """One file a split, or one file with a column that names the split.
+    """Reads one file per split, or one file with a column that names the split.
 
     id, image and text are each a column, or a template over columns: ``image = "photos/{ImageID}.jpg"``. ``modalities``
-    names the columns of others, ``{ report = "Report", vitals = "Vitals" }``: of texts, or, in jsonl and parquet, of
-    lists of numbers and other values. A column of lists of texts gives several texts a sample.
-    A file without the labels column is unlabelled, and so is a row where it is null.
+    names the columns of other modalities, ``{ report = "Report", vitals = "Vitals" }``. Their cells are texts, or in
+    jsonl and parquet also lists of numbers and other values. A list of texts gives a sample several texts.
+    A file without the labels column is unlabelled, and so is a row with a null label.
     """
 
     files: dict[str, InsidePath] = Field(min_length=1)  # split -> file
     id: str | None = None  # left out: the row's number
     image: str | None = None
     text: str | None = None
-    modalities: dict[str, str] = Field(default={})  # any others -> column or template
+    modalities: dict[str, str] = Field(default={})  # other modality -> column or template
     labels: str | None = None
-    separator: str | None = None  # between several labels of a row; left out: one label a row
-    split: str | None = None  # a column that overrides the file's split where it is not empty
+    separator: str | None = None  # between several labels of a row; left out: one label per row
+    split: str | None = None  # a column that overrides the file's split unless it is empty
     group: str | None = None
-    header: tuple[str, ...] | None = None  # column names, for files that have none
+    header: tuple[str, ...] | None = None  # column names, for files without a header
     _tasks: dict[str, tuple[str, bool]] = PrivateAttr(default_factory=dict)
 
     @field_validator("modalities")
     @classmethod
     def _named_once(cls, modalities: dict[str, str], info: ValidationInfo) -> dict[str, str]:
-        twice = [name for name in modalities if info.data.get(name) and name in ("image", "text")]
-        if twice:
-            raise ValueError(f"{twice[0]!r} is declared twice, here and as reader.{twice[0]}")
+        repeated = [name for name in modalities if info.data.get(name) and name in ("image", "text")]
+        if repeated:
+            raise ValueError(f"{repeated[0]!r} is declared twice, here and as reader.{repeated[0]}")
         return modalities
 
     @property
@@ -55,9 +55,9 @@ class TableReader(Reader):
         return {modality: template for modality, template in named.items() if template}
 
     def for_tasks(self, columns: Mapping[str, tuple[str, bool]]) -> "TableReader":
-        """Return a reader of the labels of several tasks: the column of each by name, and whether a row has several.
+        """Return a reader of the labels of several tasks: (column, whether a row has several labels) by task.
 
-        Each column may be left out of a file, where no row has that task's label.
+        A file may lack a task's column: then no row of it has that label.
         """
         reader = self.model_copy()
         reader._tasks = dict(columns)
@@ -79,11 +79,11 @@ class TableReader(Reader):
             columns = self._add(samples, split, columns)
             for modality in entries:
                 entries[modality] += self._entries(modality, columns, self.files[split], root)
-        samples.modalities = {modality: _column(modality, own) for modality, own in entries.items()}
+        samples.modalities = {modality: _column(modality, column) for modality, column in entries.items()}
         return samples
 
     def _add(self, samples: Samples, split: str, columns: TableColumns) -> TableColumns:
-        """Add a file's rows, and return its columns, with the splits among them."""
+        """Add a file's rows, and return its columns, with a column of splits."""
         file = self.files[split]
         n = len(next(iter(columns.values()), []))
         named = _strings(_need(self.split, columns, file, "reader.split")) if self.split else [""] * n
@@ -103,7 +103,7 @@ class TableReader(Reader):
         return columns
 
     def _entries(self, modality: str, columns: TableColumns, file: str, root: Path) -> list[Entry]:
-        """Return what each row of a file has of a modality: an image's path, texts, or a value as it stands there."""
+        """Return each row's entry of a modality: an image file, texts, or a raw value."""
         template = self.columns[modality]
         key = f"reader.{modality}" if modality in ("image", "text") else f"reader.modalities.{modality}"
         if modality == "image":
@@ -114,7 +114,7 @@ class TableReader(Reader):
 
     @staticmethod
     def places(template: str) -> set[str]:
-        """Return the columns that a column name or template refers to."""
+        """Return the columns in a column name or template."""
         return set(_PLACE.findall(template)) or {template}
 
     def _labels(self, columns: TableColumns, column: str | None, several: bool, n: int) -> list[tuple[str, ...] | None]:
@@ -131,19 +131,19 @@ class TableReader(Reader):
         return tuple(name.strip() for name in names if name.strip())
 
     def _fill(self, template: str, columns: TableColumns, file: str, key: str) -> list[str]:
-        """Return a column's values, or a template's with each ``{column}`` replaced (nothing else is interpreted)."""
+        """Return a column's values, or a template's with each ``{column}`` replaced (and nothing else)."""
         if template in columns or not _PLACE.search(template):
             return _strings(_need(template, columns, file, key))
-        parts = _PLACE.split(template)  # literal, column, literal, column, ..., literal
-        values = [_strings(_need(name, columns, file, key)) for name in parts[1::2]]
+        pieces = _PLACE.split(template)  # literal, column, literal, column, ..., literal
+        values = [_strings(_need(name, columns, file, key)) for name in pieces[1::2]]
         return [
-            parts[0] + "".join(value + literal for value, literal in zip(row, parts[2::2], strict=True))
+            pieces[0] + "".join(value + literal for value, literal in zip(row, pieces[2::2], strict=True))
             for row in zip(*values, strict=True)
         ]
 
 
 def read_columns(path: Path, header: tuple[str, ...] | None = None) -> TableColumns:
-    """Read a csv, tsv, jsonl or parquet file as columns. Raises DataError, naming the place, if it can't be read."""
+    """Read a csv, tsv, jsonl or parquet file as columns. Raises DataError, naming the place, if it is not readable."""
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv", ".txt"):
         delimiter = "," if suffix == ".csv" else "\t"
@@ -206,7 +206,7 @@ def _read_parquet(path: Path) -> TableColumns:
     try:
         columns: TableColumns = pyarrow.parquet.read_table(path).to_pydict()
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path.name}: not a parquet file that can be read: {error}") from error
+        raise DataError(f"{path.name}: not a readable parquet file: {error}") from error
     return columns
 
 
@@ -222,7 +222,7 @@ def _strings(values: Iterable[Cell]) -> list[str]:
 
 
 def _column(modality: str, entries: list[Entry]) -> Column:
-    """Return a column; it is one of texts if all that it has are texts."""
+    """Return a column. It is a text column if all its entries are texts."""
     is_text = modality == "text" or all(isinstance(entry, tuple) for entry in entries)
     return Column(entries, is_text=is_text and modality != "image")
 
@@ -233,8 +233,8 @@ def _texts(value: Cell) -> tuple[str, ...]:
 
 
 def _is_text(value: Cell) -> bool:
-    """Return whether a cell is empty, a text, or a list of texts."""
-    return _is_null(value) or all(isinstance(one, str) for one in _as_list(value))
+    """Whether a cell is empty, a text, or a list of texts."""
+    return _is_null(value) or all(isinstance(item, str) for item in _as_list(value))
 
 
 def _as_list(value: Cell) -> list[Cell]:

@@ -18,9 +18,9 @@ WORDS = "words.txt"
 
 
 class TinyImageNetReader(Reader):
-    """The folders as they are unpacked, in the root or in `tiny-imagenet-200/`; ids are the paths below it.
+    """Reads the unpacked folders, in the root or in `tiny-imagenet-200/`. Ids are the paths below that folder.
 
-    The class is the first name of the image's WordNet id, with the id behind it where another class has that name too.
+    The class is the first name of the image's WordNet id. If two classes have one name, the id follows it.
     """
 
     def missing(self, root: Path) -> list[str]:
@@ -57,7 +57,7 @@ def _base(root: Path) -> Path:
 
 
 def _class_names(path: Path, root: Path, wnids: Iterable[str]) -> dict[str, str]:
-    """Return a name for each WordNet id, all different; the id itself where the file has none."""
+    """Return a unique name for each WordNet id: the id itself if the file has none."""
     names = {wnid: wnid for wnid in wnids}
     if path.is_file():
         for number, line in read_lines(check_inside(path, root)):
@@ -71,7 +71,7 @@ def _class_names(path: Path, root: Path, wnids: Iterable[str]) -> dict[str, str]
 
 
 def _val_labels(path: Path, root: Path, names: dict[str, str], images: list[Path], notes: list[str]) -> dict[Path, str]:
-    """Return the class of each image of the validation split that is listed. Raises DataError, naming the line."""
+    """Return the class of each listed image of the validation split. Raises DataError, naming the line."""
     files = {image.name: image for image in images}
     labels: dict[Path, str] = {}
     absent = []
@@ -82,11 +82,11 @@ def _val_labels(path: Path, root: Path, names: dict[str, str], images: list[Path
             raise DataError(f"{where}: expected file<TAB>wnid<TAB>box. Got {line[:80]!r} instead")
         file, wnid = values[:2]
         if wnid not in names:
-            raise DataError(f"{where}: {wnid[:80]!r} is not a class, which are the folders of train/")
+            raise DataError(f"{where}: {wnid[:80]!r} is not a class: train/ has no such folder")
         if file not in files:
             absent.append(file)
         elif labels.setdefault(files[file], names[wnid]) != names[wnid]:
-            raise DataError(f"{where}: {file} is in the class {labels[files[file]]!r} too")
+            raise DataError(f"{where}: {file} is also in the class {labels[files[file]]!r}")
     if absent:
         notes.append(f"dropped {len(absent):,} names of {path.name} without an image file, such as {absent[0][:80]}")
     if len(labels) < len(images):

@@ -1,4 +1,4 @@
-"""VQA v2: questions about photographs of COCO, each answered by ten people (Goyal et al., arXiv 1612.00837)."""
+"""VQA v2: questions about photographs of COCO, with ten people's answers each (Goyal et al., arXiv 1612.00837)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ from cachefuse.errors import DataError
 from cachefuse.files import JsonObject
 
 SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015"}
-UNANSWERED = ("test",)  # splits that were published without annotations
+UNANSWERED = ("test",)  # splits without published annotations
 MAX_JSON_BYTES = 1_000_000_000  # the largest has 390 MB
-MAX_IMAGE_ID = 10**12 - 1  # that the name of a file has room for
+MAX_IMAGE_ID = 10**12 - 1  # file names have 12 digits
 KEPT = frozenset(("questions", "annotations", "question_id", "image_id", "question", "answers"))
 
 
 @dataclass(frozen=True)
 class SplitFiles:
-    """A split's files: its questions, their answers (None where nobody has them), the folder of its images."""
+    """A split's files: questions, answers (None if they are unpublished), and the folder of images."""
 
     questions: Path
     annotations: Path | None
@@ -31,7 +31,7 @@ class SplitFiles:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row; ``image`` is one object for all questions about it, and ``group`` its number."""
+    """One row. All questions about one image share the object ``image``; ``group`` is its number."""
 
     id: str
     split: str
@@ -42,9 +42,9 @@ class Question:
 
 
 class Vqa2Reader(Reader):
-    """Every question of the splits that are there; the id is the question's number, its text the question.
+    """Reads every question of the existing splits. The id is the question's number, the text the question.
 
-    Questions about one image share it, and its features. They are of one group, so that a hash split never parts them.
+    Questions about one image share its features. They form one group, which a hash split never separates.
     """
 
     def missing(self, root: Path) -> list[str]:
@@ -79,7 +79,7 @@ class Vqa2Reader(Reader):
 
 
 def _files(root: Path, split: str) -> SplitFiles:
-    """Return where a split's files are, or should be."""
+    """Return the paths of a split's files, which may be missing."""
     name = SPLITS[split]
     folders = [folder / name for folder in (root, root / "images")]
     return SplitFiles(
@@ -90,7 +90,7 @@ def _files(root: Path, split: str) -> SplitFiles:
 
 
 def _lacking(root: Path, split: str) -> list[str]:
-    """Return the files and folders that a split needs and that are not there."""
+    """Return the missing files and folders of a split."""
     files = _files(root, split)
     lacking = [path.name for path in (files.questions, files.annotations) if path is not None and not path.is_file()]
     return lacking if files.images.is_dir() else [*lacking, f"{files.images.name}/"]
@@ -118,14 +118,14 @@ def _read_split(split: str, files: SplitFiles, root: Path, notes: list[str]) -> 
 
 
 def _read_questions(path: Path) -> dict[int, tuple[int, str]]:
-    """Return each question's image and text, by its number. Raises DataError if the file is otherwise."""
+    """Return each question's image and text, by its number. Raises DataError for other content."""
     questions: dict[int, tuple[int, str]] = {}
     content = read_json(path, MAX_JSON_BYTES, "VQA", _keep)
     for i, question in enumerate(list_of_objects(content, "questions", path), start=1):
         where = f"{path.name}: question {i}"
         number, text = _number(question, "question_id", where), question.get("question")
         if number in questions:
-            raise DataError(f"{where} has the question_id {number}, as one before it")
+            raise DataError(f"{where} has the question_id {number} of an earlier question")
         if not isinstance(text, str):
             raise DataError(f"{where} must have a text. Got {str(text)[:80]!r} instead")
         questions[number] = _number(question, "image_id", where), well_formed(text.strip())
@@ -133,44 +133,44 @@ def _read_questions(path: Path) -> dict[int, tuple[int, str]]:
 
 
 def _read_answers(path: Path, questions: dict[int, tuple[int, str]], notes: list[str]) -> dict[int, tuple[str, ...]]:
-    """Return the ten answers to each question. Raises DataError if the file is otherwise."""
+    """Return the ten answers to each question. Raises DataError for other content."""
     answers: dict[int, tuple[str, ...]] = {}
-    once: dict[str, str] = {}  # few answers differ, so that each is kept once
+    interned: dict[str, str] = {}  # few answers are distinct: each is kept once
     unknown = []
     content = read_json(path, MAX_JSON_BYTES, "VQA", _keep)
     for i, annotation in enumerate(list_of_objects(content, "annotations", path), start=1):
         where = f"{path.name}: annotation {i}"
         number, image = _number(annotation, "question_id", where), _number(annotation, "image_id", where)
-        given = _answers(annotation, where)
+        texts = _answers(annotation, where)
         if number in answers:
-            raise DataError(f"{where} is of question {number}, as one before it")
+            raise DataError(f"{where} is of question {number}, as is an earlier one")
         if number not in questions:
             unknown.append(number)
         elif questions[number][0] != image:
-            raise DataError(f"{where} is about image {image}, and its question {number} about {questions[number][0]}")
+            raise DataError(f"{where} is about image {image}, but its question {number} about {questions[number][0]}")
         else:
-            answers[number] = tuple(once.setdefault(answer, answer) for answer in given)
+            answers[number] = tuple(interned.setdefault(answer, answer) for answer in texts)
     if unknown:
-        notes.append(f"dropped {len(unknown):,} annotations of questions that are not there, such as {unknown[0]}")
+        notes.append(f"dropped {len(unknown):,} annotations of unknown questions, such as {unknown[0]}")
     return answers
 
 
 def _answers(annotation: JsonObject, where: str) -> list[str]:
     """Return the answers that are not blank."""
-    given = annotation.get("answers")
-    if not isinstance(given, list) or len(given) != N_ANSWERS:
-        got = f"{len(given)} of them" if isinstance(given, list) else repr(str(given)[:80])
+    answers = annotation.get("answers")
+    if not isinstance(answers, list) or len(answers) != N_ANSWERS:
+        got = f"{len(answers)} of them" if isinstance(answers, list) else repr(str(answers)[:80])
         raise DataError(f'{where} must have a list "answers" of {N_ANSWERS}. Got {got} instead')
-    for answer in given:
+    for answer in answers:
         if not isinstance(answer, str):
             raise DataError(f"{where} must have texts as its answers. Got {str(answer)[:80]!r} instead")
-    return [well_formed(answer.strip()) for answer in given if answer.strip()]
+    return [well_formed(answer.strip()) for answer in answers if answer.strip()]
 
 
-def _keep(found: JsonObject) -> JsonObject | str:
-    """Reduce an answer to its text, and leave out what is not read of other objects; there are millions."""
-    answer = found.get("answer")
-    return answer if isinstance(answer, str) else {key: found[key] for key in KEPT & found.keys()}
+def _keep(entry: JsonObject) -> JsonObject | str:
+    """Reduce an answer to its text, and other objects to the keys that are read; there are millions."""
+    answer = entry.get("answer")
+    return answer if isinstance(answer, str) else {key: entry[key] for key in KEPT & entry.keys()}
 
 
 def _number(entry: JsonObject, key: str, where: str) -> int:

@@ -192,5 +192,5 @@ def test_real_competition_files():
     dataset = load_dataset(load_manifest("comp5329")[0], root)
     assert len(dataset) == 3677
     assert set(dataset.splits) == {"train", "val", "test"}
-    assert any("3,057 train rows where the published dataset has 30,000" in note for note in dataset.notes)
+    assert any("3,057 train rows, but the published dataset has 30,000" in note for note in dataset.notes)
     assert dataset.targets[dataset.splits == "test"].max() == -1

@@ -166,7 +166,7 @@ def test_questions_without_answers_and_answers_without_questions_are_counted(tmp
     samples = read(tmp_path)
     assert samples.labels[0] is None
     assert samples.notes[:2] == [
-        "dropped 1 annotations of questions that are not there, such as 9000",
+        "dropped 1 annotations of unknown questions, such as 9000",
         f"1 train questions have no answers in {TRAIN_ANSWERS}, such as 9009",
     ]
 
