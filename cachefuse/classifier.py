@@ -99,7 +99,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         """Return probabilities (n, C) float32, of labels that exclude one another or, for multi-label, don't."""
         check_is_fitted(self, "models_")
         X = self._view(X, reset=False)
-        device, loss = resolve_device(self.device), self.config_.resolve_loss(self._task)
+        device, loss = resolve_device(self.device), self.config_.loss
         table = X.to_table(torch.zeros(len(X), len(self.thresholds_)), np.array([""] * len(X)))
         table = table.only(self.models_[0].specs).to(device)
         scores = [

@@ -36,6 +36,7 @@ from cachefuse.training.data import VAL, TrainingData
 from cachefuse.training.held_out import HeldOut, final_thresholds
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.loop import History, fit
+from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.selection import load_table, one_view
 from cachefuse.training.train import Progress
 
@@ -89,7 +90,7 @@ def fine_tune(
     if not sides:
         raise ConfigError(f"alignment {run.name} has no {modality} side to tune")
     side = sides[0]
-    config = TrainConfig(
+    given = TrainConfig(
         fusion=modality if modality in FUSIONS else "concat", head="linear", optimizer="adamw", epochs=epochs,
         batch_size=batch_size, lr=lr,
         weight_decay=weight_decay, patience=patience, seed=seed,
@@ -100,7 +101,7 @@ def fine_tune(
     data = TrainingData.of(store, table)
     if data.task not in ("multiclass", "multilabel"):
         raise ConfigError(f"fine-tune is for datasets of one set of labels; {store.dataset} is for {data.task}")
-    config = data.resolve(config)
+    config = data.resolve(given)
     with only_writer(store.path):  # or it would turn out after all the epochs that there is another
         pass
     train = data.train_rows().to(data.device)
@@ -115,12 +116,12 @@ def fine_tune(
     cast(Standardize, head.standardize[modality]).scale.fill_(run.config.width**0.5)
     history = fit(
         model,
-        build_loss(config.resolve_loss(data.task), config.loss_options),
+        build_loss(config.loss, config.loss_options),
         Batches(table, train, batch_size, torch.Generator().manual_seed(seed)),
         build_optimization(config, model, len(train)),
-        epochs=config.n_epochs,
+        epochs=config.epochs,
         validation=build_validation(data, config, data.rows(VAL)),
-        on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.n_epochs, epoch)),
+        on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.epochs, epoch)),
         keep_interrupted=True,
     )
     tuned.model.log_temperature.requires_grad_(True)
@@ -137,7 +138,7 @@ def _head_run(
     tuned: Alignment,
     side: int,
     store: FeatureStore,
-    config: TrainConfig,
+    config: ResolvedConfig,
     head: FusionModel,
     history: History,
     device: str,
@@ -149,7 +150,7 @@ def _head_run(
     table = load_table(store, {modality: [features]}).to(resolve_device(device))
     data = TrainingData.of(store, table, {modality: [features]})
     rows = data.rows(VAL)
-    held_out = HeldOut.join(VAL, data, [rows], [predict_scores(head, table, rows, config.resolve_loss(data.task))])
+    held_out = HeldOut.join(VAL, data, [rows], [predict_scores(head, table, rows, config.loss)])
     run = Run(
         name=f"{store.dataset}-{config.fusion}-fine-tuned",
         dataset=store.dataset,

@@ -32,6 +32,7 @@ from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, open_training_data
 from cachefuse.training.loop import Optimization, fit
 from cachefuse.training.optim import adam
+from cachefuse.training.resolved import ResolvedConfig
 
 VOCABULARY = 30_522  # of BERT
 BERT = {"model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 384, "num_hidden_layers": 6,
@@ -108,9 +109,9 @@ def cma_step(bench: FusionBench) -> BenchRow:
     """A training step of cma, reading included, over the matrix products and attention of the same shapes alone."""
     sizes = bench.sizes
     options = {"depth": sizes.depth, "width": sizes.width, "heads": sizes.heads}
-    config = TrainConfig(fusion="cma", fusion_options=options, batch_size=sizes.batch, loss="bce")
-    data = bench.data(config)
-    config = data.resolve(config)
+    given = TrainConfig(fusion="cma", fusion_options=options, batch_size=sizes.batch, loss="bce")
+    data = bench.data(given)
+    config = data.resolve(given)
     steps = -(-sizes.rows // sizes.batch)
     products = step_products(bench)
     whole = step_products(bench, trimmed=False)
@@ -127,7 +128,7 @@ def cma_step(bench: FusionBench) -> BenchRow:
     )  # fmt: skip
 
 
-def _epoch(data: TrainingData, config: TrainConfig) -> Callable[[], float]:
+def _epoch(data: TrainingData, config: ResolvedConfig) -> Callable[[], float]:
     """Return what gives the seconds of an epoch of ``fit`` that follows a first one."""
 
     def epoch() -> float:

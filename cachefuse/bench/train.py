@@ -28,6 +28,7 @@ from cachefuse.training.data import TrainingData, TrainingSet, open_training_dat
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.loop import Optimization, fit
 from cachefuse.training.optim import adam
+from cachefuse.training.resolved import ResolvedConfig, resolve
 from cachefuse.training.stack import RowsFirst, StackedLoss, stack
 
 RATE = 1e-3
@@ -105,9 +106,10 @@ class TrainBench:
             torch.cuda.synchronize(self.device)
 
 
-def settings(layers: Layers) -> TrainConfig:
+def settings(layers: Layers) -> ResolvedConfig:
     head = "mlp" if layers else "linear"
-    return TrainConfig(fusion="text", head=head, layers=layers or None, activation="gelu", dropout=0.5, loss="bce")
+    given = TrainConfig(fusion="text", head=head, layers=layers or None, activation="gelu", dropout=0.5, loss="bce")
+    return resolve(given, "multilabel", TrainSizes().rows)
 
 
 def linear(bench: TrainBench) -> BenchRow:

@@ -11,9 +11,9 @@ from cachefuse.device import own_randomness
 from cachefuse.training import OPTIMIZERS
 from cachefuse.training.batches import Batch, Batches
 from cachefuse.training.build import build_training
-from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData
 from cachefuse.training.inference import predict_logits, spread
+from cachefuse.training.resolved import ResolvedConfig
 
 PREDICTED_ROWS = 512  # at a time, for the time of one
 TIMES, SECONDS = 3, 2.0  # each is measured so often at least, and for so long
@@ -30,7 +30,7 @@ class Costs:
 
 
 @own_randomness()
-def measure_costs(data: TrainingData, config: TrainConfig) -> Costs:
+def measure_costs(data: TrainingData, config: ResolvedConfig) -> Costs:
     """Return what a model of these settings, which must be resolved, costs on the machine at hand: medians."""
     train = data.train_rows()
     model, training_set, loss = build_training(data, config, train)

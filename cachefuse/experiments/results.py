@@ -11,6 +11,7 @@ from cachefuse.registry import Options
 from cachefuse.runs.files import Figure
 from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.resolved import ResolvedConfig
 
 Published = tuple[float, float]  # mean and standard deviation; NaN for a training that diverged
 
@@ -52,7 +53,7 @@ class SettingResult:
     """
 
     values: Options
-    config: TrainConfig
+    config: ResolvedConfig
     trials: tuple[Trial, ...]
     published: Published | None = None
     label: str = ""

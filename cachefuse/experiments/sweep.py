@@ -32,6 +32,7 @@ from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData, open_training_data
 from cachefuse.training.held_out import HeldOut, chooses_thresholds
 from cachefuse.training.inference import predict_scores
+from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.selection import Views
 from cachefuse.training.split import make_splits
 from cachefuse.training.stack import most_together, shared_settings, train_together
@@ -86,6 +87,7 @@ def sweep(
 
     Raises ConfigError for settings that don't fit one another or the dataset, before anything is trained.
     """
+    settings = [parse_setting(setting) for setting in settings]
     data = open_training_data(store, encoders, device, views_of(base, settings))
     result = run_sweep(store, data, Experiment(base, settings), folder, seeds, on_trial)
     write_results(result, folder)
@@ -144,10 +146,10 @@ def _result(
     experiment: Experiment,
     seeds: Sequence[int],
     metrics: tuple[str, ...],
-    configs: Sequence[TrainConfig],
+    configs: Sequence[ResolvedConfig],
     trials: Sequence[tuple[Trial, ...]],
 ) -> SweepResult:
-    """Return what each setting, resolved in ``configs``, came to in its ``trials`` so far."""
+    """Return what each setting, of which ``configs`` are resolved, came to in its ``trials`` so far."""
     published: Sequence[Published | None] = experiment.published or [None] * len(configs)
     return SweepResult(
         title=experiment.title or data.name,
@@ -179,12 +181,12 @@ def _changed(base: TrainConfig, setting: Options) -> TrainConfig:
     return replace(base, **{**setting, "fusion_options": options})
 
 
-def _check(data: TrainingData, configs: Sequence[TrainConfig]) -> None:
+def _check(data: TrainingData, configs: Sequence[ResolvedConfig]) -> None:
     """Raise what training with any of the settings would raise at its start: now, not after hours."""
     for config in configs:
         with torch.device("meta"):
             build_model(config, data.specs, len(data.classes))
-        loss = build_loss(config.resolve_loss(data.task), config.loss_options)
+        loss = build_loss(config.loss, config.loss_options)
         loss(*torch.zeros(2, 1, len(data.classes)))
         n_held = len(_held_rows(data, config))
         if not n_held:
@@ -198,7 +200,7 @@ def _held_rows(data: TrainingData, config: TrainConfig) -> torch.Tensor:
     return data.rows(TRAIN, VAL) if config.folds else data.rows(VAL)
 
 
-def _batches(data: TrainingData, pending: Mapping[str, TrainConfig]) -> Iterator[dict[str, TrainConfig]]:
+def _batches(data: TrainingData, pending: Mapping[str, ResolvedConfig]) -> Iterator[dict[str, ResolvedConfig]]:
     """Yield the trials to train at a time, in order: those that can be trained together, as many as fit."""
     left = {key: (config, shared_settings(config, data.device)) for key, config in pending.items()}
     n_rows = len(data.rows(TRAIN, VAL))
@@ -209,7 +211,9 @@ def _batches(data: TrainingData, pending: Mapping[str, TrainConfig]) -> Iterator
         yield {key: left.pop(key)[0] for key in list(alike)}
 
 
-def _run(data: TrainingData, batch: Mapping[str, TrainConfig], metrics: Sequence[str], intervals: bool) -> list[Trial]:
+def _run(
+    data: TrainingData, batch: Mapping[str, ResolvedConfig], metrics: Sequence[str], intervals: bool
+) -> list[Trial]:
     begun = time.perf_counter()
     configs = list(batch.values())
     outcomes = _train_alone(data, configs[0]) if len(configs) == 1 else _train_together(data, configs)
@@ -229,19 +233,19 @@ def _run(data: TrainingData, batch: Mapping[str, TrainConfig], metrics: Sequence
     return trials
 
 
-def _interval(data: TrainingData, config: TrainConfig, held_out: HeldOut, metric: str) -> tuple[float, float]:
+def _interval(data: TrainingData, config: ResolvedConfig, held_out: HeldOut, metric: str) -> tuple[float, float]:
     """Return the 95% interval of a metric of the rows held out."""
     predictions = held_out.predictions(data, config)
     targets = data.targets(torch.from_numpy(held_out.rows))
     return bootstrap_intervals(targets, held_out.scores, predictions, data.bind([metric]), RESAMPLES)[metric]
 
 
-def _figures(data: TrainingData, config: TrainConfig, held_out: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
+def _figures(data: TrainingData, config: ResolvedConfig, held_out: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
     decided = data.targets(torch.from_numpy(held_out.rows)), held_out.scores, held_out.predictions(data, config)
     return {name: metric(*decided) for name, metric in data.bind(metrics).items()}
 
 
-def _train_alone(data: TrainingData, config: TrainConfig) -> list[Outcome]:
+def _train_alone(data: TrainingData, config: ResolvedConfig) -> list[Outcome]:
     data = data.shuffled(config)
     try:
         trained = train_models(data, config)
@@ -267,7 +271,7 @@ def _modality_weights(data: TrainingData, trained: TrainedModels) -> dict[str, f
     return dict(zip(modalities_of(trained.members[0].model.specs.values()), means, strict=True))
 
 
-def _train_together(data: TrainingData, configs: Sequence[TrainConfig]) -> list[Outcome]:
+def _train_together(data: TrainingData, configs: Sequence[ResolvedConfig]) -> list[Outcome]:
     splits = make_splits(data, configs[0])
     scores: list[list[np.ndarray]] = [[] for _ in configs]
     diverged: dict[int, TrainingError] = {}
@@ -276,7 +280,7 @@ def _train_together(data: TrainingData, configs: Sequence[TrainConfig]) -> list[
             try:
                 if isinstance(model, TrainingError):
                     raise model
-                loss = configs[i].resolve_loss(data.task)
+                loss = configs[i].loss
                 scores[i].append(predict_scores(model, data.table.only(model.specs), split.held_out, loss))
             except TrainingError as error:
                 diverged.setdefault(i, error)
@@ -284,21 +288,21 @@ def _train_together(data: TrainingData, configs: Sequence[TrainConfig]) -> list[
     outcomes: list[Outcome] = []
     for i, config in enumerate(configs):
         held_out = None if i in diverged else HeldOut.join(name, data, rows, scores[i])
-        outcomes.append((held_out, float(config.n_epochs), {}) if held_out is not None else diverged[i])
+        outcomes.append((held_out, float(config.epochs), {}) if held_out is not None else diverged[i])
     return outcomes
 
 
-def _values(config: TrainConfig) -> JsonObject:
+def _values(config: ResolvedConfig) -> JsonObject:
     """Return all settings by name; their layers are those of the head if they name none."""
     return {**asdict(config), "layers": tuple(config.head_options()["layers"])}
 
 
-def _stored(config: TrainConfig) -> JsonObject:
+def _stored(config: ResolvedConfig) -> JsonObject:
     """Return all settings by their names in files."""
     return as_stored(TrainConfig, _values(config))
 
 
-def _key(digest: str, config: TrainConfig) -> str:
+def _key(digest: str, config: ResolvedConfig) -> str:
     """Hash what a trial depends on."""
     text = to_json({"data": digest, "settings": _stored(config)})
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()

@@ -98,7 +98,7 @@ def alignment_provenance(run: Alignment) -> list[tuple[str, str]]:
 def settings(run: Run) -> list[tuple[str, str]]:
     """Return each setting's name and value."""
     heads = {} if run.config.is_generative else run.config.head_options()
-    return _named({**run.config.shown(), **heads, "lr": run.config.learning_rate})
+    return _named({**run.config.shown(), **heads})
 
 
 def alignment_settings(run: Alignment) -> list[tuple[str, str]]:

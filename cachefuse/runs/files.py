@@ -20,9 +20,9 @@ from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
 from cachefuse.files import JsonObject, slug, write_atomically
 from cachefuse.runs.features import RunFeaturesByName, add_views
-from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, VAL
 from cachefuse.training.held_out import HeldOut
+from cachefuse.training.resolved import ResolvedConfig
 
 logger = logging.getLogger(__name__)
 
@@ -203,7 +203,8 @@ def _likely_kind(path: Path) -> str:
 def _summarize(path: Path) -> RunSummary:
     about = describe(path)
     with describing(path / "run.json"):
-        settings = {} if about.sources else TrainConfig.from_dict(about.config).differences(about.manifest.task)
+        task = about.manifest.task
+        settings = {} if about.sources else ResolvedConfig.from_run(about.config, task).differences(task)
     split = next((split for split in (OUT_OF_FOLD, VAL) if split in about.results), None)
     return RunSummary(
         name=path.name,

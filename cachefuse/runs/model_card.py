@@ -87,7 +87,7 @@ def model_card(run: "Run") -> str:
         rows = [[name, _plain(known[name].text(value))] for name, value in given.items()]
         lines += _table(["setting", "value"], rows)
     meaning = "Scores rank labels; with this loss they are no probabilities."
-    if all(loss_of(task, config.loss or "") in ("bce", "ce") for task in run.tasks):
+    if all(loss_of(task, config.loss) in ("bce", "ce") for task in run.tasks):
         meaning = "Scores are probabilities as the training rows had them: on rows of another kind they may be off."
     lines += [
         "",

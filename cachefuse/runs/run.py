@@ -15,11 +15,11 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics.tasks import TaskSlice, decide_tasks
 from cachefuse.runs.features import RunFeatures, RunFeaturesByName
 from cachefuse.store.store import FeatureStore
-from cachefuse.training.config import TrainConfig
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.held_out import HeldOut, Result
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.loop import History
+from cachefuse.training.resolved import ResolvedConfig
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Member:
     ``fold`` is the part of the rows held out that it has not seen, where each model has one of its own.
     """
 
-    config: TrainConfig
+    config: ResolvedConfig
     features: RunFeaturesByName
     model: FusionModel
     weight: float
@@ -49,7 +49,7 @@ class Run:
     dataset: str
     manifest: Manifest
     classes: tuple[str, ...]
-    config: TrainConfig
+    config: ResolvedConfig
     members: list[Member]
     thresholds: np.ndarray
     histories: list[History]
@@ -140,7 +140,7 @@ class Run:
         def scores(member: Member) -> np.ndarray:
             table = table_of(member)
             model = member.model.to(table.targets.device)
-            return predict_scores(model, table, rows, member.config.resolve_loss(self.task), self.tasks)
+            return predict_scores(model, table, rows, member.config.loss, self.tasks)
 
         if len(members) == 1:
             return scores(members[0])

@@ -36,9 +36,9 @@ from cachefuse.runs.files import (
 from cachefuse.runs.model_card import model_card
 from cachefuse.runs.run import Member, Run
 from cachefuse.training.build import build_model
-from cachefuse.training.config import TrainConfig
 from cachefuse.training.held_out import Result
 from cachefuse.training.loop import History
+from cachefuse.training.resolved import ResolvedConfig
 
 VERSIONS = ("cachefuse", "torch", "numpy", "scikit-learn", "zarr")
 
@@ -67,12 +67,11 @@ def load_run(path: Path) -> Run:
     """Open a run directory. Raises RunError, naming the file, if it is incomplete or was edited into nonsense."""
     about = describe(path)
     with describing(path / "run.json"):
-        config = TrainConfig.from_dict(about.config)
+        config = ResolvedConfig.from_run(about.config, about.manifest.task)
         tasks = about.manifest.task_slices(about.classes)
         members = []
         for member in about.members:
-            settings = TrainConfig.from_dict(member.config)
-            settings.resolve_loss(about.manifest.task)
+            settings = ResolvedConfig.from_run(member.config, about.manifest.task)
             specs = specs_of(member.features)
             with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
                 model = build_model(settings, specs, len(about.classes), tasks)

@@ -20,31 +20,32 @@ from cachefuse.nn import HEADS
 from cachefuse.nn.losses import Loss, build_loss, class_weights, per_task
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 from cachefuse.training.batches import Batches, balanced_sample_weights
-from cachefuse.training.config import LOSS_OPTIONS, TrainConfig
+from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, TrainingSet
 from cachefuse.training.held_out import validation_score
 from cachefuse.training.loop import Optimization, Validation
 from cachefuse.training.optim import EMA
+from cachefuse.training.resolved import LOSS_OPTIONS, ResolvedConfig
 from cachefuse.training.tasks import loss_of
 
 
 def resolve_for(
     data: TrainingData, config: TrainConfig, max_size_mb: float | None = None
-) -> tuple[TrainingData, TrainConfig]:
+) -> tuple[TrainingData, ResolvedConfig]:
     """Return the settings with none left open, and the data with the features that their model reads.
 
     Raises ConfigError for settings that do not fit the data, and if all the models of the training together take more
     than ``max_size_mb`` (10^6 bytes).
     """
-    config = data.resolve(config)
+    resolved = data.resolve(config)
     with torch.device("meta"):
-        model = build_model(config, data.specs, len(data.classes), data.tasks)
+        model = build_model(resolved, data.specs, len(data.classes), data.tasks)
     if max_size_mb is not None:
-        _check_size(model, config, max_size_mb)
-    return data.only(list(model.specs)).shuffled(config), config
+        _check_size(model, resolved, max_size_mb)
+    return data.only(list(model.specs)).shuffled(resolved), resolved
 
 
-def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float) -> None:
+def _check_size(model: FusionModel, config: ResolvedConfig, max_size_mb: float) -> None:
     if not 0 < max_size_mb < math.inf:
         raise ConfigError(f"max-size-mb must be a number above 0. Got {max_size_mb:g} instead")
     n_models = config.members * (1 if config.refit else max(1, config.folds))
@@ -61,7 +62,7 @@ def _check_size(model: FusionModel, config: TrainConfig, max_size_mb: float) -> 
 
 
 def build_model(
-    config: TrainConfig, specs: Mapping[str, FeatureSpec], n_classes: int, tasks: Sequence[TaskSlice] = ()
+    config: ResolvedConfig, specs: Mapping[str, FeatureSpec], n_classes: int, tasks: Sequence[TaskSlice] = ()
 ) -> FusionModel:
     """Build the untrained model that the settings describe, for features that ``specs`` describe by name.
 
@@ -75,7 +76,7 @@ def build_model(
     return FusionModel(fusion(specs, n_classes, head, **options))
 
 
-def untrained_model(data: TrainingData, config: TrainConfig) -> FusionModel:
+def untrained_model(data: TrainingData, config: ResolvedConfig) -> FusionModel:
     """Build the model that the settings describe, from their seed, on the device of the data."""
     seed_everything(config.seed)
     model = build_model(config, data.specs, len(data.classes), data.tasks)
@@ -83,19 +84,19 @@ def untrained_model(data: TrainingData, config: TrainConfig) -> FusionModel:
     return model.to(data.device)
 
 
-def build_training(data: TrainingData, config: TrainConfig, rows: Tensor) -> tuple[FusionModel, TrainingSet, Loss]:
+def build_training(data: TrainingData, config: ResolvedConfig, rows: Tensor) -> tuple[FusionModel, TrainingSet, Loss]:
     """Build an untrained model, what it is trained on, which is some rows (n,) of the data, and its loss."""
     model = untrained_model(data, config)
     training_set = TrainingSet.prepare(data, model, rows)
     return model, training_set, training_loss(data, config, training_set)
 
 
-def training_loss(data: TrainingData, config: TrainConfig, training_set: TrainingSet, **options: str) -> Loss:
+def training_loss(data: TrainingData, config: ResolvedConfig, training_set: TrainingSet, **options: str) -> Loss:
     """Return the settings' loss, with the class weights that they ask for, and other ``options`` than theirs.
 
     Of several tasks it is the mean of each one's own, as ``loss_of`` says; the settings' options are for their loss.
     """
-    given = config.resolve_loss(data.task)
+    given = config.loss
     reduction = {name: value for name, value in config.loss_options.items() if name == "reduction"}
 
     def of_task(task: TaskSlice) -> Loss:
@@ -128,7 +129,7 @@ class Stage:
 
 
 def training_stages(
-    config: TrainConfig, fusion: Any, training_set: TrainingSet, epochs: Mapping[str, int] | None = None
+    config: ResolvedConfig, fusion: Any, training_set: TrainingSet, epochs: Mapping[str, int] | None = None
 ) -> Iterator[Stage]:
     """Yield a training's stages, mostly one; while it is trained, all else of the fusion is frozen.
 
@@ -137,7 +138,7 @@ def training_stages(
     """
 
     def stage(name: str, module: Model, training_set: TrainingSet, is_last: bool) -> Stage:
-        return Stage(name, module, training_set, epochs[name] if epochs else config.n_epochs, is_last)
+        return Stage(name, module, training_set, epochs[name] if epochs else config.epochs, is_last)
 
     for name in config.stages:
         fusion.requires_grad_(False)
@@ -154,7 +155,7 @@ def training_stages(
 
 
 def build_stage(
-    config: TrainConfig,
+    config: ResolvedConfig,
     training_set: TrainingSet,
     module: Model,
     loss: Loss,
@@ -178,16 +179,16 @@ def build_stage(
 
 
 def build_optimization(
-    config: TrainConfig, module: Model, n_rows: int, parameters: Sequence[Any] | None = None
+    config: ResolvedConfig, module: Model, n_rows: int, parameters: Sequence[Any] | None = None
 ) -> Optimization:
     """Return how the settings change a module's weights, or some ``parameters``, over epochs of so many rows."""
     if parameters is None:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.learning_rate, weight_decay=config.penalty)
+    optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
     steps = -(-n_rows // (config.effective_batch_size or n_rows))
     return Optimization(
         optimizer,
-        SCHEDULES[str(config.schedule)](optimizer, config.n_epochs * steps),
+        SCHEDULES[config.schedule](optimizer, config.epochs * steps),
         ema=EMA(module, config.ema) if config.ema else None,
         clip_norm=config.clip_norm,
         accumulate=config.accumulate,
@@ -196,7 +197,7 @@ def build_optimization(
 
 
 def build_validation(
-    data: TrainingData, config: TrainConfig, rows: Tensor, training_set: TrainingSet | None = None
+    data: TrainingData, config: ResolvedConfig, rows: Tensor, training_set: TrainingSet | None = None
 ) -> Validation | None:
     """Return how a model is validated on some rows (n,), or None if there are none.
 
@@ -207,5 +208,5 @@ def build_validation(
         rows = rows[training_set.table.any_present(rows)]
     if not len(rows):
         return None
-    score = partial(validation_score, data, rows, config.monitor or data.metric, config.resolve_loss(data.task))
+    score = partial(validation_score, data, rows, config.monitor or data.metric, config.loss)
     return Validation(rows, score, config.patience)

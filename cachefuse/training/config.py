@@ -1,16 +1,16 @@
 """The settings of one training, checked once."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
 
 from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FLAT, POOLED, TOKENS
 from cachefuse.files import JsonObject
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.declared import defaults_of, list_options, list_parts, list_stages
-from cachefuse.fusion.options import FOUND, changed_options, typed_options
+from cachefuse.fusion.options import FOUND, changed_options
 from cachefuse.metrics import METRICS, lower_is_better
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
 from cachefuse.registry import Options
@@ -19,14 +19,9 @@ from cachefuse.training import OPTIMIZERS, SCHEDULES
 
 MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
-TASK_LOSS = {"multiclass": "ce", "multilabel": "asl", "multitask": "asl", "vqa": "bce"}
-# What won by cross-validation ("Defaults" in README.md): an ASL that spares easy negatives and cuts nothing.
-LOSS_OPTIONS: dict[str, dict[str, float | str]] = {"asl": {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}}
 EPOCHS, MIN_STEPS = 50, 500  # small data take more epochs, to make as many steps
 DROPOUT, BATCH_SIZE = 0.8, 256  # of fusions that have no defaults of their own
 LBFGS_EPOCHS = 20  # of up to 20 iterations each
-LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
-WEIGHT_DECAYS = {"lbfgs": 3e-3}  # of others 0: without it, so thorough an optimizer overfits
 HEAD_SETTINGS = ("head", "layers", "activation")
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"  # groups of settings
 
@@ -43,10 +38,10 @@ class TrainConfig:
     ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows, which pass the model in
     ``accumulate`` parts. ``fusion_options`` are the fusion's keyword arguments, ``ablate`` names parts of it to leave
     out. ``loss_options`` are the loss's keyword arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip
-    0 unless told. None is resolved by ``resolve``: ``loss`` to the task's (asl for multi-label, ce for multi-class, bce
-    for answers to questions), what the fusion has defaults of its own for to those, ``lr`` to the optimizer's,
-    ``dropout`` to 0.8, ``batch_size`` to 256, ``weight_decay`` to 0 (0.003 for L-BFGS), ``schedule`` to cosine
-    (constant for L-BFGS), ``epochs`` to 50 or as many as make 500 steps (L-BFGS: 20).
+    0 unless told. ``resolve`` makes a ``ResolvedConfig`` of it, with a value for each None:
+    the task's ``loss`` (asl for multi-label, ce for multi-class, bce for answers to questions), what the fusion has
+    defaults of its own for, the optimizer's ``lr``, ``dropout`` 0.8, ``batch_size`` 256, ``weight_decay`` 0 (0.003 for
+    L-BFGS), ``schedule`` cosine (constant for L-BFGS), ``epochs`` 50 or as many as make 500 steps (L-BFGS: 20).
 
     ``stages`` are those that the fusion's weights are trained in, one after the other, as "warm-up" and then "tuning".
     ``shuffle`` {modality: share} gives so many of the rows another row's, to see how a fusion bears what is irrelevant.
@@ -62,21 +57,15 @@ class TrainConfig:
     averaged. ``refit`` trains them once more on all of train and val, when epochs and thresholds are chosen.
     """
 
+    # fmt: off
     views: str = setting(
-        POOLED,
-        "pooled, or tokens, which head gmlp gates along.",
-        panel=MODEL,
-        choices=(POOLED, TOKENS),
-        old="view",
+        POOLED, "pooled, or tokens, which head gmlp gates along.",
+        panel=MODEL, choices=(POOLED, TOKENS), old="view",
     )
     fusion: str = setting("sum", "{choices}.", panel=MODEL, choices=FUSIONS)
     fusion_options: Mapping[str, Any] = setting(dict, list_options, panel=MODEL)
     ablate: tuple[str, ...] = setting(
-        (),
-        lambda: f"Leave a part out. {list_parts()}",
-        panel=MODEL,
-        metavar="PART",
-        old="without",
+        (), lambda: f"Leave a part out. {list_parts()}", panel=MODEL, metavar="PART", old="without"
     )
     scheme: str = setting(
         "joint", "joint, or staged: each head alone, then what joins them.", panel=MODEL, choices=("joint", "staged")
@@ -90,82 +79,53 @@ class TrainConfig:
     )
     activation: str = setting("relu", "{choices}.", panel=MODEL, choices=ACTIVATIONS)
     dropout: float | None = setting(
-        None,
-        "In the head's hidden layers.",
-        panel=MODEL,
-        metavar="P",
-        least=0,
-        below=1,
+        None, "In the head's hidden layers.", panel=MODEL, metavar="P", least=0, below=1,
         shown=_unless_fusion("dropout", f"{DROPOUT}"),
     )
     modality_dropout: float = setting(
         0.0, "Train without each modality in so many of the rows.", panel=MODEL, metavar="P", least=0, below=1
     )
     shuffle: Mapping[str, float] = setting(
-        dict,
-        "Give a share of the rows another's: what if it is irrelevant?",
-        panel=TRAINING,
-        metavar="MODALITY=X",
-        least=0,
-        most=1,
+        dict, "Give a share of the rows another's: what if it is irrelevant?",
+        panel=TRAINING, metavar="MODALITY=X", least=0, most=1,
     )
     loss: str | None = setting(None, "{choices}.", panel=TRAINING, choices=LOSSES, shown="asl, multi-class: ce")
     loss_options: Mapping[str, float | str] = setting(
-        dict,
-        "asl: gamma_negative 3, gamma_positive 0, clip 0; focal: gamma 3; ce: smoothing 0; all: reduction mean.",
+        dict, "asl: gamma_negative 3, gamma_positive 0, clip 0; focal: gamma 3; ce: smoothing 0; all: reduction mean.",
         panel=TRAINING,
     )
     class_weights: str = setting(
-        "none",
-        "none, balanced, or effective (number of rows).",
-        panel=TRAINING,
-        choices=("none", "balanced", "effective"),
+        "none", "none, balanced, or effective (number of rows).",
+        panel=TRAINING, choices=("none", "balanced", "effective"),
     )
     sampler: str = setting(
-        "shuffle",
-        "shuffle, or balanced: rows of rare classes more often.",
-        panel=TRAINING,
-        choices=("shuffle", "balanced"),
+        "shuffle", "shuffle, or balanced: rows of rare classes more often.",
+        panel=TRAINING, choices=("shuffle", "balanced"),
     )
     optimizer: str = setting("adam", "{choices}.", panel=TRAINING, choices=OPTIMIZERS)
     lr: float | None = setting(
-        None,
-        "Learning rate.",
-        panel=TRAINING,
-        above=0,
-        most=MAX_RATE,
+        None, "Learning rate.", panel=TRAINING, above=0, most=MAX_RATE,
         shown=_unless_fusion("lr", "1e-3, sgd: 0.05, lbfgs: 1"),
     )
     schedule: str | None = setting(
         None, "{choices}.", panel=TRAINING, choices=SCHEDULES, shown="cosine; lbfgs: constant"
     )
     weight_decay: float | None = setting(
-        None,
-        "L2 penalty; apart from the gradient in adamw.",
-        panel=TRAINING,
-        least=0,
-        most=MAX_RATE,
+        None, "L2 penalty; apart from the gradient in adamw.", panel=TRAINING, least=0, most=MAX_RATE,
         shown=_unless_fusion("weight_decay", "0; lbfgs: 0.003"),
     )
-    clip_norm: float = setting(0.0, "Clip the gradient's norm; 0: never.", panel=TRAINING, least=0, most=MAX_RATE)
+    clip_norm: float = setting(
+        0.0, "Clip the gradient's norm; 0: never.", panel=TRAINING, least=0, most=MAX_RATE
+    )
     ema: float = setting(
         0.0, "Decay of averaged weights, such as 0.999; 0: none.", panel=TRAINING, metavar="D", least=0, below=1
     )
     epochs: int | None = setting(
-        None,
-        "At most.",
-        panel=TRAINING,
-        least=1,
-        most=10**9,
+        None, "At most.", panel=TRAINING, least=1, most=10**9,
         shown=_unless_fusion("epochs", f"{EPOCHS}, or {MIN_STEPS} steps; lbfgs: {LBFGS_EPOCHS}"),
     )
     batch_size: int | None = setting(
-        None,
-        "Rows a step, or all.",
-        panel=TRAINING,
-        words={"all": 0},
-        least=0,
-        most=10**12,
+        None, "Rows a step, or all.", panel=TRAINING, words={"all": 0}, least=0, most=10**12,
         shown=_unless_fusion("batch_size", f"{BATCH_SIZE}"),
     )
     accumulate: int = setting(
@@ -178,27 +138,17 @@ class TrainConfig:
         None, "What that score is.", panel=TRAINING, metavar="METRIC", choices=METRICS, shown="the dataset's first"
     )
     thresholds: str = setting(
-        "auto",
-        "global, class (one a class), none (0.5), or auto: global where rows are held out.",
-        panel=CHOOSING,
-        metavar="KIND",
-        choices=("none", "global", "class", "auto"),
+        "auto", "global, class (one a class), none (0.5), or auto: global where rows are held out.",
+        panel=CHOOSING, metavar="KIND", choices=("none", "global", "class", "auto"),
     )
     threshold_metric: str | None = setting(
-        None,
-        "Choose them for micro_f1, macro_f1 or samples_f1.",
-        panel=CHOOSING,
-        metavar="METRIC",
-        choices="cachefuse.metrics.thresholds:THRESHOLD_METRICS",
+        None, "Choose them for micro_f1, macro_f1 or samples_f1.",
+        panel=CHOOSING, metavar="METRIC", choices="cachefuse.metrics.thresholds:THRESHOLD_METRICS",
         shown="the dataset's first such",
     )
     folds: int = setting(
-        0,
-        "Train K models on train and val, each measured on what it has not seen.",
-        panel=CHOOSING,
-        metavar="K",
-        least=0,
-        most=1000,
+        0, "Train K models on train and val, each measured on what it has not seen.",
+        panel=CHOOSING, metavar="K", least=0, most=1000,
     )
     members: int = setting(
         1, "Average S models that differ in their seed.", panel=CHOOSING, metavar="S", least=1, most=1000
@@ -207,6 +157,7 @@ class TrainConfig:
     seed: int = setting(
         0, "Same seed, machine, libraries and threads: same result.", panel=CHOOSING, least=0, most=2**63 - 1
     )
+    # fmt: on
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -263,112 +214,10 @@ class TrainConfig:
     def _fusion(self) -> Any:
         return FUSIONS[self.fusion]
 
-    def _of(self, name: str, otherwise: Any) -> Any:
-        """Return a setting as it was given, or else the fusion's own, or else that of all others."""
-        given = getattr(self, name)
-        return self._fusion.defaults.get(name, otherwise) if given is None else given
-
-    @property
-    def learning_rate(self) -> float:
-        usual = LEARNING_RATES[self.optimizer]
-        chosen: float = self._of("lr", usual)
-        return chosen if self.optimizer in ("adam", "adamw") or self.lr is not None else usual
-
-    @property
-    def penalty(self) -> float:
-        """The weight decay."""
-        decay: float = self._of("weight_decay", WEIGHT_DECAYS.get(self.optimizer, 0.0))
-        return decay
-
-    @property
-    def n_epochs(self) -> int:
-        """The epochs at most, of settings that are resolved."""
-        assert self.epochs is not None
-        return self.epochs
-
-    @property
-    def effective_batch_size(self) -> int:
-        """The batch size; 0 for all rows, which L-BFGS always takes."""
-        return 0 if self.optimizer == "lbfgs" else self._of("batch_size", BATCH_SIZE)
-
     @property
     def is_generative(self) -> bool:
         """Whether the fusion writes the classes' names, and has no head."""
         return bool(self._fusion.is_generative(self.fusion_options))
-
-    def resolve_loss(self, task: str) -> str:
-        """Return the loss for a task. Raises ConfigError if it can't be trained with the one that was asked for."""
-        if task not in TASK_LOSS:
-            raise ConfigError(why_no_head(task))
-        if self.is_generative:
-            self._check_writing(task)
-            return "ce"
-        if self.loss == "ce" and task == "multilabel":
-            raise ConfigError("loss 'ce' is for one label a row; a multi-label task takes asl, bce or focal")
-        return self.loss or TASK_LOSS[task]
-
-    def _check_writing(self, task: str) -> None:
-        if task not in ("multiclass", "vqa"):
-            raise ConfigError(f"answers=text writes one answer a row, which a {task} task does not have")
-        if self.loss not in (None, "ce"):
-            raise ConfigError(f"answers=text learns by the probability of what is written: loss ce. Got {self.loss!r}")
-        if self.class_weights != "none" or self.loss_options:
-            raise ConfigError("answers=text takes no class weights or loss options; leave them out")
-
-    def resolve(
-        self,
-        task: str,
-        n_rows: int,
-        origins: Options | None = None,
-        classes: Sequence[str] = (),
-    ) -> "TrainConfig":
-        """Return the same settings with none left open, for a task, its classes and so many rows to train on.
-
-        ``origins`` says where features, by modality, are from. Raises ConfigError as ``resolve_loss`` does, and for
-        options that the fusion does not have.
-        """
-        lbfgs = self.optimizer == "lbfgs"
-        steps = -(-n_rows // (self.effective_batch_size or n_rows))
-        epochs = LBFGS_EPOCHS if lbfgs else max(EPOCHS, -(-MIN_STEPS // steps))
-        loss = self.resolve_loss(task)
-        return replace(
-            self,
-            fusion_options=self._fusion.resolve_options(
-                typed_options(self._fusion, self.fusion_options), origins or {}, classes
-            ),
-            loss=loss,
-            loss_options={**LOSS_OPTIONS.get(loss, {}), **self.loss_options},
-            lr=self.learning_rate,
-            weight_decay=self.penalty,
-            schedule=self.schedule or ("constant" if lbfgs else "cosine"),
-            dropout=self._of("dropout", DROPOUT),
-            batch_size=self._of("batch_size", BATCH_SIZE),
-            epochs=self._of("epochs", epochs),
-        )
-
-    def head_options(self) -> JsonObject:
-        """Return the keyword arguments of the head; a linear head has no hidden layers to speak of."""
-        layers = self.layers if self.layers is not None else HEADS[self.head].default_layers
-        return {"layers": layers, "activation": self.activation, "dropout": self._of("dropout", DROPOUT)}
-
-    def differences(self, task: str) -> JsonObject:
-        """Return the settings, resolved ones, that differ from those of a training with this head, loss and optimizer.
-
-        Those three count by themselves, and the epochs that few rows take are among them.
-        """
-        mine: JsonObject = {
-            "fusion": self.fusion,
-            "head": self.head,
-            "loss": self.loss,
-            "optimizer": self.optimizer,
-        }
-        plain = TrainConfig(**mine).resolve(task, 10**9)
-        common = {name: getattr(TrainConfig, name) for name in ("fusion", "head", "optimizer")}
-        plain = replace(plain, **common, loss=TASK_LOSS[task])
-        own = replace(self, fusion_options=self.changed_options())
-        plain = replace(plain, fusion_options={})
-        named = ((field.name, getattr(own, field.name)) for field in fields(self))
-        return {name: value for name, value in named if value != getattr(plain, name)}
 
     def changed_options(self) -> Options:
         """Return the fusion's options that are not its own; what was found in files or classes is left out."""
@@ -385,21 +234,14 @@ class TrainConfig:
         """What makes the logits: a head, or a decoder."""
         return "decoder" if self.is_generative else self.head
 
-    def with_seed(self, seed: int) -> "TrainConfig":
+    def with_seed(self, seed: int) -> Self:
         return replace(self, seed=seed)
 
     def to_dict(self) -> JsonObject:
         """Return the settings by their names in files."""
-        return as_stored(TrainConfig, asdict(self))
+        return as_stored(type(self), asdict(self))
 
     @classmethod
     def from_dict(cls, values: Options) -> "TrainConfig":
         """Build from a run's file. Raises ConfigError for keys that are not settings."""
         return cls(**from_stored(cls, values))
-
-
-def why_no_head(task: str) -> str:
-    """Return why there is no head to train on a dataset, and what to do instead, for a task that has no loss."""
-    if task == "retrieval":
-        return f"a {task} dataset has no labels, so there is no head to train on it"
-    return f"a {task} dataset is about pairs of sentences: measure them with cachefuse similarity"

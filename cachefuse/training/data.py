@@ -21,8 +21,9 @@ from cachefuse.metrics import main_metric
 from cachefuse.metrics.tasks import BoundMetric, TaskSlice, bind_metrics
 from cachefuse.store.features import Features
 from cachefuse.store.store import FeatureStore
-from cachefuse.training.config import TASK_LOSS, TrainConfig, why_no_head
+from cachefuse.training.config import TrainConfig
 from cachefuse.training.feature_table import LOAD_ROWS, FeatureTable
+from cachefuse.training.resolved import TASK_LOSS, ResolvedConfig, resolve, why_no_head
 from cachefuse.training.selection import Views, load_table, pooled, select_features
 from cachefuse.training.tasks import check_stages, resolve_tasks
 
@@ -147,13 +148,14 @@ class TrainingData:
         """Return how many folds some rows can be divided into at most."""
         return len(rows) if self.groups is None else len(np.unique(self.groups[rows.cpu()]))
 
-    def resolve(self, config: TrainConfig) -> TrainConfig:
+    def resolve(self, config: TrainConfig) -> ResolvedConfig:
         """Return settings with none left open.
 
         Raises ConfigError for a loss that is not the task's, and as ``resolve_tasks`` and ``check_stages`` do.
         """
         check_stages(config)
-        return resolve_tasks(config, self.tasks).resolve(self.task, len(self.train_rows()), self.origins, self.classes)
+        config = resolve_tasks(config, self.tasks)
+        return resolve(config, self.task, len(self.train_rows()), self.origins, self.classes)
 
     def shuffled(self, config: TrainConfig) -> "TrainingData":
         """Return the same data with modalities shuffled as the settings ask for."""

@@ -7,7 +7,7 @@ than H thin ones. Each model comes out as it would alone, but for rounding.
 import copy
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -23,11 +23,11 @@ from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.losses import Loss
 from cachefuse.training.build import build_model, build_stage, training_loss, training_stages, untrained_model
-from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, TrainingSet
 from cachefuse.training.feature_table import PIECE_ROWS
 from cachefuse.training.inference import CHECKED_ROWS, predict_logits, spread
 from cachefuse.training.loop import DIVERGED, check_learnt, fit
+from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.split import Split
 
 MAX_FLOATS = 2**25  # in the largest tensor that models trained together make: 128 MB
@@ -113,7 +113,7 @@ def _stacked(module: Any, n: int) -> nn.Module:
     return module
 
 
-def shared_settings(config: TrainConfig, device: torch.device) -> TrainConfig | None:
+def shared_settings(config: ResolvedConfig, device: torch.device) -> JsonObject | None:
     """Return the settings in which trainings must agree to be done together; None for one to be done alone.
 
     They may differ in their loss, class weights, learning rate, weight decay, and in what is decided after training; if
@@ -124,16 +124,16 @@ def shared_settings(config: TrainConfig, device: torch.device) -> TrainConfig | 
     own_way = own_way or config.accumulate > 1 or bool(config.shuffle)
     if own_way or config.members > 1 or not config.is_linear or (config.head != "linear" and device.type != "cuda"):
         return None
-    free: JsonObject = {
-        "loss": None, "loss_options": {}, "class_weights": "none", "lr": None, "weight_decay": 0.0,
-        "monitor": None, "thresholds": "none", "threshold_metric": None, "refit": False,
+    free = {
+        "loss", "loss_options", "class_weights", "lr", "weight_decay", "monitor", "thresholds", "threshold_metric",
+        "refit",
     }  # fmt: skip
     if config.head == "linear":
-        free |= {"layers": None, "activation": TrainConfig.activation, "dropout": 0.0}
-    return replace(config, **free)
+        free |= {"layers", "activation", "dropout"}
+    return {name: value for name, value in asdict(config).items() if name not in free}
 
 
-def most_together(data: TrainingData, config: TrainConfig, n_rows: int) -> int:
+def most_together(data: TrainingData, config: ResolvedConfig, n_rows: int) -> int:
     """Return how many models can be trained together on so many rows without taking much memory.
 
     Those of several tasks are trained alone: a row counts for the tasks whose labels it has.
@@ -150,11 +150,11 @@ def most_together(data: TrainingData, config: TrainConfig, n_rows: int) -> int:
 
 @own_randomness()
 def train_together(
-    data: TrainingData, configs: Sequence[TrainConfig], split: Split
+    data: TrainingData, configs: Sequence[ResolvedConfig], split: Split
 ) -> list[FusionModel | TrainingError]:
     """Train models on a split's rows, each as ``train_model`` would alone; in place of one that diverged, why.
 
-    Their settings must be resolved, and their ``shared_settings`` equal.
+    Their ``shared_settings`` must be equal.
     """
     # Those with one loss lie side by side, and among them those with the same rates.
     order = sorted(range(len(configs)), key=lambda i: repr((_loss_settings(configs[i]), _rates(configs[i]))))
@@ -199,7 +199,7 @@ class StackedLoss:
     A model whose training has diverged no longer counts, so that it does not end that of the others.
     """
 
-    def __init__(self, data: TrainingData, configs: Sequence[TrainConfig], training_set: TrainingSet) -> None:
+    def __init__(self, data: TrainingData, configs: Sequence[ResolvedConfig], training_set: TrainingSet) -> None:
         """``configs`` with the same loss must lie side by side."""
         self._runs = []
         for _, run in groupby(configs, _loss_settings):
@@ -266,9 +266,9 @@ def _hand_on(slices: Sequence[nn.Parameter], parameter: Tensor) -> None:
             piece.grad = grad
 
 
-def _rates(config: TrainConfig) -> tuple[float, float]:
-    return config.learning_rate, config.penalty
+def _rates(config: ResolvedConfig) -> tuple[float, float]:
+    return config.lr, config.weight_decay
 
 
-def _loss_settings(config: TrainConfig) -> tuple[object, ...]:
+def _loss_settings(config: ResolvedConfig) -> tuple[object, ...]:
     return config.loss, sorted(config.loss_options.items()), config.class_weights

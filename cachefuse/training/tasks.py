@@ -6,7 +6,8 @@ from dataclasses import replace
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
 from cachefuse.metrics.tasks import TaskSlice
-from cachefuse.training.config import TASK_LOSS, TrainConfig
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.resolved import TASK_LOSS
 
 END_TO_END = "end-to-end"  # the stage of the paper that no cache allows
 

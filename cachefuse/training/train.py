@@ -9,11 +9,11 @@ import numpy as np
 from cachefuse.device import own_randomness
 from cachefuse.fusion.model import FusionModel
 from cachefuse.training.build import Stage, build_stage, build_training, build_validation, training_stages
-from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, VAL, TrainingData
 from cachefuse.training.held_out import HeldOut, final_thresholds
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.loop import Epoch, History, fit
+from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.split import Split, make_splits, split_of_all, warn_of_rare_classes
 
 MEMBER_STRIDE = 1000  # between the seeds of members, so that runs of neighbouring seeds share none
@@ -34,7 +34,7 @@ class Progress:
 class TrainedModel:
     """A model with its settings, and with folds the one whose rows it has not seen; None if it has seen all."""
 
-    config: TrainConfig
+    config: ResolvedConfig
     model: FusionModel
     fold: int | None
 
@@ -51,7 +51,7 @@ class TrainedModels:
 
 def train_models(
     data: TrainingData,
-    config: TrainConfig,
+    config: ResolvedConfig,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     *,
     keep_interrupted: bool = False,
@@ -81,7 +81,7 @@ def train_models(
             members.append(TrainedModel(settings, model, fold if config.folds else None))
             histories.append(history)
             table = data.table.only(model.specs)
-            mean += predict_scores(model, table, split.held_out, settings.resolve_loss(data.task), data.tasks)
+            mean += predict_scores(model, table, split.held_out, settings.loss, data.tasks)
         scores.append(mean / config.members)
     name = OUT_OF_FOLD if config.folds else VAL
     held_out = HeldOut.join(name, data, [split.held_out for split in splits], scores)
@@ -96,7 +96,7 @@ def train_models(
     return TrainedModels(members, histories, held_out, thresholds)
 
 
-def member_settings(config: TrainConfig, i: int) -> TrainConfig:
+def member_settings(config: ResolvedConfig, i: int) -> ResolvedConfig:
     """Return the settings of the i-th of several members, which differ in their seeds."""
     return config.with_seed(config.seed + MEMBER_STRIDE * i)
 
@@ -104,7 +104,7 @@ def member_settings(config: TrainConfig, i: int) -> TrainConfig:
 @own_randomness()
 def train_model(
     data: TrainingData,
-    config: TrainConfig,
+    config: ResolvedConfig,
     split: Split,
     *,
     epochs: Mapping[str, int] | None = None,

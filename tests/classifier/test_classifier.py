@@ -27,6 +27,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.feature_table import multi_hot
 from cachefuse.training.held_out import HeldOut
+from cachefuse.training.resolved import resolve
 
 KINDS = np.array(["cat", "dog", "emu"])
 
@@ -128,7 +129,7 @@ def test_parameters_are_kept_as_they_are_given(view, labels):
     twin = clone(classifier.fit(view, labels)).set_params(epochs=1, fusion="concat")
     assert (twin.layers, twin.loss_options, twin.epochs, twin.fusion) == ([8, 4], {"smoothing": 0.1}, 1, "concat")
     assert not hasattr(twin, "models_")
-    assert classifier.config_ == TrainConfig(**{**given, "layers": (8, 4)}).resolve("multiclass", 60)
+    assert classifier.config_ == resolve(TrainConfig(**{**given, "layers": (8, 4)}), "multiclass", 60)
     assert len(classifier.histories_[0].epochs) == 2
 
 

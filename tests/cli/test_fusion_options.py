@@ -13,6 +13,7 @@ from cachefuse.fusion.tirg import TIRGFusion
 from cachefuse.runs.save import load_run
 from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.resolved import resolve
 from cachefuse_cli.shared.train_options import parse_config
 from fixtures.messages import naming, says
 
@@ -32,11 +33,11 @@ def test_the_command_line_parses_options_and_parts():
         fusion_options={"depth": "1", "dropout": "0.3"},
         ablate=("modality-attention", "sequence-attention"),
     )
-    options = config.resolve("multilabel", N).fusion_options
+    options = resolve(config, "multilabel", N).fusion_options
     assert (options["depth"], options["dropout"]) == (1, 0.3)
     assert parse_config(given()) == TrainConfig()
     text = parse_config(given(fusion="tirg", fusion_options=["query=text"]))
-    assert text.resolve("multilabel", N).fusion_options == {"query": "text", "width": 512}
+    assert resolve(text, "multilabel", N).fusion_options == {"query": "text", "width": 512}
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from cachefuse.runs.save import load_run
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
+from cachefuse.training.resolved import resolve
 from cachefuse.training.split import make_splits
 from fixtures.messages import naming, says
 
@@ -260,7 +261,7 @@ class TestWritten:
     def test_a_row_of_several_labels_has_no_one_answer(self, task):
         config = TrainConfig(fusion="midfusion", fusion_options={"answers": "text", "decoder_layers": 1})
         with pytest.raises(ConfigError, match=naming(f"answers=text {task}")):
-            config.resolve(task, 100)
+            resolve(config, task, 100)
 
     def test_an_edited_run_is_refused(self, cachefuse, tokens, folder):
         cachefuse(

@@ -24,6 +24,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
+from cachefuse.training.resolved import resolve
 from cachefuse_cli.shared.sweep_tables import sweep_table
 from fixtures.messages import naming
 from fixtures.specs import specs_of
@@ -173,10 +174,11 @@ class TestPresets:
     def test_recipes_are_settings_that_build(self, small_options):
         for config in RECIPES.values():
             options = small_options["lit"] if config.fusion == "lit" else {}
-            resolved = replace(config, fusion_options={**config.fusion_options, **options}).resolve("multilabel", 100)
+            given = replace(config, fusion_options={**config.fusion_options, **options})
+            resolved = resolve(given, "multilabel", 100)
             assert resolved.lr in (1e-5, 5e-5)
         with torch.device("meta"):
-            paper = RECIPES["cma-paper"].resolve("multilabel", 100)
+            paper = resolve(RECIPES["cma-paper"], "multilabel", 100)
             specs = specs_of({"image": 512, "text": 512, "image_tokens": (768, 49), "text_tokens": (512, 77)})
             model = build_model(paper, specs, 18)
         assert len(model.fusion.blocks) == 12
@@ -261,7 +263,7 @@ def test_a_grid_may_hold_fusions_that_read_other_views(toy_store, folder, small_
 def test_settings_are_those_of_every_fusion(small_options):
     for name in FUSIONS:
         options = small_options["lit"] if name == "lit" else {}
-        config = TrainConfig(fusion=name, fusion_options=options).resolve("multilabel", 1000)
+        config = resolve(TrainConfig(fusion=name, fusion_options=options), "multilabel", 1000)
         assert set(config.fusion_options) == set(FUSIONS[name].options())
         assert None not in (config.epochs, config.batch_size, config.lr, config.dropout)
     assert parse_setting({"fusion_options": {"depth": "3"}}) == {"fusion_options": {"depth": "3"}}

@@ -13,6 +13,7 @@ from cachefuse.extraction.open_store import open_store
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
+from cachefuse.training.resolved import resolve_loss
 from fixtures.messages import naming
 
 
@@ -83,7 +84,7 @@ def test_no_head_is_trained_on_pairs(pairs, store_path, manifest):
     store = open_store(store_path, replace(pairs, manifest=manifest))
     expected = naming(f"{manifest.task} similarity")
     with pytest.raises(ConfigError, match=expected):
-        TrainConfig().resolve_loss(manifest.task)
+        resolve_loss(TrainConfig(), manifest.task)
     with pytest.raises(ConfigError, match=expected):
         open_training_data(store)
 

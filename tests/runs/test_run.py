@@ -19,6 +19,7 @@ from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.tables import match_features
 from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.resolved import ResolvedConfig
 from fixtures.messages import naming
 
 QUICK = TrainConfig(head="linear", epochs=2, loss="bce")
@@ -51,7 +52,7 @@ def test_comes_back_as_it_was(trained, saved):
     for name in ("name", "dataset", "manifest", "classes", "features", "results", "split_digest", "sources"):
         assert getattr(run, name) == getattr(trained, name), name
     assert (run.histories, run.created, run.path) == (trained.histories, trained.created, saved)
-    assert run.config == TrainConfig(
+    assert run.config == ResolvedConfig(
         head="linear", epochs=2, loss="bce", lr=1e-3, weight_decay=0.0, schedule="cosine", dropout=0.8, batch_size=256
     )
     assert run.task == "multilabel"

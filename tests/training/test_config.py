@@ -1,8 +1,13 @@
+import json
+from dataclasses import replace
+
 import pytest
 
 from cachefuse.errors import ConfigError, UnknownNameError
+from cachefuse.settings import settings_of
 from cachefuse.training import OPTIMIZERS
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.resolved import ResolvedConfig, resolve, resolve_loss
 from fixtures.messages import naming
 
 
@@ -59,28 +64,28 @@ def test_lbfgs_takes_all_rows_and_a_linear_head(setting):
         TrainConfig(optimizer="lbfgs")
     with pytest.raises(ConfigError, match=naming("optimizer lbfgs")):
         TrainConfig(optimizer="lbfgs", head="linear", **setting)
-    assert TrainConfig(optimizer="lbfgs", head="linear").effective_batch_size == 0
+    assert resolve(TrainConfig(optimizer="lbfgs", head="linear"), "multilabel", 100).effective_batch_size == 0
 
 
 def test_each_optimizer_has_a_rate_of_its_own():
-    rates = {name: TrainConfig(optimizer=name, head="linear").learning_rate for name in OPTIMIZERS}
+    rates = {name: resolve(TrainConfig(optimizer=name, head="linear"), "multilabel", 100).lr for name in OPTIMIZERS}
     assert rates == {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
-    assert TrainConfig(lr=0.3).learning_rate == 0.3
+    assert resolve(TrainConfig(lr=0.3), "multilabel", 100).lr == 0.3
 
 
 def test_takes_the_tasks_loss_unless_told():
-    assert TrainConfig().resolve_loss("multilabel") == "asl"
-    assert TrainConfig().resolve_loss("multiclass") == "ce"
-    assert TrainConfig(loss="asl").resolve_loss("multiclass") == "asl"
+    assert resolve_loss(TrainConfig(), "multilabel") == "asl"
+    assert resolve_loss(TrainConfig(), "multiclass") == "ce"
+    assert resolve_loss(TrainConfig(loss="asl"), "multiclass") == "asl"
 
 
 def test_resolves_what_is_left_open():
-    config = TrainConfig().resolve("multilabel", 2425)
+    config = resolve(TrainConfig(), "multilabel", 2425)
     assert (config.loss, config.lr, config.schedule, config.epochs) == ("asl", 1e-3, "cosine", 50)
     assert config.loss_options == {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}
-    assert config.resolve("multilabel", 10) == config  # nothing is left open any more
-    assert TrainConfig().resolve("multiclass", 10**6).loss == "ce"
-    lbfgs = TrainConfig(head="linear", optimizer="lbfgs").resolve("multilabel", 100)
+    assert resolve(config, "multilabel", 10) == config  # nothing is left open any more
+    assert resolve(TrainConfig(), "multiclass", 10**6).loss == "ce"
+    lbfgs = resolve(TrainConfig(head="linear", optimizer="lbfgs"), "multilabel", 100)
     assert (lbfgs.lr, lbfgs.weight_decay, lbfgs.schedule, lbfgs.epochs) == (1.0, 0.003, "constant", 20)
 
 
@@ -89,18 +94,18 @@ def test_resolves_what_is_left_open():
     [({}, 54, 500), ({}, 1000, 125), ({}, 10**6, 50), ({"batch_size": 0}, 10**6, 500), ({"epochs": 3}, 54, 3)],
 )
 def test_few_rows_take_more_epochs_to_make_as_many_steps(settings, n_rows, epochs):
-    assert TrainConfig(**settings).resolve("multilabel", n_rows).n_epochs == epochs
+    assert resolve(TrainConfig(**settings), "multilabel", n_rows).epochs == epochs
 
 
 def test_options_of_a_loss_stand_beside_its_defaults():
-    few = TrainConfig(loss_options={"gamma_negative": 4.0}).resolve("multilabel", 10)
+    few = resolve(TrainConfig(loss_options={"gamma_negative": 4.0}), "multilabel", 10)
     assert few.loss_options == {"gamma_negative": 4.0, "gamma_positive": 0.0, "clip": 0.0}
-    focal = TrainConfig(loss="focal", loss_options={"gamma": 2.0}).resolve("multilabel", 10)
+    focal = resolve(TrainConfig(loss="focal", loss_options={"gamma": 2.0}), "multilabel", 10)
     assert focal.loss_options == {"gamma": 2.0}
 
 
 def test_to_name_the_default_loss_changes_nothing():
-    assert TrainConfig(loss="asl").resolve("multilabel", 10) == TrainConfig().resolve("multilabel", 10)
+    assert resolve(TrainConfig(loss="asl"), "multilabel", 10) == resolve(TrainConfig(), "multilabel", 10)
 
 
 @pytest.mark.parametrize(
@@ -119,18 +124,18 @@ def test_refuses_loss_options_that_nothing_can_be_trained_by(options, message):
 
 def test_refuses_a_softmax_for_several_labels_a_row():
     with pytest.raises(ConfigError, match=naming("loss ce")):
-        TrainConfig(loss="ce").resolve_loss("multilabel")
+        resolve_loss(TrainConfig(loss="ce"), "multilabel")
 
 
 def test_refuses_a_task_without_labels():
     with pytest.raises(ConfigError, match="head"):
-        TrainConfig().resolve_loss("retrieval")
+        resolve_loss(TrainConfig(), "retrieval")
 
 
 def test_a_linear_head_has_no_hidden_layers_by_default():
-    assert TrainConfig(head="linear").head_options()["layers"] == ()
-    assert TrainConfig(head="mlp").head_options()["layers"] == (512,)
-    assert TrainConfig(head="mlp", layers=()).head_options()["layers"] == ()
+    assert resolve(TrainConfig(head="linear"), "multilabel", 100).head_options()["layers"] == ()
+    assert resolve(TrainConfig(head="mlp"), "multilabel", 100).head_options()["layers"] == (512,)
+    assert resolve(TrainConfig(head="mlp", layers=()), "multilabel", 100).head_options()["layers"] == ()
 
 
 def test_comes_back_from_a_dictionary():
@@ -160,4 +165,36 @@ def test_refuses_keys_that_are_no_settings():
     ],
 )
 def test_what_differs_from_the_defaults(settings, differences):
-    assert TrainConfig(**settings).resolve("multilabel", 10**9).differences("multilabel") == differences
+    assert resolve(TrainConfig(**settings), "multilabel", 10**9).differences("multilabel") == differences
+
+
+OPEN = {"dropout", "loss", "lr", "schedule", "weight_decay", "epochs", "batch_size"}
+
+
+def test_what_is_resolved_is_another_type():
+    config = TrainConfig(fusion="cma", epochs=3)
+    resolved = resolve(config, "multilabel", 100)
+    assert (type(config), type(resolved)) == (TrainConfig, ResolvedConfig)
+    assert {one.name for one in settings_of(TrainConfig).values() if one.optional} > OPEN
+    assert not any(settings_of(ResolvedConfig)[name].optional for name in OPEN)
+    assert [(one.name, one.about) for one in settings_of(ResolvedConfig).values()] == [
+        (one.name, one.about) for one in settings_of(TrainConfig).values()
+    ]
+    with pytest.raises(ConfigError, match=naming("lr")):
+        replace(resolved, lr=None)
+    with pytest.raises(TypeError, match="dropout"):
+        ResolvedConfig()
+
+
+def test_a_runs_settings_are_read_as_they_are():
+    resolved = resolve(TrainConfig(fusion="cma", ablate=("modality-attention",), views="tokens"), "multilabel", 100)
+    stored = resolved.to_dict()
+    assert (stored["without"], stored["view"]) == (
+        ("modality-attention",),
+        "tokens",
+    )  # which earlier versions read, too
+    assert ResolvedConfig.from_run(json.loads(json.dumps(stored)), "multilabel") == resolved
+    older = {name: value for name, value in stored.items() if name not in OPEN}  # what they lack is the default
+    assert ResolvedConfig.from_run(older, "multilabel").lr == resolved.lr
+    with pytest.raises(ConfigError, match=naming("rate")):
+        ResolvedConfig.from_run({"rate": 1}, "multilabel")

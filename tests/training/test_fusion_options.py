@@ -10,6 +10,7 @@ from cachefuse.fusion.cma import CMAFusion
 from cachefuse.runs.train import train_head
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.resolved import resolve as resolve_settings
 from cachefuse.training.selection import load_table, select_features
 from fixtures.messages import naming
 
@@ -18,7 +19,7 @@ N = 10**6  # rows, of which an epoch makes enough steps
 
 
 def resolve(n_rows=N, task="multilabel", **settings):
-    return TrainConfig(**settings).resolve(task, n_rows)
+    return resolve_settings(TrainConfig(**settings), task, n_rows)
 
 
 # Checked
@@ -134,11 +135,8 @@ def test_a_fusion_has_settings_of_its_own():
             0.8, 1e-3, 0.0, 50, 256,
         )  # fmt: skip
     assert config.schedule == "cosine"
-    # What training reads before anything is resolved is no other.
-    open_ended = TrainConfig(fusion="cma")
-    assert (open_ended.learning_rate, open_ended.penalty, open_ended.effective_batch_size) == (3e-4, 1e-4, 64)
-    assert open_ended.head_options()["dropout"] == 0.2
-    assert TrainConfig().head_options()["dropout"] == 0.8
+    assert config.head_options()["dropout"] == 0.2
+    assert resolve().head_options()["dropout"] == 0.8
 
 
 def test_what_is_given_wins():
@@ -153,8 +151,8 @@ def test_what_is_given_wins():
 def test_resolving_twice_changes_nothing():
     for settings in ({"fusion": "cma", "fusion_options": {"depth": "1"}}, {"fusion": "tirg"}, {"fusion": "sum"}):
         once = resolve(n_rows=100, **settings)
-        assert once.resolve("multilabel", 100) == once
-        assert once.resolve("multilabel", N) == once  # none is left open
+        assert resolve_settings(once, "multilabel", 100) == once
+        assert resolve_settings(once, "multilabel", N) == once  # none is left open
 
 
 def test_the_rate_of_another_optimizer_is_its_own():
@@ -176,7 +174,7 @@ def test_views_are_those_that_the_fusion_reads():
 def test_the_model_is_the_one_that_the_settings_describe(ablate, toy_store):
     store, config = toy_store(), resolve(fusion="cma", fusion_options={**SMALL, "depth": "3"}, ablate=ablate)
     table = load_table(store, select_features(store, views=config.reads), config.reads)
-    model = build_model(config, {name: x.shape[1] for name, x in table.features.items()}, 3)
+    model = build_model(config, table.specs, 3)
     fusion = model.fusion
     assert len(fusion.blocks) == (0 if "sequence-attention" in ablate else 3)
     assert (fusion.relevance is None) == ("modality-attention" in ablate)

@@ -26,9 +26,10 @@ from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import training_loss, untrained_model
-from cachefuse.training.config import LOSS_OPTIONS, TrainConfig
+from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, TrainingSet, open_training_data
 from cachefuse.training.inference import to_scores
+from cachefuse.training.resolved import LOSS_OPTIONS
 from cachefuse.training.split import make_splits
 from cachefuse.training.train import train_model, train_models
 from fixtures.messages import naming
@@ -172,7 +173,7 @@ def test_each_task_takes_the_loss_that_fits_it(given, settled, losses, data):
 
 def test_tasks_of_one_kind(tasks_store):
     text = MANIFEST.partition("[tasks.tags]")[0]
-    data = open_training_data(tasks_store(text, CLASSES[:5], slice(0, 5)))[0]
+    data = open_training_data(tasks_store(text, CLASSES[:5], slice(0, 5)))
     assert data.resolve(TrainConfig()).loss == "ce"
     with pytest.raises(ConfigError, match=naming("loss asl")):
         data.resolve(TrainConfig(loss="asl"))

@@ -15,6 +15,7 @@ from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData
 from cachefuse.training.feature_table import FeatureTable
+from cachefuse.training.resolved import resolve
 from cachefuse.training.split import Split
 from cachefuse.training.stack import most_together, shared_settings, stack, train_together, unstack
 from cachefuse.training.train import train_model
@@ -42,7 +43,13 @@ def make_problem(task="multilabel", absent=True, dtype=torch.float32):
 
 
 EVERYTHING = Split(torch.arange(N), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-BASE = TrainConfig(
+
+
+def resolved(**settings):
+    return resolve(TrainConfig(**settings), "multilabel", N)
+
+
+BASE = resolved(
     head="linear", epochs=4, patience=0, batch_size=16, lr=0.02, loss="bce", schedule="constant", activation="gelu"
 )
 MIXED = [
@@ -88,7 +95,7 @@ def assert_same_as_alone(data, configs):
 @pytest.mark.parametrize("head", ["linear", "mlp", "gmlp"])
 @pytest.mark.parametrize("fusion", LINEAR)
 def test_a_stack_says_what_its_models_say(fusion, head):
-    config = TrainConfig(fusion=fusion, head=head, layers=None if head == "linear" else (8, 4), dropout=0.0)
+    config = resolved(fusion=fusion, head=head, layers=None if head == "linear" else (8, 4), dropout=0.0)
     models = built(config)
     table = make_problem().table
     stacked = stack(models)
@@ -104,7 +111,7 @@ def test_a_stack_says_what_its_models_say(fusion, head):
 
 
 def test_heads_that_share_their_input_are_one_matrix_product():
-    models = built(TrainConfig(fusion="image", head="linear"), n=20)
+    models = built(resolved(fusion="image", head="linear"), n=20)
     stacked = stack(models)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         stacked({"image": torch.ones(4, 6)}, {"image": torch.ones(4, dtype=torch.bool)})
@@ -113,7 +120,7 @@ def test_heads_that_share_their_input_are_one_matrix_product():
 
 
 def test_unstacking_gives_the_same_bytes_back():
-    config = TrainConfig(fusion="mixed", head="gmlp", layers=(8,))
+    config = resolved(fusion="mixed", head="gmlp", layers=(8,))
     models, empty = built(config), built(config)
     for model in empty:
         for parameter in model.parameters():
@@ -134,11 +141,11 @@ def test_a_stack_leaves_its_models_alone():
 @pytest.mark.parametrize(
     ("first", "other"),
     [
-        (TrainConfig(layers=(8,)), TrainConfig(layers=(9,))),
-        (TrainConfig(layers=(8,)), TrainConfig(layers=(8, 8))),
-        (TrainConfig(layers=(8,), activation="gelu"), TrainConfig(layers=(8,), activation="relu")),
-        (TrainConfig(layers=(8,)), TrainConfig(layers=(8,), dropout=0.1)),
-        (TrainConfig(head="linear"), TrainConfig(head="linear", fusion="mixed")),
+        (resolved(layers=(8,)), resolved(layers=(9,))),
+        (resolved(layers=(8,)), resolved(layers=(8, 8))),
+        (resolved(layers=(8,), activation="gelu"), resolved(layers=(8,), activation="relu")),
+        (resolved(layers=(8,)), resolved(layers=(8,), dropout=0.1)),
+        (resolved(head="linear"), resolved(head="linear", fusion="mixed")),
     ],
 )
 def test_models_of_other_layers_do_not_stack(first, other):
