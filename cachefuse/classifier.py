@@ -18,6 +18,7 @@ from cachefuse.data.folds import stratified_folds
 from cachefuse.data.manifest import DEFAULT_METRICS
 from cachefuse.device import resolve_device
 from cachefuse.errors import DataError
+from cachefuse.files import JsonObject
 from cachefuse.metrics.decisions import decide
 from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
@@ -31,7 +32,7 @@ HELD_PARTS = 10  # one in so many rows is held out, where epochs or thresholds a
 
 
 ELSEWHERE = ("views", "seed")  # settings that X decides on, and ``random_state``
-DEFAULTS: dict[str, Any] = {
+DEFAULTS: JsonObject = {
     name: None if one.kind is Mapping else one.default
     for name, one in settings_of(TrainConfig).items()
     if name not in ELSEWHERE

@@ -18,8 +18,10 @@ from cachefuse.errors import ConfigError
 from cachefuse.registry import Options, Registry, import_entry, unknown
 
 NOTHING = "none"  # a list of no names, in words
-CLASSES: dict[Any, Any] = {int: Integral, float: Real, tuple: (tuple, list), Mapping: Mapping}  # that values are of
-WHAT: dict[Any, str] = {
+CLASSES: dict[object, type | tuple[type, ...]] = {  # that values are of
+    int: Integral, float: Real, tuple: (tuple, list), Mapping: Mapping,
+}  # fmt: skip
+WHAT: dict[object, str] = {
     int: "a whole number", float: "a number", str: "a name", bool: "true or false",
     Mapping: "a table such as { gamma = 2 }",
 }  # fmt: skip
@@ -41,7 +43,7 @@ class About:
     metavar: str = ""
     choices: Iterable[str] | str | None = None
     unfit: Mapping[str, str] = field(default_factory=dict)
-    words: Mapping[str, Any] = field(default_factory=dict)
+    words: Options = field(default_factory=dict)
     least: float | None = None
     most: float | None = None
     above: float | None = None
@@ -66,7 +68,7 @@ class Setting:
     """
 
     name: str
-    kind: Any
+    kind: type
     item: Any
     optional: bool
     default: Any
@@ -83,7 +85,7 @@ class Setting:
         return self.about.old or self.name
 
     @property
-    def choices(self) -> Mapping[str, Any] | Sequence[str]:
+    def choices(self) -> Options | Sequence[str]:
         """The table of choices, or their names; empty where every value is one."""
         given: Any = self.about.choices
         return import_entry(given) or ()
@@ -110,7 +112,7 @@ class Setting:
         """Return what help says of the default; "" for its value."""
         return self.about.shown() if callable(self.about.shown) else self.about.shown
 
-    def parse(self, given: Any) -> Any:
+    def parse(self, given: object) -> Any:
         """Return a value of its type: of a text as the command line takes it, of a list of such, or of TOML's values.
 
         Raises ConfigError for what does not parse.
@@ -128,7 +130,7 @@ class Setting:
             raise self._refusal(given)  # which has a word of its own
         return value
 
-    def _parse_list(self, given: Any) -> tuple[Any, ...]:
+    def _parse_list(self, given: object) -> tuple[object, ...]:
         if not isinstance(given, tuple | list):
             raise self._refusal(given)
         texts = [part.strip() for one in given for part in (one.split(",") if isinstance(one, str) else (str(one),))]
@@ -140,11 +142,11 @@ class Setting:
         except ConfigError:
             raise self._refusal(",".join(map(str, given))) from None
 
-    def _parse_table(self, given: Any) -> dict[str, Any]:
+    def _parse_table(self, given: object) -> Options:
         """Return {name: value} of a table, or of texts name=value: numbers, where the table's values may be."""
         if isinstance(given, Mapping):
             return {str(name): self._parse_value(name, value) for name, value in given.items()}
-        values: dict[str, Any] = {}
+        values: dict[str, object] = {}
         for text in given if isinstance(given, tuple | list) else (given,):
             name, equals, value = str(text).partition("=")
             if not equals:
@@ -164,7 +166,7 @@ class Setting:
                 return given
             raise ConfigError(f"{self.option} {name} must be a number. Got {given!r} instead") from None
 
-    def _parse_one(self, kind: Any, given: Any) -> Any:
+    def _parse_one(self, kind: type, given: Any) -> object:
         if kind is bool and isinstance(given, str):
             given = {"true": True, "false": False}.get(given.lower(), given)
         if kind in (int, float) and isinstance(given, str):
@@ -175,7 +177,7 @@ class Setting:
         self._check_kind(kind, given)
         return float(given) if kind is float else given
 
-    def text(self, value: Any) -> str:
+    def text(self, value: object) -> str:
         """Return a value as the command line takes it."""
         return next((word for word, meant in self.about.words.items() if value == meant), None) or as_text(value)
 
@@ -195,7 +197,7 @@ class Setting:
         if self.kind in (int, float):
             self._check_limits(self.option, value)
 
-    def _check_kind(self, kind: Any, value: Any) -> None:
+    def _check_kind(self, kind: type, value: object) -> None:
         fits = isinstance(value, CLASSES.get(kind, kind))
         if not fits or (isinstance(value, bool) and kind is not bool):
             raise self._refusal(value)
@@ -227,7 +229,7 @@ class Setting:
             must = f"between {_number(about.least)} and {_number(about.most)}"
         raise ConfigError(f"{name} must be {must}. Got {value} instead")
 
-    def _refusal(self, value: Any) -> ConfigError:
+    def _refusal(self, value: object) -> ConfigError:
         return ConfigError(f"{self.option} must be {self.what}. Got {value!r} instead")
 
 
@@ -262,7 +264,7 @@ def check_settings(config: object) -> None:
         one.check(getattr(config, one.name))
 
 
-def from_stored(config: type, values: Options) -> dict[str, Any]:
+def from_stored(config: type, values: Options) -> Options:
     """Return a file's values by the names of the fields. Raises ConfigError for keys that are not settings."""
     every = settings_of(config).values()
     names = {name: one for one in every for name in (one.name, one.stored)}
@@ -279,7 +281,7 @@ def as_stored(config: type, values: Options) -> dict[str, Any]:
     return {known[name].stored: value for name, value in values.items()}
 
 
-def as_text(value: Any) -> str:
+def as_text(value: object) -> str:
     """Return a value as the command line takes it."""
     if isinstance(value, Mapping):
         return " ".join(f"{name}={as_text(one)}" for name, one in value.items())

@@ -82,7 +82,7 @@ def _memory(name: str, what: str, n_rows: int, peak: Callable[[int], float]) -> 
     return BenchRow(name, what, "GB", whole, quarter, whole / quarter, goal=MOST_MEMORY, at_most=True)
 
 
-def run(function: str, **arguments: Any) -> tuple[Any, float]:
+def run(function: str, **arguments: object) -> tuple[Any, float]:
     """Run a function of this module in a new process; return what it returns and the most memory seen, in GB.
 
     Raises CacheError with the process's last words if it fails.

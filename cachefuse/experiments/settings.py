@@ -4,7 +4,6 @@ import itertools
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from cachefuse.errors import ConfigError
 from cachefuse.files import JsonObject
@@ -22,7 +21,7 @@ FIXED = {
 }
 
 
-def grid(values: Mapping[str, Sequence[Any]]) -> list[JsonObject]:
+def grid(values: Mapping[str, Sequence[object]]) -> list[JsonObject]:
     """Return every combination of the fields' values, the last field varying fastest.
 
     Raises ConfigError if there are no fields, or one has no values.

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from cachefuse.data.column import Column
+from cachefuse.data.column import Column, TextOrSource
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import DerivedTower, EncoderSpec, Tower
 from cachefuse.errors import CacheError, ConfigError
@@ -153,7 +152,7 @@ class Job:
         return pending
 
     @cached_property
-    def sources(self) -> list[Any]:
+    def sources(self) -> Sequence[TextOrSource | None]:
         """One source or text per row; None if a sample has none."""
         return self._column.feature_sources()
 

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from cachefuse.data.column import TextOrSource
 from cachefuse.encoders.base import Tower
 from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
 from cachefuse.feature_spec import IDS
@@ -26,7 +27,7 @@ def is_bad(item: object) -> bool:
     return isinstance(item, BadSampleError)
 
 
-def prepare_source(tower: Tower, source: Any) -> Any:
+def prepare_source(tower: Tower, source: TextOrSource | None) -> Any:
     """Load and preprocess one source or text. An unusable one returns its BadSampleError."""
     try:
         if not source:
@@ -41,7 +42,7 @@ def prepare_source(tower: Tower, source: Any) -> Any:
 @contextmanager
 def prepare_in_order(
     tower: Tower,
-    sources: Sequence[Any],
+    sources: Sequence[TextOrSource | None],
     rows: Iterable[int],
     ahead: int,
     row_name: Callable[[int], str] = lambda row: f"row {row}",

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from cachefuse.data.column import TextOrSource
 from cachefuse.data.dataset import Dataset
 from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import CacheError
@@ -107,7 +107,7 @@ def plan(
     return Plan(store_path, tuple(planned), seconds, free_bytes(store_path))
 
 
-def row_bytes(tower: Tower, sources: Sequence[Any], view: str, dtype: str) -> float:
+def row_bytes(tower: Tower, sources: Sequence[TextOrSource | None], view: str, dtype: str) -> float:
     """Return the bytes of a row; for ragged tokens, an estimate from the lengths of some texts."""
     if view == "pooled":
         return float(tower.width * np.dtype(DTYPES[dtype]).itemsize)
@@ -120,7 +120,7 @@ def row_bytes(tower: Tower, sources: Sequence[Any], view: str, dtype: str) -> fl
     return (_mean_length(tower, sources) if tower.ragged else float(n_tokens)) * token_bytes
 
 
-def _mean_length(tower: Tower, sources: Sequence[Any]) -> float:
+def _mean_length(tower: Tower, sources: Sequence[TextOrSource | None]) -> float:
     """Return the mean number of tokens of some texts."""
     step = max(1, len(sources) // MEASURED_TEXTS)
     prepared = [prepare_source(tower, source) for source in sources[::step][:MEASURED_TEXTS]]
@@ -172,7 +172,7 @@ def _derive_seconds(tower: DerivedTower, base: Rows) -> float:
     return (time.perf_counter() - start) / max(1, len(rows))
 
 
-def _encode_seconds(tower: Tower, sources: Sequence[Any], views: Sequence[str], size: int) -> float:
+def _encode_seconds(tower: Tower, sources: Sequence[TextOrSource | None], views: Sequence[str], size: int) -> float:
     """Encode a few batches, spread over the dataset, as extract does, and return the seconds per row."""
     n = min(len(sources), (1 + PROBE_BATCHES) * size)
     rows = np.linspace(0, len(sources) - 1, n).round().astype(int).tolist()

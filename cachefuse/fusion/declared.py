@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from cachefuse.fusion import FUSIONS
+from cachefuse.registry import Options
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Option:
 
     name: str
     type: str
-    default: Any
+    default: object
     help: str
 
 
@@ -33,7 +33,7 @@ class Declared:
     options: tuple[Option, ...] = ()
     parts: tuple[str, ...] = ()
     stages: tuple[str, ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Options = field(default_factory=dict)
 
 
 @cache
@@ -51,7 +51,7 @@ def declared(name: str) -> Declared:
     return _read(classes[attribute], _constants(tree.body, {}))
 
 
-def _read(node: ast.ClassDef, constants: Mapping[str, Any]) -> Declared:
+def _read(node: ast.ClassDef, constants: Options) -> Declared:
     values = _constants(node.body, constants)
     init = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "__init__"), None)
     options = []
@@ -63,7 +63,7 @@ def _read(node: ast.ClassDef, constants: Mapping[str, Any]) -> Declared:
     return Declared(tuple(options), **named)
 
 
-def _constants(body: Sequence[ast.stmt], known: Mapping[str, Any]) -> dict[str, Any]:
+def _constants(body: Sequence[ast.stmt], known: Options) -> Options:
     """Return the names that statements give to plain values."""
     found = dict(known)
     for statement in body:
@@ -77,7 +77,7 @@ def _constants(body: Sequence[ast.stmt], known: Mapping[str, Any]) -> dict[str, 
     return found
 
 
-def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
+def _value(node: ast.expr, known: Options) -> object:
     """Return the value of a literal, of a name that is known, or of a tuple of these; else None."""
     match node:
         case ast.Name(name):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FLAT, POOLED, TOKENS
@@ -16,6 +16,9 @@ from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
 from cachefuse.registry import Options
 from cachefuse.settings import as_stored, check_settings, from_stored, setting
 from cachefuse.training import OPTIMIZERS, SCHEDULES
+
+if TYPE_CHECKING:
+    from cachefuse.fusion.base import Fusion
 
 MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
@@ -211,7 +214,7 @@ class TrainConfig:
         return {**self.fusion_options, **({"ablate": self.ablate} if self.ablate else {})}
 
     @property
-    def _fusion(self) -> Any:
+    def _fusion(self) -> "type[Fusion]":
         return FUSIONS[self.fusion]
 
     @property

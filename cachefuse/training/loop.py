@@ -238,8 +238,8 @@ def keep_freed_memory() -> None:
 
     That takes a fifth of an MLP's epoch. It holds for the process from here on; other C libraries are left as they are.
     """
-    libc: Any = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if libc is not None and hasattr(libc, "mallopt"):
         libc.mallopt(MMAP_THRESHOLD, KEPT_BYTES // 4)
         libc.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
 

@@ -102,7 +102,7 @@ def unstack(stacked: nn.Module, models: Sequence[nn.Module]) -> None:
         model.load_state_dict({name: tensor[i] for name, tensor in state.items()})
 
 
-def _stacked(module: Any, n: int) -> nn.Module:
+def _stacked(module: nn.Module, n: int) -> nn.Module:
     for kind, stacked in STACKED.items():
         if isinstance(module, kind):
             return stacked(module, n)

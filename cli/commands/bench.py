@@ -2,7 +2,7 @@
 
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -68,7 +68,7 @@ def fusion(
     _measure("fusion", workspace, device, json)
 
 
-def _measure(name: str, workspace: Path, device: str, json: bool, **options: Any) -> None:
+def _measure(name: str, workspace: Path, device: str, json: bool, **options: object) -> None:
     """Take the measurements of ``cachefuse.bench.<name>``, and print them."""
     from cachefuse_cli.shared import render
 

@@ -10,7 +10,7 @@ from typer.core import TyperCommand
 from cachefuse.registry import Options
 from cachefuse.settings import Setting, settings_of
 
-METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME", bool: "", tuple: "LIST", Mapping: "KEY=X"}
+METAVARS: dict[object, str] = {int: "N", float: "X", str: "NAME", bool: "", tuple: "LIST", Mapping: "KEY=X"}
 _LATE: dict[str, Callable[[], str]] = {}  # help by a word that stands for it
 
 
@@ -25,7 +25,7 @@ class Command(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-def takes(config: type, parse: Callable[[Options], Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(config: type, parse: Callable[[Options], object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator: a command that has a parameter ``config`` gets an option for each field of a dataclass.
 
     What it is called with is a function without arguments that parses them. An earlier name of a field is an option
@@ -40,7 +40,7 @@ def takes(config: type, parse: Callable[[Options], Any]) -> Callable[[Callable[.
             if name != "config"
         ]
 
-        def with_options(**values: Any) -> None:
+        def with_options(**values: object) -> None:
             given = {option.name: values.pop(option.name) for option in options}
             command(config=lambda: parse(given), **values)
 
@@ -89,7 +89,7 @@ def _late(text: Callable[[], str]) -> str:
     return word
 
 
-def read(config: type, given: Options) -> dict[str, Any]:
+def read(config: type, given: Options) -> Options:
     """Return the fields' values of what options say; an earlier name is taken, with a note.
 
     Raises ConfigError for what does not parse.
