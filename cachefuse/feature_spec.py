@@ -1,20 +1,20 @@
-"""What features are: of which modality, in which view, and how large."""
+"""The specification of features: modality, view and sizes."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-# What a store has of a modality: a vector a sample, vectors of its tokens, or their numbers; and as a training may read
-# tokens, side by side in place of a vector.
+# The views of a modality: one vector per sample, token vectors, token ids. A training may also read tokens as one
+# concatenated vector (flat).
 POOLED, TOKENS, IDS, FLAT = "pooled", "tokens", "ids", "flat"
 VIEWS = (POOLED, TOKENS, IDS, FLAT)
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Features of a modality in a view, and their sizes; 0 is what a view lacks, or what is not known.
+    """Features of a modality in a view, and their sizes. A size is 0 if it does not apply or is unknown.
 
-    Pooled features are (N, D), tokens (N, T, D), flat tokens (N, T * D), ids (N, T). ``width`` is that of the last
-    dimension, but of ids, which have a ``vocabulary``. ``n_tokens`` is T, the most that a sample has.
+    Pooled features are (N, D), tokens (N, T, D), flat tokens (N, T * D), ids (N, T). ``width`` is the last dimension;
+    ids have a ``vocabulary`` instead. ``n_tokens`` is T, the maximum of a sample.
     """
 
     modality: str
@@ -25,12 +25,12 @@ class FeatureSpec:
 
     @property
     def name(self) -> str:
-        """What the features are called: see ``feature_name``."""
+        """The name of the features: see ``feature_name``."""
         return feature_name(self.modality, self.view)
 
 
 def feature_name(modality: str, view: str) -> str:
-    """Return what a modality's features of a view are called: "image", "image_tokens". Flat tokens stand for pooled."""
+    """Return the name of features: "image" (pooled or flat tokens), "image_tokens"."""
     return modality if view in (POOLED, FLAT) else f"{modality}_{view}"
 
 
@@ -40,5 +40,5 @@ def modalities_of(specs: Iterable[FeatureSpec]) -> tuple[str, ...]:
 
 
 def pooled_specs(widths: Mapping[str, int]) -> dict[str, FeatureSpec]:
-    """Return what pooled features of such widths by modality are, by name."""
+    """Return the specs of pooled features, by modality, from their widths."""
     return {modality: FeatureSpec(modality, POOLED, width) for modality, width in widths.items()}

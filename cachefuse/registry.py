@@ -1,6 +1,6 @@
-"""Registries: from a name to an object, or to "module:attribute" where importing it is costly.
+"""Registries: objects by name. An entry may be "module:attribute", which is imported on demand.
 
-Another installed package adds entries by an entry point, in a group that is called as the registry is.
+Other installed packages add entries by entry points; each registry has a group of them.
 """
 
 import difflib
@@ -16,16 +16,15 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
 
 T = TypeVar("T")  # an entry
-Options = Mapping[str, Any]  # of a fusion, a loss ... by name; what each may be is for its constructor to say
+Options = Mapping[str, Any]  # of a fusion, a loss ... by name; its constructor checks them
 
 
 class Registry(MutableMapping[str, T]):
-    """Objects by name; ``registry[name]`` imports what an entry names, and raises UnknownNameError with the choices.
+    """Objects by name. ``registry[name]`` imports the entry, and raises UnknownNameError with the choices.
 
-    ``kind`` is what messages call an entry. ``group`` is that of the entry points by which installed packages add to
-    it. An entry of this package goes before one of the same name. ``base``, ``takes`` and ``has`` are what an entry of
-    another package must be: a subclass of a class ("module:attribute"), something that can be called with such
-    arguments ("width, classes, *, layers"), something with such attributes.
+    ``kind`` is the word for an entry in messages. ``group`` is the group of entry points of other packages. If names
+    are equal, this package's entry is used. ``base``, ``takes`` and ``has`` are requirements for entries of other
+    packages: a base class ("module:attribute"), arguments ("width, classes, *, layers"), attributes.
     """
 
     def __init__(
@@ -42,12 +41,12 @@ class Registry(MutableMapping[str, T]):
         self.base, self.takes, self.has = base, takes, has
 
     def check(self, name: str) -> None:
-        """Raise UnknownNameError with the choices unless the name is there; this imports nothing."""
+        """Raise UnknownNameError with the choices if the name is unknown. This imports nothing."""
         if name not in self:
             raise unknown(self, name, self.kind)
 
     def source(self, name: str) -> str:
-        """Return "module:attribute" of an entry that is named so, or "" for one that is there itself."""
+        """Return an entry's "module:attribute", or "" for an object."""
         self.check(name)
         entry = self._own[name] if name in self._own else self._others[name].value
         return entry if isinstance(entry, str) else ""
@@ -64,16 +63,16 @@ class Registry(MutableMapping[str, T]):
         return self._load(self._others[name])
 
     def _load(self, point: "EntryPoint") -> T:
-        """Import an entry of another package. Raises PluginError for one that fails, or is not what it must be."""
+        """Import an entry of another package. Raises PluginError if this fails, or if it does not fit."""
         try:
             entry: T = point.load()
             problem = self._problem(entry)
-        except Exception as error:  # whatever its module does
+        except Exception as error:  # its module may raise anything
             problem = f"{type(error).__name__}: {error}"
         if problem:
             package = point.dist.name if point.dist else "a package"
             raise PluginError(
-                f"{self.kind} {point.name!r} of {package} can't be used ({point.group}: {point.value}): {problem}"
+                f"{self.kind} {point.name!r} of {package} is not usable ({point.group}: {point.value}): {problem}"
             )
         return entry
 
@@ -117,14 +116,14 @@ class Registry(MutableMapping[str, T]):
 
 @cache
 def _entry_points() -> "EntryPoints":
-    """Return the entry points of all installed packages; one look takes some 10 ms."""
-    from importlib.metadata import entry_points  # takes a while: only where another package may matter
+    """Return the entry points of all installed packages; this takes some 10 ms."""
+    from importlib.metadata import entry_points  # a slow import, needed only for other packages
 
     return cast("EntryPoints", entry_points())
 
 
 def unknown(names: Iterable[str], name: str, kind: str) -> UnknownNameError:
-    """Return the error of a name that is not among those of a kind: it lists them, and suggests the closest."""
+    """Return the error for an unknown name: it lists the choices and suggests the closest one."""
     choices = sorted(names)
     close = difflib.get_close_matches(name, choices, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
@@ -132,9 +131,9 @@ def unknown(names: Iterable[str], name: str, kind: str) -> UnknownNameError:
 
 
 def lookup(table: Mapping[str, object], name: str, kind: str) -> Any:
-    """Return ``table[name]``, importing it first if the entry is a "module:attribute" string.
+    """Return ``table[name]``; a "module:attribute" string is imported first.
 
-    Raises UnknownNameError with the choices, closest first in a suggestion, if the name is not there.
+    Raises UnknownNameError, with the choices and the closest one, if the name is unknown.
     """
     if name not in table:
         raise unknown(table, name, kind)
@@ -142,7 +141,7 @@ def lookup(table: Mapping[str, object], name: str, kind: str) -> Any:
 
 
 def import_entry(entry: object) -> Any:
-    """Import what a "module:attribute" string names; anything else is returned as it is."""
+    """Import a "module:attribute" string. Return any other entry unchanged."""
     if not isinstance(entry, str):
         return entry
     module, _, attribute = entry.partition(":")

@@ -75,8 +75,8 @@ def fixed_threads() -> int | None:
         return int(same)
     if _chosen is not None:
         return _chosen
-    if given := os.environ.get(VARIABLE):
-        return _checked(given, VARIABLE)
+    if value := os.environ.get(VARIABLE):
+        return _checked(value, VARIABLE)
     if os.environ.get("OMP_NUM_THREADS"):  # torch has read it already
         import torch
 

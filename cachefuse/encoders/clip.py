@@ -164,11 +164,10 @@ def _published(spec: EncoderSpec, name: str) -> JsonObject:
     if not tags:
         raise EncoderError(f"open_clip has no weights for {name}; give a file: clip:{name}@./weights.safetensors")
     tag = spec.weights or (DEFAULT_TAG if DEFAULT_TAG in tags else tags[0])
-    published = open_clip.get_pretrained_cfg(name, tag)
+    published: JsonObject = open_clip.get_pretrained_cfg(name, tag)
     if not published:
         raise EncoderError(f"unknown weights {tag!r} for {name}; choose from: {', '.join(tags)}")
-    found: JsonObject = published
-    return found
+    return published
 
 
 def _download(spec: EncoderSpec, location: str) -> Path:

@@ -47,9 +47,9 @@ class TaskSlice:
         """The column numbers of this task, (C_k,)."""
         return np.arange(self.columns.start, self.columns.stop)
 
-    def named(self, what: str) -> str:
+    def named(self, metric: str) -> str:
         """Return the full name of a metric of this task: "color.accuracy"."""
-        return f"{self.name}.{what}" if self.name else what
+        return f"{self.name}.{metric}" if self.name else metric
 
     def own_class(self, name: str) -> str:
         """Return a class's name without the task's: "red" for "color=red"."""

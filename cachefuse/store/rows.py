@@ -192,21 +192,21 @@ class JoinedRows:
 
     device = torch.device("cpu")
 
-    def __init__(self, parts: Sequence[Rows]) -> None:
-        self.parts = parts
-        self.shape = (len(parts[0]), sum(part.shape[1] for part in parts))
-        self.block_rows = parts[0].block_rows
-        self.nbytes = sum(part.nbytes for part in parts)
+    def __init__(self, encoder_rows: Sequence[Rows]) -> None:
+        self.encoder_rows = encoder_rows
+        self.shape = (len(encoder_rows[0]), sum(rows.shape[1] for rows in encoder_rows))
+        self.block_rows = encoder_rows[0].block_rows
+        self.nbytes = sum(rows.nbytes for rows in encoder_rows)
 
     def index_select(self, dim: int, index: Tensor) -> Tensor:
         """Return the rows (B, D) at ``index`` (B,)."""
-        return torch.cat([part.index_select(dim, index) for part in self.parts], dim=1)
+        return torch.cat([rows.index_select(dim, index) for rows in self.encoder_rows], dim=1)
 
     def to(self, device: torch.device | str) -> "JoinedRows | Tensor":
         """Return these rows themselves for the CPU; for another device a tensor there."""
         if torch.device(device).type == "cpu":
             return self
-        return torch.cat([torch.as_tensor(part.to(device)) for part in self.parts], dim=1)
+        return torch.cat([torch.as_tensor(rows.to(device)) for rows in self.encoder_rows], dim=1)
 
 
 class FlatTokens:

@@ -104,6 +104,6 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.rstrip("\r\n")
 
 
-def _note_dropped(notes: list[str], what: str, names: set[str]) -> None:
+def _note_dropped(notes: list[str], reason: str, names: set[str]) -> None:
     if names:
-        notes.append(f"dropped {len(names):,} {what}, such as {min(names)}")
+        notes.append(f"dropped {len(names):,} {reason}, such as {min(names)}")

@@ -199,8 +199,8 @@ def _read_hdf5(path: Path, samples: Samples) -> list[Film]:
 
 def _read_genres(file: h5py.File, name: str, samples: Samples) -> list[tuple[str, ...]]:
     dataset = find_dataset(file, "genres")
-    shape, kind = dataset.shape, dataset.dtype.kind
-    if len(shape) != 2 or shape[0] > MAX_FILMS or shape[1] > MAX_GENRES or kind not in "biuf":
+    shape = dataset.shape
+    if len(shape) != 2 or shape[0] > MAX_FILMS or shape[1] > MAX_GENRES or dataset.dtype.kind not in "biuf":
         raise DataError(f"{name}: genres must be a matrix of 0 and 1. Got {dataset.dtype} of shape {shape} instead")
     try:
         names = json.loads(dataset.attrs.get("target_names", "null"))
