@@ -14,9 +14,13 @@ import numpy as np
 import pytest
 
 import cachefuse
+from cachefuse.alignment.retrieve import matched_texts
 from cachefuse.encoders import FAMILIES
 from cachefuse.errors import DataError
 from cachefuse.experiments.compare import compare
+from cachefuse.report.alignment_page import alignment_html
+from cachefuse.report.found_page import found_html
+from cachefuse.report.gallery import lines_of
 from cachefuse.report.run_page import report_html
 from fixtures.messages import naming
 
@@ -115,6 +119,7 @@ def test_the_api_takes_it(folder, scaled, tmp_path, name):
     np.testing.assert_allclose(raw.scores, stored.scores, rtol=1e-3)
     assert (stored.labels.argmax(1) == np.tile([0, 1], 10)).mean() >= 0.9
     assert name in report_html(run, store, dataset)
+    assert lines_of(dataset, 0) == ("a blue thing 0", f"{name}: {expected[0]}")
 
 
 def test_a_dataset_made_in_python(folder, scaled, tmp_path):
@@ -127,6 +132,21 @@ def test_a_dataset_made_in_python(folder, scaled, tmp_path):
     store = cachefuse.FeatureStore(tmp_path / "made.zarr")
     result = compare(store, folder=tmp_path / "compare", methods=("concat", "sum"), folds=2, epochs=2)
     assert [trial.diverged for setting in result.settings for trial in setting.trials] == ["", ""]
+
+
+def test_it_is_aligned_with_texts(folder, scaled, tmp_path):
+    dataset = cachefuse.load_dataset(*cachefuse.load_manifest(str(folder / "numbers.toml")))
+    cachefuse.extract(dataset, ["classic", "scaled:numbers"], tmp_path / "toy.zarr", device="cpu")
+    store = cachefuse.FeatureStore(tmp_path / "toy.zarr")
+    run = cachefuse.align(store, cachefuse.AlignConfig(epochs=2, width=8, batch_size=16))
+    assert {side.modality for side in run.sides} == {"numbers", "text"}
+    run.save(tmp_path / "runs")
+    found = cachefuse.retrieve(cachefuse.AlignedSpace(run), store, text="a red thing", k=3)
+    assert found.modality == "numbers"
+    shown = [dataset.modalities["numbers"][match.sample][0].name for match in found.matches]
+    assert matched_texts(found, dataset) == shown
+    assert all(text in found_html(found, run.name, dataset) for text in shown)
+    assert all(text in alignment_html(run, store, dataset, device="cpu") for text in ("numbers", "[", "a red thing"))
 
 
 def test_a_file_without_its_column(folder, scaled, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 
 from cachefuse.alignment.search import nearest
 from cachefuse.alignment.space import OnRows, Space, silent
+from cachefuse.data.column import as_text
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError, DataError
@@ -91,6 +92,7 @@ def matched_texts(found: Found, dataset: Dataset) -> list[str]:
     rows = {sample: row for row, sample in enumerate(dataset.ids)}
     shown = []
     for match in found.matches:
-        own = [str(text) for text in dataset.sources("text", rows.get(match.id))]
-        shown.append(own[match.item if found.modality == "text" and match.item < len(own) else 0] if own else "")
+        own = dataset.sources("text" if found.modality == "image" else found.modality, rows.get(match.id))
+        place = match.item if found.modality != "image" and match.item < len(own) else 0
+        shown.append(as_text(own[place]) if own else "")
     return shown

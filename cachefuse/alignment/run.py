@@ -13,6 +13,7 @@ from safetensors.torch import save
 
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.model import Aligner
+from cachefuse.data.dataset import MODALITY
 from cachefuse.data.splits import USUAL, ordered_splits
 from cachefuse.files import JsonObject, to_json
 from cachefuse.runs.files import (
@@ -39,7 +40,7 @@ MAX_WIDTH = 1 << 20  # of features that a run may say it reads
 class AlignmentSide:
     """The features that one side of an alignment reads; ``source`` opens their encoder."""
 
-    modality: Annotated[str, Field(pattern="^(image|text)$")]
+    modality: Annotated[str, Field(pattern=f"^{MODALITY.pattern}$")]
     encoder: str
     source: str
     key: str

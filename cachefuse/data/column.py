@@ -35,6 +35,11 @@ TextOrSource = str | Source  # a text is its own content
 Entry = TextOrSource | tuple[TextOrSource, ...] | None
 
 
+def as_text(source: TextOrSource) -> str:
+    """Return what shows a source to a reader: a text itself, or the name of another."""
+    return source if isinstance(source, str) else source.name
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Value:
     """A source in memory: an array, or a value made of numbers, texts, lists and dictionaries."""

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefuse.alignment.retrieve import Found
-from cachefuse.data.column import Source
+from cachefuse.data.column import Source, as_text
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import BadSampleError
 from cachefuse.files import write_atomically
-from cachefuse.report.gallery import picture_of, texts_of, thumbnail
+from cachefuse.report.gallery import PICTURED, lines_of, picture_of, thumbnail
 from cachefuse.report.render import check_target, render
 
 TEMPLATE = "found.html.j2"
@@ -66,6 +66,7 @@ def found_html(found: Found, space_name: str, dataset: Dataset, query_image: Sou
 def _hit(found: Found, place: int, dataset: Dataset, rows: dict[str, int]) -> Hit:
     match = found.matches[place]
     row = rows.get(match.id)
-    own = texts_of(dataset, row)
-    texts = own[match.item : match.item + 1] if found.modality == "text" else own[:MAX_CAPTIONS]
+    texts = lines_of(dataset, row)[:MAX_CAPTIONS]
+    if found.modality != PICTURED:
+        texts = tuple(map(as_text, dataset.sources(found.modality, row)[match.item : match.item + 1]))
     return Hit(match.id, match.score, texts, *picture_of(dataset, row))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from cachefuse.data.column import Source
+from cachefuse.data.column import Source, as_text
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import BadSampleError
 from cachefuse.runs.evaluate import Evaluation
@@ -19,6 +19,7 @@ QUALITY = 72
 MAX_LABELS, MAX_TEXTS = 10, 5  # shown with an example: labels of a kind, captions
 TINY = 1e-7  # float32 scores can reach 0 and 1, where the loss has no end
 FOUND, MISSED, WRONG = "found", "missed", "wrong"
+PICTURED = "image"  # the modality whose sources are shown as pictures; others by their names
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,9 @@ def picture_of(dataset: Dataset, row: int | None) -> tuple[str, str]:
     """Return a sample's thumbnail, or why there is none; neither where the dataset has no images at all."""
     if row is None:
         return "", "not in the raw data"
-    if "image" not in dataset.modalities:
+    if PICTURED not in dataset.modalities:
         return "", ""
-    sources = dataset.sources("image", row)
+    sources = dataset.sources(PICTURED, row)
     if not sources or isinstance(sources[0], str):
         return "", "no image"
     try:
@@ -104,9 +105,14 @@ def picture_of(dataset: Dataset, row: int | None) -> tuple[str, str]:
         return "", str(error)
 
 
-def texts_of(dataset: Dataset, row: int | None) -> tuple[str, ...]:
-    """Return a sample's texts."""
-    return tuple(text for text in dataset.sources("text", row) if isinstance(text, str))
+def lines_of(dataset: Dataset, row: int | None) -> tuple[str, ...]:
+    """Return what can be read of a sample: its texts, and the names of other sources that are no images."""
+    lines = []
+    for modality, column in dataset.modalities.items():
+        if modality != PICTURED:
+            mark = "" if column.is_text else f"{modality}: "
+            lines += [f"{mark}{as_text(source)}" for source in dataset.sources(modality, row)]
+    return tuple(lines)
 
 
 def _labels(measured: Evaluation, classes: Sequence[str], i: int) -> tuple[list[Label], int]:
@@ -120,7 +126,7 @@ def _labels(measured: Evaluation, classes: Sequence[str], i: int) -> tuple[list[
 
 
 def _raw(dataset: Dataset | None, row: int | None) -> tuple[tuple[str, ...], str, str]:
-    """Return a sample's texts and its picture, or why there is none."""
+    """Return what can be read of a sample, and its picture, or why there is none."""
     if dataset is None:
         return (), "", ""
-    return texts_of(dataset, row)[:MAX_TEXTS], *picture_of(dataset, row)
+    return lines_of(dataset, row)[:MAX_TEXTS], *picture_of(dataset, row)

@@ -9,9 +9,10 @@ from cachefuse.alignment.loop import embed_samples
 from cachefuse.alignment.ranks import Embedded, best_ranks
 from cachefuse.alignment.run import Alignment, shown_split
 from cachefuse.alignment.train import measured_splits, run_features
+from cachefuse.data.column import as_text
 from cachefuse.data.dataset import Dataset
 from cachefuse.device import resolve_device
-from cachefuse.report.gallery import picture_of
+from cachefuse.report.gallery import PICTURED, picture_of
 from cachefuse.runs.run import split_digest
 from cachefuse.store.store import FeatureStore
 
@@ -130,12 +131,11 @@ class _Shelf:
         about, sample = self._data.sides[side], self._samples[owners[which]]
         name = str(self._ids[sample])
         row = self._rows.get(name)
-        if about.modality == "image":
+        if about.modality == PICTURED:
             picture, missing = picture_of(self._dataset, row)
             return Item(name, picture=picture, missing=missing or ("" if picture else "no image"))
         sources = self._dataset.sources(about.modality, row)
         place = int(items[which] - about.offsets[sample])
         if place >= len(sources):
             return Item(name, missing="not in the raw data")
-        source = sources[place]
-        return Item(name, source if isinstance(source, str) else source.name)
+        return Item(name, as_text(sources[place]))

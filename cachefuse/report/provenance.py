@@ -46,7 +46,11 @@ def retrieve_commands(run: Alignment) -> list[str]:
         return []
     queries = {"text": ["--text", "a dog in the snow"], "image": ["--image", "photo.jpg"]}
     modalities = dict.fromkeys(side.modality for side in reversed(run.sides))
-    return [shlex.join(["cachefuse", "retrieve", "--run", run.name, *queries[modality]]) for modality in modalities]
+    return [
+        shlex.join(["cachefuse", "retrieve", "--run", run.name, *queries[modality]])
+        for modality in modalities
+        if modality in queries
+    ]
 
 
 def extract_commands(run: Alignment) -> list[str]:
