@@ -135,7 +135,7 @@ def test_what_does_not_fit(widths, options, message):
 
 def test_without_ids_it_says_what_it_needs():
     with pytest.raises(ConfigError, match=naming("fusion lit text_ids image image_tokens")):
-        LiTFusion(specs_of({m: spec for m, spec in SPECS.items() if m != "text_ids"}), C, nn.Linear, architecture=BERT)
+        LiTFusion({m: spec for m, spec in SPECS.items() if m != "text_ids"}, C, nn.Linear, architecture=BERT)
 
 
 @pytest.fixture(scope="module")
