@@ -15,13 +15,14 @@ from pathlib import Path
 from cachefuse.fusion import FUSIONS
 from cachefuse.registry import Options
 
+HELP = "help"  # in place of options: explain them
+
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a fusion: ``type`` is its name, ``default`` what it is if it is not given."""
+    """An option of a fusion; the type of the default is its type."""
 
     name: str
-    type: str
     default: object
     help: str
 
@@ -57,8 +58,8 @@ def _read(node: ast.ClassDef, constants: Options) -> Declared:
     options = []
     for argument, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True) if init else ():
         match argument.annotation:
-            case ast.Subscript(ast.Name("Annotated"), ast.Tuple([kind, ast.Constant(help)])) if default:
-                options.append(Option(argument.arg, ast.unparse(kind), _value(default, constants), str(help)))
+            case ast.Subscript(ast.Name("Annotated"), ast.Tuple([_, ast.Constant(help)])) if default:
+                options.append(Option(argument.arg, _value(default, constants), str(help)))
     named = {name: values[name] for name in ("parts", "stages", "defaults") if name in values}
     return Declared(tuple(options), **named)
 
@@ -91,8 +92,9 @@ def _value(node: ast.expr, known: Options) -> object:
 
 
 def list_options() -> str:
-    """Return every fusion's options with their defaults, in a sentence."""
-    return _listed({name: [f"{o.name} {o.default}".rstrip() for o in declared(name).options] for name in FUSIONS})
+    """Return every fusion's options with their defaults, in sentences."""
+    options = {name: [f"{o.name} {o.default}".rstrip() for o in declared(name).options] for name in FUSIONS}
+    return f"{_listed(options)} {HELP}: explain those of --fusion."
 
 
 def list_parts() -> str:

@@ -1,7 +1,5 @@
 """`cachefuse sweep`."""
 
-import hashlib
-import tomllib
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -144,6 +142,8 @@ def _parse_grid(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _read_settings(path: Path) -> list[JsonObject]:
+    import tomllib  # as hashlib below: no other command waits for them
+
     try:
         values = tomllib.loads(path.read_text("utf-8"))
     except ValueError as error:  # of TOML, or of UTF-8
@@ -156,5 +156,7 @@ def _read_settings(path: Path) -> list[JsonObject]:
 
 def _hash(base: TrainConfig, tried: Sequence[JsonObject], encoders: Sequence[str] | None) -> str:
     """Return a short name for what is tried, whatever the seeds."""
+    import hashlib
+
     text = to_json([base.with_seed(0).to_dict(), [dict(own) for own in tried], encoders])
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

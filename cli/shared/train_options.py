@@ -3,6 +3,8 @@
 import typer
 
 from cachefuse.errors import ConfigError
+from cachefuse.fusion.declared import HELP, declared
+from cachefuse.fusion.options import KINDS
 from cachefuse.registry import Options
 from cachefuse.training.config import TrainConfig
 from cachefuse_cli.shared.setting_options import from_command_line, read, takes
@@ -10,9 +12,21 @@ from cachefuse_cli.shared.setting_options import from_command_line, read, takes
 
 def parse_config(given: Options) -> TrainConfig:
     """Build the settings from what the options say. Raises ConfigError for what does not parse, or does not fit."""
+    if HELP in (given["fusion_options"] or ()):
+        explain_options(given["fusion"])
+        raise typer.Exit()
     if given["thresholds"] == "none" and given["threshold_metric"] is not None:
         raise ConfigError("threshold-metric is what thresholds are chosen for; leave it out, or --thresholds none")
     return TrainConfig(**read(TrainConfig, given))
+
+
+def explain_options(fusion: str) -> None:
+    """Print the options of a fusion: each with its default, its type, and what it is."""
+    options = declared(fusion).options
+    for option in options:
+        typer.echo(f"{option.name}={option.default} ({KINDS[type(option.default)]}): {option.help}")
+    if not options:
+        typer.echo(f"fusion {fusion} has no options")
 
 
 def given_options(context: typer.Context) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.cma import CMAFusion
+from cachefuse.fusion.declared import declared
 from cachefuse.fusion.tirg import TIRGFusion
 from cachefuse.runs.save import load_run
 from cachefuse.settings import settings_of
@@ -134,3 +135,24 @@ def test_the_help_names_options_and_parts(cachefuse):
         defaults = (f"{name} {value}" for name, value in fusion.options().items() if value not in ("", None))
         assert f"{fusion.name}: {', '.join(defaults)}" in text
     assert f"cma: {', '.join(CMAFusion.parts)}" in text
+
+
+@pytest.mark.parametrize("fusion", ["midfusion", "tirg"])
+def test_help_in_place_of_options_explains_them(fusion, cachefuse):
+    result = cachefuse("train-head", "--fusion", fusion, "--fusion-options", "help")
+    options = declared(fusion).options
+    assert (result.code, len(result.out.splitlines())) == (0, len(options))
+    assert all(f"{option.name}={option.default} " in result.out and option.help in result.out for option in options)
+
+
+def test_earlier_names_of_options_are_taken_with_a_note(cachefuse, in_workspace, made):
+    in_workspace(made)
+    old = ("--without", "sequence-attention", "--view", "pooled")
+    result = cachefuse("train-head", "--fusion", "cma", *old, "--epochs", "1", "--json")
+    assert result.code == 0
+    assert all(name in result.err for name in ("--without", "--ablate", "--view ", "--views"))
+    (listed,) = json.loads(cachefuse("runs", "--json").out)
+    assert listed["settings"]["ablate"] == ["sequence-attention"]
+    result = cachefuse("evaluate", "--without", "image", "--no-intervals", "--json")
+    assert (result.code, json.loads(result.out)["without"]) == (0, ["image"])
+    assert "--drop-modality" in result.err

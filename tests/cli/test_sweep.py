@@ -54,7 +54,7 @@ def test_goes_on(cachefuse, workspace):
 
 
 def test_as_json(cachefuse, workspace):
-    result = cachefuse("sweep", *QUICK, "--seed", "7", "--grid", "layers=4,4-4", "--head", "mlp", "--json")
+    result = cachefuse("sweep", *QUICK, "--seed", "7", "--grid", "layers=4 4,4", "--head", "mlp", "--json")
     report = json.loads(result.out)
     (sweep,) = report["sweeps"]
     assert report["run"] is None

@@ -18,7 +18,6 @@ def test_help_reads_from_the_source_what_the_class_declares(name):
     given = {key: default for key, default in fusion.options().items() if key not in FOUND}
     assert {option.name: option.default for option in read.options} == given
     assert {option.name: option.help for option in read.options} == said
-    assert all(option.type for option in read.options)
     assert (read.parts, read.stages, read.defaults) == (fusion.parts, fusion.stages, fusion.defaults)
 
 
