@@ -66,7 +66,7 @@ def find_answers(samples: Samples, n: int) -> tuple[str, ...]:
 def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_labels: int = 0) -> np.ndarray:
     """Return targets: (N, C) int8 for multi-label, (N,) int32 for multi-class and paraphrase, -1 in unlabelled rows.
 
-    A row with no label is unlabelled if the task needs at least one label per row, or if no row of its split has any.
+    A row with no label is unlabelled if the task needs one label per row, or if its split has no labels at all.
 
     Raises DataError, naming the row, for a label that is not a class, or for several labels if a row must have one.
     """

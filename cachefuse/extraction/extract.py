@@ -81,8 +81,8 @@ def extract(
     """Encode a dataset with each encoder and write the features to its store. Existing rows are not computed again.
 
     After an interruption, the next call goes on at the first incomplete block. An unusable sample keeps its row (of
-    zeros), and is marked absent and listed. Raises CacheError for more than ``max_bad`` of them (a share), for samples
-    with changed content (``refresh`` computes them again instead), and for a disk without enough room.
+    zeros), and is marked absent and listed. Raises CacheError if their share exceeds ``max_bad``, if the disk has too
+    little room, or if the content of samples has changed. With ``refresh`` those are computed again instead.
 
     With dtype int8, tokens are quantised (with a float16 scale per row) and pooled features are float16. The view ids,
     a text's token ids, is always int32; only some text encoders have it.

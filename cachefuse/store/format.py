@@ -1,4 +1,4 @@
-"""How a store is laid out: names, block sizes, checksums, the provenance key, and journals of JSON lines."""
+"""The layout of a store: names, block sizes, checksums, the provenance key, and journals of JSON lines."""
 
 import hashlib
 import json

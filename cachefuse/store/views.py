@@ -32,7 +32,7 @@ class Written:
 
 @dataclass(frozen=True)
 class View:
-    """How one view is stored: the shape of a row, rows per block, whether the number of tokens varies, the dtype.
+    """The layout of one view: the shape of a row, rows per block, whether the number of tokens varies, the dtype.
 
     ``row_shape`` is (D,), (T, D), or (T,) of ids. If ragged, T is only an estimate. Rows of dtype int8 have a float16
     scale for each vector of D. Every id is less than ``vocabulary``.
