@@ -74,7 +74,7 @@ def test_only_keeps_features_by_their_names(table):
 
 
 def test_without_a_modality_its_tokens_are_gone_too(table):
-    less = table.ablate(["image"])
+    less = table.without(["image"])
     features, present = less.batch(torch.arange(60))
     assert {name: bool(x.any()) for name, x in present.items()} == {
         "image": False, "image_tokens": False, "text": True, "text_tokens": True,
@@ -82,13 +82,13 @@ def test_without_a_modality_its_tokens_are_gone_too(table):
     assert torch.equal(present["text_tokens"], table.batch(torch.arange(60))[1]["text_tokens"])
     assert list(features) == NAMES
     assert table.present["image_tokens"].sum() == 58  # the table it is made from stays as it was
-    assert not any(x.any() for x in table.ablate(["text", "image"]).present.values())
+    assert not any(x.any() for x in table.without(["text", "image"]).present.values())
 
 
 def test_without_takes_modalities_not_features(table):
     for name in ("image_tokens", "audio", "tokens"):
         with pytest.raises(UnknownNameError, match=naming(f"{name} image text")):
-            table.ablate([name])
+            table.without([name])
 
 
 def test_lengths_are_those_of_what_differs(table):

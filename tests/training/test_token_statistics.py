@@ -51,7 +51,7 @@ def test_statistics_are_those_of_real_tokens(make_store, cma):
 
 
 def small(table):
-    return CMAFusion({name: x.shape[1] for name, x in table.features.items()}, 2, Linear, width=4, heads=1, depth=1)
+    return CMAFusion(table.specs, 2, Linear, width=4, heads=1, depth=1)
 
 
 def test_statistics_of_a_store_are_those_of_its_tokens(token_store, table):
