@@ -1,1 +1,1 @@
-"""What a training leaves, and what is done with it."""
+"""Trained runs: their files, and what uses them."""

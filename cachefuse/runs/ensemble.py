@@ -1,4 +1,4 @@
-"""Several runs as one, whose scores are the mean of theirs."""
+"""An ensemble: several runs as one, with the mean of their scores."""
 
 import logging
 from collections.abc import Sequence
@@ -19,15 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None = None, device: str = "auto") -> Run:
-    """Join runs to one that averages their scores, in which each counts the same, and measure it; nothing is written.
+    """Join runs into one that averages their scores with equal weights, and measure it; nothing is written.
 
-    They may differ in every setting and read different encoders. Where all held out the same rows, thresholds are
-    chosen anew on the mean of their scores of those, and measured there; ``thresholds`` are of the kind of the first
-    run's unless told: "global", "class", "none" or "auto". Elsewhere, with a warning, they are the mean of the runs',
-    and only other labelled splits are measured.
+    The runs may differ in all settings and in their encoders. If all held out the same rows, thresholds are chosen on
+    the mean scores of these rows, and measured there. ``thresholds`` is "global", "class", "none" or "auto", by default
+    as in the first run. Otherwise the thresholds are the mean of the runs', with a warning, and only other labelled
+    splits are measured.
 
-    Raises RunError for fewer than two runs or one that comes twice, if their dataset, classes or task differ, or they
-    were not trained on this store; ConfigError for thresholds that can't be chosen.
+    Raises RunError for fewer than two runs, for a run given twice, if dataset, classes or task differ, or if a run was
+    trained on another store; ConfigError for thresholds that cannot be chosen.
     """
     _check_together(runs, store)
     table_of, digest = StoreTables(runs, store, device), split_digest(store)
@@ -41,14 +41,16 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
     config = replace(
         first,
         thresholds=thresholds or first.thresholds,
-        folds=max(run.config.folds for run in runs),  # with refit, this tells which rows its models have seen
+        folds=max(run.config.folds for run in runs),  # with refit, it says which rows the models have seen
         refit=any(run.config.refit for run in runs),
     )
     held_out = _mean_held_out(runs, digest)
     if held_out is not None:
         chosen = final_thresholds(data, config, held_out)
     elif thresholds in ("global", "class"):
-        raise ConfigError(f"thresholds {thresholds!r} need rows that every run held out; leave them out")
+        raise ConfigError(
+            f"thresholds {thresholds!r} are chosen on rows that all runs held out, and there are none; leave them out"
+        )
     elif thresholds == "none":
         chosen = np.full(len(data.classes), HALF)
     else:
@@ -64,7 +66,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         thresholds=chosen,
         histories=[history for run in runs for history in run.histories],
         held_out=held_out,
-        # A run trained on other splits may have seen what is held out now: the ensemble then has, too.
+        # A run trained on other splits may have seen rows that are held out now. Then the ensemble has seen them too.
         split_digest=next((run.split_digest for run in runs if run.split_digest != digest), digest),
         sources=tuple(run.name for run in runs),
         seconds=sum(run.seconds for run in runs),
@@ -75,12 +77,12 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
 
 def _check_together(runs: Sequence[Run], store: FeatureStore) -> None:
     if len(runs) < 2:
-        raise RunError(f"an ensemble takes at least 2 runs. Got {len(runs)} instead")
+        raise RunError(f"an ensemble needs at least 2 runs. Got {len(runs)} instead")
     first, *others = runs
-    places = [id(run) if run.path is None else run.path.resolve() for run in runs]
-    for run, place in zip(runs, places, strict=True):
-        if places.count(place) > 1:
-            raise RunError(f"run {run.name} is given twice; in an ensemble each run counts once")
+    keys = [id(run) if run.path is None else run.path.resolve() for run in runs]
+    for run, key in zip(runs, keys, strict=True):
+        if keys.count(key) > 1:
+            raise RunError(f"run {run.name} is given twice; give each run once")
     for run in others:
         if run.dataset != first.dataset:
             raise RunError(f"run {run.name} is of dataset {run.dataset}, and run {first.name} of {first.dataset}")
@@ -93,20 +95,20 @@ def _check_together(runs: Sequence[Run], store: FeatureStore) -> None:
 
 
 def _mean_held_out(runs: Sequence[Run], digest: str) -> HeldOut | None:
-    """Return the runs' mean scores of the rows held out; None, saying why, if those are not the same in all."""
-    found: list[HeldOut] = []
+    """Return the runs' mean scores of the rows held out. If these rows differ, return None and log why."""
+    all_held_out: list[HeldOut] = []
     for run in runs:
         if run.held_out is None:
             why = f"run {run.name} held out no rows"
         elif run.split_digest != digest:
             why = f"samples or splits of {run.dataset} changed since run {run.name} was trained"
-        elif found and not np.array_equal(run.held_out.rows, found[0].rows):
-            why = (
-                f"run {run.name} held out other rows ({run.held_out.split}) than run {runs[0].name} ({found[0].split})"
-            )
+        elif all_held_out and not np.array_equal(run.held_out.rows, all_held_out[0].rows):
+            first = f"run {runs[0].name} ({all_held_out[0].split})"
+            why = f"run {run.name} held out other rows ({run.held_out.split}) than {first}"
         else:
-            found.append(run.held_out)
+            all_held_out.append(run.held_out)
             continue
-        logger.warning("%s: no figures of rows held out, and thresholds that are the mean of the runs'", why)
+        logger.warning("%s: there are no figures of rows held out, and thresholds are the mean of the runs'", why)
         return None
-    return replace(found[0], scores=np.stack([held_out.scores for held_out in found]).mean(axis=0, dtype=np.float32))
+    scores = np.stack([held_out.scores for held_out in all_held_out]).mean(axis=0, dtype=np.float32)
+    return replace(all_held_out[0], scores=scores)

@@ -1,4 +1,4 @@
-"""How good a run is on labelled rows of its store: figures with bootstrap intervals, those of each class, ablations."""
+"""Evaluation of a run on labelled rows: metrics with bootstrap intervals, figures per class, missing modalities."""
 
 import csv
 import io
@@ -27,15 +27,15 @@ from cachefuse.training.held_out import HeldOut, figures
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures of a run on ``n_rows`` of a split, "oof" for train and val out of fold, ``without`` some modalities.
+    """Figures of a run on ``n_rows`` of a split, without the modalities in ``without``; "oof" is out of fold.
 
-    ``intervals`` are (low, high) by metric, ``per_class`` (C,) by figure. Where fusions of the run weigh the
-    modalities (gated, cma), ``gates`` are their mean weights, and ``gates_per_class`` (C,) those over each class's
-    positive rows. ``caution`` says why the figures may tell little of new rows. They are of ``rows`` (n,), numbers in
-    the store, with targets and predictions (n, C) bool, and scores (n, C).
+    ``intervals`` are (low, high) by metric, ``per_class`` (C,) by figure. If fusions of the run weigh the modalities
+    (gated, cma), ``gates`` are the mean weights, and ``gates_per_class`` (C,) the means over each class's positive
+    rows. ``caution`` says why new rows may give other figures. ``rows`` (n,) are row numbers in the store, targets and
+    predictions are (n, C) bool, and scores (n, C).
 
-    There are K ``tasks``; ``labelled`` (n, K) bool says which rows have the label of each, and ``weights`` (n, K, M)
-    how much each of the modalities in ``gates`` counts in each row for each task.
+    There are K ``tasks``. ``labelled`` (n, K) bool marks the rows that have each task's label. ``weights`` (n, K, M)
+    are the weights of the modalities in ``gates``, by row and task.
     """
 
     run: str
@@ -60,43 +60,43 @@ class Evaluation:
 
     @property
     def several(self) -> bool:
-        """Whether the dataset declares tasks, each of which is to be looked at by itself."""
+        """Whether the dataset declares tasks, each with its own figures."""
         return any(task.name for task in self.tasks)
 
     def of_task(self, task: TaskSlice) -> "Evaluation":
-        """Return one task's part: of the rows that have its label, as if there were no other."""
-        k, own = self.tasks.index(task), task.columns
+        """Return the evaluation of one task alone, on the rows that have its label."""
+        k, columns = self.tasks.index(task), task.columns
         rows = self.labelled[:, k]
         weights = self.weights[rows, k : k + 1]  # (n_k, 1, M)
 
-        def mine(values: JsonObject) -> JsonObject:
-            own_names = {name: name.removeprefix(task.named("")) for name in values if name.startswith(task.named(""))}
-            return {short: values[name] for name, short in own_names.items()}
+        def of_this_task(values: JsonObject) -> JsonObject:
+            prefix = task.named("")
+            return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
         return replace(
             self,
             n_rows=int(rows.sum()),
-            classes=tuple(map(task.own_class, self.classes[own])),
-            metrics=mine(self.metrics),
-            intervals=mine(self.intervals),
-            per_class={name: values[own] for name, values in self.per_class.items()},
+            classes=tuple(map(task.own_class, self.classes[columns])),
+            metrics=of_this_task(self.metrics),
+            intervals=of_this_task(self.intervals),
+            per_class={name: values[columns] for name, values in self.per_class.items()},
             gates={m: _mean(weights[..., i]) for i, m in enumerate(self.gates)},
-            gates_per_class={m: values[own] for m, values in self.gates_per_class.items()},
+            gates_per_class={m: values[columns] for m, values in self.gates_per_class.items()},
             rows=self.rows[rows],
-            targets=self.targets[rows, own],
-            scores=self.scores[rows, own],
-            predictions=self.predictions[rows, own],
+            targets=self.targets[rows, columns],
+            scores=self.scores[rows, columns],
+            predictions=self.predictions[rows, columns],
             tasks=(replace(task, name="", columns=slice(0, task.n_classes)),),
             labelled=np.ones((int(rows.sum()), 1), bool),
             weights=weights,
         )
 
     def as_dict(self) -> JsonObject:
-        """Return the figures and what they are of, but not the rows one by one; with those of several tasks by name."""
-        found = {name: x for name, x in vars(self).items() if name != "tasks" and not isinstance(x, np.ndarray)}
+        """Return all except the arrays by row; each of several tasks is under its name in "tasks"."""
+        values = {name: x for name, x in vars(self).items() if name != "tasks" and not isinstance(x, np.ndarray)}
         if self.several:
-            found["tasks"] = {task.name: self.of_task(task).as_dict() for task in self.tasks}
-        return found
+            values["tasks"] = {task.name: self.of_task(task).as_dict() for task in self.tasks}
+        return values
 
 
 def evaluate(
@@ -110,20 +110,21 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Measure a run on a labelled split, by default the rows held out: each by models that have not seen it.
+    """Measure a run on a labelled split, by default the rows held out.
 
-    No figure of those sees the rows that chose its thresholds; on any other split the run decides as ``predict`` does.
-    ``without`` names modalities to take as absent, with thresholds chosen as if they were there. The 95% intervals are
-    of ``n_resamples`` bootstrap samples, 0 for none; ``on_progress`` hears of the figures done, of all.
+    A row held out is scored by models that have not seen it, and decided by thresholds that other rows chose. On any
+    other split the run decides as ``predict`` does. ``without`` names modalities to treat as absent; thresholds stay as
+    chosen with them. The 95% intervals come from ``n_resamples`` bootstrap samples, 0 for none.
+    ``on_progress(done, total)`` counts figures.
 
-    Raises DataError for a split that is not there or has no labels; RunError without rows held out, if samples or
+    Raises DataError for a split that does not exist or has no labels; RunError without rows held out, if samples or
     splits changed since, or as ``StoreTables`` does; UnknownNameError for a modality that the run does not read,
-    ConfigError if none is left.
+    ConfigError if no modality is left.
     """
-    gone = tuple(dict.fromkeys(without))
-    if set(gone) >= set(run.modalities):
-        raise ConfigError(f"run {run.name} reads {' and '.join(run.modalities)}; without them it has nothing to go by")
-    tables = StoreTables([run], store, device, gone)
+    absent = tuple(dict.fromkeys(without))
+    if set(absent) >= set(run.modalities):
+        raise ConfigError(f"run {run.name} reads only {' and '.join(run.modalities)}; keep at least one modality")
+    tables = StoreTables([run], store, device, absent)
     manifest = run.manifest
     data = TrainingData(
         name=store.dataset,
@@ -138,14 +139,14 @@ def evaluate(
     caution = None
     if run.held_out is not None and _means_held_out(run.held_out, split, changed):
         split, rows = run.held_out.split, torch.from_numpy(run.held_out.rows)
-        scores, predictions = _held_out(run, run.held_out, data, tables if gone else None, changed)
+        scores, predictions = _held_out(run, run.held_out, data, tables if absent else None, changed)
     else:
         split, rows = _labelled(run, store, data, split)
         caution = _caution(run, split, changed)
         scores = run.scores(tables, rows)
         predictions = run.decide(scores)
-    usual = (t.named(name) for t in data.tasks for name in evaluation_metrics(t.kind, t.n_classes))
-    data = replace(data, metrics=tuple(dict.fromkeys((*data.metrics, *usual))))
+    more_metrics = (t.named(name) for t in data.tasks for name in evaluation_metrics(t.kind, t.n_classes))
+    data = replace(data, metrics=tuple(dict.fromkeys((*data.metrics, *more_metrics))))
     result = figures(data, rows, scores, predictions)
     targets, intervals = data.targets(rows), {}
     if n_resamples:
@@ -158,7 +159,7 @@ def evaluate(
         run=run.name,
         dataset=store.dataset,
         split=split,
-        without=gone,
+        without=absent,
         n_rows=result.n_rows,
         classes=run.classes,
         metrics=result.metrics,
@@ -178,43 +179,44 @@ def evaluate(
 
 
 def check_weighs(run: Run) -> None:
-    """Raise RunError if no fusion of a run weighs modalities: to be told before it is measured, not after."""
+    """Raise RunError, before an evaluation starts, if no fusion of a run weighs modalities."""
     if not any(member.model.weighs for member in run.members):
         raise _weighs_none(run.name)
 
 
 def _weighs_none(name: str) -> RunError:
-    return RunError(f"run {name} does not weigh modalities, as the fusions gated and cma do")
+    return RunError(f"run {name} does not weigh modalities; only the fusions gated and cma do")
 
 
-def write_gates(found: Evaluation, store: FeatureStore, path: Path) -> None:
-    """Write how much each modality counts in each row, for each of several tasks, to a csv file: id, color.image, ...
+def write_gates(evaluation: Evaluation, store: FeatureStore, path: Path) -> None:
+    """Write the weights of the modalities, by row and task, to a csv file: id, color.image, ...
 
     Raises RunError if no fusion of the run weighs modalities.
     """
-    if not found.gates:
-        raise _weighs_none(found.run)
+    if not evaluation.gates:
+        raise _weighs_none(evaluation.run)
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", *(task.named(modality) for task in found.tasks for modality in found.gates)])
-    for row, weights in zip(found.rows, found.weights.reshape(len(found.rows), -1), strict=True):
+    writer.writerow(["id", *(task.named(modality) for task in evaluation.tasks for modality in evaluation.gates)])
+    by_row = evaluation.weights.reshape(len(evaluation.rows), -1)
+    for row, weights in zip(evaluation.rows, by_row, strict=True):
         writer.writerow([store.ids[row], *(f"{weight:.4f}" for weight in weights)])
     write_atomically(path, text.getvalue().encode("utf-8"))
 
 
 def _means_held_out(held_out: HeldOut, split: str | None, changed: bool) -> bool:
-    """Whether a split is the rows held out; by its own name, "val" is whatever the store has there now."""
+    """Whether a split means the rows held out. If the store changed, "val" means its val split of today."""
     return split is None or (split == held_out.split and (split != VAL or not changed))
 
 
 def _held_out(
     run: Run, held_out: HeldOut, data: TrainingData, tables: StoreTables | None, changed: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores and predictions (n, C) of the rows held out: those of the training, or of other tables."""
+    """Return scores and predictions (n, C) of the rows held out, from the training or from other tables."""
     if changed:
         raise RunError(
-            f"samples or splits of {data.name} changed since run {run.name} was trained (rows were added or "
-            f"refreshed, say), so its rows held out can't be told any more; train again, or name a --split: "
+            f"samples or splits of {data.name} changed since run {run.name} was trained (for example by an extract "
+            f"with --refresh), so its rows held out are unknown now; train again, or name a --split: "
             f"{', '.join(data.splits)}"
         )
     scores = held_out.scores if tables is None else run.held_out_scores(tables)
@@ -230,23 +232,23 @@ def _labelled(run: Run, store: FeatureStore, data: TrainingData, split: str | No
         raise DataError(f"{store.dataset} has no rows in split {split!r}; its splits are: {known}")
     if split not in data.splits:
         known = ", ".join(data.splits) or "none"
-        raise DataError(f"{store.dataset} has no labels in split {split!r}; those with labels are: {known}")
+        raise DataError(f"{store.dataset} has no labels in split {split!r}; splits with labels: {known}")
     return split, data.rows(split)
 
 
 def _caution(run: Run, split: str, changed: bool) -> str | None:
     whole = any(member.config.folds or member.config.refit for member in run.members)
     if split == TRAIN or (split == VAL and whole):
-        return f"run {run.name} was trained on {split} rows: its figures there do not tell how good it is on new ones"
+        return f"run {run.name} was trained on {split} rows: on new rows its figures may be lower"
     if changed:
         return f"samples or splits changed since run {run.name} was trained: it may have seen some of these rows"
     return None
 
 
 def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:
-    """Return how much each modality counts in each of some rows (n,) for each task, (n, K).
+    """Return each modality's weight for rows (n,) and tasks, (n, K).
 
-    It is the average over the members that weigh modalities; one that does so once does it for all tasks.
+    It is the mean over the members that weigh modalities. A member may have one weight for all tasks.
     """
     weighing = [member for member in run.members if member.model.weighs]
     total = sum(member.weight for member in weighing)
@@ -254,15 +256,15 @@ def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarra
     for member in weighing:
         table = tables(member)
         model = member.model.to(table.targets.device).eval()
-        found = table.map(model.modality_weights, rows.to(table.targets.device)).double().numpy()
-        by_task = found if found.ndim == 3 else np.repeat(found[:, None], len(run.tasks), axis=1)  # (n, K, M)
+        weights = table.map(model.modality_weights, rows.to(table.targets.device)).double().numpy()
+        by_task = weights if weights.ndim == 3 else np.repeat(weights[:, None], len(run.tasks), axis=1)  # (n, K, M)
         for m, modality in enumerate(modalities_of(model.specs.values())):
             means[modality] = means.get(modality, 0) + member.weight / total * by_task[..., m]
     return means
 
 
 def _mean_by_class(targets: np.ndarray, values: np.ndarray, tasks: Sequence[TaskSlice]) -> list[float]:
-    """Return the mean of a task's values, of (n, K), over the positive rows of each class, (C,); NaN without any."""
+    """Return the mean of values (n, K) over each class's positive rows, (C,); NaN for a class without any."""
     return [_mean(values[targets[:, c] >= RIGHT, k]) for k, task in enumerate(tasks) for c in task.numbers]
 
 

@@ -1,4 +1,4 @@
-"""The features that a run reads: described in its file, and found again in a store."""
+"""The features that a run reads, as its run.json lists them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from cachefuse.store.features import Features
 class RunFeatures:
     """One encoder's features that a run was trained on; ``source`` opens the encoder again.
 
-    ``width`` is that of a sample's pooled feature, of one token, of all flat tokens side by side, or the vocabulary of
-    ids. ``tokens`` is the most tokens that a sample had, of flat ones just so many, and 0 of pooled features.
+    ``width`` is the width of a pooled feature, of one token or of all flat tokens side by side; for ids it is the
+    vocabulary. ``tokens`` is the maximum of tokens per sample, for flat features their number, for pooled ones 0.
     """
 
     encoder: str
@@ -31,9 +31,9 @@ RunFeaturesByName = dict[str, tuple[RunFeatures, ...]]
 
 
 def describe_features(stored: Mapping[str, Sequence[Features]], specs: Mapping[str, FeatureSpec]) -> RunFeaturesByName:
-    """Describe the stored features, by modality, that a run is trained on, with their specs by name."""
+    """Return what run.json keeps of a run's features, from ``stored`` by modality and ``specs`` by name."""
 
-    def describe(f: Features, spec: FeatureSpec) -> RunFeatures:
+    def to_run_features(f: Features, spec: FeatureSpec) -> RunFeatures:
         return RunFeatures(
             encoder=f.encoder,
             source=f.source,
@@ -45,47 +45,47 @@ def describe_features(stored: Mapping[str, Sequence[Features]], specs: Mapping[s
             view=spec.view,
         )
 
-    return {name: tuple(describe(f, spec) for f in stored[spec.modality]) for name, spec in specs.items()}
+    return {name: tuple(to_run_features(f, spec) for f in stored[spec.modality]) for name, spec in specs.items()}
 
 
 def specs_of(features: RunFeaturesByName) -> dict[str, FeatureSpec]:
-    """Return what a run's features are, by name. Raises RunError for tokens of several encoders, or not whole."""
+    """Return the specs of a run's features, by name. Raises RunError for tokens of several encoders."""
     return {name: _spec_of(name, group) for name, group in features.items()}
 
 
 def _spec_of(name: str, group: Sequence[RunFeatures]) -> FeatureSpec:
-    if len({(one.modality, one.view) for one in group}) != 1 or group[0].view not in VIEWS:
-        raise RunError(f"{name} must be of one modality and view, of: {', '.join(VIEWS)}")
-    first, n_tokens, width = group[0], group[0].tokens, sum(one.width for one in group)
+    if len({(features.modality, features.view) for features in group}) != 1 or group[0].view not in VIEWS:
+        raise RunError(f"{name} must have one modality and one view of: {', '.join(VIEWS)}")
+    first, n_tokens, width = group[0], group[0].tokens, sum(features.width for features in group)
     spec = FeatureSpec(first.modality, first.view, width, n_tokens)
     if first.view == IDS:
         spec = FeatureSpec(first.modality, first.view, n_tokens=n_tokens, vocabulary=width)
     if spec.name != name:
         raise RunError(f"the {first.view} of {first.modality} must be called {spec.name}. Got {name} instead")
     if first.view == FLAT and (len(group) > 1 or n_tokens < 1 or width % n_tokens):
-        raise RunError(f"{width} numbers a sample are not {n_tokens} tokens of one encoder")
+        raise RunError(f"{name}: {width} numbers per sample cannot be {n_tokens} tokens of one encoder")
     if first.view in (TOKENS, IDS) and (len(group) > 1 or n_tokens < 1):
-        raise RunError(f"{name} must be of one encoder, with the most tokens that a sample has")
+        raise RunError(f"{name} must be of one encoder, with at least 1 token per sample")
     return spec
 
 
 def add_views(features: Any) -> Any:
-    """Return features as run.json has them, by name, with the modality and view of those that do not say them.
+    """Return the features of a run.json, by name, and add modality and view where an old one lacks them.
 
-    Runs that were saved without them had modalities whose names do not end in "_tokens" or "_ids".
+    In such old runs no modality's name ends in "_tokens" or "_ids".
     """
     if not isinstance(features, Mapping):
-        return features  # not what it should be: to be told where all is checked
+        return features  # pydantic reports the wrong type later
 
-    def complete(name: str, one: Any) -> Any:
-        if not isinstance(one, Mapping) or "modality" in one:
-            return one
+    def complete(name: str, entry: Any) -> Any:
+        if not isinstance(entry, Mapping) or "modality" in entry:
+            return entry
         modality, _, view = name.rpartition("_")
         if modality and view in (TOKENS, IDS):
-            return {**one, "modality": modality, "view": view}
-        return {"tokens": 0, **one, "modality": name, "view": FLAT if one.get("tokens") else POOLED}
+            return {**entry, "modality": modality, "view": view}
+        return {"tokens": 0, **entry, "modality": name, "view": FLAT if entry.get("tokens") else POOLED}
 
     return {
-        name: [complete(name, one) for one in group] if isinstance(group, list) else group
+        name: [complete(name, entry) for entry in group] if isinstance(group, list) else group
         for name, group in features.items()
     }

@@ -1,4 +1,4 @@
-"""The files of a run as they are read back, each checked; and the runs in a directory, found by their files."""
+"""Reading and checking a run's files, and finding the runs in a directory."""
 
 import json
 import logging
@@ -30,15 +30,15 @@ logger = logging.getLogger(__name__)
 HEAD, ALIGNMENT = "head", "alignment"  # kinds of runs
 FORMATS = {HEAD: 3, ALIGNMENT: 1}
 USES = {
-    HEAD: "is a head, which predicts: take cachefuse predict, evaluate or report",
-    ALIGNMENT: "is an alignment, without classes: take cachefuse retrieve, zero-shot, similarity, evaluate or report",
+    HEAD: "is a head, not an alignment; use cachefuse predict, evaluate or report",
+    ALIGNMENT: "is an alignment, without classes; use cachefuse retrieve, zero-shot, similarity, evaluate or report",
 }
 HOW_TO_MAKE = {HEAD: "train one with cachefuse train-head", ALIGNMENT: "make one with cachefuse align"}
 WEIGHTS, HELD_OUT = "model.safetensors", "held_out.safetensors"
-FILES = ("run.json", "history.json", WEIGHTS)  # that every run has
+FILES = ("run.json", "history.json", WEIGHTS)  # every run has these
 HELD_ARRAYS = ("rows", "parts", "scores")
 
-# JSON has no NaN: a figure that is not defined is null there.
+# JSON has no NaN: an undefined figure is null.
 Figure = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 
 
@@ -71,11 +71,11 @@ def _check_dataset(name: str) -> str:
     return name
 
 
-DatasetName = Annotated[str, AfterValidator(_check_dataset)]  # the name of a store's file, which leads nowhere else
+DatasetName = Annotated[str, AfterValidator(_check_dataset)]  # names a store's file: no path to another folder
 
 
 class Description(BaseModel):
-    """The part of run.json that is read back."""
+    """The part of run.json that loading reads."""
 
     dataset: DatasetName
     created: str
@@ -93,9 +93,9 @@ class Description(BaseModel):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What run.json says of a run: ``metrics`` are those of the ``n_rows`` held out, ``split`` says which those were.
+    """A run in a list: ``metrics`` are of the ``n_rows`` held out, and ``split`` is "oof" or "val".
 
-    Without such rows ``split`` is None. ``settings`` are those that differ from the defaults, if it is no ensemble.
+    Without such rows ``split`` is None. ``settings`` differ from the defaults; an ensemble has none.
     """
 
     name: str
@@ -111,41 +111,41 @@ class RunSummary:
 
 
 def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Path:
-    """Return the directory of a run of a kind, or with None of any: by name or path, or the one made last.
+    """Return the directory of a run by name or path, by default the latest one; ``kind`` None means any kind.
 
     Raises RunError if there is none, or if it is of another kind.
     """
     if name is not None:
         for path in (runs / name, Path(name)):
             if (path / "run.json").is_file():
-                found = kind_of(read_json(path / "run.json"))
-                if kind not in (None, found) and found in USES:
-                    raise RunError(f"run {path.resolve().name} {USES[found]}")
+                actual = kind_of(read_json(path / "run.json"))
+                if kind not in (None, actual) and actual in USES:
+                    raise RunError(f"run {path.resolve().name} {USES[actual]}")
                 return path
         known = ", ".join(sorted(path.parent.name for path in runs.glob("*/run.json"))) or "none yet"
         raise RunError(f"no run {name!r} in {runs}; the runs are: {known}")
-    made = []
+    candidates = []
     for path in runs.glob("*/run.json"):
         try:
             values = read_whole(path.parent)
         except RunError as error:
             logger.warning("skipped: %s", error)
             continue
-        # A tuned alignment is for the head that it was tuned with: its other side is no longer where it was.
+        # A tuned alignment only serves the head that it was tuned with: its two sides no longer match.
         if kind in (None, kind_of(values)) and not values.get("parent"):
-            made.append((str(values.get("created", "")), path.parent))
-    if not made:
+            candidates.append((str(values.get("created", "")), path.parent))
+    if not candidates:
         raise RunError(f"no {'runs' if kind in (None, HEAD) else 'alignments'} in {runs}; {HOW_TO_MAKE[kind or HEAD]}")
-    return max(made)[1]
+    return max(candidates)[1]
 
 
 def kind_of(values: JsonObject) -> str:
-    """Return which kind of run a run.json describes."""
+    """Return the kind of a run, from the values of its run.json."""
     return str(values.get("kind", HEAD))
 
 
 def write_run(runs: Path, name: str, files: Mapping[str, bytes]) -> Path:
-    """Write a run's files in a new directory, name-1, name-2, ..., that is whole or not there at all."""
+    """Write a run's files to a new directory, name-1, name-2, ...; it appears only when all files are written."""
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs, prefix=".new-") as temporary:
         folder = Path(temporary) / "run"
@@ -156,7 +156,7 @@ def write_run(runs: Path, name: str, files: Mapping[str, bytes]) -> Path:
 
 
 def _move_to_free(folder: Path, name: Path) -> Path:
-    """Move a folder to the first of name-1, name-2, ... that is free; another process may take one at any moment."""
+    """Move a folder to the first free name of name-1, name-2, ...; another process may take one at any moment."""
     number = 1
     while True:
         path = name.with_name(f"{name.name}-{number}")
@@ -170,30 +170,30 @@ def _move_to_free(folder: Path, name: Path) -> Path:
 
 
 def list_runs(runs: Path) -> list[RunSummary]:
-    """Return the heads in a directory, the one made last first. Damaged ones are skipped, with a warning.
+    """Return the heads in a directory, the latest first. Damaged ones are skipped, with a warning.
 
-    Reads no weights.
+    No weights are read.
     """
     return newest_first(runs, HEAD, _summarize)
 
 
 def newest_first(runs: Path, kind: str, summarize: Callable[[Path], Summary]) -> list[Summary]:
-    """Return what ``summarize`` makes of each run of a kind in a directory, the one made last first.
+    """Return ``summarize(path)`` for each run of a kind in a directory, the latest first.
 
-    Those that it raises RunError for are skipped, with a warning.
+    If it raises RunError, the run is skipped, with a warning.
     """
-    found = []
+    summaries = []
     for path in sorted({path.parent for name in FILES for path in runs.glob(f"*/{name}")}):
         try:
             if _likely_kind(path) == kind:
-                found.append(summarize(path))
+                summaries.append(summarize(path))
         except RunError as error:
             logger.warning("skipped: %s", error)
-    return sorted(found, key=lambda run: (run.created, run.name), reverse=True)
+    return sorted(summaries, key=lambda run: (run.created, run.name), reverse=True)
 
 
 def _likely_kind(path: Path) -> str:
-    """Return which kind of run is in a directory; what can't be read counts as a head, so that one list names it."""
+    """Return the kind of run in a directory. An unreadable one counts as a head, so that one list reports it."""
     try:
         return kind_of(read_json(path / "run.json"))
     except RunError:
@@ -221,26 +221,25 @@ def _summarize(path: Path) -> RunSummary:
 
 
 def read_whole(path: Path, kind: str | None = None) -> JsonObject:
-    """Return a run's run.json. Raises RunError if the run lacks a file, is of another version, or of another kind."""
+    """Return a run's run.json. Raises RunError if a file is missing, or for another version or kind."""
     for name in FILES:
         if not (path / name).is_file():
-            raise RunError(f"{path / name} is not there: {path} is not a whole run")
+            raise RunError(f"{path / name} is missing: {path} is not a complete run; train again")
     values = read_json(path / "run.json")
-    found = kind_of(values)
-    if found not in FORMATS:
-        raise RunError(f"{path}: not a kind of run that this version knows: {found!r}")
-    if values.get("format") != FORMATS[found]:
-        expected = FORMATS[found]
+    actual = kind_of(values)
+    if actual not in FORMATS:
+        raise RunError(f"{path}: this version does not know runs of kind {actual!r}")
+    if values.get("format") != FORMATS[actual]:
         raise RunError(
-            f"{path}: run of another version (format {values.get('format')}, not {expected}); train it again"
+            f"{path}: run of another version (format {values.get('format')}, not {FORMATS[actual]}); train again"
         )
-    if kind not in (None, found):
-        raise RunError(f"run {path.resolve().name} {USES[found]}")
+    if kind not in (None, actual):
+        raise RunError(f"run {path.resolve().name} {USES[actual]}")
     return values
 
 
 def describe(path: Path) -> Description:
-    """Read what a run says of itself. Raises RunError, naming the key, for what it can't say."""
+    """Return a head's checked run.json. Raises RunError, naming the key, for a wrong value."""
     values = read_whole(path, HEAD)
     with describing(path / "run.json"):
         about = Description.model_validate(values)
@@ -249,13 +248,13 @@ def describe(path: Path) -> Description:
 
 
 def read_json(path: Path) -> JsonObject:
-    """Read a JSON object. Raises RunError if it is not there, or none."""
+    """Read a JSON object. Raises RunError if the file is missing, or is not a JSON object."""
     try:
         values = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise RunError(f"{path} is not there: {path.parent} is not a run, or not a whole one") from None
+        raise RunError(f"{path} is missing: {path.parent} is not a complete run") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise RunError(f"{path}: can't be read: {error}") from error
+        raise RunError(f"{path}: cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise RunError(f"{path}: must hold a JSON object. Got {type(values).__name__} instead")
     return values
@@ -263,48 +262,48 @@ def read_json(path: Path) -> JsonObject:
 
 @contextmanager
 def describing(path: Path) -> Iterator[None]:
-    """Turn whatever an edited file leads to, in torch as well, into one line that names it."""
+    """Turn any error that an edited file causes, also in torch, into a RunError of one line that names the file."""
     try:
         yield
     except ValidationError as error:
         problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        raise RunError(f"{path}: not a run's description: {key}: {problem['msg']}") from error
+        key = ".".join(str(name) for name in problem["loc"])
+        raise RunError(f"{path}: has a wrong value: {key}: {problem['msg']}") from error
     except Exception as error:
-        raise RunError(f"{path}: not a run's description: {error}") from error
+        raise RunError(f"{path}: has a wrong value: {error}") from error
 
 
 def _check_shapes(about: Description) -> None:
     if len(about.thresholds) != len(about.classes):
         raise RunError(f"{len(about.thresholds)} thresholds for {len(about.classes)} classes")
     if not about.members:
-        raise RunError("members: there are none")
+        raise RunError("members must not be empty")
     for split, result in about.results.items():
         if any(len(values) != len(about.classes) for values in result.per_class.values()):
-            raise RunError(f"results.{split}.per_class: must have a figure for each of {len(about.classes)} classes")
+            raise RunError(f"results.{split}.per_class must have one figure for each of {len(about.classes)} classes")
 
 
 def load_weights(models: Sequence[nn.Module], path: Path) -> None:
-    """Fill models, in their order, with the weights in a file. Raises RunError if they don't fit."""
+    """Load a file's weights into models, in order. Raises RunError if they do not fit."""
     try:
         tensors = load_file(path)
         for i, model in enumerate(models):
-            mine = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{i}.")}
-            model.load_state_dict({name.partition(".")[2]: x for name, x in mine.items()}, assign=True)
+            state = {name: tensors.pop(name) for name in list(tensors) if name.startswith(f"{i}.")}
+            model.load_state_dict({name.partition(".")[2]: x for name, x in state.items()}, assign=True)
             model.float()
         if tensors:
             raise RuntimeError(f"unexpected weights: {', '.join(sorted(tensors)[:3])}")
     except FileNotFoundError:
-        raise RunError(f"{path} is not there: {path.parent} is not a whole run") from None
+        raise RunError(f"{path} is missing: {path.parent} is not a complete run") from None
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise RunError(f"{path}: the weights don't fit the run's settings: {reason}") from error
+        raise RunError(f"{path}: the weights do not fit the run's settings: {reason}") from error
 
 
 def load_held_out(path: Path, n_classes: int, folds: Sequence[int | None]) -> HeldOut | None:
-    """Return the scores of the rows held out, or None where none were. ``folds`` are those of the run's members.
+    """Return the scores of the rows held out, or None if there are none. ``folds`` are the folds of the run's members.
 
-    Raises RunError if they don't fit together.
+    Raises RunError if they do not fit together.
     """
     if not path.is_file():
         return None
@@ -313,11 +312,11 @@ def load_held_out(path: Path, n_classes: int, folds: Sequence[int | None]) -> He
             split = (file.metadata() or {}).get("split", "")
             rows, parts, scores = (file.get_tensor(name) for name in HELD_ARRAYS)
     except (SafetensorError, OSError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: can't be read: {error}") from error
+        raise RunError(f"{path}: cannot be read: {error}") from error
     kinds = rows.dtype, parts.dtype, scores.dtype
     fit = rows.ndim == 1 and rows.shape == parts.shape and scores.shape == (len(rows), n_classes)
     if not fit or kinds != (np.int64, np.int64, np.float32) or rows.min(initial=0) < 0 or not np.isfinite(scores).all():
-        raise RunError(f"{path}: rows, parts and scores don't fit together, or the run's {n_classes} classes")
+        raise RunError(f"{path}: rows, parts and scores do not fit together, or do not fit {n_classes} classes")
     if not {fold for fold in folds if fold is not None} <= set(parts.tolist()):
-        raise RunError(f"{path}: it lacks the part of a fold that a model of run.json has not seen")
+        raise RunError(f"{path}: has no rows of a fold that a model in run.json held out")
     return HeldOut(split, rows, parts, scores)

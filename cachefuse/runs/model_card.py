@@ -1,4 +1,4 @@
-"""A run's model card: what it is, how good, on what it was trained, and how to use it; in Markdown."""
+"""A run's model card in Markdown: model, figures, features, settings and use."""
 
 import html
 import re
@@ -21,7 +21,7 @@ KINDS = {
 
 
 def model_card(run: "Run") -> str:
-    """Return the text of a run's README.md; names that come from data can't break its tables or add HTML."""
+    """Return the text of a run's README.md; names from data cannot break its tables or add HTML."""
     config, n_models = run.config, len(run.members)
     heads = "a decoder" if config.is_generative else f"{config.head} heads"
     what = f"A {config.fusion} fusion of {' and '.join(run.modalities)} features with {heads}"
@@ -53,11 +53,11 @@ def model_card(run: "Run") -> str:
         )
     if run.held_out is not None:
         unseen = {
-            "oof": "`oof` is train and val, each row scored by a model that has not seen it.",
-            "val": "`val` was not trained on by the models measured; where training stops early, it says when.",
-        }.get(run.held_out.split, f"`{run.held_out.split}` was not trained on.")
-        unseen += " The models kept here were trained on all of it since." if config.refit else ""
-        chosen = " Each row is decided on by thresholds chosen on other rows." if (run.thresholds != 0.5).any() else ""
+            "oof": "`oof` is train and val; each row is scored by a model that has not seen it.",
+            "val": "The measured models were not trained on `val`; training may stop early by its score.",
+        }.get(run.held_out.split, f"The measured models were not trained on `{run.held_out.split}`.")
+        unseen += " The models in this folder were trained on all of it since." if config.refit else ""
+        chosen = " Each row is decided by thresholds chosen on other rows." if (run.thresholds != 0.5).any() else ""
         lines += ["", unseen + chosen]
     lines += ["", "## Features", ""]
     lines += _table(
@@ -68,10 +68,10 @@ def model_card(run: "Run") -> str:
             for used in group
         ],
     )
-    lines += ["", "It takes features with these keys and no others: new samples pass the same encoders first.", ""]
+    lines += ["", "The model reads only features with these keys: encode new samples with the same encoders.", ""]
     lines += ["## Classes", ""]
     lines += _table(
-        ["class", "a score must reach"],
+        ["class", "threshold"],
         [
             [_plain(run.classes[c]), _threshold(task, run.thresholds[c])]
             for task in run.tasks
@@ -98,14 +98,14 @@ def model_card(run: "Run") -> str:
         f'cachefuse predict --run {run.name} --image photo.jpg --text "what it shows"',
         "```",
         "",
-        f"{meaning} A class with few rows has figures of little certainty (`cachefuse evaluate` gives intervals).",
+        f"{meaning} Figures of a class with few rows are uncertain (`cachefuse evaluate` shows intervals).",
         "",
     ]
     return "\n".join(lines)
 
 
 def _task(run: "Run") -> str:
-    """Return what kind of task a run is for, or its several ones with their kinds."""
+    """Return the kind of a run's task, or the names and kinds of several tasks."""
     return ", ".join(f"{task.name} {task.kind}" for task in run.tasks) if run.several else run.task
 
 
@@ -120,7 +120,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    """Return untrusted text as one line that is neither a cell's end nor HTML, a link, a mention or a formula."""
+    """Return untrusted text as one line that cannot end a cell or become HTML, a link, a mention or a formula."""
     escaped = html.escape(" ".join(text.split()), quote=False)
     marked = "".join(f"\\{c}" if c in "|[]`*_\\~$" else c for c in escaped)
-    return re.sub(r"(?i)://|\bwww\.|@", lambda found: "".join(f"&#{ord(c)};" for c in found[0]), marked)
+    return re.sub(r"(?i)://|\bwww\.|@", lambda match: "".join(f"&#{ord(c)};" for c in match[0]), marked)

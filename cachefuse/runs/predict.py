@@ -1,4 +1,4 @@
-"""From a run to predictions: for rows of a store, or for raw images and texts through the run's own encoders."""
+"""Predictions of a run: for rows of a store, or for raw samples through the run's encoders."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -34,14 +34,14 @@ from cachefuse.training.selection import stored_views
 logger = logging.getLogger(__name__)
 
 
-Asked = tuple[str, RunFeatures]  # features by name, of one encoder
+Wanted = tuple[str, RunFeatures]  # the name of a feature, and one of its encoders
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """n rows: ids, scores (n, C) between 0 and 1, and the labels decided on, (n, C) bool, in class order.
+    """n rows: ids, scores (n, C) from 0 to 1, and predicted labels (n, C) bool.
 
-    ``tasks`` are the several that there may be, whose classes are called "color=red".
+    ``tasks`` are set only for a dataset with several; a class is then called "color=red".
     """
 
     ids: list[str]
@@ -65,8 +65,8 @@ class Predictions:
 def predict_split(run: Run, store: FeatureStore, split: str | None = None, *, device: str = "auto") -> Predictions:
     """Predict the rows of a split, in the store's order.
 
-    By default those of the splits that have no labels at all; else those without labels; else the test split.
-    Raises RunError if the run was trained on another store, DataError if there are no such rows.
+    By default rows of the splits without any label; else rows without labels; else the test split. Raises RunError if
+    the run was trained on another store, DataError if there are no such rows.
     """
     tables = StoreTables([run], store, device)
     rows = _rows_to_predict(store, split)
@@ -81,10 +81,10 @@ def predict_samples(
     max_bad: float = 1.0,
     on_progress: Callable[[str, int, int], None] = lambda modality, done, total: None,
 ) -> Predictions:
-    """Predict raw samples: they pass the run's own encoders first. What a sample lacks counts as absent.
+    """Predict raw samples: encode them with the run's encoders first. A sample may lack modalities.
 
-    Raises RunError if an encoder is not the one the run was trained with, BadSampleError if a sample can't be used and
-    ``max_bad`` (the share that may) is exceeded, DataError if the samples have no modality that the run reads.
+    Raises RunError if an encoder has changed since the training, BadSampleError if more than the share ``max_bad`` of
+    the samples cannot be used, DataError if the samples have no modality that the run reads.
     """
     sources = {
         modality: _one_each(modality, column, samples.ids)
@@ -95,32 +95,32 @@ def predict_samples(
     if not sources:
         raise DataError(f"run {run.name} reads {' and '.join(run.modalities)}; give at least one of them")
     device = resolve_device(device)
-    encoded: dict[Asked, Encoded] = {}
+    encoded: dict[Wanted, Encoded] = {}
     present: dict[str, torch.Tensor] = {}
-    asked: dict[str, dict[str, list[Asked]]] = {modality: {} for modality in run.modalities}  # by encoder
+    by_modality: dict[str, dict[str, list[Wanted]]] = {modality: {} for modality in run.modalities}  # by encoder
     for name, group in run.features.items():
         for used in group:
-            asked[used.modality].setdefault(used.source, []).append((name, used))
-    needed = [source for modality, wanted in asked.items() if modality in sources for source in wanted]
+            by_modality[used.modality].setdefault(used.source, []).append((name, used))
+    needed = [source for modality, wanted in by_modality.items() if modality in sources for source in wanted]
     opened = {source: open_encoder(_beside(run, source), device) for source in dict.fromkeys(needed)}
-    for modality, by_encoder in asked.items():
+    for modality, by_encoder in by_modality.items():
         bad: dict[int, BadSampleError] = {}
         for source, wanted in by_encoder.items():
             encoded |= {(name, used): Encoded.empty(used, n) for name, used in wanted}
             if modality in sources:
                 for _, used in wanted:
                     tower = _checked_tower(run, opened[source], modality, used)
-                outs = [encoded[one] for one in wanted]
+                outs = [encoded[key] for key in wanted]
                 bad.update(_encode(tower, sources[modality], outs, device, on_progress))
         if bad:
             row, error = next(iter(bad.items()))
             first = f"{getattr(sources[modality][row], 'name', samples.ids[row])}: {error}"
             if len(bad) > max_bad * n:
                 raise BadSampleError(first)
-            logger.warning("%s of %s samples predicted without their %s; the first: %s", len(bad), n, modality, first)
+            logger.warning("%s of %s samples are predicted without %s; the first: %s", len(bad), n, modality, first)
         present[modality] = torch.tensor([modality in sources and row not in bad for row in range(n)])
     if not any(mask.any() for mask in present.values()):
-        raise DataError(f"no sample has a usable {' or '.join(run.modalities)}, which run {run.name} reads")
+        raise DataError(f"run {run.name} reads {' and '.join(run.modalities)}, and no sample has a usable one")
 
     def table_of(member: Member) -> FeatureTable:
         features = {
@@ -140,10 +140,10 @@ def predict_samples(
 
 
 def read_input(path: Path, run: Run) -> Samples:
-    """Read new samples from a table, by the dataset's own columns or else by columns called id and as modalities are.
+    """Read new samples from a table, with the dataset's columns or with columns "id", "image", "text" and so on.
 
-    Image paths are relative to the table's folder. Raises DataError if there is no such file, or no column in it of a
-    modality that the run reads.
+    Image paths are relative to the table's folder. Raises DataError if there is no such file, or if it has no column
+    of a modality that the run reads.
     """
     if not path.is_file():
         raise DataError(f"no such file: {path}")
@@ -164,21 +164,21 @@ def read_input(path: Path, run: Run) -> Samples:
 
 
 def _one_each(modality: str, column: Column, ids: Sequence[str]) -> list[TextOrSource | None]:
-    """Return the source of each sample; several texts are joined. Raises DataError for several of another kind."""
+    """Return the source of each sample; several texts are joined. Raises DataError for several images or the like."""
     if column.is_text:
         return [" ".join(map(str, column[row])) for row in range(len(column))]
     if column.offsets is not None:
         row = int(np.diff(column.offsets).argmax())
-        raise DataError(f"sample {ids[row]} has {len(column[row])} of {modality}; a prediction reads one")
+        raise DataError(f"sample {ids[row]} has {len(column[row])} of {modality}; a prediction reads only one")
     return column.feature_sources()
 
 
 def _beside(run: Run, source: str) -> EncoderSpec:
-    """Return the spec that opens an encoder; an alignment that is not where it was may be beside the run."""
+    """Return the spec that opens an encoder. An alignment that was moved is looked for beside the run."""
     spec = EncoderSpec.parse(source)
-    place = run.path.resolve().parent / Path(spec.model).name if run.path is not None else Path(spec.model)
-    moved = is_derived(source) and not Path(spec.model).is_dir() and place.is_dir()
-    return EncoderSpec(spec.family, str(place), spec.weights) if moved else spec
+    beside = run.path.resolve().parent / Path(spec.model).name if run.path is not None else Path(spec.model)
+    moved = is_derived(source) and not Path(spec.model).is_dir() and beside.is_dir()
+    return EncoderSpec(spec.family, str(beside), spec.weights) if moved else spec
 
 
 def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
@@ -189,12 +189,12 @@ def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
             raise DataError(f"{store.dataset} has no rows in split {split!r}; its splits are: {known}")
         return rows
     labelled = is_labelled(store.targets)
-    # A training row that happens to have no label is none of those to submit.
-    trained = np.unique(store.splits[labelled])  # by name: isin takes strings one by one
+    # A training row without a label does not belong in a submission.
+    trained = np.unique(store.splits[labelled])  # unique first: isin is slow for strings
     for chosen in (~np.isin(store.splits, trained), ~labelled, store.splits == "test"):
         if chosen.any():
             return np.flatnonzero(chosen)
-    raise DataError(f"every row of {store.dataset} is labelled and none is in a test split; name one of: {known}")
+    raise DataError(f"every row of {store.dataset} has labels, and no split is called test; name a split: {known}")
 
 
 def _predict(run: Run, table_of: Callable[[Member], FeatureTable], rows: np.ndarray, ids: list[str]) -> Predictions:
@@ -207,27 +207,27 @@ def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: RunF
     if tower is None or provenance_key({**tower.provenance, "dtype": used.dtype}) != used.key:
         raise RunError(
             f"run {run.name} was trained with other weights or preprocessing than {used.source} has now; "
-            f"bring them back, or extract and train again"
+            f"restore them, or extract and train again"
         )
     return tower
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a run reads of n raw samples, in the store's dtype: pooled features (n, D), or n samples' tokens."""
+    """The encoded features of n raw samples, in the store's dtype: pooled (n, D), or each sample's tokens."""
 
     used: RunFeatures
     rows: list[np.ndarray]
 
     @classmethod
     def empty(cls, used: RunFeatures, n: int) -> "Encoded":
-        """Return those of samples that lack the modality."""
+        """Return the features of samples without the modality: zeros, or no tokens."""
         dtype = np.dtype("<i8") if used.view == IDS else DTYPES[used.dtype]
         shape = {TOKENS: (0, used.width), IDS: (0,)}.get(used.view, (used.width,))
         return cls(used, [np.zeros(shape, dtype)] * n)
 
     def put(self, row: int, value: np.ndarray) -> bool:
-        """Take a sample's features; return whether they are finite in the store's dtype."""
+        """Set a sample's features; return whether they are finite in the store's dtype."""
         empty = self.rows[row]
         if self.used.view == FLAT:
             side_by_side = np.zeros_like(empty, value.dtype)
@@ -242,13 +242,13 @@ class Encoded:
         return finite
 
     @staticmethod
-    def columns(parts: "Sequence[Encoded]") -> Tensor | Tokens:
-        """Return what a model reads: several encoders' pooled features side by side, or one's tokens."""
-        used = parts[0].used
+    def columns(group: "Sequence[Encoded]") -> Tensor | Tokens:
+        """Return a model's input: pooled features of one or more encoders side by side, or tokens of one encoder."""
+        used = group[0].used
         if used.view in (TOKENS, IDS):
-            rows = [torch.from_numpy(row) for row in parts[0].rows]
+            rows = [torch.from_numpy(row) for row in group[0].rows]
             return Tokens(rows, used.width if used.view == IDS else 0)
-        return torch.from_numpy(np.concatenate([np.stack(part.rows) for part in parts], axis=1))
+        return torch.from_numpy(np.concatenate([np.stack(encoded.rows) for encoded in group], axis=1))
 
 
 @idle_threads()
@@ -259,7 +259,7 @@ def _encode(
     device: str,
     on_progress: Callable[[str, int, int], None],
 ) -> dict[int, BadSampleError]:
-    """Pass samples through an encoder, to each of ``outs``, and return the rows that can't be used."""
+    """Encode samples into each of ``outs``, and return the rows that cannot be used."""
     bad: dict[int, BadSampleError] = {}
     views = [*stored_views([out.used.view for out in outs])]
     size = BATCH_SIZE[device.partition(":")[0]]
@@ -276,7 +276,7 @@ def _encode(
                 for out, view in zip(outs, views, strict=True):
                     for i, value in enumerate(encoded[view]):
                         if value is not None and not out.put(first + i, value):
-                            bad[first + i] = BadSampleError(f"its features are not finite in {out.used.dtype}")
+                            bad[first + i] = BadSampleError(f"features are not finite in {out.used.dtype}")
                 window = []
                 on_progress(tower.modality, row + 1, len(sources))
     return bad

@@ -1,4 +1,4 @@
-"""A run: one trained model, or several whose scores are averaged, with what they read and how well they did."""
+"""A run: one trained model, or several with averaged scores, with its features and figures."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -24,9 +24,9 @@ from cachefuse.training.resolved import ResolvedConfig
 
 @dataclass(frozen=True)
 class Member:
-    """One model of a run: its settings, what it reads, and how much its scores weigh in the run's.
+    """One model of a run: its settings, its features, and the weight of its scores in the run's mean.
 
-    ``fold`` is the part of the rows held out that it has not seen, where each model has one of its own.
+    ``fold`` is the part of the rows held out that it has not seen; None if all models held out the same rows.
     """
 
     config: ResolvedConfig
@@ -38,11 +38,11 @@ class Member:
 
 @dataclass
 class Run:
-    """A trained model, or several whose scores are averaged, with what it was trained on and how well it did.
+    """A trained model, or several with averaged scores, with its training and its figures.
 
-    ``thresholds`` (C,) are what a label's score must reach. ``results`` are by split; "oof" is train and val, out of
-    fold. ``histories`` are those of the models that ``held_out`` was measured by. ``sources`` names the runs that an
-    ensemble was made of.
+    A label is predicted if its score reaches its threshold in ``thresholds`` (C,). ``results`` are by split; "oof" is
+    train and val out of fold. ``histories`` belong to the models that scored ``held_out``. ``sources`` are the names of
+    an ensemble's runs.
     """
 
     name: str
@@ -67,17 +67,17 @@ class Run:
 
     @property
     def tasks(self) -> tuple[TaskSlice, ...]:
-        """What its columns of scores are of."""
+        """The tasks, with their columns of the scores."""
         return self.manifest.task_slices(self.classes)
 
     @property
     def several(self) -> bool:
-        """Whether the dataset declares tasks, each with classes and metrics of its own."""
+        """Whether the dataset declares tasks, each with its own classes and metrics."""
         return bool(self.manifest.tasks)
 
     @property
     def features(self) -> RunFeaturesByName:
-        """What its members read, each once, by name."""
+        """The features of all members, by name, each once."""
         union: dict[str, dict[RunFeatures, None]] = {}
         for member in self.members:
             for name, group in member.features.items():
@@ -86,12 +86,12 @@ class Run:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that its members read."""
+        """The modalities that the members read."""
         return tuple(sorted({used.modality for group in self.features.values() for used in group}))
 
     @property
     def encoders(self) -> tuple[tuple[str, str], ...]:
-        """The encoders that its features are of, each with its modality, once."""
+        """The (encoder, modality) pairs of the features, each once."""
         named = ((used.encoder, used.modality) for group in self.features.values() for used in group)
         return tuple(dict.fromkeys(named))
 
@@ -113,13 +113,13 @@ class Run:
         return sum(member.model.size_mb for member in self.members)
 
     def scores(self, table_of: Callable[[Member], FeatureTable], rows: Tensor) -> np.ndarray:
-        """Return the members' mean probabilities (n, C) float32 of some rows of the tables that they read."""
+        """Return the members' mean probabilities (n, C) float32 for rows (n,) of their tables."""
         return self._mean(self.members, table_of, rows)
 
     def held_out_scores(self, table_of: Callable[[Member], FeatureTable]) -> np.ndarray:
-        """Return what the members say (n, C) of the rows held out, each of those that it has not seen.
+        """Return scores (n, C) of the rows held out, each by members that have not seen it.
 
-        Raises RunError if there are no such rows, or the members were trained on them since.
+        Raises RunError if there are no such rows, or if the members were trained on them since.
         """
         held_out, folds = self.held_out, [member.fold for member in self.members]
         if held_out is None:
@@ -132,8 +132,8 @@ class Run:
         scores = np.zeros((len(rows), len(self.classes)), np.float32)
         for fold in set(folds):
             unseen = held_out.parts == fold
-            blind = [member for member in self.members if member.fold == fold]
-            scores[unseen] = self._mean(blind, table_of, rows[unseen])
+            members = [member for member in self.members if member.fold == fold]
+            scores[unseen] = self._mean(members, table_of, rows[unseen])
         return scores
 
     def _mean(self, members: Sequence[Member], table_of: Callable[[Member], FeatureTable], rows: Tensor) -> np.ndarray:
@@ -151,12 +151,12 @@ class Run:
         return total.astype(np.float32)
 
     def decide(self, scores: np.ndarray) -> np.ndarray:
-        """Return the labels (n, C) bool that scores (n, C) come to."""
+        """Return the predicted labels (n, C) bool for scores (n, C)."""
         return decide_tasks(scores, self.tasks, self.thresholds)
 
 
 def split_digest(store: FeatureStore) -> str:
-    """Hash which sample, by id and content, is in which split: whether two runs were measured on the same rows."""
+    """Hash the id, split and content of each sample; equal hashes mean that two runs were measured on the same rows."""
     digest = hashlib.blake2b(digest_size=8)
     for row in zip(store.ids, store.splits, store.digests, strict=True):
         digest.update(("\0".join(row) + "\n").encode("utf-8", "surrogatepass"))

@@ -1,9 +1,9 @@
-"""Saving and loading a run: a directory of JSON and safetensors only, so that opening one runs no code.
+"""Saving and loading a run: a directory of only JSON and safetensors, so that loading runs no code.
 
-run.json              settings, classes, members with the features used and their keys, thresholds, metrics, versions
+run.json              settings, classes, members with their features and keys, thresholds, metrics, versions
 model.safetensors     each member's weights and the statistics of its training rows
 history.json          loss and score of each epoch
-held_out.safetensors  scores of the rows that the metrics are of, by models that have not seen them
+held_out.safetensors  scores of the rows held out, by models that have not seen them
 README.md             the model card
 """
 
@@ -44,7 +44,7 @@ VERSIONS = ("cachefuse", "torch", "numpy", "scikit-learn", "zarr")
 
 
 def save_run(run: Run, runs: Path) -> Path:
-    """Write the run under ``runs`` in a new directory that is whole or not there at all; its card comes last."""
+    """Write the run to a new directory in ``runs``, which appears only when complete; the model card comes last."""
     run.created = datetime.now(UTC).isoformat(timespec="milliseconds")
     tensors = {
         f"{i}.{name}": tensor.cpu().contiguous()
@@ -64,7 +64,7 @@ def save_run(run: Run, runs: Path) -> Path:
 
 
 def load_run(path: Path) -> Run:
-    """Open a run directory. Raises RunError, naming the file, if it is incomplete or was edited into nonsense."""
+    """Open a run directory. Raises RunError, naming the file, if a file is missing or not valid."""
     about = describe(path)
     with describing(path / "run.json"):
         config = ResolvedConfig.from_run(about.config, about.manifest.task)
@@ -73,7 +73,7 @@ def load_run(path: Path) -> Run:
         for member in about.members:
             settings = ResolvedConfig.from_run(member.config, about.manifest.task)
             specs = specs_of(member.features)
-            with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
+            with torch.device("meta"):  # shapes only: use no memory before the weights' file has shown its shapes
                 model = build_model(settings, specs, len(about.classes), tasks)
             members.append(Member(settings, member.features, model, member.weight, member.fold))
     values = read_json(path / "history.json")

@@ -1,4 +1,4 @@
-"""A competition's submission file: written only if the competition would accept it."""
+"""A competition's submission file, written only if it is valid."""
 
 import csv
 import io
@@ -17,12 +17,11 @@ from cachefuse.runs.predict import Predictions
 def write_submission(
     predictions: Predictions, manifest: Manifest, path: Path, sample_submission: Path | None = None
 ) -> Path:
-    """Write predictions in the manifest's format: one row an id, its labels in class order; a column for each task.
+    """Write predictions in the manifest's format: one row per id with its labels in class order, one column per task.
 
-    A ``path`` that ends in .json gets a list of objects with these columns as keys, and whole numbers as ids where they
-    are: what the evaluation of VQA reads. Rows stand in the order of the test file, or of ``sample_submission`` if one
-    is given. Raises SubmissionError, and writes nothing, if an id occurs twice, a row has too few labels, or the rows
-    are not those of the sample.
+    If ``path`` ends in .json, it is a list of objects with these columns as keys, as the VQA evaluation reads it; ids
+    are numbers if all are whole numbers. Rows have the order of the test file, or of ``sample_submission``. Raises
+    SubmissionError, and writes nothing, if an id occurs twice, a row has too few labels, or the sample has other rows.
     """
     check_target(path)
     columns = manifest.submission
@@ -43,8 +42,8 @@ def write_submission(
 def _as_text(path: Path, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
     if path.suffix == ".json":
         whole = all(sample.isdecimal() and len(sample) < 19 and str(int(sample)) == sample for sample, *_ in lines)
-        found = [(int(sample) if whole else sample, *labels) for sample, *labels in lines]
-        return json.dumps([dict(zip(header, line, strict=True)) for line in found], ensure_ascii=False) + "\n"
+        records = [(int(sample) if whole else sample, *labels) for sample, *labels in lines]
+        return json.dumps([dict(zip(header, record, strict=True)) for record in records], ensure_ascii=False) + "\n"
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows([header, *lines])
@@ -52,11 +51,11 @@ def _as_text(path: Path, header: tuple[str, ...], lines: Sequence[tuple[str, ...
 
 
 def check_target(path: Path) -> None:
-    """Raise SubmissionError if no file can be written there: better before hours of encoding than after."""
+    """Raise SubmissionError if no file can be written to ``path``; called before hours of encoding."""
     if path.is_dir():
-        raise SubmissionError(f"can't write {path}: it is a folder")
+        raise SubmissionError(f"cannot write {path}: it is a folder; name a file")
     if not path.parent.is_dir():
-        raise SubmissionError(f"can't write {path}: there is no folder {path.parent}")
+        raise SubmissionError(f"cannot write {path}: there is no folder {path.parent}; make it first")
 
 
 def _check(predictions: Predictions, manifest: Manifest) -> None:
@@ -64,11 +63,11 @@ def _check(predictions: Predictions, manifest: Manifest) -> None:
     if repeated:
         raise SubmissionError(f"id {repeated[0]!r} would be in the submission twice")
     for task in manifest.task_slices(predictions.classes):
-        least = 1 if task.one_label else task.min_labels
+        at_least = 1 if task.one_label else task.min_labels
         for i, n in enumerate(predictions.labels[:, task.columns].sum(axis=1).tolist()):
-            if n < least:
-                of = f"task {task.name}" if task.name else "the task"
-                raise SubmissionError(f"row {predictions.ids[i]!r} has {n} labels; {of} asks for at least {least}")
+            if n < at_least:
+                named = f"task {task.name}" if task.name else "the task"
+                raise SubmissionError(f"row {predictions.ids[i]!r} has {n} labels; {named} needs at least {at_least}")
         for name in predictions.classes[task.columns]:
             several = task.n_classes > 1 and not task.one_label
             if several and manifest.submission.separator in task.own_class(name):
@@ -79,13 +78,13 @@ def _check(predictions: Predictions, manifest: Manifest) -> None:
 
 
 def _check_sample(path: Path, columns: tuple[str, ...], rows: Collection[str]) -> list[str]:
-    """Return the sample's ids in its order, once they are found to be the predicted ones."""
+    """Return the sample's ids in its order, after a check that they are the predicted ones."""
     if not path.is_file():
-        raise SubmissionError(f"no sample submission at {path}")
+        raise SubmissionError(f"no such file: {path}")
     sample = read_columns(path)
     if tuple(sample) != columns:
         raise SubmissionError(
-            f"{path.name} has columns {', '.join(sample)}, but the manifest's [submission] says {', '.join(columns)}"
+            f"{path.name} has the columns {', '.join(sample)}; the manifest's [submission] has {', '.join(columns)}"
         )
     ids = [str(value) for value in sample[columns[0]]]
     for problem, wrong in (

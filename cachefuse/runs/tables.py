@@ -1,4 +1,4 @@
-"""A store's features, as the models of runs read them."""
+"""Tables of a store's features for the models of runs."""
 
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
@@ -20,38 +20,38 @@ from cachefuse.runs.features import RunFeaturesByName
 def match_features(run: "Run", features: RunFeaturesByName, store: FeatureStore) -> dict[str, list[Features]]:
     """Return the stored features that a run's member reads, by modality.
 
-    Raises RunError if the store has others or none.
+    Raises RunError if the store lacks them or has others.
     """
     if store.classes != run.classes:
         raise RunError(f"run {run.name} was trained on other classes than {store.path} has now; train again")
     matched: dict[str, list[Features]] = {}
     for group in features.values():
-        for one in group:
-            stored = store.open_features(one.encoder, one.modality)
-            named = f"{one.encoder} ({one.modality})"
+        for used in group:
+            stored = store.open_features(used.encoder, used.modality)
+            named = f"{used.encoder} ({used.modality})"
             if stored is None:
-                raise RunError(f"run {run.name} was trained on {named}, which {store.path} lacks")
-            if stored.key != one.key:
+                raise RunError(f"run {run.name} reads {named}, which {store.path} lacks; extract it first")
+            if stored.key != used.key:
                 raise RunError(
-                    f"run {run.name} was trained on another store: its {named} features were made "
-                    f"differently from those in {store.path}; train again, or take the store it was trained on"
+                    f"run {run.name} was trained on another store: {store.path} has {named} features with other "
+                    f"weights or preprocessing; train again, or use the store of the training"
                 )
-            group_so_far = matched.setdefault(one.modality, [])
-            if one.encoder not in [other.encoder for other in group_so_far]:  # of which several views are read
-                group_so_far.append(stored)
+            of_modality = matched.setdefault(used.modality, [])
+            if used.encoder not in [other.encoder for other in of_modality]:  # a run may read several of its views
+                of_modality.append(stored)
     return matched
 
 
 class StoreTables:
-    """A store's features as runs' members read them; raises RunError if a run was trained on another store.
+    """A store's features as tables for the members of runs; raises RunError if a run was trained on another store.
 
-    Members that read the same share one table.
+    Members that read the same features share one table.
     """
 
     def __init__(
         self, runs: "Sequence[Run]", store: FeatureStore, device: str = "auto", without: Collection[str] = ()
     ) -> None:
-        """``without`` names modalities to take as absent; UnknownNameError for one that a run does not read."""
+        """``without`` names modalities to treat as absent. Raises UnknownNameError if a run does not read one."""
         self._tables: dict[tuple[object, ...], FeatureTable] = {}
         for run in runs:
             for modality in without:
@@ -59,8 +59,8 @@ class StoreTables:
             for member in run.members:
                 if self._key(member) not in self._tables:
                     table = open_table(run, member.features, store)
-                    gone = [modality for modality in modalities_of(table.specs.values()) if modality in without]
-                    self._tables[self._key(member)] = table.without(gone).to(resolve_device(device))
+                    absent = [modality for modality in modalities_of(table.specs.values()) if modality in without]
+                    self._tables[self._key(member)] = table.without(absent).to(resolve_device(device))
 
     def __call__(self, member: "Member") -> FeatureTable:
         return self._tables[self._key(member)]
@@ -70,12 +70,12 @@ class StoreTables:
 
 
 def open_table(run: "Run", features: RunFeaturesByName, store: FeatureStore) -> FeatureTable:
-    """Open a store's features as a run's member reads them. Raises RunError if the store has others or none."""
+    """Open the features that a run's member reads. Raises RunError if the store lacks them or has others."""
     chosen = match_features(run, features, store)
-    read: dict[str, list[str]] = {}
+    views: dict[str, list[str]] = {}
     n_tokens: dict[str, int] = {}
     for group in features.values():
-        read.setdefault(group[0].modality, []).append(group[0].view)
+        views.setdefault(group[0].modality, []).append(group[0].view)
         if group[0].view == FLAT:
             n_tokens[group[0].modality] = group[0].tokens
-    return load_table(store, chosen, read.__getitem__, n_tokens)
+    return load_table(store, chosen, views.__getitem__, n_tokens)

@@ -1,4 +1,4 @@
-"""From a store to a run: the features are opened, the models trained and measured."""
+"""From a store to a run: open the features, train the models, measure them."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -24,13 +24,13 @@ def train_head(
 ) -> Run:
     """Train a head on a store's ``train`` rows and measure it on every labelled split; nothing is written.
 
-    With ``config.folds``, ``train`` and ``val`` are taken together, and each fold is measured by a model that has not
-    seen it ("oof"). Of ``train`` itself at most 100,000 rows, evenly spread, are measured. Ctrl-C ends the training of
-    a single model at its best epoch so far, and the run is then ``interrupted``; otherwise it is passed on.
+    With ``config.folds``, ``train`` and ``val`` are joined, and each fold is measured by a model that has not seen it
+    ("oof"). Of ``train`` at most 100,000 rows, evenly spread, are measured. Ctrl-C ends the training of a single model
+    at its best epoch so far, and the run is then ``interrupted``; with several models, KeyboardInterrupt is raised.
 
-    ``encoders`` name the features to use, by default all that the store has. ``max_size_mb`` is the most that the
-    model may take, in 10^6 bytes. Raises ConfigError for settings that don't fit the dataset, a model that is too
-    large, or a modality that no training row has, DataError without training rows, TrainingError if training diverges.
+    ``encoders`` names the features to use, by default all in the store. ``max_size_mb`` is the maximum size of the
+    model in 10^6 bytes. Raises ConfigError for settings that do not fit the dataset, a model that is too large, or a
+    modality that no training row has, DataError without training rows, TrainingError if training diverges.
     """
     data = open_training_data(store, encoders, device, config.reads)
     return train_run(store, data, config, max_size_mb=max_size_mb, on_progress=on_progress)
@@ -44,7 +44,7 @@ def train_run(
     max_size_mb: float | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Run:
-    """Do what ``train_head`` does, with data that are open already."""
+    """Do what ``train_head`` does, with opened data."""
     begun = time.perf_counter()
     data, config = resolve_for(data, config, max_size_mb)
     trained = train_models(data, config, on_progress, keep_interrupted=True)

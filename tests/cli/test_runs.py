@@ -110,13 +110,13 @@ def test_damaged_runs_are_named_and_passed_over(cachefuse, several, caplog):
     for message, (name, reason) in zip(
         messages,
         {
-            names[2]: "run.json: can't be read",
-            names[3]: "run.json is not there",
-            names[4]: "model.safetensors is not there",
+            names[2]: "run.json: cannot be read",
+            names[3]: "run.json is missing",
+            names[4]: "model.safetensors is missing",
             names[5]: "run of another version (format 1, not 3)",
-            names[6]: "not a run's description: results.val.n_rows",
-            names[7]: "run.json: can't be read",
-            names[8]: "not a run's description: members: there are none",
+            names[6]: "run.json: has a wrong value: results.val.n_rows",
+            names[7]: "run.json: cannot be read",
+            names[8]: "run.json: has a wrong value: members",
         }.items(),
         strict=True,
     ):
