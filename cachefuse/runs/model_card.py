@@ -86,9 +86,9 @@ def model_card(run: "Run") -> str:
         known = settings_of(type(config))
         rows = [[name, _plain(known[name].text(value))] for name, value in given.items()]
         lines += _table(["setting", "value"], rows)
-    meaning = "Scores rank labels; with this loss they are no probabilities."
+    meaning = "Scores rank labels; with this loss they are not probabilities."
     if all(loss_of(task, config.loss) in ("bce", "ce") for task in run.tasks):
-        meaning = "Scores are probabilities as the training rows had them: on rows of another kind they may be off."
+        meaning = "Scores are probabilities for rows like the training rows; on other rows they may be wrong."
     lines += [
         "",
         "## Use",

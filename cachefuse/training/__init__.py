@@ -1,4 +1,4 @@
-"""Stage 2: from arrays to a trained model. Naming optimizers and schedules imports no torch."""
+"""Stage 2: from arrays to a trained model. The tables of optimizers and schedules import no torch."""
 
 from typing import TYPE_CHECKING
 

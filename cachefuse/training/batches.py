@@ -1,4 +1,4 @@
-"""The batches of an epoch: index tensors, slices of a copy, or rows drawn by their weights."""
+"""The batches of an epoch: index tensors, slices of a copy, or rows drawn by weight."""
 
 from collections.abc import Iterator, Mapping
 
@@ -14,11 +14,11 @@ Batch = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]  # features (B, D_m)
 class Batches:
     """The batches of an epoch over rows (n,), in a new random order in each iteration; ``batch_size`` 0 means all rows.
 
-    With ``sample_weights`` (n,), as many rows are drawn as there are, with replacement, each by its weight. With
-    ``modality_dropout`` each modality of a row is taken away with that probability, as ``drop_modalities`` does.
+    With ``sample_weights`` (n,), n rows are drawn with replacement, by weight. With ``modality_dropout`` each modality
+    of a row is removed with that probability, as ``drop_modalities`` does.
 
-    What lies in a CPU's memory is copied once, in a random order. An epoch cuts that into slices, from a random row on,
-    and takes them in a random order: to gather rows one by one costs as much as a linear head's GEMMs.
+    Features in CPU memory are copied once, in a random order. An epoch cuts the copy into slices, from a random row
+    on, in a random order: gathering rows one by one takes as long as a linear head's GEMMs.
     """
 
     def __init__(
@@ -70,9 +70,9 @@ class Batches:
 
 
 def balanced_sample_weights(targets: Tensor) -> Tensor:
-    """Return each row's weight (n,) when rows are drawn, float64 on the CPU: the inverse of its rarest label's rows.
+    """Return each row's sampling weight (n,), float64 on the CPU: 1 / the number of rows with its rarest label.
 
-    Rows without labels count as a class of their own. In multi-class all classes are then drawn equally often.
+    Rows without labels count as one more class. In multi-class all classes are then drawn equally often.
     """
     hot = targets.cpu().bool()
     counts = hot.sum(0).double()
@@ -84,16 +84,17 @@ def balanced_sample_weights(targets: Tensor) -> Tensor:
 def drop_modalities(
     present: dict[str, Tensor], specs: Mapping[str, FeatureSpec], p: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """Take each modality away from a row with probability ``p``, but never the last: (B,) bool, or (B, T), by name."""
+    """Drop each modality of a row with probability ``p``, but never all: (B,) bool, or (B, T), by name."""
     modality_of = {name: specs[name].modality for name in present}
     modalities = sorted(set(modality_of.values()))
     by_row = {name: x if x.ndim == 1 else x.any(1) for name, x in present.items()}
-    here = torch.stack(
+    available = torch.stack(
         [torch.stack([x for name, x in by_row.items() if modality_of[name] == m]).any(0) for m in modalities]
     )  # (M, B)
-    kept = here & (torch.rand(here.shape, generator=generator) >= p).to(here.device)
-    one = torch.rand(here.shape, generator=generator).to(here.device).masked_fill(~here, -1).argmax(0)  # (B,)
-    spared = here & (torch.arange(len(here), device=here.device)[:, None] == one)
+    device = available.device
+    kept = available & (torch.rand(available.shape, generator=generator) >= p).to(device)
+    lots = torch.rand(available.shape, generator=generator).to(device).masked_fill(~available, -1)
+    spared = available & (torch.arange(len(available), device=device)[:, None] == lots.argmax(0))
     kept = torch.where(kept.any(0), kept, spared)
     stays = dict(zip(modalities, kept, strict=True))
     masks = {name: stays[modality_of[name]] for name in present}

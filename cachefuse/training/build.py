@@ -1,4 +1,4 @@
-"""From settings to what a training takes: features, model, loss, batches, optimizer, validation."""
+"""From settings to the objects of a training: features, model, loss, batches, optimizer, validation."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -32,10 +32,10 @@ from cachefuse.training.tasks import loss_of
 def resolve_for(
     data: TrainingData, config: TrainConfig, max_size_mb: float | None = None
 ) -> tuple[TrainingData, ResolvedConfig]:
-    """Return the settings with none left open, and the data with the features that their model reads.
+    """Return the settings with every None resolved, and the data with only the features that the model reads.
 
-    Raises ConfigError for settings that do not fit the data, and if all the models of the training together take more
-    than ``max_size_mb`` (10^6 bytes).
+    Raises ConfigError for settings that do not fit the data, and if all models of the training together exceed
+    ``max_size_mb`` (10^6 bytes).
     """
     resolved = data.resolve(config)
     with torch.device("meta"):
@@ -54,19 +54,22 @@ def _check_size(model: FusionModel, config: ResolvedConfig, max_size_mb: float) 
         ways = ["smaller --layers"] * (config.head != "linear" and not config.is_generative) + ["fewer --members"] * (
             config.members > 1
         )
-        ways += ["--refit, which keeps one model a seed and not one a fold"] * bool(config.folds and not config.refit)
+        ways += ["--refit, which keeps one model per seed instead of one per fold"] * bool(
+            config.folds and not config.refit
+        )
+        what = f"{n_models} models" if n_models > 1 else "the model"
         raise ConfigError(
-            f"the model would take {size:.2f} MB{f' ({n_models} of them)' if n_models > 1 else ''}, and max-size-mb is "
-            f"{max_size_mb:g}; take {', or '.join(ways) or 'fewer encoders'}"
+            f"{what} would take {size:.2f} MB, and max-size-mb is {max_size_mb:g}; "
+            f"use {', or '.join(ways) or 'fewer encoders'}"
         )
 
 
 def build_model(
     config: ResolvedConfig, specs: Mapping[str, FeatureSpec], n_classes: int, tasks: Sequence[TaskSlice] = ()
 ) -> FusionModel:
-    """Build the untrained model that the settings describe, for features that ``specs`` describe by name.
+    """Build the untrained model of the settings for the features in ``specs``, with ``n_classes`` logits.
 
-    Its logits are those of ``n_classes``; a fusion that has parts for each of several ``tasks`` is told of them.
+    A fusion that has parts per task also gets the names and sizes of the ``tasks``.
     """
     head = partial(HEADS[config.head], **config.head_options())
     fusion, options = FUSIONS[config.fusion], config.own_options()
@@ -77,7 +80,7 @@ def build_model(
 
 
 def untrained_model(data: TrainingData, config: ResolvedConfig) -> FusionModel:
-    """Build the model that the settings describe, from their seed, on the device of the data."""
+    """Build the model of the settings, initialised from their seed, on the device of the data."""
     seed_everything(config.seed)
     model = build_model(config, data.specs, len(data.classes), data.tasks)
     model.fusion.initialize()
@@ -85,7 +88,7 @@ def untrained_model(data: TrainingData, config: ResolvedConfig) -> FusionModel:
 
 
 def build_training(data: TrainingData, config: ResolvedConfig, rows: Tensor) -> tuple[FusionModel, TrainingSet, Loss]:
-    """Build an untrained model, what it is trained on, which is some rows (n,) of the data, and its loss."""
+    """Build an untrained model, its training set of rows (n,) of the data, and its loss."""
     model = untrained_model(data, config)
     training_set = TrainingSet.prepare(data, model, rows)
     return model, training_set, training_loss(data, config, training_set)
@@ -94,7 +97,7 @@ def build_training(data: TrainingData, config: ResolvedConfig, rows: Tensor) -> 
 def training_loss(data: TrainingData, config: ResolvedConfig, training_set: TrainingSet, **options: str) -> Loss:
     """Return the settings' loss, with the class weights that they ask for, and other ``options`` than theirs.
 
-    Of several tasks it is the mean of each one's own, as ``loss_of`` says; the settings' options are for their loss.
+    For several tasks it is the mean of the tasks' losses (``loss_of``). Loss options only go to the settings' loss.
     """
     given = config.loss
     reduction = {name: value for name, value in config.loss_options.items() if name == "reduction"}
@@ -105,7 +108,7 @@ def training_loss(data: TrainingData, config: ResolvedConfig, training_set: Trai
         if config.class_weights != "none":
             targets = training_set.targets
             targets = targets[task.labelled(targets), task.columns]
-            kind = "multiclass" if name == "ce" else task.kind  # a softmax weighs rows, and not each of their labels
+            kind = "multiclass" if name == "ce" else task.kind  # a softmax weighs rows, not labels
             weights = class_weights(targets, config.class_weights, kind)
         return build_loss(name, {**settings, **options}, weights)
 
@@ -116,9 +119,9 @@ def training_loss(data: TrainingData, config: ResolvedConfig, training_set: Trai
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage of a training: the part of the model that it trains, on what, and for how many epochs at most.
+    """A stage of a training: the trained module, its training set, and the maximum number of epochs.
 
-    ``name`` is that of the settings' stage, or of the head that is trained alone, or "" for the whole model.
+    ``name`` is a stage of the settings, a head that is trained alone, or "" for the whole model.
     """
 
     name: str
@@ -131,10 +134,10 @@ class Stage:
 def training_stages(
     config: ResolvedConfig, fusion: Any, training_set: TrainingSet, epochs: Mapping[str, int] | None = None
 ) -> Iterator[Stage]:
-    """Yield a training's stages, mostly one; while it is trained, all else of the fusion is frozen.
+    """Yield a training's stages, usually one. During a stage the rest of the fusion is frozen.
 
-    The scheme "staged" trains each head alone, on the rows that have what it reads, and then, as "", what joins them.
-    ``epochs`` says by a stage's name how many it has, where those are not the settings'.
+    The scheme "staged" trains each head alone, on the rows that have its modality, and then the layers that join them,
+    as "". ``epochs`` by stage name replace the settings' epochs.
     """
 
     def stage(name: str, module: Model, training_set: TrainingSet, is_last: bool) -> Stage:
@@ -161,9 +164,9 @@ def build_stage(
     loss: Loss,
     parameters: Sequence[Any] | None = None,
 ) -> tuple[Model, Loss, Batches, Optimization]:
-    """Return what ``fit`` takes to train a module: as it reads the training set, its loss, batches and optimization.
+    """Return the arguments of ``fit`` for a module: the module, its loss, batches and optimization.
 
-    ``parameters``, or groups of them, are what the optimizer changes; by default all that are not frozen.
+    ``parameters``, or groups of them, go to the optimizer; by default all that are not frozen.
     """
     table, rows = training_set.table, training_set.rows
     module = training_set.reading(module)
@@ -181,7 +184,10 @@ def build_stage(
 def build_optimization(
     config: ResolvedConfig, module: Model, n_rows: int, parameters: Sequence[Any] | None = None
 ) -> Optimization:
-    """Return how the settings change a module's weights, or some ``parameters``, over epochs of so many rows."""
+    """Return optimizer, schedule and the rest of the settings' optimization, for epochs of ``n_rows`` rows.
+
+    ``parameters`` are as in ``build_stage``.
+    """
     if parameters is None:
         parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
@@ -199,9 +205,9 @@ def build_optimization(
 def build_validation(
     data: TrainingData, config: ResolvedConfig, rows: Tensor, training_set: TrainingSet | None = None
 ) -> Validation | None:
-    """Return how a model is validated on some rows (n,), or None if there are none.
+    """Return the validation of a model on rows (n,), or None without rows.
 
-    Of the rows, those count that have any of the modalities of a ``training_set``.
+    With a ``training_set``, only rows with at least one of its modalities count.
     """
     rows = rows.to(data.device)
     if training_set is not None:

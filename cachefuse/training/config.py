@@ -1,4 +1,4 @@
-"""The settings of one training, checked once."""
+"""The settings of one training."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -21,48 +21,49 @@ if TYPE_CHECKING:
     from cachefuse.fusion.base import Fusion
 
 MAX_WIDTH = 10**6  # of a hidden layer
-MAX_RATE = 1e6  # far beyond what trains, and far from where float32 overflows
-EPOCHS, MIN_STEPS = 50, 500  # small data take more epochs, to make as many steps
-DROPOUT, BATCH_SIZE = 0.8, 256  # of fusions that have no defaults of their own
-LBFGS_EPOCHS = 20  # of up to 20 iterations each
+MAX_RATE = 1e6  # far above any useful rate, and far below a float32 overflow
+EPOCHS, MIN_STEPS = 50, 500  # on small data more epochs, to reach these steps
+DROPOUT, BATCH_SIZE = 0.8, 256  # for fusions without their own defaults
+LBFGS_EPOCHS = 20  # with up to 20 iterations each
 HEAD_SETTINGS = ("head", "layers", "activation")
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"  # groups of settings
 
 
-def _unless_fusion(name: str, usual: str) -> Callable[[], str]:
-    """Return what says a setting's default, which some fusions have of their own."""
-    return lambda: "; ".join(filter(None, (usual, defaults_of(name))))
+def _unless_fusion(name: str, default: str) -> Callable[[], str]:
+    """Return a function that gives the help's default of a setting, with the fusions that have another one."""
+    return lambda: "; ".join(filter(None, (default, defaults_of(name))))
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a head is trained, and on which view of the features.
+    """The settings of a training: features, model, loss, optimization, validation.
 
-    ``layers`` are hidden widths, or None for the head's own; ``batch_size`` 0 means all rows, which pass the model in
-    ``accumulate`` parts. ``fusion_options`` are the fusion's keyword arguments, ``ablate`` names parts of it to leave
-    out. ``loss_options`` are the loss's keyword arguments; those of asl are gamma_negative 3, gamma_positive 0 and clip
-    0 unless told. ``resolve`` makes a ``ResolvedConfig`` of it, with a value for each None:
-    the task's ``loss`` (asl for multi-label, ce for multi-class, bce for answers to questions), what the fusion has
-    defaults of its own for, the optimizer's ``lr``, ``dropout`` 0.8, ``batch_size`` 256, ``weight_decay`` 0 (0.003 for
-    L-BFGS), ``schedule`` cosine (constant for L-BFGS), ``epochs`` 50 or as many as make 500 steps (L-BFGS: 20).
+    ``layers`` are hidden widths, None for the head's default. ``batch_size`` 0 means all rows; a batch passes the model
+    in ``accumulate`` parts. ``fusion_options`` are the fusion's keyword arguments; ``ablate`` names parts of the fusion
+    to leave out. ``loss_options`` are the loss's keyword arguments; for asl the defaults are gamma_negative 3,
+    gamma_positive 0 and clip 0.
 
-    ``stages`` are those that the fusion's weights are trained in, one after the other, as "warm-up" and then "tuning".
-    ``shuffle`` {modality: share} gives so many of the rows another row's, to see how a fusion bears what is irrelevant.
+    ``resolve`` returns a ``ResolvedConfig``. It replaces None by the fusion's default if it has one. Otherwise ``loss``
+    is the task's (asl for multi-label, ce for multi-class, bce for answers to questions), ``lr`` the optimizer's,
+    ``dropout`` 0.8, ``batch_size`` 256, ``weight_decay`` 0 (L-BFGS: 0.003), ``schedule`` cosine (L-BFGS: constant), and
+    ``epochs`` 50, or more to reach 500 steps (L-BFGS: 20).
 
-    ``patience`` is the epochs without a better validation score after which training stops, 0 for never; the best
-    epoch's weights are kept while it is on. ``monitor`` is the metric of that score, None for the first of the
-    dataset's that is higher for a better model. ``ema`` is the decay of averaged weights, which are then the ones kept;
-    0 for none.
+    ``stages`` of the fusion are trained one after the other, such as "warm-up" and then "tuning". ``shuffle``
+    {modality: share} gives a share of the rows the modality of other rows, to test a fusion with irrelevant inputs.
 
-    ``thresholds`` are one for all classes ("global"), one a class, or 0.5 ("none"), chosen for ``threshold_metric`` on
-    rows held out; "auto" chooses one where there are such rows. ``folds`` K trains K models, each measured on the part
-    of train and val that it has not seen; 0 takes the dataset's val. ``members`` models that differ in their seed are
-    averaged. ``refit`` trains them once more on all of train and val, when epochs and thresholds are chosen.
+    Training stops after ``patience`` epochs without a better validation score, and the best epoch's weights are kept; 0
+    means never. ``monitor`` is the metric of that score, by default the dataset's first for which higher is better.
+    ``ema`` is the decay of averaged weights, which are then validated and kept; 0 means none.
+
+    ``thresholds`` are one for all classes ("global"), one per class ("class") or 0.5 ("none"). They are chosen for
+    ``threshold_metric`` on rows held out; "auto" means "global" if there are such rows. ``folds`` K trains K models,
+    each measured on its fold of train and val; 0 holds out the dataset's val. ``members`` models with different seeds
+    are averaged. ``refit`` then trains them again on all of train and val, with the chosen epochs and thresholds.
     """
 
     # fmt: off
     views: str = setting(
-        POOLED, "pooled, or tokens, which head gmlp gates along.",
+        POOLED, "pooled, or tokens (for head gmlp).",
         panel=MODEL, choices=(POOLED, TOKENS), old="view",
     )
     fusion: str = setting("sum", "{choices}.", panel=MODEL, choices=FUSIONS)
@@ -71,7 +72,10 @@ class TrainConfig:
         (), lambda: f"Leave a part out. {list_parts()}", panel=MODEL, metavar="PART", old="without"
     )
     scheme: str = setting(
-        "joint", "joint, or staged: each head alone, then what joins them.", panel=MODEL, choices=("joint", "staged")
+        "joint",
+        "joint, or staged: each head alone, then the layers that join them.",
+        panel=MODEL,
+        choices=("joint", "staged"),
     )
     stages: tuple[str, ...] = setting(
         (), lambda: f"Stages to train in, one after the other. {list_stages()}", panel=MODEL, shown="one"
@@ -86,10 +90,10 @@ class TrainConfig:
         shown=_unless_fusion("dropout", f"{DROPOUT}"),
     )
     modality_dropout: float = setting(
-        0.0, "Train without each modality in so many of the rows.", panel=MODEL, metavar="P", least=0, below=1
+        0.0, "Drop each modality of a row with this probability.", panel=MODEL, metavar="P", least=0, below=1
     )
     shuffle: Mapping[str, float] = setting(
-        dict, "Give a share of the rows another's: what if it is irrelevant?",
+        dict, "Give a share of the rows another row's modality, as an irrelevant input.",
         panel=TRAINING, metavar="MODALITY=X", least=0, most=1,
     )
     loss: str | None = setting(None, "{choices}.", panel=TRAINING, choices=LOSSES, shown="asl, multi-class: ce")
@@ -114,49 +118,50 @@ class TrainConfig:
         None, "{choices}.", panel=TRAINING, choices=SCHEDULES, shown="cosine; lbfgs: constant"
     )
     weight_decay: float | None = setting(
-        None, "L2 penalty; apart from the gradient in adamw.", panel=TRAINING, least=0, most=MAX_RATE,
+        None, "L2 penalty; decoupled from the gradient in adamw.", panel=TRAINING, least=0, most=MAX_RATE,
         shown=_unless_fusion("weight_decay", "0; lbfgs: 0.003"),
     )
     clip_norm: float = setting(
         0.0, "Clip the gradient's norm; 0: never.", panel=TRAINING, least=0, most=MAX_RATE
     )
     ema: float = setting(
-        0.0, "Decay of averaged weights, such as 0.999; 0: none.", panel=TRAINING, metavar="D", least=0, below=1
+        0.0, "Decay of averaged weights (EMA), such as 0.999; 0: none.", panel=TRAINING, metavar="D", least=0, below=1
     )
     epochs: int | None = setting(
-        None, "At most.", panel=TRAINING, least=1, most=10**9,
+        None, "Maximum number of epochs.", panel=TRAINING, least=1, most=10**9,
         shown=_unless_fusion("epochs", f"{EPOCHS}, or {MIN_STEPS} steps; lbfgs: {LBFGS_EPOCHS}"),
     )
     batch_size: int | None = setting(
-        None, "Rows a step, or all.", panel=TRAINING, words={"all": 0}, least=0, most=10**12,
+        None, "Rows per step, or all.", panel=TRAINING, words={"all": 0}, least=0, most=10**12,
         shown=_unless_fusion("batch_size", f"{BATCH_SIZE}"),
     )
-    accumulate: int = setting(
-        1, "Pass a step's rows in N parts, where they take too much memory.", panel=TRAINING, least=1, most=10**6
-    )
+    accumulate: int = setting(1, "Pass a step's rows in N parts, to save memory.", panel=TRAINING, least=1, most=10**6)
     patience: int = setting(
         0, "Stop after N epochs without a better validation score; 0: never.", panel=TRAINING, least=0, most=10**9
     )
     monitor: str | None = setting(
-        None, "What that score is.", panel=TRAINING, metavar="METRIC", choices=METRICS, shown="the dataset's first"
+        None,
+        "The metric of the validation score.",
+        panel=TRAINING,
+        metavar="METRIC",
+        choices=METRICS,
+        shown="the dataset's first",
     )
     thresholds: str = setting(
-        "auto", "global, class (one a class), none (0.5), or auto: global where rows are held out.",
+        "auto", "global, class (one per class), none (0.5), or auto: global if rows are held out.",
         panel=CHOOSING, metavar="KIND", choices=("none", "global", "class", "auto"),
     )
     threshold_metric: str | None = setting(
-        None, "Choose them for micro_f1, macro_f1 or samples_f1.",
+        None, "Choose thresholds for micro_f1, macro_f1 or samples_f1.",
         panel=CHOOSING, metavar="METRIC", choices="cachefuse.metrics.thresholds:THRESHOLD_METRICS",
         shown="the dataset's first such",
     )
     folds: int = setting(
-        0, "Train K models on train and val, each measured on what it has not seen.",
+        0, "Train K models on train and val, each measured on its held-out fold.",
         panel=CHOOSING, metavar="K", least=0, most=1000,
     )
-    members: int = setting(
-        1, "Average S models that differ in their seed.", panel=CHOOSING, metavar="S", least=1, most=1000
-    )
-    refit: bool = setting(False, "Then train on all of train and val.", panel=CHOOSING)
+    members: int = setting(1, "Average S models with different seeds.", panel=CHOOSING, metavar="S", least=1, most=1000)
+    refit: bool = setting(False, "Train again on all of train and val at the end.", panel=CHOOSING)
     seed: int = setting(
         0, "Same seed, machine, libraries and threads: same result.", panel=CHOOSING, least=0, most=2**63 - 1
     )
@@ -170,38 +175,36 @@ class TrainConfig:
         for name in self.ablate:
             if name not in self._fusion.parts:
                 parts = ", ".join(self._fusion.parts) or "none"
-                raise ConfigError(f"fusion {self.fusion!r} has no {name!r} to leave out; its parts are: {parts}")
+                raise ConfigError(f"fusion {self.fusion!r} has no part {name!r}; its parts are: {parts}")
         if self.accumulate > 1 and self.loss_options.get("reduction") == "sum":
-            raise ConfigError("accumulate adds up the parts of a mean; leave out loss option reduction=sum")
+            raise ConfigError("accumulate needs a mean loss; leave out loss option reduction=sum")
         if self.folds == 1:
             raise ConfigError("folds must be 0 for none, or at least 2. Got 1 instead")
         if self.monitor is not None and lower_is_better(self.monitor):
-            raise ConfigError(
-                f"monitor must be a metric that is higher for a better model. Got {self.monitor!r} instead"
-            )
+            raise ConfigError(f"monitor must be a metric for which higher is better. Got {self.monitor!r} instead")
         if self.optimizer == "lbfgs" and self.head != "linear":
-            raise ConfigError(f"optimizer 'lbfgs' is for --head linear. Got head {self.head!r}; take adam or adamw")
+            raise ConfigError(f"optimizer 'lbfgs' needs --head linear. Got head {self.head!r}; use adam or adamw")
         for name, value in self.loss_options.items():
             if name == "reduction" and value not in ("mean", "sum"):
-                raise ConfigError(f"loss option reduction must be mean or sum to train by. Got {value!r} instead")
+                raise ConfigError(f"loss option reduction must be mean or sum. Got {value!r} instead")
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if name != "reduction" and not number:
                 raise ConfigError(f"loss option {name} must be a number. Got {value!r} instead")
         if self.optimizer == "lbfgs" and not self._fusion.linear:
-            raise ConfigError(f"optimizer 'lbfgs' is for linear models. Got fusion {self.fusion!r}; take adam or adamw")
+            raise ConfigError(f"optimizer 'lbfgs' needs a linear model. Got fusion {self.fusion!r}; use adam or adamw")
         if self.optimizer == "lbfgs" and (self.schedule not in (None, "constant") or self.sampler != "shuffle"):
             raise ConfigError(
-                "optimizer 'lbfgs' takes all rows in each step, at a constant rate; leave out --schedule and --sampler"
+                "optimizer 'lbfgs' uses all rows in each step, at a constant rate; leave out --schedule and --sampler"
             )
 
     def reads(self, modality: str) -> tuple[str, ...]:
-        """Return the views that are read of a modality."""
+        """Return the views of a modality that the fusion reads."""
         views = self._fusion.views(modality, self.own_options())
         return (FLAT,) if self.views == TOKENS and views == (POOLED,) else views
 
     @property
     def is_linear(self) -> bool:
-        """Whether the model's weights are all in linear layers over pooled features, its head's hidden ones aside."""
+        """Whether the model has only linear layers over pooled features, apart from hidden layers of its head."""
         return bool(self._fusion.linear) and self.views == POOLED
 
     @property
@@ -219,22 +222,22 @@ class TrainConfig:
 
     @property
     def is_generative(self) -> bool:
-        """Whether the fusion writes the classes' names, and has no head."""
+        """Whether the fusion writes the classes' names as text, without a head."""
         return bool(self._fusion.is_generative(self.fusion_options))
 
     def changed_options(self) -> Options:
-        """Return the fusion's options that are not its own; what was found in files or classes is left out."""
+        """Return the fusion's options that differ from its defaults, without those read from files or classes."""
         return changed_options(self._fusion, self.fusion_options)
 
     def shown(self) -> JsonObject:
-        """Return the settings as they are read: without what was found in files, or plays no part."""
+        """Return the settings to show, without options read from files and settings without effect."""
         options = {name: value for name, value in self.fusion_options.items() if name not in FOUND}
         idle = HEAD_SETTINGS if self.is_generative else ()
         return {k: v for k, v in {**asdict(self), "fusion_options": options}.items() if k not in idle}
 
     @property
     def head_name(self) -> str:
-        """What makes the logits: a head, or a decoder."""
+        """The head's name; "decoder" for a generative fusion."""
         return "decoder" if self.is_generative else self.head
 
     def with_seed(self, seed: int) -> Self:
@@ -246,5 +249,5 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Options) -> "TrainConfig":
-        """Build from a run's file. Raises ConfigError for keys that are not settings."""
+        """Build from the values in a run's file. Raises ConfigError for unknown keys."""
         return cls(**from_stored(cls, values))

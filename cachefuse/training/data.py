@@ -1,4 +1,4 @@
-"""What is learnt from: features, targets and the metrics that judge a model; opened once, for many trainings."""
+"""Training data: features, targets and metrics, opened once for many trainings."""
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,15 +31,15 @@ logger = logging.getLogger(__name__)
 
 
 TRAIN, VAL = "train", "val"
-OUT_OF_FOLD = "oof"  # train and val together, each row measured by a model that has not seen it
+OUT_OF_FOLD = "oof"  # train and val, each row measured by a model that has not seen it
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A table of features and targets (N, C) on a device; ``metrics`` are those to report.
+    """A table of features and targets (N, C) on a device, with the metrics to report.
 
-    ``stored`` are the features of a store, by modality, that the table was opened from. ``tasks`` are what the columns
-    are of. Rows of one of the ``groups`` (N,), as those about one image, are always in the same fold.
+    ``stored`` are the features in the store, by modality. ``tasks`` own the columns of the targets. ``groups`` (N,) are
+    group numbers: rows of one group, such as questions about one image, are always in the same fold.
     """
 
     name: str
@@ -62,7 +62,7 @@ class TrainingData:
         metrics: tuple[str, ...],
         min_labels: int = 0,
     ) -> "TrainingData":
-        """Return data whose columns are all of one task, such as "multilabel"."""
+        """Return data of a single task, such as "multilabel"."""
         tasks = (TaskSlice("", task, slice(0, len(classes)), min_labels),)
         return cls(name, table, classes, task, metrics, tasks, min_labels)
 
@@ -70,42 +70,42 @@ class TrainingData:
     def of(
         cls, store: FeatureStore, table: FeatureTable, stored: Mapping[str, Sequence[Features]] | None = None
     ) -> "TrainingData":
-        """Return what a store's dataset asks of a table, which was opened from its ``stored`` features by modality."""
-        about = store.manifest
+        """Return the data of a store, with a table opened from its ``stored`` features by modality."""
+        manifest = store.manifest
         groups = None
         for modality in store.modalities:
             shared = store.shared_rows(modality)
-            if shared is not None:  # rows without what others share are each by themselves
+            if shared is not None:  # a row without this modality is its own group
                 groups = np.where(store.present(modality), shared, len(store) + np.arange(len(store)))
         return cls(
             name=store.dataset,
             table=table,
             classes=store.classes,
-            task=about.task,
-            metrics=about.reported_metrics,
-            tasks=about.task_slices(store.classes),
-            min_labels=about.min_labels,
+            task=manifest.task,
+            metrics=manifest.reported_metrics,
+            tasks=manifest.task_slices(store.classes),
+            min_labels=manifest.min_labels,
             stored=stored or {},
             groups=groups,
         )
 
     @property
     def specs(self) -> Mapping[str, FeatureSpec]:
-        """What the features at hand are, by name."""
+        """The specs of the features, by name."""
         return self.table.specs
 
     @property
     def origins(self) -> dict[str, Origin]:
-        """Where the first features of each modality are from."""
+        """The encoder of the first features of each modality."""
         return {modality: Origin(group[0].source, group[0].provenance) for modality, group in self.stored.items()}
 
     @property
     def metric(self) -> str:
-        """The metric to prefer a model by."""
+        """The main metric, by which models are compared."""
         return main_metric(self.metrics)
 
     def bind(self, names: Iterable[str]) -> dict[str, BoundMetric]:
-        """Return metrics of its targets by name: those to report, or others."""
+        """Return the named metrics, bound to the tasks of these targets."""
         names = list(names)
         bound = bind_metrics(dict.fromkeys((*self.metrics, *names)), self.tasks)
         return {name: bound[name] for name in names}
@@ -120,49 +120,49 @@ class TrainingData:
         return [split for split in ordered_splits(self.table.splits) if len(self.table.rows(split))]
 
     def rows(self, *splits: str) -> Tensor:
-        """Return the labelled rows of some splits, (n,) int64, in the table's order."""
+        """Return the labelled rows of the splits, (n,) int64, in the table's order."""
         return torch.cat([self.table.rows(split) for split in splits]).sort().values
 
     def targets(self, rows: Tensor) -> np.ndarray:
-        """Return the targets (n, C) of some rows, 0 or 1, or -1 where a row lacks the label of one of several tasks.
+        """Return the targets (n, C) of rows (n,): 0 or 1, and -1 where a row lacks a task's label.
 
-        Of answers to questions they are from 0 to 1.
+        For answers to questions they are accuracies in [0, 1].
         """
         return self.table.targets[rows.to(self.device)].cpu().numpy()
 
     def folds(self, rows: Tensor, k: int, seed: int) -> Tensor:
-        """Return the fold of each of some rows, (n,) int64, as ``stratified_folds`` shares them out, one group in one.
+        """Return the fold of each row, (n,) int64, by ``stratified_folds``; a group is never divided.
 
-        Raises ConfigError unless there are as many rows, or groups, as folds.
+        Raises ConfigError if there are fewer rows, or groups, than folds.
         """
         if self.groups is None:
             return torch.from_numpy(stratified_folds(self.targets(rows), k, seed))
         _, group = torch.from_numpy(self.groups)[rows.cpu()].unique(return_inverse=True)  # (n,)
         labels = torch.zeros(int(group.max()) + 1, len(self.classes), dtype=torch.bool)
-        for row, of in zip(rows.split(LOAD_ROWS), group.split(LOAD_ROWS), strict=True):
-            have, label = np.nonzero(self.targets(row))
-            labels[of[have], label] = True  # a group has all the labels of its rows
+        for some_rows, their_groups in zip(rows.split(LOAD_ROWS), group.split(LOAD_ROWS), strict=True):
+            row, label = np.nonzero(self.targets(some_rows))
+            labels[their_groups[row], label] = True  # a group has all the labels of its rows
         return torch.from_numpy(stratified_folds(labels.numpy(), k, seed))[group]
 
     def n_groups(self, rows: Tensor) -> int:
-        """Return how many folds some rows can be divided into at most."""
+        """Return the maximum number of folds for rows (n,): the number of groups, or of rows without groups."""
         return len(rows) if self.groups is None else len(np.unique(self.groups[rows.cpu()]))
 
     def resolve(self, config: TrainConfig) -> ResolvedConfig:
-        """Return settings with none left open.
+        """Return the settings with every None resolved.
 
-        Raises ConfigError for a loss that is not the task's, and as ``resolve_tasks`` and ``check_stages`` do.
+        Raises ConfigError for a loss that does not fit the task, and as ``resolve_tasks`` and ``check_stages`` do.
         """
         check_stages(config)
         config = resolve_tasks(config, self.tasks)
         return resolve(config, self.task, len(self.train_rows()), self.origins, self.classes)
 
     def shuffled(self, config: TrainConfig) -> "TrainingData":
-        """Return the same data with modalities shuffled as the settings ask for."""
+        """Return the same data with the settings' ``shuffle`` applied."""
         return replace(self, table=self.table.shuffled(config.shuffle, config.seed)) if config.shuffle else self
 
     def only(self, names: Sequence[str]) -> "TrainingData":
-        """Return the same data with some of its features."""
+        """Return the same data with only the named features."""
         return replace(self, table=self.table.only(names))
 
     def train_rows(self) -> Tensor:
@@ -171,38 +171,40 @@ class TrainingData:
         if not len(rows):
             splits = ordered_splits(self.table.splits)
             have = ", ".join(f"{split} has {len(self.rows(split)):,} labelled rows" for split in splits)
-            raise DataError(f"{self.name} has no labelled rows in its {TRAIN!r} split ({have})")
+            raise DataError(f"{self.name} has no labelled rows in split {TRAIN!r} ({have})")
         return rows
 
 
 def open_training_data(
     store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto", views: Views = pooled
 ) -> TrainingData:
-    """Open the views that are read of a store's features, by default of all that are complete.
+    """Open the ``views`` of a store's features, by default of all encoders with complete features.
 
-    A modality of which samples have several items (captions) is left out where there is another. Raises CacheError or
-    ConfigError if the features are not there, and ConfigError if the dataset's task has no head, or one class alone.
+    A modality with several items per sample (captions) is left out if there is another modality. Raises CacheError or
+    ConfigError if the features are missing, and ConfigError if the task has no head or only one class.
     """
     manifest = store.manifest
     if manifest.task not in TASK_LOSS:
         raise ConfigError(why_no_head(manifest.task))
     for task in manifest.task_slices(store.classes):
         if task.one_label and task.n_classes < 2:
-            one = f"{task.name or store.dataset} has one class only, {store.classes[task.columns][0]!r}"
-            raise ConfigError(f"{one}: there is nothing to tell apart")
+            only = store.classes[task.columns][0]
+            raise ConfigError(f"{task.name or store.dataset} has only the class {only!r}; a head needs at least 2")
     features = select_features(store, encoders, views)
     single = {modality: group for modality, group in features.items() if not store.has_several(modality)}
     for modality in features.keys() - single.keys() if single else ():
-        logger.warning("%s has several %ss a sample, and a head reads one; they are left out", store.dataset, modality)
+        logger.warning(
+            "%s has several %ss per sample, a head reads only one; they are ignored", store.dataset, modality
+        )
     features = single or features
     return TrainingData.of(store, load_table(store, features, views).to(resolve_device(device)), features)
 
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """What models of one split are trained on: rows (n,) of a table.
+    """The training rows (n,) of one split, with their table.
 
-    The table is standardised already where memory allows; elsewhere ``standardize`` is still to be applied.
+    ``standardize`` is None if the table is already standardised in memory; otherwise it must be applied to batches.
     """
 
     table: FeatureTable
@@ -211,7 +213,7 @@ class TrainingSet:
 
     @classmethod
     def prepare(cls, data: TrainingData, model: FusionModel, rows: Tensor) -> "TrainingSet":
-        """Take the model's statistics from its rows (n,), and bring the table into memory where that is allowed."""
+        """Fit the model's statistics to rows (n,), and standardise the table in memory if it is small enough."""
         table, rows = data.table.only(model.specs), rows.to(data.device)
         model.fit_statistics(table.features, table.present, rows, table.feature_rows)
         at_hand = table.at_hand(model.standardize)
@@ -223,11 +225,10 @@ class TrainingSet:
         return self.table.targets[self.rows]
 
     def only(self, names: Iterable[str]) -> "TrainingSet":
-        """Return some of the features, by name, and the rows that have any of them."""
+        """Return only the named features, and the rows that have at least one of them."""
         table = self.table.only(names)
-        here = table.any_present(self.rows)
-        return replace(self, table=table, rows=self.rows[here])
+        return replace(self, table=table, rows=self.rows[table.any_present(self.rows)])
 
     def reading(self, module: Any) -> Model:
-        """Return a fusion, or a head of one, as it takes the table's features."""
+        """Return a fusion, or one of its heads, as a model of the table's features."""
         return module if self.standardize is None else FusionModel(module, self.standardize)

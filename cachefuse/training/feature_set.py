@@ -1,4 +1,4 @@
-"""A dataset's features for notebooks: by split, as views that are indexed like arrays, as scikit-learn expects of X."""
+"""A dataset's features for notebooks: views by split, indexed like arrays, as scikit-learn expects of X."""
 
 import os
 from collections.abc import Iterator, KeysView, Mapping, Sequence
@@ -26,12 +26,12 @@ FLOATS = ("float16", "float32", "float64")
 
 
 class PickedRows:
-    """Some rows of features, by number: (n, D), read as they are asked for, as the features themselves are."""
+    """Selected rows of features, (n, D), read on demand."""
 
     device = torch.device("cpu")
 
     def __init__(self, source: FeatureRows, rows: Tensor) -> None:
-        """``rows`` (n,) int64 may be in any order, and occur several times."""
+        """``rows`` (n,) int64 may be in any order and may repeat."""
         self.source = source
         self.rows = rows
         self.shape = (len(rows), source.shape[1])
@@ -43,19 +43,18 @@ class PickedRows:
         return self.source.index_select(dim, self.rows[index])
 
     def to(self, device: torch.device | str) -> "PickedRows | Tensor":
-        """Return these rows where they are, on the CPU; for another device a tensor there."""
+        """Return self for the CPU, and a tensor on any other device."""
         if torch.device(device).type == "cpu":
             return self
-        parts = self.rows.split(LOAD_ROWS)
-        return torch.cat([self.source.index_select(0, part).to(device) for part in parts])
+        return torch.cat([self.source.index_select(0, rows).to(device) for rows in self.rows.split(LOAD_ROWS)])
 
 
 class FeatureView:
-    """n rows of features, indexed like one array (n, D_1 + ... + D_M), and like a dictionary {modality: (n, D_m)}.
+    """n rows of features, indexed like an array (n, D_1 + ... + D_M) or a dictionary {modality: (n, D_m)}.
 
-    ``X[10:20]``, ``X[mask]`` and ``X[numbers]`` are views of those rows, which copy nothing; ``rows`` (n,) are their
-    numbers in the store. ``X["image"]`` is an array, NaN in the rows that lack an image; ``dict(X)`` has them all, and
-    ``np.asarray(X)`` is them side by side.
+    ``X[10:20]``, ``X[mask]`` and ``X[numbers]`` are views of rows, without copies; ``rows`` (n,) are row numbers in the
+    store. ``X["image"]`` is an array, with NaN in rows without an image; ``dict(X)`` has all modalities, and
+    ``np.asarray(X)`` puts them side by side.
     """
 
     def __init__(self, table: FeatureTable, rows: np.ndarray) -> None:
@@ -64,9 +63,9 @@ class FeatureView:
 
     @classmethod
     def from_arrays(cls, features: Mapping[str, Any]) -> "FeatureView":
-        """Take arrays {modality: (n, D_m)}. A row of a modality that is NaN throughout is absent: the sample lacks it.
+        """Return a view of arrays {modality: (n, D_m)}. A row of only NaN means that the sample lacks the modality.
 
-        Raises DataError if they are not numbers (n, D), differ in n, or hold any other NaN or infinity.
+        Raises DataError if the arrays are not numbers (n, D), differ in n, or have other NaN or infinite values.
         """
         arrays = {modality: _as_array(modality, x) for modality, x in features.items()}
         lengths = {modality: len(x) for modality, x in arrays.items()}
@@ -99,7 +98,7 @@ class FeatureView:
         return self.table.features.keys()
 
     def __getitem__(self, key: Any) -> Any:
-        """Return a modality's features (n, D), an array; or a view of some rows."""
+        """Return a modality's features (n, D) as an array, or a view of rows."""
         if isinstance(key, str):
             picked = torch.from_numpy(self.rows)
             source = lookup(self.table.features, key, "modality")
@@ -108,14 +107,14 @@ class FeatureView:
             return values
         rows = np.ascontiguousarray(self.rows[key])  # (1,) for a single row
         if rows.ndim > 1:
-            raise IndexError(f"rows are picked by numbers (n,), a mask or a slice. Got {key!r} instead")
+            raise IndexError(f"an index must be row numbers (n,), a mask or a slice. Got {key!r} instead")
         return FeatureView(self.table, rows)
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> np.ndarray:
         return np.concatenate([self[modality] for modality in self], axis=1, dtype=dtype)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # As arrays: memory maps don't go to another process, and the rows that are not picked need not.
+        # As arrays: memory maps cannot go to another process, and the other rows need not.
         return FeatureView.from_arrays, (dict(self),)
 
     def __repr__(self) -> str:
@@ -123,7 +122,7 @@ class FeatureView:
         return f"FeatureView of {len(self):,} rows: {widths}"
 
     def to_table(self, targets: Tensor, splits: np.ndarray) -> FeatureTable:
-        """Return these rows as a table of their own, with targets (n, C) and splits (n,)."""
+        """Return these rows as a table, with targets (n, C) and splits (n,)."""
         rows = torch.from_numpy(self.rows)
         pooled: Any = self.table.features
         features: JsonObject = {m: PickedRows(x, self.table.feature_rows(m, rows)) for m, x in pooled.items()}
@@ -141,9 +140,9 @@ class FeatureSet:
     """A store's features with its labels: ``X, y = features.split("train")``."""
 
     def __init__(self, store: FeatureStore, encoders: Sequence[str] = ()) -> None:
-        """``encoders`` name the features to use, by default all that are complete.
+        """``encoders`` names the features to use, by default all that are complete.
 
-        Raises as ``open_training_data`` does.
+        Raises the errors of ``open_training_data``.
         """
         self.store = store
         self.table = open_training_data(store, encoders, "cpu").table
@@ -161,20 +160,21 @@ class FeatureSet:
         return ordered_splits(self.store.splits)
 
     def split(self, *names: str) -> tuple[FeatureView, np.ndarray]:
-        """Return X and y of the labelled rows of some splits, in the store's order.
+        """Return X and y of the labelled rows of the splits, in the store's order.
 
-        y is (n, C) int8, 0 or 1, for multi-label, and class numbers (n,) int32 for multi-class; of questions those of
-        their answers, (n, 10), as the store's targets. Raises UnknownNameError for a split that is not there, DataError
-        if none of the rows is labelled.
+        y is (n, C) int8, 0 or 1, for multi-label, class numbers (n,) int32 for multi-class, and class numbers of the
+        answers (n, 10) for questions. Raises UnknownNameError for an unknown split, DataError without labelled rows.
         """
         rows = self.rows(*names).rows
         rows = rows[is_labelled(self.store.targets)[rows]]
         if not len(rows):
-            raise DataError(f"{self.store.dataset} has no labelled rows in {' or '.join(names)}; rows() takes any")
+            raise DataError(
+                f"{self.store.dataset} has no labelled rows in {' or '.join(names)}; rows() returns unlabelled ones"
+            )
         return FeatureView(self.table, rows), self.store.targets[rows]
 
     def rows(self, *names: str) -> FeatureView:
-        """Return X of all rows of some splits, labelled or not. Raises UnknownNameError for one that is not there."""
+        """Return X of all rows of the splits, labelled or not. Raises UnknownNameError for an unknown split."""
         for name in names:
             lookup(dict.fromkeys(self.splits), name, "split")
         return FeatureView(self.table, np.flatnonzero(np.isin(self.store.splits, names)))
@@ -186,10 +186,10 @@ class FeatureSet:
 
 
 def open_features(dataset: str, *, encoders: Sequence[str] = (), workspace: Path | str | None = None) -> FeatureSet:
-    """Open what has been extracted for a dataset; ``encoders`` name the features to use, by default all.
+    """Open the extracted features of a dataset; ``encoders`` names the features to use, by default all.
 
-    The workspace is ``CACHEFUSE_WORKSPACE`` or else ``./workspace``, as on the command line. Raises CacheError if
-    nothing has been extracted, ConfigError for an encoder that is not there or a dataset without labels.
+    The default workspace is ``CACHEFUSE_WORKSPACE`` or ``./workspace``, as on the command line. Raises CacheError
+    without extracted features, ConfigError for an unknown encoder or a dataset without labels.
     """
     if workspace is None:
         workspace = os.environ.get("CACHEFUSE_WORKSPACE") or "workspace"
@@ -197,13 +197,13 @@ def open_features(dataset: str, *, encoders: Sequence[str] = (), workspace: Path
 
 
 def _as_array(modality: object, x: Any) -> np.ndarray:
-    taken = not isinstance(modality, str) or "." in modality or hasattr(nn.ModuleDict(), modality)
-    if taken or not modality:
-        raise DataError(f"a modality can't be called {modality!r}; take a word such as image")
+    reserved = not isinstance(modality, str) or "." in modality or hasattr(nn.ModuleDict(), modality)
+    if reserved or not modality:
+        raise DataError(f"a modality cannot have the name {modality!r}; use a word such as image")
     x = np.asarray(x)
     if x.ndim != 2 or not x.shape[1] or x.dtype.kind not in "buif":
         raise DataError(f"features of {modality!r} must be numbers of shape (n, D). Got {x.dtype} {x.shape} instead")
-    # Writeable, as torch wants its memory to be: joblib's are not.
+    # Torch needs writeable memory; joblib's arrays are read-only.
     return np.require(x, x.dtype.name if x.dtype.name in FLOATS else "float32", ["C", "W"])
 
 
@@ -212,7 +212,7 @@ def _present(modality: str, x: np.ndarray) -> np.ndarray:
     wrong = np.flatnonzero(present & ~np.isfinite(x).all(axis=1))
     if len(wrong):
         raise DataError(
-            f"features of {modality!r} must be finite, or NaN throughout a row that lacks them. "
+            f"features of {modality!r} must be finite, or NaN in the whole row if the sample lacks them. "
             f"Got NaN or infinity in row {wrong[0]} instead"
         )
     return present

@@ -1,4 +1,4 @@
-"""Features as they are stored, and batches as index tensors: no per-sample Dataset stands between them."""
+"""Features as in the store, and batches by index tensors, without a per-sample Dataset."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -17,17 +17,17 @@ from cachefuse.store.rows import SHUFFLE_BYTES, FeatureRows, block_shuffle
 from cachefuse.store.tokens import Tokens, length_grouped
 from cachefuse.threads import idle_threads
 
-SHARE_OF_MEMORY = 0.5  # that features may take before they count as too large for it
-SHARE_AT_HAND = 1 / 16  # that a standardised copy may take, and a shuffled one besides; what is larger stays in files
+SHARE_OF_MEMORY = 0.5  # features above this share of memory stay in files
+SHARE_AT_HAND = 1 / 16  # limit of memory for a standardised copy, and again for a shuffled one
 
-LOAD_ROWS = 4096  # brought into memory at a time
-PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # predicted at a time, at most
+LOAD_ROWS = 4096  # loaded at a time
+PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # maximum predicted at a time
 
 
 class AnswerTargets:
-    """How right each answer to N questions is, (N, C) float32, as ``vqa_accuracy`` has it; made as it is asked for.
+    """The accuracy of each class as an answer to N questions, (N, C) float32 as by ``vqa_accuracy``, on demand.
 
-    ``answers`` (N, 10) are the classes that people gave, and below 0 what is none.
+    ``answers`` (N, 10) are the class numbers of people's answers; below 0 are answers that are not classes.
     """
 
     def __init__(self, answers: Tensor, n_classes: int) -> None:
@@ -49,12 +49,13 @@ class AnswerTargets:
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """N rows of features with presence (N,) bool, both by name ("image_tokens"), and targets (N, C) of 0 and 1; of
-    several tasks also -1, in all columns of one whose label a row lacks; of answers to questions from 0 to 1.
+    """N rows of features and presence (N,) bool, both by name ("image_tokens"), with targets (N, C).
 
-    Features keep the store's dtype, and stay in its files until a batch takes them. ``specs`` say what the features of
-    each name are. ``labelled`` is (N,) bool.
-    ``sources`` (N,) by name say which row of the features each row has, where that is not its own.
+    Targets are 0 and 1. With several tasks, -1 marks all columns of a task whose label the row lacks. For answers to
+    questions they are accuracies in [0, 1]. ``labelled`` is (N,) bool.
+
+    Features keep the store's dtype, and stay in its files until a batch reads them. ``specs`` are by name. ``sources``
+    (N,) by name maps a table row to its row of the features, if several rows share one.
     """
 
     features: Mapping[str, FeatureRows | Tokens]
@@ -70,42 +71,42 @@ class FeatureTable:
         return torch.from_numpy(np.flatnonzero(self.labelled & (self.splits == split)))
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the features and presence of some rows: (B, D) and (B,); of tokens (B, T, D) and their mask (B, T)."""
+        """Return the features and presence of rows (B,): (B, D) and (B,), or tokens (B, T, D) and a mask (B, T)."""
         features, present = {}, {}
         for name, x in self.features.items():
-            here = self.present[name].index_select(0, rows)  # (B,)
-            taken = self.feature_rows(name, rows)
+            mask = self.present[name].index_select(0, rows)  # (B,)
+            source_rows = self.feature_rows(name, rows)
             if isinstance(x, Tokens):
-                values, mask = x.read(taken.cpu())
-                features[name], here = values.to(rows.device), mask.to(rows.device) & here[:, None]
+                values, token_mask = x.read(source_rows.cpu())
+                features[name], mask = values.to(rows.device), token_mask.to(rows.device) & mask[:, None]
             else:
-                features[name] = x.index_select(0, taken.to(x.device)).to(rows.device)
-            present[name] = here
+                features[name] = x.index_select(0, source_rows.to(x.device)).to(rows.device)
+            present[name] = mask
         return features, present
 
     def feature_rows(self, name: str, rows: Tensor) -> Tensor:
-        """Return which rows of the features of a name some rows (n,) have."""
+        """Return the rows of the named features that belong to table rows (n,)."""
         return self.sources[name][rows.cpu()] if name in self.sources else rows
 
     @property
     def lengths(self) -> np.ndarray | None:
-        """The tokens of each row in all, (N,), where rows differ in them."""
+        """The total number of tokens of each row, (N,); None if all rows have the same."""
         ragged = {name: x.lengths for name, x in self.features.items() if isinstance(x, Tokens) and x.ragged}
         of_row = [n[self.sources[name].numpy()] if name in self.sources else n for name, n in ragged.items()]
         return np.sum(of_row, axis=0) if of_row else None
 
     def batches(self, order: Tensor, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-        """Cut rows (n,) in a random order into batches (B,); rows alike in length, where they differ in it."""
+        """Cut rows (n,) in a random order into batches (B,); ragged tokens are grouped by length."""
         if self.lengths is None:
             yield from order.split(size)
         else:
             yield from length_grouped(order, self.lengths, size, generator)
 
     def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
-        """Return rows in a new random order: any, or where memory does not hold the features, a few blocks' at a time.
+        """Return rows in a new random order. If memory cannot hold the features, shuffle a few blocks at a time.
 
-        The latter reads the disk in large pieces, once an epoch; the former a page for every row. Which it is depends
-        on the machine's memory, not on what is free now: the same seed gives the same order.
+        That reads the disk in large pieces, once per epoch, instead of a page for every row. The choice depends on the
+        machine's total memory, not on its free memory, so that the same seed gives the same order.
         """
         mapped = [x for x in self.features.values() if not isinstance(x, Tensor)]
         n_bytes = sum(x.nbytes for x in mapped)
@@ -116,11 +117,11 @@ class FeatureTable:
         return block_shuffle(rows.cpu(), size, at_once, generator).to(rows.device)
 
     def any_present(self, rows: Tensor) -> Tensor:
-        """Return which of some rows (n,) have any of the modalities, (n,) bool."""
+        """Return which rows (n,) have at least one modality, (n,) bool."""
         return torch.stack([x[rows] for x in self.present.values()]).any(0)
 
     def only(self, names: Iterable[str]) -> "FeatureTable":
-        """Return the same rows with some of their features, by name."""
+        """Return the same rows with only the named features."""
         names = list(names)
         return replace(
             self,
@@ -131,19 +132,19 @@ class FeatureTable:
         )
 
     def without(self, modalities: Collection[str]) -> "FeatureTable":
-        """Return the same rows as if they lacked some modalities. Raises UnknownNameError for one that is not there."""
-        gone = {name: torch.zeros_like(self.present[name]) for m in modalities for name in self.names_of(m)}
-        return replace(self, present={**self.present, **gone})
+        """Return the same rows with these modalities absent. Raises UnknownNameError for an unknown modality."""
+        absent = {name: torch.zeros_like(self.present[name]) for m in modalities for name in self.names_of(m)}
+        return replace(self, present={**self.present, **absent})
 
     def names_of(self, modality: str) -> list[str]:
-        """Return the names of a modality's features. Raises UnknownNameError for one that is not there."""
+        """Return the names of a modality's features. Raises UnknownNameError for an unknown modality."""
         lookup(dict.fromkeys(modalities_of(self.specs.values())), modality, "modality")
         return [name for name, spec in self.specs.items() if spec.modality == modality]
 
     def shuffled(self, shares: Mapping[str, float], seed: int) -> "FeatureTable":
-        """Return the same rows where some modalities, for shares of the rows, are other rows'.
+        """Return the same rows, where ``shares`` of the rows, by modality, have the modality of other rows.
 
-        Raises UnknownNameError for a modality that is not there.
+        Raises UnknownNameError for an unknown modality.
         """
         sources, present = dict(self.sources), dict(self.present)
         for modality, share in shares.items():
@@ -158,7 +159,7 @@ class FeatureTable:
         return replace(self, sources=sources, present=present)
 
     def at_hand(self, standardize: nn.ModuleDict) -> "FeatureTable | None":
-        """Return the same rows standardised, float32, in memory; None if that would take much of it, as tokens do."""
+        """Return the same rows standardised, float32, in memory; None for tokens or if too large."""
         if any(isinstance(x, Tokens) for x in self.features.values()):
             return None
         device = self.targets.device
@@ -178,9 +179,9 @@ class FeatureTable:
     @torch.inference_mode()
     @idle_threads()
     def map(self, function: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor], rows: Tensor) -> Tensor:
-        """Return what a function makes of the batches of some rows (n,), (n, ...) on the CPU, without gradients.
+        """Return ``function(features, presence)`` for rows (n,), batch by batch: (n, ...) on the CPU, no gradients.
 
-        It gets as many rows at a time as take little memory; those of tokens alike in length.
+        Batches are small enough for memory; ragged tokens are grouped by length.
         """
         width = sum(x.shape[1] for x in self.features.values() if not isinstance(x, Tokens))
         # A transformer's hidden layer is four times as wide as its tokens.
@@ -194,7 +195,7 @@ class FeatureTable:
         for i, places in enumerate(order.split(size)):
             values = function(*self.batch(rows[places.to(rows.device)])).cpu()
             if i == 0:
-                output = values.new_empty(len(rows), *values.shape[1:])  # filled batch by batch: it may be large
+                output = values.new_empty(len(rows), *values.shape[1:])  # may be large: fill it batch by batch
             output.index_copy_(0, places, values)
         return output
 
@@ -202,7 +203,7 @@ class FeatureTable:
         return [x for x in self.features.values() if isinstance(x, Tokens)]
 
     def to(self, device: str) -> "FeatureTable":
-        """Return the same rows with their tensors on a device; there, features go along where it has room for them."""
+        """Return the same rows on a device; features that are too large for its memory stay where they are."""
         features = dict(self.features)
         for modality, x in features.items():
             on_cuda = torch.device(device).type == "cuda"

@@ -1,4 +1,4 @@
-"""How good models are: on rows held out, with thresholds chosen on others, and on the splits they were not made for."""
+"""Figures on rows held out, with thresholds chosen on other rows, and on other splits."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,15 @@ from cachefuse.training.data import TrainingData
 from cachefuse.training.feature_table import LOAD_ROWS
 from cachefuse.training.inference import to_scores
 
-CROSSFIT_PARTS = 5  # of a validation split: each is decided on by thresholds chosen on the others
+CROSSFIT_PARTS = 5  # of a validation split: each is decided by thresholds chosen on the others
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What models said of rows (n,) that they had not seen: scores (n, C) float32.
+    """Scores (n, C) float32 of rows (n,), by models that have not seen them.
 
-    ``split`` is "val", or "oof" for all of train and val, out of fold. ``parts`` (n,) int64 divides the rows: each part
-    is decided on by thresholds chosen on the others, so that no figure sees the rows that chose its thresholds.
+    ``split`` is "val", or "oof" for train and val out of fold. ``parts`` (n,) int64 divides the rows. Each part is
+    decided by thresholds chosen on the other parts, so that no row helps to choose its own thresholds.
     """
 
     split: str
@@ -33,7 +33,7 @@ class HeldOut:
 
     @classmethod
     def join(cls, split: str, data: TrainingData, rows: list[Tensor], scores: list[np.ndarray]) -> "HeldOut | None":
-        """Put the parts' rows and scores together, in the table's order; None if there are no rows."""
+        """Join the folds' rows and scores, in the table's order; None without rows."""
         numbers = [piece.numpy() for piece in rows]
         all_rows = np.concatenate(numbers)
         if not len(all_rows):
@@ -52,9 +52,9 @@ class HeldOut:
         return cls(split, all_rows[order], parts[order], all_scores)
 
     def predictions(self, data: TrainingData, config: TrainConfig, scores: np.ndarray | None = None) -> np.ndarray:
-        """Return the labels (n, C) bool that are decided on, each part by what was chosen on the others.
+        """Return the predicted labels (n, C) bool, each part by thresholds chosen on the other parts.
 
-        ``scores`` (n, C) of the same rows may take the place of its own once the thresholds are chosen.
+        The thresholds are always chosen on ``self.scores``; they may be applied to other ``scores`` (n, C).
         """
         scores = self.scores if scores is None else scores
         predictions = decide_tasks(scores, data.tasks)
@@ -62,7 +62,7 @@ class HeldOut:
             return predictions
         targets, per = data.targets(torch.from_numpy(self.rows)), config.thresholds == "class"
         for task in data.tasks:
-            rows = np.flatnonzero(task.labelled(targets))  # no figure is of the others
+            rows = np.flatnonzero(task.labelled(targets))  # figures use only these
             if task.kind == "multilabel" and len(np.unique(self.parts[rows])) > 1:
                 metric, of_task = _threshold_metric(data, config, task), np.ix_(rows, task.numbers)
                 predictions[of_task] = crossfit_decisions(
@@ -79,7 +79,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Result:
-    """Figures of one split: metrics by name, and those of each class, (C,) by name; ``n_rows`` were measured."""
+    """Figures on ``n_rows`` of one split: metrics by name, and figures per class, (C,) by name."""
 
     n_rows: int
     metrics: dict[str, float]
@@ -87,23 +87,23 @@ class Result:
 
 
 def chooses_thresholds(data: TrainingData, config: TrainConfig, n_held: int) -> bool:
-    """Whether thresholds are chosen, on so many rows. Raises ConfigError if they were asked for and cannot be."""
+    """Whether thresholds are chosen, with ``n_held`` rows. Raises ConfigError if the settings need it and cannot."""
     if not any(task.kind == "multilabel" for task in data.tasks):
         if config.thresholds in ("global", "class"):
             raise ConfigError(
-                "thresholds are for multi-label tasks; where a row gets one label, the highest score decides"
+                "thresholds are only for multi-label tasks; leave them out: a row gets the class with the highest score"
             )
         return False
     if n_held >= 2 or config.thresholds in ("none", "auto"):
         return n_held >= 2 and config.thresholds != "none"
     raise ConfigError(
-        f"{data.name} has {n_held} labelled validation rows, too few to choose thresholds on; take --folds 5, or "
+        f"{data.name} has {n_held} labelled validation rows, too few to choose thresholds; use --folds 5 or "
         f"--thresholds none"
     )
 
 
 def final_thresholds(data: TrainingData, config: TrainConfig, held_out: HeldOut | None) -> np.ndarray:
-    """Return the thresholds (C,) to predict with: chosen on all rows held out that have a task's label, or 0.5."""
+    """Return the thresholds (C,) for predictions: chosen on all rows held out with the task's label, or 0.5."""
     thresholds = np.full(len(data.classes), HALF)
     if held_out is None or not chooses_thresholds(data, config, len(held_out.rows)):
         return thresholds
@@ -117,7 +117,7 @@ def final_thresholds(data: TrainingData, config: TrainConfig, held_out: HeldOut 
 
 
 def figures(data: TrainingData, rows: Tensor, scores: np.ndarray, predictions: np.ndarray) -> Result:
-    """Return the dataset's metrics, and each class's figures, of scores and predictions (n, C) for some rows."""
+    """Return the dataset's metrics and the figures per class, for rows (n,) with scores and predictions (n, C)."""
     decided = data.targets(rows), scores, predictions
     by_class = per_task_class(*decided, data.tasks)
     return Result(
@@ -128,7 +128,7 @@ def figures(data: TrainingData, rows: Tensor, scores: np.ndarray, predictions: n
 
 
 def _threshold_metric(data: TrainingData, config: TrainConfig, task: TaskSlice) -> str:
-    """Return the metric to choose thresholds for: the one asked for, or the task's first that is one of F1."""
+    """Return the metric for thresholds: that of the settings, or the task's first F1 metric."""
     names = {task.named(name): name for name in THRESHOLD_METRICS}
     listed = [names[name] for name in data.metrics if name in names]
     return config.threshold_metric or next(iter(listed), next(iter(THRESHOLD_METRICS)))
@@ -136,7 +136,7 @@ def _threshold_metric(data: TrainingData, config: TrainConfig, task: TaskSlice) 
 
 @torch.inference_mode()
 def validation_score(data: TrainingData, rows: Tensor, metric: str, loss: str, logits: Tensor) -> float:
-    """Return a metric of some rows (n,), decided on at 0.5; their scores take the place of the logits (n, C)."""
+    """Return a metric of rows (n,) with thresholds of 0.5. The logits (n, C) are overwritten."""
     for piece in logits.split(LOAD_ROWS):
         piece.copy_(to_scores(piece, loss, data.tasks))
     scores = logits.numpy()

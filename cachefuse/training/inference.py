@@ -1,4 +1,4 @@
-"""From a model and rows of a table to logits and probabilities."""
+"""From a model and rows of a table to logits and probabilities: inference."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,18 +12,18 @@ from cachefuse.nn.losses import Loss
 from cachefuse.training.feature_table import PIECE_FLOATS, FeatureTable
 from cachefuse.training.tasks import loss_of
 
-CHECKED_ROWS = 100_000  # of the training rows that what was learnt is measured on, however many there are
+CHECKED_ROWS = 100_000  # maximum of training rows on which a trained model is checked
 
 
 def mean_loss(loss: Loss, logits: Tensor, table: FeatureTable, rows: Tensor) -> float:
-    """Return the loss of logits (n, C) of some rows; of more than fit side by side, the mean of their parts'."""
+    """Return the mean loss of logits (n, C) of rows (n,), computed piece by piece to save memory."""
     size = max(1, PIECE_FLOATS // logits.shape[1])
     pieces = zip(logits.split(size), rows.split(size), strict=True)
     return sum(loss(x, table.targets[piece].cpu()).item() * len(piece) for x, piece in pieces) / len(rows)
 
 
 def spread(rows: Tensor, most: int) -> Tensor:
-    """Return rows (n,) as they are, or ``most`` of them, evenly spread."""
+    """Return rows (n,), or ``most`` of them, evenly spread, if there are more."""
     if len(rows) <= most:
         return rows
     return rows[torch.arange(most, device=rows.device) * len(rows) // most]
@@ -32,7 +32,7 @@ def spread(rows: Tensor, most: int) -> Tensor:
 def predict_logits(
     model: nn.Module, table: FeatureTable, rows: Tensor, then: Callable[[Tensor], Tensor] = lambda logits: logits
 ) -> Tensor:
-    """Return the logits (n, C) of some rows, float32, on the CPU, or what ``then`` makes of a batch's.
+    """Return the logits (n, C) of rows (n,), float32 on the CPU, after ``then`` of each batch.
 
     Raises TrainingError if any is not finite.
     """
@@ -41,16 +41,16 @@ def predict_logits(
     def predict(features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         logits = model(features, present).float()
         if not logits.isfinite().all():
-            raise TrainingError("the model's logits are not finite: its training diverged; take a lower lr")
+            raise TrainingError("the model's logits are not finite: its training diverged; use a lower lr")
         return then(logits)
 
     return table.map(predict, rows)
 
 
 def to_scores(logits: Tensor, loss: str, tasks: Sequence[TaskSlice] = ()) -> Tensor:
-    """Return probabilities (n, C): a softmax where the loss was one over the classes, else a sigmoid for each.
+    """Return probabilities (n, C): a softmax for loss ce, else a sigmoid per class.
 
-    Of several tasks, each has its own columns and loss.
+    With several tasks, each has its own columns and loss.
     """
     if tasks:
         return torch.cat([to_scores(logits[:, task.columns], loss_of(task, loss)) for task in tasks], dim=1)
@@ -60,7 +60,7 @@ def to_scores(logits: Tensor, loss: str, tasks: Sequence[TaskSlice] = ()) -> Ten
 def predict_scores(
     model: nn.Module, table: FeatureTable, rows: Tensor, loss: str, tasks: Sequence[TaskSlice] = ()
 ) -> np.ndarray:
-    """Return probabilities (n, C) float32 of some rows, as ``to_scores`` does.
+    """Return probabilities (n, C) float32 of rows (n,), by ``to_scores``.
 
     Raises TrainingError if any is not finite.
     """

@@ -1,4 +1,4 @@
-"""The training loop: one function that reads from top to bottom."""
+"""The training loop: ``fit``."""
 
 import ctypes
 import math
@@ -21,17 +21,17 @@ from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.inference import CHECKED_ROWS, mean_loss, predict_logits, spread
 from cachefuse.training.optim import EMA
 
-KEPT_BYTES = 512 << 20  # of freed memory, that stay with the process
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # as malloc.h numbers them
-DIVERGED = 10.0  # a loss this many times that of logits 0 is no longer one of a model that learns
+KEPT_BYTES = 512 << 20  # freed memory that the process keeps
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # numbers in malloc.h
+DIVERGED = 10.0  # training has diverged if the loss is this many times the loss of logits 0
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch came to: the mean training loss and, with validation rows, their score and their loss.
+    """The figures of one epoch: the mean training loss and, with validation rows, their score and loss.
 
-    With averaged weights, which are then those kept, ``raw_score`` is that of the weights as they are. The last digits
-    depend on the number of CPU ``threads``.
+    With averaged weights (EMA), ``score`` is theirs, and ``raw_score`` is that of the weights before averaging. The
+    last digits depend on the number of CPU ``threads``.
     """
 
     epoch: int
@@ -45,10 +45,10 @@ class Epoch:
 
 @dataclass
 class History:
-    """All epochs, which of them the weights come from, and whether training was interrupted.
+    """All epochs of a training, the best one, whose weights are kept, and whether it was interrupted.
 
-    ``stages`` are the best epochs by stage, where there were several, or by head that was trained alone before;
-    ``earlier`` all epochs of those that came before the last.
+    If there were several stages, or heads trained alone, ``stages`` has the best epoch of each, and ``earlier`` all
+    epochs of those before the last.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
@@ -59,7 +59,7 @@ class History:
 
     @classmethod
     def of_stages(cls, histories: dict[str, "History"]) -> "History":
-        """Return the history of a training in stages, in their order by name; "" is a stage without a name."""
+        """Return the history of a training in stages, from histories by stage name, in order; "" has no name."""
         *earlier, last = histories
         return replace(
             histories[last],
@@ -72,9 +72,9 @@ class History:
 class Optimization:
     """How a model's weights change at each step.
 
-    The optimizer's gradient is cut to ``clip_norm``, 0 for never. A step's rows pass the model in ``accumulate`` parts,
-    whose gradients add up to that of the mean of all; with ``mixed_precision`` in bfloat16, on CUDA. Where there is an
-    ``ema``, its averaged weights are validated and kept.
+    The gradient is clipped to norm ``clip_norm``, 0 for never. A batch passes the model in ``accumulate`` parts, whose
+    gradients add up to the gradient of the batch's mean loss. ``mixed_precision`` means bfloat16 on CUDA. With ``ema``,
+    the averaged weights are validated and kept.
     """
 
     optimizer: torch.optim.Optimizer
@@ -87,10 +87,10 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Validation:
-    """The rows (n,) that a model is validated on, and ``score(logits (n, C))``, higher for a better model.
+    """The validation rows (n,), and ``score(logits (n, C))``, for which higher is better.
 
-    The logits are the score's to overwrite. With ``patience`` the best epoch's weights are kept, and training stops
-    after so many epochs that were no better; with 0 the last epoch's weights stay.
+    The score may overwrite the logits. Training stops after ``patience`` epochs without a better score, and the best
+    epoch's weights are kept; with 0 the last epoch's weights are kept.
     """
 
     rows: Tensor
@@ -101,7 +101,7 @@ class Validation:
 class EpochLoop:
     """The epochs of a training: their numbers, their history, and the weights of the best one.
 
-    ``model`` is the one to keep. With ``patience`` the loop ends after so many epochs that were no better.
+    ``model`` is the one whose weights are kept. The loop ends after ``patience`` epochs without a better score.
     """
 
     def __init__(self, model: nn.Module, n_epochs: int, patience: int = 0) -> None:
@@ -112,7 +112,7 @@ class EpochLoop:
         self._best_weights: dict[str, Tensor] = {}
 
     def __iter__(self) -> Iterator[int]:
-        """Yield the number of each epoch, from 1 on, with as many CPU threads as there are idle cores."""
+        """Yield the number of each epoch, from 1. Each epoch uses as many CPU threads as there are idle cores."""
         while self._number < self._n_epochs:
             self._number += 1
             self._threads = adapt_threads()
@@ -123,7 +123,7 @@ class EpochLoop:
     def check(self, loss: float) -> float:
         """Return an epoch's mean loss. Raises TrainingError if it is not finite."""
         if not math.isfinite(loss):
-            raise TrainingError(f"training diverged in epoch {self._number}: the loss is {loss}; take a lower lr")
+            raise TrainingError(f"training diverged in epoch {self._number}: the loss is {loss}; use a lower lr")
         return loss
 
     def end_epoch(
@@ -137,7 +137,7 @@ class EpochLoop:
     ) -> Epoch:
         """Add an epoch to the history, keep its weights if it is the best so far, and return it.
 
-        ``monitor`` is higher for a better epoch. If it is None or NaN, the later epoch is the better one.
+        Higher ``monitor`` is better. If it is None or NaN, the later epoch counts as better.
         """
         best = monitor is None or self._best_score is None or not monitor <= self._best_score
         epoch = Epoch(self._number, loss, score, best, val_loss, raw_score, self._threads)
@@ -148,7 +148,7 @@ class EpochLoop:
         return epoch
 
     def restore_best(self, model: nn.Module) -> bool:
-        """Give a model the best epoch's weights, and return whether there are any."""
+        """Load the best epoch's weights into a model; return False if there are none."""
         if self._best_weights:
             model.load_state_dict(self._best_weights)
         return bool(self._best_weights)
@@ -166,11 +166,11 @@ def fit(
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     keep_interrupted: bool = False,
 ) -> History:
-    """Train for ``epochs``, or until validation is out of patience; leaves the best weights in the model.
+    """Train for ``epochs``, or until validation is out of patience, and leave the best weights in the model.
 
-    Without patience the best weights are the last epoch's. Modules whose parameters are all frozen are left in
-    evaluation mode. With ``keep_interrupted``, Ctrl-C ends training at the best epoch so far; if there is none, or it
-    has learnt nothing yet, Ctrl-C is passed on. Raises TrainingError if training diverges.
+    Without patience the best weights are the last epoch's. Modules with only frozen parameters stay in evaluation mode.
+    With ``keep_interrupted``, Ctrl-C ends training at the best epoch so far. If no epoch has ended, or the model has
+    learnt nothing yet, KeyboardInterrupt is raised. Raises TrainingError if training diverges.
     """
     keep_freed_memory()
     table, rows = batches.table, batches.rows
@@ -208,7 +208,7 @@ def fit(
 def backward(
     model: Model, parameters: list[nn.Parameter], loss: Loss, batch: Batch, optimization: Optimization
 ) -> Tensor:
-    """Compute the loss of a batch, and the gradient of it that a step takes; return the loss."""
+    """Compute the loss of a batch and its gradient; return the loss."""
     for parameter in parameters:
         parameter.grad = None
     n = len(batch[2])
@@ -225,7 +225,7 @@ def backward(
 
 
 def in_parts(batch: Batch, n: int) -> Iterator[Batch]:
-    """Yield a batch in n parts, as equal as can be, none of them empty."""
+    """Yield a batch in at most n parts of equal size; the last may be smaller."""
     features, present, targets = batch
     size = -(-len(targets) // n)
     for start in range(0, len(targets), size):
@@ -234,9 +234,10 @@ def in_parts(batch: Batch, n: int) -> Iterator[Batch]:
 
 
 def keep_freed_memory() -> None:
-    """Have one batch's memory serve the next. By itself glibc gives large pieces back, and takes them anew as zeros.
+    """Make glibc keep freed memory for the next batch. Otherwise it returns large blocks, and gets new ones of zeros.
 
-    That takes a fifth of an MLP's epoch. It holds for the process from here on; other C libraries are left as they are.
+    That would take a fifth of an MLP's epoch. The change holds for the whole process; other C libraries are not
+    changed.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):
@@ -266,14 +267,14 @@ def _validate(
 
 
 def check_learnt(model: nn.Module, loss: Loss, table: FeatureTable, rows: Tensor) -> None:
-    """Raise TrainingError if a model does far worse on the rows it was trained on (n,) than one that says nothing."""
+    """Raise TrainingError if a model's loss on its training rows (n,) is far above the loss of logits 0."""
     rows = spread(rows, CHECKED_ROWS)
     logits = predict_logits(model, table, rows)  # (n, C)
-    reached = mean_loss(loss, logits, table, rows)
-    blank = mean_loss(loss, logits.new_zeros(()).expand_as(logits), table, rows)
-    if reached > DIVERGED * blank:
+    trained_loss = mean_loss(loss, logits, table, rows)
+    zero_loss = mean_loss(loss, logits.new_zeros(()).expand_as(logits), table, rows)
+    if trained_loss > DIVERGED * zero_loss:
         raise TrainingError(
-            f"training diverged: the loss is {reached:.4g}, where logits of 0 give {blank:.4g}; take a lower lr"
+            f"training diverged: the loss is {trained_loss:.4g}, and {zero_loss:.4g} for logits of 0; use a lower lr"
         )
 
 

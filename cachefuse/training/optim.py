@@ -14,7 +14,7 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 class EMA(Generic[AnyModule]):
     """A copy of a model whose weights follow it: theta_ema = d theta_ema + (1 - d) theta after every step.
 
-    d warms up, min(decay, (1 + t) / (10 + t)) at step t, so that a short training is not averaged with its start.
+    d warms up as min(decay, (1 + t) / (10 + t)) at step t, so that a short training is not averaged with its start.
     """
 
     def __init__(self, model: AnyModule, decay: float) -> None:
@@ -27,7 +27,7 @@ class EMA(Generic[AnyModule]):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in the model's weights as they are now."""
+        """Average in the model's present weights."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         averages, weights = zip(*self._pairs, strict=True)
@@ -40,12 +40,12 @@ Parameters = Iterable[nn.Parameter]
 
 
 def adam(params: Parameters, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """Return Adam; weight decay is an L2 penalty. Its steps are one kernel each."""
+    """Return Adam, with weight decay as an L2 penalty; each step is one fused kernel."""
     return torch.optim.Adam(params, lr=lr, weight_decay=weight_decay, fused=True)
 
 
 def adamw(params: Parameters, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
-    """Return AdamW (arXiv 1711.05101): weight decay is apart from the gradient."""
+    """Return AdamW (arXiv 1711.05101), with decoupled weight decay."""
     return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
 
 
@@ -57,7 +57,7 @@ class NesterovSGD(torch.optim.SGD):
 
 
 class LBFGS(torch.optim.LBFGS):
-    """L-BFGS with line search over all rows at once, up to 20 iterations a step; weight decay is an L2 penalty."""
+    """L-BFGS with line search over all rows at once, up to 20 iterations per step; weight decay is an L2 penalty."""
 
     def __init__(self, params: Parameters, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, line_search_fn="strong_wolfe")
@@ -76,12 +76,12 @@ class LBFGS(torch.optim.LBFGS):
 
 
 def constant(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Leave the learning rate as it is."""
+    """Keep the learning rate constant."""
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
 def cosine(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Let the learning rate fall to 0 along half a cosine (arXiv 1608.03983, equation 5, one period)."""
+    """Lower the learning rate to 0 along half a cosine (arXiv 1608.03983, equation 5, one period)."""
     return CosineAnnealingLR(optimizer, T_max=steps)
 
 

@@ -1,4 +1,4 @@
-"""Settings of a training with none left open: as they were given, or else the fusion's own, or those of all others."""
+"""Resolved settings of a training: given values, else the fusion's defaults, else the general defaults."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -14,16 +14,16 @@ from cachefuse.registry import Options
 from cachefuse.training.config import BATCH_SIZE, DROPOUT, EPOCHS, LBFGS_EPOCHS, MIN_STEPS, TrainConfig
 
 TASK_LOSS = {"multiclass": "ce", "multilabel": "asl", "multitask": "asl", "vqa": "bce"}
-# What won by cross-validation ("Defaults" in README.md): an ASL that spares easy negatives and cuts nothing.
+# The best in cross-validation ("Defaults" in README.md): an ASL with less weight on easy negatives, without a clip.
 LOSS_OPTIONS: dict[str, dict[str, float | str]] = {"asl": {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}}
 LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
 LEARNING_RATE = 1e-3  # of optimizers of other packages
-WEIGHT_DECAYS = {"lbfgs": 3e-3}  # of others 0: without it, so thorough an optimizer overfits
+WEIGHT_DECAYS = {"lbfgs": 3e-3}  # 0 for the others; L-BFGS converges fully and overfits without it
 
 
 @dataclass(frozen=True)
 class ResolvedConfig(TrainConfig):
-    """Settings of which none is left open; ``resolve`` makes them of those that are given."""
+    """Settings without None for a default; made by ``resolve`` from given settings."""
 
     dropout: float = field(kw_only=True)
     loss: str = field(kw_only=True)
@@ -35,31 +35,32 @@ class ResolvedConfig(TrainConfig):
 
     @property
     def effective_batch_size(self) -> int:
-        """The batch size; 0 for all rows, which L-BFGS always takes."""
+        """The batch size; 0 for all rows, as always with L-BFGS."""
         return 0 if self.optimizer == "lbfgs" else self.batch_size
 
     def head_options(self) -> JsonObject:
-        """Return the keyword arguments of the head; a linear head has no hidden layers to speak of."""
+        """Return the keyword arguments of the head."""
         layers = self.layers if self.layers is not None else HEADS[self.head].default_layers
         return {"layers": layers, "activation": self.activation, "dropout": self.dropout}
 
     def differences(self, task: str) -> JsonObject:
-        """Return the settings that differ from those of a training with this head, loss and optimizer.
+        """Return the settings that differ from the defaults of this fusion, head, loss and optimizer.
 
-        Those three count by themselves, and the epochs that few rows take are among them.
+        A fusion, head, loss or optimizer other than the task's default is included, and so are epochs raised for few
+        rows.
         """
-        mine = TrainConfig(fusion=self.fusion, head=self.head, loss=self.loss, optimizer=self.optimizer)
+        chosen = TrainConfig(fusion=self.fusion, head=self.head, loss=self.loss, optimizer=self.optimizer)
         common = {name: getattr(TrainConfig, name) for name in ("fusion", "head", "optimizer")}
-        plain = replace(resolve(mine, task, 10**9), **common, loss=TASK_LOSS[task], fusion_options={})
-        own = replace(self, fusion_options=self.changed_options())
-        named = ((one.name, getattr(own, one.name)) for one in fields(self))
-        return {name: value for name, value in named if value != getattr(plain, name)}
+        default = replace(resolve(chosen, task, 10**9), **common, loss=TASK_LOSS[task], fusion_options={})
+        changed = replace(self, fusion_options=self.changed_options())
+        named = ((known.name, getattr(changed, known.name)) for known in fields(self))
+        return {name: value for name, value in named if value != getattr(default, name)}
 
     @classmethod
     def from_run(cls, values: Options, task: str) -> "ResolvedConfig":
-        """Build from the file of a run for a task.
+        """Build from the values in a run's file, for a task.
 
-        Raises ConfigError for keys that are not settings, and as ``resolve_loss`` does.
+        Raises ConfigError for unknown keys, and as ``resolve_loss`` does.
         """
         return _filled(TrainConfig.from_dict(values), task, 10**9)
 
@@ -71,10 +72,10 @@ def resolve(
     origins: Mapping[str, Origin] | None = None,
     classes: Sequence[str] = (),
 ) -> ResolvedConfig:
-    """Return settings with none left open, for a task, its classes and so many rows to train on.
+    """Return the settings with every None resolved, for a task, its classes and ``n_rows`` training rows.
 
-    ``origins`` says where features, by modality, are from. Raises ConfigError as ``resolve_loss`` does, and for options
-    that the fusion does not have.
+    ``origins`` are the encoders of the features, by modality. Raises ConfigError as ``resolve_loss`` does, and for
+    options that the fusion does not have.
     """
     fusion, filled = FUSIONS[config.fusion], _filled(config, task, n_rows)
     return replace(
@@ -85,24 +86,24 @@ def resolve(
 
 
 def _filled(config: TrainConfig, task: str, n_rows: int) -> ResolvedConfig:
-    """Return settings in which what is None is the fusion's own, or else that of all others."""
-    own, lbfgs = FUSIONS[config.fusion].defaults, config.optimizer == "lbfgs"
+    """Return the settings with None replaced by the fusion's defaults, else by the general defaults."""
+    fusion_defaults, lbfgs = FUSIONS[config.fusion].defaults, config.optimizer == "lbfgs"
 
-    def of(name: str, usual: Any) -> Any:
+    def of(name: str, default: Any) -> Any:
         given = getattr(config, name)
-        return own.get(name, usual) if given is None else given
+        return fusion_defaults.get(name, default) if given is None else given
 
     rate = LEARNING_RATES.get(config.optimizer, LEARNING_RATE)
-    fusions_rate = config.optimizer in ("adam", "adamw")  # which a fusion's own rate is for
+    is_adam = config.optimizer in ("adam", "adamw")  # a fusion's default rate is only for these
     batch_size = of("batch_size", BATCH_SIZE)
     steps = -(-n_rows // ((0 if lbfgs else batch_size) or n_rows))
-    values = {one.name: getattr(config, one.name) for one in fields(config)}
+    values = {known.name: getattr(config, known.name) for known in fields(config)}
     return ResolvedConfig(
         **{
             **values,
             "dropout": of("dropout", DROPOUT),
             "loss": resolve_loss(config, task),
-            "lr": of("lr", rate) if fusions_rate or config.lr is not None else rate,
+            "lr": of("lr", rate) if is_adam or config.lr is not None else rate,
             "schedule": config.schedule or ("constant" if lbfgs else "cosine"),
             "weight_decay": of("weight_decay", WEIGHT_DECAYS.get(config.optimizer, 0.0)),
             "epochs": of("epochs", LBFGS_EPOCHS if lbfgs else max(EPOCHS, -(-MIN_STEPS // steps))),
@@ -112,28 +113,28 @@ def _filled(config: TrainConfig, task: str, n_rows: int) -> ResolvedConfig:
 
 
 def resolve_loss(config: TrainConfig, task: str) -> str:
-    """Return the loss for a task. Raises ConfigError if it can't be trained with the one that was asked for."""
+    """Return the loss for a task. Raises ConfigError if the given loss does not fit the task."""
     if task not in TASK_LOSS:
         raise ConfigError(why_no_head(task))
     if config.is_generative:
         _check_writing(config, task)
         return "ce"
     if config.loss == "ce" and task == "multilabel":
-        raise ConfigError("loss 'ce' is for one label a row; a multi-label task takes asl, bce or focal")
+        raise ConfigError("loss 'ce' is for one label per row; for a multi-label task use asl, bce or focal")
     return config.loss or TASK_LOSS[task]
 
 
 def _check_writing(config: TrainConfig, task: str) -> None:
     if task not in ("multiclass", "vqa"):
-        raise ConfigError(f"answers=text writes one answer a row, which a {task} task does not have")
+        raise ConfigError(f"answers=text writes one answer per row, so it does not fit a {task} task")
     if config.loss not in (None, "ce"):
-        raise ConfigError(f"answers=text learns by the probability of what is written: loss ce. Got {config.loss!r}")
+        raise ConfigError(f"answers=text is trained with loss ce. Got {config.loss!r} instead")
     if config.class_weights != "none" or config.loss_options:
-        raise ConfigError("answers=text takes no class weights or loss options; leave them out")
+        raise ConfigError("answers=text has no class weights and no loss options; leave them out")
 
 
 def why_no_head(task: str) -> str:
-    """Return why there is no head to train on a dataset, and what to do instead, for a task that has no loss."""
+    """Return the message for a task without a loss: why no head can be trained, and what to do instead."""
     if task == "retrieval":
-        return f"a {task} dataset has no labels, so there is no head to train on it"
-    return f"a {task} dataset is about pairs of sentences: measure them with cachefuse similarity"
+        return f"a {task} dataset has no labels, so no head can be trained on it; use cachefuse align"
+    return f"a {task} dataset has pairs of sentences, so no head can be trained on it; use cachefuse similarity"

@@ -1,4 +1,4 @@
-"""Which features of a store are read, in which views, and how they are opened."""
+"""Selecting a store's features and views, and opening them as a table."""
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -19,56 +19,56 @@ from cachefuse.training.feature_table import AnswerTargets, FeatureTable, multi_
 
 logger = logging.getLogger(__name__)
 
-Views = Callable[[str], Collection[str]]  # modality -> the views of it that are read
+Views = Callable[[str], Collection[str]]  # modality -> its views to read
 
 
 def pooled(modality: str) -> tuple[str, ...]:
-    """Return that pooled features are read."""
+    """Return the views of a modality: pooled features only."""
     return (POOLED,)
 
 
 def one_view(view: str) -> Views:
-    """Return that one view is read of every modality."""
+    """Return ``Views`` with one view for every modality."""
     return lambda modality: (view,)
 
 
 def stored_views(views: Iterable[str]) -> list[str]:
-    """Return the views of a store that hold the views that are read."""
+    """Return the stored view for each view to read: flat features are made from tokens."""
     return [TOKENS if view == FLAT else view for view in views]
 
 
 def select_features(
     store: FeatureStore, encoders: Sequence[str] = (), views: Views = pooled
 ) -> dict[str, list[Features]]:
-    """Return the features to use, by modality: those of the named encoders, or all that have the whole views.
+    """Return the features to use, by modality: of the named encoders, or of all with complete views.
 
-    Aligned features, which are made of others, are taken only where they are named, or where there is nothing else. An
-    encoder may be named by its spec, its file or folder, or any part of it that fits one alone. Raises CacheError if
-    there are no features, or lack a view that is read, ConfigError for a name that fits none or several.
+    Aligned features, which are derived from others, are used only by name, or if there are no others. An encoder's name
+    may be its spec, its file or folder, or any substring that fits only one. Raises CacheError if there are no
+    features, or a view is missing, ConfigError for a name that fits none or several.
     """
     every = list(store.features())
     if encoders:
         every = [features for name in encoders for features in _find(every, name)] if every else every
-    read = {features.modality: stored_views(views(features.modality)) for features in every}
-    stored = [features for features in every if set(read[features.modality]) <= features.views.keys()]
-    for modality in read:
+    needed = {features.modality: stored_views(views(features.modality)) for features in every}
+    stored = [features for features in every if set(needed[features.modality]) <= features.views.keys()]
+    for modality in needed:
         if not any(features.modality == modality for features in stored) and {TOKENS, IDS} & set(views(modality)):
-            raise _lacking(store, [features for features in every if features.modality == modality], read[modality])
+            raise _lacking(store, [features for features in every if features.modality == modality], needed[modality])
     if not stored:
-        view = next((name for names in read.values() for name in names), POOLED)
+        view = next((name for names in needed.values() for name in names), POOLED)
         how = "" if view == POOLED else f" --views pooled,{view}"
         raise CacheError(f"{store.path} holds no {view} features; run cachefuse extract{how} first")
     if not encoders:
         stored = [features for features in stored if not is_derived(features.encoder)] or stored
-        whole = [f for f in stored if not any(len(f.missing_rows(view)) for view in read[f.modality])]
-        for features in stored if whole else ():
-            if features not in whole:
+        complete = [f for f in stored if not any(len(f.missing_rows(view)) for view in needed[f.modality])]
+        for features in stored if complete else ():
+            if features not in complete:
                 logger.warning(
-                    "%s (%s) is left out: it lacks rows; run the same cachefuse extract again to go on",
+                    "%s (%s) is ignored: it lacks rows; run the same cachefuse extract again to complete it",
                     features.encoder,
                     features.modality,
                 )
-        stored = whole or stored  # if none is whole, reading says how to go on
+        stored = complete or stored  # if none is complete, reading raises an error that says what to do
     chosen: dict[str, list[Features]] = {}
     for features in stored:
         if features not in chosen.setdefault(features.modality, []):
@@ -82,21 +82,21 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
     exact = {f.encoder for f in stored if f.encoder == short or f.source == name}
     matches = sorted(exact) or [full for full in names if short in full]
     if len(matches) != 1:
-        problem = "fits several" if matches else "is not in this store"
+        problem = "fits several encoders" if matches else "is not in this store"
         raise ConfigError(f"encoder {name!r} {problem}; choose from: {', '.join(names)}")
     return [features for features in stored if features.encoder == matches[0]]
 
 
 def _lacking(store: FeatureStore, stored: Sequence[Features], views: Sequence[str]) -> CacheError:
-    """Return the error of features that lack views which are read."""
+    """Return the error for features without the views to read."""
     able = [features for features in stored if not is_derived(features.encoder) and features.encoder != "classic"]
     encoders = " ".join(f"--encoder {features.source}" for features in able) or "--encoder clip:ViT-B-32"
     lacking = sorted({view for features in stored for view in views if view not in features.views})
-    every = dict.fromkeys([*(able or stored)[0].views, *views])
+    all_views = dict.fromkeys([*(able or stored)[0].views, *views])
     wide = " --dtype float32" if any(features.provenance.get("dtype") == "float32" for features in able) else ""
     return CacheError(
         f"{store.path} holds no {' and '.join(lacking)} of {stored[0].modality}; make them with cachefuse extract "
-        f"--dataset {store.dataset} {encoders} --views {','.join(every)}{wide}"
+        f"--dataset {store.dataset} {encoders} --views {','.join(all_views)}{wide}"
     )
 
 
@@ -106,11 +106,11 @@ def load_table(
     views: Views = pooled,
     n_tokens: Mapping[str, int] | None = None,
 ) -> FeatureTable:
-    """Open the views of features that are read; several encoders of one modality are concatenated along their width.
+    """Open the ``views`` of the chosen features; several encoders of a modality are concatenated along the width.
 
-    Flat tokens are laid side by side, as many as the longest sample has, or ``n_tokens`` by modality. Raises
-    ConfigError if samples have several items of a modality (captions), or tokens come from several encoders, CacheError
-    if rows are missing.
+    Flat tokens are side by side, as many as in the longest sample, or ``n_tokens`` by modality. Raises ConfigError if
+    samples have several items of a modality (captions), or if tokens come from several encoders, CacheError if rows are
+    missing.
     """
     features: dict[str, FeatureRows | Tokens] = {}
     specs: dict[str, FeatureSpec] = {}
@@ -118,7 +118,7 @@ def load_table(
     for modality, group in chosen.items():
         shared = store.shared_rows(modality)
         if store.has_several(modality):
-            raise ConfigError(f"{store.dataset} has several {modality}s a sample, and a head reads one; leave them out")
+            raise ConfigError(f"{store.dataset} has several {modality}s per sample; a head reads one: leave them out")
         for view in views(modality):
             x = _open_view(store, modality, view, group, (n_tokens or {}).get(modality, 0))
             spec = _spec_of(modality, view, x)
@@ -141,13 +141,14 @@ def load_table(
 def _open_view(
     store: FeatureStore, modality: str, view: str, group: Sequence[Features], n_tokens: int
 ) -> FeatureRows | Tokens:
-    """Open one view of a modality's features, which are of one or more encoders."""
-    parts = [part.rows(*stored_views([view])) for part in group]
+    """Open one view of a modality's features, from one or more encoders."""
+    by_encoder = [features.rows(*stored_views([view])) for features in group]
     if view == POOLED:
-        return parts[0] if len(parts) == 1 else JoinedRows(parts)
-    if len(parts) > 1:
+        return by_encoder[0] if len(by_encoder) == 1 else JoinedRows(by_encoder)
+    if len(by_encoder) > 1:
         raise ConfigError(f"{store.dataset} has {modality} tokens of several encoders; name one with --encoder")
-    return FlatTokens(parts[0], n_tokens) if view == FLAT else Tokens(parts[0], group[0].views[view].vocabulary)
+    rows = by_encoder[0]
+    return FlatTokens(rows, n_tokens) if view == FLAT else Tokens(rows, group[0].views[view].vocabulary)
 
 
 def _spec_of(modality: str, view: str, x: FeatureRows | Tokens) -> FeatureSpec:
@@ -158,7 +159,7 @@ def _spec_of(modality: str, view: str, x: FeatureRows | Tokens) -> FeatureSpec:
 
 def _same_name(store: FeatureStore, *specs: FeatureSpec) -> str:
     both = " and ".join(f"the {spec.view} of {spec.modality!r}" for spec in specs)
-    return f"{store.dataset}: {both} would both be called {specs[0].name!r}; give one modality another name"
+    return f"{store.dataset}: {both} would both have the name {specs[0].name!r}; rename one of the modalities"
 
 
 def _targets(store: FeatureStore) -> torch.Tensor | AnswerTargets:

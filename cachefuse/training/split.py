@@ -1,4 +1,4 @@
-"""Which rows to train on, to validate on and to measure on."""
+"""Splitting rows into training, validation and held-out rows."""
 
 import logging
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from cachefuse.training.inference import CHECKED_ROWS
 
 logger = logging.getLogger(__name__)
 
-STOP_PARTS = 10  # with folds, one in so many of the rows to train on says when to stop
+STOP_PARTS = 10  # with folds, one in so many of the training rows decides when to stop
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,26 @@ class Split:
 
 
 def make_splits(data: TrainingData, config: TrainConfig) -> list[Split]:
-    """Return the splits to train on: the dataset's own train and val, or one for each of K folds of both together.
+    """Return the splits to train on: the dataset's train and val, or one per fold of both joined.
 
-    With folds and patience, a tenth of the rows to train on is kept apart to say when to stop, so that the rows held
-    out have no say in it. Raises ConfigError if there are no rows to stop early on, or too few to choose thresholds on,
-    where the settings ask for that.
+    With folds and patience, a tenth of the training rows is set aside for early stopping, so that it does not depend on
+    the rows held out. Raises ConfigError if the settings need rows for early stopping or thresholds, and there are too
+    few.
     """
     splits = _fold_splits(data, config) if config.folds else [_own_split(data, config)]
-    chooses_thresholds(data, config, sum(len(split.held_out) for split in splits))  # now, not after hours of training
+    chooses_thresholds(data, config, sum(len(split.held_out) for split in splits))  # raise before training, not after
     return splits
 
 
 def _own_split(data: TrainingData, config: TrainConfig) -> Split:
     train, val = data.train_rows(), data.rows(VAL)
     if config.patience and not len(val):
-        raise ConfigError(f"{data.name} has no labelled validation rows to stop early on; take --folds 5")
+        raise ConfigError(f"{data.name} has no labelled validation rows for early stopping; use --folds 5")
     return Split(train, val, val)
 
 
 def _fold_splits(data: TrainingData, config: TrainConfig) -> list[Split]:
-    data.train_rows()  # there must be some
+    data.train_rows()  # raises if there are none
     rows = data.rows(TRAIN, VAL)
     fold_of = data.folds(rows, config.folds, config.seed)
     splits = []
@@ -62,23 +62,23 @@ def _fold_splits(data: TrainingData, config: TrainConfig) -> list[Split]:
 
 
 def split_of_all(data: TrainingData) -> Split:
-    """Return all of train and val to train on, and no rows for anything else."""
+    """Return a split that trains on all of train and val, without validation or held-out rows."""
     rows = data.rows(TRAIN, VAL)
     return Split(rows, rows[:0], rows[:0])
 
 
 def warn_of_rare_classes(data: TrainingData, splits: Sequence[Split]) -> None:
-    """Log a warning if a class is in none of the rows that a split trains on."""
+    """Log a warning if the training rows of a split lack a class."""
     positives = np.min([_positives(data, split.train) for split in splits], axis=0)
     absent = [name for name, n in zip(data.classes, positives, strict=True) if n == 0]
     if absent:
         where = "the training rows" if len(splits) == 1 else "the training rows of some fold"
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        logger.warning("class %r%s never occurs in %s, so nothing can be learnt of it there", absent[0], more, where)
+        logger.warning("class %r%s never occurs in %s: the model cannot learn it there", absent[0], more, where)
 
 
 def _positives(data: TrainingData, rows: Tensor) -> np.ndarray:
-    """Return how many of some rows (n,) have each class, (C,)."""
-    of_each = [(data.targets(piece) > 0).sum(axis=0) for piece in rows.split(CHECKED_ROWS)]
-    positives: np.ndarray = np.sum(of_each, axis=0)
+    """Return the number of rows with each class, (C,), among rows (n,)."""
+    counts = [(data.targets(piece) > 0).sum(axis=0) for piece in rows.split(CHECKED_ROWS)]
+    positives: np.ndarray = np.sum(counts, axis=0)
     return positives

@@ -1,7 +1,7 @@
-"""Models of one structure trained together: their weights lie in one tensor, their first layers are one GEMM.
+"""Models of one structure trained together: their weights are in one tensor, their first layers are one GEMM.
 
-H heads that read the same batch are one matrix product with weights (H * C, D), which is far less work for a processor
-than H thin ones. Each model comes out as it would alone, but for rounding.
+H heads of the same batch are one matrix product with weights (H * C, D), which is much faster than H thin products.
+Each model is the same as if trained alone, except for rounding.
 """
 
 import copy
@@ -30,13 +30,13 @@ from cachefuse.training.loop import DIVERGED, check_learnt, fit
 from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.split import Split
 
-MAX_FLOATS = 2**25  # in the largest tensor that models trained together make: 128 MB
-LOSS_FLOATS = 2**18  # that a loss takes at a time: larger tensors would be asked of the system again and again
-HOPELESS = 1e20  # a loss that no training comes back from, and that can still be added up without overflow
+MAX_FLOATS = 2**25  # limit of the largest tensor in training together: 128 MB
+LOSS_FLOATS = 2**18  # per call of a loss: larger tensors would be allocated by the system each time
+HOPELESS = 1e20  # a diverged loss; sums of losses below it do not overflow
 
 
 class StackedLinear(nn.Module):
-    """H linear layers: (B, D), which they share, or (H, B, D), to (H, B, out)."""
+    """H linear layers: shared inputs (B, D), or inputs (H, B, D), to (H, B, out)."""
 
     def __init__(self, layer: nn.Linear, n: int):
         super().__init__()
@@ -52,7 +52,7 @@ class StackedLinear(nn.Module):
 
 
 class StackedLayerNorm(nn.Module):
-    """H layer norms over the last dimension of (B, D), which they share, or (H, B, D): to (H, B, D)."""
+    """H layer norms over the last dimension: shared inputs (B, D), or inputs (H, B, D), to (H, B, D)."""
 
     def __init__(self, layer: nn.LayerNorm, n: int):
         super().__init__()
@@ -66,7 +66,7 @@ class StackedLayerNorm(nn.Module):
 
 
 class StackedDropout(nn.Module):
-    """Dropout of (H, B, D) that drops the same values in all, as it would in each alone with the same seed."""
+    """Dropout of (H, B, D) with the same mask for all H, as for models trained alone with the same seed."""
 
     def __init__(self, layer: nn.Dropout, n: int):
         super().__init__()
@@ -82,10 +82,10 @@ STACKED = {nn.Linear: StackedLinear, nn.LayerNorm: StackedLayerNorm, nn.Dropout:
 
 
 def stack(models: Sequence[nn.Module]) -> nn.Module:
-    """Return H models of one structure as one: it takes what each takes, and gives (H, B, C) where they give (B, C).
+    """Return H models of one structure as one model with the same inputs and outputs (H, B, C).
 
-    Its state dict has the names of theirs, each tensor with H in front. Raises ConfigError if their structures differ,
-    or other layers than Linear and LayerNorm hold weights or buffers.
+    Its state dict has the same names, each tensor with dimension H in front. Raises ConfigError if the structures
+    differ, or if layers other than Linear and LayerNorm have weights or buffers.
     """
     if any(repr(model) != repr(models[0]) for model in models):
         raise ConfigError("models to stack must all have the same layers")
@@ -96,7 +96,7 @@ def stack(models: Sequence[nn.Module]) -> nn.Module:
 
 
 def unstack(stacked: nn.Module, models: Sequence[nn.Module]) -> None:
-    """Copy the weights of a stack back into the models that it was made of."""
+    """Copy the weights of a stack back into its models."""
     state = stacked.state_dict()
     for i, model in enumerate(models):
         model.load_state_dict({name: tensor[i] for name, tensor in state.items()})
@@ -116,13 +116,14 @@ def _stacked(module: nn.Module, n: int) -> nn.Module:
 def shared_settings(config: ResolvedConfig, device: torch.device) -> JsonObject | None:
     """Return the settings in which trainings must agree to be done together; None for one to be done alone.
 
-    They may differ in their loss, class weights, learning rate, weight decay, and in what is decided after training; if
-    linear, also in what is for hidden layers. Heads with hidden layers are worth it on CUDA only. What depends on one
-    model's own score or gradient (patience, clip-norm, L-BFGS) is done alone, and so are several members, and tokens.
+    Loss, class weights, learning rate, weight decay and settings used after training may differ; for linear heads also
+    settings of hidden layers. Heads with hidden layers are trained together only on CUDA, where it is faster. Settings
+    that use one model's score or gradient (patience, clip-norm, L-BFGS), several members, and tokens need a training
+    alone.
     """
-    own_way = config.optimizer == "lbfgs" or config.patience or config.clip_norm
-    own_way = own_way or config.accumulate > 1 or bool(config.shuffle)
-    if own_way or config.members > 1 or not config.is_linear or (config.head != "linear" and device.type != "cuda"):
+    alone = config.optimizer == "lbfgs" or config.patience or config.clip_norm
+    alone = alone or config.accumulate > 1 or bool(config.shuffle)
+    if alone or config.members > 1 or not config.is_linear or (config.head != "linear" and device.type != "cuda"):
         return None
     free = {
         "loss", "loss_options", "class_weights", "lr", "weight_decay", "monitor", "thresholds", "threshold_metric",
@@ -136,7 +137,7 @@ def shared_settings(config: ResolvedConfig, device: torch.device) -> JsonObject 
 def most_together(data: TrainingData, config: ResolvedConfig, n_rows: int) -> int:
     """Return how many models can be trained together on so many rows without taking much memory.
 
-    Those of several tasks are trained alone: a row counts for the tasks whose labels it has.
+    Models of several tasks are trained alone, because rows may lack labels of some tasks.
     """
     if data.tasks[0].name:
         return 1
@@ -152,11 +153,11 @@ def most_together(data: TrainingData, config: ResolvedConfig, n_rows: int) -> in
 def train_together(
     data: TrainingData, configs: Sequence[ResolvedConfig], split: Split
 ) -> list[FusionModel | TrainingError]:
-    """Train models on a split's rows, each as ``train_model`` would alone; in place of one that diverged, why.
+    """Train models on a split's rows, with the results of ``train_model`` for each; a diverged model is its error.
 
     Their ``shared_settings`` must be equal.
     """
-    # Those with one loss lie side by side, and among them those with the same rates.
+    # Models with the same loss are side by side, and among them models with the same rates.
     order = sorted(range(len(configs)), key=lambda i: repr((_loss_settings(configs[i]), _rates(configs[i]))))
     ordered = [configs[i] for i in order]
     models = [untrained_model(data, config) for config in ordered]
@@ -168,7 +169,7 @@ def train_together(
     for stage in training_stages(ordered[0], stacked, training_set):
         rows_first = RowsFirst(stage.module)
         groups = parameter_groups(rows_first, [_rates(config) for config in ordered])
-        with suppress(TrainingError):  # of some of the models; of which is seen below
+        with suppress(TrainingError):  # some of the models diverged; find out below which
             fit(*build_stage(ordered[0], stage.training_set, rows_first, loss, groups), epochs=stage.n_epochs)
         unstack(stacked, [model.fusion for model in models])
         for i in loss.suspects(stage.training_set.reading(rows_first), stage.training_set):
@@ -182,7 +183,7 @@ def train_together(
 
 
 class RowsFirst(Model):
-    """A stack that gives (B, H, C), as what handles logits expects the rows in front."""
+    """A stack with outputs (B, H, C), because code for logits expects rows first."""
 
     def __init__(self, stacked: Any):
         super().__init__()
@@ -194,13 +195,13 @@ class RowsFirst(Model):
 
 
 class StackedLoss:
-    """The sum of each model's own loss, for logits (B, H, C) and targets (B, C).
+    """The sum of the models' losses, for logits (B, H, C) and targets (B, C).
 
-    A model whose training has diverged no longer counts, so that it does not end that of the others.
+    A diverged model no longer counts, so that the others can go on.
     """
 
     def __init__(self, data: TrainingData, configs: Sequence[ResolvedConfig], training_set: TrainingSet) -> None:
-        """``configs`` with the same loss must lie side by side."""
+        """``configs`` with the same loss must be side by side."""
         self._runs = []
         for _, run in groupby(configs, _loss_settings):
             alike = list(run)
@@ -212,7 +213,7 @@ class StackedLoss:
         return torch.where(losses < HOPELESS, losses, 0).sum()
 
     def of_each(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Return each model's own loss, (H,)."""
+        """Return the loss of each model, (H,)."""
         sizes = [n for n, _, _ in self._runs]
         return torch.cat(
             [self._of_run(x, targets, *run) for x, run in zip(logits.split(sizes, dim=1), self._runs, strict=True)]
@@ -227,20 +228,20 @@ class StackedLoss:
         return total / count if reduction == "mean" else total
 
     def suspects(self, module: nn.Module, training_set: TrainingSet) -> list[int]:
-        """Return the models whose training may have diverged, by their place."""
+        """Return the indices of models that may have diverged."""
         rows = spread(training_set.rows, CHECKED_ROWS)
         try:
             logits, targets = predict_logits(module, training_set.table, rows), training_set.table.targets[rows].cpu()
-        except TrainingError:  # of one or more
+        except TrainingError:  # one or more have diverged
             return list(range(sum(n for n, _, _ in self._runs)))
         reached, blank = (self.of_each(x, targets) for x in (logits, torch.zeros_like(logits)))
         return torch.nonzero(~(reached <= DIVERGED * blank)).flatten().tolist()
 
 
 def parameter_groups(module: nn.Module, rates: Sequence[tuple[float, float]]) -> list[JsonObject]:
-    """Return an optimizer's groups for a stack whose H models have these learning rates and weight decays.
+    """Return an optimizer's parameter groups for a stack of H models with these (learning rate, weight decay).
 
-    Where they differ, each group's parameters are slices of the stack's own memory, which get their gradients from it.
+    If they differ, each group's parameters are slices of the stack's memory, with slices of its gradients.
     """
     runs = [(rate, len(list(run))) for rate, run in groupby(rates)]
     groups: list[JsonObject] = [
@@ -259,7 +260,7 @@ def parameter_groups(module: nn.Module, rates: Sequence[tuple[float, float]]) ->
 
 
 def _hand_on(slices: Sequence[nn.Parameter], parameter: Tensor) -> None:
-    """Give a parameter's gradient to its slices: views of it, as they are of the parameter."""
+    """Give a parameter's gradient to its slices, as views."""
     gradient, parameter.grad = parameter.grad, None
     if gradient is not None:
         for piece, grad in zip(slices, gradient.split([len(piece) for piece in slices]), strict=True):

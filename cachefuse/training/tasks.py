@@ -1,4 +1,4 @@
-"""How several tasks share the settings of one training: each takes the loss that fits it."""
+"""One training for several tasks: each task gets a loss that fits it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,18 +13,18 @@ END_TO_END = "end-to-end"  # the stage of the paper that no cache allows
 
 
 def loss_of(task: TaskSlice, loss: str) -> str:
-    """Return the loss of a task in a training by ``loss``: that one if it fits, and else the usual one of its kind.
+    """Return the loss of one task: ``loss`` if it fits the task, else the default of its kind.
 
-    Among several tasks, ce fits those that are multi-class, and the others those that are multi-label.
+    With several tasks, ce fits multi-class tasks, and the other losses fit multi-label tasks.
     """
     fits = not task.name or (loss == "ce") == (task.kind == "multiclass")
     return loss if fits else TASK_LOSS[task.kind]
 
 
 def resolve_tasks(config: TrainConfig, tasks: Sequence[TaskSlice]) -> TrainConfig:
-    """Return settings with the loss of several tasks, asl if any is multi-label and else ce, unless it is given.
+    """Return settings with a loss for several tasks: as given, else asl if any task is multi-label, else ce.
 
-    Raises ConfigError for a loss that fits none of them, and for settings that are for one task.
+    Raises ConfigError for a loss that fits no task, and for settings that need a single task.
     """
     if not tasks[0].name:
         return config
@@ -32,26 +32,27 @@ def resolve_tasks(config: TrainConfig, tasks: Sequence[TaskSlice]) -> TrainConfi
     loss = config.loss or TASK_LOSS["multilabel" if "multilabel" in kinds else "multiclass"]
     if all(loss_of(task, loss) != loss for task in tasks):
         names = ", ".join(task.name for task in tasks)
-        fit = "multi-class and take ce" if "multiclass" in kinds else "multi-label and take asl, bce or focal"
-        raise ConfigError(f"loss {loss!r} fits none of the tasks {names}: they are {fit}")
+        fit = "multi-class and need ce" if "multiclass" in kinds else "multi-label and need asl, bce or focal"
+        raise ConfigError(f"loss {loss!r} fits none of the tasks {names}, which are {fit}")
     if config.sampler == "balanced":
-        raise ConfigError("sampler 'balanced' draws rows by the classes of one task; take --class-weights balanced")
+        raise ConfigError("sampler 'balanced' needs a single task; use --class-weights balanced")
     if config.monitor is not None:
         raise ConfigError(
-            "of several tasks the mean of their main metrics is monitored; list another first in the manifest's metrics"
+            "with several tasks, the mean of their main metrics is monitored; leave out --monitor, or change the "
+            "manifest's metrics"
         )
     return replace(config, loss=loss)
 
 
 def check_stages(config: TrainConfig) -> None:
-    """Raise ConfigError for stages of training that the fusion, or a cache of features, does not have."""
+    """Raise ConfigError for stages that the fusion does not have, or that cannot use cached features."""
     if not config.stages:
         return
     stages = FUSIONS[config.fusion].stages
     if END_TO_END in config.stages:
         raise ConfigError(
-            f"stage {END_TO_END!r} would train the encoders, which are frozen here: features are read from the cache. "
-            f"Fusion lit tunes a text model, and cachefuse fine-tune the encoder of an alignment"
+            f"stage {END_TO_END!r} would train the encoders, but features in the cache need frozen ones; "
+            f"leave it out, or use fusion lit, which tunes a text model, or cachefuse fine-tune"
         )
     if not stages:
         raise ConfigError(f"fusion {config.fusion!r} is trained in one stage; leave out --stages")
@@ -61,4 +62,4 @@ def check_stages(config: TrainConfig) -> None:
             f"Got {','.join(config.stages)} instead"
         )
     if config.scheme == "staged":
-        raise ConfigError("scheme 'staged' has stages of its own, a head each; leave out --stages")
+        raise ConfigError("scheme 'staged' already has one stage per head; leave out --stages")

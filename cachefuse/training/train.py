@@ -1,4 +1,4 @@
-"""Stage 2: light heads over cached features, from training data to trained models."""
+"""Stage 2: from training data to trained models, one per split and seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from cachefuse.training.loop import Epoch, History, fit
 from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.split import Split, make_splits, split_of_all, warn_of_rare_classes
 
-MEMBER_STRIDE = 1000  # between the seeds of members, so that runs of neighbouring seeds share none
+MEMBER_STRIDE = 1000  # between the seeds of members, so that runs with seeds 0 and 1 share no member
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a training stands: which of its models, at what stage, of how many epochs; and the epoch just done."""
+    """The progress of a training: its model, stage and number of epochs, and the last epoch."""
 
     model: int
     n_models: int
@@ -32,7 +32,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its settings, and with folds the one whose rows it has not seen; None if it has seen all."""
+    """A model with its settings, and the fold that it has not seen; None if there is none."""
 
     config: ResolvedConfig
     model: FusionModel
@@ -41,7 +41,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainedModels:
-    """Models to average, the histories of those that ``held_out`` is of, and thresholds (C,)."""
+    """Models to average, the histories of the models that scored ``held_out``, and thresholds (C,)."""
 
     members: list[TrainedModel]
     histories: list[History]
@@ -56,10 +56,11 @@ def train_models(
     *,
     keep_interrupted: bool = False,
 ) -> TrainedModels:
-    """Train what resolved settings ask for: a model for each split (one, or one a fold) and seed; then refit, if asked.
+    """Train a model for each split (one, or one per fold) and seed of resolved settings, then refit if set.
 
-    With ``keep_interrupted``, Ctrl-C ends the training of a single model at its best epoch so far; of several, which
-    are of use only together, it is passed on. Raises ConfigError, DataError or TrainingError as ``train_head`` does.
+    With ``keep_interrupted``, Ctrl-C ends the training of a single model at its best epoch so far. With several models,
+    which are useful only together, KeyboardInterrupt is raised. Raises ConfigError, DataError or TrainingError as
+    ``train_head`` does.
     """
     splits = make_splits(data, config)
     warn_of_rare_classes(data, splits)
@@ -97,7 +98,7 @@ def train_models(
 
 
 def member_settings(config: ResolvedConfig, i: int) -> ResolvedConfig:
-    """Return the settings of the i-th of several members, which differ in their seeds."""
+    """Return the settings of member i; members differ in their seeds."""
     return config.with_seed(config.seed + MEMBER_STRIDE * i)
 
 
@@ -112,11 +113,11 @@ def train_model(
     on_progress: Callable[[Progress], None] = lambda progress: None,
     keep_interrupted: bool = False,
 ) -> tuple[FusionModel, History]:
-    """Train one model on a split's rows, stage by stage, each from the weights that were best in the one before.
+    """Train one model on a split's rows, stage by stage; each stage starts from the best weights of the one before.
 
-    ``epochs`` are how many each stage has, by name, where they are not the settings'; the schedule is that of the
-    settings all the same. ``place`` is the model's number among how many. With ``keep_interrupted``, Ctrl-C in the last
-    stage ends training at its best epoch so far. Raises TrainingError if training diverges.
+    ``epochs`` by stage name replace the settings' epochs, but the schedule still follows the settings. ``place`` is
+    (the model's number, the number of models). With ``keep_interrupted``, Ctrl-C in the last stage ends training at its
+    best epoch so far. Raises TrainingError if training diverges.
     """
     model, training_set, loss = build_training(data, config, split.train)
     histories: dict[str, History] = {}
@@ -133,7 +134,7 @@ def train_model(
 
 
 def mean_best_epochs(histories: Sequence[History]) -> dict[str, int]:
-    """Return the mean of the models' best epochs in each stage, by its name."""
+    """Return the mean of the models' best epochs, by stage name."""
     best = [{"": history.best_epoch, **history.stages} for history in histories]
     return {stage: round(float(np.mean([epochs[stage] for epochs in best]))) for stage in best[0]}
 

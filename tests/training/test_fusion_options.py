@@ -69,7 +69,7 @@ def test_a_training_refuses_them_too(toy_store):
     store = toy_store()
     for settings, message in (
         ({"fusion_options": {"dept": 1}}, "has no option 'dept'"),
-        ({"ablate": ("attention",)}, "has no 'attention' to leave out"),
+        ({"ablate": ("attention",)}, "cma attention modality-attention"),
         ({"fusion_options": {"depth": 0}}, "depth 1 0"),
         ({"fusion_options": {"heads": 5}}, "width heads 5"),
         ({"fusion_options": {"dropout": 2}}, "dropout 0 1 2.0"),
