@@ -1,4 +1,4 @@
-"""Fusions compared: each with the same folds, epochs and steps, and what it costs; where a pooled head is enough."""
+"""Comparing fusions over the same folds with the same epochs and steps: scores, intervals and costs."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from cachefuse.training.selection import select_features
 
 METHODS = ("image", "text", "concat", "sum", "mixed", "tirg", "cma", "midfusion")
 FOLDS, EPOCHS, BATCH_SIZE = 5, 10, 64
-MAX_TOKENS = 64  # of a modality, that a method over tokens is given as they are; more are pooled
+MAX_TOKENS = 64  # methods over tokens get up to so many of a modality; more are pooled
 POOLED_TO = 16
 
 
@@ -35,12 +35,12 @@ def compare(
     device: str = "auto",
     on_trial: Callable[[SweepResult], None] = lambda result: None,
 ) -> SweepResult:
-    """Train each fusion with the same loss, folds, epochs and rows a step, and return scores, intervals and costs.
+    """Train each fusion with the same loss, folds, epochs and batch size, and return scores, intervals and costs.
 
-    Other settings are each fusion's own. Every row of train and val is judged by a model that has not seen it. Where
-    ``pool`` ("image=mean:16") does not say how, methods over tokens get the mean of 16 spans of a modality that has
-    more than 64 tokens. What has ended is kept in ``folder``: the same call goes on where an earlier one was stopped.
-    Raises CacheError for a store without what the methods read, ConfigError as ``sweep`` does.
+    Other settings are each fusion's defaults. Every row of train and val is scored by a model that has not seen it.
+    ``pool`` ("image=mean:16") pools tokens; by default, methods over tokens get the mean of 16 spans of a modality with
+    more than 64 tokens. Finished trials are kept in ``folder``: the same call resumes an interrupted one. Raises
+    CacheError if the store lacks features that the methods read, ConfigError as ``sweep`` does.
     """
     if not methods:
         raise ConfigError("compare needs at least one fusion")
@@ -52,7 +52,7 @@ def compare(
         pool = default_pool(store, encoders, reads)
     settings = [{"fusion": method, **_pooled(method, pool)} for method in methods]
     data = open_training_data(store, encoders, device, reads)
-    title = f"{store.dataset}: {folds} folds, {epochs} epochs of {batch_size} rows a step"
+    title = f"{store.dataset}: {folds} folds, {epochs} epochs of {batch_size} rows per step"
     experiment = Experiment(base, settings, title=f"{title}, {pool}" if pool else title, costs=True, fields=("fusion",))
     result = run_sweep(store, data, experiment, folder, [seed], on_trial)
     write_results(result, folder)
@@ -60,21 +60,21 @@ def compare(
 
 
 def enough(result: SweepResult) -> SettingResult | None:
-    """Return the cheapest method, by the time it takes to predict, whose score lies within the best's interval.
+    """Return the method with the fastest predictions whose score lies in the best method's interval.
 
     None if every training diverged.
     """
     metric = result.metrics[0]
-    whole = [setting for setting in result.settings if setting.interval and setting.costs]
-    if not whole:
+    finished = [setting for setting in result.settings if setting.interval and setting.costs]
+    if not finished:
         return None
-    low, _ = max(whole, key=lambda setting: setting.mean(metric)).interval or (0.0, 0.0)
-    near = [setting for setting in whole if setting.mean(metric) >= low]
+    low, _ = max(finished, key=lambda setting: setting.mean(metric)).interval or (0.0, 0.0)
+    near = [setting for setting in finished if setting.mean(metric) >= low]
     return min(near, key=lambda setting: setting.costs.ms_per_item if setting.costs else 0.0)
 
 
 def default_pool(store: FeatureStore, encoders: Sequence[str], views: Callable[[str], Collection[str]]) -> str:
-    """Return how the tokens of modalities that have many of them are pooled; "" where none has."""
+    """Return the pooling of modalities with many tokens, such as "image=mean:16"; "" if none has many."""
     chosen = select_features(store, encoders, views)
     many = []
     for modality, group in chosen.items():

@@ -1,10 +1,10 @@
 """The folder of a sweep.
 
-trials.jsonl           a line for each trial that has ended, which is how a sweep goes on where it was stopped
-trials.csv             a row for each trial
-summary.csv            a row for each setting: means and standard deviations over the seeds, published figures
-sweep.png, sweep.svg   the metric to go by, for each setting
-curves.png, curves.svg  where settings lie on curves: that metric, and steps a second
+trials.jsonl           a line per finished trial; the sweep resumes from it
+trials.csv             a row per trial
+summary.csv            a row per setting: means and standard deviations over the seeds, published figures
+sweep.png, sweep.svg   the main metric of each setting
+curves.png, curves.svg  if settings are points of curves: the main metric and steps per second
 """
 
 import csv
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 
 JOURNAL = "trials.jsonl"
 DPI = 150
-MAX_LABEL = 50  # characters of a setting in a plot
-ROW_INCHES, MAX_INCHES = 0.32, 60.0  # the height of a setting in a plot, and of a plot
+MAX_LABEL = 50  # maximum characters of a setting's name in a plot
+ROW_INCHES, MAX_INCHES = 0.32, 60.0  # the height per setting in a plot, and of a plot
 
 
 @contextmanager
 def only_sweep(folder: Path) -> Iterator[None]:
-    """Hold a sweep's folder, made if need be. Raises ConfigError if another process does."""
+    """Lock a sweep's folder, and create it if needed. Raises ConfigError if another process holds the lock."""
     make_folder(folder)
     lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise ConfigError(f"another sweep is at work in {folder}; wait until it has ended") from None
+        raise ConfigError(f"another sweep is running in {folder}; wait until it ends") from None
     try:
         yield
     finally:
@@ -53,13 +53,13 @@ def only_sweep(folder: Path) -> Iterator[None]:
 
 
 def append_trials(folder: Path, trials: Iterable[tuple[Trial, Options]]) -> None:
-    """Keep trials, each with its settings, and have them on the disk before going on."""
+    """Append trials, each with its settings, and wait until they are on the disk."""
     lines = ({**asdict(trial), "settings": settings} for trial, settings in trials)
     append_lines(folder / JOURNAL, [json.loads(to_json(line)) for line in lines])  # NaN as null
 
 
 def read_trials(folder: Path) -> Iterator[Trial]:
-    """Yield the trials kept; lines cut short, or of another shape, are skipped."""
+    """Yield the kept trials; incomplete or invalid lines are skipped."""
     adapter = TypeAdapter(Trial)
     for line in read_lines(folder / JOURNAL):
         with suppress(ValidationError):
@@ -115,7 +115,7 @@ def _summary_rows(result: SweepResult) -> Iterator[Sequence[object]]:
 
 
 def _as_csv(rows: Iterable[Sequence[object]]) -> bytes:
-    """Return rows as CSV; what is not defined is left empty."""
+    """Return rows as CSV; undefined values are empty."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerows(["" if isinstance(x, float) and math.isnan(x) else x for x in row] for row in rows)
@@ -123,7 +123,7 @@ def _as_csv(rows: Iterable[Sequence[object]]) -> bytes:
 
 
 def plot(result: SweepResult) -> dict[str, bytes]:
-    """Return a plot of the metric to go by, as {"png": ..., "svg": ...}: means, spreads, seeds, published means."""
+    """Return a plot of the main metric, as {"png": ..., "svg": ...}: means, spreads, seeds, published means."""
     from matplotlib.figure import Figure
 
     metric, settings = result.metrics[0], result.settings
@@ -152,7 +152,7 @@ def plot(result: SweepResult) -> dict[str, bytes]:
 
 
 def plot_curves(result: SweepResult) -> dict[str, bytes]:
-    """Return a plot of the metric to go by, and of steps a second, along each curve, as {"png": ..., "svg": ...}."""
+    """Return a plot of the main metric and of steps per second along each curve, as {"png": ..., "svg": ...}."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")
@@ -167,7 +167,7 @@ def plot_curves(result: SweepResult) -> dict[str, bytes]:
         score.errorbar(x, means, yerr=stds if len(result.seeds) > 1 else None, marker="o", capsize=3, label=name)
         rate.plot(x, [s.costs.steps_per_second if s.costs else math.nan for _, s in points], marker="o")
     score.set_title(f"{result.metrics[0]}, {result.n_rows:,} rows of {result.split}")
-    rate.set_title("steps a second")
+    rate.set_title("steps per second")
     for axes in (score, rate):
         axes.set_xlabel(next((s.curve.what for s in result.settings if s.curve), ""))
         axes.grid(alpha=0.3)
@@ -179,7 +179,7 @@ def plot_curves(result: SweepResult) -> dict[str, bytes]:
 
 
 def _drawn(figure: "Figure") -> dict[str, bytes]:
-    """Return a figure's files, the same bytes each time."""
+    """Return a figure's files, with reproducible bytes."""
     import matplotlib
 
     files = {}

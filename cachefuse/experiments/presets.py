@@ -1,7 +1,8 @@
-"""The experiments of "Multimodal multilabel classification with CLIP" (MMC), section 4, with the figures published.
+"""The experiments of "Multimodal multilabel classification with CLIP" (MMC), section 4, with its published figures.
 
-The paper trains on 25,000 rows and validates on 5,000, all rows a step, Adam, and reports the last epoch's samples-F1,
-the mean over runs in per cent with its standard deviation. Its heads read CLIP ViT-L/14 features (768 wide).
+The paper trains on 25,000 rows and validates on 5,000, with all rows per step and Adam. It reports the last epoch's
+samples-F1: the mean over runs in per cent with its standard deviation. Its heads read CLIP ViT-L/14 features (width
+768).
 """
 
 import math
@@ -24,7 +25,7 @@ from cachefuse.training.data import TRAIN, VAL, TrainingData
 from cachefuse.training.selection import Views, pooled
 
 PAPER_ROWS = 25_000  # to train on
-# Tables 1 and 5: sum fusion, each head trained alone before the meta-classifier.
+# Tables 1 and 5: sum fusion; each head is trained alone before the meta-classifier.
 BASE = TrainConfig(
     fusion="sum",
     scheme="staged",
@@ -48,12 +49,12 @@ DIVERGED = (math.nan, math.nan)
 
 
 def _preset(title: str, base: TrainConfig, rows: Sequence[tuple[JsonObject, Published]]) -> Experiment:
-    """Build an experiment of settings with their figures in per cent, as printed."""
+    """Build an experiment of settings with their printed figures in per cent."""
     return Experiment(
         base=base,
         settings=[setting for setting, _ in rows],
         title=title,
-        paper="paper: samples-F1 of 5,000 rows, with CLIP features and 25,000 rows to train on",
+        paper="paper: samples-F1 of 5,000 rows, with CLIP features and 25,000 training rows",
         published=[(round(mean / 100, 6), round(std / 100, 6)) for _, (mean, std) in rows],
     )
 
@@ -149,24 +150,24 @@ GREEDY = "mmc-greedy"
 
 
 def preset(name: str, data: TrainingData, changes: Options | None = None) -> Experiment:
-    """Return a preset for a problem, with changes to its base. Batches are the paper's shares of the rows to train on.
+    """Return a preset for the training data, with changes to its base. Batch sizes are the paper's shares of the rows.
 
-    Raises UnknownNameError for another name, ConfigError for a change of what the preset tries.
+    Raises UnknownNameError for an unknown name, ConfigError for a change of a setting that the preset varies.
     """
     if name in TOKEN_PRESETS:
-        of_tokens = TOKEN_PRESETS[name]
-        return of_tokens.make(data, replace(of_tokens.base, **(changes or {})))
+        token_preset = TOKEN_PRESETS[name]
+        return token_preset.make(data, replace(token_preset.base, **(changes or {})))
     experiment: Experiment = lookup({**PRESETS, **TOKEN_PRESETS}, name, "preset")
     base = _changed(name, experiment.base, changes or {}, experiment.settings)
-    return replace(experiment, base=base, settings=[_scaled(own, data, base) for own in experiment.settings])
+    return replace(experiment, base=base, settings=[_scaled(setting, data, base) for setting in experiment.settings])
 
 
 def preset_views(name: str, changes: Options) -> Views:
-    """Return what is read by one or more of a preset's settings."""
+    """Return the views that any of a preset's settings reads."""
     if name not in TOKEN_PRESETS:
         return pooled
-    found = TOKEN_PRESETS[name]
-    return views_of(replace(found.base, **changes), found.reads)
+    token_preset = TOKEN_PRESETS[name]
+    return views_of(replace(token_preset.base, **changes), token_preset.reads)
 
 
 def greedy(
@@ -177,10 +178,10 @@ def greedy(
     changes: Options | None = None,
     on_trial: Callable[[SweepResult], None] = lambda result: None,
 ) -> tuple[list[SweepResult], Run]:
-    """Choose one thing after another, each by its mean over the seeds, and train the best on every labelled row.
+    """Choose one setting after another, each by its mean over the seeds, and train the best on every labelled row.
 
-    Layers, then batch size and learning rate, epochs, activation, dropout: the paper's way to its best pipeline.
-    Returns the sweeps, whose results are written to a folder for each step, and the run, which is not saved.
+    The paper finds its best pipeline so: layers, then batch size and learning rate, epochs, activation, dropout.
+    Returns the sweeps, with results written to a folder per step, and the run, which is not saved.
     """
     tried = [setting for name in CHAIN for setting in PRESETS[name].settings]
     base = _changed(GREEDY, BASE, changes or {}, [*tried, {"refit": True}])
@@ -201,12 +202,12 @@ def greedy(
 def _changed(name: str, base: TrainConfig, changes: Options, tried: Sequence[Options]) -> TrainConfig:
     clash = [field for field in changes if any(field in setting for setting in tried)]
     if clash:
-        raise ConfigError(f"preset {name} tries values of {clash[0]} itself; leave it out")
+        raise ConfigError(f"preset {name} varies {clash[0]} itself; leave out --{clash[0].replace('_', '-')}")
     return replace(base, **changes)
 
 
 def _scaled(setting: Options, data: TrainingData, base: TrainConfig) -> JsonObject:
-    """Return a setting with its batch size as the same share of the rows to train on; all of them are 0."""
+    """Return a setting whose batch size is the same share of the training rows as in the paper; 0 means all rows."""
     if "batch_size" not in setting:
         return dict(setting)
     n = len(data.rows(TRAIN))
@@ -217,14 +218,14 @@ def _scaled(setting: Options, data: TrainingData, base: TrainConfig) -> JsonObje
 
 
 def _after(experiment: Experiment, chosen: Options) -> Experiment:
-    """Return what is left to try where some fields are chosen already; the paper went on with others at times."""
+    """Return the settings left to try after some fields are chosen; the paper's own choices may differ."""
     rows = list(zip(experiment.settings, experiment.published or (), strict=True))
     left = [row for row in rows if all(chosen.get(field, value) == value for field, value in row[0].items())]
     if not left:
         left = [(setting, None) for setting, _ in rows]
     settings: dict[str, tuple[JsonObject, Published | None]] = {}
     for setting, figures in left:
-        own = {field: value for field, value in setting.items() if field not in chosen}
-        settings.setdefault(repr(own), (own, figures))
+        open_fields = {field: value for field, value in setting.items() if field not in chosen}
+        settings.setdefault(repr(open_fields), (open_fields, figures))
     open_settings, published = zip(*settings.values(), strict=True)
     return replace(experiment, settings=open_settings, published=published)

@@ -1,4 +1,4 @@
-"""What a sweep came to: trials by setting and seed, their means and spreads."""
+"""The results of a sweep: trials by setting and seed, their means and standard deviations."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ Published = tuple[float, float]  # mean and standard deviation; NaN for a traini
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: the figures of the rows held out, and the epoch that its weights are of; or why it diverged.
+    """One training: the figures of the rows held out and the epoch of the kept weights, or why it diverged.
 
-    ``weights`` are how much each modality counts, on average, in a fusion that weighs them. Where that was asked for,
-    ``interval`` is the 95% interval of the metric to go by, and ``costs`` the model's.
+    ``weights`` are the mean weights of the modalities, if the fusion weighs them. If measured, ``interval`` is the 95%
+    interval of the main metric, and ``costs`` are the model's.
     """
 
     key: str
@@ -37,7 +37,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Curve:
-    """Where a setting lies in a plot: on the curve of a name, at ``x``, which is ``what``."""
+    """A setting's point in a plot: on the curve ``name``, at ``x`` on the axis ``what``."""
 
     name: str
     what: str
@@ -46,10 +46,10 @@ class Curve:
 
 @dataclass(frozen=True)
 class SettingResult:
-    """What one setting came to: its finished trials, by seed, and what was published of it.
+    """The results of one setting: its finished trials, by seed, and its published figures.
 
-    ``values`` are all its settings by name, those left open filled in; ``config`` is that of its first seed. ``label``
-    names it in words, where it has such a name.
+    ``values`` are all its resolved settings by name; ``config`` is that of the first seed. ``label`` is a name in
+    words, if it has one.
     """
 
     values: Options
@@ -70,32 +70,32 @@ class SettingResult:
 
     @property
     def costs(self) -> Costs | None:
-        """What a model of the setting costs, where that was measured."""
+        """What a model of the setting costs; None if not measured."""
         return next((trial.costs for trial in self.trials if trial.costs), None)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% interval of the metric to go by over the rows, of its only trial; None if there are more."""
+        """The 95% interval of the main metric in the only trial; None if there are more trials."""
         return self.trials[0].interval if len(self.trials) == 1 else None
 
     def weight(self, modality: str) -> float:
-        """Return how much a modality counts, on average over the trials; NaN where the fusion does not weigh them."""
+        """Return a modality's mean weight over the trials; NaN if the fusion does not weigh modalities."""
         return float(np.mean([trial.weights.get(modality, math.nan) for trial in self.trials]))
 
     def mean(self, metric: str) -> float:
-        """Return the mean over the seeds; NaN if there is none yet, or one diverged."""
+        """Return the mean over the seeds; NaN without trials, or if one diverged."""
         return float(np.mean(self._figures(metric))) if self.trials else math.nan
 
     def std(self, metric: str) -> float:
-        """Return the standard deviation of a sample; NaN for a single seed, and where the mean is."""
+        """Return the sample standard deviation; NaN for a single seed, and if the mean is NaN."""
         return float(np.std(self._figures(metric), ddof=1)) if len(self.trials) > 1 else math.nan
 
     def named(self, fields: tuple[str, ...]) -> str:
-        """Return its name: its label, or the values of some fields."""
+        """Return the setting's name: its label, or the values of ``fields``."""
         return self.label or ", ".join(text for name in fields if (text := self.text(name)))
 
     def text(self, name: str) -> str:
-        """Return a setting's value as it is given on the command line; of a fusion's options those not its own."""
+        """Return a field's value in the command line's spelling; only the changed ones of a fusion's options."""
         value = self.config.changed_options() if name == "fusion_options" else self.values[name]
         return settings_of(TrainConfig)[name].text(value)
 
@@ -105,9 +105,9 @@ class SettingResult:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """Settings in the order given, with what each came to so far; ``fields`` are what they differ in.
+    """The results of each setting so far, in the given order; the settings differ in ``fields``.
 
-    ``metrics``, the one to go by first, are of the ``n_rows`` of a ``split``: val, or oof for train and val.
+    ``metrics``, the main one first, are of the ``n_rows`` of a ``split``: val, or oof for train and val.
     """
 
     title: str
@@ -117,8 +117,8 @@ class SweepResult:
     n_rows: int
     seeds: tuple[int, ...]
     settings: tuple[SettingResult, ...]
-    paper: str = ""  # what published figures are of
-    shown: tuple[str, ...] = ()  # the metrics of a table, where not the first
+    paper: str = ""  # describes the published figures
+    shown: tuple[str, ...] = ()  # the metrics of a table; by default the first ones
 
     @property
     def n_trials(self) -> int:
@@ -130,9 +130,9 @@ class SweepResult:
 
     @property
     def best(self) -> SettingResult:
-        """The setting with the highest mean. Raises TrainingError if none has one."""
+        """The setting with the highest mean. Raises TrainingError if no setting has a mean."""
         metric = self.metrics[0]
-        whole = [setting for setting in self.settings if not math.isnan(setting.mean(metric))]
-        if not whole:
-            raise TrainingError(f"{self.title}: trials of every setting diverged; take a lower lr")
-        return max(whole, key=lambda setting: setting.mean(metric))
+        finished = [setting for setting in self.settings if not math.isnan(setting.mean(metric))]
+        if not finished:
+            raise TrainingError(f"{self.title}: trials of every setting diverged; use a lower lr")
+        return max(finished, key=lambda setting: setting.mean(metric))

@@ -1,4 +1,4 @@
-"""The settings that a sweep tries: every combination of some values, and each value of its field's type."""
+"""The settings of a sweep: combinations of values, parsed to the types of their fields."""
 
 import itertools
 import logging
@@ -14,9 +14,9 @@ from cachefuse.training.config import TrainConfig
 logger = logging.getLogger(__name__)
 
 FIXED = {
-    "seed": "seeds are given apart",
-    "folds": "all trials are to be measured on the same rows",
-    "refit": "models trained on every row have none left to be measured on",
+    "seed": "use --seeds",
+    "folds": "all trials must be measured on the same rows",
+    "refit": "models trained on every row have no rows held out",
     "views": "a sweep reads its features once",
 }
 
@@ -28,64 +28,61 @@ def grid(values: Mapping[str, Sequence[object]]) -> list[JsonObject]:
     """
     for name, choices in values.items():
         if not len(choices):
-            raise ConfigError(f"the grid has no values for {name}")
+            raise ConfigError(f"the grid has no values for {name}; give at least one")
     if not values:
-        raise ConfigError("the grid has no fields")
+        raise ConfigError("the grid is empty; give values of at least one setting")
     return [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
 
 
 def grid_values(name: str, text: str, config: type = TrainConfig) -> tuple[str, ...]:
-    """Return the values of a setting in a grid, each as the command line takes it: "0,0.5", or of lists "512 2048,512".
+    """Return the values of a setting in a grid, in the command line's spelling: "0,0.5", or lists "512 2048,512".
 
-    Values have commas between them; those that may hold commas themselves, lists and options, have spaces. Earlier
-    spellings of lists, "512,2048-512" and "one,two+three", are taken with a warning.
+    Commas separate values. Spaces separate lists and options, which may have commas inside. Old spellings of lists,
+    "512,2048-512" and "one,two+three", are accepted with a warning.
     """
-    one = _find(name, config)
-    if one.kind not in (tuple, Mapping):
-        return tuple(part.strip() for part in text.split(","))
-    values, joint = tuple(text.split()), "-" if one.item is int else "+"
-    if one.kind is tuple and len(values) == 1 and "," in text:
-        parts = text.split(",")
-        if joint in text or name != one.name:
-            values = tuple(part.strip().replace(joint, ",") for part in parts)
+    setting = _find(name, config)
+    if setting.kind not in (tuple, Mapping):
+        return tuple(value.strip() for value in text.split(","))
+    values, joint = tuple(text.split()), "-" if setting.item is int else "+"
+    if setting.kind is tuple and len(values) == 1 and "," in text:
+        items = text.split(",")
+        if joint in text or name != setting.name:
+            values = tuple(item.strip().replace(joint, ",") for item in items)
             spelled = " ".join(values)
-            logger.warning(
-                '%s=%s is an old spelling, which is still taken: write "%s=%s"', name, text, one.name, spelled
-            )
+            logger.warning('%s=%s is an old spelling; write "%s=%s" instead', name, text, setting.name, spelled)
         else:
-            two = " ".join(parts)
-            logger.warning('%s=%s is one setting; to try %d write "%s=%s"', name, text, len(parts), name, two)
+            spaced = " ".join(items)
+            logger.warning('%s=%s is one value; to try %d values write "%s=%s"', name, text, len(items), name, spaced)
     return values
 
 
 def parse_setting(values: Options, config: type = TrainConfig) -> JsonObject:
-    """Return fields with values of their types; text is parsed as the command line does: "0.5", "2048,512", "all".
+    """Return the values in the types of their fields; text has the command line's spelling: "0.5", "2048,512", "all".
 
-    Raises UnknownNameError for a name that is no field, ConfigError for one that a sweep has fixed, or a bad value.
+    Raises UnknownNameError for an unknown name, ConfigError for a field that a sweep fixes, or a wrong value.
     """
     parsed = {}
-    for name, one in {name: _find(name, config) for name in values}.items():
+    for name, setting in {name: _find(name, config) for name in values}.items():
         value = values[name]
-        if one.name in FIXED:
-            raise ConfigError(f"{name} can't differ between settings: {FIXED[one.name]}")
-        if name != one.name:
-            logger.warning("setting %s is called %s now; the old name is still taken", name, one.name)
-        if one.kind is tuple and one.item is int and isinstance(value, str) and re.fullmatch(r"\d+(-\d+)+", value):
-            logger.warning(
-                "%s=%s is an old spelling, which is still taken: write %s", name, value, value.replace("-", ",")
-            )
+        if setting.name in FIXED:
+            raise ConfigError(f"{name} must be the same in all settings: {FIXED[setting.name]}")
+        if name != setting.name:
+            logger.warning("%s is an old name; write %s instead", name, setting.name)
+        is_widths = setting.kind is tuple and setting.item is int
+        if is_widths and isinstance(value, str) and re.fullmatch(r"\d+(-\d+)+", value):
+            logger.warning("%s=%s is an old spelling; write %s instead", name, value, value.replace("-", ","))
             value = value.replace("-", ",")
-        if one.kind is Mapping and isinstance(value, str):
+        if setting.kind is Mapping and isinstance(value, str):
             value = (value,)
-        parsed[one.name] = one.parse(value)
-        one.check(parsed[one.name])
+        parsed[setting.name] = setting.parse(value)
+        setting.check(parsed[setting.name])
     return parsed
 
 
 def _find(name: str, config: type) -> Setting:
-    """Return a setting by its name, or an earlier one. Raises UnknownNameError if there is none."""
+    """Return a setting by its name or old name. Raises UnknownNameError for an unknown name."""
     known = settings_of(config)
-    every = {key: one for one in known.values() for key in (one.stored, one.name)}
+    every = {key: setting for setting in known.values() for key in (setting.stored, setting.name)}
     if name not in every:
-        raise unknown((one for one in known if one not in FIXED), name, "setting")
+        raise unknown((known_name for known_name in known if known_name not in FIXED), name, "setting")
     return every[name]

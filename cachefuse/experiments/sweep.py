@@ -1,4 +1,4 @@
-"""Sweeps: many settings over one cache, each with several seeds; a trial that has ended is never run again."""
+"""Sweeps: many settings over one cache, each with several seeds; a finished trial is never run again."""
 
 import hashlib
 import itertools
@@ -40,18 +40,18 @@ from cachefuse.training.train import TrainedModels, train_models
 
 RESAMPLES = 1000  # of the bootstrap
 
-# What was said of the rows held out, by weights of which epoch, in which modalities counted how much.
+# The rows held out, the epoch of the kept weights, and the mean weight of each modality.
 Outcome = tuple[HeldOut, float, dict[str, float]] | TrainingError
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What a sweep tries: ``base`` with the fields that each setting changes, and what was published of each.
+    """A sweep's settings: changes to the fields of ``base``, and the published figures of each setting.
 
-    A setting's fusion options come on top of the base's. With ``costs`` each trial has an interval of its score, and
-    what each model costs is measured. ``fields`` are those that tell the settings apart, all that one changes unless
-    told; ``labels`` do so in words. ``curves`` say where each setting lies in a plot of curves, ``paper`` what the
-    published figures are of, ``shown`` which metrics a table has, where not the first.
+    A setting's fusion options are added to the base's. With ``costs``, each trial has an interval of its score, and
+    each model's costs are measured. ``fields`` distinguish the settings, by default all that any of them changes;
+    ``labels`` name them in words. ``curves`` are their points in a plot of curves. ``paper`` describes the published
+    figures. ``shown`` are the metrics of the table, by default the first ones.
     """
 
     base: TrainConfig
@@ -77,15 +77,14 @@ def sweep(
     device: str = "auto",
     on_trial: Callable[[SweepResult], None] = lambda result: None,
 ) -> SweepResult:
-    """Train ``base`` with each of the settings and seeds on a store's features, and write what came of it to a folder.
+    """Train ``base`` with each of the settings and seeds on a store's features, and write the results to a folder.
 
-    A setting holds the fields of ``base`` that it changes. Each trial is measured on rows that its models have not
-    seen, val, or with folds all of train and val, and decided as a run is. It is kept in the folder's ``trials.jsonl``
-    as soon as it has ended, also if it diverged: the same call goes on where an earlier one was stopped. At the end
-    ``trials.csv``, ``summary.csv``, ``sweep.png`` and ``sweep.svg`` are written. ``on_trial`` hears of the results so
-    far, first of those that were there.
+    A setting holds the fields of ``base`` that it changes. Each trial is measured on rows held out: val, or with folds
+    all of train and val. Its thresholds are chosen as for a run. A finished trial, also a diverged one, is kept in the
+    folder's ``trials.jsonl``: the same call resumes an interrupted one. At the end ``trials.csv``, ``summary.csv``,
+    ``sweep.png`` and ``sweep.svg`` are written. ``on_trial`` gets the results so far, first with the kept trials.
 
-    Raises ConfigError for settings that don't fit one another or the dataset, before anything is trained.
+    Raises ConfigError, before any training, for settings that do not fit together or do not fit the dataset.
     """
     settings = [parse_setting(setting) for setting in settings]
     data = open_training_data(store, encoders, device, views_of(base, settings))
@@ -95,7 +94,7 @@ def sweep(
 
 
 def views_of(base: TrainConfig, settings: Sequence[Options]) -> Views:
-    """Return what is read by one or more of the settings."""
+    """Return the views that any of the settings reads."""
     configs = [_changed(base, parse_setting(setting)) for setting in settings] or [base]
     return lambda modality: dict.fromkeys(view for config in configs for view in config.reads(modality))
 
@@ -108,14 +107,14 @@ def run_sweep(
     seeds: Sequence[int],
     on_trial: Callable[[SweepResult], None] = lambda result: None,
 ) -> SweepResult:
-    """Do what ``sweep`` does, with data that are open already; of the files, only the trials are written."""
+    """Do what ``sweep`` does, with opened data; of the files, only ``trials.jsonl`` is written."""
     experiment = replace(experiment, settings=[parse_setting(setting) for setting in experiment.settings])
     base, settings = experiment.base, experiment.settings
     if not settings or not seeds or len(set(seeds)) < len(seeds):
         given = f"{len(settings)} settings and " + (f"seeds {', '.join(map(str, seeds))}" if seeds else "no seeds")
-        raise ConfigError(f"a sweep needs at least one setting and one seed, no seed twice. Got {given} instead")
+        raise ConfigError(f"a sweep needs at least one setting and one seed, each seed once. Got {given} instead")
     if base.refit:
-        raise ConfigError(f"a sweep does without refit: {FIXED['refit']}")
+        raise ConfigError(f"a sweep cannot refit: {FIXED['refit']}; leave out --refit")
     configs = [[data.resolve(_changed(base, {**setting, "seed": seed})) for seed in seeds] for setting in settings]
     _check(data, [of_setting[0] for of_setting in configs])
     metrics = tuple(dict.fromkeys((base.monitor or data.metric, *data.metrics)))
@@ -175,14 +174,14 @@ def _result(
 
 
 def _changed(base: TrainConfig, setting: Options) -> TrainConfig:
-    """Return the base with a setting's fields; options of another fusion than its own are not taken over."""
+    """Return the base with a setting's fields; a setting with another fusion does not get the base's fusion options."""
     same = setting.get("fusion", base.fusion) == base.fusion
     options = {**(base.fusion_options if same else {}), **setting.get("fusion_options", {})}
     return replace(base, **{**setting, "fusion_options": options})
 
 
 def _check(data: TrainingData, configs: Sequence[ResolvedConfig]) -> None:
-    """Raise what training with any of the settings would raise at its start: now, not after hours."""
+    """Raise the errors that training with any setting would raise at its start, before hours of training."""
     for config in configs:
         with torch.device("meta"):
             build_model(config, data.specs, len(data.classes))
@@ -190,7 +189,7 @@ def _check(data: TrainingData, configs: Sequence[ResolvedConfig]) -> None:
         loss(*torch.zeros(2, 1, len(data.classes)))
         n_held = len(_held_rows(data, config))
         if not n_held:
-            raise ConfigError(f"{data.name} has no labelled validation rows to measure trials on; take --folds 5")
+            raise ConfigError(f"{data.name} has no labelled validation rows to measure trials on; use --folds 5")
         chooses_thresholds(data, config, n_held)
     for config in {config.folds: config for config in configs}.values():
         make_splits(data, config)
@@ -201,7 +200,7 @@ def _held_rows(data: TrainingData, config: TrainConfig) -> torch.Tensor:
 
 
 def _batches(data: TrainingData, pending: Mapping[str, ResolvedConfig]) -> Iterator[dict[str, ResolvedConfig]]:
-    """Yield the trials to train at a time, in order: those that can be trained together, as many as fit."""
+    """Yield batches of trials, in order: as many as fit of those that can be trained together."""
     left = {key: (config, shared_settings(config, data.device)) for key, config in pending.items()}
     n_rows = len(data.rows(TRAIN, VAL))
     while left:
@@ -234,7 +233,7 @@ def _run(
 
 
 def _interval(data: TrainingData, config: ResolvedConfig, held_out: HeldOut, metric: str) -> tuple[float, float]:
-    """Return the 95% interval of a metric of the rows held out."""
+    """Return the 95% interval of a metric on the rows held out."""
     predictions = held_out.predictions(data, config)
     targets = data.targets(torch.from_numpy(held_out.rows))
     return bootstrap_intervals(targets, held_out.scores, predictions, data.bind([metric]), RESAMPLES)[metric]
@@ -251,13 +250,13 @@ def _train_alone(data: TrainingData, config: ResolvedConfig) -> list[Outcome]:
         trained = train_models(data, config)
     except TrainingError as error:
         return [error]
-    assert trained.held_out is not None  # there are such rows: _check has seen to it
+    assert trained.held_out is not None  # _check has made sure of it
     best = float(np.mean([history.best_epoch for history in trained.histories]))
     return [(trained.held_out, best, _modality_weights(data, trained))]
 
 
 def _modality_weights(data: TrainingData, trained: TrainedModels) -> dict[str, float]:
-    """Return how much each modality counts on average, in the rows that each model has not seen."""
+    """Return the mean weight of each modality, over the rows that each model has not seen."""
     assert trained.held_out is not None
     weights: list[torch.Tensor] = []
     held_out = trained.held_out
@@ -293,7 +292,7 @@ def _train_together(data: TrainingData, configs: Sequence[ResolvedConfig]) -> li
 
 
 def _values(config: ResolvedConfig) -> JsonObject:
-    """Return all settings by name; their layers are those of the head if they name none."""
+    """Return all settings by name, with the head's default layers if none are given."""
     return {**asdict(config), "layers": tuple(config.head_options()["layers"])}
 
 
@@ -303,24 +302,26 @@ def _stored(config: ResolvedConfig) -> JsonObject:
 
 
 def _key(digest: str, config: ResolvedConfig) -> str:
-    """Hash what a trial depends on."""
+    """Hash everything that a trial depends on."""
     text = to_json({"data": digest, "settings": _stored(config)})
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str]) -> str:
-    """Hash what all trials share: features by their keys, samples and splits, targets, and how they are judged."""
+    """Hash what all trials share: keys of the features, samples and splits, targets, and metrics."""
     features = describe_features(data.stored, data.specs)
-    about = {
-        "features": {name: [(one.encoder, one.key, one.width) for one in group] for name, group in features.items()},
+    shared = {
+        "features": {
+            name: [(used.encoder, used.key, used.width) for used in group] for name, group in features.items()
+        },
         "splits": split_digest(store),
         "classes": data.classes,
         "task": data.task,
         "min_labels": data.min_labels,
         "metrics": tuple(metrics),
     }
-    digest = hashlib.blake2b(to_json(about).encode("utf-8", "surrogatepass"), digest_size=16)
-    present = (here.cpu().numpy() for here in data.table.present.values())
+    digest = hashlib.blake2b(to_json(shared).encode("utf-8", "surrogatepass"), digest_size=16)
+    present = (mask.cpu().numpy() for mask in data.table.present.values())
     for x in (store.targets, data.table.labelled, *present):
         digest.update(x.tobytes())
     return digest.hexdigest()
@@ -328,7 +329,7 @@ def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str]) -> 
 
 @contextmanager
 def _each_warning_once() -> Iterator[None]:
-    """Let a training's warnings pass once: every trial would repeat them."""
+    """Show each warning of a training once, because every trial would repeat it."""
     seen: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:

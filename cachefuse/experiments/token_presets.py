@@ -1,4 +1,4 @@
-"""The experiments of the papers that look inside the sequence: where to fuse, and what tuning the text adds."""
+"""The papers' experiments with token features: where to fuse, and the effect of tuning the text model."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +16,14 @@ from cachefuse.training.data import TrainingData
 # "Where to fuse", sections 3.2 and 3.3: pooling kinds and lengths at every layer, and decoder depths.
 POOLINGS = ("", "mean:14", "attention:14", "mean:1", "attention:1")
 DECODERS = (1, 2, 4)
-MAX_POINTS = 5  # of a curve, from the first layer to the last
+MAX_POINTS = 5  # per curve, from the first layer to the last
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "cma": (),
     "without modality attention": ("modality-attention",),
     "without sequence attention either": ("modality-attention", "sequence-attention"),
 }
-SHARES = (0.0, 0.5, 1.0)  # of the rows whose captions are another's
-# "Leveraging efficient training and feature fusion", table 1, of the datasets' first metrics, in per cent.
+SHARES = (0.0, 0.5, 1.0)  # shares of rows with another row's caption
+# "Leveraging efficient training and feature fusion", table 1: the datasets' main metrics in per cent.
 LIT_TABLE: tuple[tuple[str, JsonObject, dict[str, float]], ...] = (
     ("text", {"fusion": "lit", "ablate": ("image",)}, {"food101": 78.7, "mmimdb": 63.3, "fashiongen": 76.1}),
     ("image", {"fusion": "image"}, {"food101": 73.3, "mmimdb": 48.6, "fashiongen": 31.8}),
@@ -35,14 +35,16 @@ LIT_TABLE: tuple[tuple[str, JsonObject, dict[str, float]], ...] = (
 
 
 def where_to_fuse(data: TrainingData, base: TrainConfig) -> Experiment:
-    """Return what draws the thesis's curves: score and steps a second against the layer at which images join.
+    """Return the experiment of the thesis's curves: score and steps per second by the layer at which images join.
 
-    Raises ConfigError for a store without the tokens of images and texts.
+    Raises ConfigError for a store without tokens of images and texts.
     """
     view = IDS if base.fusion_options.get("t5") else TOKENS
     n_tokens = max((s.n_tokens for s in data.specs.values() if (s.modality, s.view) == ("image", TOKENS)), default=0)
     if not n_tokens or not any((s.modality, s.view) == ("text", view) for s in data.specs.values()):
-        raise ConfigError(f"where-to-fuse needs tokens of images and {view} of texts; {data.name} lacks them")
+        raise ConfigError(
+            f"where-to-fuse needs tokens of images and {view} of texts, and {data.name} lacks them; extract them first"
+        )
     architecture: JsonObject = data.resolve(base).fusion_options["architecture"] or {}
     from_scratch: int = base.fusion_options.get("depth", 4)
     depth: int = architecture.get("num_layers", from_scratch)
@@ -61,10 +63,10 @@ def where_to_fuse(data: TrainingData, base: TrainConfig) -> Experiment:
 
 
 def lit_table(data: TrainingData, base: TrainConfig) -> Experiment:
-    """Return table 1: the text model alone, images alone, both with more or less of the method."""
+    """Return the experiment of table 1: only texts, only images, and both with parts of the method."""
     labels, settings, figures = zip(*LIT_TABLE, strict=True)
     published: Sequence[Published | None] = [
-        (round(own[data.name] / 100, 6), math.nan) if data.name in own else None for own in figures
+        (round(by_dataset[data.name] / 100, 6), math.nan) if data.name in by_dataset else None for by_dataset in figures
     ]
     paper = "paper: accuracy of food101, micro-F1 of mmimdb and fashiongen, with BERT and CLIP ViT-B/32"
     shown = tuple(dict.fromkeys((data.metric, "macro_f1", "macro_ap")))
@@ -74,18 +76,18 @@ def lit_table(data: TrainingData, base: TrainConfig) -> Experiment:
 
 
 def irrelevant(data: TrainingData, base: TrainConfig) -> Experiment:
-    """Return cma with and without its modality-wise attention, and without either, where captions lie of so many rows.
+    """Return an experiment of cma with and without its attentions, with wrong captions for a share of the rows.
 
-    CMA-CLIP, section 4, whose products have titles that say nothing of a colour or a pattern.
+    CMA-CLIP, section 4, has products whose titles do not mention a colour or a pattern.
     """
     settings = [{"ablate": ablate, "shuffle": {"text": share}} for share in SHARES for ablate in ABLATIONS.values()]
     labels = [f"{share:.0%}: {name}" for share in SHARES for name in ABLATIONS]
-    return Experiment(base, settings, "captions shuffled among a share of the rows", labels=labels)
+    return Experiment(base, settings, "captions shuffled among a share of rows", labels=labels)
 
 
 @dataclass(frozen=True)
 class TokenPreset:
-    """``make(problem, base)`` returns the experiment; ``reads`` are settings that read other views than the base."""
+    """``make(data, base)`` returns the experiment; ``reads`` are settings that read other views than the base."""
 
     base: TrainConfig
     make: Callable[[TrainingData, TrainConfig], Experiment]
@@ -101,6 +103,6 @@ RECIPES: Mapping[str, TrainConfig] = {
     "cma-paper": TrainConfig(
         fusion="cma", fusion_options={"depth": 12, "width": 512, "heads": 8}, lr=1e-5, weight_decay=1e-4,
         batch_size=1024, epochs=100,
-    ),  # CMA-CLIP, section 3.2, its warm-up stage
+    ),  # CMA-CLIP, section 3.2, warm-up stage
     "lit-paper": TrainConfig(fusion="lit", lr=5e-5, batch_size=128, epochs=30),  # section 4.1
 }  # fmt: skip

@@ -22,7 +22,7 @@ def test_a_table_of_what_to_choose_from(cachefuse, workspace, fits):
     result = cachefuse(*QUICK)
     assert (result.code, result.err) == (0, "")
     lines = result.out.splitlines()
-    assert lines[0].strip() == "mine: 2 folds, 1 epochs of 64 rows a step"
+    assert lines[0].strip() == "mine: 2 folds, 1 epochs of 64 rows per step"
     assert lines[1].strip() == "one seed, 120 rows of oof"
     heads = ["fusion", "micro-F1", "95%", "macro-F1", "s", "params", "MB", "ms/item", "steps/s"]
     assert lines[2].split() == heads
