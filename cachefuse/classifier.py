@@ -1,4 +1,4 @@
-"""Heads as a scikit-learn classifier, for its cross-validation, its searches and its pipelines."""
+"""A scikit-learn classifier, for cross-validation, searches and pipelines."""
 
 import copy
 import inspect
@@ -28,7 +28,7 @@ from cachefuse.training.feature_table import multi_hot
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.train import train_models
 
-HELD_PARTS = 10  # one in so many rows is held out, where epochs or thresholds are chosen on it
+HELD_PARTS = 10  # one in so many rows is held out, if epochs or thresholds are chosen
 
 
 ELSEWHERE = ("views", "seed")  # settings that X decides on, and ``random_state``
@@ -40,18 +40,18 @@ DEFAULTS: JsonObject = {
 
 
 class FusionClassifier(ClassifierMixin, BaseEstimator):
-    """A fusion of heads over features by modality; its parameters are the settings of ``TrainConfig``, and those below.
+    """A classifier that fuses features of several modalities. Its parameters are the settings of ``TrainConfig`` too.
 
-    X is a ``FeatureView`` or a dictionary of arrays {modality: (n, D_m)}; one array (n, D) counts as one modality. A
-    dictionary can't be cut into rows by cross-validation: ``FeatureView.from_arrays`` makes it one that can. A row of a
-    modality that is NaN throughout is absent. y is labels (n,) of any kind, or 0 and 1 (n, C) for multi-label.
+    X is a ``FeatureView`` or a dictionary of arrays {modality: (n, D_m)}; an array (n, D) is one modality.
+    Cross-validation cannot select rows of a dictionary: use ``FeatureView.from_arrays`` there. A row of only NaN means
+    that the sample lacks the modality. y is labels (n,) of any type, or 0 and 1 (n, C) for multi-label.
 
-    A stratified tenth of the rows is held out to choose by, with ``patience`` an epoch and in multi-label thresholds,
-    unless these are "none" or ``folds`` hold out each part in turn; ``refit`` trains on all rows afterwards.
-    ``min_labels`` is how many labels a multi-label row has at least.
+    A stratified tenth of the rows is held out to choose an epoch (with ``patience``) and multi-label thresholds (unless
+    "none"); with ``folds``, each fold is held out in turn. ``refit`` then trains on all rows. ``min_labels`` is the
+    minimum number of labels per multi-label row.
 
-    Attributes: ``classes_`` (C,), for multi-label (C, 2), 0 and 1 for each label; ``thresholds_`` (C,); ``models_`` and
-    ``histories_``, one for each fold and member; ``config_``, the settings in full; ``n_features_in_``.
+    Attributes: ``classes_`` (C,), or (C, 2) for multi-label, with 0 and 1 for each label; ``thresholds_`` (C,);
+    ``models_`` and ``histories_``, one per fold and member; ``config_``, all settings; ``n_features_in_``.
     """
 
     def __init__(
@@ -64,9 +64,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         unknown = sorted(settings.keys() - DEFAULTS.keys())
         if unknown:
-            raise TypeError(
-                f"FusionClassifier has no parameter {unknown[0]!r}; its parameters are: {', '.join(DEFAULTS)}"
-            )
+            raise TypeError(f"FusionClassifier has no parameter {unknown[0]!r}; choose from: {', '.join(DEFAULTS)}")
         for name, value in {**DEFAULTS, **settings}.items():
             setattr(self, name, value)
         self.min_labels = min_labels
@@ -74,7 +72,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         self.device = device
 
     def fit(self, X: Any, y: Any) -> "FusionClassifier":
-        """Train on X and y. Raises ConfigError for settings that don't fit, DataError for data that can't be used."""
+        """Train on X and y. Raises ConfigError for settings that do not fit, DataError for unusable data."""
         X = self._view(X, reset=True)
         targets, self.classes_, self._task = _encode(y)
         check_consistent_length(X, targets)
@@ -97,7 +95,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
-        """Return probabilities (n, C) float32, of labels that exclude one another or, for multi-label, don't."""
+        """Return probabilities (n, C) float32 of the classes, or of each label for multi-label."""
         check_is_fitted(self, "models_")
         X = self._view(X, reset=False)
         device, loss = resolve_device(self.device), self.config_.loss
@@ -110,7 +108,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         return mean.astype(np.float32)
 
     def predict(self, X: Any) -> np.ndarray:
-        """Return labels (n,), or 0 and 1 (n, C) for multi-label: those whose probability reaches its threshold."""
+        """Return labels (n,); for multi-label 0 and 1 (n, C), with 1 if the probability reaches the threshold."""
         scores = self.predict_proba(X)
         chosen = decide(scores, self._task, self.thresholds_, self.min_labels)
         return chosen.astype(np.int64) if self._task == "multilabel" else self.classes_[chosen.argmax(axis=1)]
@@ -126,39 +124,39 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         values = {name: given[name] for name in DEFAULTS}
         if not isinstance(seed, numbers.Integral):
             seed = check_random_state(seed).randint(2**31 - 1)
-        of = {name: one for name, one in settings_of(TrainConfig).items() if name in values}
-        tables = {name: dict(values[name] or {}) for name, one in of.items() if one.kind is Mapping}
+        kinds = {name: setting.kind for name, setting in settings_of(TrainConfig).items() if name in values}
+        tables = {name: dict(values[name] or {}) for name, kind in kinds.items() if kind is Mapping}
         lists = {
-            name: tuple(values[name]) for name, one in of.items() if one.kind is tuple and values[name] is not None
+            name: tuple(values[name]) for name, kind in kinds.items() if kind is tuple and values[name] is not None
         }
         return TrainConfig(**{**values, **tables, **lists, "seed": int(seed)})
 
     def _view(self, X: Any, reset: bool) -> FeatureView:
-        """Return X as a view; with ``reset`` it is what later ones must be like."""
+        """Return X as a view. With ``reset`` it sets the number of features, else it must fit the trained model."""
         if isinstance(X, FeatureView):
             view = X
         else:
-            several = isinstance(X, Mapping) and not hasattr(X, "shape")  # SciPy has sparse arrays that are mappings
+            several = isinstance(X, Mapping) and not hasattr(X, "shape")  # some sparse arrays of SciPy are mappings
             X = X if several else {"x": validate_data(self, X, reset=reset, ensure_all_finite=False)}
             view = FeatureView.from_arrays(X)
         if reset:
             self.n_features_in_ = view.shape[1]
             return view
         expected = {name: spec.width for name, spec in self.models_[0].specs.items()}
-        found = {modality: x.shape[1] for modality, x in view.table.features.items()}
-        if any(found.get(modality) != width for modality, width in expected.items()):
+        widths = {modality: x.shape[1] for modality, x in view.table.features.items()}
+        if any(widths.get(modality) != width for modality, width in expected.items()):
             raise DataError(
-                f"X must have the features that the model was fitted on, {_listed(expected)}. Got {_listed(found)} "
-                f"instead; rows of NaN stand for what is absent"
+                f"X must have the features of the training, {_listed(expected)}. Got {_listed(widths)} instead; "
+                f"use rows of NaN for a modality that is absent"
             )
         return view
 
 
 def _signature() -> inspect.Signature:
-    """Return the constructor's signature with the settings in it, which is where scikit-learn reads parameters."""
-    first, *own = inspect.signature(FusionClassifier.__init__).parameters.values()
+    """Return the constructor's signature with all settings, because scikit-learn reads parameters there."""
+    first, *others = inspect.signature(FusionClassifier.__init__).parameters.values()
     named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=x) for name, x in DEFAULTS.items()]
-    return inspect.Signature([first, *named, *(one for one in own if one.kind is one.KEYWORD_ONLY)])
+    return inspect.Signature([first, *named, *(other for other in others if other.kind is other.KEYWORD_ONLY)])
 
 
 vars(FusionClassifier.__init__)["__signature__"] = _signature()
@@ -169,24 +167,24 @@ def _listed(widths: Mapping[str, int]) -> str:
 
 
 def _encode(y: Any) -> tuple[np.ndarray, np.ndarray, str]:
-    """Return targets (n, C) of 0 and 1, the classes, and the task. Raises DataError for what no head can learn."""
+    """Return targets (n, C) of 0 and 1, the classes, and the task. Raises DataError for unusable labels."""
     check_classification_targets(y)
     kind, y = type_of_target(y), y.toarray() if issparse(y) else np.asarray(y)
     if kind == "multilabel-indicator" and np.isin(y, (0, 1)).all():
         return multi_hot(y, y.shape[1]), np.tile([0, 1], (y.shape[1], 1)), "multilabel"
     if kind not in ("binary", "multiclass"):
         raise DataError(
-            f"y must be labels (n,) or, for multi-label, 0 and 1 (n, C), as MultiLabelBinarizer makes them. "
+            f"y must be labels (n,), or 0 and 1 (n, C) for multi-label, as from MultiLabelBinarizer. "
             f"Got {y.dtype} {y.shape} with {np.unique(y)[:3].tolist()} instead"
         )
     classes, numbered = np.unique(column_or_1d(y, warn=True), return_inverse=True)
     if len(classes) < 2:
-        found = f"{len(classes)} class ({', '.join(map(str, classes))})"
-        raise DataError(f"y must have at least two classes. Got {found} instead")
+        given = f"{len(classes)} class ({', '.join(map(str, classes))})"
+        raise DataError(f"y must have at least two classes. Got {given} instead")
     return multi_hot(numbered, len(classes)), classes, "multiclass"
 
 
 def _hold_out(targets: np.ndarray, seed: int) -> np.ndarray:
-    """Return each row's split (n,), train or val, for targets (n, C); one row alone is for training."""
+    """Return each row's split (n,), train or val, for targets (n, C); a single row is for training."""
     parts = stratified_folds(targets, min(HELD_PARTS, len(targets)), seed) if len(targets) > 1 else np.ones(1)
     return np.where(parts == 0, VAL, TRAIN)

@@ -79,17 +79,17 @@ class Registry(MutableMapping[str, T]):
     def _problem(self, entry: T) -> str:
         base = import_entry(self.base) if self.base else None
         if base is not None and not (isinstance(entry, type) and issubclass(entry, base)):
-            return f"it must be a subclass of {self.base.replace(':', '.')}"
+            return f"must be a subclass of {self.base.replace(':', '.')}"
         for name in self.has:
             if not hasattr(entry, name):
-                return f"it must have an attribute {name}"
+                return f"must have an attribute {name}"
         if self.takes:
             positional, _, keywords = self.takes.partition(", *, ")
             try:
                 named = dict.fromkeys(keywords.split(", ") if keywords else ())
                 inspect.signature(cast("Callable[..., object]", entry)).bind(*positional.split(", "), **named)
             except (TypeError, ValueError) as error:
-                return f"it must take ({self.takes}): {error}"
+                return f"must accept the arguments ({self.takes}): {error}"
         return ""
 
     def get(self, name: str, default: Any = None) -> Any:

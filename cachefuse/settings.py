@@ -1,9 +1,10 @@
-"""Settings: fields of a dataclass that say beside their default what they are. Whatever reads settings asks here.
+"""Settings: fields of a dataclass with help, choices and limits beside their defaults.
 
-    epochs: int = setting(50, "Passes over the rows at most.", panel="Training", least=1)
+    epochs: int = setting(50, "Maximum number of epochs.", panel="Training", least=1)
 
-is all that a setting takes. The command line makes an option of it, a sweep's grid parses its values, the dataclass
-refuses what is out of range (``check_settings``), and the model card prints it as the command line takes it.
+This line is the whole definition of a setting. The command line makes an option of it, a sweep's grid parses its
+values, the dataclass checks its limits (``check_settings``), and the model card prints it in the command line's
+spelling.
 """
 
 import types
@@ -29,13 +30,13 @@ WHAT: dict[object, str] = {
 
 @dataclass(frozen=True)
 class About:
-    """What a field says of itself beside its type and default.
+    """The metadata of a setting, beside its type and default.
 
-    ``help`` is a sentence; {choices} in it stands for their names. ``choices`` are the values that there are: names, a
-    table of them, or "module:attribute" of one that is imported late. Those in ``unfit`` are not for this field, and
-    why. ``words`` are names for values, such as "all" for 0. Numbers, and each of several, are at least ``least``, at
-    most ``most``, ``above`` and ``below``. ``shown`` is what help says of a default that depends on other settings.
-    ``old`` is an earlier name: files keep it, and the command line takes it with a note.
+    ``help`` is a sentence; {choices} in it becomes the names of the choices. ``choices`` are the valid values: names, a
+    table of them, or "module:attribute" of a table that is imported on demand. ``unfit`` are choices that this field
+    does not accept, with the reason. ``words`` are names of values, such as "all" for 0. A number, and each of a list,
+    is at least ``least``, at most ``most``, and strictly between ``above`` and ``below``. ``shown`` describes a default
+    that depends on other settings. ``old`` is an old name: files keep it, and the command line accepts it with a note.
     """
 
     help: str | Callable[[], str] = ""
@@ -53,7 +54,7 @@ class About:
 
 
 def setting(default: Any, help: str | Callable[[], str] = "", **about: Any) -> Any:
-    """Return a dataclass field with its default, or a type that makes it, and with what ``About`` takes."""
+    """Return a dataclass field with a default, or a type that makes one, and the fields of ``About``."""
     metadata = {"about": About(help, **about)}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
@@ -62,9 +63,9 @@ def setting(default: Any, help: str | Callable[[], str] = "", **about: Any) -> A
 
 @dataclass(frozen=True)
 class Setting:
-    """A field of a dataclass, and what it says ``about`` itself.
+    """A field of a dataclass, with its metadata ``about``.
 
-    ``kind`` is int, float, bool or str, or of several values tuple or Mapping; their type is then ``item``.
+    ``kind`` is int, float, bool, str, tuple or Mapping; for the last two, ``item`` is the type of their values.
     """
 
     name: str
@@ -76,25 +77,25 @@ class Setting:
 
     @property
     def option(self) -> str:
-        """Its name on the command line, without the dashes in front."""
+        """The name on the command line, without the leading dashes."""
         return self.name.replace("_", "-")
 
     @property
     def stored(self) -> str:
-        """Its name in files."""
+        """The name in files."""
         return self.about.old or self.name
 
     @property
     def choices(self) -> Options | Sequence[str]:
-        """The table of choices, or their names; empty where every value is one."""
+        """The table of choices, or their names; empty if every value is valid."""
         given: Any = self.about.choices
         return import_entry(given) or ()
 
     @property
     def what(self) -> str:
-        """What a value must be, in words."""
+        """A description of a valid value."""
         if self.kind is tuple:
-            return "whole numbers such as 2048,512" if self.item is int else "a list of names, with commas"
+            return "whole numbers such as 2048,512" if self.item is int else "names with commas between them"
         if not self.about.words:
             return WHAT.get(self.kind, "a value")
         least = self.about.least or 0
@@ -102,20 +103,20 @@ class Setting:
         return f"{WHAT[self.kind]} of at least {least}, or {' or '.join(self.about.words)}"
 
     def help(self) -> str:
-        """Return the sentence of the help, with the choices in it."""
+        """Return the sentence of the help, with the names of the choices."""
         text = self.about.help() if callable(self.about.help) else self.about.help
         if "{choices}" not in text:
             return text
         return text.replace("{choices}", ", ".join(name for name in self.choices if name not in self.about.unfit))
 
     def shown(self) -> str:
-        """Return what help says of the default; "" for its value."""
+        """Return the description of the default; "" means that its value is shown."""
         return self.about.shown() if callable(self.about.shown) else self.about.shown
 
     def parse(self, given: object) -> Any:
         """Return a value of its type: of a text as the command line takes it, of a list of such, or of TOML's values.
 
-        Raises ConfigError for what does not parse.
+        Raises ConfigError for a value that is not valid.
         """
         if given is None:
             return self.default if self.kind in (tuple, Mapping) else None
@@ -127,14 +128,14 @@ class Setting:
             return self.about.words[given]
         value = self._parse_one(self.kind, given)
         if isinstance(given, str) and value in self.about.words.values():
-            raise self._refusal(given)  # which has a word of its own
+            raise self._refusal(given)  # only the word is valid: "all", not "0"
         return value
 
     def _parse_list(self, given: object) -> tuple[object, ...]:
         if not isinstance(given, tuple | list):
             raise self._refusal(given)
-        texts = [part.strip() for one in given for part in (one.split(",") if isinstance(one, str) else (str(one),))]
-        texts = [text for text in texts if text]
+        items = [item.split(",") if isinstance(item, str) else (str(item),) for item in given]
+        texts = [text.strip() for item in items for text in item if text.strip()]
         if self.item is str:
             return () if texts == [NOTHING] else tuple(dict.fromkeys(texts))
         try:
@@ -143,7 +144,7 @@ class Setting:
             raise self._refusal(",".join(map(str, given))) from None
 
     def _parse_table(self, given: object) -> Options:
-        """Return {name: value} of a table, or of texts name=value: numbers, where the table's values may be."""
+        """Return {name: value} of a table, or of texts name=value; values that can be numbers are numbers."""
         if isinstance(given, Mapping):
             return {str(name): self._parse_value(name, value) for name, value in given.items()}
         values: dict[str, object] = {}
@@ -152,7 +153,7 @@ class Setting:
             if not equals:
                 raise ConfigError(f"{self.option} must be given as name=value. Got {text!r} instead")
             if name in values:
-                raise ConfigError(f"{self.option} {name} is given twice")
+                raise ConfigError(f"{self.option} {name} is given twice; give it once")
             values[name] = self._parse_value(name, value)
         return values
 
@@ -178,22 +179,22 @@ class Setting:
         return float(given) if kind is float else given
 
     def text(self, value: object) -> str:
-        """Return a value as the command line takes it."""
+        """Return a value in the command line's spelling."""
         return next((word for word, meant in self.about.words.items() if value == meant), None) or as_text(value)
 
     def check(self, value: Any) -> None:
-        """Raise ConfigError for a value of another type or out of range, UnknownNameError for one that is no choice."""
+        """Raise ConfigError for a value of a wrong type or out of range, UnknownNameError for an unknown choice."""
         if value is None and self.optional:
             return
         self._check_kind(self.kind, value)
         if self.about.choices is not None:
             self._check_choice(value)
         if self.kind is Mapping:
-            for name, one in value.items():
-                self._check_limits(f"{self.option} {name}", one)
-        for one in value if self.kind is tuple else ():
-            self._check_kind(self.item, one)
-            self._check_limits(self.option, one)
+            for name, item in value.items():
+                self._check_limits(f"{self.option} {name}", item)
+        for item in value if self.kind is tuple else ():
+            self._check_kind(self.item, item)
+            self._check_limits(self.option, item)
         if self.kind in (int, float):
             self._check_limits(self.option, value)
 
@@ -234,40 +235,39 @@ class Setting:
 
 
 def settings_of(config: type) -> dict[str, Setting]:
-    """Return the fields of a dataclass by name. A field that a subclass narrows keeps what it says about itself."""
+    """Return the settings of a dataclass by name. A field that a subclass redefines keeps its metadata."""
     return _settings_of(config)
 
 
 @cache
 def _settings_of(config: type) -> dict[str, Setting]:
-    hints, found = get_type_hints(config), {}
-    for one in fields(config):
-        named = (vars(base).get("__dataclass_fields__", {}).get(one.name) for base in config.__mro__)
+    hints, settings = get_type_hints(config), {}
+    for known in fields(config):
+        named = (vars(base).get("__dataclass_fields__", {}).get(known.name) for base in config.__mro__)
         about = next((same.metadata["about"] for same in named if same and "about" in same.metadata), About())
-        default = one.default if one.default_factory is MISSING else one.default_factory()
-        found[one.name] = Setting(one.name, *_shape(hints[one.name]), default, about)
-    return found
+        default = known.default if known.default_factory is MISSING else known.default_factory()
+        settings[known.name] = Setting(known.name, *_shape(hints[known.name]), default, about)
+    return settings
 
 
 def _shape(hint: Any) -> tuple[Any, Any, bool]:
-    """Return the kind, the type of items, and whether None is a value, of a field's type."""
+    """Return the kind of a field's type, the type of its items, and whether None is valid."""
     union = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else ()
-    plain = next((one for one in union if one is not type(None)), hint)
+    plain = next((member for member in union if member is not type(None)), hint)
     items = get_args(plain)
     kind = get_origin(plain) or plain
     return kind, (items[0 if kind is tuple else 1] if items else None), type(None) in union
 
 
 def check_settings(config: object) -> None:
-    """Check the values of a dataclass, each by itself, as ``Setting.check`` does."""
-    for one in settings_of(type(config)).values():
-        one.check(getattr(config, one.name))
+    """Check each value of a dataclass by ``Setting.check``."""
+    for known in settings_of(type(config)).values():
+        known.check(getattr(config, known.name))
 
 
 def from_stored(config: type, values: Options) -> Options:
-    """Return a file's values by the names of the fields. Raises ConfigError for keys that are not settings."""
-    every = settings_of(config).values()
-    names = {name: one for one in every for name in (one.name, one.stored)}
+    """Return a file's values by the names of the fields. Raises ConfigError for unknown keys."""
+    names = {name: known for known in settings_of(config).values() for name in (known.name, known.stored)}
     others = sorted(set(values) - names.keys())
     if others:
         raise ConfigError(f"unknown settings: {', '.join(others)}")
@@ -276,7 +276,7 @@ def from_stored(config: type, values: Options) -> Options:
 
 
 def as_stored(config: type, values: Options) -> dict[str, Any]:
-    """Return values of fields by the names that files keep."""
+    """Return values of fields by their names in files."""
     known = settings_of(config)
     return {known[name].stored: value for name, value in values.items()}
 
@@ -284,13 +284,13 @@ def as_stored(config: type, values: Options) -> dict[str, Any]:
 def as_text(value: object) -> str:
     """Return a value as the command line takes it."""
     if isinstance(value, Mapping):
-        return " ".join(f"{name}={as_text(one)}" for name, one in value.items())
+        return " ".join(f"{name}={as_text(item)}" for name, item in value.items())
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _number(limit: float) -> str:
-    """Return a limit in few characters: 0, 1e+06, 2^63 - 1."""
+    """Return a limit as a short text: 0, 1e+06, 2^63 - 1."""
     power = int(limit) + 1
     return f"2^{power.bit_length() - 1} - 1" if power > 2**53 and not power & (power - 1) else f"{limit:g}"
