@@ -1,1 +1,1 @@
-"""The command line. One file a command; render.py and progress.py hold all of Rich."""
+"""The command line: one file per command; only ``shared`` uses Rich."""

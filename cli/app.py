@@ -1,4 +1,4 @@
-"""The `cachefuse` program: commands, and how errors and interruptions end."""
+"""The `cachefuse` program: its commands, errors and exit codes."""
 
 import sys
 from collections.abc import Sequence
@@ -77,14 +77,16 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def cachefuse(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Encode images and texts once with frozen encoders, then train fusion heads over the cache in minutes."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the program and exit: 0; 1 with one clear line; 2 for usage; 130 when interrupted."""
+    """Run the program and exit: 0; 1 after an error, with one line; 2 for wrong usage; 130 after Ctrl-C."""
     given = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in given
     given = [arg for arg in given if arg != "--debug"]
@@ -93,8 +95,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:
         from cachefuse_cli.shared import render
 
-        told = isinstance(error, CachefuseError | OSError) or render.out_of_memory(error)
-        if debug or not told:
+        expected = isinstance(error, CachefuseError | OSError) or render.out_of_memory(error)
+        if debug or not expected:
             raise
         render.error(error)
         sys.exit(1)

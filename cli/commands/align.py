@@ -18,7 +18,7 @@ def align(
     dataset: StoreName = None,
     encoder: Annotated[
         list[str] | None,
-        typer.Option(metavar="SPEC", help="Which two; given twice.", show_default="the two that the store has"),
+        typer.Option(metavar="SPEC", help="An encoder to align; give two.", show_default="the two in the store"),
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -27,7 +27,7 @@ def align(
 ) -> None:
     """Align two encoders over cached features: images with texts, or two encoders of the same texts.
 
-    Then retrieve, zero-shot and similarity use what was learnt; evaluate measures it, report draws it.
+    Then retrieve, zero-shot and similarity use the alignment, evaluate measures it, and report draws it.
     """
     from cachefuse_cli.shared import render
 

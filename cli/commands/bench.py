@@ -1,4 +1,4 @@
-"""`cachefuse bench`: how far from this machine's limits."""
+"""`cachefuse bench`: speed and memory beside plain baselines."""
 
 from importlib import import_module
 from pathlib import Path
@@ -10,7 +10,7 @@ from cachefuse_cli.shared.options import WORKSPACE, Device, Json, Threads, Works
 
 bench = typer.Typer(
     name="bench",
-    help="How far from this machine's limits: ratios to plain baselines, measured by turns.",
+    help="Measure speed and memory as ratios to plain baselines, measured in turns.",
     no_args_is_help=True,
 )
 
@@ -20,7 +20,7 @@ def store(
     memory: Annotated[
         bool,
         typer.Option(
-            "--memory", help="Also measure memory over 6 GB of features: needs 10 GB of disk, takes some 10 minutes."
+            "--memory", help="Also measure memory over 6 GB of features: needs 10 GB of disk, takes about 10 minutes."
         ),
     ] = False,
     device: Device = "auto",
@@ -30,7 +30,7 @@ def store(
 ) -> None:
     """Measure reads, writes and extraction on the disk of the workspace: about four minutes on two cores.
 
-    What is written there is removed again.
+    Its files are removed at the end.
     """
     _measure("store", workspace, device, json, memory=memory)
 
@@ -41,7 +41,7 @@ def train(
 ) -> None:
     """Measure the training of heads on random features: two to five minutes on two cores.
 
-    What is written to the workspace's disk is removed again.
+    Its files on the workspace's disk are removed at the end.
     """
     _measure("train", workspace, device, json)
 
@@ -52,7 +52,7 @@ def align(
 ) -> None:
     """Measure alignment and exact search on random features: a minute or two on two cores.
 
-    It takes 4 GB of memory and 2 GB of disk; what is written there is removed again.
+    It needs 4 GB of memory and 2 GB of disk. Its files are removed at the end.
     """
     _measure("align", workspace, device, json)
 
@@ -63,16 +63,16 @@ def fusion(
 ) -> None:
     """Measure fusions over tokens, their training steps and predictions: some minutes on two cores.
 
-    What is written to the workspace's disk is removed again.
+    Its files on the workspace's disk are removed at the end.
     """
     _measure("fusion", workspace, device, json)
 
 
 def _measure(name: str, workspace: Path, device: str, json: bool, **options: object) -> None:
-    """Take the measurements of ``cachefuse.bench.<name>``, and print them."""
+    """Run the measurements of ``cachefuse.bench.<name>``, and print them."""
     from cachefuse_cli.shared import render
 
-    with render.interruptible("nothing was kept; run the same command again"):
+    with render.interruptible("no results were kept; run the same command again"):
         with render.status("loading torch"):
             from cachefuse.bench.timing import describe_machine
             from cachefuse_cli.shared import bench_tables

@@ -22,14 +22,14 @@ def compare(
         str | None,
         typer.Option(metavar="LIST", help="Fusions to compare.", show_default="pooled ones, tirg, cma, midfusion"),
     ] = None,
-    folds: Annotated[int, typer.Option(metavar="K", help="Parts, each judged by models that have not seen it.")] = 5,
-    epochs: Annotated[int, typer.Option(metavar="N", help="Of every method.")] = 10,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows a step, of every method.")] = 64,
+    folds: Annotated[int, typer.Option(metavar="K", help="Folds, each measured by models that have not seen it.")] = 5,
+    epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of every fusion.")] = 10,
+    batch_size: Annotated[int, typer.Option(metavar="N", help="Rows per step of every fusion.")] = 64,
     pool: Annotated[
         str | None,
         typer.Option(
-            metavar="SPEC", help="How tokens are pooled; none to take them all.",
-            show_default="mean:16 of a modality with more than 64",
+            metavar="SPEC", help="How to pool tokens; none: use them all.",
+            show_default="mean:16 for a modality with more than 64",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="Same seed, machine, libraries and threads: same result.")] = 0,
@@ -42,12 +42,12 @@ def compare(
 ) -> None:  # fmt: skip
     """Compare fusions over the same folds with equal budgets: score, interval, time, size.
 
-    The last line says which of them is enough: the cheapest whose score lies within the best's interval. No run
-    is kept: train the one that you choose by train-head.
+    The last line names the cheapest fusion whose score lies in the best fusion's interval. No run
+    is kept: train your choice by train-head.
     """
     from cachefuse_cli.shared import render
 
-    with render.interruptible("what has ended is kept; run the same command again to go on"):
+    with render.interruptible("finished trials are kept; run the same command again to resume"):
         with render.status("loading features"):
             from cachefuse.experiments.compare import METHODS, enough
             from cachefuse.experiments.compare import compare as run_compare

@@ -4,7 +4,7 @@ from cachefuse_cli.shared.options import WORKSPACE, DataDir, Json, Workspace
 
 
 def datasets(workspace: Workspace = WORKSPACE, data_dir: DataDir = None, json: Json = False) -> None:
-    """List the built-in datasets: task, size, splits, and whether the raw data is there."""
+    """List the built-in datasets: task, size, splits, and whether the workspace has the raw data."""
     from cachefuse.data.manifest import builtin_manifests
     from cachefuse.data.splits import ordered_splits
     from cachefuse.workspace import WorkspacePaths

@@ -19,10 +19,10 @@ def demo(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """The whole of cachefuse in a minute, without any download: make data, extract, train, compare, submit."""
+    """Try cachefuse in a minute, without a download: make data, extract, train, compare, submit."""
     from cachefuse_cli.shared import render
 
-    how_to_go_on = "run cachefuse demo again: what was extracted is kept"
+    how_to_go_on = "extracted features are kept; run cachefuse demo again"
     with render.interruptible(how_to_go_on):
         with render.status("loading torch"):
             from cachefuse.data.dataset import load_dataset
@@ -53,7 +53,7 @@ def demo(
                 raise render.interrupted(how_to_go_on)
         metric = manifest.main_metric
         ranked = sorted(runs, key=lambda run: run.metrics["val"][metric])
-        for run in ranked:  # the best one last, so that predict takes it
+        for run in ranked:  # the best one last, so that predict uses it
             save_run(run, paths.runs)
         best = ranked[-1]
         predictions = predict_split(best, store)

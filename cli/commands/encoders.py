@@ -4,7 +4,7 @@ from cachefuse_cli.shared.options import Json
 
 
 def encoders(json: Json = False) -> None:
-    """List the encoder families, with an example of each."""
+    """List the encoder families, with an example for each."""
     from dataclasses import asdict
 
     from cachefuse.encoders import DEFAULT_ENCODER, FAMILIES

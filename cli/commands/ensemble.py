@@ -13,7 +13,7 @@ def ensemble(
         str | None,
         typer.Option(
             metavar="KIND",
-            help="global, class (one a class), none (0.5), or auto.",
+            help="global, class (one per class), none (0.5), or auto.",
             show_default="as in the first run",
         ),
     ] = None,
@@ -22,7 +22,7 @@ def ensemble(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Join runs to one that predicts with the mean of their scores, each counting the same."""
+    """Join runs into one that predicts with the mean of their scores, with equal weights."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("nothing was written; run the same command again"), render.status("joining the runs"):

@@ -13,29 +13,29 @@ from cachefuse_cli.shared.setting_options import note_old
 def evaluate(
     run: RunName = None,
     split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Rows to measure on.", show_default="those held out")
+        str | None, typer.Option(metavar="NAME", help="Rows to measure on.", show_default="the rows held out")
     ] = None,
     drop_modality: Annotated[
-        list[str] | None, typer.Option(metavar="MODALITY", help="Measure as if no row had it; repeatable.")
+        list[str] | None, typer.Option(metavar="MODALITY", help="Measure as if all rows lacked it; repeatable.")
     ] = None,
-    without: Annotated[list[str] | None, typer.Option(hidden=True)] = None,  # its earlier name
-    intervals: Annotated[bool, typer.Option(help="95% intervals, by the bootstrap.")] = True,
+    without: Annotated[list[str] | None, typer.Option(hidden=True)] = None,  # its old name
+    intervals: Annotated[bool, typer.Option(help="Measure 95% bootstrap intervals.")] = True,
     gates: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write how much each modality counts in each row (gated, cma); a csv file."),
+        typer.Option(metavar="FILE", help="Write the weights of the modalities in each row (gated, cma); a csv file."),
     ] = None,
     dataset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Another dataset, with the same features.", show_default="the run's own"),
+        typer.Option(metavar="NAME", help="Another dataset, with the same features.", show_default="the run's dataset"),
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Measure a run on rows that it has not seen, or on any labelled split; and what it loses without a modality.
+    """Measure a run on the rows held out or on any labelled split, with or without a modality.
 
-    Of an alignment: how well images and texts find each other.
+    For an alignment, measure how well images and texts find each other.
     """
     from cachefuse_cli.shared import render
 
@@ -47,11 +47,11 @@ def evaluate(
             if without:
                 note_old("--without", "--drop-modality")
             dropped = [*(drop_modality or ()), *(without or ())]
-            found = find_run(WorkspacePaths(workspace).runs, run, kind=None)
-        if kind_of(read_json(found / "run.json")) == ALIGNMENT:
-            _evaluate_alignment(found, split, dropped, dataset, device, workspace, json)
+            folder = find_run(WorkspacePaths(workspace).runs, run, kind=None)
+        if kind_of(read_json(folder / "run.json")) == ALIGNMENT:
+            _evaluate_alignment(folder, split, dropped, dataset, device, workspace, json)
         else:
-            _evaluate_head(found, split, dropped, intervals, gates, dataset, device, workspace, json)
+            _evaluate_head(folder, split, dropped, intervals, gates, dataset, device, workspace, json)
 
 
 def _evaluate_head(
@@ -118,7 +118,7 @@ def _evaluate_alignment(
     from cachefuse_cli.shared import render
 
     if dropped:
-        raise ConfigError("an alignment compares both of its sides: --drop-modality is for heads")
+        raise ConfigError("--drop-modality is only for heads, and this run is an alignment; leave it out")
     with render.status("measuring"):
         from cachefuse.alignment.run import Alignment
         from cachefuse.alignment.train import evaluate_alignment

@@ -34,16 +34,16 @@ def extract(
     dtype: Dtype = "float16",
     limit: Limit = None,
     max_bad: Annotated[
-        float, typer.Option(metavar="SHARE", help="Stop if more than this share of samples can't be used.")
+        float, typer.Option(metavar="SHARE", help="Stop if more than this share of samples is unusable.")
     ] = 0.05,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Compute samples again whose content changed.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Compute changed samples again.")] = False,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Stage 1: encode every image and text once and keep the features. Run it again to go on or to add encoders."""
+    """Stage 1: encode every image and text once and store the features. Run it again to resume or to add encoders."""
     from cachefuse_cli.shared import render
 
-    with render.interruptible("finished blocks are kept; run the same command again to go on"):
+    with render.interruptible("finished blocks are kept; run the same command again to resume"):
         loaded = open_dataset(dataset, workspace, data_dir, limit)
         with render.status("loading torch and the encoders"):
             from cachefuse.encoders import DEFAULT_ENCODER

@@ -9,19 +9,19 @@ from cachefuse.metrics import metric_title
 from cachefuse_cli.shared.align_options import AlignmentName, open_alignment
 from cachefuse_cli.shared.options import WORKSPACE, Device, Json, Seed, StoreName, Threads, Workspace
 
-STEP = 20  # epochs between the figures shown, as in the paper's tables
+STEP = 20  # epochs between the printed figures, as in the paper's tables
 
 
 def fine_tune(
     dataset: StoreName = None,
     run: AlignmentName = None,
     modality: Annotated[str, typer.Option(metavar="NAME", help="Which side to tune: image or text.")] = "image",
-    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="How long.")] = 100,
-    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows a step.")] = 256,
+    epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Number of epochs.")] = 100,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows per step.")] = 256,
     lr: Annotated[float, typer.Option(metavar="X", help="Learning rate.")] = TUNING_RATE,
-    weight_decay: Annotated[float, typer.Option(metavar="X", help="Apart from the gradient.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(metavar="X", help="Decoupled from the gradient, as in AdamW.")] = 0.0,
     patience: Annotated[
-        int, typer.Option(metavar="N", min=0, help="Stop after N epochs that were no better on val; 0: never.")
+        int, typer.Option(metavar="N", min=0, help="Stop after N epochs without a better val score; 0: never.")
     ] = 0,
     seed: Seed = 0,
     device: Device = "auto",
@@ -29,9 +29,9 @@ def fine_tune(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Train an aligned encoder on with a linear head, on a labelled dataset; predict and all else use the head.
+    """Tune an aligned encoder together with a linear head on a labelled dataset. Predict and others use the head.
 
-    The encoders below stay frozen. For the linear probe, where the aligned one stays too: train-head --head linear.
+    The encoders below the alignment stay frozen. For a linear probe, with a frozen alignment: train-head --head linear.
     """
     from cachefuse_cli.shared import render
 

@@ -9,11 +9,11 @@ from cachefuse_cli.shared.options import WORKSPACE, Json, StoreName, Workspace, 
 
 def inspect(
     dataset: StoreName = None,
-    bad: Annotated[bool, typer.Option("--bad", help="List the samples that can't be used, and why.")] = False,
+    bad: Annotated[bool, typer.Option("--bad", help="List the unusable samples with their reasons.")] = False,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Show what is in a store: arrays, sizes, progress, what made them, and what could not be used."""
+    """Show a store's contents: arrays, sizes, progress, encoders and unusable samples."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("nothing was written"):
@@ -21,10 +21,10 @@ def inspect(
             from cachefuse.store.inspect import inspect_store
             from cachefuse_cli.shared import store_tables
 
-            found = inspect_store(open_store(workspace, dataset))
+            inspection = inspect_store(open_store(workspace, dataset))
         if json:
-            render.print_json(store_tables.inspect_dict(found))
+            render.print_json(store_tables.inspect_dict(inspection))
         elif bad:
-            store_tables.bad_report(found)
+            store_tables.bad_report(inspection)
         else:
-            store_tables.inspect_report(found)
+            store_tables.inspect_report(inspection)

@@ -12,13 +12,17 @@ def pairs(
     dataset: StoreName = None,
     encoder: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="The text encoder to compare by.", show_default="the only one there is"),
+        typer.Option(metavar="SPEC", help="The text encoder to compare by.", show_default="the only one in the store"),
     ] = None,
-    threshold: Annotated[float, typer.Option(metavar="X", help="The least cosine of a pair.")] = 0.7,
+    threshold: Annotated[float, typer.Option(metavar="X", help="The minimum cosine of a pair.")] = 0.7,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="DIR", help="Its folder.", show_default="<workspace>/data/<dataset>-pairs"
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="The folder to write.",
+            show_default="<workspace>/data/<dataset>-pairs",
         ),
     ] = None,
     data_dir: DataDir = None,
@@ -27,9 +31,9 @@ def pairs(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Mine pairs of captions that mean the same, as a dataset of their own to align two text encoders on.
+    """Mine pairs of captions with the same meaning, as a new dataset to align two text encoders on.
 
-    All texts of a split are compared. Each sample is in one pair at most, the nearest pairs first.
+    All texts of a split are compared. Each sample is in at most one pair; the nearest pairs come first.
     """
     from cachefuse_cli.shared import render
 
@@ -46,8 +50,8 @@ def pairs(
             store = open_store(workspace, dataset)
             texts = select_features(store, [encoder] if encoder else ()).get("text", [])
             if len(texts) != 1:
-                found = ", ".join(features.encoder for features in texts) or "none"
-                raise ConfigError(f"name the text encoder to compare by with --encoder; {store.dataset} has: {found}")
+                names = ", ".join(features.encoder for features in texts) or "none"
+                raise ConfigError(f"pairs needs one text encoder; choose it with --encoder from: {names}")
             raw = reopen_dataset(store, dataset, workspace, data_dir)
         with RowsProgress("comparing texts") as progress:
             captions = [tuple(map(str, raw.sources("text", row))) for row in range(len(raw))]

@@ -32,7 +32,7 @@ def plan(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Say what the same extract would take, in bytes and in time by a few batches encoded now; nothing is written."""
+    """Estimate the bytes and the time of the same extract, from a few batches encoded now; nothing is written."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("nothing was written"):
@@ -43,7 +43,7 @@ def plan(
             from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared import store_tables
 
-            made = make_plan(
+            estimate = make_plan(
                 loaded,
                 [resolve_encoder(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
                 WorkspacePaths(workspace).store(loaded.name),
@@ -53,6 +53,6 @@ def plan(
                 dtype=dtype,
             )
     if json:
-        render.print_json(store_tables.plan_dict(made))
+        render.print_json(store_tables.plan_dict(estimate))
     else:
-        store_tables.plan_report(made)
+        store_tables.plan_report(estimate)

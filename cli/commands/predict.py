@@ -31,7 +31,8 @@ def predict(
         ),
     ] = None,
     sample_submission: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Check against the competition's sample; keep its order.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Check the rows against the competition's sample, and use its order."),
     ] = None,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="One new sample's image.")] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="One new sample's text.")] = None,
@@ -47,11 +48,13 @@ def predict(
     from cachefuse_cli.shared import render
 
     if input is not None and (image is not None or text is not None):
-        raise typer.BadParameter("take either --input, or --image and --text")
+        raise typer.BadParameter("--input does not go with --image or --text; give one or the other")
     if (image is not None or text is not None) and (output is not None or sample_submission is not None):
-        raise typer.BadParameter("--image and --text print their labels; --output and --sample-submission don't apply")
+        raise typer.BadParameter(
+            "--image and --text print labels and write no file; leave out --output and --sample-submission"
+        )
     if (input is not None or image is not None or text is not None) and split is not None:
-        raise typer.BadParameter("--split names rows of the store; it does not go with --input, --image or --text")
+        raise typer.BadParameter("--split is for rows of the store; leave it out with --input, --image or --text")
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading the run"):
             from cachefuse.runs.files import find_run

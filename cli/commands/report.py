@@ -18,7 +18,7 @@ REPORT = "report.html"
 def report(
     run: RunName = None,
     split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Labelled rows to report on.", show_default="those held out")
+        str | None, typer.Option(metavar="NAME", help="Labelled rows to report on.", show_default="the rows held out")
     ] = None,
     output: Annotated[
         Path | None,
@@ -32,7 +32,7 @@ def report(
 ) -> None:
     """Write a run's report: one HTML page with its figures, curves, confusions and worst errors.
 
-    Of an alignment: recall and ranks, curves, what some queries find; with its plots as PNG files beside it.
+    For an alignment: recall and ranks, curves, matches of some queries; its plots are also PNG files beside the page.
     """
     from cachefuse_cli.shared import render
 
@@ -80,7 +80,7 @@ def _alignment(
     from cachefuse_cli.shared import align_tables, render
 
     if split is not None:
-        raise ConfigError("an alignment's report has all of its splits; leave out --split")
+        raise ConfigError("the report of an alignment always has all splits; leave out --split")
     with render.status("loading the alignment"):
         from cachefuse.alignment.run import Alignment
         from cachefuse.report.alignment_page import write_alignment_report
@@ -95,7 +95,7 @@ def _alignment(
 
 
 def _raw_data(store: "FeatureStore", workspace: Path, data_dir: Path | None) -> "Dataset | None":
-    """Return the raw data, or None where it is not in its usual place; what --data-dir names must be there."""
+    """Return the raw data; None if it is not in its default place. Raises MissingDataError if --data-dir lacks it."""
     from cachefuse.errors import MissingDataError
     from cachefuse_cli.shared import render
     from cachefuse_cli.shared.options import reopen_dataset
@@ -105,5 +105,5 @@ def _raw_data(store: "FeatureStore", workspace: Path, data_dir: Path | None) -> 
     except MissingDataError:
         if data_dir is not None:
             raise
-        render.note("without the raw data there are no pictures and texts of examples; say where it is with --data-dir")
+        render.note("the page has no examples, because the raw data is missing; give its folder with --data-dir")
         return None

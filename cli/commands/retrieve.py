@@ -14,22 +14,24 @@ if TYPE_CHECKING:
 
 
 def retrieve(
-    text: Annotated[str | None, typer.Option(metavar="TEXT", help="What to look for, in words.")] = None,
-    image: Annotated[Path | None, typer.Option(metavar="FILE", help="Or by a picture.")] = None,
-    k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="How many to show.")] = 10,
+    text: Annotated[str | None, typer.Option(metavar="TEXT", help="The query as text.")] = None,
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="The query as an image.")] = None,
+    k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="Number of matches.")] = 10,
     among: Annotated[
         str | None,
-        typer.Option(metavar="MODALITY", help="Look among images or texts.", show_default="the other of the query's"),
+        typer.Option(
+            metavar="MODALITY", help="Search images or texts.", show_default="the modality that the query is not"
+        ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only in this split.", show_default="everywhere")
+        str | None, typer.Option(metavar="NAME", help="Search only this split.", show_default="all")
     ] = None,
-    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with the pictures.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write a page with the images.")] = None,
     run: AlignmentName = None,
     encoder: SpaceEncoder = None,
     dataset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Whose images and texts.", show_default="what the alignment was made on"),
+        typer.Option(metavar="NAME", help="The dataset to search.", show_default="the alignment's dataset"),
     ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
@@ -37,12 +39,12 @@ def retrieve(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Find what in a store is nearest to a text or a picture; every row is compared."""
+    """Find the images or texts in a store that are nearest to a text or an image; every row is compared."""
     from cachefuse.errors import ConfigError
     from cachefuse_cli.shared import render
 
     if (text is None) == (image is None):
-        raise ConfigError("give a --text or an --image to look for, one of them")
+        raise ConfigError("give a query, either --text or --image")
     with render.interruptible("run the same command again"):
         with render.status("loading the encoders"):
             from cachefuse.alignment.retrieve import matched_texts
@@ -51,8 +53,8 @@ def retrieve(
             from cachefuse_cli.shared.options import open_store
             from cachefuse_cli.shared.progress import RowsProgress
 
-            space, own = open_space(workspace, run, encoder, device)
-            store = open_store(workspace, dataset or own)
+            space, space_dataset = open_space(workspace, run, encoder, device)
+            store = open_store(workspace, dataset or space_dataset)
         with RowsProgress("aligning and comparing rows") as progress:
             found = run_retrieve(
                 space, store, text=text, image=image, k=k, modality=among, split=split, on_rows=progress.update
@@ -75,7 +77,7 @@ def retrieve(
 def _raw_data(
     store: "FeatureStore", name: str | None, workspace: Path, data_dir: Path | None, needed: bool
 ) -> "Dataset | None":
-    """Return the raw data, whose texts and pictures are shown; None where it is not there and not needed."""
+    """Return the raw data, to show its texts and images; None if it is missing and not needed."""
     from cachefuse.errors import MissingDataError
     from cachefuse_cli.shared.options import reopen_dataset
 

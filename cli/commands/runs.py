@@ -9,12 +9,12 @@ from cachefuse_cli.shared.options import WORKSPACE, Json, Workspace, dataset_nam
 
 def runs(
     dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Only its runs.", show_default="all datasets")
+        str | None, typer.Option(metavar="NAME", help="Only runs of this dataset.", show_default="all datasets")
     ] = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """List the runs with their metrics, the latest first: heads, then alignments."""
+    """List the runs with their metrics: heads, then alignments, the latest first."""
     from cachefuse_cli.shared import render
 
     with render.status("reading the runs"):

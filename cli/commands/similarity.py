@@ -13,7 +13,7 @@ def similarity(
     dataset: StoreName = None,
     encoder: UsedEncoders = None,
     run: Annotated[
-        str | None, typer.Option(metavar="NAME", help="An alignment, beside what it is made of.", show_default="none")
+        str | None, typer.Option(metavar="NAME", help="Also measure an alignment.", show_default="none")
     ] = None,
     split: Annotated[str | None, typer.Option(metavar="NAME", help="Pairs to measure.", show_default="all")] = None,
     plot: Annotated[
@@ -24,7 +24,7 @@ def similarity(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Measure text encoders on pairs of sentences: correlations with people's scores, or paraphrases told apart."""
+    """Measure text encoders on pairs of sentences: correlation with people's scores, or detection of paraphrases."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("run the same command again"):

@@ -42,21 +42,22 @@ def sweep(
         _option(
             "--grid",
             metavar="NAME=A,B",
-            help='Values of an option: dropout=0,0.5, or of lists "layers=512 2048,512"; repeatable.',
+            help='Values of an option: dropout=0,0.5, or "layers=512 2048,512" for lists; repeatable.',
         ),
     ] = None,
     settings: Annotated[
-        Path | None, _option("--settings", metavar="FILE", help=r"Or a TOML file: a \[\[setting]] of options for each.")
+        Path | None,
+        _option("--settings", metavar="FILE", help=r"Or a TOML file with a \[\[setting]] of options for each setting."),
     ] = None,
     preset: Annotated[
         str | None, _option("--preset", metavar="NAME", help=f"Or a published experiment: {PRESET_NAMES}.")
     ] = None,
     seeds: Annotated[
-        int, _option("--seeds", metavar="S", help="Trials of each, with seeds from --seed on.", min=1, max=1000)
+        int, _option("--seeds", metavar="S", help="Trials per setting, with seeds from --seed on.", min=1, max=1000)
     ] = 3,
     name: Annotated[
         str | None,
-        _option("--name", metavar="NAME", help="Its folder, in <workspace>/sweeps.", show_default="by what is tried"),
+        _option("--name", metavar="NAME", help="The folder, in <workspace>/sweeps.", show_default="from the settings"),
     ] = None,
     dataset: StoreName = None,
     encoder: UsedEncoders = None,
@@ -65,14 +66,14 @@ def sweep(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Try many settings over one cache, each with several seeds; a trial that has ended is never run again.
+    """Try many settings over one cache, each with several seeds; a finished trial is never run again.
 
-    All other options hold for every trial. Linear heads train together, many times faster. No run is
+    All other options apply to every trial. Linear heads train together, many times faster. No run is
     kept: train the best by train-head.
     """
     from cachefuse_cli.shared import render
 
-    with render.interruptible("what has ended is kept; run the same command again to go on"):
+    with render.interruptible("finished trials are kept; run the same command again to resume"):
         with render.status("loading features"):
             from cachefuse.experiments import presets
             from cachefuse.experiments.files import write_results
@@ -108,21 +109,22 @@ def sweep(
 def _tried(
     grid: Sequence[str] | None, settings: Path | None, preset: str | None, given: Collection[str]
 ) -> list[JsonObject]:
-    """Return the settings to try; none for a preset, which knows its own."""
+    """Return the settings to try; an empty list for a preset."""
     from cachefuse.experiments.presets import GREEDY, PRESETS
     from cachefuse.experiments.settings import grid as combine
     from cachefuse.experiments.settings import parse_setting
     from cachefuse.experiments.token_presets import TOKEN_PRESETS
 
     if [grid, settings, preset].count(None) != 2:
-        raise ConfigError("a sweep needs one of --grid, --settings and --preset")
+        raise ConfigError("a sweep needs exactly one of --grid, --settings and --preset")
     if preset is not None:
         lookup({**PRESETS, **TOKEN_PRESETS, GREEDY: None}, preset, "preset")
         return []
-    tried = [parse_setting(own) for own in (_read_settings(settings) if settings else combine(_parse_grid(grid or ())))]
+    values = _read_settings(settings) if settings else combine(_parse_grid(grid or ()))
+    tried = [parse_setting(setting) for setting in values]
     for name in given:
-        if tried and all(name in own for own in tried):
-            raise ConfigError(f"{name} is among the settings to try; leave out --{name.replace('_', '-')}")
+        if tried and all(name in setting for setting in tried):
+            raise ConfigError(f"every setting has a value of {name}; leave out --{name.replace('_', '-')}")
     return tried
 
 
@@ -133,10 +135,10 @@ def _parse_grid(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
     for text in given:
         name, equals, choices = text.partition("=")
         if not equals:
-            raise ConfigError(f"a grid is given as dropout=0,0.5. Got {text!r} instead")
+            raise ConfigError(f"a grid must be given as dropout=0,0.5. Got {text!r} instead")
         field = name.strip().replace("-", "_")
         if field in values:
-            raise ConfigError(f"the grid has {name} twice; give all its values at once")
+            raise ConfigError(f"the grid has {name} twice; give all its values in one --grid")
         values[field] = grid_values(field, choices)
     return values
 
@@ -146,11 +148,11 @@ def _read_settings(path: Path) -> list[JsonObject]:
 
     try:
         values = tomllib.loads(path.read_text("utf-8"))
-    except ValueError as error:  # of TOML, or of UTF-8
+    except ValueError as error:  # from TOML or UTF-8
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
     tables = values.pop("setting", None)
     if values or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise ConfigError(f"{path}: must hold a [[setting]] for each, and nothing else")
+        raise ConfigError(f"{path}: must have one [[setting]] table for each setting, and nothing else")
     return [{name.replace("-", "_"): value for name, value in table.items()} for table in tables]
 
 

@@ -19,19 +19,19 @@ def train_head(
     context: typer.Context,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A paper's settings, which other options change: cma-paper, lit-paper."),
+        typer.Option(metavar="NAME", help="A paper's settings: cma-paper, lit-paper; other options change them."),
     ] = None,
     dataset: StoreName = None,
     encoder: UsedEncoders = None,
     max_size_mb: Annotated[
-        float | None, typer.Option(metavar="MB", help="Refuse a model above a competition's limit.")
+        float | None, typer.Option(metavar="MB", help="Refuse a model above this size, such as a competition's limit.")
     ] = None,
     device: Device = "auto",
     threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Stage 2: train a light head over cached features and measure it, in a minute or so."""
+    """Stage 2: train a light head over cached features and measure it, in about a minute."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("nothing was written; run the same command again"):

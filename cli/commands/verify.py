@@ -26,10 +26,10 @@ def verify(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Read all of a store against its checksums; damaged blocks are named, and the exit code is 1."""
+    """Check all of a store against its checksums. Damaged blocks are listed, and the exit code is then 1."""
     from cachefuse_cli.shared import render
 
-    with render.interruptible("what was computed is kept"):
+    with render.interruptible("repaired blocks are kept; run the same command again"):
         with render.status("reading the store"):
             from cachefuse.extraction.verify import repair as run_repair
             from cachefuse.extraction.verify import verify as run_verify
@@ -38,18 +38,18 @@ def verify(
 
             store = open_store(workspace, dataset)
         with VerifyProgress() as progress:
-            found = run_verify(store, on_progress=progress.update)
-        if repair and found.damage:
-            store_tables.damage_report(found)
+            verification = run_verify(store, on_progress=progress.update)
+        if repair and verification.damage:
+            store_tables.damage_report(verification)
             with render.status("reading the dataset"):
                 samples = reopen_dataset(store, dataset, workspace, data_dir)
             with ExtractBar() as computed:
-                run_repair(store, found, samples, device=device, on_progress=computed.update)
+                run_repair(store, verification, samples, device=device, on_progress=computed.update)
             with VerifyProgress() as progress:
-                found = run_verify(open_store(workspace, dataset), on_progress=progress.update)
+                verification = run_verify(open_store(workspace, dataset), on_progress=progress.update)
     if json:
-        render.print_json(store_tables.verify_dict(found))
+        render.print_json(store_tables.verify_dict(verification))
     else:
-        store_tables.verify_report(found)
-    if found.damage:
+        store_tables.verify_report(verification)
+    if verification.damage:
         raise typer.Exit(1)

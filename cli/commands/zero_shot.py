@@ -12,7 +12,11 @@ def zero_shot(
     dataset: StoreName = None,
     classes: Annotated[
         str | None,
-        typer.Option(metavar="LIST", help="Names in place of the dataset's, in their order.", show_default="its own"),
+        typer.Option(
+            metavar="LIST",
+            help="Class names instead of the dataset's, in the same order.",
+            show_default="the dataset's",
+        ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
@@ -30,7 +34,7 @@ def zero_shot(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Classify a dataset's images by the names of its classes alone; no head is trained."""
+    """Classify a dataset's images by only the names of its classes; no head is trained."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("run the same command again"):

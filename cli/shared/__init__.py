@@ -1,1 +1,1 @@
-"""What several commands need: options, tables, progress, messages."""
+"""Code of several commands: options, tables, progress, messages."""

@@ -1,4 +1,4 @@
-"""The settings of an alignment as options: one for each field of AlignConfig; and the space that queries are put to."""
+"""Options of an alignment, one per field of AlignConfig, and opening the space for queries."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,12 +21,12 @@ AlignmentName = Annotated[
 ]
 SpaceEncoder = Annotated[
     str | None,
-    typer.Option("--encoder", metavar="SPEC", help="Or an encoder of images and texts, such as CLIP's."),
+    typer.Option("--encoder", metavar="SPEC", help="Or an encoder of images and texts, such as CLIP."),
 ]
 
 
 def open_alignment(workspace: Path, name: str | None) -> "Alignment":
-    """Open an alignment by its name or folder, by default the one made last."""
+    """Open an alignment by its name or folder, by default the latest."""
     from cachefuse.alignment.run import Alignment
     from cachefuse.runs.files import ALIGNMENT, find_run
     from cachefuse.workspace import WorkspacePaths
@@ -35,7 +35,7 @@ def open_alignment(workspace: Path, name: str | None) -> "Alignment":
 
 
 def open_space(workspace: Path, run: str | None, encoder: str | None, device: str) -> "tuple[Space, str | None]":
-    """Open the space of an alignment or of an encoder, and return it with the dataset that it was made on."""
+    """Return the space of an alignment or of an encoder, with the alignment's dataset (None for an encoder)."""
     from cachefuse.alignment.space import AlignedSpace, EncoderSpace
     from cachefuse.errors import ConfigError
 
@@ -43,5 +43,5 @@ def open_space(workspace: Path, run: str | None, encoder: str | None, device: st
         alignment = open_alignment(workspace, run)
         return AlignedSpace(alignment, device), alignment.dataset
     if run is not None:
-        raise ConfigError("give a --run or an --encoder, not both")
+        raise ConfigError("give either --run or --encoder, not both")
     return EncoderSpace(encoder, device), None

@@ -1,4 +1,4 @@
-"""What people see of a bench: the machine, and a line for each figure."""
+"""Tables of a bench: a line per figure, and the machine."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,7 +21,7 @@ def bench_dict(machine: JsonObject, rows: "Sequence[BenchRow]") -> JsonObject:
 
 
 def bench_report(machine: JsonObject, rows: "Sequence[BenchRow]") -> None:
-    """Ours beside the baseline, their ratio and the goal; what else there is to know comes below."""
+    """Print ours, the baseline, their ratio and the goal; notes come below."""
     console = out()
     table = new_table("what / baseline", "ours", "baseline", "ratio", "goal", "", numbers=5)
     for row in rows:
@@ -42,5 +42,5 @@ def _amount(row: "BenchRow", value: float | None) -> str:
 
 
 def _figure(value: float) -> str:
-    """Three digits that count."""
+    """Return a number with about three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"

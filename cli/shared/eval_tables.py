@@ -1,4 +1,4 @@
-"""What people see of runs that are done: an evaluation, all of them in a list, an ensemble beside its sources."""
+"""Tables of finished runs: an evaluation, a list of runs, an ensemble beside its runs."""
 
 import math
 from collections.abc import Sequence
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
     from cachefuse.runs.run import Run
 
 
-IN_NAME = ("fusion", "head", "loss")  # of a run
+IN_NAME = ("fusion", "head", "loss")  # a run's name has these settings
 PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1", "ap": "AP", "recall_at_p90": "R@P90"}
 
 
 def evaluation_dict(everything: "Evaluation", ablated: "Evaluation | None") -> JsonObject:
-    """The evaluation asked for; one without some modalities has that with everything beside it."""
+    """Return the evaluation; one without some modalities also has the evaluation with all of them."""
     if ablated is None:
         return everything.as_dict()
     return {**ablated.as_dict(), "everything": everything.as_dict(), "difference": _differences(everything, ablated)}
 
 
 def evaluation_report(everything: "Evaluation", ablated: "Evaluation | None") -> None:
-    """Metrics with their intervals, figures a class, the gates' weights; or what is lost without some modalities.
+    """Print metrics with intervals, figures per class and gate weights, or the loss without some modalities.
 
-    All of it for each of several tasks.
+    With several tasks, print all of it for each task.
     """
     console = out()
     console.print(Text(f"{everything.dataset}, {everything.split}: {everything.n_rows:,} rows", style="dim"))
@@ -46,9 +46,9 @@ def evaluation_report(everything: "Evaluation", ablated: "Evaluation | None") ->
     mean = _ablation(everything, ablated, [MEAN]) if ablated else _metrics(everything, [MEAN])
     console.print(mean)
     for task in everything.tasks:
-        own = everything.of_task(task)
-        console.print(f"\n[bold]{escape(task.name)}[/] [dim]({own.n_rows:,} rows have its label)[/]")
-        _report(console, own, None if ablated is None else ablated.of_task(task))
+        of_task = everything.of_task(task)
+        console.print(f"\n[bold]{escape(task.name)}[/] [dim]({of_task.n_rows:,} rows have its label)[/]")
+        _report(console, of_task, None if ablated is None else ablated.of_task(task))
 
 
 def _report(console: Console, everything: "Evaluation", ablated: "Evaluation | None") -> None:
@@ -63,28 +63,28 @@ def _report(console: Console, everything: "Evaluation", ablated: "Evaluation | N
         console.print(_gates(everything, order))
 
 
-def _order(found: "Evaluation") -> tuple[list[int], str]:
-    """Which classes to show, and what to call them."""
-    order = list(range(len(found.classes)))
+def _order(evaluation: "Evaluation") -> tuple[list[int], str]:
+    """Return the classes to show, and the table's title."""
+    order = list(range(len(evaluation.classes)))
     if len(order) <= MAX_CLASSES:
         return order, "classes"
-    order = sorted(order, key=lambda c: (found.per_class["f1"][c], c))[:MAX_CLASSES]
-    return order, f"classes, the {MAX_CLASSES} lowest F1 of {len(found.classes)}"
+    order = sorted(order, key=lambda c: (evaluation.per_class["f1"][c], c))[:MAX_CLASSES]
+    return order, f"classes, the {MAX_CLASSES} lowest F1 of {len(evaluation.classes)}"
 
 
-def _metrics(found: "Evaluation", names: Sequence[str]) -> Table:
-    columns = ["value", *(["95% interval"] if found.intervals else [])]
+def _metrics(evaluation: "Evaluation", names: Sequence[str]) -> Table:
+    columns = ["value", *(["95% interval"] if evaluation.intervals else [])]
     table = new_table("metric", *columns, numbers=len(columns))
     for name in names:
-        table.add_row(metric_title(name), *_value(found, name))
+        table.add_row(metric_title(name), *_value(evaluation, name))
     return table
 
 
-def _per_class(found: "Evaluation", order: Sequence[int], which: str) -> Table:
+def _per_class(evaluation: "Evaluation", order: Sequence[int], which: str) -> Table:
     table = new_table("class", "rows", *PER_CLASS.values(), numbers=1 + len(PER_CLASS), title=which)
     for c in order:
-        values = (_figure(found.per_class[name][c]) for name in PER_CLASS)
-        table.add_row(escape(found.classes[c]), _support(found, c), *values)
+        values = (_figure(evaluation.per_class[name][c]) for name in PER_CLASS)
+        table.add_row(escape(evaluation.classes[c]), _support(evaluation, c), *values)
     return table
 
 
@@ -93,7 +93,7 @@ def _ablation(everything: "Evaluation", ablated: "Evaluation", names: Sequence[s
     table = new_table("metric", *columns, numbers=3)
     lost = _differences(everything, ablated)
     for name in names:
-        values = (" ".join(_value(found, name)) for found in (everything, ablated))
+        values = (" ".join(_value(evaluation, name)) for evaluation in (everything, ablated))
         table.add_row(metric_title(name), *values, _signed(lost[name]))
     return table
 
@@ -101,28 +101,32 @@ def _ablation(everything: "Evaluation", ablated: "Evaluation", names: Sequence[s
 def _ablation_per_class(everything: "Evaluation", ablated: "Evaluation", order: Sequence[int], which: str) -> Table:
     table = new_table("class", "rows", "F1", "without", "AP", "without", numbers=5, title=which)
     for c in order:
-        values = (_figure(found.per_class[name][c]) for name in ("f1", "ap") for found in (everything, ablated))
+        values = (
+            _figure(evaluation.per_class[name][c]) for name in ("f1", "ap") for evaluation in (everything, ablated)
+        )
         table.add_row(escape(everything.classes[c]), _support(everything, c), *values)
     return table
 
 
-def _gates(found: "Evaluation", order: Sequence[int]) -> Table:
-    table = new_table("class", *map(escape, found.gates), numbers=len(found.gates), title="mean gate weights")
-    table.add_row("[bold]all rows[/]", *map(_figure, found.gates.values()))
+def _gates(evaluation: "Evaluation", order: Sequence[int]) -> Table:
+    table = new_table("class", *map(escape, evaluation.gates), numbers=len(evaluation.gates), title="mean gate weights")
+    table.add_row("[bold]all rows[/]", *map(_figure, evaluation.gates.values()))
     for c in order:
-        table.add_row(escape(found.classes[c]), *(_figure(values[c]) for values in found.gates_per_class.values()))
+        table.add_row(
+            escape(evaluation.classes[c]), *(_figure(values[c]) for values in evaluation.gates_per_class.values())
+        )
     return table
 
 
-def runs_dict(found: "Sequence[RunSummary]") -> list[JsonObject]:
-    return [{**asdict(run), "path": str(run.path)} for run in found]
+def runs_dict(summaries: "Sequence[RunSummary]") -> list[JsonObject]:
+    return [{**asdict(run), "path": str(run.path)} for run in summaries]
 
 
-def runs_report(found: "Sequence[RunSummary]") -> None:
-    """A table for each dataset, whose metrics are its own."""
+def runs_report(summaries: "Sequence[RunSummary]") -> None:
+    """Print a table per dataset, because their metrics differ."""
     console = out()
-    for dataset in dict.fromkeys(run.dataset for run in found):
-        runs = [run for run in found if run.dataset == dataset]
+    for dataset in dict.fromkeys(run.dataset for run in summaries):
+        runs = [run for run in summaries if run.dataset == dataset]
         names = list(dict.fromkeys(name for run in runs for name in headline(run.metrics)))
         titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
         title = f"{escape(dataset)}: {len(runs):,} run{'s' * (len(runs) > 1)}, measured on rows held out"
@@ -142,14 +146,14 @@ def runs_report(found: "Sequence[RunSummary]") -> None:
 
 
 def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
-    """The runs and their ensemble on the rows held out; the best of each column stands out where those are the same."""
+    """Print the runs and their ensemble on the rows held out; if these are the same, the best values are marked."""
     console = out()
     names = headline(joined.manifest.reported_metrics)
-    everyone = [*runs, joined]
-    metrics = [{} if run.held_out is None else run.metrics.get(run.held_out.split, {}) for run in everyone]
+    all_runs = [*runs, joined]
+    metrics = [{} if run.held_out is None else run.metrics.get(run.held_out.split, {}) for run in all_runs]
     best = {name: _best(name, metrics) for name in names} if joined.held_out is not None else {}
     table = new_table("run", "held out", *map(metric_title, names), numbers=len(names) + 1)
-    for run, reached in zip(everyone, metrics, strict=True):
+    for run, reached in zip(all_runs, metrics, strict=True):
         held_out = "-" if run.held_out is None else f"{len(run.held_out.rows):,} {run.held_out.split}"
         figures = {name: _figure(reached.get(name)) for name in names}
         cells = (
@@ -158,9 +162,7 @@ def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
         )
         table.add_row(escape(run.name), held_out, *cells)
     console.print(table)
-    console.print(
-        f"{len(joined.members)} models of together {joined.n_parameters:,} parameters, {joined.size_mb:.2f} MB"
-    )
+    console.print(f"{len(joined.members)} models, {joined.n_parameters:,} parameters in total, {joined.size_mb:.2f} MB")
     console.print(Text.assemble(("run   ", "dim"), str(joined.path)), soft_wrap=True)
     console.print(Text.assemble(("next  ", "dim"), "cachefuse predict"), soft_wrap=True)
 
@@ -174,12 +176,12 @@ def _differences(everything: "Evaluation", ablated: "Evaluation") -> dict[str, f
     return {name: ablated.metrics[name] - value for name, value in everything.metrics.items()}
 
 
-def _value(found: "Evaluation", name: str) -> list[str]:
-    """A metric, and its interval if there is one."""
-    value = _figure(found.metrics[name])
-    if not found.intervals:
+def _value(evaluation: "Evaluation", name: str) -> list[str]:
+    """Return the cells of a metric and of its interval, if there is one."""
+    value = _figure(evaluation.metrics[name])
+    if not evaluation.intervals:
         return [value]
-    low, high = found.intervals[name]
+    low, high = evaluation.intervals[name]
     return [value, f"[dim]{_figure(low)} - {_figure(high)}[/]"]
 
 
@@ -187,8 +189,8 @@ def _without(ablated: "Evaluation") -> str:
     return f"without {', '.join(ablated.without)}"
 
 
-def _support(found: "Evaluation", c: int) -> str:
-    return f"{found.per_class['support'][c]:,.0f}"
+def _support(evaluation: "Evaluation", c: int) -> str:
+    return f"{evaluation.per_class['support'][c]:,.0f}"
 
 
 def _figure(value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Options that several commands share, under the same words."""
+"""Options of several commands."""
 
 import logging
 from pathlib import Path
@@ -17,23 +17,29 @@ logger = logging.getLogger("cachefuse.cli")
 
 Workspace = Annotated[
     Path,
-    typer.Option("--workspace", envvar="CACHEFUSE_WORKSPACE", metavar="DIR", help="Where stores and runs are kept."),
+    typer.Option("--workspace", envvar="CACHEFUSE_WORKSPACE", metavar="DIR", help="The folder of stores and runs."),
 ]
 WORKSPACE = Path("workspace")
 DataDir = Annotated[
     Path | None,
-    typer.Option("--data-dir", metavar="DIR", help="The raw data.", show_default="<workspace>/data/<dataset>"),
+    typer.Option(
+        "--data-dir", metavar="DIR", help="The folder of the raw data.", show_default="<workspace>/data/<dataset>"
+    ),
 ]
 DatasetName = Annotated[
-    str, typer.Option("--dataset", metavar="NAME", help="A built-in dataset, or a manifest: ./mine.toml.")
+    str, typer.Option("--dataset", metavar="NAME", help="A built-in dataset, or a manifest such as ./mine.toml.")
 ]
 StoreName = Annotated[
     str | None,
-    typer.Option("--dataset", metavar="NAME", help="Whose features.", show_default="the one extracted last"),
+    typer.Option(
+        "--dataset", metavar="NAME", help="The dataset of the features.", show_default="the one extracted last"
+    ),
 ]
 UsedEncoders = Annotated[
     list[str] | None,
-    typer.Option("--encoder", metavar="SPEC", help="Which features; repeatable.", show_default="all in the store"),
+    typer.Option(
+        "--encoder", metavar="SPEC", help="The encoder of the features; repeatable.", show_default="all in the store"
+    ),
 ]
 Views = Annotated[
     str,
@@ -44,17 +50,17 @@ Views = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", metavar="N", help="Samples at a time.", show_default="32, on CUDA 256")
+    int | None, typer.Option("--batch-size", metavar="N", help="Samples per batch.", show_default="32, on CUDA 256")
 ]
 Dtype = Annotated[
     str, typer.Option("--dtype", metavar="NAME", help="float16, float32, or int8 for tokens; ids are int32.")
 ]
 Limit = Annotated[
-    int | None, typer.Option("--limit", metavar="N", min=1, help="Only N samples, in a store of their own.")
+    int | None, typer.Option("--limit", metavar="N", min=1, help="Use only N samples, in a separate store.")
 ]
 Encoders = Annotated[
     list[str] | None,
-    typer.Option("--encoder", metavar="SPEC", help=r"family:model\[@weights]; may be given several times."),
+    typer.Option("--encoder", metavar="SPEC", help=r"family:model\[@weights]; repeatable."),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
 Threads = Annotated[
@@ -66,10 +72,10 @@ Threads = Annotated[
         min=1,
         max=512,
         callback=lambda n: _set_threads(n),
-        help="CPU threads to compute with.",
+        help="Number of CPU threads.",
         show_default="as many as there are idle cores",
     ),
-]  # holds for the process: a command need not hand it on
+]  # set for the whole process: commands need not pass it on
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", help="Same seed, machine, libraries and threads: same result.")
@@ -86,19 +92,19 @@ def _set_threads(n: int | None) -> None:
 
 
 def split_list(text: str) -> tuple[str, ...]:
-    """Return the parts of an option that lists names with commas."""
-    return tuple(part.strip() for part in text.split(","))
+    """Return the names of an option with commas between them."""
+    return tuple(name.strip() for name in text.split(","))
 
 
 def resolve_encoder(spec: str, workspace: Path) -> str:
-    """Return a spec with ``aligned:NAME`` as the run of that name in the workspace."""
+    """Return an encoder spec, with ``aligned:NAME`` replaced by the path of that run in the workspace."""
     family, _, name = spec.partition(":")
     run = workspace / "runs" / name.partition("@")[0]
     return f"{family}:{workspace / 'runs' / name}" if family == "aligned" and (run / "run.json").is_file() else spec
 
 
 def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
-    """Open a dataset's store, by default the one that extract last worked on."""
+    """Open a dataset's store, by default the one extracted last."""
     from cachefuse.errors import CacheError
     from cachefuse.store.store import FeatureStore
     from cachefuse.workspace import WorkspacePaths
@@ -125,7 +131,7 @@ def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
 
 
 def open_dataset(name: str, workspace: Path, data_dir: Path | None, limit: int | None = None) -> "Dataset":
-    """Read a dataset by its name or its manifest's file, and say which it is."""
+    """Read a dataset by its name or its manifest's file, and print its name."""
     from cachefuse_cli.shared import render
 
     with render.status("reading the dataset"):
@@ -142,7 +148,7 @@ def open_dataset(name: str, workspace: Path, data_dir: Path | None, limit: int |
 
 
 def reopen_dataset(store: "FeatureStore", name: str | None, workspace: Path, data_dir: Path | None) -> "Dataset":
-    """Read the dataset that a store was made from; a manifest's file says where its raw data is."""
+    """Read the dataset of a store; the raw data may be beside a manifest's file."""
     from cachefuse.data.dataset import load_dataset
     from cachefuse.data.manifest import load_manifest
     from cachefuse.workspace import WorkspacePaths
@@ -154,7 +160,7 @@ def reopen_dataset(store: "FeatureStore", name: str | None, workspace: Path, dat
 
 
 def dataset_name(dataset: str) -> str:
-    """Return the name of a dataset that is given by name or by its manifest's file."""
+    """Return the name of a dataset, given by its name or its manifest's file."""
     if not dataset.endswith(".toml"):
         return dataset
     from cachefuse.data.manifest import load_manifest
@@ -163,7 +169,7 @@ def dataset_name(dataset: str) -> str:
 
 
 def data_root(paths: "WorkspacePaths", manifest: "Manifest", folder: Path | None, data_dir: Path | None) -> Path:
-    """Return where the raw data is: --data-dir, else beside a manifest file if it is there, else the workspace."""
+    """Return the folder of the raw data: --data-dir, else beside a manifest file if it is there, else the workspace."""
     if data_dir is not None:
         return data_dir
     if folder is not None and not manifest.open_reader().missing(folder):

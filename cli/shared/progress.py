@@ -1,4 +1,4 @@
-"""What moves while long work goes on: bars of rows and of epochs, on stderr and only on a terminal."""
+"""Progress bars of rows and of epochs, on stderr and only on a terminal."""
 
 from typing import TYPE_CHECKING, Self
 
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 
 class _Rows(ProgressColumn):
-    """Rows done of all; nothing where their number is not known yet."""
+    """Rows done and in total; empty until the total is known."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}")
 
 
 class _Slowest(ProgressColumn):
-    """The stage that holds the others up."""
+    """The slowest stage, for which the others wait."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("slowest", ""), style="dim")
 
 
 class _Rate(ProgressColumn):
-    """Samples a second, over the rows computed in this call."""
+    """Samples per second, over the rows computed in this call."""
 
     def render(self, task: Task) -> Text:
         begun = task.fields.get("begun", 0)
@@ -54,7 +54,7 @@ def _progress(*columns: ProgressColumn) -> Progress:
 
 
 class _RowBars:
-    """A bar for each kind of rows: rows, samples a second, remaining time."""
+    """A bar per name: rows, samples per second, remaining time."""
 
     def __init__(self) -> None:
         self._progress = _progress(
@@ -81,7 +81,7 @@ class _RowBars:
 
 
 class ExtractBar(_RowBars):
-    """A bar for each encoder and modality, once the encoders are open."""
+    """A bar per encoder and modality, after the encoders are open."""
 
     def __enter__(self) -> Self:
         self._opening = self._progress.add_task("opening the encoders", total=None)
@@ -93,7 +93,7 @@ class ExtractBar(_RowBars):
             self._show("hashing content", state.done, state.total)
             return
         if state.begun and state.done == state.begun:
-            note(f"{state.encoder} {state.modality}: {state.begun:,} rows are there already; going on with the rest")
+            note(f"{state.encoder} {state.modality}: {state.begun:,} rows are already there; computing the rest")
         name = f"{_shorten(state.encoder, 20)} {state.modality}"
         self._show(name, state.done, state.total, state.begun, state.bottleneck)
 
@@ -106,7 +106,7 @@ class VerifyProgress(_RowBars):
 
 
 class RowsProgress(_RowBars):
-    """A bar of rows under one name; nothing is shown of what takes no time."""
+    """A bar of rows with one name."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -117,14 +117,14 @@ class RowsProgress(_RowBars):
 
 
 class EncodeProgress(_RowBars):
-    """A bar for each modality of new samples at prediction, which have no store."""
+    """A bar per modality for new samples of a prediction."""
 
     def update(self, modality: str, done: int, total: int) -> None:
         self._show(f"encoding {modality}", done, total)
 
 
 class TrainProgress:
-    """One bar over the epochs of all models, with the loss and the validation score."""
+    """A bar over the epochs of all models, with the loss and the validation score."""
 
     def __init__(self, metric: str) -> None:
         self._metric = metric_title(metric)
@@ -158,7 +158,7 @@ class TrainProgress:
 
 
 class BenchProgress:
-    """One bar of measurements, with the name of the one under way."""
+    """A bar of measurements, with the name of the current one."""
 
     def __init__(self) -> None:
         count = TextColumn("{task.completed:.0f}/{task.total:.0f}")

@@ -1,4 +1,4 @@
-"""Everything that people see: tables to stdout; messages to stderr. With progress.py, all of Rich."""
+"""Output for people: tables to stdout, messages to stderr."""
 
 import errno
 import logging
@@ -32,13 +32,13 @@ PIPED_WIDTH = 200
 
 
 def out() -> Console:
-    """Results. Wide where they are piped to a file or a program, since no terminal cuts them there."""
+    """Return the console for results; it is wide for files and pipes, where no terminal wraps lines."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(highlight=False, width=PIPED_WIDTH if piped else None)
 
 
 def err() -> Console:
-    """Progress and messages."""
+    """Return the console for progress and messages."""
     return Console(stderr=True, highlight=False)
 
 
@@ -48,12 +48,12 @@ class _NoteHandler(logging.Handler):
 
 
 def error(data: BaseException) -> None:
-    """Print an error: its first line in red, further lines (how to go on) plain."""
+    """Print an error: the first line in red, other lines (what to do) plain."""
     message = str(data) or type(data).__name__
     if isinstance(data, OSError) and data.strerror and data.filename:
         message = f"{data.filename}: {data.strerror}"
     if isinstance(data, OSError) and data.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = "the disk is full; free some room and run the same command again: what was finished is kept"
+        message = "the disk is full; free some space and run the same command again: finished work is kept"
     if out_of_memory(data):
         message = "out of memory; try a smaller --batch-size, --layers or --limit"
     first, _, rest = message.partition("\n")
@@ -64,13 +64,13 @@ def error(data: BaseException) -> None:
 
 
 def out_of_memory(data: BaseException) -> bool:
-    """Whether memory ran out: Python's, or torch's on CUDA or on the CPU."""
+    """Whether an error means that memory ran out, in Python, or in torch on CUDA or the CPU."""
     torch_cpu = isinstance(data, RuntimeError) and "allocate memory" in str(data)
     return isinstance(data, MemoryError) or type(data).__name__ == "OutOfMemoryError" or torch_cpu
 
 
 def _print_message(console: Console, text: Text) -> None:
-    """Print on one line where programs read it, and broken between words where people do."""
+    """Print text, wrapped between words on a terminal, else on one line for programs."""
     console.print(text, soft_wrap=not console.is_terminal)
 
 
@@ -88,7 +88,7 @@ def print_json(value: object) -> None:
 
 @contextmanager
 def status(message: str) -> Iterator[None]:
-    """Show a spinner while something without a known length goes on; log messages appear as notes."""
+    """Show a spinner during work of unknown length; log messages appear as notes."""
     logger = logging.getLogger("cachefuse")
     if not logger.handlers:
         logger.addHandler(_NoteHandler())
@@ -103,7 +103,7 @@ def status(message: str) -> Iterator[None]:
 
 @contextmanager
 def interruptible(how_to_go_on: str) -> Iterator[None]:
-    """Turn Ctrl-C into exit code 130 and a line that says how to go on."""
+    """Turn Ctrl-C into exit code 130 and a note that says what to do."""
     try:
         yield
     except KeyboardInterrupt:
@@ -111,13 +111,13 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
 
 
 def interrupted(how_to_go_on: str) -> typer.Exit:
-    """Say how to go on after Ctrl-C, and return the exit that ends the command."""
+    """Print what to do after Ctrl-C, and return the exception that ends the command."""
     note(f"interrupted; {how_to_go_on}")
     return typer.Exit(130)
 
 
 def dataset_line(dataset: "Dataset") -> None:
-    """Say which dataset was read."""
+    """Print the dataset in use."""
     err().print(
         Text.assemble(
             ("dataset ", "dim"), (dataset.name, "bold"),
@@ -128,14 +128,14 @@ def dataset_line(dataset: "Dataset") -> None:
 
 
 def split_counts(splits: Sequence[str]) -> str:
-    """Return "train 2,425, val 632, test 620"."""
+    """Return the rows per split, such as "train 2,425, val 632, test 620"."""
     from cachefuse.data.splits import ordered_splits
 
     return ", ".join(f"{name} {splits.count(name):,}" for name in ordered_splits(splits))
 
 
 def run_line(run: "Run") -> None:
-    """Say which run was taken."""
+    """Print the run in use."""
     used = ", ".join(f"{encoder} ({modality})" for encoder, modality in run.encoders)
     kind = f"ensemble of {', '.join(run.sources)}; reads" if run.sources else f"{run.config.fusion} of"
     err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {kind} {used}"), soft_wrap=True)
@@ -160,22 +160,22 @@ NEXT = {
 
 
 def extract_report(report: "ExtractReport", task: str) -> None:
-    """What is in the store now, what was computed, which samples are bad, and what to do next."""
+    """Print the rows in the store and computed now, the bad samples, and the next step."""
     console = out()
     table = new_table("encoder", "modality", "rows", "computed now", numbers=2)
     for (encoder, modality), rows in report.rows.items():
         computed = report.computed[(encoder, modality)]
-        table.add_row(escape(encoder), modality, f"{rows:,}", f"{computed:,}" if computed else "0, all there")
+        table.add_row(escape(encoder), modality, f"{rows:,}", f"{computed:,}" if computed else "0 (all were there)")
     console.print(table)
     if not any(report.computed.values()):
-        console.print("Nothing to compute: every feature was there already.")
+        console.print("Nothing to compute: all features were already there.")
     if report.bad:
-        console.print(f"{len(report.bad):,} samples can't be used as they are (kept, and marked absent):")
+        console.print(f"{len(report.bad):,} unusable samples (their rows are kept, and marked absent):")
         for line in report.bad[:10]:
             where = f" ({line.source})" if line.source else ""
             console.print(Text(f"  {line.id} {line.modality}: {line.reason}{where}"), soft_wrap=True)
         if len(report.bad) > 10:
-            console.print(Text(f"  ... all of them in {report.store / 'samples' / 'bad.jsonl'}"), soft_wrap=True)
+            console.print(Text(f"  ... all are listed in {report.store / 'samples' / 'bad.jsonl'}"), soft_wrap=True)
     console.print(Text.assemble(("store ", "dim"), str(report.store)), soft_wrap=True)
     console.print(Text.assemble(("next  ", "dim"), NEXT.get(task, "cachefuse train-head")), soft_wrap=True)
 
@@ -199,17 +199,18 @@ def run_dict(run: "Run") -> JsonObject:
 
 
 def run_report(run: "Run") -> None:
-    """Metrics a split, figures a class on the split that counts, the model's size and time, and what to do next."""
+    """Print metrics per split, figures per class on the rows held out, size and time, and the next step."""
     console = out()
     run_line(run)
     console.print(_by_task(run) if run.several else _by_split(run))
     _per_class(console, run, list(run.metrics)[:2][-1] if run.held_out is None else run.held_out.split)
-    models = f"{len(run.members)} models of together " if len(run.members) > 1 else ""
+    models = f"{len(run.members)} models with " if len(run.members) > 1 else ""
     console.print(f"{models}{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s{_epochs(run)}")
     if (run.thresholds != 0.5).any():
         chosen = [x for task in run.tasks if not task.one_label for x in run.thresholds[task.columns]]
         low, high = min(chosen), max(chosen)
-        console.print(f"a label's score must reach {low:.3f}" + (f" to {high:.3f}, by class" if low < high else ""))
+        thresholds = f"thresholds {low:.3f} to {high:.3f}, by class" if low < high else f"threshold {low:.3f}"
+        console.print(f"{thresholds}: a label is predicted if its score reaches it")
     console.print(Text.assemble(("run   ", "dim"), str(run.path)), soft_wrap=True)
     console.print(Text.assemble(("next  ", "dim"), "cachefuse predict"), soft_wrap=True)
 
@@ -223,7 +224,7 @@ def _by_split(run: "Run") -> Table:
 
 
 def _by_task(run: "Run") -> Table:
-    """Of each split the mean of the tasks' first metrics, then a row for each task; some kinds lack some metrics."""
+    """Return for each split the mean of the tasks' main metrics, then a row per task; metrics depend on the kind."""
     every = next(iter(run.metrics.values()))
     names = list(dict.fromkeys(name.partition(".")[2] for name in every if "." in name))
     titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
@@ -258,17 +259,17 @@ def _per_class(console: Console, run: "Run", split: str) -> None:
 
 
 def submission_report(predictions: "Predictions", path: Path, *, checked: Path | None) -> None:
-    """How many rows went where."""
+    """Print the numbers of rows and labels, and the file."""
     n = predictions.labels.sum()
     against = f", checked against {checked.name}" if checked else ""
     out().print(
-        Text(f"{len(predictions.ids):,} rows, {n:,} labels ({n / max(1, len(predictions.ids)):.2f} a row){against}")
+        Text(f"{len(predictions.ids):,} rows, {n:,} labels ({n / max(1, len(predictions.ids)):.2f} per row){against}")
     )
     out().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
 
 
 def page_written(path: Path) -> None:
-    """Where a page is, and how large."""
+    """Print the path and size of a page."""
     from cachefuse.files import format_bytes
 
     size = format_bytes(path.stat().st_size)
@@ -276,7 +277,7 @@ def page_written(path: Path) -> None:
 
 
 def prediction(predictions: "Predictions", *, as_json: bool) -> None:
-    """One new sample's labels and its likeliest classes."""
+    """Print the labels and the most likely classes of one new sample."""
     scores, chosen = predictions.scores[0], predictions.labels[0]
     groups = [task.numbers.tolist() for task in predictions.tasks] or [range(len(scores))]
     order = [sorted(group, key=lambda c: -scores[c]) for group in groups]
@@ -293,33 +294,33 @@ def prediction(predictions: "Predictions", *, as_json: bool) -> None:
 
 
 def datasets(rows: Sequence[JsonObject]) -> None:
-    """The built-in datasets, and how to bring one's own."""
+    """Print the built-in datasets, and how to use another one."""
     table = new_table("dataset", "task", "size", "splits", "data")
     table.columns[2].justify = "right"
     for row in rows:
-        here = "[green]built in[/]" if row["builtin"] else ("[green]yes[/]" if row["data"] else "[dim]no[/]")
+        data = "[green]built in[/]" if row["builtin"] else ("[green]yes[/]" if row["data"] else "[dim]no[/]")
         size = f"{sum(row['rows'].values()):,}"
-        table.add_row(f"[bold]{row['name']}[/]", row["task"], size, ", ".join(row["splits"]), here)
+        table.add_row(f"[bold]{row['name']}[/]", row["task"], size, ", ".join(row["splits"]), data)
     out().print(table)
-    out().print("Your own: cachefuse extract --dataset ./mine.toml (the README shows one)")
+    out().print("Your own dataset: cachefuse extract --dataset ./mine.toml (the README shows a manifest)")
 
 
 def encoders(families: "Mapping[str, Family]", default: str) -> None:
-    """The encoder families with an example each."""
+    """Print the encoder families, with an example for each."""
     table = new_table("family", "encodes", "example")
     for name, family in families.items():
         table.add_row(f"[bold]{name}[/]", family.modalities, escape(family.example))
         table.add_row("", "", f"[dim]{escape(family.about)}[/]")
     out().print(table)
-    out().print(f"The default is {default}. Weights come from the model hubs, or from local files.")
+    out().print(f"The default is {default}. Weights come from model hubs or local files.")
 
 
 def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "Predictions", written: Path) -> None:
-    """The demo's runs side by side on the validation split, the best of each column standing out."""
+    """Print the demo's runs on the validation split, with the best value of each column in green."""
     console = out()
     names = list(best.metrics["val"])
     top = {name: max(run.metrics["val"][name] for run in runs) for name in names}
-    title = f"{best.dataset}: validation, {best.results['val'].n_rows:,} samples the heads never saw"
+    title = f"{best.dataset}: validation, {best.results['val'].n_rows:,} samples that the heads have not seen"
     table = new_table("fusion", *(metric_title(name) for name in names), "seconds", numbers=len(names) + 1, title=title)
     for run in runs:
         values = [(run.metrics["val"][name], top[name]) for name in names]
@@ -329,7 +330,7 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
         table.add_row(run.config.fusion, *cells, f"{run.seconds:.1f}")
     console.print(table)
     console.print(
-        "Some classes show only in the image, some only in the text, some only in both:\nfusion sees them all."
+        "Some classes need only the image, some only the text, and some both:\nfusion can predict all of them."
     )
     console.print(Text.assemble(("store ", "dim"), str(store)), soft_wrap=True)
     console.print(Text.assemble(("runs  ", "dim"), str(best.path.parent if best.path else "")), soft_wrap=True)
@@ -340,7 +341,7 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
 
 
 def new_table(*columns: str, numbers: int = 0, title: str | None = None) -> Table:
-    """A table whose last ``numbers`` columns are figures."""
+    """Return a table; its last ``numbers`` columns are right-aligned."""
     table = Table(title=title, title_justify="left", title_style="dim", header_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i >= len(columns) - numbers else "left", overflow="fold")

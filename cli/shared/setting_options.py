@@ -1,4 +1,4 @@
-"""Fields of a dataclass as options of a command: their names, types, defaults and help are what the fields say."""
+"""Settings as options of a command: names, types, defaults and help come from the fields of a dataclass."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -11,11 +11,11 @@ from cachefuse.registry import Options
 from cachefuse.settings import Setting, settings_of
 
 METAVARS: dict[object, str] = {int: "N", float: "X", str: "NAME", bool: "", tuple: "LIST", Mapping: "KEY=X"}
-_LATE: dict[str, Callable[[], str]] = {}  # help by a word that stands for it
+_LATE: dict[str, Callable[[], str]] = {}  # placeholder -> the function that returns the help
 
 
 class Command(TyperCommand):
-    """A command whose help asks what is installed; that takes a while, so it is put together only to be shown."""
+    """A command that builds its help on demand, because finding installed packages takes time."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         for parameter in self.params:
@@ -28,13 +28,13 @@ class Command(TyperCommand):
 def takes(config: type, parse: Callable[[Options], object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator: a command that has a parameter ``config`` gets an option for each field of a dataclass.
 
-    What it is called with is a function without arguments that parses them. An earlier name of a field is an option
-    that help does not show.
+    ``config`` is then a function without arguments that parses these options. An old name of a field is a hidden
+    option.
     """
-    options = [option for one in settings_of(config).values() for option in _options(one)]
+    options = [option for setting in settings_of(config).values() for option in _options(setting)]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [
+        others = [
             parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
             for name, parameter in inspect.signature(command).parameters.items()
             if name != "config"
@@ -45,22 +45,22 @@ def takes(config: type, parse: Callable[[Options], object]) -> Callable[[Callabl
             command(config=lambda: parse(given), **values)
 
         with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
-        vars(with_options)["__signature__"] = inspect.Signature([*options, *own])
-        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*options, *own)}
+        vars(with_options)["__signature__"] = inspect.Signature([*options, *others])
+        with_options.__annotations__ = {parameter.name: parameter.annotation for parameter in (*options, *others)}
         return with_options
 
     return decorate
 
 
-def _options(one: Setting) -> list[inspect.Parameter]:
-    """Return the option of a setting, and that of its earlier name."""
-    about, several = one.about, one.kind in (tuple, Mapping)
-    # Numbers are parsed by Typer, whatever else is written in a way of its own by the setting.
-    kind: Any = list[str] if several else str if about.words else one.kind
-    kind = kind | None if several or one.optional else kind
-    default = None if several else one.default
-    shown = _late(one.shown) if about.shown else True
-    named = [(one.name, False), (about.old, True)] if about.old else [(one.name, False)]
+def _options(setting: Setting) -> list[inspect.Parameter]:
+    """Return the option of a setting, and a hidden one for its old name."""
+    about, several = setting.about, setting.kind in (tuple, Mapping)
+    # Typer parses numbers; the setting parses values with a spelling of its own.
+    kind: Any = list[str] if several else str if about.words else setting.kind
+    kind = kind | None if several or setting.optional else kind
+    default = None if several else setting.default
+    shown = _late(setting.shown) if about.shown else True
+    named = [(setting.name, False), (about.old, True)] if about.old else [(setting.name, False)]
     return [
         inspect.Parameter(
             name,
@@ -69,9 +69,9 @@ def _options(one: Setting) -> list[inspect.Parameter]:
             annotation=Annotated[
                 kind | None if hidden else kind,
                 typer.Option(
-                    f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if one.kind is bool else ""),
-                    metavar=about.metavar or METAVARS[one.kind],
-                    help=_late(one.help),
+                    f"--{name.replace('_', '-')}" + (f"/--no-{name.replace('_', '-')}" if setting.kind is bool else ""),
+                    metavar=about.metavar or METAVARS[setting.kind],
+                    help=_late(setting.help),
                     rich_help_panel=about.panel,
                     show_default=shown,
                     hidden=hidden,
@@ -83,39 +83,39 @@ def _options(one: Setting) -> list[inspect.Parameter]:
 
 
 def _late(text: Callable[[], str]) -> str:
-    """Return what stands for a text until it is shown."""
-    word = f"<{len(_LATE)}>"
-    _LATE[word] = text
-    return word
+    """Return a placeholder for a text that is built on demand."""
+    placeholder = f"<{len(_LATE)}>"
+    _LATE[placeholder] = text
+    return placeholder
 
 
 def read(config: type, given: Options) -> Options:
     """Return the fields' values of what options say; an earlier name is taken, with a note.
 
-    Raises ConfigError for what does not parse.
+    Raises ConfigError for a value that is not valid.
     """
     values = {}
-    for one in settings_of(config).values():
-        value, old = given[one.name], one.about.old
+    for setting in settings_of(config).values():
+        value, old = given[setting.name], setting.about.old
         if old and given.get(old) is not None:
-            note_old(f"--{old}", f"--{one.option}")
-            value = [*(value or ()), *given[old]] if one.kind is tuple else given[old]
-        values[one.name] = one.parse(value)
+            note_old(f"--{old}", f"--{setting.option}")
+            value = [*(value or ()), *given[old]] if setting.kind is tuple else given[old]
+        values[setting.name] = setting.parse(value)
     return values
 
 
 def note_old(old: str, new: str) -> None:
-    """Print that an option has another name now."""
+    """Print a note that an option has a new name."""
     from cachefuse_cli.shared import render
 
-    render.note(f"{old} is called {new} now; the old name is still taken")
+    render.note(f"{old} is an old name; write {new} instead")
 
 
 def from_command_line(config: type, context: typer.Context) -> list[str]:
     """Return the fields that were given as options."""
     return [
-        one.name
-        for one in settings_of(config).values()
-        for source in [context.get_parameter_source(name) for name in dict.fromkeys((one.name, one.stored))]
+        setting.name
+        for setting in settings_of(config).values()
+        for source in [context.get_parameter_source(name) for name in dict.fromkeys((setting.name, setting.stored))]
         if source and source.name == "COMMANDLINE"
     ]

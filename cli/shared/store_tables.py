@@ -1,4 +1,4 @@
-"""What people see of a store: its contents, what an extraction will take, what verification found."""
+"""Tables of a store: its contents, the plan of an extraction, the result of a verification."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -16,86 +16,95 @@ if TYPE_CHECKING:
     from cachefuse.store.inspect import Inspection, StoredView
 
 
-def inspect_report(found: "Inspection") -> None:
-    """Samples, views with their shapes, sizes and progress, and what made them."""
+def inspect_report(inspection: "Inspection") -> None:
+    """Print samples, views with their shapes, sizes and progress, and their provenance."""
     console = out()
-    splits = ", ".join(f"{split} {n:,}" for split, n in found.splits.items())
+    splits = ", ".join(f"{split} {n:,}" for split, n in inspection.splits.items())
     console.print(
-        Text.assemble(("dataset ", "dim"), (found.dataset, "bold"), f": {found.rows:,} samples ({splits})"),
+        Text.assemble(("dataset ", "dim"), (inspection.dataset, "bold"), f": {inspection.rows:,} samples ({splits})"),
         soft_wrap=True,
     )
-    present = ", ".join(f"{modality} {n:,}" for modality, n in found.present.items())
-    console.print(Text(f"{len(found.classes):,} classes; present: {present}; last extract {found.extracted[:19]} UTC"))
+    present = ", ".join(f"{modality} {n:,}" for modality, n in inspection.present.items())
+    console.print(
+        Text(f"{len(inspection.classes):,} classes; present: {present}; last extract {inspection.extracted[:19]} UTC")
+    )
     views = new_table("encoder", "modality", "view", "shape", "dtype", "size", "rows", numbers=2)
-    for view in found.views:
+    for view in inspection.views:
         shape = " x ".join(f"{n:,}" if isinstance(n, int) else n for n in view.shape)
         names = escape(view.encoder), view.modality, view.view
         views.add_row(*names, shape, view.dtype, format_bytes(view.n_bytes), _progress(view))
     console.print(views)
-    for (encoder, modality), provenance in found.provenance.items():
-        console.print(Text.assemble("\n", (encoder, "bold"), f" ({modality}) was made by"))
+    for (encoder, modality), provenance in inspection.provenance.items():
+        console.print(Text.assemble("\n", (encoder, "bold"), f" ({modality}) was made with"))
         for field, value in provenance.items():
             console.print(Text.assemble((f"  {field:<14}", "dim"), value), soft_wrap=True)
     console.print()
-    if found.bad:
-        console.print(f"{len(found.bad):,} bad sample{'s' * (len(found.bad) > 1)}; cachefuse inspect --bad lists them")
-    console.print(Text.assemble(("store ", "dim"), str(found.path)), soft_wrap=True)
+    if inspection.bad:
+        console.print(
+            f"{len(inspection.bad):,} bad sample{'s' * (len(inspection.bad) > 1)}; cachefuse inspect --bad lists them"
+        )
+    console.print(Text.assemble(("store ", "dim"), str(inspection.path)), soft_wrap=True)
 
 
 def _progress(view: "StoredView") -> str:
     return "all" if view.done == view.rows else f"[yellow]{view.done / max(1, view.rows):.1%}[/]"
 
 
-def inspect_dict(found: "Inspection") -> JsonObject:
+def inspect_dict(inspection: "Inspection") -> JsonObject:
     return {
-        "store": str(found.path),
-        "dataset": found.dataset,
-        "extracted": found.extracted,
-        "rows": found.rows,
-        "splits": found.splits,
-        "classes": list(found.classes),
-        "present": found.present,
-        "views": [asdict(view) for view in found.views],
+        "store": str(inspection.path),
+        "dataset": inspection.dataset,
+        "extracted": inspection.extracted,
+        "rows": inspection.rows,
+        "splits": inspection.splits,
+        "classes": list(inspection.classes),
+        "present": inspection.present,
+        "views": [asdict(view) for view in inspection.views],
         "encoders": [
-            {"encoder": encoder, "modality": modality, "source": found.sources[(encoder, modality)], "provenance": made}
-            for (encoder, modality), made in found.provenance.items()
+            {
+                "encoder": encoder,
+                "modality": modality,
+                "source": inspection.sources[(encoder, modality)],
+                "provenance": made,
+            }
+            for (encoder, modality), made in inspection.provenance.items()
         ],
-        "bad": [vars(line) for line in found.bad],
+        "bad": [vars(line) for line in inspection.bad],
     }
 
 
-def bad_report(found: "Inspection") -> None:
-    """The ledger: every sample that a modality had to do without, its file and the reason."""
+def bad_report(inspection: "Inspection") -> None:
+    """Print every bad sample with its modality, file and reason."""
     console = out()
-    if not found.bad:
-        console.print(f"Every sample of {found.dataset} that has been read could be used.")
+    if not inspection.bad:
+        console.print(f"{inspection.dataset} has no bad samples so far.")
         return
     listed = new_table("sample", "modality", "reason", "file")
-    for line in found.bad:
+    for line in inspection.bad:
         listed.add_row(escape(line.id), line.modality, escape(line.reason), escape(line.source))
     console.print(listed)
 
 
 def plan_report(plan: "Plan") -> None:
-    """Rows, bytes and time by view, and whether the disk has room."""
+    """Print rows, bytes and time per view, and whether the disk has enough space."""
     console = out()
-    views = new_table("encoder", "modality", "view", "rows", "to do", "a row", "in all", "time", numbers=5)
+    views = new_table("encoder", "modality", "view", "rows", "to do", "per row", "in total", "time", numbers=5)
     timed: set[tuple[str, str]] = set()
     for view in plan.views:
-        place = (view.encoder, view.modality)
-        time = "" if place in timed else _duration(plan.seconds[place])
-        timed.add(place)
+        key = (view.encoder, view.modality)
+        time = "" if key in timed else _duration(plan.seconds[key])
+        timed.add(key)
         sizes = (format_bytes(view.row_bytes), format_bytes(view.n_bytes))
         names = escape(view.encoder), view.modality, view.view
         views.add_row(*names, f"{view.rows:,}", f"{view.pending:,}", *sizes, time)
     console.print(views)
     if any(view.pending for view in plan.views):
         total = f"{format_bytes(plan.n_bytes)} to write, {format_bytes(plan.free)} free; "
-        room = "[green]the disk has room[/]" if plan.fits else "[bold red]the disk has no room for that[/]"
+        room = "[green]the disk has enough space[/]" if plan.fits else "[bold red]the disk has too little space[/]"
         console.print(f"{total}{room}; about {_duration(sum(plan.seconds.values()))}")
         step = "cachefuse extract, with the same options"
     else:
-        console.print("Nothing to compute: every feature is there already.")
+        console.print("Nothing to compute: all features are already there.")
         step = "cachefuse train-head"
     console.print(Text.assemble(("store ", "dim"), str(plan.store)), soft_wrap=True)
     if plan.fits:
@@ -113,46 +122,46 @@ def plan_dict(plan: "Plan") -> JsonObject:
     }
 
 
-def verify_report(found: "Verification") -> None:
-    """What was read, and what is damaged."""
+def verify_report(verification: "Verification") -> None:
+    """Print what was read, and what is damaged."""
     console = out()
     views = new_table("encoder", "modality", "view", "blocks", "read", "NaN", "inf", "zero rows", numbers=5)
-    for view in found.views:
+    for view in verification.views:
         blocks = f"{view.finished:,}" if view.finished == view.blocks else f"{view.finished:,}/{view.blocks:,}"
         names = escape(view.encoder), view.modality, view.view
         views.add_row(*names, blocks, format_bytes(view.n_bytes), f"{view.nan:,}", f"{view.inf:,}", f"{view.zero:,}")
     console.print(views)
-    for view in found.views:
+    for view in verification.views:
         if view.cosine:
             mean, least = view.cosine
             name = f"{escape(view.encoder)} ({view.modality}, {view.view})"
             console.print(f"{name}: int8, cosine to float16 {mean:.5f} on average, at least {least:.5f}")
-    if found.damage:
-        _damage(found, console)
-        console.print("Compute these blocks again, and only these: cachefuse verify --repair")
+    if verification.damage:
+        _damage(verification, console)
+        console.print("To compute only these blocks again: cachefuse verify --repair")
     else:
-        console.print("[green]Every finished block is what was written.[/]")
-    console.print(Text.assemble(("store ", "dim"), str(found.path)), soft_wrap=True)
+        console.print("[green]All finished blocks are undamaged.[/]")
+    console.print(Text.assemble(("store ", "dim"), str(verification.path)), soft_wrap=True)
 
 
-def damage_report(found: "Verification") -> None:
-    """What is about to be repaired."""
-    _damage(found, err())
+def damage_report(verification: "Verification") -> None:
+    """Print the damage before a repair."""
+    _damage(verification, err())
 
 
-def _damage(found: "Verification", console: Console) -> None:
-    for damage in found.damage:
+def _damage(verification: "Verification", console: Console) -> None:
+    for damage in verification.damage:
         place = f"{damage.encoder} ({damage.modality}, {damage.view})" if damage.encoder else damage.view
         block = "" if damage.block is None else f" block {damage.block}"
         console.print(Text.assemble(("damaged ", "bold red"), f"{place}{block}: {damage.reason}"), soft_wrap=True)
 
 
-def verify_dict(found: "Verification") -> JsonObject:
+def verify_dict(verification: "Verification") -> JsonObject:
     return {
-        "store": str(found.path),
-        "sound": not found.damage,
-        "views": [asdict(view) for view in found.views],
-        "damage": [asdict(damage) for damage in found.damage],
+        "store": str(verification.path),
+        "sound": not verification.damage,
+        "views": [asdict(view) for view in verification.views],
+        "damage": [asdict(damage) for damage in verification.damage],
     }
 
 

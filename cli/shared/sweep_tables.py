@@ -1,4 +1,4 @@
-"""What people see of a sweep: a table that fills while it runs, on a terminal; and the one that it ends with."""
+"""Tables of a sweep: a live table on a terminal while it runs, and the final table."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from cachefuse.runs.run import Run
 
 
-MAX_METRICS, BESIDE_COSTS = 4, 2  # that fit beside the settings, and beside costs; all are in the files
+MAX_METRICS, BESIDE_COSTS = 4, 2  # maximum beside the settings, and beside costs; the files have all
 COSTS = ("params", "MB", "ms/item", "steps/s")
 
 
 class SweepProgress:
-    """The table so far above a bar of trials, on stderr and only on a terminal."""
+    """The present table above a bar of trials, on stderr and only on a terminal."""
 
     def __init__(self) -> None:
         console = err()
@@ -51,7 +51,7 @@ class SweepProgress:
     def update(self, result: "SweepResult") -> None:
         if not self._live:
             return
-        if result.title != self._title:  # a sweep begins, one of several maybe
+        if result.title != self._title:  # a new sweep begins
             for task in self._bar.task_ids:
                 self._bar.remove_task(task)
             self._bar.add_task("trials", total=result.n_trials, completed=result.n_done)
@@ -61,7 +61,7 @@ class SweepProgress:
 
 
 def sweep_table(result: "SweepResult") -> Table:
-    """A row for each setting that has a trial: means and standard deviations, the best of each metric standing out."""
+    """Return a table with a row per setting with trials: means and standard deviations, the best mean in green."""
     shown = [setting for setting in result.settings if setting.trials]
     named = any(setting.label for setting in result.settings)
     seeds = f"mean ± std of {len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
@@ -79,7 +79,7 @@ Cell = Callable[["SettingResult"], Text]
 
 
 def _columns(result: "SweepResult", shown: Sequence["SettingResult"]) -> dict[str, Cell]:
-    """Return the columns beside the settings: metrics, as many as fit, and what else is known of any of them."""
+    """Return the columns beside the settings: metrics, as many as fit, then intervals, times, costs and the like."""
     costs, curves = any(setting.costs for setting in shown), any(setting.curve for setting in shown)
     named = any(setting.label for setting in shown)
     metrics = result.shown or result.metrics[: 1 if curves else BESIDE_COSTS if costs or named else MAX_METRICS]
@@ -89,20 +89,20 @@ def _columns(result: "SweepResult", shown: Sequence["SettingResult"]) -> dict[st
         columns[metric_title(metric)] = partial(_figure, metric=metric, best=best, first=metric == metrics[0])
         if metric == metrics[0] and any(setting.interval for setting in shown) and not result.shown:
             columns["95%"] = lambda setting: Text(_interval(setting))
-    if not result.shown:  # a paper's own table has no room for more than its columns
+    if not result.shown:  # a paper's table has no space for more columns
         columns["s"] = lambda setting: Text(f"{setting.seconds:.1f}")
     if any(setting.published for setting in result.settings):
         columns["paper"] = lambda setting: Text(_paper(setting))
     for i, name in enumerate(COSTS[: 3 if result.shown else None] if costs else ()):
-        if not curves or i >= 2:  # their models are much alike in size, and have long names
+        if not curves or i >= 2:  # models of a curve have similar sizes and long names
             columns[name] = partial(_cost, i=i)
-    if not costs and any(setting.trials[0].weights for setting in shown):  # beside costs there is no room
+    if not costs and any(setting.trials[0].weights for setting in shown):  # there is no space beside costs
         columns["text counts"] = lambda setting: Text(_share(setting.weight("text")))
     return columns
 
 
 def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> None:
-    """Each sweep's table with what diverged, where the files are, and the run that a chain of sweeps ends in."""
+    """Print each sweep's table with its diverged trials, the folder, and the final run of a chain of sweeps."""
     console = out()
     for result in results:
         console.print(sweep_table(result))
@@ -116,20 +116,20 @@ def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | No
         console.print(Text(results[0].paper))
     console.print(Text.assemble(("wrote ", "dim"), str(folder)), soft_wrap=True)
     if run is not None:
-        console.print(Text(f"the best of it, refitted on every labelled row: {_pipeline(results)}"))
+        console.print(Text(f"the best settings, trained again on every labelled row: {_pipeline(results)}"))
         run_report(run)
 
 
 def compare_verdict(result: "SweepResult", enough: "SettingResult | None") -> None:
-    """One line: which method is enough, and what the best takes beside it."""
+    """Print one line: the cheapest good fusion, and how much slower the best one is."""
     if enough is None or enough.costs is None:
         return
     best, metric = result.best, result.metrics[0]
     if best is enough:
-        text = "no cheaper fusion comes within its interval"
+        text = "no cheaper fusion lies in its interval"
     else:
         times = best.costs.ms_per_item / enough.costs.ms_per_item if best.costs else math.nan
-        text = f"within the interval of {best.config.fusion}, which takes {times:.1f} times as long for an item"
+        text = f"within the interval of {best.config.fusion}, which takes {times:.1f} times as long per item"
     name = enough.config.fusion
     out().print(Text(f"{name} is enough: {metric_title(metric)} {enough.mean(metric):.3f}, {text}"), soft_wrap=True)
     out().print(Text.assemble(("next  ", "dim"), f"cachefuse train-head --fusion {name}"))

@@ -1,4 +1,4 @@
-"""The settings of a training as options, for the commands that train."""
+"""The settings of a training as options."""
 
 import typer
 
@@ -16,7 +16,7 @@ def parse_config(given: Options) -> TrainConfig:
         explain_options(given["fusion"])
         raise typer.Exit()
     if given["thresholds"] == "none" and given["threshold_metric"] is not None:
-        raise ConfigError("threshold-metric is what thresholds are chosen for; leave it out, or --thresholds none")
+        raise ConfigError("threshold-metric has no effect with --thresholds none; leave out one of them")
     return TrainConfig(**read(TrainConfig, given))
 
 

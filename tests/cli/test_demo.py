@@ -24,7 +24,7 @@ def test_the_demo_shows_fusion_and_submits(cachefuse, folder, fits):
     again = cachefuse("demo")
     assert again.code == 0
     assert [path.stat().st_mtime_ns for path in before] == fingerprints
-    assert "fusion sees them all" in again.out
+    assert "fusion can predict all of them" in again.out
     fits(again.out)
 
 

@@ -30,7 +30,7 @@ def test_joins_runs_and_shows_them_side_by_side(cachefuse, workspace, two, fits)
         run = load_run(workspace / "runs" / name)
         rows = f"{len(run.held_out.rows)} val"
         assert re.split(" {2,}", line.strip()) == [name, rows, *(f"{run.metrics['val'][m]:.3f}" for m in names)]
-    assert f"2 models of together {joined.n_parameters:,} parameters" in result.out
+    assert f"2 models, {joined.n_parameters:,} parameters in total" in result.out
     fits(result.out)
 
 

@@ -97,7 +97,7 @@ def test_bad_images_are_counted_and_listed_and_good_ones_of_any_kind_used(cachef
     assert says(cachefuse(*extract).error, "5% --max-bad")
     result = cachefuse(*extract, "--max-bad", "0.6")
     assert result.code == 0
-    assert "5 samples can't be used as they are (kept, and marked absent):" in result.out
+    assert "5 unusable samples (their rows are kept, and marked absent):" in result.out
     assert "cut.jpg image: can't be decoded: " in result.out
     for name, (_, reason) in BAD.items():
         assert f"  {name} image: {reason}" in result.out

@@ -19,7 +19,7 @@ def spoil(folder):
 def test_a_plan_in_a_table_and_as_json(cachefuse, folder, fits):
     result = cachefuse("plan", "--dataset", "./mine.toml", "--encoder", "classic")
     assert result.code == 0
-    assert "the disk has room" in result.out
+    assert "the disk has enough space" in result.out
     assert "next  cachefuse extract, with the same options" in result.out
     fits(result.out)
     assert not (folder / "workspace").exists()
@@ -29,7 +29,7 @@ def test_a_plan_in_a_table_and_as_json(cachefuse, folder, fits):
     assert [view["pending"] for view in plan["views"]] == [160, 160]
     cachefuse(*EXTRACT)
     again = cachefuse("plan", "--dataset", "./mine.toml", "--encoder", "classic")
-    assert "Nothing to compute: every feature is there already." in again.out
+    assert "Nothing to compute: all features are already there." in again.out
 
 
 def test_inspect_shows_arrays_progress_and_provenance(cachefuse, workspace, fits):
@@ -37,7 +37,7 @@ def test_inspect_shows_arrays_progress_and_provenance(cachefuse, workspace, fits
     assert result.code == 0
     assert "dataset mine: 160 samples (train 87, val 33, test 40)" in result.out
     assert "classic  image     pooled  160 x 724    float16  279 kB   all" in result.out
-    assert "classic (image) was made by" in result.out
+    assert "classic (image) was made with" in result.out
     fits(result.out, keep=("architecture",))
     found = json.loads(cachefuse("inspect", "--json").out)
     assert [(view["modality"], view["done"], view["rows"]) for view in found["views"]] == [
@@ -49,7 +49,7 @@ def test_inspect_shows_arrays_progress_and_provenance(cachefuse, workspace, fits
 
 def test_inspect_lists_what_is_bad(cachefuse, folder):
     cachefuse(*EXTRACT)
-    assert cachefuse("inspect", "--bad").out == "Every sample of mine that has been read could be used.\n"
+    assert cachefuse("inspect", "--bad").out == "mine has no bad samples so far.\n"
     rows = [f"{i},{'' if i == 7 else 'a text'},x" for i in range(30)]
     (folder / "few.csv").write_text("\n".join(["id,text,label", *rows]))
     (folder / "few.toml").write_text(
@@ -67,7 +67,7 @@ def test_inspect_lists_what_is_bad(cachefuse, folder):
 def test_verify_names_damage_and_repairs_it(cachefuse, workspace, folder, fits):
     sound = cachefuse("verify")
     assert sound.code == 0
-    assert "Every finished block is what was written." in sound.out
+    assert "All finished blocks are undamaged." in sound.out
     fits(sound.out)
     spoil(folder)
     spoiled = cachefuse("verify")

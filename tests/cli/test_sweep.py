@@ -258,7 +258,7 @@ def test_sigint_in_a_real_process(workspace, folder):
     finally:
         process.kill()
     assert (process.returncode, out) == (130, "")
-    assert err.strip() == "note: interrupted; what has ended is kept; run the same command again to go on"
+    assert err.strip() == "note: interrupted; finished trials are kept; run the same command again to resume"
     assert wait_for_lines(workspace, 2, process) == kept
 
 
