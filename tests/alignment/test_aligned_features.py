@@ -191,7 +191,7 @@ def edit(run, **values):
         ({"dataset": "/tmp/x"}, "dataset"),
         ({"dataset": "x.toml"}, "dataset"),
         ({"config": {"width": 30}}, "width 4"),
-        ({"config": {"width": "wide"}}, "width int"),
+        ({"config": {"width": "wide"}}, "width number"),
         ({"config": {"pickle": 1}}, "pickle"),
         ({"sides": []}, "sides"),
         ({"format": 99}, "version"),
@@ -247,7 +247,7 @@ def pictures(tmp_path):
 class TestFineTuning:
     def test_what_fails_at_the_end_leaves_nothing(self, run, pictures, tmp_path, monkeypatch):
         extract(pictures, ["classic"], tmp_path / "c.zarr", device="cpu")
-        monkeypatch.setattr(finetune, "measure", lambda *_: 1 / 0)
+        monkeypatch.setattr(finetune, "compute_results", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             fine_tune(run, FeatureStore(tmp_path / "c.zarr"), tmp_path / "runs", epochs=1, device="cpu")
         assert list((tmp_path / "runs").iterdir()) == []
