@@ -63,19 +63,25 @@ def imported_by(node):
         for alias in node.names:
             submodule = f"{node.module}.{alias.name}"
             yield submodule if submodule in FILES else node.module
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-        named = re.fullmatch(r"(\w+(?:\.\w+)+):\w+", node.value)
-        if named:
-            yield named[1]
     else:
         for child in ast.iter_child_nodes(node):
             yield from imported_by(child)
 
 
+def named_by(node):
+    """Yield the modules that a file names as "module:attribute", to be imported later."""
+    strings = (x.value for x in ast.walk(node) if isinstance(x, ast.Constant) and isinstance(x.value, str))
+    yield from (named[1] for text in strings if (named := re.fullmatch(r"(\w+(?:\.\w+)+):\w+", text)))
+
+
 def imports_of(name, path):
-    """Return the modules that one imports; a package's own, which import it first, do not count as its imports."""
-    found = set(imported_by(ast.parse(path.read_text(encoding="utf-8"))))
-    return {module for module in found if path.name != "__init__.py" or not module.startswith(f"{name}.")}
+    """Return the modules that one imports or names. A package's tables may name its own modules, which import it."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    own = f"{name}." if path.name == "__init__.py" else None
+    named = {module for module in named_by(tree) if own is None or not module.startswith(own)}
+    if name == "cachefuse":  # the public API, for type checkers and for all others
+        return named | {module for module in imported_by(tree) if not module.startswith(own)}
+    return named | set(imported_by(tree))
 
 
 IMPORTS = {name: imports_of(name, path) for name, path in FILES.items()}
@@ -126,7 +132,8 @@ class C:
     with x:
         import h
 """
-    found = set(imported_by(ast.parse(code)))
+    tree = ast.parse(code)
+    found = {*imported_by(tree), *named_by(tree)}
     assert found == {
         "typing",
         "a.b",

@@ -1,6 +1,6 @@
 """Modules that know no dataset: heads, losses, poolings, transformers. Naming them imports no torch."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from cachefuse.registry import Registry
 
@@ -9,7 +9,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from cachefuse.nn.heads import HeadClass
+
+class HeadClass(Protocol):
+    """What a head is made by: its class, or a function with the same attribute."""
+
+    default_layers: tuple[int, ...]
+
+    def __call__(
+        self, width: int, classes: int, *, layers: tuple[int, ...], activation: str, dropout: float
+    ) -> "nn.Module": ...
+
 
 # Named here rather than beside their code, so that listing the choices does not import torch.
 ACTIVATIONS: "Registry[type[nn.Module]]" = Registry(

@@ -5,7 +5,7 @@ Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.
 are what training takes where none are asked for.
 """
 
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +17,6 @@ from cachefuse.store.tokens import Tokens
 
 FIT_ROWS, FIT_FLOATS = 4096, 2**24  # converted to float64 at a time, at most: 128 MB
 FIT_TOKENS = 2**20  # that statistics are taken from, about that many at most
-
-
-class HeadClass(Protocol):
-    """What a head is made by: its class, or a function with the same attribute."""
-
-    default_layers: tuple[int, ...]
-
-    def __call__(
-        self, width: int, classes: int, *, layers: tuple[int, ...], activation: str, dropout: float
-    ) -> nn.Module: ...
 
 
 class Linear(nn.Linear):
