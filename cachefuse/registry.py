@@ -67,8 +67,8 @@ class Registry(MutableMapping[str, T]):
         try:
             entry: T = point.load()
             problem = self._problem(entry)
-        except Exception as error:  # its module may raise anything
-            problem = f"{type(error).__name__}: {error}"
+        except (Exception, SystemExit) as error:  # its module may raise anything
+            problem = " ".join(f"{type(error).__name__}: {error}".split())
         if problem:
             package = point.dist.name if point.dist else "a package"
             raise PluginError(

@@ -191,3 +191,14 @@ def test_what_is_not_the_kind_of_thing_is_refused(monkeypatch):
     assert table["two"] == 2
     with pytest.raises(PluginError, match=r"thing 'one' .*size"):
         table["one"]
+
+
+def test_a_module_that_ends_the_process_is_one_line(monkeypatch):
+    def end(point):
+        raise SystemExit("boom\nagain")
+
+    monkeypatch.setattr("cachefuse.registry._entry_points", OnePoint)
+    monkeypatch.setattr(OnePoint, "load", end)
+    with pytest.raises(PluginError, match=r"thing 'one' .*boom again") as refused:
+        Registry("thing", "things", {})["one"]
+    assert "\n" not in str(refused.value)

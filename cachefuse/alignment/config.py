@@ -11,7 +11,7 @@ from cachefuse.settings import as_stored, check_settings, from_stored, setting
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 
 MAX_WIDTH = 1 << 14
-MAX_RATE = 1e6  # far beyond what trains
+MAX_RATE = 1e38  # near the largest float32
 TUNING_RATE = 3e-4  # lower than a head's: a tuned encoder is to stay where it is, roughly
 MODEL, TRAINING = "Model", "Training"  # groups of settings
 UNFIT = {"lbfgs": "is for linear heads; take adamw, adam or sgd"}
@@ -55,7 +55,9 @@ class AlignConfig:
     monitor: str = setting(
         "r1", "What better means: r1, recall at 1 both ways, or loss.", panel=TRAINING, choices=("r1", "loss")
     )
-    seed: int = setting(0, "Same seed, machine, libraries and threads: same result.", panel=TRAINING, least=0)
+    seed: int = setting(
+        0, "Same seed, machine, libraries and threads: same result.", panel=TRAINING, least=0, most=2**63 - 1
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -1,6 +1,10 @@
 """`cachefuse encoders`."""
 
+import logging
+
 from cachefuse_cli.shared.options import Json
+
+logger = logging.getLogger("cachefuse.cli")
 
 
 def encoders(json: Json = False) -> None:
@@ -8,9 +12,17 @@ def encoders(json: Json = False) -> None:
     from dataclasses import asdict
 
     from cachefuse.encoders import DEFAULT_ENCODER, FAMILIES
+    from cachefuse.errors import PluginError
     from cachefuse_cli.shared import render
 
+    families = {}
+    with render.status("looking for encoders"):
+        for name in FAMILIES:
+            try:
+                families[name] = FAMILIES[name]
+            except PluginError as error:  # the others are of use all the same
+                logger.warning("%s", error)
     if json:
-        render.print_json({name: asdict(family) for name, family in FAMILIES.items()})
+        render.print_json({name: asdict(family) for name, family in families.items()})
     else:
-        render.encoders(FAMILIES, DEFAULT_ENCODER)
+        render.encoders(families, DEFAULT_ENCODER)

@@ -1,4 +1,5 @@
 import json
+from importlib.metadata import EntryPoint, EntryPoints
 
 from cachefuse.encoders import FAMILIES
 
@@ -12,3 +13,12 @@ def test_lists_the_families(cachefuse, fits):
 
 def test_as_json(cachefuse):
     assert json.loads(cachefuse("encoders", "--json").out).keys() == FAMILIES.keys()
+
+
+def test_one_that_is_broken_hides_no_other(cachefuse, monkeypatch):
+    point = EntryPoint("broken", "no_such_module:FAMILY", "cachefuse.encoders")
+    monkeypatch.setattr("cachefuse.registry._entry_points", lambda: EntryPoints([point]))
+    result = cachefuse("encoders")
+    assert result.code == 0
+    assert "broken" in result.err
+    assert "classic" in result.out
