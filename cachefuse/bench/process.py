@@ -27,7 +27,7 @@ from cachefuse.training.config import TrainConfig
 
 SAMPLING = 0.005  # seconds between two looks at a process's memory
 ANONYMOUS = "RssAnon:"  # what a process has of its own: pages of mapped files, which the system may drop, don't count
-CODE = "import sys; ; run_here(*sys.argv[1:])"
+CODE = "import sys; from cachefuse.bench.process import run_here; run_here(*sys.argv[1:])"
 MOST_MEMORY = 1.5  # GB
 TRAIN_BATCH = 1024
 SHAPES = 'name = "shapes"\ntask = "multilabel"\nreader = {{ kind = "shapes", train = {}, test = 0 }}'
