@@ -40,6 +40,7 @@ class AlignedTower(DerivedTower):
         self.modality, self.width = about.modality, run.config.width
         self.base_encoder, self.base_key, self.base_view = about.encoder, about.key, run.config.views
         self._run, self._side, self._about, self._base = run, side, about, base
+        self.by_length = base is not None and base.by_length
         self._model = run.model.eval().to(device)
         self._device = torch.device(device)
 
@@ -56,10 +57,6 @@ class AlignedTower(DerivedTower):
 
     def prepare(self, sample: Any) -> Any:
         return self._encoder.prepare(sample)
-
-    @property
-    def by_length(self) -> bool:  # type: ignore[override]  # of the base, where others have a constant
-        return self._base is not None and self._base.by_length
 
     def length(self, prepared: Any) -> int:
         return self._encoder.length(prepared)
