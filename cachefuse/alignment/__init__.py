@@ -1,4 +1,4 @@
-"""Alignment: one space for images and texts, by the Deep Fusion Encoder. Naming the parts imports no torch."""
+"""Alignment: one space for images and texts, by the Deep Fusion Encoder. The tables of methods import no torch."""
 
 from cachefuse.encoders import Family
 
@@ -13,10 +13,10 @@ OPERATIONS = {
     "dot-attention": "cachefuse.alignment.dfe:DotAttention",
     "mul": "cachefuse.alignment.dfe:Multiply",
 }
-# Named by an entry point, as another package's encoders are: encoders do not know alignments.
+# An entry point registers it, as for an encoder of another package: cachefuse.encoders does not import alignments.
 ENCODER_FAMILY = Family(
     "cachefuse.alignment.tower:open_aligned",
     "aligned:./workspace/runs/NAME",
     "image, text",
-    "what cachefuse align made of two encoders; after @, of two text encoders, 1 or 2",
+    "an alignment of two encoders by cachefuse align; @1 or @2 selects one of two text encoders",
 )

@@ -12,48 +12,52 @@ from cachefuse.training import OPTIMIZERS, SCHEDULES
 
 MAX_WIDTH = 1 << 14
 MAX_RATE = 1e38  # near the largest float32
-TUNING_RATE = 3e-4  # lower than a head's: a tuned encoder is to stay where it is, roughly
+TUNING_RATE = 3e-4  # lower than a head's, so that fine-tuning changes the encoder little
 MODEL, TRAINING = "Model", "Training"  # groups of settings
-UNFIT = {"lbfgs": "is for linear heads; take adamw, adam or sgd"}
+UNFIT = {"lbfgs": "is for linear heads; use adamw, adam or sgd"}
 
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """How to align two encoders. Raises ConfigError or UnknownNameError for what is out of range or unknown.
+    """How to align two encoders. Raises ConfigError for a value out of range, UnknownNameError for an unknown name.
 
-    ``batch_size`` pairs are compared with one another at each step, ``chunk_size`` of them pass the encoder at a time
-    (0: all). ``monitor`` is what ``patience`` and the choice of the best epoch go by: the mean recall at 1 of both
-    directions, or the loss.
+    Each step compares ``batch_size`` pairs with one another. The encoder embeds ``chunk_size`` of them at a time (0:
+    all). ``monitor`` decides ``patience`` and the best epoch: the mean recall at 1 of both directions, or the loss.
     """
 
     method: str = setting(
-        "dfe", "dfe, the Deep Fusion Encoder, or projection: one for each side, no more.", panel=MODEL, choices=METHODS
+        "dfe", "dfe, the Deep Fusion Encoder, or projection: only one per side.", panel=MODEL, choices=METHODS
     )
-    op: str = setting("add", "How a dfe takes in the context: {choices}.", panel=MODEL, choices=OPERATIONS)
+    op: str = setting("add", "How dfe combines features and context: {choices}.", panel=MODEL, choices=OPERATIONS)
     targets: str = setting(
         "hard",
-        "hard: every other pair is a negative; soft: less so one that is alike.",
+        "hard: every other pair is a negative; soft: similar pairs are weaker negatives.",
         panel=TRAINING,
         choices=TARGETS,
     )
     views: str = setting(POOLED, "pooled, or tokens.", panel=MODEL, choices=(POOLED, TOKENS), old="view")
-    width: int = setting(512, "Of the common space.", panel=MODEL, least=ATTENTION_HEADS, most=MAX_WIDTH)
+    width: int = setting(512, "Width of the common space.", panel=MODEL, least=ATTENTION_HEADS, most=MAX_WIDTH)
     dropout: float = setting(
         0.5, "In projections and the transformer block.", panel=MODEL, metavar="P", least=0, below=1
     )
     optimizer: str = setting("adamw", "{choices}.", panel=TRAINING, choices=OPTIMIZERS, unfit=UNFIT)
     lr: float = setting(1e-3, "Learning rate.", panel=TRAINING, above=0, most=MAX_RATE)
-    weight_decay: float = setting(0.1, "Apart from the gradient in adamw.", panel=TRAINING, least=0, most=MAX_RATE)
+    weight_decay: float = setting(
+        0.1, "L2 penalty; decoupled from the gradient in adamw.", panel=TRAINING, least=0, most=MAX_RATE
+    )
     schedule: str = setting("cosine", "{choices}.", panel=TRAINING, choices=SCHEDULES)
-    epochs: int = setting(100, "At most.", panel=TRAINING, least=1)
-    batch_size: int = setting(512, "Pairs that are compared with one another.", panel=TRAINING, least=2)
+    epochs: int = setting(100, "Maximum number of epochs.", panel=TRAINING, least=1)
+    batch_size: int = setting(512, "Pairs compared with one another in a step.", panel=TRAINING, least=2)
     chunk_size: int = setting(
-        0, "Of them, those in memory at a time; the gradient is the same. 0: all.", panel=TRAINING, least=0
+        0, "Pairs in memory at a time; the gradient is the same. 0: the batch.", panel=TRAINING, least=0
     )
     ema: float = setting(0.99, "Decay of averaged weights; 0: none.", panel=TRAINING, metavar="D", least=0, below=1)
-    patience: int = setting(25, "Stop after N epochs that were no better on val; 0: never.", panel=TRAINING, least=0)
+    patience: int = setting(25, "Stop after N epochs without a better score on val; 0: never.", panel=TRAINING, least=0)
     monitor: str = setting(
-        "r1", "What better means: r1, recall at 1 both ways, or loss.", panel=TRAINING, choices=("r1", "loss")
+        "r1",
+        "The score on val: r1 (mean recall at 1 of both directions) or loss.",
+        panel=TRAINING,
+        choices=("r1", "loss"),
     )
     seed: int = setting(
         0, "Same seed, machine, libraries and threads: same result.", panel=TRAINING, least=0, most=2**63 - 1
@@ -66,7 +70,7 @@ class AlignConfig:
 
     @property
     def label(self) -> str:
-        """What tables call it: the method and, of a DFE, its operation."""
+        """The name in tables: the method and, for a DFE, its operation."""
         return f"{self.method}-{self.op}" if self.method == "dfe" else self.method
 
     def to_dict(self) -> JsonObject:

@@ -1,4 +1,4 @@
-"""Cached features as pairs: two sides, the samples that have both, and which items (captions) each sample has."""
+"""Cached features as pairs: two sides, the samples with both, and the items (captions) of each sample."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ from cachefuse.store.tokens import padded
 from cachefuse.threads import idle_threads
 from cachefuse.training.selection import one_view, select_features
 
-FIT_ROWS, FIT_TOKENS = 1 << 15, 1 << 17  # that a side's statistics are taken from, about that many at most
-PIECE_FLOATS = 1 << 24  # of features that are embedded at a time, at most
+FIT_ROWS, FIT_TOKENS = 1 << 15, 1 << 17  # a side's mean and deviation are of about so many rows or tokens at most
+PIECE_FLOATS = 1 << 24  # maximum number of feature values embedded at a time
 PIECE_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class SideRows:
-    """One side's stored rows, and where each sample's items lie among them: item rows offsets[i] to offsets[i + 1]."""
+    """One side's stored rows; the items of sample i are rows offsets[i] to offsets[i + 1], excluded."""
 
     modality: str
     rows: Rows
@@ -39,7 +39,7 @@ class SideRows:
 
     @property
     def n_tokens(self) -> float:
-        """The tokens of a row, on average; 1 of pooled features."""
+        """The mean number of tokens of a row; 1 for pooled features."""
         if isinstance(self.rows, RaggedRows):
             return max(1.0, float(self.rows.lengths.mean()))
         return float(self.rows.shape[1] if len(self.rows.shape) == 3 else 1)
@@ -56,16 +56,16 @@ class SideRows:
         return x.to(device), mask.to(device)
 
     def items(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return all item rows (n,) of some samples, in order, and which of ``samples`` each belongs to (n,)."""
+        """Return all item rows (n,) of some samples, in order, and each one's index in ``samples`` (n,)."""
         first, counts = self.offsets[samples], self.offsets[samples + 1] - self.offsets[samples]
         owners = np.repeat(np.arange(len(samples)), counts)
         return first[owners] + np.arange(len(owners)) - (counts.cumsum() - counts)[owners], owners
 
 
 def as_tokens(rows: Rows | Tensor | Sequence[Tensor], index: Tensor) -> Side:
-    """Return rows (B,), stored or in memory, as tokens (B, T, D) with their mask (B, T); pooled ones are one token.
+    """Return rows (B,), stored or in memory, as tokens (B, T, D) with their mask (B, T); pooled rows are one token.
 
-    A row without any token has one of zeros, so that it can be attended to.
+    A row without tokens gets one token of zeros, so that attention has a token to attend to.
     """
     if isinstance(rows, Rows | Tensor) and len(rows.shape) == 2 and not isinstance(rows, RaggedRows):
         return rows.index_select(0, index).unsqueeze(1), torch.ones(len(index), 1, dtype=torch.bool)
@@ -73,7 +73,7 @@ def as_tokens(rows: Rows | Tensor | Sequence[Tensor], index: Tensor) -> Side:
 
 
 def with_a_token(x: Tensor, mask: Tensor) -> Side:
-    """Return tokens (B, T, D) and their mask with a token of zeros for each row that has none."""
+    """Return tokens (B, T, D) and their mask (B, T), with a token of zeros for each row without tokens."""
     if not x.shape[1]:
         x, mask = x.new_zeros(len(x), 1, x.shape[2]), mask.new_zeros(len(x), 1)
     mask[:, 0] = True
@@ -82,7 +82,7 @@ def with_a_token(x: Tensor, mask: Tensor) -> Side:
 
 @dataclass(frozen=True)
 class PairData:
-    """Two sides over the same samples; ``samples`` (n,) are those that have both, ``splits`` (N,) are all samples'."""
+    """Two sides over the same N samples: ``samples`` (n,) have both sides, ``splits`` (N,) are of all samples."""
 
     name: str
     sides: tuple[SideRows, SideRows]
@@ -91,7 +91,7 @@ class PairData:
 
     @property
     def same_texts(self) -> bool:
-        """Whether both sides are encoders of the same texts."""
+        """Whether both sides encode the same texts."""
         return self.sides[0].modality == self.sides[1].modality
 
     def of(self, split: str) -> np.ndarray:
@@ -100,10 +100,10 @@ class PairData:
         return inside
 
     def draw(self, samples: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return one item row of each sample (B,) for each side, drawn at random.
+        """Draw one item row of each sample (B,) at random for each side.
 
-        Where both sides see the same texts and a sample has several, they get different ones: what is to be learnt is
-        that the two mean the same.
+        If both sides encode the same texts, a sample with several texts gives the sides different ones: training then
+        teaches that the two mean the same.
         """
         drawn = []
         for side in self.sides:
@@ -121,25 +121,25 @@ class PairData:
 def open_pairs(
     store: FeatureStore, encoders: Sequence[str] = (), view: str = "pooled"
 ) -> tuple[PairData, tuple[Features, Features]]:
-    """Open the two sides to align: the named encoders' features, or those of the store if there are just two.
+    """Open the two sides to align: the features of ``encoders``, or the store's if it has exactly two.
 
-    Raises ConfigError if they are not two, CacheError if rows are missing, DataError if no sample has both.
+    Raises ConfigError if there are not two, CacheError if rows are missing, DataError if no sample has both.
     """
     if store.manifest.task in PAIRS:
         raise ConfigError(
-            f"the pairs of {store.dataset} don't all mean the same, so they can't be aligned; they are for measuring: "
+            f"the pairs of {store.dataset} can't be aligned: some differ in meaning; use them to evaluate encoders: "
             f"cachefuse similarity --dataset {store.dataset}"
         )
     chosen = [features for group in select_features(store, encoders, one_view(view)).values() for features in group]
-    if len(chosen) > 2 and len(encoders) == 2:  # one that has both, such as CLIP, beside one of images or of texts
+    if len(chosen) > 2 and len(encoders) == 2:  # an encoder of both, such as CLIP, and one of images or of texts
         across = [pair for pair in combinations(chosen, 2) if pair[0].encoder != pair[1].encoder]
         across = [pair for pair in across if pair[0].modality != pair[1].modality]
         chosen = list(across[0]) if len(across) == 1 else chosen
     if len(chosen) != 2 or [features.modality for features in chosen] == ["image", "image"]:
-        found = ", ".join(f"{features.encoder} ({features.modality})" for features in chosen)
+        names = ", ".join(f"{features.encoder} ({features.modality})" for features in chosen)
         raise ConfigError(
-            f"to align takes two encoders. Got {len(chosen)} instead: {found}; name two with --encoder: of images "
-            f"and of texts, or two of the same texts"
+            f"align needs two encoders. Got {len(chosen)} instead: {names}; name two with --encoder: one of images "
+            f"and one of texts, or two of the same texts"
         )
     pair = cast(tuple[Features, Features], tuple(chosen))
     return pair_data(store, pair, view), pair
@@ -159,16 +159,16 @@ def pair_data(store: FeatureStore, pair: tuple[Features, Features], view: str) -
 
 
 def fit_statistics(model: Aligner, data: PairData, samples: np.ndarray) -> None:
-    """Take each side's mean and deviation from the real tokens of some samples' items, or of an even spread of them."""
+    """Fit each side's mean and deviation to the real tokens of some samples' items, or of an even subset of them."""
     for standardize, side in zip(model.standardize, data.sides, strict=True):
         items, _ = side.items(samples)
         most = min(FIT_ROWS, max(1, int(FIT_TOKENS / side.n_tokens)))
         spread = items[np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(np.int64)]
-        parts = []
+        blocks = []
         for index in torch.from_numpy(spread).split(side.piece):
             x, mask = side.read(index)
-            parts.append(x[mask])  # (n, D)
-        cast(Standardize, standardize.cpu()).fit(torch.cat(parts))
+            blocks.append(x[mask])  # (n, D)
+        cast(Standardize, standardize.cpu()).fit(torch.cat(blocks))
 
 
 @torch.inference_mode()
@@ -177,8 +177,8 @@ def embed(model: Aligner, side: int, rows: SideRows, index: np.ndarray) -> Tenso
     """Return the embeddings (n, W) of stored rows (n,), float32, on the CPU."""
     model.eval()
     device = model.log_temperature.device
-    parts = torch.from_numpy(index).split(rows.piece)
-    return torch.cat([model(side, rows.read(part, device)).cpu() for part in parts])
+    blocks = torch.from_numpy(index).split(rows.piece)
+    return torch.cat([model(side, rows.read(block, device)).cpu() for block in blocks])
 
 
 def n_batches(n_samples: int, size: int) -> int:
@@ -187,7 +187,9 @@ def n_batches(n_samples: int, size: int) -> int:
 
 
 def in_batches(samples: np.ndarray, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Yield the samples (n,) in a random order, ``size`` at a time; a last one alone, which has no negatives, is left
-    out."""
+    """Yield the samples (n,) in a random order, ``size`` at a time.
+
+    A last batch of one sample is left out, since it has no negatives.
+    """
     order = torch.from_numpy(samples)[torch.randperm(len(samples), generator=generator)]
-    yield from (part for part in order.split(size) if len(part) > 1)
+    yield from (batch for batch in order.split(size) if len(batch) > 1)

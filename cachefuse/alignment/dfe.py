@@ -1,8 +1,8 @@
-"""The Deep Fusion Encoder: one small encoder for all modalities, told which one it sees by a context vector.
+"""The Deep Fusion Encoder: one small encoder for all modalities; a context vector tells it the modality.
 
-"Context-Based Multimodal Fusion" (CBMF), section III: ``f(g_m(x) (*) g(c_m))``, with a projection g_m for each side, a
-context c_m for each side, and one shared encoder f: fusion, LayerNorm, one transformer block, residual connection. What
-goes in is a sequence (B, T, D) with a mask (B, T) of the tokens that are real; pooled features are a sequence of one.
+"Context-Based Multimodal Fusion" (CBMF), section III: ``f(g_m(x) (*) g(c_m))``. Each side has a projection g_m and a
+context c_m. The encoder f is shared: fusion, LayerNorm, one transformer block, residual connection. The input is a
+sequence (B, T, D) with a mask (B, T) of the real tokens; pooled features are a sequence of length 1.
 
 Every operation is ``Operation(width)`` and maps tokens (B, T, W), a context (W,) and a mask (B, T) to (B, T, W).
 """
@@ -30,7 +30,7 @@ class Add(nn.Module):
 
 
 class Multiply(nn.Module):
-    """x * (1 + c): near the identity at the start, where contexts are near 0."""
+    """x * (1 + c): near the identity at the start, since contexts start near 0."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -40,7 +40,7 @@ class Multiply(nn.Module):
 
 
 class Concat(nn.Module):
-    """W [x; c], back to the width: a context that is concatenated is one that is added, after a map of its own."""
+    """W [x; c], back to the width: the same as a linear map of x plus a linear map of the context."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -53,13 +53,13 @@ class Concat(nn.Module):
 class _Attention(nn.Module, ABC):
     """x + softmax(scores) V, with the context as the query and the tokens as keys and values: CBMF, equation 2.
 
-    What is attended is added to every token, so that the sequence, and its mask, go on to the transformer block. With
-    one token there is nothing to choose from: the softmax is 1 and the context without effect.
+    The result is added to every token, so that the transformer block gets the sequence and its mask. With one token
+    the softmax is 1, and the context has no effect.
     """
 
     @abstractmethod
     def scores(self, x: Tensor, context: Tensor) -> Tensor:
-        """Return how well each token (B, T, W) answers a context (W,): (B, T)."""
+        """Return the attention score of each token (B, T, W) for a context (W,): (B, T)."""
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor) -> Tensor:
         weights = self.scores(x, context).masked_fill(~mask, -torch.inf).softmax(dim=1)  # (B, T)
@@ -90,14 +90,14 @@ class DotAttention(_Attention):
 
 
 class Projection(nn.Sequential):
-    """A side's projection g_m to the common width: Linear, ReLU, Linear, as in ConVIRT (arXiv 2010.00747)."""
+    """The projection g_m of a side to the common width: Linear, ReLU, Linear, as in ConVIRT (arXiv 2010.00747)."""
 
     def __init__(self, width: int, out: int, dropout: float = 0.0):
         super().__init__(nn.Linear(width, out), nn.ReLU(), Dropout(dropout), nn.Linear(out, out))
 
 
 class DeepFusionEncoder(nn.Module):
-    """Projections and contexts of each side, and one shared encoder: (B, T, D_m) of side m to (B, W)."""
+    """A projection and a context for each side, and one shared encoder: (B, T, D_m) of side m to (B, W)."""
 
     def __init__(self, widths: tuple[int, ...], width: int, *, operation: str = "add", dropout: float = 0.0):
         super().__init__()
@@ -110,13 +110,13 @@ class DeepFusionEncoder(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor, side: int) -> Tensor:
         if x.shape[1] > 1:
-            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # whatever padding holds, NaN included, stays out of it
+            x = x.masked_fill(~mask.unsqueeze(-1), 0)  # padding can hold NaN
         fused = self.operation(self.project[side](x), self.context.weight[side], mask)  # (B, T, W)
         return masked_mean(fused + self.block(self.norm(fused), mask), mask)
 
 
 class ProjectionEncoder(nn.Module):
-    """The baseline: a projection for each side and nothing shared, as in ConVIRT; here over frozen encoders."""
+    """The baseline: a projection for each side and nothing shared, as in ConVIRT, but over frozen encoders."""
 
     def __init__(self, widths: tuple[int, ...], width: int, *, operation: str = "add", dropout: float = 0.0):
         super().__init__()

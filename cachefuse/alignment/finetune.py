@@ -1,4 +1,4 @@
-"""Fine-tuning: one side of an alignment and a linear head on it, trained together on a labelled dataset."""
+"""Fine-tuning: train one side of an alignment together with a linear head on a labelled dataset."""
 
 import copy
 import shutil
@@ -42,7 +42,7 @@ from cachefuse.training.train import Progress
 
 
 class TunedModel(Model):
-    """Stored features {modality: (B, T * D)} through one side of an alignment and a head on it, to logits (B, C)."""
+    """One side of an alignment and a head on it: stored features {modality: (B, T * D)} to logits (B, C)."""
 
     def __init__(self, aligner: Aligner, side: int, modality: str, head: FusionModel, n_tokens: int = 0):
         super().__init__()
@@ -56,7 +56,7 @@ class TunedModel(Model):
         """Return the aligned vectors (B, W)."""
         x = features[self.modality]
         x = x.unflatten(1, (self._n_tokens or 1, -1))  # (B, T, D)
-        # Tokens side by side are padded with zeros, and a token of a frozen encoder is never zero throughout.
+        # Flat tokens are padded with zeros, and a token of a frozen encoder is never all zeros.
         mask = (x != 0).any(-1) if self._n_tokens else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         mask[:, 0] = True
         return self.aligner(self._side, (x, mask))
@@ -78,12 +78,12 @@ def fine_tune(
     device: str = "auto",
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> tuple[Alignment, Run]:
-    """Train one side's encoder, from where an alignment left it, together with a linear head, on a labelled dataset.
+    """Train one side of an alignment, from its aligned weights, together with a linear head on a labelled dataset.
 
-    The paper's fine-tuning protocol (CBMF, section IV-C). What is tuned becomes an alignment of its own, written to
-    ``runs``, whose features the store gets; the head, measured and not yet saved, is a run that reads those, so that
-    ``predict`` and all else work on it. Raises ConfigError for a dataset without classes or a modality that the
-    alignment lacks, RunError if the store lacks the features that it reads.
+    The paper's fine-tuning protocol (CBMF, section IV-C). The tuned alignment is saved as a new run in ``runs``, and
+    its features are added to the store. The head is a second run that reads these features, so that ``predict`` works
+    on it; it is evaluated but not yet saved. Raises ConfigError for a dataset without classes or a modality that the
+    alignment lacks, RunError if the store lacks the features that the alignment reads.
     """
     begun = time.perf_counter()
     sides = [i for i, side in enumerate(run.sides) if side.modality == modality]
@@ -100,9 +100,11 @@ def fine_tune(
     table = load_table(store, {modality: [find_side(run, run.sides[side], store)]}, views).to(resolve_device(device))
     data = TrainingData.of(store, table)
     if data.task not in ("multiclass", "multilabel"):
-        raise ConfigError(f"fine-tune is for datasets of one set of labels; {store.dataset} is for {data.task}")
+        raise ConfigError(
+            f"fine-tune needs a dataset with one set of labels; the task of {store.dataset} is {data.task}"
+        )
     config = data.resolve(given)
-    with only_writer(store.path):  # or it would turn out after all the epochs that there is another
+    with only_writer(store.path):  # fails now, not after all epochs, if another process writes to the store
         pass
     train = data.train_rows().to(data.device)
     seed_everything(seed)
@@ -112,7 +114,7 @@ def fine_tune(
     tuned.model.log_temperature.requires_grad_(False)
     head = build_model(config, pooled_specs({modality: run.config.width}), len(data.classes))
     model = TunedModel(tuned.model, side, modality, head, table.specs[modality].n_tokens).to(data.device)
-    # Vectors of length 1, to values of about 1; what their own deviations are changes while they are tuned.
+    # Scale vectors of length 1 to values of about 1: their deviations are not fitted, since tuning changes them.
     cast(Standardize, head.standardize[modality]).scale.fill_(run.config.width**0.5)
     history = fit(
         model,
@@ -126,11 +128,11 @@ def fine_tune(
     )
     tuned.model.log_temperature.requires_grad_(True)
     tuned.history, tuned.seconds = history, time.perf_counter() - begun
-    place = tuned.save(runs)
+    folder = tuned.save(runs)
     try:
         return tuned, _head_run(tuned, side, store, config, head, history, device, begun)
     except BaseException:
-        shutil.rmtree(place, ignore_errors=True)  # without its head it is of no use
+        shutil.rmtree(folder, ignore_errors=True)  # useless without its head
         raise
 
 
@@ -144,7 +146,7 @@ def _head_run(
     device: str,
     begun: float,
 ) -> Run:
-    """Return the head as a run over the tuned features, which are written to the store, measured on those."""
+    """Write the tuned features to the store; return the head as a run that reads them, evaluated."""
     features = aligned_features(tuned, side, store, device=device)
     modality = features.modality
     table = load_table(store, {modality: [features]}).to(resolve_device(device))

@@ -1,4 +1,4 @@
-"""Training an alignment: one visible loop, and a step whose gradient is exact however many pairs it compares."""
+"""Training an alignment: one visible loop, and a step with an exact gradient for any number of pairs."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -30,11 +30,11 @@ def fit(
     generator: torch.Generator,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> History:
-    """Train on some samples (n,) for the settings' epochs, or until ``patience`` of them were no better on others (m,).
+    """Train on samples ``train`` (n,); ``patience`` epochs without a better score on ``validate`` (m,) end training.
 
-    The best epoch's weights stay (averaged ones with EMA); without samples to validate on, the last one's. Raises
-    TrainingError if training diverges. Ctrl-C ends training at the best epoch so far; if there is none, it is passed
-    on.
+    The model keeps the weights of the best epoch (averaged with EMA), or of the last epoch if ``validate`` is empty.
+    Raises TrainingError if training diverges. Ctrl-C ends training with the weights of the best epoch so far; before
+    the end of the first epoch it raises KeyboardInterrupt.
     """
     keep_freed_memory()
     device = model.log_temperature.device
@@ -78,11 +78,11 @@ def fit(
 
 
 def backward(model: Aligner, read: ReadChunk, items: tuple[Tensor, Tensor], chunk_size: int, targets: str) -> Tensor:
-    """Compute the loss of M pairs, add its gradient to the parameters', and return it.
+    """Add the gradient of the loss of M pairs to the parameters' gradients, and return the loss.
 
-    With chunks the pairs are embedded without a graph first; the loss of all gives the gradient of each embedding; then
-    each chunk is embedded again, with the same random numbers, and that gradient goes back through it (GradCache, arXiv
-    2101.06983). What a chunk takes is all the memory there must be, and the gradient is that of the whole batch.
+    With chunks, all pairs are first embedded without a graph. The loss gives the gradient of each embedding. Then each
+    chunk is embedded again, with the same random numbers, and its gradient is propagated back (GradCache, arXiv
+    2101.06983). This needs the memory of one chunk only, and gives the gradient of the whole batch.
     """
     n = len(items[0])
     if not chunk_size or chunk_size >= n:
@@ -113,7 +113,7 @@ def _random_state(model: Aligner) -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def _random_numbers_of(model: Aligner, state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
-    """Draw what was drawn from ``state`` on, so that dropout drops the same; then go on from where things were."""
+    """Use random numbers from ``state`` on, so that dropout drops the same; afterwards restore the old state."""
     device = model.log_temperature.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
@@ -123,27 +123,27 @@ def _random_numbers_of(model: Aligner, state: tuple[Tensor, Tensor | None]) -> I
 
 
 def _validate(model: Aligner, data: PairData, samples: np.ndarray, config: AlignConfig) -> tuple[float, float]:
-    """Return the mean recall at 1 of both directions, and the loss of one item a sample in batches of the training's.
+    """Return the mean recall at 1 of both directions, and the loss of one item per sample in batches of ``batch_size``.
 
     Raises TrainingError if the loss is not finite.
     """
     both = embed_samples(model, data, samples)
     r1 = float(np.mean([recall_at(best_ranks(*pair), 1) for pair in (both, both[::-1])]))
-    loss = _loss_of_some(model, both, config)
+    loss = _loss_of_first_items(model, both, config)
     if not math.isfinite(loss):
-        raise TrainingError(f"training diverged: the loss on val is {loss}; take a lower lr")
+        raise TrainingError(f"training diverged: the loss on val is {loss}; use a lower lr")
     return r1, loss
 
 
 @torch.inference_mode()
-def _loss_of_some(model: Aligner, both: tuple[Embedded, Embedded], config: AlignConfig) -> float:
-    """Return the loss of each sample's first items; where both sides are of the same ones, the second of one side."""
+def _loss_of_first_items(model: Aligner, both: tuple[Embedded, Embedded], config: AlignConfig) -> float:
+    """Return the loss of each sample's first items; if both sides have the same items, the second item for one side."""
     device = model.log_temperature.device
     firsts = []
-    for side, one in enumerate(both):
-        first, counts = np.unique(one.owners, return_index=True, return_counts=True)[1:]
-        place = first + np.minimum(side, counts - 1) * (one.items is not None)
-        firsts.append(one.vectors[torch.from_numpy(place)])
+    for side, embedded in enumerate(both):
+        first, counts = np.unique(embedded.owners, return_index=True, return_counts=True)[1:]
+        index = first + np.minimum(side, counts - 1) * (embedded.items is not None)
+        firsts.append(embedded.vectors[torch.from_numpy(index)])
     batches = zip(*(x.to(device).split(config.batch_size) for x in firsts), strict=True)
     losses = [
         (len(x), model.loss(x, y, config.targets).item()) for x, y in batches if len(x) > 1 or len(firsts[0]) == 1
@@ -152,7 +152,7 @@ def _loss_of_some(model: Aligner, both: tuple[Embedded, Embedded], config: Align
 
 
 def embed_samples(model: Aligner, data: PairData, samples: np.ndarray) -> tuple[Embedded, Embedded]:
-    """Return the embeddings of every item of some samples (n,), by side."""
+    """Return the embeddings of all items of some samples (n,), by side."""
     both = []
     for number, side in enumerate(data.sides):
         items, owners = side.items(samples)

@@ -1,4 +1,4 @@
-"""The trained part of an alignment: stored features of either side to unit vectors in one space."""
+"""The trained model of an alignment: stored features of either side to unit vectors in one space."""
 
 import math
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import TINY_NORM, contrastive
 from cachefuse.registry import lookup
 
-TEMPERATURE = 0.07  # at the start (arXiv 2103.00020)
-BOUNDS = math.log(0.01), math.log(1.0)  # of its logarithm
+TEMPERATURE = 0.07  # initial value (arXiv 2103.00020)
+BOUNDS = math.log(0.01), math.log(1.0)  # of the temperature's logarithm
 
-Side = tuple[Tensor, Tensor]  # features (B, T, D_m) of any float dtype, and the mask (B, T) of the tokens that are real
+Side = tuple[Tensor, Tensor]  # features (B, T, D_m) of any float dtype, and the mask (B, T) of real tokens
 
 
 class Aligner(nn.Module):
-    """Features of side m, (B, T, D_m) as they are stored, to unit vectors (B, W); and the temperature to compare them.
+    """Stored features (B, T, D_m) of side m to unit vectors (B, W); and the temperature of their contrastive loss.
 
-    Statistics that standardise each side's features are part of the state: see ``fit_statistics``.
+    The state includes the mean and deviation that standardise each side's features: see ``fit_statistics``.
     """
 
     def __init__(self, widths: Sequence[int], config: AlignConfig):
@@ -52,10 +52,10 @@ class Aligner(nn.Module):
         return F.normalize(embeddings, dim=-1, eps=TINY_NORM)
 
     def loss(self, x: Tensor, y: Tensor, targets: str) -> Tensor:
-        """Return the contrastive loss of embeddings (M, W) each."""
+        """Return the contrastive loss of the embeddings of M pairs, (M, W) for each side."""
         return contrastive(x, y, self.temperature, targets=targets)
 
     @torch.no_grad()
     def bound_temperature(self) -> None:
-        """Bring the temperature back within its bounds, where its gradient is that of the loss: after each step."""
+        """Clamp the temperature to its bounds after a step: outside of them it would get no gradient."""
         self.log_temperature.clamp_(*BOUNDS)

@@ -1,4 +1,4 @@
-"""Pairs of texts that mean the same, mined from a dataset's captions by how near their cached embeddings are."""
+"""Pairs of texts that mean the same, mined from a dataset's captions by the cosine of their cached embeddings."""
 
 import json
 import re
@@ -22,14 +22,14 @@ from cachefuse.store.features import Features
 from cachefuse.threads import idle_threads
 
 BLOCK = 2048  # texts compared with as many others at a time
-CANDIDATES = 16  # nearest texts of each among which its partner is
+CANDIDATES = 16  # a text's partner is among so many nearest texts
 
 OnRows = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Rows of a text modality's features, two a pair (P, 2), and their cosines (P,), by split."""
+    """By split: feature rows of a text modality, two per pair (P, 2), and their cosines (P,)."""
 
     rows: dict[str, np.ndarray]
     cosines: dict[str, np.ndarray]
@@ -47,23 +47,24 @@ def mine_pairs(
     device: str = "auto",
     on_rows: OnRows = lambda done, total: None,
 ) -> Pairs:
-    """Pair texts whose cosine is ``threshold`` or more; ``texts`` (N) are the samples', as the features have them.
+    """Pair texts whose cosine is ``threshold`` or more; ``texts`` has the texts of each of the N samples.
 
-    Every text is compared with every other of its split. A sample is in one pair at most: the nearest pair goes first,
-    then the nearest of those that are left, among the 16 nearest of each text. So nothing that means the same, a text
-    itself or another of its image, is a negative of a pair (CBMF, section IV-B, says which pairs are similar, not which
-    of them to take). Texts with the same words are no pair. Raises ConfigError for a threshold outside of (0, 1],
-    DataError if texts and features don't agree.
+    Every text is compared with every other text of its split, and has its 16 nearest texts as candidates. The nearest
+    pair is taken first, then the nearest of the remaining pairs; a sample is in one pair at most. So no negative of a
+    pair is the text itself or another caption of its image. CBMF, section IV-B, says which pairs are similar, but not
+    which of them to take. Texts with the same words are not a pair.
+
+    Raises ConfigError for a threshold outside of (0, 1], DataError if the numbers of texts and feature rows differ.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold must be above 0 and at most 1. Got {threshold:g} instead")
     samples = features.samples
     owners, _ = item_places(samples, features.modality)
     several = samples.items(features.modality) is not None
-    flat = [own for each in texts for own in (each if several else (each[0] if each else "",))]
+    flat = [text for group in texts for text in (group if several else (group[0] if group else "",))]
     if len(flat) != len(owners):
         raise DataError(
-            f"{samples.dataset} has {len(flat):,} texts, and its features {len(owners):,} rows; extract again"
+            f"{samples.dataset} has {len(flat):,} texts, but its features have {len(owners):,} rows; extract again"
         )
     words: dict[str, int] = {}
     same = np.array([words.setdefault(" ".join(text.lower().split()), len(words)) for text in flat])
@@ -74,7 +75,7 @@ def mine_pairs(
     for split in ordered_splits(samples.splits):
         rows = np.flatnonzero(usable & (samples.splits[owners] == split))
         x = torch.from_numpy(features.rows()[rows]).to(resolve_device(device))
-        ends, near = _candidates(x, torch.from_numpy(same[rows]), threshold, partial(_tell, on_rows, done, total))
+        ends, near = _candidates(x, torch.from_numpy(same[rows]), threshold, partial(_report, on_rows, done, total))
         chosen, cosines = _match(ends, near, owners[rows])
         done += len(rows)
         if len(chosen):
@@ -82,7 +83,7 @@ def mine_pairs(
     return pairs
 
 
-def _tell(on_rows: OnRows, before: int, total: int, done: int) -> None:
+def _report(on_rows: OnRows, before: int, total: int, done: int) -> None:
     on_rows(before + done, total)
 
 
@@ -90,35 +91,35 @@ def _tell(on_rows: OnRows, before: int, total: int, done: int) -> None:
 def _candidates(
     x: torch.Tensor, same: torch.Tensor, threshold: float, on_rows: Callable[[int], None]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return pairs (P, 2) of the rows of x (n, D) with i < j, and their cosines (P,): each row's nearest, exactly."""
+    """Return pairs (P, 2) of rows i < j of x (n, D), and their cosines (P,), by exact search of each row's nearest."""
     same = same.to(x.device)
-    found: list[tuple[np.ndarray, np.ndarray]] = []
+    blocks: list[tuple[np.ndarray, np.ndarray]] = []
     for start in range(0, len(x), BLOCK):
-        mine = F.normalize(x[start : start + BLOCK].float(), dim=1, eps=TINY_NORM)
-        values = torch.full((len(mine), 0), -torch.inf, device=x.device)
-        places = torch.empty((len(mine), 0), dtype=torch.int64, device=x.device)
+        queries = F.normalize(x[start : start + BLOCK].float(), dim=1, eps=TINY_NORM)
+        values = torch.full((len(queries), 0), -torch.inf, device=x.device)
+        places = torch.empty((len(queries), 0), dtype=torch.int64, device=x.device)
         for other in range(0, len(x), BLOCK):
-            theirs = F.normalize(x[other : other + BLOCK].float(), dim=1, eps=TINY_NORM)
-            scores = mine @ theirs.T  # (b, b')
+            keys = F.normalize(x[other : other + BLOCK].float(), dim=1, eps=TINY_NORM)
+            scores = queries @ keys.T  # (b, b')
             scores.masked_fill_(same[start : start + BLOCK, None] == same[other : other + BLOCK], -torch.inf)
             top = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1)
             values, places = torch.cat([values, top.values], 1), torch.cat([places, top.indices + other], 1)
             values, order = values.topk(min(CANDIDATES, values.shape[1]), dim=1)
             places = places.gather(1, order)
         near = values >= threshold
-        first = (torch.arange(len(mine), device=x.device) + start)[:, None].expand_as(places)
+        first = (torch.arange(len(queries), device=x.device) + start)[:, None].expand_as(places)
         both = torch.stack([first[near], places[near]], dim=1).sort(dim=1).values  # (p, 2)
-        found.append((both.cpu().numpy(), values[near].cpu().numpy()))
+        blocks.append((both.cpu().numpy(), values[near].cpu().numpy()))
         on_rows(min(start + BLOCK, len(x)))
-    if not found:
+    if not blocks:
         return np.zeros((0, 2), np.int64), np.zeros(0, np.float32)
-    ends, cosines = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    ends, cosines = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
     kept = np.unique(ends, axis=0, return_index=True)[1]
     return ends[kept], cosines[kept]
 
 
 def _match(ends: np.ndarray, cosines: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pairs, the nearest first, whose samples are in none before them; ``owners`` (n,) are the rows'."""
+    """Return the pairs, nearest first, without those that repeat a sample; ``owners`` (n,) are the rows' samples."""
     owners = np.unique(owners, return_inverse=True)[1]
     free = np.ones(owners.max(initial=-1) + 1, bool)
     chosen = []
@@ -131,12 +132,12 @@ def _match(ends: np.ndarray, cosines: np.ndarray, owners: np.ndarray) -> tuple[n
 
 
 def write_pairs(pairs: Pairs, dataset: Dataset, folder: Path, source: str) -> Path:
-    """Write pairs as a dataset of their own, a manifest and a file of pairs a split, and return the manifest's path.
+    """Write pairs as a new dataset, one manifest and one file per split, and return the manifest's path.
 
-    Each is a sample of two texts. Raises DataError if there are none.
+    Each pair is a sample with two texts. Raises DataError if there are no pairs.
     """
     if not len(pairs):
-        raise DataError("no two texts are that near to one another; take a lower --threshold")
+        raise DataError("no two texts are near enough; use a lower --threshold")
     texts = dataset.modalities["text"]
     flat = [(dataset.ids[owner], text) for owner, text in zip(texts.owners(), texts.feature_sources(), strict=True)]
     make_folder(folder)
@@ -163,5 +164,5 @@ def write_pairs(pairs: Pairs, dataset: Dataset, folder: Path, source: str) -> Pa
 
 
 def _toml(text: str) -> str:
-    """Return a TOML string: JSON's, but for the character that JSON leaves as it is and TOML does not allow."""
+    """Return a TOML string: a JSON string, with DEL escaped, which TOML does not allow."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -4,7 +4,7 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from cachefuse.alignment.similarity import TOLERANCES, Figures, Scored
+from cachefuse.alignment.similarity import TOLERANCES, Figures, ScoredPairs
 from cachefuse.errors import ConfigError
 from cachefuse.files import write_atomically
 
@@ -13,11 +13,11 @@ WIDTH, HEIGHT, DPI = 3.4, 2.9, 120
 MOST_COLUMNS = 3
 
 
-def write_tolerance(found: Mapping[str, Mapping[str, Figures]], path: Path) -> Path:
-    """Draw the last split's share of pairs within e of their score over e, a panel for each unit of the scale.
+def write_tolerance(results: Mapping[str, Mapping[str, Figures]], path: Path) -> Path:
+    """Draw the share of pairs within e of their score over e, on the last split, with a panel per unit of the scale.
 
-    As figure 3 of CBMF, with a line for each encoder. Raises ConfigError for another kind of file, a folder that is not
-    there, or paraphrases, which have no scores.
+    As figure 3 of CBMF, with a line per encoder. Raises ConfigError for another kind of file, a missing folder, or
+    paraphrases, which have no scores.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -26,10 +26,10 @@ def write_tolerance(found: Mapping[str, Mapping[str, Figures]], path: Path) -> P
         raise ConfigError(f"a plot must be a file of {', '.join(KINDS)}. Got {path.name!r} instead")
     if not path.parent.is_dir():
         raise ConfigError(f"can't write {path}: there is no folder {path.parent}")
-    by_encoder = {name: list(by.items())[-1] for name, by in found.items()}
-    lines = {name: one.tolerance for name, (_, one) in by_encoder.items() if isinstance(one, Scored)}
+    last = {name: list(by_split.values())[-1] for name, by_split in results.items()}
+    lines = {name: figures.tolerance for name, figures in last.items() if isinstance(figures, ScoredPairs)}
     if not lines:
-        raise ConfigError("the tolerance curve is of pairs with scores; these are paraphrases or not")
+        raise ConfigError("the tolerance curve needs pairs with scores; this dataset has paraphrase labels")
     panels = list(dict.fromkeys(panel for tolerance in lines.values() for panel in tolerance))
     n_columns = min(MOST_COLUMNS, len(panels))
     n_rows = -(-len(panels) // n_columns)

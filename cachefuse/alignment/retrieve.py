@@ -1,4 +1,4 @@
-"""What in a store is nearest to a text or an image."""
+"""Search of a store for the samples nearest to a text or an image."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from cachefuse.store.store import FeatureStore
 
 @dataclass(frozen=True)
 class Match:
-    """A row of a store near to a query: its sample, and which of the sample's items it is; ``score`` is the cosine."""
+    """A feature row near to a query: its cosine ``score``, its sample, and its index among the sample's items."""
 
     score: float
     sample: int
@@ -26,8 +26,8 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What was looked for, in which modality, and the best matches, best first."""
+class QueryResult:
+    """A query, the modality that was searched, and the matches, best first."""
 
     query: str
     modality: str
@@ -44,19 +44,19 @@ def retrieve(
     modality: str | None = None,
     split: str | None = None,
     on_rows: OnRows = silent,
-) -> Found:
-    """Return the ``k`` images or texts of a store that are nearest to a text or an image file, every one compared.
+) -> QueryResult:
+    """Return the ``k`` images or texts of a store that are nearest to a text or an image file, by exact search.
 
-    By default a text looks for images, an image for texts; ``modality`` says otherwise, and ``split`` where. Raises
-    ConfigError unless one query is given, BadSampleError if it can't be used, RunError if the store lacks what the
-    space is made of, DataError for a split or modality that has nothing.
+    By default a text searches images, and an image searches texts; ``modality`` selects another, and ``split`` limits
+    the search. Raises ConfigError unless exactly one query is given, BadSampleError if it is unusable, RunError if the
+    store lacks the features that the space needs, DataError for an unknown split, or if there is nothing to search.
     """
     if (text is None) == (image is None):
-        raise ConfigError("give a --text or an --image to look for, one of them")
-    own = "text" if image is None else "image"
-    wanted = modality or space.counterpart(own)
+        raise ConfigError("give one query: either --text or --image")
+    query_modality = "text" if image is None else "image"
+    wanted = modality or space.counterpart(query_modality)
     query = text if image is None else FileImage(image)
-    vector = space.embed(own, [query])  # (1, W)
+    vector = space.embed(query_modality, [query])  # (1, W)
     features = space.stored(store, wanted, on_rows)
     owners, items = item_places(store, wanted)
     keep = store.present(wanted)
@@ -65,18 +65,18 @@ def retrieve(
             raise DataError(f"{store.dataset} has no split {split!r}; it has: {', '.join(np.unique(store.splits))}")
         keep = keep & (store.splits == split)
     if not keep.any():
-        raise DataError(f"{store.dataset} has no {wanted} to look for{f' in split {split!r}' if split else ''}")
+        raise DataError(f"{store.dataset} has no {wanted} to search{f' in split {split!r}' if split else ''}")
     hits = nearest(features.rows(), vector, k, unit=space.unit, keep=keep[owners], on_rows=on_rows)
     ids = store.ids
     matches = [
         Match(float(score), int(owners[row]), str(ids[owners[row]]), int(items[row]))
         for row, score in zip(hits.rows[0].tolist(), hits.scores[0].tolist(), strict=True)
     ]
-    return Found(str(image) if text is None else text, wanted, tuple(matches))
+    return QueryResult(str(image) if text is None else text, wanted, tuple(matches))
 
 
 def item_places(samples: StoredSamples, modality: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sample of each row of a modality's features (n,), and its place among the sample's items (n,)."""
+    """Return the sample of each feature row of a modality (n,), and the row's index among the sample's items (n,)."""
     offsets = samples.items(modality)
     if offsets is None:
         return np.arange(len(samples)), np.zeros(len(samples), np.int64)
@@ -84,15 +84,15 @@ def item_places(samples: StoredSamples, modality: str) -> tuple[np.ndarray, np.n
     return owners, np.arange(len(owners)) - offsets[owners]
 
 
-def matched_texts(found: Found, dataset: Dataset) -> list[str]:
-    """Return the text to show with each match: the one that was found, or the first of a found image's sample.
+def matched_texts(result: QueryResult, dataset: Dataset) -> list[str]:
+    """Return the text to show with each match: the matched text, or the first text of a matched image's sample.
 
-    It is empty where the raw data has none, or no such sample.
+    A text is empty if the raw data lacks the sample or its texts.
     """
     rows = {sample: row for row, sample in enumerate(dataset.ids)}
     shown = []
-    for match in found.matches:
-        own = dataset.sources("text" if found.modality == "image" else found.modality, rows.get(match.id))
-        place = match.item if found.modality != "image" and match.item < len(own) else 0
-        shown.append(as_text(own[place]) if own else "")
+    for match in result.matches:
+        sources = dataset.sources("text" if result.modality == "image" else result.modality, rows.get(match.id))
+        index = match.item if result.modality != "image" and match.item < len(sources) else 0
+        shown.append(as_text(sources[index]) if sources else "")
     return shown

@@ -33,7 +33,7 @@ from cachefuse.store.features import Features
 from cachefuse.training.loop import History
 
 VERSIONS = ("cachefuse", "torch", "numpy", "zarr")
-MAX_WIDTH = 1 << 20  # of features that a run may say it reads
+MAX_WIDTH = 1 << 20  # of the features of a side in run.json
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ class AlignmentSide:
 
 @dataclass(frozen=True)
 class Direction:
-    """How well one side finds the other: of ``n_queries`` among ``n_gallery`` items; ``curve`` has (k, precision).
+    """Retrieval of one side by the other: figures of ``n_queries`` queries among ``n_gallery`` items.
 
-    ``recall`` is by k, and ``chance`` what a random order gives; precision within the top k is the share of queries
-    with an item of their own there (CBMF, figure 4), which is the recall at k. ``median_rank`` counts from 1.
+    ``recall`` and ``chance``, the recall of a random order, are by k. ``curve`` has (k, precision). Precision within
+    the top k is the share of queries with an item of their own sample there (CBMF, figure 4): the recall at k.
+    ``median_rank`` counts from 1.
     """
 
     n_queries: int
@@ -77,7 +78,7 @@ class Direction:
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Figures of a split: by direction, and the modality gap of the untrained and of the trained model."""
+    """Figures of a split: each direction's, and the modality gap before and after training."""
 
     n_samples: int
     directions: dict[str, Direction]
@@ -87,7 +88,7 @@ class Retrieval:
 
 @dataclass
 class Alignment:
-    """Two encoders aligned: a model that maps the features of either side to one space. ``results`` are by split."""
+    """An alignment of two encoders: a model that maps both sides' features to one space. ``results`` are by split."""
 
     name: str
     dataset: str
@@ -99,21 +100,21 @@ class Alignment:
     split_digest: str = ""
     seconds: float = 0.0
     created: str = ""
-    parent: str = ""  # the alignment that this one is a fine-tuning of
+    parent: str = ""  # the alignment that was fine-tuned to this one
     path: Path | None = None
 
     @property
     def same_texts(self) -> bool:
-        """Whether both sides are encoders of the same texts."""
+        """Whether both sides encode the same texts."""
         return self.sides[0].modality == self.sides[1].modality
 
     @property
     def side_names(self) -> tuple[str, str]:
-        """What tables call the sides: their modalities, or of two encoders of the same texts "first" and "second"."""
+        """The sides' names in tables: their modalities, or "first" and "second" if both encode the same texts."""
         return ("first", "second") if self.same_texts else (self.sides[0].modality, self.sides[1].modality)
 
     def save(self, runs: Path) -> Path:
-        """Write the run under ``runs`` in a new directory that is whole or not there at all."""
+        """Write the run to a new directory in ``runs``, atomically, and return its path."""
         self.created = datetime.now(UTC).isoformat(timespec="milliseconds")
         tensors = {f"0.{name}": tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         about = {
@@ -143,11 +144,11 @@ class Alignment:
 
     @classmethod
     def load(cls, path: Path) -> "Alignment":
-        """Open a run directory. Raises RunError, naming the file, if it is incomplete or was edited into nonsense."""
-        about = describe(path)
+        """Open a run directory. Raises RunError, naming the file, if it is incomplete or invalid."""
+        about = read_description(path)
         with describing(path / "run.json"):
             config = AlignConfig.from_dict(about.config)
-            with torch.device("meta"):  # shapes only: no memory is taken before the weights' file shows its own
+            with torch.device("meta"):  # no memory is allocated before the weights' file has shown these shapes
                 model = Aligner([side.width for side in about.sides], config)
         values = read_json(path / "history.json")
         with describing(path / "history.json"):
@@ -170,7 +171,7 @@ class Alignment:
 
 
 class Description(BaseModel):
-    """The part of run.json that is read back."""
+    """The fields of run.json that are read back."""
 
     dataset: DatasetName
     created: str
@@ -185,7 +186,7 @@ class Description(BaseModel):
 
 @dataclass(frozen=True)
 class AlignmentSummary:
-    """What run.json says of an alignment; ``split`` is the one that ``recall_at_1`` is of, by direction."""
+    """An alignment in a list, from its run.json; ``recall_at_1`` is by direction, on ``split``."""
 
     name: str
     path: Path
@@ -199,25 +200,25 @@ class AlignmentSummary:
 
 
 def shown_split(splits: Iterable[str]) -> str | None:
-    """Return the split to show where one is shown: test if there is one, else val, else the first."""
+    """Return the split to show where only one is shown: test, else val, else the first."""
     known = ordered_splits(splits)
     return next((name for name in USUAL[:0:-1] if name in known), known[0] if known else None)
 
 
-def describe(path: Path) -> Description:
-    """Read what an alignment says of itself. Raises RunError, naming the key, for what it can't say."""
+def read_description(path: Path) -> Description:
+    """Read an alignment's run.json. Raises RunError, naming the key, for an invalid value."""
     values = read_whole(path, ALIGNMENT)
     with describing(path / "run.json"):
         return Description.model_validate(values)
 
 
 def list_alignments(runs: Path) -> list[AlignmentSummary]:
-    """Return the alignments in a directory, the one made last first; damaged ones are skipped, with a warning."""
+    """Return the alignments in a directory, the newest first; damaged ones are skipped, with a warning."""
     return newest_first(runs, ALIGNMENT, _summarize)
 
 
 def _summarize(path: Path) -> AlignmentSummary:
-    about = describe(path)
+    about = read_description(path)
     with describing(path / "run.json"):
         config = AlignConfig.from_dict(about.config)
     split = shown_split(about.results)

@@ -1,4 +1,4 @@
-"""How alike two sentences are: cosines of their embeddings, judged by people's scores or by paraphrase labels."""
+"""Sentence similarity: cosines of embeddings, evaluated against people's scores or paraphrase labels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,16 +19,16 @@ from cachefuse.training.selection import select_features
 
 TOLERANCES = np.linspace(0.1, 1, 100)  # CBMF, figure 3: "100 values spanning from 0.1 to 1"
 CHUNK = 4096  # pairs at a time
-MOST_UNITS = 20  # of a scale that is looked at by unit
+MOST_UNITS = 20  # of a scale with a tolerance curve per unit
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Pairs with people's scores: correlations with the cosine, and the tolerance curve.
+class ScoredPairs:
+    """Figures of pairs with people's scores: correlations of score and cosine, and the tolerance curve.
 
-    ``tolerance`` is the share of pairs whose cosine, from 0 to 1 laid over the dataset's scale, is within e of the
-    score, for each e of ``TOLERANCES``: of all pairs, and of those in each unit of a scale of up to 20
-    ("0-1").
+    ``tolerance`` has, for each e of ``TOLERANCES``, the share of pairs whose cosine is within e of the score. Cosines
+    from 0 to 1 are first mapped to the dataset's scale. There is a curve for "all" pairs, and one for each unit ("0-1")
+    of a scale of up to 20 units.
     """
 
     n_pairs: int
@@ -39,9 +39,9 @@ class Scored:
 
 @dataclass(frozen=True)
 class Paraphrases:
-    """Pairs that are paraphrases or not: called so from a cosine of ``threshold`` on, which was chosen elsewhere.
+    """Figures of pairs with paraphrase labels: a pair is predicted a paraphrase from a cosine of ``threshold`` on.
 
-    ``by_class`` has precision, recall and F1 of either class; ``chosen_on`` is the split that the threshold is from.
+    ``chosen_on`` is the split that chose the threshold. ``by_class`` has precision, recall and F1 of both classes.
     """
 
     n_pairs: int
@@ -52,7 +52,7 @@ class Paraphrases:
     by_class: Mapping[str, Mapping[str, float]]
 
 
-Figures = Scored | Paraphrases
+Figures = ScoredPairs | Paraphrases
 
 
 def similarity(
@@ -64,18 +64,18 @@ def similarity(
     device: str = "auto",
     on_rows: OnRows = silent,
 ) -> dict[str, dict[str, Figures]]:
-    """Measure text encoders, by default all of a store, and an alignment's text sides, on pairs of sentences.
+    """Evaluate text encoders, by default all of a store, and an alignment's text sides, on pairs of sentences.
 
-    Returns figures by encoder and split. An alignment of two text encoders is measured on each side, and across: one
-    sentence by the first, the other by the second, both ways. The threshold of paraphrases is the one with the highest
-    accuracy on the train pairs (or on val; where there are neither, on those measured, and ``chosen_on`` says so).
+    Returns figures by encoder and split. An alignment of two text encoders is evaluated on each side and across: one
+    sentence is encoded by the first, the other by the second, in both orders. The threshold for paraphrases has the
+    highest accuracy on the train pairs, else on val, else on the evaluated pairs themselves (see ``chosen_on``).
 
-    Raises ConfigError for a dataset that has no pairs, DataError for a split without scored pairs, RunError if the
-    store lacks what the alignment reads.
+    Raises ConfigError for a dataset without pairs, DataError for a split without scored pairs, RunError if the store
+    lacks the features that the alignment reads.
     """
     task = store.manifest.task
     if task not in PAIRS:
-        raise ConfigError(f"similarity takes a dataset of scored pairs; {store.dataset} is one for {task}")
+        raise ConfigError(f"similarity needs a dataset of scored pairs; the task of {store.dataset} is {task}")
     labelled = is_labelled(store.targets) & store.present("text")
     splits = ordered_splits(store.splits[labelled])
     if split is not None and split not in splits:
@@ -85,34 +85,34 @@ def similarity(
     if not splits:
         raise DataError(f"{store.dataset} has no scored pairs")
     shown = [split] if split is not None else splits
-    found: dict[str, dict[str, Figures]] = {}
+    results: dict[str, dict[str, Figures]] = {}
     for name, cosines in _all_cosines(store, encoders, run, device, on_rows).items():
         if task == "similarity":
-            found[name] = {s: _scored(store, cosines, labelled & (store.splits == s)) for s in shown}
+            results[name] = {s: _scored(store, cosines, labelled & (store.splits == s)) for s in shown}
         else:
-            found[name] = {s: _paraphrases(store, cosines, labelled, s, splits) for s in shown}
-    return found
+            results[name] = {s: _paraphrases(store, cosines, labelled, s, splits) for s in shown}
+    return results
 
 
 def pair_cosines(first: Features, second: Features | None = None) -> np.ndarray:
-    """Return the cosine of each sample's two texts (N,): the first's by one encoder, the second's by the same or
-    another.
+    """Return the cosine of each sample's two texts (N,): one by the ``first`` encoder, one by the ``second``.
 
-    NaN for a sample that does not have two usable texts.
+    Without ``second`` both are by the first. NaN for a sample without two usable texts. Raises DataError if samples
+    have one text each.
     """
-    about = first.samples
-    offsets = about.items(first.modality)
+    samples = first.samples
+    offsets = samples.items(first.modality)
     if offsets is None:
-        raise DataError(f"{about.dataset} has one {first.modality} a sample, where pairs have two")
-    usable = about.present(first.modality) & (np.diff(offsets) == 2)
+        raise DataError(f"{samples.dataset} has one {first.modality} per sample, but a pair needs two")
+    usable = samples.present(first.modality) & (np.diff(offsets) == 2)
     a, b = first.rows(), (second or first).rows()
-    cosines = np.full(len(about), np.nan)
-    samples = np.flatnonzero(usable)
-    for start in range(0, len(samples), CHUNK):
-        part = samples[start : start + CHUNK]
-        x, y = (rows[offsets[part] + i].astype(np.float64) for i, rows in enumerate((a, b)))
+    cosines = np.full(len(samples), np.nan)
+    pairs = np.flatnonzero(usable)
+    for start in range(0, len(pairs), CHUNK):
+        chunk = pairs[start : start + CHUNK]
+        x, y = (rows[offsets[chunk] + i].astype(np.float64) for i, rows in enumerate((a, b)))
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        cosines[part] = (x * y).sum(1) / np.where(norms > 0, norms, 1)
+        cosines[chunk] = (x * y).sum(1) / np.where(norms > 0, norms, 1)
     return cosines
 
 
@@ -123,13 +123,13 @@ def _all_cosines(
     if encoders or run is None:
         chosen = select_features(store, encoders)
         if "text" not in chosen:
-            raise ConfigError("similarity is about texts; name a text encoder with --encoder")
+            raise ConfigError("similarity needs a text encoder; name one with --encoder")
         cosines |= {features.encoder: pair_cosines(features) for features in chosen["text"]}
     if run is not None:
         sides = [i for i, side in enumerate(run.sides) if side.modality == "text"]
         if not sides:
             raise RunError(f"alignment {run.name} has no text side")
-        if not encoders:  # what they were before, to compare with
+        if not encoders:  # the features before alignment, for comparison
             for i in sides:
                 features = store.open_features(run.sides[i].encoder, "text")
                 if features is not None and run.config.views == "pooled":
@@ -143,27 +143,27 @@ def _all_cosines(
     return cosines
 
 
-def _scored(store: FeatureStore, cosines: np.ndarray, rows: np.ndarray) -> Scored:
+def _scored(store: FeatureStore, cosines: np.ndarray, rows: np.ndarray) -> ScoredPairs:
     from scipy.stats import pearsonr, spearmanr
 
     rows = rows & np.isfinite(cosines)
-    scores, found = store.targets[rows].astype(np.float64), cosines[rows]
+    scores, cosines = store.targets[rows].astype(np.float64), cosines[rows]
     low, high = store.manifest.scale or (0.0, 1.0)
-    errors = np.abs(low + np.clip(found, 0, 1) * (high - low) - scores)
+    errors = np.abs(low + np.clip(cosines, 0, 1) * (high - low) - scores)
     groups = {"all": np.ones(len(scores), bool)}
     if 1 < np.ceil(high) - np.floor(low) <= MOST_UNITS:
         edges = np.arange(np.floor(low), np.ceil(high))
         bins = np.clip(np.floor(scores), edges[0], edges[-1])
         groups |= {f"{edge:g}-{edge + 1:g}": bins == edge for edge in edges}
-    varies = len(scores) > 1 and np.ptp(scores) > 0 and np.ptp(found) > 0
-    return Scored(
+    varies = len(scores) > 1 and np.ptp(scores) > 0 and np.ptp(cosines) > 0
+    return ScoredPairs(
         n_pairs=len(scores),
-        pearson=float(pearsonr(found, scores)[0]) if varies else float("nan"),
-        spearman=float(spearmanr(found, scores)[0]) if varies else float("nan"),
+        pearson=float(pearsonr(cosines, scores)[0]) if varies else float("nan"),
+        spearman=float(spearmanr(cosines, scores)[0]) if varies else float("nan"),
         tolerance={
-            name: tuple(float((errors[mine] < e).mean()) for e in TOLERANCES)
-            for name, mine in groups.items()
-            if mine.any()
+            name: tuple(float((errors[group] < e).mean()) for e in TOLERANCES)
+            for name, group in groups.items()
+            if group.any()
         },
     )
 
@@ -178,11 +178,11 @@ def _paraphrases(
     chosen = usable & (store.splits == source)
     threshold = best_threshold(cosines[chosen], store.targets[chosen] == 1)
     rows = usable & (store.splits == split)
-    truth, called = store.targets[rows] == 1, cosines[rows] >= threshold
-    figures = precision_recall_fscore_support(truth, called, labels=[False, True], zero_division=0)
+    truth, predicted = store.targets[rows] == 1, cosines[rows] >= threshold
+    figures = precision_recall_fscore_support(truth, predicted, labels=[False, True], zero_division=0)
     return Paraphrases(
         n_pairs=int(rows.sum()),
-        accuracy=float((truth == called).mean()),
+        accuracy=float((truth == predicted).mean()),
         average_precision=float(average_precision_score(truth, cosines[rows])) if truth.any() else float("nan"),
         threshold=threshold,
         chosen_on=source,
@@ -194,11 +194,13 @@ def _paraphrases(
 
 
 def best_threshold(cosines: np.ndarray, truth: np.ndarray) -> float:
-    """Return the threshold (halfway between two cosines) with the highest accuracy, of (n,) of both; the lowest
-    such."""
+    """Return the threshold with the highest accuracy on ``cosines`` (n,) and labels ``truth`` (n,) bool.
+
+    It lies halfway between two cosines; of equally good thresholds the lowest is taken.
+    """
     order = np.argsort(cosines, kind="stable")
     values, positive = cosines[order], truth[order]
-    # Right with so many of the lowest called dissimilar: those that are, and the similar ones above.
+    # right[i]: correct pairs if the i lowest are predicted dissimilar: the dissimilar below, the similar above.
     right = np.concatenate([[0], np.cumsum(~positive)]) + positive.sum() - np.concatenate([[0], np.cumsum(positive)])
     possible = np.concatenate([[True], values[1:] > values[:-1], [True]]) if len(values) else np.array([True])
     best = int(np.argmax(np.where(possible, right, -1)))
@@ -207,4 +209,4 @@ def best_threshold(cosines: np.ndarray, truth: np.ndarray) -> float:
     if best in (0, len(values)):
         return float(np.nextafter(values[0], -np.inf) if best == 0 else np.nextafter(values[-1], np.inf))
     middle = float((values[best - 1] + values[best]) / 2)
-    return middle if middle > values[best - 1] else float(values[best])  # between neighbours there is nothing
+    return middle if middle > values[best - 1] else float(values[best])  # no float lies between

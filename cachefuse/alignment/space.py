@@ -1,4 +1,4 @@
-"""Where images and texts can be compared: the space of an alignment, or of an encoder that has both, such as CLIP."""
+"""A common space of images and texts: of an alignment, or of an encoder of both, such as CLIP."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -27,26 +27,26 @@ def silent(done: int, total: int) -> None:
 
 
 class Space(Protocol):
-    """Embeds samples, and finds a store's own embeddings; ``unit`` says that the latter have length 1."""
+    """Embeds samples and opens a store's embeddings; ``unit`` means that stored embeddings have length 1."""
 
     name: str
     unit: bool
 
     def embed(self, modality: str, samples: Sequence[Any]) -> Tensor:
-        """Return vectors (n, W) of raw images (sources) or texts. Raises BadSampleError for one that can't be used."""
+        """Return vectors (n, W) of raw images (sources) or texts. Raises BadSampleError for an unusable sample."""
 
     def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = silent) -> Features:
-        """Return a store's pooled features in this space, made now where they can be.
+        """Return a store's pooled features in this space; computes missing ones from stored base features if it can.
 
-        Raises RunError if they can't, CacheError if they were made by something else of that name.
+        Raises RunError if it can't, CacheError if the stored features are of another encoder with the same name.
         """
 
     def counterpart(self, modality: str) -> str:
-        """Return the modality to look for with a query of one. Raises RunError for one that is not in this space."""
+        """Return the modality that a query of ``modality`` searches. Raises RunError if the space lacks the query's."""
 
 
 class AlignedSpace:
-    """The space of an alignment. Of two text encoders, the first takes queries and the second is searched."""
+    """The space of an alignment. With two text encoders, the first embeds queries and the second is searched."""
 
     unit = True
 
@@ -63,10 +63,10 @@ class AlignedSpace:
         return encode_samples(self._towers[modality], samples)
 
     def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = silent) -> Features:
-        found = [i for i, about in enumerate(self.run.sides) if about.modality == modality]
-        if not found:
+        sides = [i for i, about in enumerate(self.run.sides) if about.modality == modality]
+        if not sides:
             raise RunError(f"alignment {self.name} has no {modality} side; it reads {self._sides}")
-        return aligned_features(self.run, found[-1], store, device=self._device, on_rows=on_rows)
+        return aligned_features(self.run, sides[-1], store, device=self._device, on_rows=on_rows)
 
     def counterpart(self, modality: str) -> str:
         modalities = [side.modality for side in self.run.sides]
@@ -80,7 +80,7 @@ class AlignedSpace:
 
 
 class EncoderSpace:
-    """The space of one encoder with two towers, such as those for images and texts of ``clip:ViT-B-32``."""
+    """The space of one encoder with two towers, such as the image and the text tower of ``clip:ViT-B-32``."""
 
     unit = False
 
@@ -91,7 +91,7 @@ class EncoderSpace:
         widths = {tower.width for tower in self._towers.values()}
         if len(self._towers) != 2 or len(widths) != 1:
             raise EncoderError(
-                f"{self.name} has no space that images and texts share; align it with another: cachefuse align"
+                f"{self.name} has no common space of images and texts; align it with another encoder: cachefuse align"
             )
 
     def embed(self, modality: str, samples: Sequence[Any]) -> Tensor:
@@ -119,11 +119,11 @@ class EncoderSpace:
 
 
 def encode_samples(tower: Tower, samples: Sequence[Any]) -> Tensor:
-    """Return pooled features (n, W) of raw samples. Raises BadSampleError, naming it, for one that can't be used."""
+    """Return pooled features (n, W) of raw samples. Raises BadSampleError, naming the sample, for an unusable one."""
     prepared = [prepare_source(tower, sample) for sample in samples]
     for sample, item in zip(samples, prepared, strict=True):
         if is_bad(item):
             name = getattr(sample, "name", repr(sample))
             raise BadSampleError(f"{name}: {item}")
     rows = encode_prepared(tower, prepared, ("pooled",), BATCH)["pooled"]
-    return torch.from_numpy(np.stack([row for row in rows if row is not None]))  # none is bad by now
+    return torch.from_numpy(np.stack([row for row in rows if row is not None]))  # bad samples have raised above

@@ -1,4 +1,4 @@
-"""An alignment as an encoder: ``aligned:<run>`` encodes by the run's own encoders, then maps to the common space."""
+"""An alignment as an encoder: ``aligned:<run>`` encodes with the run's encoders, then maps to the common space."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,15 +24,15 @@ from cachefuse.store.format import DTYPES, provenance_key
 from cachefuse.store.lock import only_writer
 from cachefuse.store.store import FeatureStore
 
-SIDES = ("", "1", "2")  # after the @ of a spec
+SIDES = ("", "1", "2")  # valid values after the @ of a spec
 _under_way: ContextVar[tuple[str, ...]] = ContextVar("alignments that are being opened", default=())
 
 
 class AlignedTower(DerivedTower):
-    """One side of an alignment: unit vectors (B, W). ``base`` encodes raw samples; without it there are only features.
+    """One side of an alignment: unit vectors (B, W). ``base`` encodes raw samples; without it only features work.
 
-    What the base sees is rounded as a store would keep it, so that both ways give the same; but for tokens that a store
-    has as int8, which are near to it.
+    The base's output is rounded to the store's dtype, so that raw samples and stored features give the same vectors.
+    Tokens stored as int8 are the exception: their vectors are only close.
     """
 
     def __init__(self, run: Alignment, side: int, device: str = "cpu", base: Tower | None = None):
@@ -92,8 +92,8 @@ def _as_tokens(rows: np.ndarray | list[np.ndarray]) -> tuple[Tensor, Tensor]:
 def open_aligned(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     """Open ``aligned:./workspace/runs/NAME`` with the encoders that it reads.
 
-    Of an alignment of two text encoders ``@1`` and ``@2`` are its sides, the first by default. Raises EncoderError if
-    there is no such run, or an encoder is not the one that it was made with.
+    ``@1`` and ``@2`` select the side of an alignment of two text encoders; the default is the first. Raises
+    EncoderError if there is no such run, or if an encoder differs from the one that the run was made with.
     """
     run, sides = open_spec(spec)
     towers: dict[str, Tower] = {}
@@ -104,7 +104,7 @@ def open_aligned(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         if base is None or provenance_key({**base.provenance, "dtype": about.dtype}) != about.key:
             raise EncoderError(
                 f"can't open {spec}: {about.source} has other weights or preprocessing than when {run.name} was made; "
-                f"bring them back, or align again"
+                f"restore them, or align again"
             )
         towers[about.modality] = AlignedTower(run, side, device, base)
     return towers
@@ -112,11 +112,11 @@ def open_aligned(spec: EncoderSpec, device: str) -> dict[str, Tower]:
 
 @contextmanager
 def _within(spec: EncoderSpec) -> Iterator[None]:
-    """Raise EncoderError for an alignment that reads itself, as only a file that was edited does."""
-    above, place = _under_way.get(), str(Path(spec.model).expanduser().resolve())
-    if place in above:
+    """Raise EncoderError for an alignment that reads itself, which only happens if its file was edited."""
+    outer, folder = _under_way.get(), str(Path(spec.model).expanduser().resolve())
+    if folder in outer:
         raise EncoderError(f"can't open {spec}: it reads itself; its run.json was edited")
-    token = _under_way.set((*above, place))
+    token = _under_way.set((*outer, folder))
     try:
         yield
     finally:
@@ -124,7 +124,7 @@ def _within(spec: EncoderSpec) -> Iterator[None]:
 
 
 def open_spec(spec: EncoderSpec) -> tuple[Alignment, tuple[int, ...]]:
-    """Return the alignment that a spec names, and which of its sides. Raises EncoderError if there is none."""
+    """Return the alignment of a spec, and its selected sides. Raises EncoderError if there is none."""
     folder = Path(spec.model).expanduser()
     if not spec.model or not (folder / "run.json").is_file():
         raise EncoderError(
@@ -135,16 +135,16 @@ def open_spec(spec: EncoderSpec) -> tuple[Alignment, tuple[int, ...]]:
     except RunError as error:
         raise EncoderError(f"can't open {spec}: {error}") from error
     if spec.weights not in SIDES or (spec.weights and not run.same_texts):
-        raise EncoderError(f"can't open {spec}: after @ comes 1 or 2, for one of two encoders of the same texts")
+        raise EncoderError(f"can't open {spec}: after @ use 1 or 2, and only if both encoders are of the same texts")
     if run.same_texts:
         return run, (int(spec.weights or 1) - 1,)
     return run, (0, 1)
 
 
 def side_spec(run: Alignment, side: int) -> EncoderSpec:
-    """Return the spec that opens one side of an alignment that is saved."""
+    """Return the spec of one side of a saved alignment. Raises RunError if it is not saved."""
     if run.path is None:
-        raise RunError(f"alignment {run.name} is not saved; save it first, so that its features have a name")
+        raise RunError(f"alignment {run.name} is not saved; save it first: its features are named by its folder")
     return EncoderSpec(ALIGNED, str(run.path), str(side + 1) if run.same_texts and side else "").absolute()
 
 
@@ -156,9 +156,9 @@ def aligned_features(
     device: str = "auto",
     on_rows: Callable[[int, int], None] = lambda done, total: None,
 ) -> Features:
-    """Return one side's aligned features of a store, made of those that it has where they are not there yet.
+    """Return one side's aligned features of a store; missing rows are computed from the stored base features.
 
-    Raises RunError if the store lacks what they are made of.
+    Raises RunError if the store lacks the base features.
     """
     spec, about = side_spec(run, side), run.sides[side]
     tower = AlignedTower(run, side, resolve_device(device))

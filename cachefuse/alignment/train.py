@@ -1,4 +1,4 @@
-"""From a store's features to an alignment, measured; and an alignment measured on any store."""
+"""Train an alignment on a store's features, and evaluate an alignment on any store."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -38,18 +38,21 @@ def align(
     device: str = "auto",
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Alignment:
-    """Align two encoders on a store's ``train`` samples and measure them on its other splits; nothing is written.
+    """Align two encoders on a store's ``train`` samples and evaluate them on its other splits; writes nothing.
 
-    ``val`` chooses the epoch, where there is one. Raises ConfigError if there are not two encoders, DataError without
-    samples that have both sides, CacheError if rows are missing, TrainingError if training diverges.
+    ``val``, if there is one, chooses the epoch. Raises ConfigError if there are not two encoders, DataError if there
+    are no samples with both sides, CacheError if rows are missing, TrainingError if training diverges.
     """
     begun = time.perf_counter()
     data, features = open_pairs(store, encoders, config.views)
     train, validate = data.of(TRAIN), data.of(VAL)
     if len(train) < 2:
-        raise DataError(f"{store.dataset} has {len(train)} usable pairs in its {TRAIN!r} split; it takes two or more")
+        raise DataError(f"{store.dataset} has {len(train)} usable pairs in its {TRAIN!r} split; align needs at least 2")
     if config.patience and len(validate) < 2:
-        raise ConfigError(f"{store.dataset} has no usable {VAL!r} samples to stop early on; take --patience 0")
+        raise ConfigError(
+            f"{store.dataset} has {len(validate)} usable pairs in its {VAL!r} split; early stopping needs at least 2; "
+            f"use --patience 0"
+        )
     seed_everything(config.seed)
     model = Aligner([side.width for side in data.sides], config)
     fit_statistics(model, data, train)
@@ -63,7 +66,7 @@ def align(
         history=History(),
         split_digest=split_digest(store),
     )
-    gaps = {split: _gap(model, data, split) for split in measured_splits(data)}
+    gaps = {split: _gap(model, data, split) for split in evaluated_splits(data)}
     optimizer = OPTIMIZERS[config.optimizer](model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     steps = config.epochs * n_batches(len(train), config.batch_size)
     run.history = fit(
@@ -87,13 +90,13 @@ def align(
 def evaluate_alignment(
     run: Alignment, store: FeatureStore, split: str | None = None, *, device: str = "auto"
 ) -> dict[str, Retrieval]:
-    """Measure an alignment on a split of any store with its encoders' features, by default on all but ``train``.
+    """Evaluate an alignment on a split of any store with its encoders' features, by default on all except ``train``.
 
-    Raises RunError if the store has other features or none, DataError if the split has no usable pairs.
+    Raises RunError if the store lacks these features or has other ones, DataError if a split has no usable pairs.
     """
     run.model.to(resolve_device(device))
     data = pair_data(store, run_features(run, store), run.config.views)
-    splits = [split] if split is not None else measured_splits(data) or ordered_splits(data.splits[data.samples])
+    splits = [split] if split is not None else evaluated_splits(data) or ordered_splits(data.splits[data.samples])
     for name in splits:
         if len(data.of(name)) < 1:
             known = ", ".join(ordered_splits(data.splits[data.samples]))
@@ -106,34 +109,34 @@ def evaluate_alignment(
 
 
 def run_features(run: Alignment, store: FeatureStore) -> tuple[Features, Features]:
-    """Return a store's features that an alignment reads. Raises RunError if the store has others or none."""
+    """Return the store's features that an alignment reads. Raises RunError if it lacks them or has other ones."""
     first, second = run.sides
     return find_side(run, first, store), find_side(run, second, store)
 
 
 def find_side(run: Alignment, side: AlignmentSide, store: FeatureStore) -> Features:
-    """Return a store's features for one side of an alignment. Raises RunError if the store has others or none."""
+    """Return the store's features for one side of an alignment. Raises RunError if it lacks them or has other ones."""
     features = store.open_features(side.encoder, side.modality)
     if features is None:
         raise RunError(
-            f"run {run.name} reads {side.encoder} ({side.modality}), which {store.path} lacks; make it with "
-            f"cachefuse extract --dataset {store.dataset} --encoder {side.source}"
+            f"run {run.name} reads {side.encoder} ({side.modality}), which {store.path} lacks; "
+            f"run cachefuse extract --dataset {store.dataset} --encoder {side.source}"
         )
     if features.key != side.key:
         raise RunError(
-            f"run {run.name} reads {side.encoder} ({side.modality}) features that were made differently from those in "
-            f"{store.path}; align again, or take the store it was made on"
+            f"run {run.name} reads other {side.encoder} ({side.modality}) features than those in {store.path}; "
+            f"align again, or use the store that it was trained on"
         )
     return features
 
 
-def measured_splits(data: PairData) -> list[str]:
-    """Return the splits with usable pairs that were not trained on: val and test first."""
+def evaluated_splits(data: PairData) -> list[str]:
+    """Return the splits with usable pairs except ``train``: val and test first."""
     return [split for split in ordered_splits(data.splits[data.samples]) if split != TRAIN]
 
 
 def measure_retrieval(run: Alignment, data: PairData, samples: np.ndarray, gap_before: float) -> Retrieval:
-    """Return the figures of some samples (n,), with all of their captions."""
+    """Return the retrieval figures of some samples (n,), with all their captions."""
     both = embed_samples(run.model, data, samples)
     first, second = run.side_names
     return Retrieval(
@@ -148,7 +151,7 @@ def measure_retrieval(run: Alignment, data: PairData, samples: np.ndarray, gap_b
 
 
 def direction(queries: Embedded, gallery: Embedded) -> Direction:
-    """Return how well some items find those of their own samples among others."""
+    """Return the figures of queries that search the gallery for items of their own sample."""
     ranks, n_gallery = best_ranks(queries, gallery), len(gallery.owners)
     low, high = CURVE[0], min(CURVE[1], n_gallery)
     ks = np.unique(np.geomspace(low, high, CURVE_POINTS).round().astype(int)) if high > low else np.array([n_gallery])

@@ -1,4 +1,4 @@
-"""Zero-shot classification: the class whose name, in a sentence, is nearest to the image."""
+"""Zero-shot classification: predict the class whose prompt is nearest to the image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +22,9 @@ PIECE = 4096
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """By split: the images, and the share of them whose class is among the k likeliest, for k from 1 to 5.
+    """By split: the number of images, and the top-k accuracy for k from 1 to 5.
 
-    ``by_class`` is the accuracy (C,) over all splits measured; NaN for a class without images.
+    ``by_class`` is the accuracy (C,) over all evaluated splits; NaN for a class without images.
     """
 
     classes: tuple[str, ...]
@@ -48,14 +48,16 @@ def zero_shot(
     split: str | None = None,
     on_rows: OnRows = silent,
 ) -> ZeroShot:
-    """Classify a store's labelled images by the texts nearest to them, and measure it.
+    """Classify a store's labelled images by the nearest class prompt, and return the accuracy.
 
-    ``classes`` are names to put in the prompts in place of the dataset's, in their order. With several prompts a class
-    is the mean of its texts (arXiv 2103.00020, section 3.1.4). Raises ConfigError for a dataset that is not
-    multi-class, another number of classes, or a prompt without {}; DataError without labelled images.
+    ``classes`` are names for the prompts instead of the dataset's class names, in the same order. With several prompts
+    a class is the mean of its texts' vectors (arXiv 2103.00020, section 3.1.4). Raises ConfigError for a dataset that
+    is not multi-class, another number of classes, or a prompt without {}; DataError if there are no labelled images.
     """
     if store.manifest.task != "multiclass":
-        raise ConfigError(f"zero-shot takes a multi-class dataset; {store.dataset} is one for {store.manifest.task}")
+        raise ConfigError(
+            f"zero-shot needs a multi-class dataset; the task of {store.dataset} is {store.manifest.task}"
+        )
     names = tuple(classes) or tuple(name.replace("_", " ") for name in store.classes)
     if len(names) != len(store.classes):
         raise ConfigError(f"{store.dataset} has {len(store.classes)} classes. Got {len(names)} names instead")
@@ -64,11 +66,11 @@ def zero_shot(
             raise ConfigError(f"a prompt must have {{}} where the class goes. Got {prompt!r} instead")
     if not prompts:
         raise ConfigError("zero-shot needs at least one prompt")
-    here = is_labelled(store.targets) & store.present("image")
-    splits = [split] if split is not None else ordered_splits(store.splits[here])
-    counts = {name: int((here & (store.splits == name)).sum()) for name in splits}
+    usable = is_labelled(store.targets) & store.present("image")
+    splits = [split] if split is not None else ordered_splits(store.splits[usable])
+    counts = {name: int((usable & (store.splits == name)).sum()) for name in splits}
     if not counts or not all(counts.values()):
-        known = ", ".join(ordered_splits(store.splits[here])) or "none"
+        known = ", ".join(ordered_splits(store.splits[usable])) or "none"
         which = f" in split {split!r}" if split is not None else ""
         raise DataError(f"{store.dataset} has no labelled images{which}; splits with some: {known}")
     texts = [prompt.replace("{}", name) for name in names for prompt in prompts]
@@ -77,13 +79,12 @@ def zero_shot(
     rows = space.stored(store, "image", on_rows).rows()
     ranks = np.zeros(len(store), np.int64)
     targets = torch.from_numpy(store.targets).long()
-    for start, part in rows.in_order(PIECE):
-        scores = part.float() @ by_class.T  # (n, C); an image's length does not change the order of its classes
-        own = scores.gather(1, targets[start : start + len(part)].clamp(min=0)[:, None])
-        ranks[start : start + len(part)] = (
-            (~(scores < own)).sum(1).numpy()
-        )  # of equal scores, or none (NaN), one's own is last
-    measured = here & np.isin(store.splits, splits)
+    for start, block in rows.in_order(PIECE):
+        scores = block.float() @ by_class.T  # (n, C); an image's length does not change the order of its classes
+        true = scores.gather(1, targets[start : start + len(block)].clamp(min=0)[:, None])
+        # Among equal scores, or NaN, the true class ranks last.
+        ranks[start : start + len(block)] = (~(scores < true)).sum(1).numpy()
+    evaluated = usable & np.isin(store.splits, splits)
     right = ranks == 1
     return ZeroShot(
         classes=names,
@@ -91,12 +92,12 @@ def zero_shot(
         n_images=counts,
         accuracy={
             name: tuple(
-                float((ranks[here & (store.splits == name)] <= k).mean()) for k in range(1, min(TOP, len(names)) + 1)
+                float((ranks[usable & (store.splits == name)] <= k).mean()) for k in range(1, min(TOP, len(names)) + 1)
             )
             for name in splits
         },
         by_class=tuple(
-            float(right[mine].mean()) if (mine := measured & (store.targets == c)).any() else float("nan")
+            float(right[of_class].mean()) if (of_class := evaluated & (store.targets == c)).any() else float("nan")
             for c in range(len(names))
         ),
     )

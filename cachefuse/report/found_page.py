@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from cachefuse.alignment.retrieve import Found
+from cachefuse.alignment.retrieve import QueryResult
 from cachefuse.data.column import Source, as_text
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import BadSampleError
@@ -26,7 +26,9 @@ class Hit:
     missing: str
 
 
-def write_found(found: Found, path: Path, space_name: str, dataset: Dataset, query_image: Source | None = None) -> Path:
+def write_found(
+    found: QueryResult, path: Path, space_name: str, dataset: Dataset, query_image: Source | None = None
+) -> Path:
     """Write what was found as a page, whole or not at all, and return its path. The rest is as in ``found_html``.
 
     Raises ConfigError if there can be no such file.
@@ -36,7 +38,7 @@ def write_found(found: Found, path: Path, space_name: str, dataset: Dataset, que
     return path
 
 
-def found_html(found: Found, space_name: str, dataset: Dataset, query_image: Source | None = None) -> str:
+def found_html(found: QueryResult, space_name: str, dataset: Dataset, query_image: Source | None = None) -> str:
     """Return what was found as one HTML page: the same matches give the same page.
 
     ``dataset`` is the raw data, in which samples are looked up by their ids; ``query_image`` is the query, if it is an
@@ -63,7 +65,7 @@ def found_html(found: Found, space_name: str, dataset: Dataset, query_image: Sou
     return render(TEMPLATE, context)
 
 
-def _hit(found: Found, place: int, dataset: Dataset, rows: dict[str, int]) -> Hit:
+def _hit(found: QueryResult, place: int, dataset: Dataset, rows: dict[str, int]) -> Hit:
     match = found.matches[place]
     row = rows.get(match.id)
     texts = lines_of(dataset, row)[:MAX_CAPTIONS]

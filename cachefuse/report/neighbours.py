@@ -8,7 +8,7 @@ from cachefuse.alignment.data import PairData, pair_data
 from cachefuse.alignment.loop import embed_samples
 from cachefuse.alignment.ranks import Embedded, best_ranks
 from cachefuse.alignment.run import Alignment, shown_split
-from cachefuse.alignment.train import measured_splits, run_features
+from cachefuse.alignment.train import evaluated_splits, run_features
 from cachefuse.data.column import as_text
 from cachefuse.data.dataset import Dataset
 from cachefuse.device import resolve_device
@@ -73,7 +73,7 @@ def examples(run: Alignment, store: FeatureStore, dataset: Dataset, device: str 
     """
     run.model.to(resolve_device(device))
     data = pair_data(store, run_features(run, store), run.config.views)
-    held_out = measured_splits(data)
+    held_out = evaluated_splits(data)
     split = shown_split([name for name in run.results if name in held_out] or held_out)
     if split is None:
         return None

@@ -14,7 +14,7 @@ from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
 
 if TYPE_CHECKING:
     from cachefuse.alignment.pairs import Pairs
-    from cachefuse.alignment.retrieve import Found
+    from cachefuse.alignment.retrieve import QueryResult
     from cachefuse.alignment.run import Alignment, AlignmentSummary, Retrieval
     from cachefuse.alignment.similarity import Figures
     from cachefuse.alignment.zero_shot import ZeroShot
@@ -105,13 +105,13 @@ def alignments_report(summaries: "Sequence[AlignmentSummary]") -> None:
     out().print(table)
 
 
-def found_dict(result: "Found", texts: Sequence[str] | None) -> JsonObject:
+def found_dict(result: "QueryResult", texts: Sequence[str] | None) -> JsonObject:
     shown = texts if texts is not None else [None] * len(result.matches)
     matches = [{**asdict(match), "text": text} for match, text in zip(result.matches, shown, strict=True)]
     return {"query": result.query, "modality": result.modality, "matches": matches}
 
 
-def found_report(result: "Found", texts: Sequence[str] | None, space: str, store: "FeatureStore") -> None:
+def found_report(result: "QueryResult", texts: Sequence[str] | None, space: str, store: "FeatureStore") -> None:
     """Print the matches, best first, with their texts if the raw data is there."""
     where = f"{result.modality}s of {store.dataset} nearest to {result.query!r}, by {space}"
     out().print(Text(where, style="dim"))
@@ -183,13 +183,13 @@ def similarity_report(results: "Mapping[str, Mapping[str, Figures]]", store: "Fe
 
 
 def _scored(results: "Mapping[str, Mapping[str, Figures]]") -> Table:
-    from cachefuse.alignment.similarity import TOLERANCES, Scored
+    from cachefuse.alignment.similarity import TOLERANCES, ScoredPairs
 
     within = [f"±{e:g}" for e in SHOWN_TOLERANCES]
     table = new_table("encoder", "split", "pairs", "Pearson", "Spearman", *within, numbers=3 + len(within))
     for name, by_split in results.items():
         for split, figures in by_split.items():
-            assert isinstance(figures, Scored)
+            assert isinstance(figures, ScoredPairs)
             curve = figures.tolerance.get("all", ())
             places = [int(abs(TOLERANCES - e).argmin()) for e in SHOWN_TOLERANCES]
             shares = [f"{curve[i]:.3f}" if curve else "-" for i in places]
