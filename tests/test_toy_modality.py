@@ -19,8 +19,8 @@ from cachefuse.encoders import FAMILIES
 from cachefuse.errors import DataError
 from cachefuse.experiments.compare import compare
 from cachefuse.report.alignment_page import alignment_html
-from cachefuse.report.found_page import found_html
 from cachefuse.report.gallery import lines_of
+from cachefuse.report.matches_page import matches_html
 from cachefuse.report.run_page import report_html
 from fixtures.messages import naming
 
@@ -145,7 +145,7 @@ def test_it_is_aligned_with_texts(folder, scaled, tmp_path):
     assert found.modality == "numbers"
     shown = [dataset.modalities["numbers"][match.sample][0].name for match in found.matches]
     assert matched_texts(found, dataset) == shown
-    assert all(text in found_html(found, run.name, dataset) for text in shown)
+    assert all(text in matches_html(found, run.name, dataset) for text in shown)
     assert all(text in alignment_html(run, store, dataset, device="cpu") for text in ("numbers", "[", "a red thing"))
 
 

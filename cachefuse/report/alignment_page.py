@@ -1,4 +1,4 @@
-"""An alignment as one HTML page that needs nothing else, and its two plots as files beside it."""
+"""An alignment as one self-contained HTML page, and its two plots as files in the same folder."""
 
 from pathlib import Path
 
@@ -28,10 +28,10 @@ def write_alignment_report(
     *,
     device: str = "auto",
 ) -> list[Path]:
-    """Write an alignment's report and beside it its plots, each whole or not at all, and return their paths.
+    """Write the page of ``alignment_html`` and the plots to one folder, each atomically, and return their paths.
 
-    The plots are retrieval.png and training.png; one without anything to show is not written. The rest is as in
-    ``alignment_html``. Raises ConfigError if there can be no such files.
+    The plots are retrieval.png and training.png; an empty plot is not written. Raises ConfigError if a path is a folder
+    or its folder is missing.
     """
     plots = {path.with_name(name): draw for name, draw in alignment_plots.PLOTS.items()}
     check_target(path, *plots)
@@ -51,8 +51,8 @@ def alignment_html(
 ) -> str:
     """Return an alignment's report as one HTML page: the same alignment gives the same page.
 
-    ``store`` and ``dataset``, the features and the raw data, are for a gallery of what some queries find; without them
-    it is left out. Names and texts from data are escaped. Raises as ``evaluate_alignment`` does.
+    The gallery of queries needs ``store`` and ``dataset``, the features and the raw data; without them it is left out.
+    Names and texts from data are escaped. Raises as ``evaluate_alignment`` does.
     """
     split = shown_split(run.results)
     rows = retrieval.rows(run)
@@ -70,7 +70,7 @@ def alignment_html(
         "has_raw": store is not None and dataset is not None,
         "charts": training_charts(run),
         "training_note": training_note(run),
-        "temperature_note": f"The temperature was {TEMPERATURE:g} at first and is {run.model.temperature.item():.4f}.",
+        "temperature_note": _temperature_note(run),
         "facts": about.alignment_provenance(run),
         "settings": about.alignment_settings(run),
         "align_command": "" if run.parent else about.align_command(run),
@@ -81,9 +81,9 @@ def alignment_html(
 
 
 def training_charts(run: Alignment) -> list[Chart]:
-    """Return charts of the loss and of the score on validation over the epochs.
+    """Return charts of the loss and of the validation score over the epochs.
 
-    The score is the recall at 1; that of a fine-tuning is the metric of the head that was trained along.
+    The score is the recall at 1; in fine-tuning it is the metric of the head.
     """
     if not run.history.epochs:
         return []
@@ -99,22 +99,26 @@ def training_charts(run: Alignment) -> list[Chart]:
 
 
 def training_note(run: Alignment) -> str:
-    """Say what the curves show."""
+    """Return the note above the curves."""
     n = len(run.history.epochs)
-    note = f"{n:,} epoch{'s' * (n != 1)}; the dot marks the one whose weights were kept ({run.history.best_epoch:,})."
+    note = f"{n:,} epoch{'s' * (n != 1)}; the dot marks the epoch whose weights were kept ({run.history.best_epoch:,})."
     if run.history.interrupted:
         note += " Training was interrupted."
     if run.parent:
-        return f"{note} They tuned the encoder together with a head, after the training of {cut(run.parent)}."
+        return f"{note} The epochs trained {cut(run.parent)} further, together with a head."
     val = run.results.get(VAL)
     if val is not None:
         note += " R@1 is the mean of both directions."
     if val is not None and val.n_samples < run.config.batch_size:
         note += (
-            f" A loss grows with the number of pairs that are compared: up to {run.config.batch_size:,} in training, "
-            f"and the {val.n_samples:,} there are in validation, so that it lies lower."
+            f" The loss grows with the number of compared pairs. Validation compares only {val.n_samples:,} pairs, and "
+            f"training up to {run.config.batch_size:,}, so the validation loss is lower."
         )
     return note
+
+
+def _temperature_note(run: Alignment) -> str:
+    return f"The temperature was {TEMPERATURE:g} before training, and is {run.model.temperature.item():.4f} now."
 
 
 def _why_no_figures(run: Alignment) -> str:
@@ -122,7 +126,7 @@ def _why_no_figures(run: Alignment) -> str:
         return ""
     if run.parent:
         return (
-            f"This alignment has no figures of its own: it was fine-tuned from {cut(run.parent)} together with a head, "
-            f"whose report says how good that is. The side that was tuned no longer lies where the other one looks."
+            f"This alignment has no figures: it was fine-tuned from {cut(run.parent)} together with a head. The report "
+            f"of the head has its figures. The tuned side is no longer aligned with the other side."
         )
-    return "All samples were trained on, so nothing says how good this alignment is on new ones."
+    return "All samples were used for training, so the quality of this alignment on new samples is unknown."

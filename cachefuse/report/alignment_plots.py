@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 DPI = 150
 COLOURS = ("tab:blue", "tab:orange")
-LABEL, TITLE = 40, 60  # characters of each, at most
+LABEL, TITLE = 40, 60  # maximum numbers of characters
 
 
 def retrieval_png(run: Alignment) -> bytes | None:
     """Draw the precision within the top k of each direction over k, on the split that the report shows.
 
-    As figure 4 of CBMF, on a logarithmic axis that begins at 100, or at 1 where there are no more to look among.
+    As figure 4 of CBMF, on a logarithmic axis from 100 on, or from 1 for smaller galleries. None without figures.
     """
     split = shown_split(run.results)
-    found = [] if split is None else curves(run, split)
-    if not found:
+    lines = [] if split is None else curves(run, split)
+    if not lines:
         return None
 
     def draw(figure: "Figure") -> None:
         axes = figure.add_subplot()
-        for i, curve in enumerate(found):
+        for i, curve in enumerate(lines):
             colour = COLOURS[i % 2]
             mark = "o" if len(curve.k) == 1 else None
             axes.plot(curve.k, curve.precision, color=colour, marker=mark, label=cut(printable(curve.name), LABEL))
             axes.plot(curve.k, curve.chance, color=colour, linewidth=1, linestyle=":", label="by chance")
-        low, high = min(curve.k[0] for curve in found), max(curve.k[-1] for curve in found)
+        low, high = min(curve.k[0] for curve in lines), max(curve.k[-1] for curve in lines)
         _log_axis(axes, float(low), float(max(high, low + 1)))
         axes.set_xlabel("k")
         axes.set_ylabel("precision within the top k")
@@ -51,7 +51,7 @@ def retrieval_png(run: Alignment) -> bytes | None:
 
 
 def training_png(run: Alignment) -> bytes | None:
-    """Draw the loss and the score on validation, R@1 or that of a head, over the epochs; None without epochs."""
+    """Draw the loss and the validation score (R@1, or the head's metric) over the epochs; None without epochs."""
     epochs = run.history.epochs
     if not epochs:
         return None
@@ -65,8 +65,8 @@ def training_png(run: Alignment) -> bytes | None:
     }
 
     def draw(figure: "Figure") -> None:
-        there = [title for title, lines in shown.items() if lines]
-        for axes, title in zip(figure.subplots(1, len(there), squeeze=False).flat, there, strict=True):
+        titles = [title for title, lines in shown.items() if lines]
+        for axes, title in zip(figure.subplots(1, len(titles), squeeze=False).flat, titles, strict=True):
             for name, y in shown[title].items():
                 colour, mark = COLOURS[name == "validation"], "o" if len(epochs) == 1 else None
                 axes.plot([epoch.epoch for epoch in epochs], y, color=colour, marker=mark, label=name)
@@ -97,7 +97,7 @@ def _log_axis(axes: "Axes", low: float, high: float) -> None:
 
 
 def _png(size: tuple[float, float], draw: Callable[["Figure"], None]) -> bytes:
-    """Return a figure as a file; names from data may have characters that no font here has, and no formulas."""
+    """Return a figure as a PNG file. Names from data are not formulas, and may have characters that the font lacks."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Line charts as SVG geometry: where lines, ticks and dots go; the page's template draws them."""
+"""Line charts as SVG geometry: the coordinates of lines, ticks and dots. The page's template draws them."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ import numpy as np
 WIDTH, HEIGHT = 440, 310
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 28, 44
 MAIN, SECOND, THIN = "main", "second", "thin"  # kinds of line
-MAX_POINTS = 8000  # of all lines of one chart
+MAX_POINTS = 8000  # of all lines of a chart
 FEWEST_POINTS = 40
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points (n,), drawn in the style of a kind of line; ``mark`` is the point to put a dot on."""
+    """A line through points (n,) in the style of its ``kind``; ``mark`` is the index of a point with a dot."""
 
     kind: str
     x: np.ndarray
@@ -26,7 +26,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template draws: paths and dots by kind of line, ticks with their places, all in a viewBox."""
+    """A chart for the template: paths and dots with their kind of line, and ticks, in viewBox coordinates."""
 
     title: str
     about: str
@@ -57,9 +57,9 @@ def line_chart(
     unit: bool = False,
     log_x: bool = False,
 ) -> Chart:
-    """Lay out lines; the axes span the data, or 0 to 1 with ``unit``. Points that are not finite break a line.
+    """Return a chart of lines; the axes span the data, or 0 to 1 with ``unit``.
 
-    With ``log_x`` the x axis is logarithmic, for x of 1 and more.
+    Points that are not finite break a line. With ``log_x`` the x axis is logarithmic; x must be at least 1.
     """
     lines = [line for line in lines if np.isfinite(line.y).any()]
     xs, ys = (np.concatenate([getattr(line, axis) for line in lines] or [np.zeros(1)]) for axis in ("x", "y"))
@@ -70,8 +70,8 @@ def line_chart(
     x_ticks = log_ticks(x_low, x_high) if log_x else ticks(x_low, x_high, whole=not unit)
 
     def place_x(x: np.ndarray) -> np.ndarray:
-        part = np.log(x / x_low) / np.log(x_high / x_low) if log_x else (x - x_low) / (x_high - x_low)
-        return LEFT + part * (WIDTH - LEFT - RIGHT)
+        fraction = np.log(x / x_low) / np.log(x_high / x_low) if log_x else (x - x_low) / (x_high - x_low)
+        return LEFT + fraction * (WIDTH - LEFT - RIGHT)
 
     def place_y(y: np.ndarray) -> np.ndarray:
         return HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
@@ -97,7 +97,7 @@ def line_chart(
 
 
 def path(x: np.ndarray, y: np.ndarray) -> str:
-    """Return an SVG path through points (n,); a single one becomes a short dash that can be seen."""
+    """Return an SVG path through points (n,); a single point becomes a short visible dash."""
     commands, pen = [], "M"
     finite = np.isfinite(y)
     for i in range(len(x)):
@@ -112,7 +112,10 @@ def path(x: np.ndarray, y: np.ndarray) -> str:
 
 
 def ticks(low: float, high: float, whole: bool = False, outward: bool = False, most: int = 6) -> list[float]:
-    """Return about ``most`` round numbers from low to high, with ``outward`` one beyond each; whole ones for counts."""
+    """Return about ``most`` round numbers from low to high; with ``outward`` they enclose both ends.
+
+    With ``whole`` the numbers are integers.
+    """
     step = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(step * k for k in (1, 2, 5, 10, 20) if (high - low) / (step * k) < most)
     step = max(step, 1.0) if whole else step
@@ -123,13 +126,13 @@ def ticks(low: float, high: float, whole: bool = False, outward: bool = False, m
 
 
 def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Return the round numbers from low to high of a log axis: 1, 2 and 5 of each power of ten, or the powers alone."""
+    """Return round numbers from low to high for a log axis: 1, 2 and 5 times powers of ten, or only the powers."""
     powers = [10.0**i for i in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)]
     for steps in ((1, 2, 5), (1,)):
-        found = [power * k for power in powers for k in steps if low <= power * k <= high]
-        if len(found) <= most:
+        numbers = [power * k for power in powers for k in steps if low <= power * k <= high]
+        if len(numbers) <= most:
             break
-    return found if len(found) > 1 else ticks(low, high, whole=True)
+    return numbers if len(numbers) > 1 else ticks(low, high, whole=True)
 
 
 def text(value: float) -> str:

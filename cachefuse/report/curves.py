@@ -1,4 +1,4 @@
-"""The curves of a report: loss and score of each epoch, precision over recall."""
+"""The curves of a report: loss and score over epochs, precision over recall."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ from cachefuse.training.loop import History
 
 MAX_MODELS = 50
 MAX_CLASSES = 12  # with a precision-recall curve
-MAX_STEPS = 200  # of one such curve
+MAX_STEPS = 200  # points of a precision-recall curve
 
 
 @dataclass(frozen=True)
 class ClassCurve:
-    """A class's precision-recall curve in a box of 100 by 100, beside its average precision."""
+    """A class's precision-recall curve in a box of 100 by 100, and its average precision."""
 
     name: str
     path: str
@@ -25,7 +25,7 @@ class ClassCurve:
 
 
 def training_charts(run: Run) -> list[Chart]:
-    """Return charts of the loss and, with validation rows, of the score over the epochs, a line for each model."""
+    """Return charts of the loss and, with validation rows, of the score over the epochs, with a line per model."""
     histories = [history for history in run.histories if history.epochs][:MAX_MODELS]
     if not histories:
         return []
@@ -36,43 +36,49 @@ def training_charts(run: Run) -> list[Chart]:
     kept = "averaged weights (EMA)" if averaged else "validation"
     charts = []
     for stage in ("",) if run.sources else run.config.stages or ("",):
-        own, of = [_in_stage(history, stage) for history in histories], f", {stage}" if stage else ""
-        names = {"raw_score": "weights as they are", "score": kept}
+        of_stage, suffix = [_in_stage(history, stage) for history in histories], f", {stage}" if stage else ""
+        names = {"raw_score": "weights without averaging", "score": kept}
         charts += [
-            epochs_chart(f"Loss{of}", loss, own, {"loss": "training", "val_loss": kept}),
-            epochs_chart(f"Validation {metric}{of}", metric, own, names),
+            epochs_chart(f"Loss{suffix}", loss, of_stage, {"loss": "training", "val_loss": kept}),
+            epochs_chart(f"Validation {metric}{suffix}", metric, of_stage, names),
         ]
     return [chart for chart in charts if chart.paths]
 
 
 def _in_stage(history: History, stage: str) -> History:
-    """Return what a training was in one of its stages."""
+    """Return the history of one stage of a training."""
     if stage not in history.earlier:
-        return history  # the last
+        return history  # the last stage
     return History(history.earlier[stage], history.stages[stage])
 
 
 def epochs_chart(title: str, y_label: str, histories: list[History], names: dict[str, str]) -> Chart:
-    """Lay out figures of each epoch, {name: what it is}; the last that there is stands out, with the epoch kept."""
-    there = [name for name in names if any(getattr(epoch, name) is not None for h in histories for epoch in h.epochs)]
+    """Return a chart of figures over epochs; ``names`` are {field of Epoch: legend}.
+
+    Fields without values are left out. The last of the others is the main line, with a dot on the kept epoch.
+    """
+    shown = [name for name in names if any(getattr(epoch, name) is not None for h in histories for epoch in h.epochs)]
     lines, legend = [], []
-    for name in there:
-        kind = MAIN if name == there[-1] else SECOND
+    for name in shown:
+        kind = MAIN if name == shown[-1] else SECOND
         legend.append((kind, names[name]))
         for i, history in enumerate(histories):
             x = np.array([epoch.epoch for epoch in history.epochs], float)
             y = np.array([getattr(epoch, name) for epoch in history.epochs], float)
-            which = f", model {i + 1}" if len(histories) > 1 else ""
+            model = f", model {i + 1}" if len(histories) > 1 else ""
             mark = history.best_epoch - 1 if kind == MAIN and 0 < history.best_epoch <= len(y) else None
-            lines.append(Line(kind, x, y, names[name] + which, mark))
+            lines.append(Line(kind, x, y, names[name] + model, mark))
     n_epochs = max(len(history.epochs) for history in histories)
     about = f"{title}: {' and '.join(what for _, what in legend)} over {n_epochs:,} epochs."
     return line_chart(lines, title=title, about=about, x_label="epoch", y_label=y_label, legend=legend)
 
 
-def precision_recall_chart(measured: Evaluation, classes: tuple[str, ...]) -> tuple[Chart | None, list[ClassCurve]]:
-    """Return a chart of all scores together over thin lines of the classes, and each of those by itself."""
-    targets, scores = measured.targets, measured.scores
+def precision_recall_chart(evaluation: Evaluation, classes: tuple[str, ...]) -> tuple[Chart | None, list[ClassCurve]]:
+    """Return the precision-recall chart of all labels pooled, with a thin line per class, and a curve per class.
+
+    The chart is None if no row has a label.
+    """
+    targets, scores = evaluation.targets, evaluation.scores
     support = targets.sum(axis=0)
     shown = [c for c in np.argsort(-support, kind="stable")[:MAX_CLASSES] if support[c]]
     if not shown:
@@ -91,13 +97,13 @@ def precision_recall_chart(measured: Evaluation, classes: tuple[str, ...]) -> tu
         legend=[(MAIN, "all labels together"), (THIN, "one class each")] if several else [],
         unit=True,
     )
-    ap = measured.per_class["ap"]
+    ap = evaluation.per_class["ap"]
     each = [ClassCurve(classes[c], path(100 * by_class[c][0], 100 - 100 * by_class[c][1]), ap[c]) for c in shown]
     return chart, each
 
 
 def precision_recall(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return recall, rising, and precision (T,) at no more than 200 of the scores of positives, for (n,) of both."""
+    """Return recall, ascending, and precision (T,) at up to 200 of the positives' scores; ``targets`` (n,) are bool."""
     positives = np.sort(scores[targets])
     places = np.linspace(0, len(positives) - 1, min(MAX_STEPS, len(positives))).round().astype(int)
     thresholds = np.unique(positives[places])

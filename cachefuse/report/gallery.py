@@ -1,4 +1,4 @@
-"""The worst errors of a report: the rows with the highest loss among those that are wrong, as they look and read."""
+"""The worst errors of a report: the wrong rows with the highest loss, with their pictures and texts."""
 
 import base64
 import io
@@ -17,9 +17,9 @@ N_EXAMPLES = 24
 SIDE = 160  # px
 QUALITY = 72
 MAX_LABELS, MAX_TEXTS = 10, 5  # shown with an example: labels of a kind, captions
-TINY = 1e-7  # float32 scores can reach 0 and 1, where the loss has no end
+TINY = 1e-7  # float32 scores can reach 0 and 1, where the log loss is infinite
 FOUND, MISSED, WRONG = "found", "missed", "wrong"
-PICTURED = "image"  # the modality whose sources are shown as pictures; others by their names
+PICTURED = "image"  # the modality whose sources are shown as pictures; other modalities are shown as text
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Label:
 
 @dataclass(frozen=True)
 class Example:
-    """One row: its labels and, where the raw data is at hand, its texts and its picture or why there is none.
+    """One row: its labels and, from the raw data, its texts and its picture, or the reason ``no_picture`` is shown.
 
-    ``more`` labels are not shown. ``gates`` is how much each modality counts here, where the run weighs them.
+    ``more`` is the number of labels that are not shown. ``gates`` are the row's gate weights, if the fusion has gates.
     """
 
     id: str
@@ -49,34 +49,35 @@ class Example:
 
 
 def row_losses(targets: np.ndarray, scores: np.ndarray, task: str) -> np.ndarray:
-    """Return each row's log loss (n,) by targets (n, C) bool: its class's in multi-class, else the labels' mean."""
+    """Return each row's log loss (n,) for targets (n, C) bool: of its class in multi-class, else the labels' mean."""
     by_class = -np.log(np.clip(np.where(targets, scores, 1 - scores), TINY, 1))
     losses: np.ndarray = by_class[targets] if task == "multiclass" else by_class.mean(axis=1, dtype=np.float64)
     return losses
 
 
 def worst_examples(
-    measured: Evaluation,
+    evaluation: Evaluation,
     classes: Sequence[str],
     task: str,
     ids: np.ndarray,
     dataset: Dataset | None = None,
     most: int = N_EXAMPLES,
 ) -> list[Example]:
-    """Return the wrong rows with the highest loss, worst first; ``ids`` (N,) are the store's, in its order."""
-    losses = row_losses(measured.targets, measured.scores, task)
-    differ = measured.targets & ~measured.predictions if task == "vqa" else measured.targets != measured.predictions
+    """Return the wrong rows with the highest loss, worst first; ``ids`` (N,) are of all samples of the store."""
+    targets, predictions = evaluation.targets, evaluation.predictions
+    losses = row_losses(targets, evaluation.scores, task)
+    differ = targets & ~predictions if task == "vqa" else targets != predictions
     if task == "vqa":  # one of several right answers is enough
-        differ &= ~(measured.targets & measured.predictions).any(axis=1, keepdims=True)
+        differ &= ~(targets & predictions).any(axis=1, keepdims=True)
     wrong = np.flatnonzero(differ.any(axis=1))
     worst = wrong[np.argsort(-losses[wrong], kind="stable")][:most]
-    place = {} if dataset is None else {sample: i for i, sample in enumerate(dataset.ids)}
+    rows = {} if dataset is None else {sample: row for row, sample in enumerate(dataset.ids)}
     examples = []
     for i in worst.tolist():
-        sample = str(ids[measured.rows[i]])
-        labels, more = _labels(measured, classes, i)
-        texts, picture, why = _raw(dataset, place.get(sample))
-        gates = {m: float(measured.weights[i, 0, j]) for j, m in enumerate(measured.gates)}
+        sample = str(ids[evaluation.rows[i]])
+        labels, more = _labels(evaluation, classes, i)
+        texts, picture, why = _raw(dataset, rows.get(sample))
+        gates = {m: float(evaluation.weights[i, 0, j]) for j, m in enumerate(evaluation.gates)}
         examples.append(Example(sample, float(losses[i]), labels, more, texts, picture, why, gates))
     return examples
 
@@ -91,7 +92,7 @@ def thumbnail(source: Source) -> str:
 
 
 def picture_of(dataset: Dataset, row: int | None) -> tuple[str, str]:
-    """Return a sample's thumbnail, or why there is none; neither where the dataset has no images at all."""
+    """Return a sample's thumbnail, or the reason why it has none; two empty texts if the dataset has no images."""
     if row is None:
         return "", "not in the raw data"
     if PICTURED not in dataset.modalities:
@@ -106,7 +107,7 @@ def picture_of(dataset: Dataset, row: int | None) -> tuple[str, str]:
 
 
 def lines_of(dataset: Dataset, row: int | None) -> tuple[str, ...]:
-    """Return what can be read of a sample: its texts, and the names of other sources that are no images."""
+    """Return a sample's texts, and the names of its other sources except images."""
     lines = []
     for modality, column in dataset.modalities.items():
         if modality != PICTURED:
@@ -115,18 +116,19 @@ def lines_of(dataset: Dataset, row: int | None) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def _labels(measured: Evaluation, classes: Sequence[str], i: int) -> tuple[list[Label], int]:
-    true, given, scores = measured.targets[i], measured.predictions[i], measured.scores[i]
+def _labels(evaluation: Evaluation, classes: Sequence[str], i: int) -> tuple[list[Label], int]:
+    """Return the labels of row i to show, and the number of its other labels."""
+    true, predicted, scores = evaluation.targets[i], evaluation.predictions[i], evaluation.scores[i]
     labels, more = [], 0
-    for kind, chosen in ((MISSED, true & ~given), (WRONG, given & ~true), (FOUND, true & given)):
-        best_first = sorted(np.flatnonzero(chosen).tolist(), key=lambda c: -scores[c])
+    for kind, mask in ((MISSED, true & ~predicted), (WRONG, predicted & ~true), (FOUND, true & predicted)):
+        best_first = sorted(np.flatnonzero(mask).tolist(), key=lambda c: -scores[c])
         labels += [Label(classes[c], kind, float(scores[c])) for c in best_first[:MAX_LABELS]]
         more += len(best_first[MAX_LABELS:])
     return labels, more
 
 
 def _raw(dataset: Dataset | None, row: int | None) -> tuple[tuple[str, ...], str, str]:
-    """Return what can be read of a sample, and its picture, or why there is none."""
+    """Return a sample's texts, and its picture or the reason why it has none."""
     if dataset is None:
         return (), "", ""
     return lines_of(dataset, row)[:MAX_TEXTS], *picture_of(dataset, row)

@@ -1,4 +1,4 @@
-"""The gallery of an alignment's report: what some queries find, those found at once and those that go most wrong."""
+"""The gallery of an alignment's report: queries with rank 1 and with the worst ranks, and their nearest items."""
 
 from dataclasses import dataclass
 
@@ -16,13 +16,13 @@ from cachefuse.report.gallery import PICTURED, picture_of
 from cachefuse.runs.run import split_digest
 from cachefuse.store.store import FeatureStore
 
-N_EACH = 4  # queries that are found first, and those with the worst ranks
+N_EACH = 4  # queries with rank 1, and queries with the worst ranks
 N_NEAREST = 5
 
 
 @dataclass(frozen=True)
 class Item:
-    """A picture, a text or the name of another source of a sample, or why it can't be shown."""
+    """A picture, a text or the name of another source of a sample, or the reason why it is ``missing``."""
 
     id: str
     text: str = ""
@@ -32,7 +32,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """An item that a query was compared with: its place by cosine, and whether it is of the query's sample."""
+    """An item near to a query: its rank by cosine, and whether it is ``right``: of the query's sample."""
 
     item: Item
     rank: int
@@ -42,9 +42,9 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Query:
-    """A query and the nearest of ``n_gallery`` items, then the first that is right, where it is farther.
+    """A query and the nearest of ``n_gallery`` items, then the first right item if it is farther.
 
-    ``rank`` is that of the first right one.
+    ``rank`` is the rank of the first right item.
     """
 
     item: Item
@@ -55,9 +55,9 @@ class Query:
 
 @dataclass(frozen=True)
 class Examples:
-    """Queries of a split; ``modality`` is that of what they look for.
+    """Queries of a split; ``modality`` is the searched one.
 
-    ``changed`` says that the store's samples or splits are not those that the alignment was trained on.
+    ``changed`` means that the store's samples or splits are not those that the alignment was trained on.
     """
 
     split: str
@@ -67,9 +67,9 @@ class Examples:
 
 
 def examples(run: Alignment, store: FeatureStore, dataset: Dataset, device: str = "auto") -> Examples | None:
-    """Return queries with what is nearest to them: texts look for images, the first of two like sides for the second.
+    """Return queries with their nearest items: texts search images, or the first of two text encoders the second.
 
-    Returns None if nothing was held out. Raises as ``evaluate_alignment`` does.
+    Returns None if all samples were trained on. Raises as ``evaluate_alignment`` does.
     """
     run.model.to(resolve_device(device))
     data = pair_data(store, run_features(run, store), run.config.views)
@@ -78,17 +78,18 @@ def examples(run: Alignment, store: FeatureStore, dataset: Dataset, device: str 
     if split is None:
         return None
     samples = data.of(split)
-    asks = int(run.sides[1].modality == "text" and not run.same_texts)
+    side = int(run.sides[1].modality == "text" and not run.same_texts)
     both = embed_samples(run.model, data, samples)
-    queries, gallery = both[asks], both[1 - asks]
-    shelf = _Shelf(data, samples, store.ids, dataset)
-    found = [_query(shelf, queries, gallery, q, asks) for q in chosen(best_ranks(queries, gallery), queries.owners)]
+    queries, gallery = both[side], both[1 - side]
+    raw = _RawItems(data, samples, store.ids, dataset)
+    numbers = choose_queries(best_ranks(queries, gallery), queries.owners)
+    shown = [_query(raw, queries, gallery, q, side) for q in numbers]
     changed = bool(run.split_digest) and run.split_digest != split_digest(store)
-    return Examples(split, run.sides[1 - asks].modality, found, changed)
+    return Examples(split, run.sides[1 - side].modality, shown, changed)
 
 
-def chosen(ranks: np.ndarray, owners: np.ndarray) -> list[int]:
-    """Return queries found first, an even spread of them, then those with the worst ranks; of a sample one each."""
+def choose_queries(ranks: np.ndarray, owners: np.ndarray) -> list[int]:
+    """Return an even selection of the queries with rank 1, then those with the worst ranks; one per sample of each."""
     first = _one_each(np.flatnonzero(ranks == 1), owners)
     spread = first[np.linspace(0, len(first) - 1, min(N_EACH, len(first))).round().astype(int)]
     order = np.argsort(-ranks, kind="stable")
@@ -101,24 +102,24 @@ def _one_each(queries: np.ndarray, owners: np.ndarray) -> np.ndarray:
     return queries[np.sort(np.unique(owners[queries], return_index=True)[1])]
 
 
-def _query(shelf: "_Shelf", queries: Embedded, gallery: Embedded, q: int, asks: int) -> Query:
-    own = gallery.owners == queries.owners[q]
+def _query(raw: "_RawItems", queries: Embedded, gallery: Embedded, q: int, side: int) -> Query:
+    right = gallery.owners == queries.owners[q]
     cosines = (gallery.vectors @ queries.vectors[q]).numpy()
-    if queries.items is not None and gallery.items is not None and own.sum() > 1:
-        cosines[gallery.items == queries.items[q]] = -np.inf  # no answer to itself
-    order = np.lexsort((own, -cosines))  # of equal ones the wrong first, as in the ranks
+    if queries.items is not None and gallery.items is not None and right.sum() > 1:
+        cosines[gallery.items == queries.items[q]] = -np.inf  # an item is no answer to itself
+    order = np.lexsort((right, -cosines))  # of equal cosines the wrong item first, as in best_ranks
     n_gallery = int(np.isfinite(cosines).sum())
-    rank = 1 + int(np.flatnonzero(own[order])[0])
-    near = [*range(1, min(N_NEAREST, n_gallery) + 1), *([rank] if rank > N_NEAREST else [])]
+    first_right = 1 + int(np.flatnonzero(right[order])[0])
+    ranks = [*range(1, min(N_NEAREST, n_gallery) + 1), *([first_right] if first_right > N_NEAREST else [])]
     neighbours = []
-    for place in near:
-        i = int(order[place - 1])
-        neighbours.append(Neighbour(shelf.item(1 - asks, i), place, float(cosines[i]), bool(own[i])))
-    return Query(shelf.item(asks, q), rank, n_gallery, neighbours)
+    for rank in ranks:
+        i = int(order[rank - 1])
+        neighbours.append(Neighbour(raw.item(1 - side, i), rank, float(cosines[i]), bool(right[i])))
+    return Query(raw.item(side, q), first_right, n_gallery, neighbours)
 
 
-class _Shelf:
-    """The raw items of some samples (n,) of the pairs, found by the samples' ids, whatever their order there."""
+class _RawItems:
+    """The raw items of some samples (n,) of the pairs; the dataset's samples are looked up by id, in any order."""
 
     def __init__(self, data: PairData, samples: np.ndarray, ids: np.ndarray, dataset: Dataset):
         self._data, self._samples, self._ids, self._dataset = data, samples, ids, dataset
@@ -126,7 +127,7 @@ class _Shelf:
         self._rows = {sample: row for row, sample in enumerate(dataset.ids)}
 
     def item(self, side: int, which: int) -> Item:
-        """Return one of the items of a side as it looks or reads."""
+        """Return item number ``which`` of a side for the page."""
         items, owners = self._items[side]
         about, sample = self._data.sides[side], self._samples[owners[which]]
         name = str(self._ids[sample])
@@ -135,7 +136,7 @@ class _Shelf:
             picture, missing = picture_of(self._dataset, row)
             return Item(name, picture=picture, missing=missing or ("" if picture else "no image"))
         sources = self._dataset.sources(about.modality, row)
-        place = int(items[which] - about.offsets[sample])
-        if place >= len(sources):
+        index = int(items[which] - about.offsets[sample])
+        if index >= len(sources):
             return Item(name, missing="not in the raw data")
-        return Item(name, as_text(sources[place]))
+        return Item(name, as_text(sources[index]))

@@ -1,4 +1,4 @@
-"""Where a run comes from: its settings, features and versions, and the commands that make it and use it."""
+"""The provenance of a run: its settings, features and versions, and the commands to make and use it."""
 
 import shlex
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ from cachefuse.training.config import TrainConfig
 
 
 def train_command(run: Run) -> str:
-    """Return the command that trains the same run again; of an ensemble, the one that joins its sources."""
+    """Return the command that trains the same run again; for an ensemble, the command that joins its runs."""
     if run.sources:
         return shlex.join(["cachefuse", "ensemble", *run.sources, "--thresholds", run.config.thresholds])
     words = ["cachefuse", "train-head", "--dataset", run.dataset]
-    for encoder in dict.fromkeys(used.encoder for group in run.features.values() for used in group):
+    for encoder in dict.fromkeys(features.encoder for group in run.features.values() for features in group):
         words += ["--encoder", encoder]
     return shlex.join(words + _changed(run.config))
 
@@ -38,9 +38,9 @@ def predict_command(run: Run) -> str:
 
 
 def retrieve_commands(run: Alignment) -> list[str]:
-    """Return commands that look for things with an alignment, one a kind of query.
+    """Return commands that search a store with an alignment, one per kind of query.
 
-    There are none for a tuned one, whose sides no longer lie together.
+    There are none for a fine-tuned alignment: its sides are no longer aligned.
     """
     if run.parent:
         return []
@@ -54,14 +54,14 @@ def retrieve_commands(run: Alignment) -> list[str]:
 
 
 def extract_commands(run: Alignment) -> list[str]:
-    """Return commands that add an alignment's features to a store, one for each spec that its sides take."""
+    """Return commands that add an alignment's features to a store, one for each encoder spec."""
     spec = f"aligned:{run.path or Path('workspace', 'runs', run.name)}"
     specs = [spec, f"{spec}@2"] if run.same_texts else [spec]
     return [shlex.join(["cachefuse", "extract", "--dataset", run.dataset, "--encoder", spec]) for spec in specs]
 
 
 def provenance(run: Run) -> list[tuple[str, str]]:
-    """Return what made the run and what it came to, as names and values."""
+    """Return the facts of a run's origin and size, as (name, value)."""
     n_models = f" in {len(run.members)} models" if len(run.members) > 1 else ""
     facts = [
         ("run", run.name),
@@ -82,7 +82,7 @@ def provenance(run: Run) -> list[tuple[str, str]]:
 
 
 def alignment_provenance(run: Alignment) -> list[tuple[str, str]]:
-    """Return what made an alignment and what it came to, as names and values."""
+    """Return the facts of an alignment's origin and size, as (name, value)."""
     facts = [
         ("run", run.name),
         ("created", _created(run.created)),
@@ -100,13 +100,13 @@ def alignment_provenance(run: Alignment) -> list[tuple[str, str]]:
 
 
 def settings(run: Run) -> list[tuple[str, str]]:
-    """Return each setting's name and value."""
+    """Return the settings as (name, value)."""
     heads = {} if run.config.is_generative else run.config.head_options()
     return _named({**run.config.shown(), **heads})
 
 
 def alignment_settings(run: Alignment) -> list[tuple[str, str]]:
-    """Return each setting's name and value."""
+    """Return the settings as (name, value)."""
     return _named(run.config.to_dict())
 
 
@@ -119,31 +119,31 @@ def _created(created: str) -> str:
 
 
 def _changed(config: TrainConfig | AlignConfig) -> list[str]:
-    """Return options for the settings that are not the defaults."""
+    """Return the options of settings that differ from the defaults."""
     words = []
-    for one in settings_of(type(config)).values():
-        value = getattr(config, one.name)
-        if value not in (None, {}, one.default):
-            words += _option(one, value)
+    for setting in settings_of(type(config)).values():
+        value = getattr(config, setting.name)
+        if value not in (None, {}, setting.default):
+            words += _option(setting, value)
     return words
 
 
 def _versions(path: Path | None) -> dict[str, str]:
-    """Return the versions that a saved run was made with."""
+    """Return the package versions of a saved run."""
     if path is None:
         return {}
     versions = read_json(path / "run.json").get("versions", {})
     return versions if isinstance(versions, dict) else {}
 
 
-def _option(one: Setting, value: Any) -> list[str]:
-    option = f"--{one.option}"
-    if one.kind is bool:
+def _option(setting: Setting, value: Any) -> list[str]:
+    option = f"--{setting.option}"
+    if setting.kind is bool:
         return [option]
-    if one.kind is Mapping:
+    if setting.kind is Mapping:
         given = {key: x for key, x in value.items() if x != "" and not isinstance(x, dict | None) and key not in FOUND}
         return [word for key, x in given.items() for word in (option, f"{key}={x}")]
-    return [option, str(value) if one.kind is float else one.text(value)]
+    return [option, str(value) if setting.kind is float else setting.text(value)]
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""From what is to be shown to a page: a template filled in, every value escaped."""
+"""Render a page from a template; every value is escaped."""
 
 import re
 from pathlib import Path
@@ -6,12 +6,12 @@ from pathlib import Path
 from cachefuse.errors import ConfigError
 from cachefuse.report import formatting as words
 
-# What HTML can't hold, or UTF-8 can't: control characters, halves of surrogate pairs, non-characters.
+# Characters that HTML or UTF-8 does not allow: control characters, halves of surrogate pairs, non-characters.
 UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(template: str, context: dict[str, object]) -> str:
-    """Return the page that a template makes of what is to be shown; every value is escaped."""
+    """Return the page of a template and its values; every value is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -26,12 +26,12 @@ def render(template: str, context: dict[str, object]) -> str:
 
 
 def printable(text: str) -> str:
-    """Put a mark in place of each character that no page and no plot can show."""
+    """Replace each character that a page or plot can't show by U+FFFD."""
     return UNPRINTABLE.sub("\ufffd", text)
 
 
 def check_target(*paths: Path) -> None:
-    """Raise ConfigError if there can be no such files."""
+    """Raise ConfigError if a path is a folder or its folder is missing."""
     for path in paths:
         if path.is_dir():
             raise ConfigError(f"can't write {path}: it is a folder")

@@ -1,4 +1,4 @@
-"""The tables of a report: figures of each class, labels together, and labels in place of others."""
+"""The tables of a report: figures of each class, labels that occur together, and confused labels."""
 
 from dataclasses import dataclass
 
@@ -6,16 +6,16 @@ import numpy as np
 
 from cachefuse.runs.evaluate import Evaluation
 
-MAX_ROWS = 100  # classes with figures
+MAX_ROWS = 100  # classes in the table of figures
 MAX_CELLS = 40  # classes along a heatmap's side
-MAX_NUMBERS = 20  # up to so many, there is room for numbers in the cells
+MAX_NUMBERS = 20  # classes of a heatmap whose cells have room for numbers
 MAX_PAIRS = 10
 NOTHING = "nothing"
 
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """What is known of one class; ``threshold`` is None where the highest score decides."""
+    """The figures of one class; ``threshold`` is None if the class with the highest score is predicted."""
 
     name: str
     support: int
@@ -28,7 +28,7 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Cell:
-    """A count, with the share from 0 to 1 that colours it; ``same`` where row and column are the same class."""
+    """A count, and the share from 0 to 1 that sets its colour; ``same`` if row and column are the same class."""
 
     count: int
     share: float
@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Heatmap:
-    """Rows and columns of cells under the same names; of ``n_classes`` only those with the most rows are shown."""
+    """Cells whose rows and columns have the same names: of ``n_classes`` classes, those with the most rows."""
 
     names: list[str]
     cells: list[list[Cell]]
@@ -53,93 +53,97 @@ class Heatmap:
 
 
 def class_figures(
-    by: dict[str, list[float]], classes: tuple[str, ...], thresholds: np.ndarray | None
+    per_class: dict[str, list[float]], classes: tuple[str, ...], thresholds: np.ndarray | None
 ) -> list[ClassFigures]:
-    """Return each class's figures, those with the most rows first; of very many, those with rows and the lowest F1."""
-    order = sorted(range(len(classes)), key=lambda c: (not by["support"][c], by["f1"][c], -by["support"][c]))[:MAX_ROWS]
+    """Return each class's figures, the classes with the most rows first; at most 100, those with the lowest F1.
+
+    Classes without rows are the first to be left out.
+    """
+    f1, support = per_class["f1"], per_class["support"]
+    order = sorted(range(len(classes)), key=lambda c: (not support[c], f1[c], -support[c]))[:MAX_ROWS]
     return [
         ClassFigures(
             name=classes[c],
-            support=int(by["support"][c]),
-            precision=by["precision"][c],
-            recall=by["recall"][c],
-            f1=by["f1"][c],
-            ap=by["ap"][c],
+            support=int(support[c]),
+            precision=per_class["precision"][c],
+            recall=per_class["recall"][c],
+            f1=f1[c],
+            ap=per_class["ap"][c],
             threshold=None if thresholds is None else float(thresholds[c]),
         )
-        for c in sorted(order, key=lambda c: (-by["support"][c], c))
+        for c in sorted(order, key=lambda c: (-support[c], c))
     ]
 
 
-def weakest(by: dict[str, list[float]], classes: tuple[str, ...], n: int = 3) -> list[tuple[str, float]]:
-    """Return the classes with the lowest F1 among those that occur, and their F1; none if all are that few."""
-    f1, support = by["f1"], by["support"]
+def weakest(per_class: dict[str, list[float]], classes: tuple[str, ...], n: int = 3) -> list[tuple[str, float]]:
+    """Return the ``n`` classes with rows and the lowest F1, and their F1; nothing if no more than ``n`` have rows."""
+    f1, support = per_class["f1"], per_class["support"]
     order = sorted((c for c in range(len(classes)) if support[c]), key=lambda c: f1[c])
     return [(classes[c], f1[c]) for c in order[:n]] if len(order) > n else []
 
 
 def cooccurrence(targets: np.ndarray, classes: tuple[str, ...]) -> Heatmap:
-    """Return how many rows have two labels together, of targets (n, C) bool, as shares of those with the first."""
+    """Return the number of rows with each two labels, from targets (n, C) bool, as shares of rows with the first."""
     order = _most_common(targets)
-    counts = _together(targets[:, order], targets[:, order])
+    counts = _joint_counts(targets[:, order], targets[:, order])
     shares = counts / np.maximum(1, counts.diagonal())[:, None]
     return _heatmap(counts, shares, [classes[c] for c in order], len(classes))
 
 
-def confusion(measured: Evaluation, classes: tuple[str, ...]) -> Heatmap:
-    """Return how many rows of a class are taken for another, as shares of the largest share of a class's rows."""
-    order = _most_common(measured.targets)
-    counts = _together(measured.targets[:, order], measured.predictions[:, order])
-    shares = counts / np.maximum(1, measured.targets[:, order].sum(axis=0))[:, None]
+def confusion(evaluation: Evaluation, classes: tuple[str, ...]) -> Heatmap:
+    """Return the number of rows of each class by predicted class; colours are relative to the largest wrong share."""
+    order = _most_common(evaluation.targets)
+    counts = _joint_counts(evaluation.targets[:, order], evaluation.predictions[:, order])
+    shares = counts / np.maximum(1, evaluation.targets[:, order].sum(axis=0))[:, None]
     np.fill_diagonal(shares, 0)
     return _heatmap(counts, _scaled(shares), [classes[c] for c in order], len(classes))
 
 
-def mistakes(measured: Evaluation, classes: tuple[str, ...]) -> Heatmap:
-    """Return in how many rows a label is missed and another is wrongly predicted, as shares of the largest share.
+def mistakes(evaluation: Evaluation, classes: tuple[str, ...]) -> Heatmap:
+    """Return the number of rows where one label is missed and another is wrongly predicted.
 
-    A share is one of the rows where the label is missed. The last row and column, without colour, are for nothing
-    missed and nothing wrong.
+    A share is of the rows that miss the label; colours are relative to the largest share. The last row and column,
+    without colour, are for rows with no missed label, or with no wrong one.
     """
-    order = _most_common(measured.targets)
-    missed, wrong = _missed_and_wrong(measured)
+    order = _most_common(evaluation.targets)
+    missed, wrong = _missed_and_wrong(evaluation)
     missed = np.column_stack([missed[:, order], ~missed.any(axis=1)])
     wrong = np.column_stack([wrong[:, order], ~wrong.any(axis=1)])
-    counts = _together(missed, wrong)
+    counts = _joint_counts(missed, wrong)
     counts[-1, -1] = 0  # rows that are right
     shares = counts / np.maximum(1, missed.sum(axis=0))[:, None]
     shares[-1], shares[:, -1] = 0, 0
     return _heatmap(counts, _scaled(shares), [*(classes[c] for c in order), NOTHING], len(classes))
 
 
-def frequent_mistakes(measured: Evaluation, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
-    """Return the pairs (missed, predicted in its place, rows) of two classes that occur most."""
+def frequent_mistakes(evaluation: Evaluation, classes: tuple[str, ...]) -> list[tuple[str, str, int]]:
+    """Return the most frequent pairs of classes (missed, wrongly predicted, number of rows)."""
     from scipy.sparse import csr_array
 
-    missed, wrong = (csr_array(x, dtype=np.int64) for x in _missed_and_wrong(measured))
+    missed, wrong = (csr_array(x, dtype=np.int64) for x in _missed_and_wrong(evaluation))
     pairs = (missed.T @ wrong).tocoo()
     best = np.lexsort((pairs.col, pairs.row, -pairs.data))[:MAX_PAIRS]
     return [(classes[pairs.row[i]], classes[pairs.col[i]], int(pairs.data[i])) for i in best]
 
 
 def gates_by_class(evaluation: Evaluation) -> list[tuple[str, dict[str, float]]]:
-    """Return the modalities' mean weights over the rows of each class, the most common classes first."""
+    """Return the modalities' mean gate weights over the rows of each class, the most common classes first."""
     support = evaluation.per_class["support"]
     order = [c for c in np.argsort([-n for n in support], kind="stable")[:MAX_CELLS] if support[c]]
-    by = evaluation.gates_per_class
-    return [(evaluation.classes[c], {modality: weights[c] for modality, weights in by.items()}) for c in order]
+    gates = evaluation.gates_per_class
+    return [(evaluation.classes[c], {modality: weights[c] for modality, weights in gates.items()}) for c in order]
 
 
 def _most_common(targets: np.ndarray) -> np.ndarray:
     return np.argsort(-targets.sum(axis=0), kind="stable")[:MAX_CELLS]
 
 
-def _together(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _joint_counts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a.astype(np.float32).T @ b.astype(np.float32)).round().astype(np.int64)
 
 
-def _missed_and_wrong(measured: Evaluation) -> tuple[np.ndarray, np.ndarray]:
-    return measured.targets & ~measured.predictions, measured.predictions & ~measured.targets
+def _missed_and_wrong(evaluation: Evaluation) -> tuple[np.ndarray, np.ndarray]:
+    return evaluation.targets & ~evaluation.predictions, evaluation.predictions & ~evaluation.targets
 
 
 def _scaled(shares: np.ndarray) -> np.ndarray:

@@ -63,13 +63,13 @@ def retrieve(
         texts = matched_texts(found, raw) if raw is not None and "text" in raw.modalities else None
         if html is not None and raw is not None:
             from cachefuse.data.images import FileImage
-            from cachefuse.report.found_page import write_found
+            from cachefuse.report.matches_page import write_matches
 
-            write_found(found, html, space.name, raw, FileImage(image) if image is not None else None)
+            write_matches(found, html, space.name, raw, FileImage(image) if image is not None else None)
     if json:
-        render.print_json(align_tables.found_dict(found, texts))
+        render.print_json(align_tables.matches_dict(found, texts))
         return
-    align_tables.found_report(found, texts, space.name, store)
+    align_tables.matches_report(found, texts, space.name, store)
     if html is not None:
         render.page_written(html)
 

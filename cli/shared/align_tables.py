@@ -105,13 +105,13 @@ def alignments_report(summaries: "Sequence[AlignmentSummary]") -> None:
     out().print(table)
 
 
-def found_dict(result: "QueryResult", texts: Sequence[str] | None) -> JsonObject:
+def matches_dict(result: "QueryResult", texts: Sequence[str] | None) -> JsonObject:
     shown = texts if texts is not None else [None] * len(result.matches)
     matches = [{**asdict(match), "text": text} for match, text in zip(result.matches, shown, strict=True)]
     return {"query": result.query, "modality": result.modality, "matches": matches}
 
 
-def found_report(result: "QueryResult", texts: Sequence[str] | None, space: str, store: "FeatureStore") -> None:
+def matches_report(result: "QueryResult", texts: Sequence[str] | None, space: str, store: "FeatureStore") -> None:
     """Print the matches, best first, with their texts if the raw data is there."""
     where = f"{result.modality}s of {store.dataset} nearest to {result.query!r}, by {space}"
     out().print(Text(where, style="dim"))

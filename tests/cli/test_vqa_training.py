@@ -151,7 +151,7 @@ def test_the_report_says_how_right_the_answers_are(cachefuse, extracted, folder)
     (path,) = folder.glob("workspace/runs/*/report.html")
     page = path.read_text()
     assert "VQA accuracy is" in page
-    assert "an answer that three people gave is wholly right" in page
+    assert "an answer that three people gave is fully right" in page
     (card,) = folder.glob("workspace/runs/*/README.md")
     assert "tags: [visual-question-answering, image, text, feature-cache]" in card.read_text()
 

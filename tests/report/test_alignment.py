@@ -17,7 +17,7 @@ from cachefuse.errors import ConfigError, RunError
 from cachefuse.report import retrieval_page as retrieval
 from cachefuse.report.alignment_page import alignment_html, write_alignment_report
 from cachefuse.report.formatting import MINUS, UNDEFINED
-from cachefuse.report.neighbours import chosen
+from cachefuse.report.neighbours import choose_queries
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.writer import ViewWriter
 from cachefuse.training.loop import Epoch, History
@@ -109,7 +109,7 @@ def test_figures_are_those_of_the_run(html, run, parse):
     ]
     for split, result in run.results.items():
         assert [split, f"{result.gap_before:.3f}", f"{result.gap_after:.3f}"] in [r[:3] for r in found.rows["gap"]]
-    assert f"The temperature was 0.07 at first and is {run.model.temperature.item():.4f}." in found.text
+    assert f"The temperature was 0.07 before training, and is {run.model.temperature.item():.4f} now." in found.text
     for side in run.sides:
         row = [side.encoder, side.modality, "pooled", f"{side.width:,}", "float16", side.key]
         assert row in found.rows["settings"]
@@ -171,10 +171,10 @@ def test_the_split_that_is_shown(splits, shown):
 def test_queries_are_found_at_once_or_last_and_of_a_sample_there_is_one():
     ranks = np.array([1, 1, 1, 9, 1, 1, 7, 9, 1, 1, 8, 2])
     owners = np.array([0, 0, 1, 1, 2, 3, 3, 4, 5, 6, 7, 7])
-    assert chosen(ranks, owners) == [0, 4, 5, 9, 3, 7, 10, 6]
-    assert chosen(np.array([1, 1]), np.array([0, 1])) == [0, 1]
-    assert chosen(np.array([3]), np.array([0])) == [0]
-    assert chosen(np.zeros(0, int), np.zeros(0, int)) == []
+    assert choose_queries(ranks, owners) == [0, 4, 5, 9, 3, 7, 10, 6]
+    assert choose_queries(np.array([1, 1]), np.array([0, 1])) == [0, 1]
+    assert choose_queries(np.array([3]), np.array([0])) == [0]
+    assert choose_queries(np.zeros(0, int), np.zeros(0, int)) == []
 
 
 def test_the_gallery_shows_what_is_nearest(html, run, store, dataset):
@@ -283,7 +283,7 @@ def test_one_that_was_tuned_has_no_figures(run, store, dataset, parse):
     tuned = replace(run, name="tuned", parent="the <one> before", results={}, path=None)
     html = alignment_html(tuned, store, dataset, device="cpu")
     found = parse(html)
-    assert "it was fine-tuned from the <one> before together with a head" in found.text
+    assert "it was fine-tuned from the <one> before together with a head." in found.text
     assert found.sections == ["queries", "training", "use", "settings"]
     assert "Validation score" in found.text
     assert "R@1" not in found.text
@@ -294,7 +294,7 @@ def test_one_that_was_tuned_has_no_figures(run, store, dataset, parse):
 
 def test_one_with_nothing_held_out_says_so(run, parse):
     found = parse(alignment_html(replace(run, results={}, history=History())))
-    assert "nothing says how good this alignment is on new ones" in found.text
+    assert "the quality of this alignment on new samples is unknown" in found.text
     assert "The run keeps no record of its epochs." in found.text
 
 
@@ -311,9 +311,9 @@ def test_what_is_not_defined_is_a_dash(run, parse, tmp_path):
 
 def test_a_validation_with_fewer_pairs_is_told(run, html, parse):
     n = run.results["val"].n_samples
-    assert f"up to 64 in training, and the {n} there are in validation, so that it lies lower" in parse(html).text
+    assert f"Validation compares only {n} pairs, and training up to 64" in parse(html).text
     many = {"val": replace(run.results["val"], n_samples=64)}
-    assert "so that it lies lower" not in alignment_html(replace(run, results=many))
+    assert "Validation compares only" not in alignment_html(replace(run, results=many))
 
 
 @pytest.mark.parametrize("name", ["plain", HOSTILE])

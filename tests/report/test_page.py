@@ -100,7 +100,7 @@ def test_the_verdict_in_words(page, saved, store, parse):
     hits = (recall * targets.sum(axis=0)).round()
     given = np.divide(hits, precision, out=np.zeros(len(hits)), where=precision > 0).sum()
     assert (
-        f"On 160 rows of train and val, each judged by models that have not seen it, "
+        f"On 160 rows of train and val, each predicted by models that have not seen it, "
         f"{100 * hits.sum() / targets.sum():.0f}% of the labels are found, "
         f"{100 * hits.sum() / given:.0f}% of the predicted labels are right, and "
         f"{100 * everything.metrics['exact_match']:.0f}% of the rows have every label right."

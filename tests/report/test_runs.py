@@ -20,7 +20,7 @@ def test_a_run_without_rows_held_out_says_so(dataset, open_store, parse, quick):
     run = train_head(store, replace(quick, patience=0))
     assert run.held_out is None
     found = parse(report_html(run, store, dataset))
-    assert "This run held out no rows: only its figures on <dev> say how good it is on new ones." in found.text
+    assert "This run held out no rows: only its figures on <dev> are on new rows." in found.text
     assert found.sections == ["classes", "together", "training", "figures", "settings"]
     n = (store.splits == "<dev>").sum()
     assert f"On {n} <dev> rows." in found.text
@@ -59,7 +59,7 @@ def test_an_ablation_that_makes_no_sense_is_left_out(options, said, store, parse
 def test_a_refitted_run_says_which_models_its_curves_are_of(store, parse, quick):
     found = parse(report_html(train_head(store, replace(quick, folds=2, refit=True, patience=0)), store))
     assert "2 models, a line for each" in found.text
-    assert "Models trained on all rows since then are those that predict." in found.text
+    assert "Afterwards, the models that predict were trained on all rows." in found.text
 
 
 def test_gates_are_shown(store, parse, quick):

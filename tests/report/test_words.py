@@ -11,11 +11,11 @@ from cachefuse.runs.train import train_head
 @pytest.mark.parametrize(
     ("options", "note"),
     [
-        ({}, "val is not trained on, but says when training stops; each part of it is decided on by thresholds"),
-        ({"patience": 0, "thresholds": "none"}, "val is not trained on."),
-        ({"folds": 2, "thresholds": "none"}, "each part is judged by models trained on the others."),
-        ({"refit": True, "patience": 0}, ". The models that predict were trained on it after that."),
-        ({"folds": 2}, "models trained on the others, and decided on by thresholds chosen on the others."),
+        ({}, "not trained on val, but val decided when training stopped. Each part of val has thresholds"),
+        ({"patience": 0, "thresholds": "none"}, "not trained on val."),
+        ({"folds": 2, "thresholds": "none"}, "each fold is predicted by models trained on the other folds."),
+        ({"refit": True, "patience": 0}, " Afterwards, the models that predict were trained on train and val."),
+        ({"folds": 2}, "models trained on the other folds, with thresholds chosen on the other folds."),
     ],
 )
 def test_how_the_figures_came_about_is_told(options, note, store, quick):

@@ -6,7 +6,7 @@ import pytest
 from cachefuse.alignment.retrieve import Match, QueryResult
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError
-from cachefuse.report.found_page import found_html, write_found
+from cachefuse.report.matches_page import matches_html, write_matches
 from fixtures.columns import images_of, texts_of, with_columns
 from fixtures.messages import naming
 
@@ -26,7 +26,7 @@ def captioned(dataset):
 
 @pytest.fixture(scope="module")
 def page(captioned):
-    return found_html(
+    return matches_html(
         QueryResult("a <b>bold</b> wish", "image", matches(captioned, [5, 3, 7])), "an <i>space", captioned
     )
 
@@ -34,17 +34,17 @@ def page(captioned):
 @pytest.fixture(scope="module")
 def hostile_page(hostile):
     query = hostile.classes[0] + hostile.classes[8] + hostile.classes[10]
-    return found_html(QueryResult(query, "image", matches(hostile, range(24))), hostile.classes[1], hostile)
+    return matches_html(QueryResult(query, "image", matches(hostile, range(24))), hostile.classes[1], hostile)
 
 
 def cards(html):
-    return html.split('<ol class="found">')[1].split("<li>")[1:]
+    return html.split('<ol class="matches">')[1].split("<li>")[1:]
 
 
 def test_images_that_a_text_found(page, captioned, parse):
     found = parse(page)
     assert "a <b>bold</b> wish" in found.text
-    assert "The 3 images nearest to these words by cosine, as an <i>space sees them." in found.text
+    assert "The 3 images nearest to this text by cosine, in the space of an <i>space." in found.text
     assert "Shapes <b>& co</b>" in found.text
     shown = cards(page)
     assert len(shown) == 3
@@ -58,11 +58,11 @@ def test_images_that_a_text_found(page, captioned, parse):
 def test_texts_that_an_image_found(captioned, parse, tmp_path):
     images_of(captioned)[0].load().save(tmp_path / "query.png")
     image = FileImage(tmp_path / "query.png")
-    html = found_html(
+    html = matches_html(
         QueryResult(str(image.path), "text", matches(captioned, [2, 2], [2, 0])), "space", captioned, image
     )
-    assert "The 2 texts nearest to this image by cosine, as space sees them." in parse(html).text
-    assert 'alt="The image that was looked for"' in html
+    assert "The 2 texts nearest to this image by cosine, in the space of space." in parse(html).text
+    assert 'alt="The query image"' in html
     assert "<h1><bdi>query.png</bdi></h1>" in html
     assert str(tmp_path) not in html
     texts = [re.findall(r'dir="auto">(.*?)</p>', card) for card in cards(html)]
@@ -70,24 +70,24 @@ def test_texts_that_an_image_found(captioned, parse, tmp_path):
 
 
 def test_an_image_that_can_not_be_read_is_told(captioned, parse):
-    html = found_html(QueryResult("gone.png", "text", ()), "space", captioned, FileImage(Path("gone.png")))
+    html = matches_html(QueryResult("gone.png", "text", ()), "space", captioned, FileImage(Path("gone.png")))
     assert "no such file" in parse(html).text
-    assert "Nothing was found." in parse(html).text
+    assert "No matches." in parse(html).text
 
 
 def test_what_is_not_there_is_told(dataset, parse):
     raw = with_columns(dataset, images=[None, *images_of(dataset)[1:]], texts=[(), *texts_of(dataset)[1:]])
     gone = Match(0.5, 0, "not here", 0)
-    found = parse(found_html(QueryResult("q", "text", (*matches(raw, [0, 1], [0, 4]), gone)), "space", raw))
+    found = parse(matches_html(QueryResult("q", "text", (*matches(raw, [0, 1], [0, 4]), gone)), "space", raw))
     assert "no image" in found.text
     assert "not in the raw data" in found.text
     texts = with_columns(dataset, images=None)
-    html = found_html(QueryResult("q", "text", matches(texts, [0])), "space", texts)
-    assert "The text nearest to these words" in parse(html).text
+    html = matches_html(QueryResult("q", "text", matches(texts, [0])), "space", texts)
+    assert "The text nearest to this text" in parse(html).text
     assert "<img" not in html
     assert "no image" not in html
     images = with_columns(dataset, texts=None)
-    assert "<img" in found_html(QueryResult("", "image", matches(images, [0])), "space", images)
+    assert "<img" in matches_html(QueryResult("", "image", matches(images, [0])), "space", images)
 
 
 def test_names_and_texts_are_escaped(hostile_page, parse):
@@ -109,7 +109,7 @@ def test_nothing_outside_the_page_is_needed(fixture, request, self_contained):
 
 def test_is_written_the_same_each_time(page, captioned, tmp_path):
     found = QueryResult("a <b>bold</b> wish", "image", matches(captioned, [5, 3, 7]))
-    written = write_found(found, tmp_path / "f.html", "an <i>space", captioned)
+    written = write_matches(found, tmp_path / "f.html", "an <i>space", captioned)
     assert written == tmp_path / "f.html"
     assert written.read_bytes() == page.encode()
     assert [path.name for path in tmp_path.iterdir()] == ["f.html"]
@@ -118,4 +118,4 @@ def test_is_written_the_same_each_time(page, captioned, tmp_path):
 @pytest.mark.parametrize(("name", "message"), [(".", "folder"), ("gone/f.html", "gone")], ids=["folder", "gone"])
 def test_says_where_it_can_not_be_written(name, message, dataset, tmp_path):
     with pytest.raises(ConfigError, match=naming(message)):
-        write_found(QueryResult("q", "image", ()), tmp_path / name, "space", dataset)
+        write_matches(QueryResult("q", "image", ()), tmp_path / name, "space", dataset)
