@@ -24,7 +24,7 @@ from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import build_loss
-from cachefuse.runs.features import describe_features
+from cachefuse.runs.features import record_features
 from cachefuse.runs.results import compute_results
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.lock import only_writer
@@ -159,7 +159,7 @@ def _head_run(
         manifest=store.manifest,
         classes=store.classes,
         config=config,
-        members=[Member(config, describe_features(data.stored, data.specs), head.eval(), 1.0)],
+        members=[Member(config, record_features(data.stored, data.specs), head.eval(), 1.0)],
         thresholds=final_thresholds(data, config, held_out),
         histories=[history],
         held_out=held_out,

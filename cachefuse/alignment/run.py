@@ -22,8 +22,8 @@ from cachefuse.runs.files import (
     WEIGHTS,
     DatasetName,
     Figure,
-    describing,
     load_weights,
+    named_errors,
     newest_first,
     read_json,
     read_whole,
@@ -146,12 +146,12 @@ class Alignment:
     def load(cls, path: Path) -> "Alignment":
         """Open a run directory. Raises RunError, naming the file, if it is incomplete or invalid."""
         about = read_description(path)
-        with describing(path / "run.json"):
+        with named_errors(path / "run.json"):
             config = AlignConfig.from_dict(about.config)
             with torch.device("meta"):  # no memory is allocated before the weights' file has shown these shapes
                 model = Aligner([side.width for side in about.sides], config)
         values = read_json(path / "history.json")
-        with describing(path / "history.json"):
+        with named_errors(path / "history.json"):
             history = TypeAdapter(History).validate_python(values)
         load_weights([model], path / WEIGHTS)
         return cls(
@@ -208,7 +208,7 @@ def shown_split(splits: Iterable[str]) -> str | None:
 def read_description(path: Path) -> Description:
     """Read an alignment's run.json. Raises RunError, naming the key, for an invalid value."""
     values = read_whole(path, ALIGNMENT)
-    with describing(path / "run.json"):
+    with named_errors(path / "run.json"):
         return Description.model_validate(values)
 
 
@@ -219,7 +219,7 @@ def list_alignments(runs: Path) -> list[AlignmentSummary]:
 
 def _summarize(path: Path) -> AlignmentSummary:
     about = read_description(path)
-    with describing(path / "run.json"):
+    with named_errors(path / "run.json"):
         config = AlignConfig.from_dict(about.config)
     split = shown_split(about.results)
     directions = about.results[split].directions if split else {}

@@ -23,7 +23,7 @@ from cachefuse.files import JsonObject, to_json
 from cachefuse.metrics.bootstrap import bootstrap_intervals
 from cachefuse.nn.losses import build_loss
 from cachefuse.registry import Options
-from cachefuse.runs.features import describe_features
+from cachefuse.runs.features import record_features
 from cachefuse.runs.run import split_digest
 from cachefuse.settings import as_stored
 from cachefuse.store.store import FeatureStore
@@ -309,7 +309,7 @@ def _key(digest: str, config: ResolvedConfig) -> str:
 
 def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str]) -> str:
     """Hash what all trials share: keys of the features, samples and splits, targets, and metrics."""
-    features = describe_features(data.stored, data.specs)
+    features = record_features(data.stored, data.specs)
     shared = {
         "features": {
             name: [(used.encoder, used.key, used.width) for used in group] for name, group in features.items()

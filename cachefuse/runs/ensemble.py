@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 
 def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None = None, device: str = "auto") -> Run:
-    """Join runs into one that averages their scores with equal weights, and measure it; nothing is written.
+    """Join runs into one that averages their scores with equal weights, and evaluate it; nothing is written.
 
     The runs may differ in all settings and in their encoders. If all held out the same rows, thresholds are chosen on
-    the mean scores of these rows, and measured there. ``thresholds`` is "global", "class", "none" or "auto", by default
-    as in the first run. Otherwise the thresholds are the mean of the runs', with a warning, and only other labelled
-    splits are measured.
+    the mean scores of these rows, and evaluated there. Else they are the means of the runs' thresholds, with a warning,
+    and only other labelled splits are evaluated. ``thresholds`` is "global", "class", "none" or "auto", by default as
+    in the first run.
 
     Raises RunError for fewer than two runs, for a run given twice, if dataset, classes or task differ, or if a run was
     trained on another store; ConfigError for thresholds that cannot be chosen.
@@ -49,7 +49,8 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         chosen = final_thresholds(data, config, held_out)
     elif thresholds in ("global", "class"):
         raise ConfigError(
-            f"thresholds {thresholds!r} are chosen on rows that all runs held out, and there are none; leave them out"
+            f"thresholds {thresholds!r} are chosen on rows that all runs held out, but there are none; "
+            f"leave out --thresholds"
         )
     elif thresholds == "none":
         chosen = np.full(len(data.classes), HALF)
@@ -66,7 +67,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         thresholds=chosen,
         histories=[history for run in runs for history in run.histories],
         held_out=held_out,
-        # A run trained on other splits may have seen rows that are held out now. Then the ensemble has seen them too.
+        # If a run was trained on other splits, the ensemble may have seen rows that are held out now.
         split_digest=next((run.split_digest for run in runs if run.split_digest != digest), digest),
         sources=tuple(run.name for run in runs),
         seconds=sum(run.seconds for run in runs),
@@ -85,17 +86,17 @@ def _check_together(runs: Sequence[Run], store: FeatureStore) -> None:
             raise RunError(f"run {run.name} is given twice; give each run once")
     for run in others:
         if run.dataset != first.dataset:
-            raise RunError(f"run {run.name} is of dataset {run.dataset}, and run {first.name} of {first.dataset}")
+            raise RunError(f"run {run.name} is of dataset {run.dataset}, but run {first.name} is of {first.dataset}")
         if run.task != first.task:
-            raise RunError(f"run {run.name} is for a {run.task} task, and run {first.name} for a {first.task} one")
+            raise RunError(f"run {run.name} is for a {run.task} task, but run {first.name} is for a {first.task} task")
         if run.classes != first.classes or run.tasks != first.tasks:
             raise RunError(f"run {run.name} has other classes than run {first.name}; train one of them again")
     if store.dataset != first.dataset:
-        raise RunError(f"the runs are of dataset {first.dataset}, and {store.path} holds features of {store.dataset}")
+        raise RunError(f"the runs are of dataset {first.dataset}, but {store.path} has features of {store.dataset}")
 
 
 def _mean_held_out(runs: Sequence[Run], digest: str) -> HeldOut | None:
-    """Return the runs' mean scores of the rows held out. If these rows differ, return None and log why."""
+    """Return the runs' mean scores of the held-out rows. If these rows differ, return None and log a warning."""
     all_held_out: list[HeldOut] = []
     for run in runs:
         if run.held_out is None:
@@ -108,7 +109,7 @@ def _mean_held_out(runs: Sequence[Run], digest: str) -> HeldOut | None:
         else:
             all_held_out.append(run.held_out)
             continue
-        logger.warning("%s: there are no figures of rows held out, and thresholds are the mean of the runs'", why)
+        logger.warning("%s: there are no figures of held-out rows, and each threshold is the mean of the runs'", why)
         return None
     scores = np.stack([held_out.scores for held_out in all_held_out]).mean(axis=0, dtype=np.float32)
     return replace(all_held_out[0], scores=scores)

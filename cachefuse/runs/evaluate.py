@@ -110,16 +110,16 @@ def evaluate(
     seed: int = 0,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Measure a run on a labelled split, by default the rows held out.
+    """Evaluate a run on a labelled split, by default on the held-out rows.
 
-    A row held out is scored by models that have not seen it, and decided by thresholds that other rows chose. On any
-    other split the run decides as ``predict`` does. ``without`` names modalities to treat as absent; thresholds stay as
-    chosen with them. The 95% intervals come from ``n_resamples`` bootstrap samples, 0 for none.
-    ``on_progress(done, total)`` counts figures.
+    A held-out row is scored by models that have not seen it; its labels use thresholds chosen on other rows. On other
+    splits, labels are predicted as by ``predict``. ``without`` names modalities to treat as absent; thresholds stay as
+    chosen with them. The 95% intervals come from ``n_resamples`` bootstrap samples, 0 for none. ``on_progress(done,
+    total)`` counts metrics.
 
-    Raises DataError for a split that does not exist or has no labels; RunError without rows held out, if samples or
-    splits changed since, or as ``StoreTables`` does; UnknownNameError for a modality that the run does not read,
-    ConfigError if no modality is left.
+    Raises DataError for a split that does not exist or has no labels; RunError if there are no held-out rows, if
+    samples or splits changed since the training, or as ``StoreTables`` does; UnknownNameError for a modality that the
+    run does not read; ConfigError if no modality is left.
     """
     absent = tuple(dict.fromkeys(without))
     if set(absent) >= set(run.modalities):
@@ -205,18 +205,18 @@ def write_gates(evaluation: Evaluation, store: FeatureStore, path: Path) -> None
 
 
 def _means_held_out(held_out: HeldOut, split: str | None, changed: bool) -> bool:
-    """Whether a split means the rows held out. If the store changed, "val" means its val split of today."""
+    """Whether a split means the held-out rows. If the store changed, "val" means its current val split."""
     return split is None or (split == held_out.split and (split != VAL or not changed))
 
 
 def _held_out(
     run: Run, held_out: HeldOut, data: TrainingData, tables: StoreTables | None, changed: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores and predictions (n, C) of the rows held out, from the training or from other tables."""
+    """Return scores and predictions (n, C) of the held-out rows: the kept scores, or new ones from ``tables``."""
     if changed:
         raise RunError(
             f"samples or splits of {data.name} changed since run {run.name} was trained (for example by an extract "
-            f"with --refresh), so its rows held out are unknown now; train again, or name a --split: "
+            f"with --refresh), so its held-out rows are unknown now; train again, or name a --split: "
             f"{', '.join(data.splits)}"
         )
     scores = held_out.scores if tables is None else run.held_out_scores(tables)
@@ -226,7 +226,7 @@ def _held_out(
 def _labelled(run: Run, store: FeatureStore, data: TrainingData, split: str | None) -> tuple[str, Tensor]:
     """Return a split with its labelled rows (n,). Raises RunError or DataError if there are none."""
     if split is None:
-        raise RunError(f"run {run.name} has no rows held out; name a labelled --split: {', '.join(data.splits)}")
+        raise RunError(f"run {run.name} has no held-out rows; name a labelled --split: {', '.join(data.splits)}")
     if split not in store.splits:
         known = ", ".join(ordered_splits(store.splits))
         raise DataError(f"{store.dataset} has no rows in split {split!r}; its splits are: {known}")
@@ -237,8 +237,8 @@ def _labelled(run: Run, store: FeatureStore, data: TrainingData, split: str | No
 
 
 def _caution(run: Run, split: str, changed: bool) -> str | None:
-    whole = any(member.config.folds or member.config.refit for member in run.members)
-    if split == TRAIN or (split == VAL and whole):
+    with_val = any(member.config.folds or member.config.refit for member in run.members)
+    if split == TRAIN or (split == VAL and with_val):
         return f"run {run.name} was trained on {split} rows: on new rows its figures may be lower"
     if changed:
         return f"samples or splits changed since run {run.name} was trained: it may have seen some of these rows"
@@ -246,9 +246,9 @@ def _caution(run: Run, split: str, changed: bool) -> str | None:
 
 
 def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:
-    """Return each modality's weight for rows (n,) and tasks, (n, K).
+    """Return each modality's weight by row and task, (n, K), as the mean over the members that weigh modalities.
 
-    It is the mean over the members that weigh modalities. A member may have one weight for all tasks.
+    A member may have one weight for all tasks.
     """
     weighing = [member for member in run.members if member.model.weighs]
     total = sum(member.weight for member in weighing)
@@ -264,7 +264,7 @@ def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarra
 
 
 def _mean_by_class(targets: np.ndarray, values: np.ndarray, tasks: Sequence[TaskSlice]) -> list[float]:
-    """Return the mean of values (n, K) over each class's positive rows, (C,); NaN for a class without any."""
+    """Return the mean of values (n, K) over each class's positive rows, (C,); NaN for a class without such rows."""
     return [_mean(values[targets[:, c] >= RIGHT, k]) for k, task in enumerate(tasks) for c in task.numbers]
 
 

@@ -30,8 +30,8 @@ class RunFeatures:
 RunFeaturesByName = dict[str, tuple[RunFeatures, ...]]
 
 
-def describe_features(stored: Mapping[str, Sequence[Features]], specs: Mapping[str, FeatureSpec]) -> RunFeaturesByName:
-    """Return what run.json keeps of a run's features, from ``stored`` by modality and ``specs`` by name."""
+def record_features(stored: Mapping[str, Sequence[Features]], specs: Mapping[str, FeatureSpec]) -> RunFeaturesByName:
+    """Return the features of a run for its run.json, by name; ``stored`` are by modality, ``specs`` by name."""
 
     def to_run_features(f: Features, spec: FeatureSpec) -> RunFeatures:
         return RunFeatures(
@@ -70,9 +70,9 @@ def _spec_of(name: str, group: Sequence[RunFeatures]) -> FeatureSpec:
 
 
 def add_views(features: Any) -> Any:
-    """Return the features of a run.json, by name, and add modality and view where an old one lacks them.
+    """Return the features of a run.json, by name, with modality and view, which old files lack.
 
-    In such old runs no modality's name ends in "_tokens" or "_ids".
+    In old files no modality's name ends in "_tokens" or "_ids".
     """
     if not isinstance(features, Mapping):
         return features  # pydantic reports the wrong type later

@@ -33,7 +33,7 @@ USES = {
     HEAD: "is a head, not an alignment; use cachefuse predict, evaluate or report",
     ALIGNMENT: "is an alignment, without classes; use cachefuse retrieve, zero-shot, similarity, evaluate or report",
 }
-HOW_TO_MAKE = {HEAD: "train one with cachefuse train-head", ALIGNMENT: "make one with cachefuse align"}
+HOW_TO_MAKE = {HEAD: "train one with cachefuse train-head", ALIGNMENT: "train one with cachefuse align"}
 WEIGHTS, HELD_OUT = "model.safetensors", "held_out.safetensors"
 FILES = ("run.json", "history.json", WEIGHTS)  # every run has these
 HELD_ARRAYS = ("rows", "parts", "scores")
@@ -75,7 +75,7 @@ DatasetName = Annotated[str, AfterValidator(_check_dataset)]  # names a store's 
 
 
 class Description(BaseModel):
-    """The part of run.json that loading reads."""
+    """The fields of run.json that loading reads."""
 
     dataset: DatasetName
     created: str
@@ -93,9 +93,9 @@ class Description(BaseModel):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run in a list: ``metrics`` are of the ``n_rows`` held out, and ``split`` is "oof" or "val".
+    """A run in a list: ``metrics`` are of ``n_rows`` held-out rows, and ``split`` is "oof" or "val".
 
-    Without such rows ``split`` is None. ``settings`` differ from the defaults; an ensemble has none.
+    Without held-out rows ``split`` is None. ``settings`` are those that differ from the defaults; an ensemble has none.
     """
 
     name: str
@@ -131,7 +131,7 @@ def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Pa
         except RunError as error:
             logger.warning("skipped: %s", error)
             continue
-        # A tuned alignment only serves the head that it was tuned with: its two sides no longer match.
+        # A fine-tuned alignment is only of use to its head: its two sides no longer match.
         if kind in (None, kind_of(values)) and not values.get("parent"):
             candidates.append((str(values.get("created", "")), path.parent))
     if not candidates:
@@ -145,7 +145,7 @@ def kind_of(values: JsonObject) -> str:
 
 
 def write_run(runs: Path, name: str, files: Mapping[str, bytes]) -> Path:
-    """Write a run's files to a new directory, name-1, name-2, ...; it appears only when all files are written."""
+    """Write a run's files to a new directory name-1, name-2, ..., which appears only when all files are written."""
     runs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=runs, prefix=".new-") as temporary:
         folder = Path(temporary) / "run"
@@ -170,17 +170,14 @@ def _move_to_free(folder: Path, name: Path) -> Path:
 
 
 def list_runs(runs: Path) -> list[RunSummary]:
-    """Return the heads in a directory, the latest first. Damaged ones are skipped, with a warning.
-
-    No weights are read.
-    """
+    """Return the heads in a directory, newest first, without their weights; damaged ones are skipped with a warning."""
     return newest_first(runs, HEAD, _summarize)
 
 
 def newest_first(runs: Path, kind: str, summarize: Callable[[Path], Summary]) -> list[Summary]:
-    """Return ``summarize(path)`` for each run of a kind in a directory, the latest first.
+    """Return ``summarize(path)`` for each run of a kind in a directory, the newest first.
 
-    If it raises RunError, the run is skipped, with a warning.
+    If ``summarize`` raises RunError, the run is skipped with a warning.
     """
     summaries = []
     for path in sorted({path.parent for name in FILES for path in runs.glob(f"*/{name}")}):
@@ -201,8 +198,8 @@ def _likely_kind(path: Path) -> str:
 
 
 def _summarize(path: Path) -> RunSummary:
-    about = describe(path)
-    with describing(path / "run.json"):
+    about = read_description(path)
+    with named_errors(path / "run.json"):
         task = about.manifest.task
         settings = {} if about.sources else ResolvedConfig.from_run(about.config, task).differences(task)
     split = next((split for split in (OUT_OF_FOLD, VAL) if split in about.results), None)
@@ -221,7 +218,10 @@ def _summarize(path: Path) -> RunSummary:
 
 
 def read_whole(path: Path, kind: str | None = None) -> JsonObject:
-    """Return a run's run.json. Raises RunError if a file is missing, or for another version or kind."""
+    """Return the values of run.json, and check that the run is complete.
+
+    Raises RunError if a file is missing, or for another version or kind.
+    """
     for name in FILES:
         if not (path / name).is_file():
             raise RunError(f"{path / name} is missing: {path} is not a complete run; train again")
@@ -231,17 +231,17 @@ def read_whole(path: Path, kind: str | None = None) -> JsonObject:
         raise RunError(f"{path}: this version does not know runs of kind {actual!r}")
     if values.get("format") != FORMATS[actual]:
         raise RunError(
-            f"{path}: run of another version (format {values.get('format')}, not {FORMATS[actual]}); train again"
+            f"{path}: a run of another version (format {values.get('format')}, not {FORMATS[actual]}); train again"
         )
     if kind not in (None, actual):
         raise RunError(f"run {path.resolve().name} {USES[actual]}")
     return values
 
 
-def describe(path: Path) -> Description:
+def read_description(path: Path) -> Description:
     """Return a head's checked run.json. Raises RunError, naming the key, for a wrong value."""
     values = read_whole(path, HEAD)
-    with describing(path / "run.json"):
+    with named_errors(path / "run.json"):
         about = Description.model_validate(values)
         _check_shapes(about)
         return about
@@ -261,8 +261,8 @@ def read_json(path: Path) -> JsonObject:
 
 
 @contextmanager
-def describing(path: Path) -> Iterator[None]:
-    """Turn any error that an edited file causes, also in torch, into a RunError of one line that names the file."""
+def named_errors(path: Path) -> Iterator[None]:
+    """Turn any error that an edited file causes, also in torch, into a RunError with one line that names the file."""
     try:
         yield
     except ValidationError as error:
@@ -301,9 +301,9 @@ def load_weights(models: Sequence[nn.Module], path: Path) -> None:
 
 
 def load_held_out(path: Path, n_classes: int, folds: Sequence[int | None]) -> HeldOut | None:
-    """Return the scores of the rows held out, or None if there are none. ``folds`` are the folds of the run's members.
+    """Return the scores of the held-out rows, or None if there are none. ``folds`` are those of the run's members.
 
-    Raises RunError if they do not fit together.
+    Raises RunError if the file is damaged, or does not fit the classes or folds.
     """
     if not path.is_file():
         return None
@@ -318,5 +318,5 @@ def load_held_out(path: Path, n_classes: int, folds: Sequence[int | None]) -> He
     if not fit or kinds != (np.int64, np.int64, np.float32) or rows.min(initial=0) < 0 or not np.isfinite(scores).all():
         raise RunError(f"{path}: rows, parts and scores do not fit together, or do not fit {n_classes} classes")
     if not {fold for fold in folds if fold is not None} <= set(parts.tolist()):
-        raise RunError(f"{path}: has no rows of a fold that a model in run.json held out")
+        raise RunError(f"{path}: lacks the rows of a fold that a model in run.json held out")
     return HeldOut(split, rows, parts, scores)

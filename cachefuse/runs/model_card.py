@@ -54,18 +54,18 @@ def model_card(run: "Run") -> str:
     if run.held_out is not None:
         unseen = {
             "oof": "`oof` is train and val; each row is scored by a model that has not seen it.",
-            "val": "The measured models were not trained on `val`; training may stop early by its score.",
-        }.get(run.held_out.split, f"The measured models were not trained on `{run.held_out.split}`.")
-        unseen += " The models in this folder were trained on all of it since." if config.refit else ""
-        chosen = " Each row is decided by thresholds chosen on other rows." if (run.thresholds != 0.5).any() else ""
+            "val": "The models of these figures were not trained on `val`; its score may have ended training early.",
+        }.get(run.held_out.split, f"The models of these figures were not trained on `{run.held_out.split}`.")
+        unseen += " Afterwards, the models in this folder were trained on all of it." if config.refit else ""
+        chosen = " Each row's labels use thresholds chosen on other rows." if (run.thresholds != 0.5).any() else ""
         lines += ["", unseen + chosen]
     lines += ["", "## Features", ""]
     lines += _table(
         ["features", "encoder", "width", "key"],
         [
-            [name, _plain(used.encoder), str(used.width), f"`{used.key}`"]
+            [name, _plain(features.encoder), str(features.width), f"`{features.key}`"]
             for name, group in run.features.items()
-            for used in group
+            for features in group
         ],
     )
     lines += ["", "The model reads only features with these keys: encode new samples with the same encoders.", ""]
@@ -111,7 +111,7 @@ def _task(run: "Run") -> str:
 
 def _threshold(task: TaskSlice, threshold: float) -> str:
     if task.one_label:
-        return "the highest"
+        return "the highest score"
     return f"{threshold:.4f}" if threshold <= 1 else "more than 1: never predicted"
 
 

@@ -34,14 +34,14 @@ from cachefuse.training.selection import stored_views
 logger = logging.getLogger(__name__)
 
 
-Wanted = tuple[str, RunFeatures]  # the name of a feature, and one of its encoders
+Wanted = tuple[str, RunFeatures]  # a feature's name, and its features by one encoder
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """n rows: ids, scores (n, C) from 0 to 1, and predicted labels (n, C) bool.
+    """The predictions for n rows: ids, scores (n, C) from 0 to 1, and predicted labels (n, C) bool.
 
-    ``tasks`` are set only for a dataset with several; a class is then called "color=red".
+    ``tasks`` are set only for a dataset with several tasks; a class is then called "color=red".
     """
 
     ids: list[str]
@@ -65,8 +65,8 @@ class Predictions:
 def predict_split(run: Run, store: FeatureStore, split: str | None = None, *, device: str = "auto") -> Predictions:
     """Predict the rows of a split, in the store's order.
 
-    By default rows of the splits without any label; else rows without labels; else the test split. Raises RunError if
-    the run was trained on another store, DataError if there are no such rows.
+    The default is the rows of all splits without labels; if there are none, the rows without labels; else the test
+    split. Raises RunError if the run was trained on another store, DataError if there are no such rows.
     """
     tables = StoreTables([run], store, device)
     rows = _rows_to_predict(store, split)
@@ -81,10 +81,10 @@ def predict_samples(
     max_bad: float = 1.0,
     on_progress: Callable[[str, int, int], None] = lambda modality, done, total: None,
 ) -> Predictions:
-    """Predict raw samples: encode them with the run's encoders first. A sample may lack modalities.
+    """Encode raw samples with the run's encoders, and predict them. A sample may lack modalities.
 
-    Raises RunError if an encoder has changed since the training, BadSampleError if more than the share ``max_bad`` of
-    the samples cannot be used, DataError if the samples have no modality that the run reads.
+    Raises RunError if an encoder has changed since the training, BadSampleError if the share of unusable samples is
+    above ``max_bad``, DataError if the samples have no modality that the run reads.
     """
     sources = {
         modality: _one_each(modality, column, samples.ids)
@@ -99,17 +99,17 @@ def predict_samples(
     present: dict[str, torch.Tensor] = {}
     by_modality: dict[str, dict[str, list[Wanted]]] = {modality: {} for modality in run.modalities}  # by encoder
     for name, group in run.features.items():
-        for used in group:
-            by_modality[used.modality].setdefault(used.source, []).append((name, used))
+        for features in group:
+            by_modality[features.modality].setdefault(features.source, []).append((name, features))
     needed = [source for modality, wanted in by_modality.items() if modality in sources for source in wanted]
     opened = {source: open_encoder(_beside(run, source), device) for source in dict.fromkeys(needed)}
     for modality, by_encoder in by_modality.items():
         bad: dict[int, BadSampleError] = {}
         for source, wanted in by_encoder.items():
-            encoded |= {(name, used): Encoded.empty(used, n) for name, used in wanted}
+            encoded |= {key: Encoded.empty(key[1], n) for key in wanted}
             if modality in sources:
-                for _, used in wanted:
-                    tower = _checked_tower(run, opened[source], modality, used)
+                for _, features in wanted:
+                    tower = _checked_tower(run, opened[source], modality, features)
                 outs = [encoded[key] for key in wanted]
                 bad.update(_encode(tower, sources[modality], outs, device, on_progress))
         if bad:
@@ -120,15 +120,16 @@ def predict_samples(
             logger.warning("%s of %s samples are predicted without %s; the first: %s", len(bad), n, modality, first)
         present[modality] = torch.tensor([modality in sources and row not in bad for row in range(n)])
     if not any(mask.any() for mask in present.values()):
-        raise DataError(f"run {run.name} reads {' and '.join(run.modalities)}, and no sample has a usable one")
+        raise DataError(f"run {run.name} reads {' and '.join(run.modalities)}, but no sample has a usable one")
 
     def table_of(member: Member) -> FeatureTable:
-        features = {
-            name: Encoded.columns([encoded[(name, used)] for used in group]) for name, group in member.features.items()
+        inputs = {
+            name: Encoded.columns([encoded[(name, features)] for features in group])
+            for name, group in member.features.items()
         }
         specs = specs_of(member.features)
         return FeatureTable(
-            features=features,
+            features=inputs,
             specs=specs,
             present={name: present[spec.modality] for name, spec in specs.items()},
             targets=torch.zeros(n, len(run.classes), dtype=torch.uint8),
@@ -142,8 +143,8 @@ def predict_samples(
 def read_input(path: Path, run: Run) -> Samples:
     """Read new samples from a table, with the dataset's columns or with columns "id", "image", "text" and so on.
 
-    Image paths are relative to the table's folder. Raises DataError if there is no such file, or if it has no column
-    of a modality that the run reads.
+    Image paths are relative to the table's folder. Raises DataError if the file is missing, or has no column of a
+    modality that the run reads.
     """
     if not path.is_file():
         raise DataError(f"no such file: {path}")
@@ -164,17 +165,17 @@ def read_input(path: Path, run: Run) -> Samples:
 
 
 def _one_each(modality: str, column: Column, ids: Sequence[str]) -> list[TextOrSource | None]:
-    """Return the source of each sample; several texts are joined. Raises DataError for several images or the like."""
+    """Return the source of each sample; several texts are joined. Raises DataError for several other sources."""
     if column.is_text:
         return [" ".join(map(str, column[row])) for row in range(len(column))]
     if column.offsets is not None:
         row = int(np.diff(column.offsets).argmax())
-        raise DataError(f"sample {ids[row]} has {len(column[row])} of {modality}; a prediction reads only one")
+        raise DataError(f"sample {ids[row]} has {len(column[row])} sources of {modality}; a prediction reads only one")
     return column.feature_sources()
 
 
 def _beside(run: Run, source: str) -> EncoderSpec:
-    """Return the spec that opens an encoder. An alignment that was moved is looked for beside the run."""
+    """Return the spec that opens an encoder. A moved alignment is looked up in the folder of the run."""
     spec = EncoderSpec.parse(source)
     beside = run.path.resolve().parent / Path(spec.model).name if run.path is not None else Path(spec.model)
     moved = is_derived(source) and not Path(spec.model).is_dir() and beside.is_dir()
@@ -191,9 +192,9 @@ def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
     labelled = is_labelled(store.targets)
     # A training row without a label does not belong in a submission.
     trained = np.unique(store.splits[labelled])  # unique first: isin is slow for strings
-    for chosen in (~np.isin(store.splits, trained), ~labelled, store.splits == "test"):
-        if chosen.any():
-            return np.flatnonzero(chosen)
+    for mask in (~np.isin(store.splits, trained), ~labelled, store.splits == "test"):
+        if mask.any():
+            return np.flatnonzero(mask)
     raise DataError(f"every row of {store.dataset} has labels, and no split is called test; name a split: {known}")
 
 
@@ -202,11 +203,11 @@ def _predict(run: Run, table_of: Callable[[Member], FeatureTable], rows: np.ndar
     return Predictions(ids, run.classes, scores, run.decide(scores), tuple(task for task in run.tasks if task.name))
 
 
-def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: RunFeatures) -> Tower:
+def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, features: RunFeatures) -> Tower:
     tower = towers.get(modality)
-    if tower is None or provenance_key({**tower.provenance, "dtype": used.dtype}) != used.key:
+    if tower is None or provenance_key({**tower.provenance, "dtype": features.dtype}) != features.key:
         raise RunError(
-            f"run {run.name} was trained with other weights or preprocessing than {used.source} has now; "
+            f"run {run.name} was trained with other weights or preprocessing than {features.source} has now; "
             f"restore them, or extract and train again"
         )
     return tower
@@ -216,24 +217,24 @@ def _checked_tower(run: Run, towers: dict[str, Tower], modality: str, used: RunF
 class Encoded:
     """The encoded features of n raw samples, in the store's dtype: pooled (n, D), or each sample's tokens."""
 
-    used: RunFeatures
+    features: RunFeatures
     rows: list[np.ndarray]
 
     @classmethod
-    def empty(cls, used: RunFeatures, n: int) -> "Encoded":
+    def empty(cls, features: RunFeatures, n: int) -> "Encoded":
         """Return the features of samples without the modality: zeros, or no tokens."""
-        dtype = np.dtype("<i8") if used.view == IDS else DTYPES[used.dtype]
-        shape = {TOKENS: (0, used.width), IDS: (0,)}.get(used.view, (used.width,))
-        return cls(used, [np.zeros(shape, dtype)] * n)
+        dtype = np.dtype("<i8") if features.view == IDS else DTYPES[features.dtype]
+        shape = {TOKENS: (0, features.width), IDS: (0,)}.get(features.view, (features.width,))
+        return cls(features, [np.zeros(shape, dtype)] * n)
 
     def put(self, row: int, value: np.ndarray) -> bool:
         """Set a sample's features; return whether they are finite in the store's dtype."""
         empty = self.rows[row]
-        if self.used.view == FLAT:
-            side_by_side = np.zeros_like(empty, value.dtype)
-            kept = value.reshape(-1)[: self.used.width]  # fewer tokens leave zeros at the end
-            side_by_side[: len(kept)] = kept
-            value = side_by_side
+        if self.features.view == FLAT:
+            flat = np.zeros_like(empty, value.dtype)
+            kept = value.reshape(-1)[: self.features.width]  # fewer tokens leave zeros at the end
+            flat[: len(kept)] = kept
+            value = flat
         with np.errstate(over="ignore"):
             value = value.astype(empty.dtype)
         finite = bool(np.isfinite(value).all())
@@ -243,11 +244,11 @@ class Encoded:
 
     @staticmethod
     def columns(group: "Sequence[Encoded]") -> Tensor | Tokens:
-        """Return a model's input: pooled features of one or more encoders side by side, or tokens of one encoder."""
-        used = group[0].used
-        if used.view in (TOKENS, IDS):
+        """Return a model's input: concatenated pooled features of one or more encoders, or tokens of one encoder."""
+        first = group[0].features
+        if first.view in (TOKENS, IDS):
             rows = [torch.from_numpy(row) for row in group[0].rows]
-            return Tokens(rows, used.width if used.view == IDS else 0)
+            return Tokens(rows, first.width if first.view == IDS else 0)
         return torch.from_numpy(np.concatenate([np.stack(encoded.rows) for encoded in group], axis=1))
 
 
@@ -259,9 +260,9 @@ def _encode(
     device: str,
     on_progress: Callable[[str, int, int], None],
 ) -> dict[int, BadSampleError]:
-    """Encode samples into each of ``outs``, and return the rows that cannot be used."""
+    """Encode samples into each of ``outs``, and return the unusable rows with their errors."""
     bad: dict[int, BadSampleError] = {}
-    views = [*stored_views([out.used.view for out in outs])]
+    views = [*stored_views([out.features.view for out in outs])]
     size = BATCH_SIZE[device.partition(":")[0]]
     with prepare_in_order(tower, sources, range(len(sources)), 4 * size) as prepared:
         window = []
@@ -276,7 +277,7 @@ def _encode(
                 for out, view in zip(outs, views, strict=True):
                     for i, value in enumerate(encoded[view]):
                         if value is not None and not out.put(first + i, value):
-                            bad[first + i] = BadSampleError(f"features are not finite in {out.used.dtype}")
+                            bad[first + i] = BadSampleError(f"features are not finite in {out.features.dtype}")
                 window = []
                 on_progress(tower.modality, row + 1, len(sources))
     return bad

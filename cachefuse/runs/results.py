@@ -1,4 +1,4 @@
-"""The figures of a run on the rows held out and on each labelled split."""
+"""The figures of a run on the held-out rows and on each labelled split."""
 
 from collections.abc import Callable
 
@@ -12,9 +12,9 @@ from cachefuse.training.inference import CHECKED_ROWS, spread
 
 
 def compute_results(data: TrainingData, run: Run, table_of: Callable[[Member], FeatureTable]) -> dict[str, Result]:
-    """Return a run's figures on the rows held out and on the other labelled splits.
+    """Return a run's figures on the held-out rows and on the other labelled splits.
 
-    ``train`` is included only if the models were trained on it alone, with at most 100,000 rows.
+    ``train`` is included, with at most 100,000 of its rows, only if the models were trained on it alone.
     """
     results = {}
     trained_on_more = run.config.folds or run.config.refit

@@ -26,7 +26,7 @@ from cachefuse.training.resolved import ResolvedConfig
 class Member:
     """One model of a run: its settings, its features, and the weight of its scores in the run's mean.
 
-    ``fold`` is the part of the rows held out that it has not seen; None if all models held out the same rows.
+    ``fold`` is the part of the held-out rows that it has not seen; None if all models held out the same rows.
     """
 
     config: ResolvedConfig
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def features(self) -> RunFeaturesByName:
-        """The features of all members, by name, each once."""
+        """The features of all members, by name, without repeats."""
         union: dict[str, dict[RunFeatures, None]] = {}
         for member in self.members:
             for name, group in member.features.items():
@@ -87,13 +87,13 @@ class Run:
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that the members read."""
-        return tuple(sorted({used.modality for group in self.features.values() for used in group}))
+        return tuple(sorted({features.modality for group in self.features.values() for features in group}))
 
     @property
     def encoders(self) -> tuple[tuple[str, str], ...]:
-        """The (encoder, modality) pairs of the features, each once."""
-        named = ((used.encoder, used.modality) for group in self.features.values() for used in group)
-        return tuple(dict.fromkeys(named))
+        """The (encoder, modality) pairs of the features, without repeats."""
+        every = (features for group in self.features.values() for features in group)
+        return tuple(dict.fromkeys((features.encoder, features.modality) for features in every))
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:
@@ -117,15 +117,15 @@ class Run:
         return self._mean(self.members, table_of, rows)
 
     def held_out_scores(self, table_of: Callable[[Member], FeatureTable]) -> np.ndarray:
-        """Return scores (n, C) of the rows held out, each by members that have not seen it.
+        """Return scores (n, C) of the held-out rows, each by members that have not seen it.
 
-        Raises RunError if there are no such rows, or if the members were trained on them since.
+        Raises RunError if there are no such rows, or if the members were trained on them afterwards.
         """
         held_out, folds = self.held_out, [member.fold for member in self.members]
         if held_out is None:
-            raise RunError(f"run {self.name} has no rows held out; train with --folds, or name a labelled --split")
+            raise RunError(f"run {self.name} has no held-out rows; train with --folds, or name a labelled --split")
         if self.config.refit or (self.sources and self.config.folds):
-            raise RunError(f"the models of run {self.name} have seen the rows held out; name another labelled --split")
+            raise RunError(f"the models of run {self.name} have seen the held-out rows; name another labelled --split")
         rows = torch.from_numpy(held_out.rows)
         if None in folds:
             return self.scores(table_of, rows)
@@ -156,7 +156,7 @@ class Run:
 
 
 def split_digest(store: FeatureStore) -> str:
-    """Hash the id, split and content of each sample; equal hashes mean that two runs were measured on the same rows."""
+    """Hash the id, split and content of each sample; runs with equal hashes were evaluated on the same rows."""
     digest = hashlib.blake2b(digest_size=8)
     for row in zip(store.ids, store.splits, store.digests, strict=True):
         digest.update(("\0".join(row) + "\n").encode("utf-8", "surrogatepass"))

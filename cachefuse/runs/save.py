@@ -3,7 +3,7 @@
 run.json              settings, classes, members with their features and keys, thresholds, metrics, versions
 model.safetensors     each member's weights and the statistics of its training rows
 history.json          loss and score of each epoch
-held_out.safetensors  scores of the rows held out, by models that have not seen them
+held_out.safetensors  scores of the held-out rows, by models that have not seen them
 README.md             the model card
 """
 
@@ -26,10 +26,10 @@ from cachefuse.runs.files import (
     HELD_ARRAYS,
     HELD_OUT,
     WEIGHTS,
-    describe,
-    describing,
     load_held_out,
     load_weights,
+    named_errors,
+    read_description,
     read_json,
     write_run,
 )
@@ -65,19 +65,19 @@ def save_run(run: Run, runs: Path) -> Path:
 
 def load_run(path: Path) -> Run:
     """Open a run directory. Raises RunError, naming the file, if a file is missing or not valid."""
-    about = describe(path)
-    with describing(path / "run.json"):
+    about = read_description(path)
+    with named_errors(path / "run.json"):
         config = ResolvedConfig.from_run(about.config, about.manifest.task)
         tasks = about.manifest.task_slices(about.classes)
         members = []
         for member in about.members:
             settings = ResolvedConfig.from_run(member.config, about.manifest.task)
             specs = specs_of(member.features)
-            with torch.device("meta"):  # shapes only: use no memory before the weights' file has shown its shapes
+            with torch.device("meta"):  # no memory is allocated before the weights' file has shown these shapes
                 model = build_model(settings, specs, len(about.classes), tasks)
             members.append(Member(settings, member.features, model, member.weight, member.fold))
     values = read_json(path / "history.json")
-    with describing(path / "history.json"):
+    with named_errors(path / "history.json"):
         histories = TypeAdapter(list[History]).validate_python(values["histories"])
     load_weights([member.model for member in members], path / WEIGHTS)
     return Run(
@@ -111,7 +111,7 @@ def _to_dict(run: Run) -> JsonObject:
         "members": [
             {
                 "config": member.config.to_dict(),
-                "features": {name: [asdict(used) for used in group] for name, group in member.features.items()},
+                "features": {name: list(map(asdict, group)) for name, group in member.features.items()},
                 "weight": member.weight,
                 "fold": member.fold,
             }

@@ -19,9 +19,9 @@ def write_submission(
 ) -> Path:
     """Write predictions in the manifest's format: one row per id with its labels in class order, one column per task.
 
-    If ``path`` ends in .json, it is a list of objects with these columns as keys, as the VQA evaluation reads it; ids
-    are numbers if all are whole numbers. Rows have the order of the test file, or of ``sample_submission``. Raises
-    SubmissionError, and writes nothing, if an id occurs twice, a row has too few labels, or the sample has other rows.
+    A .json file is a list of objects with these columns as keys, as the VQA evaluation reads it; its ids are numbers if
+    all are whole numbers. Rows have the order of the test file, or of ``sample_submission``. Raises SubmissionError,
+    and writes nothing, if an id occurs twice, a row has too few labels, or ``sample_submission`` has other rows.
     """
     check_target(path)
     columns = manifest.submission
@@ -51,7 +51,7 @@ def _as_text(path: Path, header: tuple[str, ...], lines: Sequence[tuple[str, ...
 
 
 def check_target(path: Path) -> None:
-    """Raise SubmissionError if no file can be written to ``path``; called before hours of encoding."""
+    """Raise SubmissionError if no file can be written to ``path``; for a check before hours of encoding."""
     if path.is_dir():
         raise SubmissionError(f"cannot write {path}: it is a folder; name a file")
     if not path.parent.is_dir():
@@ -63,11 +63,11 @@ def _check(predictions: Predictions, manifest: Manifest) -> None:
     if repeated:
         raise SubmissionError(f"id {repeated[0]!r} would be in the submission twice")
     for task in manifest.task_slices(predictions.classes):
-        at_least = 1 if task.one_label else task.min_labels
+        least = 1 if task.one_label else task.min_labels
         for i, n in enumerate(predictions.labels[:, task.columns].sum(axis=1).tolist()):
-            if n < at_least:
+            if n < least:
                 named = f"task {task.name}" if task.name else "the task"
-                raise SubmissionError(f"row {predictions.ids[i]!r} has {n} labels; {named} needs at least {at_least}")
+                raise SubmissionError(f"row {predictions.ids[i]!r} has {n} labels; {named} needs at least {least}")
         for name in predictions.classes[task.columns]:
             several = task.n_classes > 1 and not task.one_label
             if several and manifest.submission.separator in task.own_class(name):
@@ -78,7 +78,7 @@ def _check(predictions: Predictions, manifest: Manifest) -> None:
 
 
 def _check_sample(path: Path, columns: tuple[str, ...], rows: Collection[str]) -> list[str]:
-    """Return the sample's ids in its order, after a check that they are the predicted ones."""
+    """Return the ids of a sample submission, in its order; checks that they are the predicted ids."""
     if not path.is_file():
         raise SubmissionError(f"no such file: {path}")
     sample = read_columns(path)

@@ -20,24 +20,24 @@ from cachefuse.runs.features import RunFeaturesByName
 def match_features(run: "Run", features: RunFeaturesByName, store: FeatureStore) -> dict[str, list[Features]]:
     """Return the stored features that a run's member reads, by modality.
 
-    Raises RunError if the store lacks them or has others.
+    Raises RunError if the store lacks them or has other ones.
     """
     if store.classes != run.classes:
         raise RunError(f"run {run.name} was trained on other classes than {store.path} has now; train again")
     matched: dict[str, list[Features]] = {}
     for group in features.values():
-        for used in group:
-            stored = store.open_features(used.encoder, used.modality)
-            named = f"{used.encoder} ({used.modality})"
+        for wanted in group:
+            stored = store.open_features(wanted.encoder, wanted.modality)
+            named = f"{wanted.encoder} ({wanted.modality})"
             if stored is None:
                 raise RunError(f"run {run.name} reads {named}, which {store.path} lacks; extract it first")
-            if stored.key != used.key:
+            if stored.key != wanted.key:
                 raise RunError(
                     f"run {run.name} was trained on another store: {store.path} has {named} features with other "
                     f"weights or preprocessing; train again, or use the store of the training"
                 )
-            of_modality = matched.setdefault(used.modality, [])
-            if used.encoder not in [other.encoder for other in of_modality]:  # a run may read several of its views
+            of_modality = matched.setdefault(wanted.modality, [])
+            if wanted.encoder not in [other.encoder for other in of_modality]:  # a run may read several of its views
                 of_modality.append(stored)
     return matched
 
@@ -70,7 +70,7 @@ class StoreTables:
 
 
 def open_table(run: "Run", features: RunFeaturesByName, store: FeatureStore) -> FeatureTable:
-    """Open the features that a run's member reads. Raises RunError if the store lacks them or has others."""
+    """Open the features that a run's member reads. Raises RunError if the store lacks them or has other ones."""
     chosen = match_features(run, features, store)
     views: dict[str, list[str]] = {}
     n_tokens: dict[str, int] = {}

@@ -1,9 +1,9 @@
-"""From a store to a run: open the features, train the models, measure them."""
+"""From a store to a run: open the features, train the models, evaluate them."""
 
 import time
 from collections.abc import Callable, Sequence
 
-from cachefuse.runs.features import describe_features
+from cachefuse.runs.features import record_features
 from cachefuse.runs.results import compute_results
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.store import FeatureStore
@@ -22,10 +22,10 @@ def train_head(
     max_size_mb: float | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Run:
-    """Train a head on a store's ``train`` rows and measure it on every labelled split; nothing is written.
+    """Train a head on a store's ``train`` rows and evaluate it on every labelled split; nothing is written.
 
-    With ``config.folds``, ``train`` and ``val`` are joined, and each fold is measured by a model that has not seen it
-    ("oof"). Of ``train`` at most 100,000 rows, evenly spread, are measured. Ctrl-C ends the training of a single model
+    With ``config.folds``, ``train`` and ``val`` are joined, and each fold is scored by a model that has not seen it
+    ("oof"). Figures on ``train`` are of at most 100,000 evenly spread rows. Ctrl-C ends the training of a single model
     at its best epoch so far, and the run is then ``interrupted``; with several models, KeyboardInterrupt is raised.
 
     ``encoders`` names the features to use, by default all in the store. ``max_size_mb`` is the maximum size of the
@@ -48,7 +48,7 @@ def train_run(
     begun = time.perf_counter()
     data, config = resolve_for(data, config, max_size_mb)
     trained = train_models(data, config, on_progress, keep_interrupted=True)
-    features = describe_features(data.stored, data.specs)
+    features = record_features(data.stored, data.specs)
     run = Run(
         name=f"{store.dataset}-{config.fusion}-{config.head_name}-{config.loss}",
         dataset=store.dataset,

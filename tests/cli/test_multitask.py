@@ -151,7 +151,7 @@ def test_each_command_shows_the_tasks(cachefuse, extracted, fits):
     card = next(Path("workspace/runs").glob("apa-sum*/README.md")).read_text()
     assert "tags: [multi-class-classification, multi-label-classification, image, text, feature-cache]" in card
     assert "(color multiclass, pattern multiclass, keywords multilabel)" in card
-    assert "| color=red | the highest |" in card
+    assert "| color=red | the highest score |" in card
 
 
 @pytest.mark.slow

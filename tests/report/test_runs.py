@@ -47,7 +47,7 @@ def test_rows_held_out_can_be_named(saved, store, dataset, page):
     ("options", "said"),
     [
         ({"fusion": "image"}, "The run reads only image: there is nothing to leave out."),
-        ({"folds": 2, "refit": True, "patience": 0}, "have seen the rows held out; name another labelled --split."),
+        ({"folds": 2, "refit": True, "patience": 0}, "have seen the held-out rows; name another labelled --split."),
     ],
 )
 def test_an_ablation_that_makes_no_sense_is_left_out(options, said, store, parse, quick):
@@ -82,7 +82,7 @@ def test_an_ensemble(saved, store, tmp_path, parse):
     assert f"cachefuse ensemble {saved.name} {other.name} --thresholds class" in found.text
     assert "10 models, a line for each" in found.text
     assert "Validation score" in found.text
-    assert "have seen the rows held out" in found.text
+    assert "have seen the held-out rows" in found.text
     assert "not saved" in found.text
 
 

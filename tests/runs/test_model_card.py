@@ -33,7 +33,7 @@ def test_states_the_runs_figures_features_and_thresholds(settings, toy_store, tm
         assert all(f"`{used.key}`" in card for used in group)
     assert [float(x) for x in re.findall(r"\| class \d \| (\S+) \|", card)] == pytest.approx(run.thresholds, abs=1e-4)
     assert ("thresholds chosen on other rows" in card) == bool((run.thresholds != 0.5).any())
-    assert ("were trained on all of it since" in card) == run.config.refit
+    assert ("Afterwards, the models in this folder were trained on all of it." in card) == run.config.refit
     assert f"| dropout | {run.config.dropout:g} |" in card
 
 
