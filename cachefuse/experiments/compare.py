@@ -1,4 +1,4 @@
-"""Comparing fusions over the same folds with the same epochs and steps: scores, intervals and costs."""
+"""Comparison of fusions over the same folds, epochs and steps: scores, intervals and costs."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from cachefuse.training.selection import select_features
 
 METHODS = ("image", "text", "concat", "sum", "mixed", "tirg", "cma", "midfusion")
 FOLDS, EPOCHS, BATCH_SIZE = 5, 10, 64
-MAX_TOKENS = 64  # methods over tokens get up to so many of a modality; more are pooled
+MAX_TOKENS = 64  # of a modality, for methods over tokens; modalities with more are pooled
 POOLED_TO = 16
 
 
@@ -38,9 +38,9 @@ def compare(
     """Train each fusion with the same loss, folds, epochs and batch size, and return scores, intervals and costs.
 
     Other settings are each fusion's defaults. Every row of train and val is scored by a model that has not seen it.
-    ``pool`` ("image=mean:16") pools tokens; by default, methods over tokens get the mean of 16 spans of a modality with
-    more than 64 tokens. Finished trials are kept in ``folder``: the same call resumes an interrupted one. Raises
-    CacheError if the store lacks features that the methods read, ConfigError as ``sweep`` does.
+    ``pool`` ("image=mean:16") pools tokens. By default, a modality with more than 64 tokens is pooled to the means of
+    16 spans. Finished trials are kept in ``folder``: the same call resumes an interrupted one. Raises CacheError if the
+    store lacks features that the methods read, ConfigError as ``sweep`` does.
     """
     if not methods:
         raise ConfigError("compare needs at least one fusion")
@@ -59,10 +59,10 @@ def compare(
     return result
 
 
-def enough(result: SweepResult) -> SettingResult | None:
-    """Return the method with the fastest predictions whose score lies in the best method's interval.
+def fastest_near_best(result: SweepResult) -> SettingResult | None:
+    """Return the method with the fastest predictions among those with a score in the best method's interval.
 
-    None if every training diverged.
+    Return None if every training diverged.
     """
     metric = result.metrics[0]
     finished = [setting for setting in result.settings if setting.interval and setting.costs]
@@ -85,5 +85,5 @@ def default_pool(store: FeatureStore, encoders: Sequence[str], views: Callable[[
 
 
 def _pooled(method: str, pool: str) -> JsonObject:
-    takes = "pool" in FUSIONS[method].options()
-    return {"fusion_options": {"pool": pool}} if pool and takes else {}
+    has_option = "pool" in FUSIONS[method].options()
+    return {"fusion_options": {"pool": pool}} if pool and has_option else {}

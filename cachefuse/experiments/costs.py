@@ -1,4 +1,4 @@
-"""What a model costs: parameters, bytes, the time of a prediction from the cache, and of a training step."""
+"""The costs of a model: parameters, bytes, the time of a prediction from the cache, and of a training step."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +15,13 @@ from cachefuse.training.data import TrainingData
 from cachefuse.training.inference import predict_logits, spread
 from cachefuse.training.resolved import ResolvedConfig
 
-PREDICTED_ROWS = 512  # predicted at a time, to measure the time of one
-TIMES, SECONDS = 3, 2.0  # each is measured at least so often, and for so long
+PREDICTED_ROWS = 512  # the time of a prediction is the mean over a batch of so many rows
+TIMES, SECONDS = 3, 2.0  # minimum number of repeats, and minimum total time, of a measurement
 
 
 @dataclass(frozen=True)
 class Costs:
-    """``size_mb`` in 10^6 bytes; ``ms_per_item`` per prediction in a large batch, without the encoders."""
+    """The costs of a model: ``size_mb`` in 10^6 bytes, ``ms_per_item`` per row of a large batch, without encoders."""
 
     parameters: int
     size_mb: float
@@ -31,7 +31,7 @@ class Costs:
 
 @own_randomness()
 def measure_costs(data: TrainingData, config: ResolvedConfig) -> Costs:
-    """Return what a model of resolved settings costs on this machine, as medians."""
+    """Return the costs of a model of resolved settings on this machine; times are medians."""
     train = data.train_rows()
     model, training_set, loss = build_training(data, config, train)
     table, rows = data.table.only(model.specs), spread(train, PREDICTED_ROWS).to(data.device)
@@ -63,7 +63,7 @@ def measure_costs(data: TrainingData, config: ResolvedConfig) -> Costs:
 
 
 def _median_seconds(work: Callable[[], object]) -> float:
-    work()  # not measured: warms up memory and threads
+    work()  # warms up memory and threads
     seconds: list[float] = []
     while len(seconds) < TIMES or (sum(seconds) < SECONDS and len(seconds) < 100):
         begun = time.perf_counter()

@@ -145,25 +145,26 @@ PRESETS = {
         ],
     ),
 }
-CHAIN = ("mmc-layers", "mmc-batch", "mmc-epochs", "mmc-activation", "mmc-dropout")  # the paper's, in table 5
+CHAIN = ("mmc-layers", "mmc-batch", "mmc-epochs", "mmc-activation", "mmc-dropout")  # the steps of table 5
 GREEDY = "mmc-greedy"
 
 
 def preset(name: str, data: TrainingData, changes: Options | None = None) -> Experiment:
-    """Return a preset for the training data, with changes to its base. Batch sizes are the paper's shares of the rows.
+    """Return a preset for the training data, with changes to its base settings.
 
-    Raises UnknownNameError for an unknown name, ConfigError for a change of a setting that the preset varies.
+    Batch sizes are the same shares of the training rows as in the paper. Raises UnknownNameError for an unknown name,
+    ConfigError for a change of a setting that the preset varies.
     """
     if name in TOKEN_PRESETS:
         token_preset = TOKEN_PRESETS[name]
         return token_preset.make(data, replace(token_preset.base, **(changes or {})))
     experiment: Experiment = lookup({**PRESETS, **TOKEN_PRESETS}, name, "preset")
-    base = _changed(name, experiment.base, changes or {}, experiment.settings)
+    base = _apply_changes(name, experiment.base, changes or {}, experiment.settings)
     return replace(experiment, base=base, settings=[_scaled(setting, data, base) for setting in experiment.settings])
 
 
 def preset_views(name: str, changes: Options) -> Views:
-    """Return the views that any of a preset's settings reads."""
+    """Return the views that a preset's settings read."""
     if name not in TOKEN_PRESETS:
         return pooled
     token_preset = TOKEN_PRESETS[name]
@@ -180,11 +181,11 @@ def greedy(
 ) -> tuple[list[SweepResult], Run]:
     """Choose one setting after another, each by its mean over the seeds, and train the best on every labelled row.
 
-    The paper finds its best pipeline so: layers, then batch size and learning rate, epochs, activation, dropout.
+    The paper finds its best pipeline this way: layers, then batch size and learning rate, epochs, activation, dropout.
     Returns the sweeps, with results written to a folder per step, and the run, which is not saved.
     """
     tried = [setting for name in CHAIN for setting in PRESETS[name].settings]
-    base = _changed(GREEDY, BASE, changes or {}, [*tried, {"refit": True}])
+    base = _apply_changes(GREEDY, BASE, changes or {}, [*tried, {"refit": True}])
     chosen: JsonObject = {}
     results = []
     for step, name in enumerate(CHAIN, 1):
@@ -199,7 +200,7 @@ def greedy(
     return results, run
 
 
-def _changed(name: str, base: TrainConfig, changes: Options, tried: Sequence[Options]) -> TrainConfig:
+def _apply_changes(name: str, base: TrainConfig, changes: Options, tried: Sequence[Options]) -> TrainConfig:
     clash = [field for field in changes if any(field in setting for setting in tried)]
     if clash:
         raise ConfigError(f"preset {name} varies {clash[0]} itself; leave out --{clash[0].replace('_', '-')}")
@@ -218,7 +219,7 @@ def _scaled(setting: Options, data: TrainingData, base: TrainConfig) -> JsonObje
 
 
 def _after(experiment: Experiment, chosen: Options) -> Experiment:
-    """Return the settings left to try after some fields are chosen; the paper's own choices may differ."""
+    """Return the settings to try after some fields are chosen; these choices may differ from the paper's."""
     rows = list(zip(experiment.settings, experiment.published or (), strict=True))
     left = [row for row in rows if all(chosen.get(field, value) == value for field, value in row[0].items())]
     if not left:

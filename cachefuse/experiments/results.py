@@ -18,10 +18,10 @@ Published = tuple[float, float]  # mean and standard deviation; NaN for a traini
 
 @dataclass(frozen=True)
 class Trial:
-    """One training: the figures of the rows held out and the epoch of the kept weights, or why it diverged.
+    """One training: the figures of the held-out rows and the epoch of the kept weights, or why it ``diverged``.
 
-    ``weights`` are the mean weights of the modalities, if the fusion weighs them. If measured, ``interval`` is the 95%
-    interval of the main metric, and ``costs`` are the model's.
+    ``weights`` are the mean weights of the modalities, if the fusion weighs them. ``interval`` is the 95% interval of
+    the main metric; it and the model's ``costs`` are None if not measured.
     """
 
     key: str
@@ -37,7 +37,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Curve:
-    """A setting's point in a plot: on the curve ``name``, at ``x`` on the axis ``what``."""
+    """The point of a setting in a plot of curves: at ``x`` on the curve ``name``; the x axis is ``what``."""
 
     name: str
     what: str
@@ -48,8 +48,8 @@ class Curve:
 class SettingResult:
     """The results of one setting: its finished trials, by seed, and its published figures.
 
-    ``values`` are all its resolved settings by name; ``config`` is that of the first seed. ``label`` is a name in
-    words, if it has one.
+    ``values`` are all resolved settings by name; ``config`` is the configuration of the first seed. ``label`` is the
+    setting's name in words, or "".
     """
 
     values: Options
@@ -70,7 +70,7 @@ class SettingResult:
 
     @property
     def costs(self) -> Costs | None:
-        """What a model of the setting costs; None if not measured."""
+        """The costs of a model of the setting; None if not measured."""
         return next((trial.costs for trial in self.trials if trial.costs), None)
 
     @property
@@ -87,7 +87,7 @@ class SettingResult:
         return float(np.mean(self._figures(metric))) if self.trials else math.nan
 
     def std(self, metric: str) -> float:
-        """Return the sample standard deviation; NaN for a single seed, and if the mean is NaN."""
+        """Return the sample standard deviation; NaN for a single seed, or if the mean is NaN."""
         return float(np.std(self._figures(metric), ddof=1)) if len(self.trials) > 1 else math.nan
 
     def named(self, fields: tuple[str, ...]) -> str:
@@ -95,7 +95,7 @@ class SettingResult:
         return self.label or ", ".join(text for name in fields if (text := self.text(name)))
 
     def text(self, name: str) -> str:
-        """Return a field's value in the command line's spelling; only the changed ones of a fusion's options."""
+        """Return a field's value in the command line's spelling; of fusion options only those that were changed."""
         value = self.config.changed_options() if name == "fusion_options" else self.values[name]
         return settings_of(TrainConfig)[name].text(value)
 
@@ -107,7 +107,7 @@ class SettingResult:
 class SweepResult:
     """The results of each setting so far, in the given order; the settings differ in ``fields``.
 
-    ``metrics``, the main one first, are of the ``n_rows`` of a ``split``: val, or oof for train and val.
+    ``metrics``, the main one first, are of ``n_rows`` rows of ``split``: "val", or "oof" for train and val.
     """
 
     title: str

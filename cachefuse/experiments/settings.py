@@ -15,16 +15,16 @@ logger = logging.getLogger(__name__)
 
 FIXED = {
     "seed": "use --seeds",
-    "folds": "all trials must be measured on the same rows",
-    "refit": "models trained on every row have no rows held out",
+    "folds": "all trials must be evaluated on the same rows",
+    "refit": "models trained on every row have no held-out rows",
     "views": "a sweep reads its features once",
 }
 
 
 def grid(values: Mapping[str, Sequence[object]]) -> list[JsonObject]:
-    """Return every combination of the fields' values, the last field varying fastest.
+    """Return every combination of the fields' values; the last field varies fastest.
 
-    Raises ConfigError if there are no fields, or one has no values.
+    Raises ConfigError if there are no fields, or if a field has no values.
     """
     for name, choices in values.items():
         if not len(choices):
@@ -37,17 +37,17 @@ def grid(values: Mapping[str, Sequence[object]]) -> list[JsonObject]:
 def grid_values(name: str, text: str, config: type = TrainConfig) -> tuple[str, ...]:
     """Return the values of a setting in a grid, in the command line's spelling: "0,0.5", or lists "512 2048,512".
 
-    Commas separate values. Spaces separate lists and options, which may have commas inside. Old spellings of lists,
+    Commas separate simple values. Spaces separate lists and options, which may contain commas. Old spellings of lists,
     "512,2048-512" and "one,two+three", are accepted with a warning.
     """
     setting = _find(name, config)
     if setting.kind not in (tuple, Mapping):
         return tuple(value.strip() for value in text.split(","))
-    values, joint = tuple(text.split()), "-" if setting.item is int else "+"
+    values, old_joint = tuple(text.split()), "-" if setting.item is int else "+"
     if setting.kind is tuple and len(values) == 1 and "," in text:
         items = text.split(",")
-        if joint in text or name != setting.name:
-            values = tuple(item.strip().replace(joint, ",") for item in items)
+        if old_joint in text or name != setting.name:
+            values = tuple(item.strip().replace(old_joint, ",") for item in items)
             spelled = " ".join(values)
             logger.warning('%s=%s is an old spelling; write "%s=%s" instead', name, text, setting.name, spelled)
         else:
@@ -57,7 +57,7 @@ def grid_values(name: str, text: str, config: type = TrainConfig) -> tuple[str, 
 
 
 def parse_setting(values: Options, config: type = TrainConfig) -> JsonObject:
-    """Return the values in the types of their fields; text has the command line's spelling: "0.5", "2048,512", "all".
+    """Return values in the types of their fields; text is in the command line's spelling: "0.5", "2048,512", "all".
 
     Raises UnknownNameError for an unknown name, ConfigError for a field that a sweep fixes, or a wrong value.
     """

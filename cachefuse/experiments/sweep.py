@@ -1,4 +1,4 @@
-"""Sweeps: many settings over one cache, each with several seeds; a finished trial is never run again."""
+"""Sweeps: many settings over one cache, each with several seeds. A finished trial is never repeated."""
 
 import hashlib
 import itertools
@@ -38,9 +38,9 @@ from cachefuse.training.split import make_splits
 from cachefuse.training.stack import most_together, shared_settings, train_together
 from cachefuse.training.train import TrainedModels, train_models
 
-RESAMPLES = 1000  # of the bootstrap
+RESAMPLES = 1000  # bootstrap samples
 
-# The rows held out, the epoch of the kept weights, and the mean weight of each modality.
+# The held-out rows, the epoch of the kept weights, and the mean weight of each modality.
 Outcome = tuple[HeldOut, float, dict[str, float]] | TrainingError
 
 
@@ -49,9 +49,9 @@ class Experiment:
     """A sweep's settings: changes to the fields of ``base``, and the published figures of each setting.
 
     A setting's fusion options are added to the base's. With ``costs``, each trial has an interval of its score, and
-    each model's costs are measured. ``fields`` distinguish the settings, by default all that any of them changes;
-    ``labels`` name them in words. ``curves`` are their points in a plot of curves. ``paper`` describes the published
-    figures. ``shown`` are the metrics of the table, by default the first ones.
+    each model's costs are measured. ``fields`` are the columns that distinguish the settings, by default all changed
+    fields; ``labels`` name the settings in words. ``curves`` are their points in a plot of curves. ``paper`` describes
+    the published figures. ``shown`` are the metrics of the table, by default the first ones.
     """
 
     base: TrainConfig
@@ -79,9 +79,9 @@ def sweep(
 ) -> SweepResult:
     """Train ``base`` with each of the settings and seeds on a store's features, and write the results to a folder.
 
-    A setting holds the fields of ``base`` that it changes. Each trial is measured on rows held out: val, or with folds
-    all of train and val. Its thresholds are chosen as for a run. A finished trial, also a diverged one, is kept in the
-    folder's ``trials.jsonl``: the same call resumes an interrupted one. At the end ``trials.csv``, ``summary.csv``,
+    A setting holds the fields of ``base`` that it changes. Each trial is evaluated on held-out rows: val, or with folds
+    all of train and val. Its thresholds are chosen as for a run. Finished and diverged trials are kept in the folder's
+    ``trials.jsonl``: the same call resumes an interrupted sweep. At the end ``trials.csv``, ``summary.csv``,
     ``sweep.png`` and ``sweep.svg`` are written. ``on_trial`` gets the results so far, first with the kept trials.
 
     Raises ConfigError, before any training, for settings that do not fit together or do not fit the dataset.
@@ -94,8 +94,8 @@ def sweep(
 
 
 def views_of(base: TrainConfig, settings: Sequence[Options]) -> Views:
-    """Return the views that any of the settings reads."""
-    configs = [_changed(base, parse_setting(setting)) for setting in settings] or [base]
+    """Return the views that the settings read."""
+    configs = [_with_setting(base, parse_setting(setting)) for setting in settings] or [base]
     return lambda modality: dict.fromkeys(view for config in configs for view in config.reads(modality))
 
 
@@ -107,7 +107,7 @@ def run_sweep(
     seeds: Sequence[int],
     on_trial: Callable[[SweepResult], None] = lambda result: None,
 ) -> SweepResult:
-    """Do what ``sweep`` does, with opened data; of the files, only ``trials.jsonl`` is written."""
+    """Do what ``sweep`` does, with opened data; only ``trials.jsonl`` is written."""
     experiment = replace(experiment, settings=[parse_setting(setting) for setting in experiment.settings])
     base, settings = experiment.base, experiment.settings
     if not settings or not seeds or len(set(seeds)) < len(seeds):
@@ -115,7 +115,7 @@ def run_sweep(
         raise ConfigError(f"a sweep needs at least one setting and one seed, each seed once. Got {given} instead")
     if base.refit:
         raise ConfigError(f"a sweep cannot refit: {FIXED['refit']}; leave out --refit")
-    configs = [[data.resolve(_changed(base, {**setting, "seed": seed})) for seed in seeds] for setting in settings]
+    configs = [[data.resolve(_with_setting(base, {**setting, "seed": seed})) for seed in seeds] for setting in settings]
     _check(data, [of_setting[0] for of_setting in configs])
     metrics = tuple(dict.fromkeys((base.monitor or data.metric, *data.metrics)))
     digest = _digest(store, data, metrics)
@@ -130,8 +130,8 @@ def run_sweep(
     with only_sweep(folder), _each_warning_once():
         done |= {trial.key: trial for trial in read_trials(folder) if trial.key in config_of}
         on_trial(so_far())
-        for batch in _batches(data, {key: config for key, config in config_of.items() if key not in done}):
-            trials = _run(data, batch, metrics, experiment.costs)
+        for batch in _trial_batches(data, {key: config for key, config in config_of.items() if key not in done}):
+            trials = _run_trials(data, batch, metrics, experiment.costs)
             if experiment.costs:
                 trials = [replace(trial, costs=measure_costs(data, batch[trial.key])) for trial in trials]
             append_trials(folder, [(trial, _stored(batch[trial.key])) for trial in trials])
@@ -148,14 +148,14 @@ def _result(
     configs: Sequence[ResolvedConfig],
     trials: Sequence[tuple[Trial, ...]],
 ) -> SweepResult:
-    """Return what each setting, of which ``configs`` are resolved, came to in its ``trials`` so far."""
+    """Return the results of the ``trials`` so far, by setting; ``configs`` are the resolved settings."""
     published: Sequence[Published | None] = experiment.published or [None] * len(configs)
     return SweepResult(
         title=experiment.title or data.name,
         fields=experiment.fields or tuple(dict.fromkeys(itertools.chain(*experiment.settings))),
         metrics=metrics,
         split=OUT_OF_FOLD if experiment.base.folds else VAL,
-        n_rows=len(_held_rows(data, experiment.base)),
+        n_rows=len(_held_out_rows(data, experiment.base)),
         seeds=tuple(seeds),
         paper=experiment.paper,
         shown=tuple(name for name in experiment.shown if name in metrics),
@@ -173,10 +173,10 @@ def _result(
     )
 
 
-def _changed(base: TrainConfig, setting: Options) -> TrainConfig:
+def _with_setting(base: TrainConfig, setting: Options) -> TrainConfig:
     """Return the base with a setting's fields; a setting with another fusion does not get the base's fusion options."""
-    same = setting.get("fusion", base.fusion) == base.fusion
-    options = {**(base.fusion_options if same else {}), **setting.get("fusion_options", {})}
+    same_fusion = setting.get("fusion", base.fusion) == base.fusion
+    options = {**(base.fusion_options if same_fusion else {}), **setting.get("fusion_options", {})}
     return replace(base, **{**setting, "fusion_options": options})
 
 
@@ -187,32 +187,33 @@ def _check(data: TrainingData, configs: Sequence[ResolvedConfig]) -> None:
             build_model(config, data.specs, len(data.classes))
         loss = build_loss(config.loss, config.loss_options)
         loss(*torch.zeros(2, 1, len(data.classes)))
-        n_held = len(_held_rows(data, config))
-        if not n_held:
-            raise ConfigError(f"{data.name} has no labelled validation rows to measure trials on; use --folds 5")
-        chooses_thresholds(data, config, n_held)
+        n_held_out = len(_held_out_rows(data, config))
+        if not n_held_out:
+            raise ConfigError(f"{data.name} has no labelled validation rows to evaluate trials on; use --folds 5")
+        chooses_thresholds(data, config, n_held_out)
     for config in {config.folds: config for config in configs}.values():
         make_splits(data, config)
 
 
-def _held_rows(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+def _held_out_rows(data: TrainingData, config: TrainConfig) -> torch.Tensor:
     return data.rows(TRAIN, VAL) if config.folds else data.rows(VAL)
 
 
-def _batches(data: TrainingData, pending: Mapping[str, ResolvedConfig]) -> Iterator[dict[str, ResolvedConfig]]:
-    """Yield batches of trials, in order: as many as fit of those that can be trained together."""
+def _trial_batches(data: TrainingData, pending: Mapping[str, ResolvedConfig]) -> Iterator[dict[str, ResolvedConfig]]:
+    """Yield batches of trials that can be trained together, in order, each with as many as fit in memory."""
     left = {key: (config, shared_settings(config, data.device)) for key, config in pending.items()}
     n_rows = len(data.rows(TRAIN, VAL))
     while left:
         first, shared = next(iter(left.values()))
         n = 1 if shared is None else most_together(data, first, n_rows)
-        alike = itertools.islice((key for key, (_, settings) in left.items() if settings == shared), n)
-        yield {key: left.pop(key)[0] for key in list(alike)}
+        keys = itertools.islice((key for key, (_, settings) in left.items() if settings == shared), n)
+        yield {key: left.pop(key)[0] for key in list(keys)}
 
 
-def _run(
+def _run_trials(
     data: TrainingData, batch: Mapping[str, ResolvedConfig], metrics: Sequence[str], intervals: bool
 ) -> list[Trial]:
+    """Train a batch of trials, and return them with their figures."""
     begun = time.perf_counter()
     configs = list(batch.values())
     outcomes = _train_alone(data, configs[0]) if len(configs) == 1 else _train_together(data, configs)
@@ -233,15 +234,15 @@ def _run(
 
 
 def _interval(data: TrainingData, config: ResolvedConfig, held_out: HeldOut, metric: str) -> tuple[float, float]:
-    """Return the 95% interval of a metric on the rows held out."""
+    """Return the 95% interval of a metric on the held-out rows."""
     predictions = held_out.predictions(data, config)
     targets = data.targets(torch.from_numpy(held_out.rows))
     return bootstrap_intervals(targets, held_out.scores, predictions, data.bind([metric]), RESAMPLES)[metric]
 
 
 def _figures(data: TrainingData, config: ResolvedConfig, held_out: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
-    decided = data.targets(torch.from_numpy(held_out.rows)), held_out.scores, held_out.predictions(data, config)
-    return {name: metric(*decided) for name, metric in data.bind(metrics).items()}
+    targets, predictions = data.targets(torch.from_numpy(held_out.rows)), held_out.predictions(data, config)
+    return {name: metric(targets, held_out.scores, predictions) for name, metric in data.bind(metrics).items()}
 
 
 def _train_alone(data: TrainingData, config: ResolvedConfig) -> list[Outcome]:
@@ -250,7 +251,7 @@ def _train_alone(data: TrainingData, config: ResolvedConfig) -> list[Outcome]:
         trained = train_models(data, config)
     except TrainingError as error:
         return [error]
-    assert trained.held_out is not None  # _check has made sure of it
+    assert trained.held_out is not None  # _check requires held-out rows
     best = float(np.mean([history.best_epoch for history in trained.histories]))
     return [(trained.held_out, best, _modality_weights(data, trained))]
 
@@ -312,7 +313,7 @@ def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str]) -> 
     features = record_features(data.stored, data.specs)
     shared = {
         "features": {
-            name: [(used.encoder, used.key, used.width) for used in group] for name, group in features.items()
+            name: [(entry.encoder, entry.key, entry.width) for entry in group] for name, group in features.items()
         },
         "splits": split_digest(store),
         "classes": data.classes,
@@ -329,7 +330,7 @@ def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str]) -> 
 
 @contextmanager
 def _each_warning_once() -> Iterator[None]:
-    """Show each warning of a training once, because every trial would repeat it."""
+    """Show each warning of a training only once, because every trial would repeat it."""
     seen: set[str] = set()
 
     def is_new(record: logging.LogRecord) -> bool:

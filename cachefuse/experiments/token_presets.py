@@ -13,7 +13,7 @@ from cachefuse.registry import Options
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData
 
-# "Where to fuse", sections 3.2 and 3.3: pooling kinds and lengths at every layer, and decoder depths.
+# "Where to fuse", sections 3.2 and 3.3: kinds and lengths of pooling at every layer, and decoder depths.
 POOLINGS = ("", "mean:14", "attention:14", "mean:1", "attention:1")
 DECODERS = (1, 2, 4)
 MAX_POINTS = 5  # per curve, from the first layer to the last
@@ -43,16 +43,16 @@ def where_to_fuse(data: TrainingData, base: TrainConfig) -> Experiment:
     n_tokens = max((s.n_tokens for s in data.specs.values() if (s.modality, s.view) == ("image", TOKENS)), default=0)
     if not n_tokens or not any((s.modality, s.view) == ("text", view) for s in data.specs.values()):
         raise ConfigError(
-            f"where-to-fuse needs tokens of images and {view} of texts, and {data.name} lacks them; extract them first"
+            f"where-to-fuse needs tokens of images and {view} of texts, but {data.name} lacks them; extract them first"
         )
     architecture: JsonObject = data.resolve(base).fusion_options["architecture"] or {}
     from_scratch: int = base.fusion_options.get("depth", 4)
     depth: int = architecture.get("num_layers", from_scratch)
     layers = sorted({round(i * depth / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
-    how = [(pool, 1) for pool in POOLINGS if not pool or int(pool.partition(":")[2]) < n_tokens]
-    how += [("attention:14", decoder) for decoder in DECODERS[1:] if n_tokens > 14]
+    variants = [(pool, 1) for pool in POOLINGS if not pool or int(pool.partition(":")[2]) < n_tokens]
+    variants += [("attention:14", decoder) for decoder in DECODERS[1:] if n_tokens > 14]
     settings, curves = [], []
-    for pool, decoder in how:
+    for pool, decoder in variants:
         name = f"{pool or f'all {n_tokens}'}" + (f", {decoder} decoder layers" if decoder > 1 else "")
         for layer in layers:
             options = {"fusion_spec": f"0:text,{layer}:image", "decoder_layers": decoder}
@@ -63,7 +63,7 @@ def where_to_fuse(data: TrainingData, base: TrainConfig) -> Experiment:
 
 
 def lit_table(data: TrainingData, base: TrainConfig) -> Experiment:
-    """Return the experiment of table 1: only texts, only images, and both with parts of the method."""
+    """Return the experiment of table 1: only texts, only images, and both, with and without parts of the method."""
     labels, settings, figures = zip(*LIT_TABLE, strict=True)
     published: Sequence[Published | None] = [
         (round(by_dataset[data.name] / 100, 6), math.nan) if data.name in by_dataset else None for by_dataset in figures
@@ -76,9 +76,9 @@ def lit_table(data: TrainingData, base: TrainConfig) -> Experiment:
 
 
 def irrelevant(data: TrainingData, base: TrainConfig) -> Experiment:
-    """Return an experiment of cma with and without its attentions, with wrong captions for a share of the rows.
+    """Return the experiment of cma with and without its attentions, with wrong captions for a share of the rows.
 
-    CMA-CLIP, section 4, has products whose titles do not mention a colour or a pattern.
+    It imitates CMA-CLIP, section 4, where some product titles mention no colour or pattern.
     """
     settings = [{"ablate": ablate, "shuffle": {"text": share}} for share in SHARES for ablate in ABLATIONS.values()]
     labels = [f"{share:.0%}: {name}" for share in SHARES for name in ABLATIONS]

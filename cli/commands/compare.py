@@ -49,7 +49,7 @@ def compare(
 
     with render.interruptible("finished trials are kept; run the same command again to resume"):
         with render.status("loading features"):
-            from cachefuse.experiments.compare import METHODS, enough
+            from cachefuse.experiments.compare import METHODS, fastest_near_best
             from cachefuse.experiments.compare import compare as run_compare
             from cachefuse.files import slug
             from cachefuse_cli.shared import sweep_tables
@@ -70,7 +70,7 @@ def compare(
                 device=device,
                 on_trial=progress.update,
             )
-    best = enough(result)
+    best = fastest_near_best(result)
     if json:
         chosen = best.config.fusion if best else None
         render.print_json({**sweep_tables.sweeps_dict([result], folder, None), "enough": chosen})

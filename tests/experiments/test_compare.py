@@ -12,7 +12,7 @@ from rich.console import Console
 
 from cachefuse.errors import CacheError, ConfigError, UnknownNameError
 from cachefuse.experiments import costs
-from cachefuse.experiments.compare import METHODS, compare, default_pool, enough
+from cachefuse.experiments.compare import METHODS, compare, default_pool, fastest_near_best
 from cachefuse.experiments.costs import measure_costs
 from cachefuse.experiments.files import plot_curves, write_results
 from cachefuse.experiments.presets import preset, preset_views
@@ -281,7 +281,7 @@ def test_the_cheapest_within_the_interval_of_the_best_is_enough(toy_store, folde
 
     image, text, both = result.settings
     figures = [setting(image, 0.5, 0.4, 0.1), setting(text, 0.75, 0.6, 0.2), setting(both, 0.8, 0.7, 0.9)]
-    assert enough(replace(result, settings=tuple(figures))).config.fusion == "text"
+    assert fastest_near_best(replace(result, settings=tuple(figures))).config.fusion == "text"
     figures[1] = setting(text, 0.69, 0.6, 0.2)
-    assert enough(replace(result, settings=tuple(figures))).config.fusion == "sum"
-    assert enough(replace(result, settings=())) is None
+    assert fastest_near_best(replace(result, settings=tuple(figures))).config.fusion == "sum"
+    assert fastest_near_best(replace(result, settings=())) is None
