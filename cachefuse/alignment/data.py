@@ -20,7 +20,7 @@ from cachefuse.store.tokens import padded
 from cachefuse.threads import idle_threads
 from cachefuse.training.selection import one_view, select_features
 
-FIT_ROWS, FIT_TOKENS = 1 << 15, 1 << 17  # a side's mean and deviation are of about so many rows or tokens at most
+FIT_ROWS, FIT_TOKENS = 1 << 15, 1 << 17  # approximate maximum to fit a side's mean and deviation
 PIECE_FLOATS = 1 << 24  # maximum number of feature values embedded at a time
 PIECE_ROWS = 4096
 

@@ -1,4 +1,4 @@
-"""The Deep Fusion Encoder: one small encoder for all modalities; a context vector tells it the modality.
+"""The Deep Fusion Encoder: one small encoder for all modalities; a context vector identifies the modality.
 
 "Context-Based Multimodal Fusion" (CBMF), section III: ``f(g_m(x) (*) g(c_m))``. Each side has a projection g_m and a
 context c_m. The encoder f is shared: fusion, LayerNorm, one transformer block, residual connection. The input is a

@@ -21,8 +21,8 @@ from cachefuse.nn.losses import TINY_NORM
 from cachefuse.store.features import Features
 from cachefuse.threads import idle_threads
 
-BLOCK = 2048  # texts compared with as many others at a time
-CANDIDATES = 16  # a text's partner is among so many nearest texts
+BLOCK = 2048  # texts per block; two blocks are compared at a time
+CANDIDATES = 16  # nearest texts of each text that may become its partner
 
 OnRows = Callable[[int, int], None]
 

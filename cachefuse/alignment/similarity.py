@@ -196,7 +196,7 @@ def _paraphrases(
 def best_threshold(cosines: np.ndarray, truth: np.ndarray) -> float:
     """Return the threshold with the highest accuracy on ``cosines`` (n,) and labels ``truth`` (n,) bool.
 
-    It lies halfway between two cosines; of equally good thresholds the lowest is taken.
+    It is halfway between two cosines; of equally good thresholds the lowest is returned.
     """
     order = np.argsort(cosines, kind="stable")
     values, positive = cosines[order], truth[order]

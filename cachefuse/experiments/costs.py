@@ -15,7 +15,7 @@ from cachefuse.training.data import TrainingData
 from cachefuse.training.inference import predict_logits, spread
 from cachefuse.training.resolved import ResolvedConfig
 
-PREDICTED_ROWS = 512  # the time of a prediction is the mean over a batch of so many rows
+PREDICTED_ROWS = 512  # batch size to measure the time of a prediction
 TIMES, SECONDS = 3, 2.0  # minimum number of repeats, and minimum total time, of a measurement
 
 

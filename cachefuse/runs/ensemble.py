@@ -41,7 +41,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
     config = replace(
         first,
         thresholds=thresholds or first.thresholds,
-        folds=max(run.config.folds for run in runs),  # with refit, it says which rows the models have seen
+        folds=max(run.config.folds for run in runs),  # folds and refit show which rows the models have seen
         refit=any(run.config.refit for run in runs),
     )
     held_out = _mean_held_out(runs, digest)
