@@ -109,7 +109,7 @@ def _mean_held_out(runs: Sequence[Run], digest: str) -> HeldOut | None:
         else:
             all_held_out.append(run.held_out)
             continue
-        logger.warning("%s: there are no figures of held-out rows, and each threshold is the mean of the runs'", why)
+        logger.warning("%s: there are no figures of held-out rows, and thresholds are the mean over the runs", why)
         return None
     scores = np.stack([held_out.scores for held_out in all_held_out]).mean(axis=0, dtype=np.float32)
     return replace(all_held_out[0], scores=scores)
