@@ -121,15 +121,11 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
 
     def _config(self) -> TrainConfig:
         given, seed = self.get_params(deep=False), self.random_state
-        values = {name: given[name] for name in DEFAULTS}
         if not isinstance(seed, numbers.Integral):
             seed = check_random_state(seed).randint(2**31 - 1)
-        kinds = {name: setting.kind for name, setting in settings_of(TrainConfig).items() if name in values}
-        tables = {name: dict(values[name] or {}) for name, kind in kinds.items() if kind is Mapping}
-        lists = {
-            name: tuple(values[name]) for name, kind in kinds.items() if kind is tuple and values[name] is not None
-        }
-        return TrainConfig(**{**values, **tables, **lists, "seed": int(seed)})
+        known = settings_of(TrainConfig)
+        values = {name: known[name].parse(given[name]) for name in DEFAULTS}
+        return TrainConfig(**values, seed=int(seed))
 
     def _view(self, X: Any, reset: bool) -> FeatureView:
         """Return X as a view. With ``reset`` it sets the number of features, else it must fit the trained model."""

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def _plain(value: object) -> object:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if isinstance(value, Real) and not isinstance(value, bool):  # of NumPy too, which JSON does not know
+        number = int(value) if isinstance(value, Integral) else float(value)
+        return number if math.isfinite(number) else None
     return value

@@ -37,6 +37,7 @@ class About:
     does not accept, with the reason. ``words`` are names of values, such as "all" for 0. A number, and each of a list,
     is at least ``least``, at most ``most``, and strictly between ``above`` and ``below``. ``shown`` describes a default
     that depends on other settings. ``old`` is an old name: files keep it, and the command line accepts it with a note.
+    A list of names has each name once, unless it ``repeats`` names.
     """
 
     help: str | Callable[[], str] = ""
@@ -51,6 +52,7 @@ class About:
     below: float | None = None
     shown: str | Callable[[], str] = ""
     old: str = ""
+    repeats: bool = False
 
 
 def setting(default: Any, help: str | Callable[[], str] = "", **about: Any) -> Any:
@@ -137,7 +139,7 @@ class Setting:
         items = [item.split(",") if isinstance(item, str) else (str(item),) for item in given]
         texts = [text.strip() for item in items for text in item if text.strip()]
         if self.item is str:
-            return () if texts == [NOTHING] else tuple(dict.fromkeys(texts))
+            return () if texts == [NOTHING] else tuple(texts if self.about.repeats else dict.fromkeys(texts))
         try:
             return tuple(self._parse_one(self.item, text) for text in texts)
         except ConfigError:
@@ -146,7 +148,7 @@ class Setting:
     def _parse_table(self, given: object) -> Options:
         """Return {name: value} of a table, or of texts name=value; values that can be numbers are numbers."""
         if isinstance(given, Mapping):
-            return {str(name): self._parse_value(name, value) for name, value in given.items()}
+            return {str(name): self._parse_value(name, _plain(value)) for name, value in given.items()}
         values: dict[str, object] = {}
         for text in given if isinstance(given, tuple | list) else (given,):
             name, equals, value = str(text).partition("=")
@@ -175,6 +177,7 @@ class Setting:
                 return kind(given)
             except ValueError:
                 raise self._refusal(given) from None
+        given = _plain(given)
         self._check_kind(kind, given)
         return float(given) if kind is float else given
 
@@ -186,6 +189,8 @@ class Setting:
         """Raise ConfigError for a value of a wrong type or out of range, UnknownNameError for an unknown choice."""
         if value is None and self.optional:
             return
+        if isinstance(value, str) and value in self.about.words:
+            raise ConfigError(f"{self.option} {value!r} is {self.about.words[value]} in Python. Got {value!r} instead")
         self._check_kind(self.kind, value)
         if self.about.choices is not None:
             self._check_choice(value)
@@ -288,6 +293,11 @@ def as_text(value: object) -> str:
     if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Return the Python value of a NumPy scalar, and any other value unchanged."""
+    return value.item() if hasattr(value, "dtype") and hasattr(value, "item") and not value.shape else value
 
 
 def _number(limit: float) -> str:

@@ -51,3 +51,8 @@ def test_json_is_in_order_and_has_no_nan():
     assert json.loads(text) == {"b": 1, "a": [1.5, None, [None, None]], "3": {"ü": None, "np": None}}
     assert text.index('"b"') < text.index('"a"')
     assert "ü" in text
+
+
+def test_json_has_the_numbers_of_numpy():
+    value = {"n": np.int64(3), "x": (np.float32(0.5), np.float16("inf")), "yes": True}
+    assert json.loads(to_json(value)) == {"n": 3, "x": [0.5, None], "yes": True}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -38,6 +39,7 @@ class Every:
     fast: bool = setting(False)
     rate: float = setting(1.0, above=0)
     kind: str = setting("a", choices=("a", "b", "c"), unfit={"c": "is for others"})
+    steps: tuple[str, ...] = setting((), repeats=True)
 
     def __post_init__(self):
         check_settings(self)
@@ -104,6 +106,12 @@ def test_one_line_more_is_kept():
         ("shares", {"a": 1}, {"a": 1.0}, "a=1"),
         ("fast", "true", True, "True"),
         ("rate", 2, 2.0, "2"),
+        ("steps", "a,b,a", ("a", "b", "a"), "a,b,a"),
+        ("size", np.int64(3), 3, "3"),
+        ("widths", (np.int32(8), 4), (8, 4), "8,4"),
+        ("shares", {"a": np.float32(0.5)}, {"a": 0.5}, "a=0.5"),
+        ("fast", np.True_, True, "True"),
+        ("rate", np.float16(2), 2.0, "2"),
     ],
 )
 def test_values_are_parsed_and_written_the_same_way(name, given, value, text):
@@ -141,7 +149,7 @@ def test_what_does_not_parse_names_the_setting(name, given):
     [
         {"color": "grean"}, {"color": 3}, {"size": 10}, {"size": -1}, {"size": True}, {"size": "3"}, {"widths": (101,)},
         {"widths": ("8",)}, {"names": "a"}, {"names": (1,)}, {"shares": {"a": 2}}, {"shares": {"a": "x"}},
-        {"shares": []}, {"fast": 1}, {"rate": 0}, {"rate": None}, {"kind": "d"}, {"kind": "c"},
+        {"shares": []}, {"fast": 1}, {"size": "all"}, {"rate": 0}, {"rate": None}, {"kind": "d"}, {"kind": "c"},
     ],
 )  # fmt: skip
 def test_what_is_out_of_range_names_the_setting(value):

@@ -1,6 +1,7 @@
 """A fusion's options as they are given: checked, of the types of their defaults, and told apart from what was found."""
 
 from collections.abc import Mapping
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from cachefuse.errors import ConfigError
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 
 FOUND = ("architecture", "answer_tokens")  # options that are not given, but found in files or classes
 KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}
+NUMBERS: dict[type, tuple[type, ...]] = {int: (Integral,), float: (Real,)}  # of Python and NumPy
 
 
 def typed_options(fusion: "type[Fusion]", given: Options) -> Options:
@@ -38,7 +40,7 @@ def _as_type(name: str, value: Any, default: Any) -> Any:
     if kind not in KINDS or (kind is str and isinstance(value, Mapping)):
         return value
     try:
-        if isinstance(value, str) or type(value) is kind or (kind is float and type(value) is int):
+        if isinstance(value, (str, *NUMBERS.get(kind, ()))) and not isinstance(value, bool):
             return kind(value)
     except ValueError:
         pass

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
 
 from cachefuse.errors import ConfigError
@@ -78,7 +79,7 @@ class TrainConfig:
         choices=("joint", "staged"),
     )
     stages: tuple[str, ...] = setting(
-        (), lambda: f"Stages to train in, one after the other. {list_stages()}", panel=MODEL, shown="one"
+        (), lambda: f"Stages to train in, one after the other. {list_stages()}", panel=MODEL, shown="one", repeats=True
     )
     head: str = setting("mlp", "{choices}.", panel=MODEL, choices=HEADS)
     layers: tuple[int, ...] | None = setting(
@@ -187,7 +188,7 @@ class TrainConfig:
         for name, value in self.loss_options.items():
             if name == "reduction" and value not in ("mean", "sum"):
                 raise ConfigError(f"loss option reduction must be mean or sum. Got {value!r} instead")
-            number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            number = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
             if name != "reduction" and not number:
                 raise ConfigError(f"loss option {name} must be a number. Got {value!r} instead")
         if self.optimizer == "lbfgs" and not self._fusion.linear:

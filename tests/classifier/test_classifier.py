@@ -133,6 +133,19 @@ def test_parameters_are_kept_as_they_are_given(view, labels):
     assert len(classifier.histories_[0].epochs) == 2
 
 
+def test_values_of_numpy_and_of_the_command_line_are_settings_too(view, labels):
+    spelled = {"layers": "8,4", "batch_size": "all", "epochs": np.int64(2), "lr": np.float32(0.5), "refit": np.False_}
+    plain = {"layers": [8, 4], "batch_size": 0, "epochs": 2, "lr": 0.5, "refit": False}
+    spelled |= {
+        "fusion": "tirg",
+        "fusion_options": {"width": np.int64(8)},
+        "loss_options": {"smoothing": np.float16(0.5)},
+    }
+    plain |= {"fusion": "tirg", "fusion_options": {"width": 8}, "loss_options": {"smoothing": 0.5}}
+    fitted = [FusionClassifier(**settings).fit(view, labels).config_ for settings in (spelled, plain)]
+    assert fitted[0] == fitted[1]
+
+
 @pytest.mark.parametrize("make", [FeatureView.from_arrays, dict, "view of a view"])
 def test_a_view_and_a_dictionary_are_alike(arrays, labels, make):
     if make == "view of a view":

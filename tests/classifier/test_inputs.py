@@ -117,6 +117,8 @@ class TestRefuses:
             ({"random_state": -1}, "seed 0"),
             ({"device": "tpu"}, "device tpu"),
             ({"folds": 61}, "folds 2 60 61"),
+            ({"layers": 8}, "layers 8"),
+            ({"loss_options": "gamma"}, "loss-options gamma"),
         ):
             with pytest.raises(ConfigError, match=naming(message)):
                 FusionClassifier(**settings).fit(view, indicator)
