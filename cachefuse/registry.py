@@ -6,6 +6,7 @@ Other installed packages add entries by entry points; each registry has a group 
 import difflib
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -14,6 +15,8 @@ from cachefuse.errors import PluginError, UnknownNameError
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")  # an entry
 Options = Mapping[str, Any]  # of a fusion, a loss ... by name; its constructor checks them
@@ -57,6 +60,7 @@ class Registry(MutableMapping[str, T]):
 
     def __getitem__(self, name: str) -> T:
         if name in self._own:
+            _warn_of_unused(self.kind, self.group, name)
             entry: T = import_entry(self._own[name])
             return entry
         self.check(name)
@@ -120,6 +124,14 @@ def _entry_points() -> "EntryPoints":
     from importlib.metadata import entry_points  # a slow import, needed only for other packages
 
     return cast("EntryPoints", entry_points())
+
+
+@cache
+def _warn_of_unused(kind: str, group: str, name: str) -> None:
+    """Warn once of other packages' entry points with the name of an entry of this package."""
+    for point in _entry_points().select(group=group, name=name):
+        package = point.dist.name if point.dist else "another package"
+        logger.warning("%s %r is cachefuse's own; that of %s has the same name and is not used", kind, name, package)
 
 
 def unknown(names: Iterable[str], name: str, kind: str) -> UnknownNameError:

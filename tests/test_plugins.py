@@ -169,7 +169,9 @@ def test_what_is_no_fusion_head_or_loss_is_refused_where_it_is_used(folder):
     assert all(word in lossy for word in ("PluginError", "head 'lossy'", "torch.nn.Module"))
     assert all(word in bad for word in ("PluginError", "loss 'bad'", "logits, targets, *, reduction"))
     assert all(word in unknown for word in ("UnknownNameError", "did you mean 'mine'?"))
-    assert own == "cachefuse.fusion.late"  # an entry of this package goes before one of the same name
+    # An entry of this package goes before one of the same name, with a warning.
+    assert own == "cachefuse.fusion.late"
+    assert all(word in done.stderr for word in ("fusion 'sum'", "my-package", "not used"))
 
 
 class OnePoint:
@@ -177,8 +179,8 @@ class OnePoint:
 
     name, value, group, dist = "one", "somewhere:thing", "things", None
 
-    def select(self, group):
-        return [self]
+    def select(self, group, name="one"):
+        return [self] if name == "one" else []
 
     def load(self):
         return object()
