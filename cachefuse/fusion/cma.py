@@ -15,6 +15,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import POOLED, TOKENS, FeatureSpec, feature_name, modalities_of
 from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.nn.masking import zero_absent
+from cachefuse.nn.named import NamedModules
 from cachefuse.nn.pooling import PoolSpec, build_pools
 from cachefuse.nn.transformer import TransformerBlock
 from cachefuse.registry import Options
@@ -63,10 +64,10 @@ class CMAFusion(Fusion):
             raise ConfigError(f"width must be at least 1. Got {width} instead")
         if depth < 1:
             raise ConfigError(f"depth must be at least 1. Got {depth}; --ablate {SEQUENCE_ATTENTION} has no blocks")
-        self.embed = nn.ModuleDict({name: nn.Linear(spec.width, width) for name, spec in self.specs.items()})
+        self.embed = NamedModules({name: nn.Linear(spec.width, width) for name, spec in self.specs.items()})
         depth = 0 if SEQUENCE_ATTENTION in ablate else depth
         sequences = {spec.modality: spec for spec in self.specs.values() if spec.view == TOKENS}
-        self.pool = build_pools(pool, sequences) if depth else nn.ModuleDict()
+        self.pool = build_pools(pool, sequences) if depth else NamedModules()
         self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.tasks = dict(tasks or {})

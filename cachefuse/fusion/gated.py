@@ -9,6 +9,7 @@ from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import Fusion, HeadBuilder, join, joint_head, joint_width
 from cachefuse.fusion.late import UnimodalHead
 from cachefuse.nn.masking import zero_absent
+from cachefuse.nn.named import NamedModules
 
 
 class GatedFusion(Fusion):
@@ -24,7 +25,7 @@ class GatedFusion(Fusion):
 
     def __init__(self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder):
         super().__init__(specs, classes, head)
-        self.heads = nn.ModuleDict({m: joint_head({m: spec}, classes, head) for m, spec in self.specs.items()})
+        self.heads = NamedModules({m: joint_head({m: spec}, classes, head) for m, spec in self.specs.items()})
         self.gate = nn.Linear(joint_width(self.specs), len(self.specs))
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)

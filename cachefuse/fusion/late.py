@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import Fusion, HeadBuilder, Model, join, joint_head
 from cachefuse.nn.masking import zero_absent
+from cachefuse.nn.named import NamedModules
 
 
 class ConcatFusion(Fusion):
@@ -65,7 +66,7 @@ class SumFusion(Fusion):
 
     def __init__(self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder):
         super().__init__(specs, classes, head)
-        self.heads = nn.ModuleDict({m: joint_head({m: spec}, classes, head) for m, spec in self.specs.items()})
+        self.heads = NamedModules({m: joint_head({m: spec}, classes, head) for m, spec in self.specs.items()})
         self.meta = nn.Linear(classes, classes)
         nn.init.eye_(self.meta.weight)
         nn.init.zeros_(self.meta.bias)

@@ -22,6 +22,7 @@ from cachefuse.nn.answer_decoder import Answers, AnswerWriter, pieces_of, words_
 from cachefuse.nn.bert import check_tokenizer
 from cachefuse.nn.losses import Loss
 from cachefuse.nn.masking import masked_mean, zero_absent
+from cachefuse.nn.named import NamedModules
 from cachefuse.nn.pooling import MeanPool, PoolSpec, build_pools
 from cachefuse.nn.t5 import T5, T5Decoder, T5Encoder, T5Settings, distances, shut_padding
 from cachefuse.nn.t5_weights import load_t5, read_settings
@@ -109,7 +110,7 @@ class MidFusion(Fusion):
         self.settings = replace(settings, num_decoder_layers=decoder_layers, dropout_rate=dropout)
         self.joins = joins  # layer -> modalities, in the order of joining
         self.names = {m: feature_name(m, _view(m, {"text_view": text_view, "t5": t5})) for m in sum(joins.values(), ())}
-        self.enter = nn.ModuleDict({m: self._entrance(self.specs[name]) for m, name in self.names.items()})
+        self.enter = NamedModules({m: self._entrance(self.specs[name]) for m, name in self.names.items()})
         entered = {m: replace(self.specs[name], width=settings.d_model) for m, name in self.names.items()}
         self.pool = build_pools(pool, entered)
         self.encoder: Any = T5Encoder(self.settings)

@@ -11,6 +11,7 @@ from cachefuse.fusion.base import Fusion, Model
 from cachefuse.fusion.late import UnimodalHead
 from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import Loss
+from cachefuse.nn.named import NamedModules
 from cachefuse.store.rows import FeatureRows
 from cachefuse.store.tokens import Tokens
 
@@ -28,7 +29,7 @@ class FusionModel(Model):
         self.specs = fusion.specs
         if standardize is None:
             numbers = {name: spec for name, spec in self.specs.items() if spec.view != IDS}
-            standardize = nn.ModuleDict({name: Standardize(spec.width) for name, spec in numbers.items()})
+            standardize = NamedModules({name: Standardize(spec.width) for name, spec in numbers.items()})
         self.standardize = standardize
         self.fusion: Any = fusion
         self.weighs = fusion.weighs

@@ -11,6 +11,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.nn.masking import zero_absent
+from cachefuse.nn.named import NamedModules
 
 
 class TIRG(nn.Module):
@@ -70,7 +71,7 @@ class TIRGFusion(Fusion):
         if width < 1:
             raise ConfigError(f"width must be at least 1. Got {width} instead")
         self.query, self.modifier = query, next(m for m in self.specs if m != query)
-        self.project = nn.ModuleDict({m: nn.Linear(spec.width, width) for m, spec in self.specs.items()})
+        self.project = NamedModules({m: nn.Linear(spec.width, width) for m, spec in self.specs.items()})
         self.tirg = TIRG(width)
         self.head = head(width, classes)
 

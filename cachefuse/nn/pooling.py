@@ -17,6 +17,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FeatureSpec
 from cachefuse.nn import ATTENTION_HEADS, POOLINGS
 from cachefuse.nn.masking import zero_absent
+from cachefuse.nn.named import NamedModules
 
 PoolSpec = str | Mapping[str, Any]  # "image=attention:14", or {"image": ["attention", 14]}
 Pooled = tuple[Tensor, Tensor]  # tokens (B, K, D) and their mask (B, K)
@@ -139,4 +140,4 @@ def build_pools(pool: PoolSpec, specs: Mapping[str, FeatureSpec]) -> nn.ModuleDi
         if spec.n_tokens and n_tokens > spec.n_tokens:
             raise ConfigError(f"can't pool {modality} to {n_tokens} tokens: a sample has {spec.n_tokens} at most")
         pools[modality] = pooling(spec.width, n_tokens)
-    return nn.ModuleDict(pools)
+    return NamedModules(pools)

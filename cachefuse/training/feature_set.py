@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import DTypeLike
-from torch import Tensor, nn
+from torch import Tensor
 
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
@@ -197,8 +197,7 @@ def open_features(dataset: str, *, encoders: Sequence[str] = (), workspace: Path
 
 
 def _as_array(modality: object, x: Any) -> np.ndarray:
-    reserved = not isinstance(modality, str) or "." in modality or hasattr(nn.ModuleDict(), modality)
-    if reserved or not modality:
+    if not isinstance(modality, str) or not modality or "." in modality:  # a dot separates names of weights
         raise DataError(f"a modality cannot have the name {modality!r}; use a word such as image")
     x = np.asarray(x)
     if x.ndim != 2 or not x.shape[1] or x.dtype.kind not in "buif":

@@ -1,4 +1,4 @@
-"""Modalities whose names end as those of features of other views do: "user_ids" is no view of "user"."""
+"""Modalities of any name: "user_ids" is no view of "user", and "values" is no method of torch."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from cachefuse import FeatureView, FusionClassifier
 from cachefuse.errors import ConfigError
 
 QUICK = {"head": "linear", "epochs": 2, "thresholds": "none"}
-names = pytest.mark.parametrize("name", ["user_ids", "report_tokens", "a_pooled", "_ids"])
+names = pytest.mark.parametrize("name", ["user_ids", "report_tokens", "a_pooled", "_ids", "values", "type"])
 
 
 @names
