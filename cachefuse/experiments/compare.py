@@ -1,9 +1,12 @@
 """Comparison of fusions over the same folds, epochs and steps: scores, intervals and costs."""
 
+import logging
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from cachefuse.errors import ConfigError
+import torch
+
+from cachefuse.errors import CacheError, ConfigError
 from cachefuse.experiments.files import write_results
 from cachefuse.experiments.results import SettingResult, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
@@ -11,9 +14,12 @@ from cachefuse.feature_spec import TOKENS
 from cachefuse.files import JsonObject
 from cachefuse.fusion import FUSIONS
 from cachefuse.store.store import FeatureStore
+from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from cachefuse.training.selection import select_features
+
+logger = logging.getLogger(__name__)
 
 METHODS = ("image", "text", "concat", "sum", "mixed", "tirg", "cma", "midfusion")
 FOLDS, EPOCHS, BATCH_SIZE = 5, 10, 64
@@ -25,7 +31,7 @@ def compare(
     store: FeatureStore,
     *,
     folder: Path,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     folds: int = FOLDS,
     epochs: int = EPOCHS,
     batch_size: int = BATCH_SIZE,
@@ -37,11 +43,14 @@ def compare(
 ) -> SweepResult:
     """Train each fusion with the same loss, folds, epochs and batch size, and return scores, intervals and costs.
 
+    By default these are ``METHODS`` without those that do not fit the store's features; a warning names each of these.
     Other settings are each fusion's defaults. Every row of train and val is scored by a model that has not seen it.
     ``pool`` ("image=mean:16") pools tokens. By default, a modality with more than 64 tokens is pooled to the means of
     16 spans. Finished trials are kept in ``folder``: the same call resumes an interrupted one. Raises CacheError if the
     store lacks features that the methods read, ConfigError as ``sweep`` does.
     """
+    if methods is None:
+        methods = fitting_methods(store, encoders)
     if not methods:
         raise ConfigError("compare needs at least one fusion")
     for method in methods:
@@ -57,6 +66,27 @@ def compare(
     result = run_sweep(store, data, experiment, folder, [seed], on_trial)
     write_results(result, folder)
     return result
+
+
+def fitting_methods(store: FeatureStore, encoders: Sequence[str]) -> tuple[str, ...]:
+    """Return ``METHODS`` without those that cannot be trained on the store's features; a warning names each of these.
+
+    Raises the last one's error if none can.
+    """
+    fitting, problem = [], None
+    for method in METHODS:
+        config = TrainConfig(fusion=method)
+        try:
+            data = open_training_data(store, encoders, "cpu", config.reads)
+            with torch.device("meta"):
+                build_model(data.resolve(config), data.specs, len(data.classes), data.tasks)
+            fitting.append(method)
+        except (CacheError, ConfigError) as error:
+            problem = error
+            logger.warning("compare leaves out %s: %s", method, error)
+    if problem and not fitting:
+        raise problem
+    return tuple(fitting)
 
 
 def fastest_near_best(result: SweepResult) -> SettingResult | None:

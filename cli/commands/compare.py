@@ -49,8 +49,8 @@ def compare(
 
     with render.interruptible("finished trials are kept; run the same command again to resume"):
         with render.status("loading features"):
-            from cachefuse.experiments.compare import METHODS, fastest_near_best
             from cachefuse.experiments.compare import compare as run_compare
+            from cachefuse.experiments.compare import fastest_near_best
             from cachefuse.files import slug
             from cachefuse_cli.shared import sweep_tables
 
@@ -60,7 +60,7 @@ def compare(
             result = run_compare(
                 store,
                 folder=folder,
-                methods=split_list(methods) if methods is not None else METHODS,
+                methods=split_list(methods) if methods is not None else None,
                 folds=folds,
                 epochs=epochs,
                 batch_size=batch_size,

@@ -39,6 +39,11 @@ def hurried(monkeypatch):
     monkeypatch.setattr("cachefuse.experiments.sweep.RESAMPLES", 20)
 
 
+def pooled_store(make_store):
+    x = {"image": np.random.default_rng(0).normal(size=(32, 4)).astype(np.float16)}
+    return make_store(x, np.eye(2, dtype=np.int8)[np.arange(32) % 2], ["train"] * 32, name="pooled")
+
+
 def open_all(store, views):
     return store, open_training_data(store, views=views)
 
@@ -86,10 +91,18 @@ def test_says_what_it_can_not_compare(toy_store, make_store, folder):
         compare(toy_store(), folder=folder, methods=["smu"])
     with pytest.raises(ConfigError, match="fusion"):
         compare(toy_store(), folder=folder, methods=[])
-    pooled = make_store({"image": np.eye(8, dtype=np.float16)}, np.eye(8, dtype=np.int8), ["train"] * 8, name="pooled")
     with pytest.raises(CacheError, match=naming("tokens image --dataset pooled")):
-        compare(pooled, folder=folder)
+        compare(pooled_store(make_store), folder=folder, methods=["concat", "cma"])
     assert not (folder / "trials.jsonl").exists()
+
+
+def test_compares_by_default_what_fits_the_store(make_store, folder, caplog):
+    store = pooled_store(make_store)
+    result = compare(store, folder=folder, **QUICK)
+    assert [setting.config.fusion for setting in result.settings] == ["image", "concat", "sum", "mixed"]
+    left_out = [record.getMessage() for record in caplog.records if "leaves out" in record.getMessage()]
+    assert [message.split(": ")[0].split()[-1] for message in left_out] == ["text", "tirg", "cma", "midfusion"]
+    assert all(word in message for message, word in zip(left_out, ("text", "tirg", "tokens", "tokens"), strict=True))
 
 
 def test_only_many_tokens_are_pooled_by_themselves(make_store, toy_store):
