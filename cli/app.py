@@ -1,70 +1,43 @@
 """The `cachefuse` program: its commands, errors and exit codes."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated
 
 import typer
 
 from cachefuse.errors import CachefuseError
-from cachefuse_cli.commands.align import align
-from cachefuse_cli.commands.bench import bench
-from cachefuse_cli.commands.compare import compare
-from cachefuse_cli.commands.datasets import datasets
-from cachefuse_cli.commands.demo import demo
-from cachefuse_cli.commands.encoders import encoders
-from cachefuse_cli.commands.ensemble import ensemble
-from cachefuse_cli.commands.evaluate import evaluate
-from cachefuse_cli.commands.extract import extract
-from cachefuse_cli.commands.fine_tune import fine_tune
-from cachefuse_cli.commands.inspect import inspect
-from cachefuse_cli.commands.pairs import pairs
-from cachefuse_cli.commands.plan import plan
-from cachefuse_cli.commands.predict import predict
-from cachefuse_cli.commands.report import report
-from cachefuse_cli.commands.retrieve import retrieve
-from cachefuse_cli.commands.runs import runs
-from cachefuse_cli.commands.similarity import similarity
-from cachefuse_cli.commands.sweep import sweep
-from cachefuse_cli.commands.train_head import train_head
-from cachefuse_cli.commands.verify import verify
-from cachefuse_cli.commands.zero_shot import zero_shot
+from cachefuse.registry import import_entry
 from cachefuse_cli.shared.setting_options import Command
 
-app = typer.Typer(
-    name="cachefuse",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Start with: cachefuse demo",
-)
-for command in (
-    demo,
-    extract,
-    train_head,
-    sweep,
-    compare,
-    predict,
-    evaluate,
-    runs,
-    ensemble,
-    report,
-    align,
-    retrieve,
-    zero_shot,
-    similarity,
-    pairs,
-    fine_tune,
-    plan,
-    inspect,
-    verify,
-    datasets,
-    encoders,
-):
-    app.command(cls=Command)(command)
-app.add_typer(bench)
+# In the order of the help. Each is a function, or a group of functions, in a file of its name in commands/.
+COMMANDS = (
+    "demo", "extract", "train-head", "sweep", "compare", "predict", "evaluate", "runs", "ensemble", "report",
+    "align", "retrieve", "zero-shot", "similarity", "pairs", "fine-tune", "plan", "inspect", "verify",
+    "datasets", "encoders", "bench",
+)  # fmt: skip
+
+
+def build_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """Return the program with the named commands; only their modules are imported."""
+    app = typer.Typer(
+        name="cachefuse",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        epilog="Start with: cachefuse demo",
+    )
+    for name in names:
+        function = name.replace("-", "_")
+        command = import_entry(f"cachefuse_cli.commands.{function}:{function}")
+        if isinstance(command, typer.Typer):
+            app.add_typer(command)
+        else:
+            app.command(cls=Command)(command)
+    app.callback()(cachefuse)
+    return app
 
 
 def _version(show: bool) -> None:
@@ -75,7 +48,6 @@ def _version(show: bool) -> None:
         raise typer.Exit()
 
 
-@app.callback()
 def cachefuse(
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
     version: Annotated[
@@ -91,6 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in given
     given = [arg for arg in given if arg != "--debug"]
     try:
+        app = build_app(given[:1] if given and given[0] in COMMANDS else COMMANDS)
         app(given, prog_name="cachefuse")
     except Exception as error:
         from cachefuse_cli.shared import render

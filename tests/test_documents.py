@@ -23,7 +23,7 @@ import pytest
 import typer.main
 from PIL import Image
 
-from cachefuse_cli.app import app
+from cachefuse_cli.app import build_app
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -287,7 +287,7 @@ def test_commands_and_options_exist(document: Path) -> None:
     assert {word for code in inline for word in re.findall(r"(?<!\S)--[a-z-]+", code)} - known == set()
 
 
-PROGRAM = typer.main.get_command(app)
+PROGRAM = typer.main.get_command(build_app())
 
 
 def problem_of(args: list[str]) -> str | None:

@@ -152,7 +152,7 @@ class C:
     "module",
     [
         "cachefuse",
-        "cachefuse_cli.app",
+        "cachefuse_cli.app; cachefuse_cli.app.build_app()",
         "cachefuse.registry",
         "cachefuse.files",
         "cachefuse.metrics",
