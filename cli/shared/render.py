@@ -43,8 +43,17 @@ def err() -> Console:
 
 
 class _NoteHandler(logging.Handler):
+    """Prints each message once, even if several steps of a command log it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.printed: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
-        note(record.getMessage())
+        message = record.getMessage()
+        if message not in self.printed:
+            self.printed.add(message)
+            note(message)
 
 
 def error(data: BaseException) -> None:
