@@ -1,4 +1,4 @@
-"""Modules that know no dataset: heads, losses, poolings, transformers. Naming them imports no torch."""
+"""Modules that do not depend on a dataset: heads, losses, poolings, transformers. The registries import no torch."""
 
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class HeadClass(Protocol):
-    """What a head is made by: its class, or a function with the same attribute."""
+    """A head's class, or a function with the same attribute that builds it."""
 
     default_layers: tuple[int, ...]
 
@@ -20,7 +20,7 @@ class HeadClass(Protocol):
     ) -> "nn.Module": ...
 
 
-# Named here rather than beside their code, so that listing the choices does not import torch.
+# The registries are apart from the code: listing the choices must not import torch.
 ACTIVATIONS: "Registry[type[nn.Module]]" = Registry(
     "activation",
     "cachefuse.activations",

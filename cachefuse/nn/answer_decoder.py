@@ -1,11 +1,10 @@
-"""Answers that a T5 decoder writes token by token, from "Where to fuse", section 2.2; it writes known ones only.
+"""A T5 decoder that writes answers token by token, from "Where to fuse", section 2.2; it writes known answers only.
 
-An answer is a path through a tree: its root is the start, and each token leads on to a node. At a node the decoder
-chooses among the tokens that lead to some answer, so that the probabilities of all answers add up to 1. To learn, only
-the paths of right answers are walked (teacher forcing); to answer, those of all, so that the likeliest answer is
-found where a greedy search or a beam may miss it. Shapes: C answers, L tokens of the longest, N nodes, U distinct
-tokens, B batch, K answers for each of its rows, S tokens of the memory that the decoder reads (the encoder's output),
-W its width.
+An answer is a path through a tree: the root is the start, and each token leads to a node. At a node the decoder chooses
+among the tokens that continue some answer, so the probabilities of all answers add up to 1. Training scores only the
+paths of right answers (teacher forcing). Prediction scores all paths: a greedy or a beam search can miss the likeliest
+answer. Shapes: C answers, L tokens of the longest answer, N nodes, U distinct tokens, B batch, K answers per row, S
+tokens of the memory that the decoder reads (the encoder's output), W width.
 """
 
 import math
@@ -22,20 +21,20 @@ from cachefuse.encoders.base import EncoderSpec
 from cachefuse.errors import ConfigError
 from cachefuse.nn.t5 import T5, Memory, T5Decoder, T5Settings, linear
 
-Answers = Sequence[Sequence[int]]  # the tokens of each, which end with that of an end
-END = 1  # the token of an answer's end, where words are tokens
-AT_ONCE = 1 << 26  # numbers that tokens walked side by side take
-MOST = 1 << 28  # places in the table of what may follow what
+Answers = Sequence[Sequence[int]]  # the tokens of each answer; the last one is the end token
+END = 1  # the end token if words are tokens
+AT_ONCE = 1 << 26  # most numbers in memory for tokens that are scored together
+MOST = 1 << 28  # most entries in the table of allowed next tokens
 
 
 @dataclass(frozen=True)
 class AnswerTree:
-    """The tree that answers' tokens make, the tokens numbered from 1 on and 0 being the start.
+    """The prefix tree of the answers' tokens; tokens are numbered from 1, and 0 is the start.
 
-    Of nodes: the ``token`` (N,) that led there, and which tokens are ``allowed`` next (N, 1 + U). Of paths, as many as
-    there are distinct answers: their ``lengths`` (D,), the ``nodes`` (D, L) at which their tokens are chosen, and those
-    tokens (``chosen``). Of answers: their ``path`` (C,), and the logarithm of the ``share`` (C,) that each has of it:
-    below 0 where several are written alike.
+    For each node: the ``token`` (N,) that leads to it, and the tokens ``allowed`` next (N, 1 + U). For each of the D
+    paths, one per distinct answer: its length in ``lengths`` (D,), the ``nodes`` (D, L) where tokens are chosen, and
+    these tokens, ``chosen`` (D, L). For each answer: its ``path`` (C,), and the logarithm of its ``share`` (C,) of the
+    path's probability, which is below 0 if several answers have the same tokens.
     """
 
     token: Tensor
@@ -48,29 +47,31 @@ class AnswerTree:
 
     @classmethod
     def of(cls, answers: Answers, numbers: Mapping[int, int]) -> "AnswerTree":
-        """Build the tree of answers whose tokens have these ``numbers``; on the CPU, whatever torch's default is."""
-        places: dict[tuple[int, ...], int] = {(): 0}  # of what is written at a node
-        alike = Counter(tuple(answer) for answer in answers)
-        paths = {answer: i for i, answer in enumerate(alike)}
-        length = max(map(len, answers))
-        nodes, chosen = [], []
+        """Build the tree of answers; ``numbers`` numbers their tokens. It is on the CPU, whatever torch's default."""
+        node_of: dict[tuple[int, ...], int] = {(): 0}  # prefix of an answer -> node
+        copies = Counter(tuple(answer) for answer in answers)
+        paths = {answer: i for i, answer in enumerate(copies)}
+        longest = max(map(len, answers))
+        node_lists, chosen_lists = [], []
         for answer in paths:
-            written = [tuple(answer[:i]) for i in range(len(answer))]
-            nodes.append([places.setdefault(prefix, len(places)) for prefix in written] + [0] * (length - len(answer)))
-            chosen.append([numbers[token] for token in answer] + [0] * (length - len(answer)))
+            prefixes = [tuple(answer[:i]) for i in range(len(answer))]
+            padding = [0] * (longest - len(answer))
+            node_lists.append([node_of.setdefault(prefix, len(node_of)) for prefix in prefixes] + padding)
+            chosen_lists.append([numbers[token] for token in answer] + padding)
         with torch.device("cpu"):
-            at, taken, lengths = (torch.tensor(found) for found in (nodes, chosen, list(map(len, paths))))
-            real = torch.arange(length) < lengths.unsqueeze(1)
-            allowed = torch.zeros(len(places), 1 + len(numbers), dtype=torch.bool)
-            allowed[at[real], taken[real]] = True
+            nodes, chosen = torch.tensor(node_lists), torch.tensor(chosen_lists)  # (D, L) each
+            lengths = torch.tensor(list(map(len, paths)))
+            real = torch.arange(longest) < lengths.unsqueeze(1)
+            allowed = torch.zeros(len(node_of), 1 + len(numbers), dtype=torch.bool)
+            allowed[nodes[real], chosen[real]] = True
             return cls(
-                token=torch.tensor([numbers[prefix[-1]] if prefix else 0 for prefix in places]),
+                token=torch.tensor([numbers[prefix[-1]] if prefix else 0 for prefix in node_of]),
                 allowed=allowed,
                 lengths=lengths,
-                nodes=at,
-                chosen=taken,
+                nodes=nodes,
+                chosen=chosen,
                 path=torch.tensor([paths[tuple(answer)] for answer in answers]),
-                share=-torch.tensor([alike[tuple(answer)] for answer in answers], dtype=torch.float64).log(),
+                share=-torch.tensor([copies[tuple(answer)] for answer in answers], dtype=torch.float64).log(),
             )
 
     def to(self, device: torch.device) -> "AnswerTree":
@@ -80,21 +81,21 @@ class AnswerTree:
 
 
 class AnswerWriter(nn.Module):
-    """A T5 decoder that writes known answers: from a memory to the logarithm of each one's probability.
+    """A T5 decoder that writes known answers: it maps a memory to the log-probability of each answer.
 
-    It embeds, and scores, the tokens of answers alone; with the settings' ``tied`` by one table. Raises ConfigError for
-    an answer without tokens, tokens that the settings' vocabulary, if there is one, does not have, or too many of them.
+    It embeds and scores only tokens that occur in answers, with one table for both if the settings are ``tied``. Raises
+    ConfigError for an answer without tokens, tokens outside the settings' vocabulary (if any), or too many tokens.
     """
 
     def __init__(self, settings: T5Settings, answers: Answers):
         super().__init__()
-        every = {token for answer in answers for token in answer}
+        distinct = {token for answer in answers for token in answer}
         most = settings.vocab_size or math.inf
-        if not every or not all(answers) or not all(type(token) is int and 0 <= token < most for token in every):
-            raise ConfigError(f"answers must each be of one token or more, whole numbers below {most}")
-        tokens = sorted(every)
+        if not distinct or not all(answers) or not all(type(token) is int and 0 <= token < most for token in distinct):
+            raise ConfigError(f"each of the answers must have at least one token, a whole number below {most}")
+        tokens = sorted(distinct)
         if sum(map(len, answers)) * (1 + len(tokens)) > MOST:
-            raise ConfigError(f"{len(answers):,} answers of {len(tokens):,} tokens are too many to write; take classes")
+            raise ConfigError(f"{len(answers):,} answers of {len(tokens):,} tokens are too many; use answers=classes")
         self.settings = settings
         self.tokens = (settings.decoder_start_token_id, *tokens)  # in the order of the table's rows
         self.embedding = nn.Embedding(len(self.tokens), settings.d_model)  # starts at N(0, 1), as T5's
@@ -107,38 +108,39 @@ class AnswerWriter(nn.Module):
         """Return the log-probabilities (B, C) of all answers, given memories (B, S, W) and masks (B, S)."""
         tree = self.tree(memory.device)
         lengths = tree.lengths
-        room = AT_ONCE // (len(self.tokens) + 4 * memory.shape[2])  # for so many tokens
-        alike = [(lengths == n).nonzero().squeeze(1).split(max(1, room // n)) for n in lengths.unique().tolist()]
-        parts = [part for group in alike for part in group]  # paths of one length each, without any padding
-        places = torch.cat(parts).argsort()
-        rows = max(1, room // int(lengths.sum()))
-        found = []
-        for some, real in zip(memory.split(rows), mask.split(rows), strict=True):
-            remembered = self.decoder.remember(some, real)
-            of_parts = [self._walk(part.expand(len(some), -1), remembered) for part in parts]
-            found.append(torch.cat(of_parts, dim=1)[:, places])
-        written = torch.cat(found)
-        return written[:, tree.path] + tree.share.to(written.dtype)
+        max_tokens = AT_ONCE // (len(self.tokens) + 4 * memory.shape[2])
+        chunks: list[Tensor] = []  # paths of one length each: no padding
+        for n in lengths.unique().tolist():
+            chunks += (lengths == n).nonzero().squeeze(1).split(max(1, max_tokens // n))
+        order = torch.cat(chunks).argsort()
+        rows = max(1, max_tokens // int(lengths.sum()))
+        batches = []
+        for rows_memory, real in zip(memory.split(rows), mask.split(rows), strict=True):
+            prepared = self.decoder.prepare_memory(rows_memory, real)
+            scores = [self._score_paths(chunk.expand(len(rows_memory), -1), prepared) for chunk in chunks]
+            batches.append(torch.cat(scores, dim=1)[:, order])
+        log_p = torch.cat(batches)  # (B, D)
+        return log_p[:, tree.path] + tree.share.to(log_p.dtype)
 
     def learn(self, memory: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-        """Return -sum_c t_c log p_c, the mean over the batch, for targets t (B, C): only paths of those above 0 count.
+        """Return -sum_c t_c log p_c, averaged over the batch, for targets t (B, C); only answers with t_c > 0 count.
 
-        It is ``cross_entropy`` of what ``forward`` returns, in a fraction of its time where there are many answers.
+        It equals ``cross_entropy`` of the output of ``forward``, and is much faster with many answers.
         """
         rows, answers = targets.nonzero(as_tuple=True)  # (P,) pairs of a row and a right answer
-        keys_values, shut = self.decoder.remember(memory, mask)
-        memories = [(keys[rows], values[rows]) for keys, values in keys_values], shut[rows]
-        of_pairs = self.score(answers.unsqueeze(1), memories).squeeze(1)
-        return -(targets[rows, answers] * of_pairs).sum() / len(targets)
+        keys_values, padding_bias = self.decoder.prepare_memory(memory, mask)
+        memories = [(keys[rows], values[rows]) for keys, values in keys_values], padding_bias[rows]
+        log_p = self.score(answers.unsqueeze(1), memories).squeeze(1)  # (P,)
+        return -(targets[rows, answers] * log_p).sum() / len(targets)
 
     def score(self, answers: Tensor, memory: Memory) -> Tensor:
-        """Return the log-probabilities (B, K) of K answers (B, K), by their numbers, for each remembered memory."""
+        """Return the log-probabilities (B, K) of answers (B, K), given as indices, for each prepared memory."""
         tree = self.tree(answers.device)
-        written = self._walk(tree.path[answers], memory)
-        return written + tree.share[answers].to(written.dtype)
+        log_p = self._score_paths(tree.path[answers], memory)
+        return log_p + tree.share[answers].to(log_p.dtype)
 
-    def _walk(self, paths: Tensor, memory: Memory) -> Tensor:
-        """Return the log-probabilities (B, K) of K paths (B, K), by their numbers, for each remembered memory."""
+    def _score_paths(self, paths: Tensor, memory: Memory) -> Tensor:
+        """Return the log-probabilities (B, K) of paths (B, K), given as indices, for each prepared memory."""
         tree = self.tree(paths.device)
         paths, shape = paths.flatten(), paths.shape
         lengths = tree.lengths[paths]
@@ -150,7 +152,7 @@ class AnswerWriter(nn.Module):
         return steps.masked_fill(beyond, 0).sum(1).view(shape)
 
     def choices(self, hidden: Tensor, allowed: Tensor) -> Tensor:
-        """Return the log-probabilities (..., 1 + U), float32, of the next token, which must be an ``allowed`` one."""
+        """Return the log-probabilities (..., 1 + U), float32, of the next token, which must be ``allowed``."""
         if self.lm_head is None:
             logits = F.linear(hidden * self.settings.d_model**-0.5, self.embedding.weight)
         else:
@@ -165,7 +167,7 @@ class AnswerWriter(nn.Module):
 
     @torch.no_grad()
     def load(self, t5: T5) -> None:
-        """Take a pretrained T5's decoder, which has as many layers, and its tokens."""
+        """Copy the weights of a pretrained T5's decoder, with as many layers, and of its tokens."""
         rows = list(self.tokens)
         self.embedding.weight.copy_(t5.embedding.weight[rows])
         self.decoder.load_state_dict(t5.decoder.state_dict())
@@ -174,14 +176,14 @@ class AnswerWriter(nn.Module):
 
 
 def words_of(classes: Sequence[str]) -> Answers:
-    """Return answers as tokens of their own: each distinct word is one."""
+    """Return the answers as tokens, one for each distinct word."""
     words = sorted({word for name in classes for word in name.split()})
     numbers = {word: i for i, word in enumerate(words, start=END + 1)}
     return [[*(numbers[word] for word in name.split()), END] for name in classes]
 
 
 def pieces_of(classes: Sequence[str], spec: EncoderSpec) -> Answers:
-    """Return answers as tokens of a pretrained T5's tokenizer. Raises EncoderError if that can't be opened."""
+    """Return the answers as tokens of a pretrained T5's tokenizer. Raises EncoderError if it can't be opened."""
     from transformers import AutoTokenizer
 
     from cachefuse.encoders.frozen import opening
@@ -191,5 +193,4 @@ def pieces_of(classes: Sequence[str], spec: EncoderSpec) -> Answers:
     with opening(spec), quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     end = tokenizer.eos_token_id
-    found = [tokenizer(name, add_special_tokens=False)["input_ids"] for name in classes]
-    return [[*pieces, end] for pieces in found]
+    return [[*tokenizer(name, add_special_tokens=False)["input_ids"], end] for name in classes]

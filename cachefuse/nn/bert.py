@@ -1,4 +1,4 @@
-"""Text transformers of transformers that are trained with more than words in their input: BERT and its kin."""
+"""Text models of the transformers library that take more than words as input: BERT and similar models."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.files import JsonObject
 from cachefuse.registry import Options
 
-# model_type -> configuration and model; all take embeddings, their positions and their segments.
+# model_type -> configuration and model classes; each model reads embeddings with positions and segments.
 KINDS = {
     "bert": ("BertConfig", "BertModel"),
     "roberta": ("RobertaConfig", "RobertaModel"),
@@ -18,14 +18,14 @@ KINDS = {
 
 
 def open_config(options: Options, origin: Origin | None) -> JsonObject:
-    """Return options with ``text_model``, by default what cached ids are of, and its ``architecture`` from its files.
+    """Add ``text_model``, by default the model of the cached ids, and its ``architecture`` from its files to options.
 
-    Raises ConfigError if it is of another kind, or reads other tokens than those cached, EncoderError if it can't be
-    opened.
+    Raises ConfigError if the model has another type or another tokenizer than the cached ids, EncoderError if it can't
+    be opened.
     """
     if options.get("architecture") or origin is None:
         return dict(options)
-    # Imported here: fusions are listed without them.
+    # Imported late: listing the fusions must not import transformers.
     from transformers import AutoConfig
 
     from cachefuse.encoders.frozen import opening
@@ -40,17 +40,14 @@ def open_config(options: Options, origin: Origin | None) -> JsonObject:
     with opening(spec), quiet():
         config = AutoConfig.from_pretrained(folder, **offline)
         if config.model_type not in KINDS:
-            raise ConfigError(
-                f"{text} is {config.model_type}; the text model must be one of {', '.join(KINDS)}, whose input may be "
-                f"given as embeddings with positions and segments"
-            )
+            raise ConfigError(f"the text model must be one of {', '.join(KINDS)}. {text} is {config.model_type}")
     check_tokenizer(spec, origin)
     settings = {key: value for key, value in config.to_dict().items() if key not in UNUSED}
     return {**options, "text_model": str(spec.absolute()), "architecture": settings}
 
 
 def check_tokenizer(spec: EncoderSpec, origin: Origin) -> None:
-    """Raise ConfigError if a model's tokenizer is not the one that cached ids are of."""
+    """Raise ConfigError if a model's tokenizer is not the one of the cached ids."""
     from transformers import AutoTokenizer
 
     from cachefuse.encoders.frozen import opening, tokenizer_fingerprint
@@ -61,31 +58,31 @@ def check_tokenizer(spec: EncoderSpec, origin: Origin) -> None:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if tokenizer_fingerprint(tokenizer) != origin.provenance.get("tokenizer"):
         raise ConfigError(
-            f"{spec} reads other tokens than the cached ids, which are of {origin.source}; cache its own by "
-            f"cachefuse extract --encoder {spec} --views ids, and name that by --encoder"
+            f"{spec} makes other tokens than {origin.source}, which made the cached ids; cache its ids by "
+            f"cachefuse extract --encoder {spec} --views ids, and train with --encoder {spec}"
         )
 
 
 def build(architecture: Options, vocabulary: int) -> Any:
-    """Return the untrained model of an architecture. Raises ConfigError for an unknown one, or too few tokens."""
+    """Build an untrained model. Raises ConfigError for an unknown architecture, or one with too few tokens."""
     import transformers
 
     kind = KINDS.get(str(architecture.get("model_type")))
     if kind is None:
-        raise ConfigError(f"architecture must be of one of {', '.join(KINDS)}. Got {architecture.get('model_type')!r}")
+        raise ConfigError(f"architecture must be one of {', '.join(KINDS)}. Got {architecture.get('model_type')!r}")
     config = getattr(transformers, kind[0])(**{k: v for k, v in architecture.items() if k != "model_type"})
     if vocabulary > config.vocab_size:
-        raise ConfigError(f"the cached ids are of {vocabulary} tokens, and the text model knows {config.vocab_size}")
+        raise ConfigError(f"the cached ids have {vocabulary} tokens, the text model only {config.vocab_size}")
     config._attn_implementation = "sdpa"
     model = getattr(transformers, kind[1])(config, add_pooling_layer=False)
-    # Positions and segments are always given. These defaults are no part of the weights, so that they would stay
-    # without values where a model is built before its weights are read.
+    # Positions and segments are always given, so their defaults are not needed. The weights do not contain them: in a
+    # model built before its weights are read, they would stay without values.
     del model.embeddings.position_ids, model.embeddings.token_type_ids
     return model
 
 
 def load_weights(model: Any, text: str) -> None:
-    """Fill a model with pretrained weights, which must be safetensors. Raises EncoderError if they don't fit."""
+    """Load pretrained weights, which must be safetensors, into a model. Raises EncoderError if they don't fit."""
     from safetensors.torch import load_file
 
     from cachefuse.encoders.frozen import opening

@@ -1,8 +1,8 @@
-"""Heads: from one vector a sample, or its tokens, to logits; and the standardisation of features before them.
+"""Heads map one vector per sample, or its tokens, to logits. Before them, ``Standardize`` standardises the features.
 
 Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.0, n_tokens=0)`` and maps (B, D) to
-(B, C). ``n_tokens`` says of how many tokens side by side the width is; 0 for a pooled feature. Its ``default_layers``
-are what training takes where none are asked for.
+(B, C). ``n_tokens`` is the number of tokens side by side in the width; 0 for a pooled feature. Training uses a head's
+``default_layers`` if no layers are given.
 """
 
 from typing import ClassVar
@@ -15,12 +15,12 @@ from cachefuse.nn import ACTIVATIONS
 from cachefuse.store.rows import FeatureRows
 from cachefuse.store.tokens import Tokens
 
-FIT_ROWS, FIT_FLOATS = 4096, 2**24  # converted to float64 at a time, at most: 128 MB
-FIT_TOKENS = 2**20  # that statistics are taken from, about that many at most
+FIT_ROWS, FIT_FLOATS = 4096, 2**24  # most to convert to float64 at a time: 128 MB
+FIT_TOKENS = 2**20  # about the most tokens to compute statistics from
 
 
 class Linear(nn.Linear):
-    """One linear layer, the linear probe; activation, dropout and n_tokens have no effect.
+    """One linear layer, a linear probe; activation, dropout and n_tokens have no effect.
 
     Raises ConfigError if ``layers`` are given.
     """
@@ -47,7 +47,7 @@ class Linear(nn.Linear):
 class MLP(nn.Module):
     """Linear, activation and dropout for each hidden width in ``layers``, then a Linear to the classes.
 
-    It reads tokens as any other numbers: ``n_tokens`` has no effect.
+    It reads tokens like a vector: ``n_tokens`` has no effect.
     Raises ConfigError for layers or dropout out of range, UnknownNameError for an unknown activation.
     """
 
@@ -79,10 +79,9 @@ class MLP(nn.Module):
 class GatedMLP(nn.Module):
     """A gated block for each (even) hidden width in ``layers``, then a Linear to the classes.
 
-    gMLP (arXiv 2105.08050) gates along the tokens. Where the width is that of ``n_tokens`` side by side, that is what
-    it does, and their mean goes to the classes. A pooled feature has no token axis, so there the gate acts along the
-    channels: see ``SpatialGate`` and ``ChannelGate``. Raises ConfigError for layers or dropout out of range,
-    UnknownNameError for an unknown activation.
+    gMLP (arXiv 2105.08050) gates along the tokens. With ``n_tokens`` this head does so too, and classifies the mean of
+    the tokens. A pooled feature has no token axis, so its gate acts along the channels: see ``SpatialGate`` and
+    ``ChannelGate``. Raises ConfigError for layers or dropout out of range, UnknownNameError for an unknown activation.
     """
 
     default_layers: ClassVar[tuple[int, ...]] = (512,)
@@ -101,7 +100,7 @@ class GatedMLP(nn.Module):
         _check(layers, dropout)
         if any(hidden % 2 for hidden in layers):
             raise ConfigError(
-                f"head 'gmlp' splits its layers in halves: they must be even. Got {tuple(layers)} instead."
+                f"layers of head 'gmlp' must be even: it splits them in halves. Got {tuple(layers)} instead."
             )
         act = ACTIVATIONS[activation]
         self.n_tokens = n_tokens
@@ -116,7 +115,7 @@ class GatedMLP(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """x + W2 s(act(W1 x)), with s a gate that halves the channels (arXiv 2105.08050, section 2)."""
+    """x + W2 s(act(W1 x)), where the gate s halves the channels (arXiv 2105.08050, section 2)."""
 
     def __init__(self, width: int, hidden: int, activation: nn.Module, dropout: float, n_tokens: int = 0):
         super().__init__()
@@ -135,8 +134,8 @@ class GatedBlock(nn.Module):
 class ChannelGate(nn.Module):
     """s(z) = u * (LN(v) W + b), with (u, v) the halves of z's channels: (B, H) to (B, H / 2).
 
-    The gating unit of arXiv 2105.08050, section 2.1, with W along the channels in place of the tokens, and its start: W
-    near 0 and b = 1, so that the gate opens as the identity on u.
+    The gating unit of arXiv 2105.08050, section 2.1, with W along the channels instead of the tokens. It starts with W
+    near 0 and b = 1, so the gate starts as the identity on u.
     """
 
     def __init__(self, hidden: int):
@@ -155,7 +154,7 @@ class ChannelGate(nn.Module):
 class SpatialGate(nn.Module):
     """s(z) = u * (W LN(v) + b), with (u, v) the halves of z's channels: (B, T, H) to (B, T, H / 2), W along the tokens.
 
-    The gating unit of arXiv 2105.08050, equation 3, and its start: W uniform within 1e-3 / T and b = 1.
+    The gating unit of arXiv 2105.08050, equation 3. It starts with W uniform within 1e-3 / T and b = 1.
     """
 
     def __init__(self, hidden: int, tokens: int):
@@ -171,15 +170,15 @@ class SpatialGate(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """Dropout whose masks cost little on a CPU, where torch's own take longer than the GEMM of the layer before.
+    """Dropout with cheap masks on a CPU, where torch's masks take longer than the GEMM of the layer before.
 
-    16 random bits decide on a value, so that ``p`` is met to within 2^-17.
+    16 random bits decide on each value: the rate is ``p`` to within 2^-17.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or not self.training or not self.p:
             return super().forward(x)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2^16 values that the bits take
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of the 2^16 values of the bits
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
         keep = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x))  # 0 or 1, in x's dtype
@@ -187,10 +186,10 @@ class Dropout(nn.Dropout):
 
 
 class Standardize(nn.Module):
-    """Features to mean 0 and standard deviation 1 in each dimension: (..., D) in any float dtype to (..., D) float32.
+    """Scale features to mean 0 and standard deviation 1 in each dimension: (..., D), any float dtype, to float32.
 
-    The identity until ``fit``. A dead dimension, one that varies by no more than half a step of its dtype at its mean,
-    has nothing to tell but rounding: its scale is 0, and so is every value that comes out of it.
+    It is the identity until ``fit``. A dimension is dead if it varies by at most half a step of its dtype at its mean:
+    the variation is rounding. Its scale is 0, so all its outputs are 0.
     """
 
     mean: Tensor
@@ -203,9 +202,9 @@ class Standardize(nn.Module):
 
     @torch.no_grad()
     def fit(self, x: FeatureRows | Tokens, rows: Tensor | None = None) -> "Standardize":
-        """Take mean and standard deviation from ``x`` (N, D), or its ``rows`` (n,) int64, and return self.
+        """Compute mean and standard deviation of ``x`` (N, D), or of its ``rows`` (n,) int64, and return self.
 
-        Of tokens (N, T_i, D) an even spread of the rows is taken. Works in float64 and by chunks, so that a large
+        Of many tokens (N, T_i, D) it uses an even sample of the rows. It works in float64 and in chunks: a large
         float16 memory map is read once and never converted whole. Raises ConfigError if there are no rows or tokens,
         or a value is not finite.
         """
@@ -214,8 +213,8 @@ class Standardize(nn.Module):
             most = max(1, FIT_TOKENS // x.n_tokens)
             chunks = x.chunks(rows[torch.arange(most) * len(rows) // most] if len(rows) > most else rows)
         else:
-            at_once = max(1, min(FIT_ROWS, FIT_FLOATS // x.shape[1]))
-            chunks = (x.index_select(0, part) for part in rows.split(at_once))
+            chunk_rows = max(1, min(FIT_ROWS, FIT_FLOATS // x.shape[1]))
+            chunks = (x.index_select(0, some_rows) for some_rows in rows.split(chunk_rows))
         total, squares = self.mean.new_zeros((2, len(self.mean)), dtype=torch.float64)
         precision, count = torch.finfo(torch.float32).eps, 0
         for chunk in chunks:
@@ -230,7 +229,7 @@ class Standardize(nn.Module):
             bad = int((~squares.isfinite()).nonzero()[0])
             raise ConfigError(f"features to standardise must be finite; dimension {bad} of {len(squares)} is not")
         mean = total / count
-        # The difference cancels at most 14 of float64's 16 digits in a dimension that is not dead.
+        # In a dimension that is not dead, the difference cancels at most 14 of float64's 16 digits.
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         half_a_step = mean.abs().clamp(min=torch.finfo(torch.float16).tiny) * (precision / 2)
         self.mean.copy_(mean)
@@ -243,6 +242,6 @@ class Standardize(nn.Module):
 
 def _check(layers: tuple[int, ...], dropout: float) -> None:
     if any(hidden < 1 for hidden in layers):
-        raise ConfigError(f"layers must be at least 1 wide. Got {tuple(layers)} instead.")
+        raise ConfigError(f"layers must have a width of at least 1. Got {tuple(layers)} instead.")
     if not 0 <= dropout < 1:
         raise ConfigError(f"dropout must be in [0, 1). Got {dropout} instead.")

@@ -1,8 +1,8 @@
-"""Losses: ``loss(logits, targets, *, ..., reduction="mean")``, in float32 whatever the inputs' dtype; class weights.
+"""Losses, ``loss(logits, targets, *, ..., reduction="mean")``, in float32 for inputs of any dtype, and class weights.
 
-``contrastive`` is apart from the others: it compares two batches of embeddings, and has no labels. Elsewhere logits and
-targets are (B, C); multi-class targets are one-hot, so that all losses share one signature. Every loss and its gradient
-is finite wherever the logits are. ``reduction`` is "mean", "sum" or "none".
+``contrastive`` differs from the others: it compares two batches of embeddings, without labels. The others take logits
+and targets (B, C); multi-class targets are one-hot, so all losses share one signature. For finite logits, every loss
+and its gradient are finite. ``reduction`` is "mean", "sum" or "none".
 """
 
 import inspect
@@ -16,16 +16,16 @@ from cachefuse.errors import ConfigError
 from cachefuse.nn import LOSSES, TARGETS
 from cachefuse.registry import Options, lookup
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, C) and targets (B, C) -> a number, or one a row
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (B, C) and targets (B, C) -> a number, or one per row
 
-BETA = 0.999  # of the effective number of samples: a class counts for at most 1,000 of its rows
+BETA = 0.999  # of the effective number of samples, which is then below 1,000 for each class
 CLASS_WEIGHTS = ("balanced", "effective")
-TINY_NORM = 1e-6  # below it a vector has no direction, and its gradient would be one of rounding
+TINY_NORM = 1e-6  # a shorter vector has no direction: its gradient would be rounding error
 REDUCTIONS = {"mean": torch.mean, "none": lambda loss: loss, "sum": torch.sum}
 
 
 def bce(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Return the binary cross-entropy, the mean over batch and classes.
+    """Return the binary cross-entropy, averaged over batch and classes.
 
     Raises ConfigError if the shapes differ, UnknownNameError for an unknown reduction.
     """
@@ -35,10 +35,10 @@ def bce(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
 
 
 def focal(logits: Tensor, targets: Tensor, *, gamma: float = 3.0, reduction: str = "mean") -> Tensor:
-    """Return the focal loss, -y (1 - p)^gamma log p - (1 - y) p^gamma log(1 - p), the mean over batch and classes.
+    """Return the focal loss, -y (1 - p)^gamma log p - (1 - y) p^gamma log(1 - p), averaged over batch and classes.
 
-    arXiv 1708.02002, equation 4: no alpha weighting; gamma = 3 is the choice of "Multimodal multilabel classification
-    with CLIP". Raises ConfigError if gamma is negative or the shapes differ, UnknownNameError for an unknown reduction.
+    arXiv 1708.02002, equation 4, without alpha weighting; gamma = 3 as in "Multimodal multilabel classification with
+    CLIP". Raises ConfigError if gamma is negative or the shapes differ, UnknownNameError for an unknown reduction.
     """
     if gamma < 0:
         raise ConfigError(f"gamma must be at least 0. Got {gamma} instead.")
@@ -57,11 +57,11 @@ def asl(
     """Return the asymmetric loss, -y (1 - p)^g+ log p - (1 - y) p_m^g- log(1 - p_m), with p_m = max(p - clip, 0).
 
     arXiv 2009.14119; equations 4 and 5 of "Multimodal multilabel classification with CLIP". The ASL authors' code sums
-    over batch and classes (``reduction="sum"``), and takes the two powers as constants in the gradient; this one is the
-    derivative of the formula.
+    over batch and classes (``reduction="sum"``), and its gradient treats the two powers as constants. The gradient here
+    is the derivative of the formula.
 
-    Raises ConfigError if a gamma is negative, clip outside [0, 1) or the shapes differ, UnknownNameError for an unknown
-    reduction.
+    Raises ConfigError if a gamma is negative, clip is outside [0, 1) or the shapes differ, UnknownNameError for an
+    unknown reduction.
     """
     if min(gamma_negative, gamma_positive) < 0 or not 0 <= clip < 1:
         raise ConfigError(
@@ -69,24 +69,24 @@ def asl(
             f"Got {gamma_negative}, {gamma_positive} and {clip} instead."
         )
     logits, targets = _as_float32(logits, targets)
-    of_positive, of_negative = F.softplus(-logits), F.softplus(logits)  # -log p and -log(1 - p)
-    # Powers are taken as exp(gamma * log): finite gradients where p underflows. For gamma 0 they are 1, and cost none.
-    positive = torch.exp(-gamma_positive * of_negative) * of_positive if gamma_positive else of_positive
+    neg_log_p, neg_log_not_p = F.softplus(-logits), F.softplus(logits)  # -log p and -log(1 - p)
+    # Powers are exp(gamma * log): their gradients are finite if p underflows. For gamma 0 they are 1 and are skipped.
+    positive = torch.exp(-gamma_positive * neg_log_not_p) * neg_log_p if gamma_positive else neg_log_p
     if clip:
         not_p_m = (torch.sigmoid(-logits) + clip).clamp(max=1)
-        # p_m is 0 for every easy negative, where a power below 1 has no derivative: stop just short of it.
+        # p_m is 0 for every easy negative, and a power below 1 has no derivative at 0: clamp just above it.
         p_m = (1 - not_p_m).clamp(min=torch.finfo(torch.float32).tiny)
         negative = -(p_m**gamma_negative) * torch.log(not_p_m)
     else:
-        negative = torch.exp(-gamma_negative * of_positive) * of_negative if gamma_negative else of_negative
+        negative = torch.exp(-gamma_negative * neg_log_p) * neg_log_not_p if gamma_negative else neg_log_not_p
     return _reduce(torch.lerp(negative, positive, targets), reduction)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, reduction: str = "mean") -> Tensor:
-    """Return the softmax cross-entropy with one-hot targets (B, C), the mean over the batch; "none" gives (B,).
+    """Return the softmax cross-entropy with one-hot targets (B, C), averaged over the batch; "none" gives (B,).
 
-    ``smoothing`` moves that share of each target to all classes evenly. Raises ConfigError if it is outside [0, 1) or
-    the shapes differ, UnknownNameError for an unknown reduction.
+    ``smoothing`` is the share of each target that is spread evenly over all classes. Raises ConfigError if it is
+    outside [0, 1) or the shapes differ, UnknownNameError for an unknown reduction.
     """
     if not 0 <= smoothing < 1:
         raise ConfigError(f"smoothing must be in [0, 1). Got {smoothing} instead.")
@@ -97,13 +97,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, re
 def contrastive(
     x: Tensor, y: Tensor, temperature: Tensor | float, *, targets: str = "soft", detach: bool = True
 ) -> Tensor:
-    """Return the symmetric contrastive loss of M pairs (x_i, y_i): x and y are (M, D), compared by their cosines.
+    """Return the symmetric contrastive loss of M pairs (x_i, y_i), x and y (M, D), with cosine similarities.
 
     "Context-Based Multimodal Fusion", equations 3 to 6: L = 1 / (2 M) sum_ij t_ij l1_ij + t_ji l2_ij, where
     l1_ij = -log softmax_j(<x_i, y_j> / T), l2_ij = -log softmax_j(<y_i, x_j> / T), and the soft targets are
-    t_ij = softmax_j((<x_i, x_j> + <y_i, y_j>) / (2 T)): pairs that resemble one another are no full negatives. They are
-    taken of the embeddings as they are, and with ``detach`` no gradient passes through them. Hard targets are the
-    identity: InfoNCE (arXiv 1807.03748) both ways. Float64 stays float64.
+    t_ij = softmax_j((<x_i, x_j> + <y_i, y_j>) / (2 T)): similar pairs are not full negatives. Soft targets come from
+    the current embeddings; with ``detach`` no gradient passes through them. Hard targets are the identity: InfoNCE
+    (arXiv 1807.03748) in both directions. Float64 stays float64.
 
     Raises ConfigError if the shapes differ or for other targets.
     """
@@ -122,9 +122,9 @@ def contrastive(
 
 
 def build_loss(name: str, options: Options, weights: Tensor | None = None) -> Loss:
-    """Return ``loss(logits, targets)`` with its options set, and classes weighted by ``class_weights`` where given.
+    """Return ``loss(logits, targets)`` with its options set, weighted by ``weights`` of ``class_weights`` if given.
 
-    Raises UnknownNameError for an unknown loss, ConfigError for an option that it does not take.
+    Raises UnknownNameError for an unknown loss, ConfigError for an unknown option.
     """
     loss = LOSSES[name]
     known = [key for key in inspect.signature(loss).parameters if key not in ("logits", "targets")]
@@ -136,13 +136,13 @@ def build_loss(name: str, options: Options, weights: Tensor | None = None) -> Lo
     reduction = options.get("reduction", "mean")
 
     def weighted(logits: Tensor, targets: Tensor) -> Tensor:
-        each = loss(logits, targets, **{**options, "reduction": "none"})  # (B, C), or (B,) of a softmax
+        losses = loss(logits, targets, **{**options, "reduction": "none"})  # (B, C), or (B,) for a softmax
         if weights.ndim == 1:
-            # The mean of its labels' weights: a softmax's loss has their sum already.
-            of_row = (targets * weights.to(each.device)).sum(1) / targets.sum(1).clamp(min=TINY_NORM)  # (B,)
-            return _reduce(each * (of_row if each.ndim == 1 else of_row.unsqueeze(1)), reduction)
-        absent, present = weights.to(each.device)  # (C,) each
-        return _reduce(each * torch.lerp(absent, present, targets.to(absent)), reduction)
+            # The mean of the row's label weights: a softmax's loss sums over the labels already.
+            of_row = (targets * weights.to(losses.device)).sum(1) / targets.sum(1).clamp(min=TINY_NORM)  # (B,)
+            return _reduce(losses * (of_row if losses.ndim == 1 else of_row.unsqueeze(1)), reduction)
+        negative, positive = weights.to(losses.device)  # (C,) each
+        return _reduce(losses * torch.lerp(negative, positive, targets.to(negative)), reduction)
 
     return weighted
 
@@ -150,28 +150,29 @@ def build_loss(name: str, options: Options, weights: Tensor | None = None) -> Lo
 def per_task(
     losses: Sequence[tuple[slice, Loss]],
 ) -> Loss:
-    """Return ``loss(logits, targets)`` of several tasks: the mean of each one's, given with its columns of (B, C).
+    """Return the mean loss of several tasks, ``loss(logits, targets)``, given each task's columns of (B, C) and loss.
 
-    A task's loss is over the rows that have its label, those whose targets in its columns are not -1; 0 if none has.
+    A task's loss is over its labelled rows: targets are -1 in rows without its label. It is 0 without labelled rows.
     """
 
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        total = logits.sum() * 0  # has a gradient, and the logits' device, also where no row has any label
-        for columns, own in losses:
-            here = targets[:, columns.start] >= 0  # (B,)
-            if here.any():
-                total = total + own(logits[here, columns], targets[here, columns])
+        total = logits.sum() * 0  # has a gradient, and the logits' device, even without labels
+        for columns, task_loss in losses:
+            labelled = targets[:, columns.start] >= 0  # (B,)
+            if labelled.any():
+                total = total + task_loss(logits[labelled, columns], targets[labelled, columns])
         return total / len(losses)
 
     return loss
 
 
 def class_weights(targets: Tensor, kind: str, task: str) -> Tensor:
-    """Return weights by numbers n in ``targets`` (N, C): of each class's negatives and positives, (2, C), or (C,).
+    """Return weights from the counts n of labels in ``targets`` (N, C): (2, C) for multi-label, (C,) for multi-class.
 
-    "balanced": proportional to 1 / n; "effective": to (1 - b) / (1 - b^n), with b = 0.999 (arXiv 1901.05555, equation
-    2). In multi-label each class balances its own negatives and positives. In multi-class the classes balance one
-    another, and (C,) is what a row of each weighs. The mean weight is 1. Raises ConfigError for another kind.
+    "balanced" weights are proportional to 1 / n, "effective" weights to (1 - b) / (1 - b^n), with b = 0.999 (arXiv
+    1901.05555, equation 2). In multi-label, they balance the negatives and positives of each class, (2, C). In
+    multi-class, they balance the classes: (C,) weights a row by its class. The mean weight is 1. Raises ConfigError for
+    an unknown kind.
     """
     if kind not in CLASS_WEIGHTS:
         raise ConfigError(f"class weights must be one of {', '.join(CLASS_WEIGHTS)}. Got {kind!r} instead.")
@@ -186,7 +187,7 @@ def class_weights(targets: Tensor, kind: str, task: str) -> Tensor:
 
 
 def _as_float32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    # Shapes that differ would broadcast to a loss that looks like one.
+    # Different shapes would broadcast to a wrong loss without an error.
     if logits.ndim != 2 or logits.shape != targets.shape:
         raise ConfigError(
             "logits and targets must both have shape (B, C). "

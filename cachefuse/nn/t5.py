@@ -1,9 +1,9 @@
 """T5's transformer (arXiv 1910.10683, and its version 1.1), on torch's scaled_dot_product_attention.
 
-Three things set it apart. Scores are not divided by sqrt(D): the queries' start makes up for it. Positions are a learnt
-bias on the scores, by distance, which all layers share. Norms only scale, and nothing else has a bias either, so that a
-token of zeros stays one. Shapes: B batch, T tokens, S tokens of the memory that a decoder reads (the encoder's output),
-H heads, D a head's width, W width, V vocabulary.
+It differs from others in three ways. Scores are not divided by sqrt(D): the queries' initial weights are smaller.
+Positions are a learnt bias on the scores, by distance; all layers share it. Norms only scale and linear layers have no
+bias, so a token of zeros stays zero. Shapes: B batch, T tokens, S tokens of the memory that a decoder reads (the
+encoder's output), H heads, D width of a head, W width, V vocabulary.
 """
 
 import math
@@ -20,18 +20,18 @@ from cachefuse.nn.masking import zero_absent
 from cachefuse.registry import Options
 
 KeyValues = tuple[Tensor, Tensor]  # (B, H, T, D) each
-Memory = tuple[list[KeyValues], Tensor]  # each layer's keys and values of the memory, and the bias that shuts padding
+Memory = tuple[list[KeyValues], Tensor]  # each layer's keys and values of the memory, and the bias that masks padding
 
 FEED_FORWARDS = ("relu", "gated-gelu")  # of versions 1.0 and 1.1
-FROM_ZERO = ("vocab_size", "num_decoder_layers", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+MAY_BE_ZERO = ("vocab_size", "num_decoder_layers", "decoder_start_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
 class T5Settings:
-    """The shape of a T5, by the names in transformers' config.json. Raises ConfigError for one that is out of range.
+    """The sizes of a T5, with the names in transformers' config.json. Raises ConfigError for a value out of range.
 
-    The heads' widths ``d_kv`` need not add up to the width ``d_model``. ``tied``: the token embedding also gives the
-    logits, of hidden states scaled by W^-0.5, as in version 1.0.
+    The heads' widths ``d_kv`` need not add up to the width ``d_model``. If ``tied``, the token embedding also computes
+    the logits, from hidden states scaled by W^-0.5, as in version 1.0.
     """
 
     d_model: int
@@ -53,9 +53,9 @@ class T5Settings:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, least = getattr(self, field.name), 0 if field.name in FROM_ZERO else 1
+            value, least = getattr(self, field.name), 0 if field.name in MAY_BE_ZERO else 1
             if field.type is int and (type(value) is not int or value < least):
-                raise ConfigError(f"T5's {field.name} must be a whole number from {least} on. Got {value!r} instead")
+                raise ConfigError(f"T5's {field.name} must be a whole number, at least {least}. Got {value!r} instead")
             if field.type is float and not (isinstance(value, int | float) and 0 <= value < 1):
                 raise ConfigError(f"T5's {field.name} must be in [0, 1). Got {value!r} instead")
         if self.feed_forward_proj not in FEED_FORWARDS:
@@ -63,26 +63,29 @@ class T5Settings:
             raise ConfigError(f"T5's feed_forward_proj must be {choices}. Got {self.feed_forward_proj!r} instead")
         buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
         if not 4 <= buckets < distance:
-            raise ConfigError(f"T5's relative attention needs 4 buckets, and more distances. Got {buckets}, {distance}")
+            raise ConfigError(
+                "T5's relative_attention_num_buckets must be at least 4 and below relative_attention_max_distance. "
+                f"Got {buckets} and {distance} instead"
+            )
 
     @classmethod
     def from_scratch(cls, width: int, depth: int, heads: int, **more: Any) -> "T5Settings":
-        """Settings of T5's usual proportions: heads that share the width, a feed-forward four times as wide."""
+        """Return settings with T5's usual proportions: the heads split the width, the feed-forward is 4 x as wide."""
         if heads < 1 or width < 1 or width % heads:
             raise ConfigError(f"width must be a multiple of {heads}, the attention heads. Got {width} instead.")
         return cls(d_model=width, num_layers=depth, num_heads=heads, d_kv=width // heads, d_ff=4 * width, **more)
 
     @classmethod
     def from_config(cls, config: Options) -> "T5Settings":
-        """Take settings from transformers' config.json of a T5. Raises ConfigError if it is not one's, or lacks any."""
+        """Read settings from transformers' config.json. Raises ConfigError if it is no T5's, or lacks a setting."""
         if config.get("model_type") != "t5":
-            raise ConfigError(f"its config.json is of model_type {config.get('model_type')!r}, not 't5'")
+            raise ConfigError(f"its config.json has model_type {config.get('model_type')!r}, not 't5'")
         names = [field.name for field in fields(cls)]
         given = {name: config[name] for name in names if config.get(name) is not None}
         missing = [name for name in (*names[:5], "vocab_size") if name not in given]
         if missing:
             raise ConfigError(f"its config.json lacks {', '.join(missing)}")
-        # transformers 5 writes tie_word_embeddings as true whatever it was, and keeps what it was by another name.
+        # transformers 5 always writes tie_word_embeddings as true, and writes its real value as scale_decoder_outputs.
         tied = config.get("scale_decoder_outputs", config.get("tie_word_embeddings", True))
         return cls(**{"num_decoder_layers": given["num_layers"], **given, "tied": tied is not False})
 
@@ -100,7 +103,7 @@ def norm(settings: T5Settings) -> nn.RMSNorm:
 
 
 class RelativeBias(nn.Module):
-    """T5's bias by distance, one for each head: a bucket for every short one, then ever wider ones."""
+    """T5's attention bias by distance for each head: a bucket per short distance, wider buckets for long ones."""
 
     def __init__(self, settings: T5Settings, *, bidirectional: bool):
         super().__init__()
@@ -109,11 +112,11 @@ class RelativeBias(nn.Module):
         nn.init.normal_(self.table.weight, std=settings.d_model**-0.5)
 
     def forward(self, distance: Tensor) -> Tensor:
-        """Map distances (T, S) int64, a key's position less the query's, to the bias (1, H, T, S)."""
+        """Map distances (T, S) int64, the key's position minus the query's, to the bias (1, H, T, S)."""
         return self.table(self.bucket(distance)).permute(2, 0, 1).unsqueeze(0)
 
     def bucket(self, distance: Tensor) -> Tensor:
-        """Return the buckets (T, S) of distances; a causal bias has none for keys that lie ahead."""
+        """Return the buckets (T, S) of distances; a causal bias treats keys after the query as distance 0."""
         n, offset = self.table.num_embeddings, torch.zeros_like(distance)
         if self.bidirectional:
             n //= 2
@@ -122,21 +125,21 @@ class RelativeBias(nn.Module):
         else:
             distance = (-distance).clamp(min=0)
         exact = n // 2
-        # In float32 whatever the model's dtype: in another, a distance on the edge would change its bucket.
+        # In float32 for models of any dtype: rounding in another dtype could change the bucket of a distance.
         share = torch.log(distance.clamp(min=exact).float() / exact) / math.log(self.max_distance / exact)
         far = (exact + (share * (n - exact)).long()).clamp(max=n - 1)
         return offset + torch.where(distance < exact, distance, far)
 
 
 def distances(positions: Tensor) -> Tensor:
-    """Return the distances (T, T) between positions (T,), from the row's to the column's."""
+    """Return the distances (T, T) between positions (T,): the column's position minus the row's."""
     return positions - positions.unsqueeze(-1)
 
 
-def shut_padding(bias: Tensor, mask: Tensor) -> Tensor:
+def mask_padding(bias: Tensor, mask: Tensor) -> Tensor:
     """Set a bias (1, H, T, S) to -inf where the mask (B, S) says that keys are padding: (B, H, T, S).
 
-    A sample without any real token keeps all: over nothing, the softmax would be NaN. Its tokens have to be 0.
+    A sample without real tokens is not masked: a softmax over nothing is NaN. Its tokens must be 0.
     """
     keys = mask | ~mask.any(-1, keepdim=True)
     return bias.masked_fill(~keys[:, None, None], -torch.inf)
@@ -169,7 +172,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """wo relu(wi x), or from version 1.1 on wo (gelu(wi_0 x) * wi_1 x)."""
+    """wo relu(wi x), or since version 1.1 wo (gelu(wi_0 x) * wi_1 x)."""
 
     def __init__(self, settings: T5Settings):
         super().__init__()
@@ -196,7 +199,7 @@ class _Layer(nn.Module):
 
 
 class EncoderLayer(_Layer):
-    """Self-attention and feed-forward, each of normalised tokens and added to them."""
+    """Self-attention and feed-forward; each reads normalised tokens and is added to the tokens."""
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
         """Map tokens (B, T, W), with a bias that broadcasts to (B, H, T, T), to (B, T, W)."""
@@ -206,23 +209,23 @@ class EncoderLayer(_Layer):
 
 
 class DecoderLayer(_Layer):
-    """Self-attention, attention to the memory and feed-forward, each of normalised tokens and added to them."""
+    """Self-attention, attention to the memory and feed-forward; each reads normalised tokens and is added to them."""
 
     def __init__(self, settings: T5Settings):
         super().__init__(settings)
         self.cross_attention_norm, self.cross_attention = norm(settings), Attention(settings)
 
-    def forward(self, x: Tensor, bias: Tensor, memory: KeyValues, shut: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor, memory: KeyValues, padding_bias: Tensor) -> Tensor:
         """Map tokens (B * K, T, W), K texts for each memory, with a bias that broadcasts to (B * K, H, T, T)."""
         normed = self.attention_norm(x)
         x = x + self.dropout(self.attention(normed, self.attention.keys_values(normed), bias))
-        return self.read(x, memory, shut)
+        return self.read(x, memory, padding_bias)
 
-    def read(self, x: Tensor, memory: KeyValues, shut: Tensor) -> Tensor:
-        """Return tokens (B * K, T, W) after what follows their attention to themselves."""
+    def read(self, x: Tensor, memory: KeyValues, padding_bias: Tensor) -> Tensor:
+        """Map tokens (B * K, T, W) through the part of the layer after self-attention."""
         rows, width = max(1, len(memory[0])), x.shape[-1]
         queries = self.cross_attention_norm(x).reshape(len(memory[0]), x.numel() // width // rows, width)  # K * T each
-        x = x + self.dropout(self.cross_attention(queries, memory, shut).reshape(x.shape))
+        x = x + self.dropout(self.cross_attention(queries, memory, padding_bias).reshape(x.shape))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
 
@@ -239,14 +242,14 @@ class T5Encoder(nn.Module):
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Map embedded tokens (B, T, W), with a mask (B, T) of the real ones, to (B, T, W)."""
         x = self.dropout(zero_absent(x, mask))
-        bias = shut_padding(self.bias(distances(torch.arange(x.shape[1], device=x.device))), mask)
+        bias = mask_padding(self.bias(distances(torch.arange(x.shape[1], device=x.device))), mask)
         for layer in self.layers:
             x = layer(x, bias)
         return self.dropout(self.norm(x))
 
 
 class T5Decoder(nn.Module):
-    """Layers of self-attention to what came before, and of attention to a memory."""
+    """Layers of causal self-attention and of attention to a memory."""
 
     def __init__(self, settings: T5Settings):
         super().__init__()
@@ -255,14 +258,14 @@ class T5Decoder(nn.Module):
         self.norm = norm(settings)
         self.dropout = Dropout(settings.dropout_rate)
 
-    def remember(self, memory: Tensor, mask: Tensor) -> Memory:
-        """Prepare a memory (B, S, W), with a mask (B, S) of its real tokens, for all the steps to come."""
+    def prepare_memory(self, memory: Tensor, mask: Tensor) -> Memory:
+        """Compute keys and values of a memory (B, S, W), with a mask (B, S) of its real tokens, once for all steps."""
         memory = zero_absent(memory, mask)
-        shut = shut_padding(memory.new_zeros(1, 1, 1, mask.shape[1]), mask)
-        return [layer.cross_attention.keys_values(memory) for layer in self.layers], shut
+        padding_bias = mask_padding(memory.new_zeros(1, 1, 1, mask.shape[1]), mask)
+        return [layer.cross_attention.keys_values(memory) for layer in self.layers], padding_bias
 
     def forward(self, x: Tensor, memory: Memory) -> Tensor:
-        """Map embedded tokens (B * K, T, W), K texts for each memory; a token sees those before it, and itself."""
+        """Map embedded tokens (B * K, T, W), K texts for each memory; a token attends to itself and earlier tokens."""
         distance = distances(torch.arange(x.shape[1], device=x.device))  # (T, T)
         bias = self.bias(distance).masked_fill(distance > 0, -torch.inf)
         x = self.dropout(x)
@@ -272,7 +275,7 @@ class T5Decoder(nn.Module):
 
 
 class T5(nn.Module):
-    """Token ids to the encoder's output, and on to the logits of the tokens that a decoder writes."""
+    """Map token ids to the encoder's output, then to the logits of the tokens that the decoder writes."""
 
     def __init__(self, settings: T5Settings):
         super().__init__()
@@ -288,13 +291,13 @@ class T5(nn.Module):
         return self.encoder(self.embedding(ids.masked_fill(~mask, self.settings.pad_token_id)), mask)
 
     def decode(self, targets: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """Return the logits (B, T, V) of each of the targets (B, T), given those before it and a memory (B, S, W).
+        """Return the logits (B, T, V) of each target (B, T), given the targets before it and a memory (B, S, W).
 
-        The mask (B, S) is of the memory's real tokens. Targets below 0, which a loss leaves out, count as padding.
+        The mask (B, S) marks the memory's real tokens. Targets below 0, which a loss ignores, are treated as padding.
         """
         before = F.pad(targets[:, :-1], (1, 0), value=self.settings.decoder_start_token_id)
         x = self.embedding(before.masked_fill(before < 0, self.settings.pad_token_id))
-        return self.logits(self.decoder(x, self.decoder.remember(memory, mask)))
+        return self.logits(self.decoder(x, self.decoder.prepare_memory(memory, mask)))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the decoder's output (..., W) to logits (..., V)."""
@@ -303,5 +306,5 @@ class T5(nn.Module):
         return F.linear(hidden * self.settings.d_model**-0.5, self.embedding.weight)
 
     def forward(self, ids: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
-        """Return the logits (B, T, V) of each of the targets (B, T), given those before it and a text (B, S)."""
+        """Return the logits (B, T, V) of each target (B, T), given the targets before it and a text (B, S)."""
         return self.decode(targets, self.encode(ids, mask), mask)

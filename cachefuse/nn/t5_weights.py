@@ -1,4 +1,4 @@
-"""Weights of a T5 that transformers has saved, from a local folder or the hub: safetensors only."""
+"""Load the weights of a T5 saved by transformers, from a local folder or the hub: safetensors only."""
 
 import json
 from contextlib import ExitStack
@@ -13,27 +13,27 @@ from cachefuse.encoders.frozen import opening
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.nn.t5 import T5, T5Settings
 
-EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # one and the same
+EMBEDDINGS = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")  # names of one tensor
 
 
 def read_settings(spec: str) -> T5Settings:
-    """Return the settings of ``hf:name[@revision]`` or ``hf:./folder``. Raises EncoderError if that is no T5."""
+    """Return the settings of ``hf:name[@revision]`` or ``hf:./folder``. Raises EncoderError if it is no T5."""
     return _find(EncoderSpec.parse(spec))[1]
 
 
 def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
-    """Open ``hf:name[@revision]`` or ``hf:./folder`` with the first layers of its decoder, or by default with all.
+    """Open ``hf:name[@revision]`` or ``hf:./folder`` with the first ``decoder_layers`` of its decoder, by default all.
 
-    In float32, and from safetensors only. Raises EncoderError if that is no T5, has fewer layers, or if its weights are
-    not all there or not as large as its config.json says.
+    Weights are in float32, and from safetensors only. Raises EncoderError if it is no T5 or has fewer layers, or if a
+    weight is missing or has another shape than in config.json.
     """
     parsed = EncoderSpec.parse(spec)
     folder, settings = _find(parsed)
-    wanted = settings.num_decoder_layers if decoder_layers is None else decoder_layers
-    if not 0 <= wanted <= settings.num_decoder_layers:
-        raise EncoderError(f"can't take {wanted} layers of {spec}'s decoder: it has {settings.num_decoder_layers}")
-    with torch.device("meta"):  # shapes only: what would be drawn at random is read from the files
-        model = T5(replace(settings, num_decoder_layers=wanted))
+    n_layers = settings.num_decoder_layers if decoder_layers is None else decoder_layers
+    if not 0 <= n_layers <= settings.num_decoder_layers:
+        raise EncoderError(f"can't take {n_layers} layers of {spec}'s decoder: it has {settings.num_decoder_layers}")
+    with torch.device("meta"):  # shapes only: the values come from the files
+        model = T5(replace(settings, num_decoder_layers=n_layers))
     with opening(parsed), ExitStack() as stack:
         paths = [path for path in [folder / "model.safetensors"] if path.is_file()]
         paths = paths or sorted(folder.glob("model-*.safetensors"))
@@ -50,7 +50,7 @@ def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
             key = next(key for key in _keys(name) if key in stored)
             shape = tuple(stored[key].get_slice(key).get_shape())
             if shape != tuple(expected.shape):
-                raise EncoderError(f"can't open {spec}: {key} is {shape}, not {tuple(expected.shape)} as configured")
+                raise EncoderError(f"can't open {spec}: {key} is {shape}; config.json needs {tuple(expected.shape)}")
             weights[name] = stored[key].get_tensor(key).to(torch.float32, copy=True)
     model.load_state_dict(weights, assign=True)
     return model
@@ -60,7 +60,7 @@ def _find(spec: EncoderSpec) -> tuple[Path, T5Settings]:
     from cachefuse.encoders.hf import model_folder  # which imports transformers
 
     if spec.family != "hf":
-        raise EncoderError(f"a T5 is opened with hf:, such as hf:google/t5-v1_1-base or hf:./folder. Got {spec}")
+        raise EncoderError(f"a T5 needs a spec such as hf:google/t5-v1_1-base or hf:./folder. Got {spec}")
     folder = model_folder(spec)
     with opening(spec):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -71,23 +71,23 @@ def _find(spec: EncoderSpec) -> tuple[Path, T5Settings]:
 
 
 def _keys(name: str) -> tuple[str, ...]:
-    """Return what transformers may call a parameter of ``T5``; the first that is there counts."""
+    """Return the names that transformers may give to a parameter of ``T5``; the first one in the file is used."""
     match name.split("."):
         case ["embedding", _]:
             return EMBEDDINGS
         case ["lm_head", _]:
-            return name, *EMBEDDINGS  # transformers 5 ties an output layer that did not come with weights of its own
+            return name, *EMBEDDINGS  # transformers 5 ties an output layer without weights of its own
         case [stack, "norm", leaf]:
             return (f"{stack}.final_layer_norm.{leaf}",)
         case [stack, "bias", "table", leaf]:
             return (f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias.{leaf}",)
-        case [stack, "layers", i, part, *rest]:
+        case [stack, "layers", i, sublayer, *rest]:
             sublayers = {
                 "attention": "0.SelfAttention",
                 "cross_attention": "1.EncDecAttention",
                 "feed_forward": f"{1 if stack == 'encoder' else 2}.DenseReluDense",
             }
-            number, module = sublayers[part.removesuffix("_norm")].split(".")
-            module = "layer_norm" if part.endswith("_norm") else module
+            number, module = sublayers[sublayer.removesuffix("_norm")].split(".")
+            module = "layer_norm" if sublayer.endswith("_norm") else module
             return (".".join([stack, "block", i, "layer", number, module, *rest]),)
     raise ValueError(name)

@@ -1,4 +1,4 @@
-"""A transformer block over tokens of any kind, masked where they are padding."""
+"""A transformer block over tokens, with a mask for padding."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ EXPANSION = 4  # of the block's hidden layer
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and an MLP, each on normalised tokens and added to them (arXiv 1706.03762, 2002.04745)."""
+    """Self-attention and an MLP; each reads normalised tokens and is added to them (arXiv 1706.03762, 2002.04745)."""
 
     def __init__(self, width: int, heads: int = ATTENTION_HEADS, dropout: float = 0.0):
         super().__init__()
@@ -29,10 +29,9 @@ class TransformerBlock(nn.Module):
         self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, n_queries: int | None = None) -> Tensor:
-        """Map tokens (B, T, W) with a mask (B, T) of the real ones, None if all are, to (B, T, W).
+        """Map tokens (B, T, W) to (B, T, W), with a mask (B, T) of the real tokens, None if all are real.
 
-        With ``n_queries`` only so many tokens, the first, are mapped: all that a last block has to tell, at a fraction
-        of the cost.
+        ``n_queries`` maps only the first tokens, at a fraction of the cost: a last block's other outputs are not used.
         """
         normed = self.norm1(x)
         x = x[:, :n_queries]
@@ -42,14 +41,14 @@ class TransformerBlock(nn.Module):
     def _attend(self, x: Tensor, n_queries: int, mask: Tensor | None) -> Tensor:
         length, width = x.shape[1:]
         weight, bias = self.qkv.weight, self.qkv.bias
-        if length == 1:  # a token alone attends to itself: queries and keys would make no difference
+        if length == 1:  # a single token attends to itself: queries and keys have no effect
             return F.linear(x, weight[2 * width :], bias[2 * width :])
         if n_queries == length:
-            parts = self.qkv(x).chunk(3, dim=-1)
+            qkv = self.qkv(x).chunk(3, dim=-1)
         else:
             query = F.linear(x[:, :n_queries], weight[:width], bias[:width])
-            parts = (query, *F.linear(x, weight[width:], bias[width:]).chunk(2, dim=-1))
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+            qkv = (query, *F.linear(x, weight[width:], bias[width:]).chunk(2, dim=-1))
+        q, k, v = (projected.unflatten(-1, (self.heads, -1)).transpose(1, 2) for projected in qkv)
         key_mask = None if mask is None else mask[:, None, None, :]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask)  # (B, H, T, W / H)
         return attended.transpose(1, 2).flatten(2)

@@ -340,7 +340,7 @@ class TestLoading:
         edit(tmp_path, lambda weights: weights.update({key: torch.zeros(3, 5)}))
         with pytest.raises(EncoderError) as error:
             load_t5(spec)
-        assert str(error.value) == f"can't open {spec}: {key} is (3, 5), not {shape} as configured"
+        assert str(error.value) == f"can't open {spec}: {key} is (3, 5); config.json needs {shape}"
         edit(tmp_path, lambda weights: weights.pop(key))
         with pytest.raises(EncoderError) as error:
             load_t5(spec)
