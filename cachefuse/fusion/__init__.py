@@ -1,4 +1,4 @@
-"""Fusions: from features by modality to logits. A method is one file and one line; naming them imports no torch."""
+"""Fusions map the features of each modality to logits. One file and one line per method; no torch is imported."""
 
 from typing import TYPE_CHECKING
 

@@ -1,6 +1,6 @@
-"""What a fusion is: any number of modalities' features, some absent in some rows, to logits.
+"""The base class of fusions: features of any number of modalities to logits; any row may lack any modality.
 
-Features go by name ("image", "image_tokens"): see ``feature_name``. What they are, their specs say; no name is parsed.
+Features have names ("image", "image_tokens"): see ``feature_name``. Their specs describe them; no name is parsed.
 """
 
 import inspect
@@ -17,43 +17,43 @@ from cachefuse.nn.losses import Loss
 from cachefuse.nn.masking import zero_absent
 from cachefuse.registry import Options
 
-# (width, classes) -> a head from (B, width) to (B, classes); a width of tokens side by side comes with n_tokens=T.
+# (width, classes) -> a head from (B, width) to (B, classes). For T tokens side by side, n_tokens=T is given too.
 HeadBuilder = Callable[..., nn.Module]
 
 
 class Model(nn.Module):
-    """From features and what is present of them to logits (B, C), and to what training makes small."""
+    """Map features and presence masks to logits (B, C) and to a loss."""
 
-    weighs: bool = False  # whether it has ``weights`` to show: how much each modality counts in each row
+    weighs: bool = False  # whether the model has ``weights``: the weight of each modality in each row
 
     def objective(self, features: dict[str, Tensor], present: dict[str, Tensor], targets: Tensor, loss: Loss) -> Tensor:
-        """Return the loss of a batch; a model may have a shorter way to it than by all its logits."""
+        """Return the loss of a batch. A model may compute it without all the logits."""
         return loss(self(features, present).float(), targets)
 
 
 class Fusion(Model):
-    """From features and what is present of them to logits (B, C).
+    """Map features and presence masks to logits (B, C).
 
-    Pooled features are (B, D) with presence (B,) bool; tokens are (B, T, D), ids (B, T), both with a mask (B, T) bool
-    of what is neither padding nor of a row that lacks the modality. ``specs`` say which are at hand, by name. The
-    attribute ``specs`` keeps those in use, by modality in alphabetical order, so that a model does not depend on the
-    order they are listed in. Keyword-only arguments of a constructor are the fusion's options; each says what it is,
-    ``depth: Annotated[int, "transformer blocks"] = 2``. Raises ConfigError if a modality needed is not there.
+    Pooled features are (B, D) with presence (B,) bool. Tokens are (B, T, D) and ids (B, T), both with a mask (B, T)
+    bool: True for real tokens, False for padding and for rows that lack the modality. The argument ``specs`` lists the
+    available features by name. The attribute ``specs`` holds the features in use, by modality in alphabetical order:
+    the order of the argument makes no difference. Keyword-only arguments of the constructor are the fusion's options,
+    each with its help: ``depth: Annotated[int, "transformer blocks"] = 2``. Raises ConfigError if a feature is missing.
     """
 
     name: ClassVar[str]
-    modalities: ClassVar[tuple[str, ...] | None] = None  # None: all that are given
-    parts: ClassVar[tuple[str, ...]] = ()  # that can be left out, to see what they are good for
-    linear: ClassVar[bool] = False  # whether all weights but the heads' are in linear layers
-    mixed_precision: ClassVar[bool] = False  # whether it is worth bfloat16 on CUDA, as transformers are
-    stages: ClassVar[tuple[str, ...]] = ()  # in which it can be trained, in their order
-    per_task: ClassVar[bool] = False  # whether it takes ``tasks``, {name: classes}, to have parts for each of several
-    defaults: ClassVar[Options] = {}  # settings of a training that differ from those of the others
+    modalities: ClassVar[tuple[str, ...] | None] = None  # None: all available ones
+    parts: ClassVar[tuple[str, ...]] = ()  # the parts that an ablation can leave out
+    linear: ClassVar[bool] = False  # whether all weights outside the heads are in linear layers
+    mixed_precision: ClassVar[bool] = False  # whether bfloat16 on CUDA makes it faster, as for transformers
+    stages: ClassVar[tuple[str, ...]] = ()  # the stages of its training, in order
+    per_task: ClassVar[bool] = False  # whether it takes ``tasks``, {name: classes}, and has parts for each task
+    defaults: ClassVar[Options] = {}  # training settings of its own
 
     def __init__(
         self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder, options: Options | None = None
     ):
-        """``options`` are those that decide on the views to read."""
+        """``options`` holds the options that decide which views are read."""
         super().__init__()
         used = modalities_of(specs.values()) if self.modalities is None else self.modalities
         names = {feature_name(m, view): m for m in used for view in self.views(m, options or {})}
@@ -67,62 +67,62 @@ class Fusion(Model):
 
     @classmethod
     def views(cls, modality: str, options: Options) -> tuple[str, ...]:
-        """Return the views that are read of a modality, with such options."""
+        """Return the views of a modality that the fusion reads with these options."""
         return (POOLED,)
 
     @classmethod
     def options(cls) -> Options:
         """Return the options with their defaults."""
         parameters = inspect.signature(cls.__init__).parameters.values()
-        others = ("tasks", "ablate")  # which have settings of their own, or are the dataset's
+        others = ("tasks", "ablate")  # the dataset gives tasks; ablate is a training setting
         return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in others}
 
     @classmethod
     def resolve_options(cls, options: Options, origins: Mapping[str, Origin], classes: Sequence[str]) -> Options:
-        """Return options with those filled in that depend on files, the classes, or where features are from."""
+        """Return the options, completed with those that depend on files, classes or the features' encoders."""
         return dict(options)
 
     @classmethod
     def is_generative(cls, options: Options) -> bool:
-        """Return whether it writes the classes' names, with such options: its logits are then log-probabilities."""
+        """Return whether the fusion writes class names with these options. Its logits are then log-probabilities."""
         return False
 
     def initialize(self) -> None:
-        """Take pretrained weights, where there are any, before training."""
+        """Load pretrained weights, if the fusion has any, before training."""
 
     def trained_in(self, stage: str) -> Iterable[nn.Parameter]:
-        """Return the parameters that one of its ``stages`` trains; the others are frozen in it."""
+        """Return the parameters that one of the ``stages`` trains; the others are frozen."""
         return self.parameters()
 
     def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Return how much each modality counts in each row, (B, M) in alphabetical order; of K tasks (B, K, M).
+        """Return the weight of each modality in each row, (B, M) in alphabetical order; (B, K, M) for K tasks.
 
-        For a fusion that says so by ``weighs``.
+        Only fusions with ``weighs`` have it.
         """
-        raise NotImplementedError(f"fusion {self.name!r} does not weigh modalities")
+        raise NotImplementedError(f"fusion {self.name!r} has no weights of modalities")
 
     def unimodal_heads(self) -> "dict[str, nn.Module]":
-        """Return the heads that the staged scheme trains first, each alone against the labels; none if there is one.
+        """Return the heads that the staged scheme trains first, each alone on the labels; {} for a single head.
 
-        Each is a module from features and presence to logits (B, C), as the fusion is.
+        Each head maps features and presence masks to logits (B, C), as the fusion does.
         """
         return {}
 
 
 def joint_width(specs: Mapping[str, FeatureSpec]) -> int:
-    """Return the width of what ``join`` makes of features."""
+    """Return the width of joined features: see ``join``."""
     return sum(spec.width for spec in specs.values())
 
 
 def joint_head(specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder) -> nn.Module:
-    """Build a head on what ``join`` makes of features; that of one modality's flat tokens is told how many they are."""
+    """Build a head on joined features. A head on one modality's flat tokens gets their number ``n_tokens``."""
     first, *others = specs.values()
     tokens = {"n_tokens": first.n_tokens} if first.n_tokens and not others else {}
     return head(joint_width(specs), classes, **tokens)
 
 
 def join(features: Mapping[str, Tensor], present: Mapping[str, Tensor], names: Iterable[str]) -> Tensor:
-    """Return [x_1; ...; x_M] of the named modalities, (B, D_1 + ... + D_M), with absent rows of each set to 0."""
+    """Return [x_1; ...; x_M] of the named modalities, (B, D_1 + ... + D_M), with 0 in absent rows."""
     first, *others = [zero_absent(features[m], present[m]) for m in names]
-    # To concatenate one would copy it, and that takes as long as a linear head's product.
+    # torch.cat would copy a single feature, which takes as long as a linear head's product.
     return torch.cat([first, *others], dim=-1) if others else first

@@ -1,8 +1,8 @@
-"""CMA-CLIP, section 2: attention along the sequence of all modalities' tokens, then between the modalities.
+"""CMA-CLIP, section 2: attention over the sequence of all modalities' tokens, then between the modalities.
 
-Over cached features, which is what the paper's warm-up stage trains with the encoders frozen. A modality's class token
-is its pooled feature; maps of their own take it and the tokens to the common width, and their biases tell the
-modalities apart. Positions are those that the encoders have put into their tokens.
+This works on cached features: the paper's warm-up stage also trains with frozen encoders. A modality's class token is
+its pooled feature. Each feature has its own linear map to the common width, and the biases tell the modalities apart.
+The encoders have already added positions to the tokens.
 """
 
 from collections.abc import Iterable, Mapping
@@ -27,10 +27,10 @@ WARM_UP, TUNING = "warm-up", "tuning"
 class CMAFusion(Fusion):
     """[c_1; ...; c_M; tokens_1; ...; tokens_M] -> transformer -> sum of lambda_m c'_m -> head -> logits.
 
-    lambda = softmax(w . c'_m) over the modalities that are present, with one vector w for all; w starts at 0, so that
-    they count alike. Without modality attention they always do; without sequence attention c'_m is the normalised c_m,
-    and no tokens are read. ``pool`` ("image=mean:16") is how a modality's tokens are pooled before; the paper takes
-    all. What lambda gives a modality may be what its class token has read in the other's tokens.
+    lambda = softmax(w . c'_m) over the present modalities, with one vector w for all. w starts at 0: equal weights.
+    Without modality attention, weights are always equal. Without sequence attention, c'_m is the normalised c_m, and no
+    tokens are read. ``pool`` ("image=mean:16") pools a modality's tokens first; the paper uses all tokens. A modality's
+    lambda can reflect other modalities: its class token attends to their tokens too.
     """
 
     name = "cma"
@@ -52,10 +52,10 @@ class CMAFusion(Fusion):
         head: HeadBuilder,
         *,
         depth: Annotated[int, "transformer blocks"] = 2,
-        width: Annotated[int, "of the tokens in the transformer"] = 256,
-        heads: Annotated[int, "of each block's attention"] = 4,
-        dropout: Annotated[float, "in the blocks"] = 0.1,
-        pool: Annotated[PoolSpec, "how a modality's tokens are pooled before: image=mean:16"] = "",
+        width: Annotated[int, "width of the tokens in the transformer"] = 256,
+        heads: Annotated[int, "attention heads of each block"] = 4,
+        dropout: Annotated[float, "dropout in the blocks"] = 0.1,
+        pool: Annotated[PoolSpec, "how to pool a modality's tokens first: image=mean:16"] = "",
         ablate: tuple[str, ...] = (),
         tasks: Mapping[str, int] | None = None,
     ):
@@ -85,24 +85,24 @@ class CMAFusion(Fusion):
         )
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        summaries, here = self.summaries(features, present)
-        weights = self._lambda(summaries, here)
+        summaries, available = self.summaries(features, present)
+        weights = self._lambda(summaries, available)
         if not self.tasks:
             return self.head((weights.unsqueeze(-1) * summaries).sum(1))
         fused = (weights.unsqueeze(-1) * summaries.unsqueeze(1)).sum(2)  # (B, K, W)
         return torch.cat([head(x) for head, x in zip(self.heads, fused.unbind(1), strict=True)], dim=1)
 
     def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Return lambda, how much each modality counts in each row, (B, M) in alphabetical order; 0 where absent.
+        """Return lambda, the weight of each modality in each row, (B, M) in alphabetical order; 0 where absent.
 
-        Of K tasks, in their order, (B, K, M).
+        With K tasks it is (B, K, M), in the order of the tasks.
         """
         return self._lambda(*self.summaries(features, present))
 
     def summaries(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Return each modality's class token after the transformer (B, M, W), and which are present (B, M)."""
         names = modalities_of(self.specs.values())
-        here = torch.stack([present[m] for m in names], dim=1)  # (B, M)
+        available = torch.stack([present[m] for m in names], dim=1)  # (B, M)
         features, present = dict(features), dict(present)
         for m, pool in self.pool.items():
             name = feature_name(m, TOKENS)
@@ -112,17 +112,17 @@ class CMAFusion(Fusion):
         if self.blocks:
             sequences = [feature_name(m, TOKENS) for m in names]
             x = torch.cat([x, *(embedded[name] for name in sequences)], dim=1)  # (B, M + T, W)
-            mask = torch.cat([here, *(present[name] for name in sequences)], dim=1)
-            mask[:, 0] |= ~here.any(1)  # a row of nothing attends to a class token of zeros, not to nothing
+            mask = torch.cat([available, *(present[name] for name in sequences)], dim=1)
+            mask[:, 0] |= ~available.any(1)  # an empty row attends to a zero class token: softmax over nothing is NaN
             attended = None if mask.device.type == "cpu" and mask.all() else mask
             for i, block in enumerate(self.blocks, 1):
                 x = block(x, attended, len(names) if i == len(self.blocks) else None)
-        return self.norm(x), here
+        return self.norm(x), available
 
-    def _lambda(self, summaries: Tensor, here: Tensor) -> Tensor:
+    def _lambda(self, summaries: Tensor, available: Tensor) -> Tensor:
         scores = torch.zeros_like(summaries[..., 0]) if self.relevance is None else summaries @ self.relevance.t()
         if self.tasks:
             scores = scores.mT if scores.ndim == 3 else scores.unsqueeze(1).expand(-1, len(self.tasks), -1)
-            here = here.unsqueeze(1)  # for scores (B, K, M)
-        scores = scores.masked_fill(~here, torch.finfo(scores.dtype).min)
-        return zero_absent(scores.softmax(dim=-1), here.any(-1))
+            available = available.unsqueeze(1)  # for scores (B, K, M)
+        scores = scores.masked_fill(~available, torch.finfo(scores.dtype).min)
+        return zero_absent(scores.softmax(dim=-1), available.any(-1))

@@ -1,8 +1,8 @@
-"""What each fusion declares, read from its source: help lists it, and must not wait for torch to be imported.
+"""The options, parts, stages and defaults of each fusion, read from its source: ``--help`` must not import torch.
 
-A fusion's options are the keyword-only arguments of its constructor that say what they are:
-``depth: Annotated[int, "transformer blocks"] = 2``. Its ``parts``, ``stages`` and ``defaults`` stand in its class. What
-cannot be read this way is left out; a test compares all that there is with the classes themselves.
+A fusion's options are the keyword-only arguments of its constructor that have a help text:
+``depth: Annotated[int, "transformer blocks"] = 2``. ``parts``, ``stages`` and ``defaults`` are attributes of its class.
+Values that are no literals are left out; a test compares the rest with the classes.
 """
 
 import ast
@@ -15,12 +15,12 @@ from pathlib import Path
 from cachefuse.fusion import FUSIONS
 from cachefuse.registry import Options
 
-HELP = "help"  # in place of options: explain them
+HELP = "help"  # the value of --fusion-options that explains them
 
 
 @dataclass(frozen=True)
 class Option:
-    """An option of a fusion; the type of the default is its type."""
+    """An option of a fusion; its type is the type of its default."""
 
     name: str
     default: object
@@ -29,7 +29,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Declared:
-    """What a fusion says of itself; ``defaults`` are settings of a training that differ from those of others."""
+    """What a fusion declares; ``defaults`` holds its own defaults of training settings."""
 
     options: tuple[Option, ...] = ()
     parts: tuple[str, ...] = ()
@@ -39,12 +39,12 @@ class Declared:
 
 @cache
 def declared(name: str) -> Declared:
-    """Return what the fusion of a name declares; nothing for one whose source is not there."""
+    """Return what the named fusion declares; empty if its source cannot be read."""
     module, _, attribute = FUSIONS.source(name).partition(":")
     try:
         spec = find_spec(module)
         tree = ast.parse(Path(str(spec.origin if spec else "")).read_text(encoding="utf-8"))
-    except (ImportError, OSError, ValueError, SyntaxError):  # of another package: using the fusion says what is wrong
+    except (ImportError, OSError, ValueError, SyntaxError):  # in another package: importing the fusion reports it
         return Declared()
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     if attribute not in classes:
@@ -65,26 +65,26 @@ def _read(node: ast.ClassDef, constants: Options) -> Declared:
 
 
 def _constants(body: Sequence[ast.stmt], known: Options) -> Options:
-    """Return the names that statements give to plain values."""
-    found = dict(known)
+    """Return the constants that statements assign, by name, together with the known ones."""
+    constants = dict(known)
     for statement in body:
         match statement:
             case ast.Assign([target], value) | ast.AnnAssign(target, _, ast.expr() as value):
                 names = target.elts if isinstance(target, ast.Tuple) else [target]
                 values = value.elts if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple) else [value]
-                for name, one in zip(names, values, strict=False):
+                for name, expression in zip(names, values, strict=False):
                     if isinstance(name, ast.Name):
-                        found[name.id] = _value(one, found)
-    return found
+                        constants[name.id] = _value(expression, constants)
+    return constants
 
 
 def _value(node: ast.expr, known: Options) -> object:
-    """Return the value of a literal, of a name that is known, or of a tuple of these; else None."""
+    """Return the value of a literal, of a known name, or of a tuple of these; else None."""
     match node:
         case ast.Name(name):
             return known.get(name)
-        case ast.Tuple(parts):
-            return tuple(_value(part, known) for part in parts)
+        case ast.Tuple(elements):
+            return tuple(_value(element, known) for element in elements)
     try:
         return ast.literal_eval(node)
     except ValueError:
@@ -94,21 +94,21 @@ def _value(node: ast.expr, known: Options) -> object:
 def list_options() -> str:
     """Return every fusion's options with their defaults, in sentences."""
     options = {name: [f"{o.name} {o.default}".rstrip() for o in declared(name).options] for name in FUSIONS}
-    return f"{_listed(options)} {HELP}: explain those of --fusion."
+    return f"{_listed(options)} {HELP}: explain the options of --fusion."
 
 
 def list_parts() -> str:
-    """Return every fusion's parts that can be left out, in a sentence."""
+    """Return the parts that each fusion can leave out, in a sentence."""
     return _listed({name: list(declared(name).parts) for name in FUSIONS})
 
 
 def list_stages() -> str:
-    """Return the stages of every fusion that has some, in a sentence."""
+    """Return the stages of each fusion with stages, in a sentence."""
     return _listed({name: [",".join(declared(name).stages)] * bool(declared(name).stages) for name in FUSIONS})
 
 
 def defaults_of(setting: str) -> str:
-    """Return the defaults that fusions have of their own for a setting, as "cma, midfusion: 0.2; lit: 0.1"."""
+    """Return the fusions' own defaults of a setting, as "cma, midfusion: 0.2; lit: 0.1"."""
     fusions: dict[str, list[str]] = {}
     for name in FUSIONS:
         if setting in declared(name).defaults:
@@ -117,4 +117,4 @@ def defaults_of(setting: str) -> str:
 
 
 def _listed(names: Mapping[str, Sequence[str]]) -> str:
-    return "; ".join(f"{fusion}: {', '.join(own)}" for fusion, own in names.items() if own) + "."
+    return "; ".join(f"{fusion}: {', '.join(listed)}" for fusion, listed in names.items() if listed) + "."

@@ -1,4 +1,4 @@
-"""Gated late fusion: the "dynamic fusion" that "Multimodal multilabel classification with CLIP" asks for, section 5."""
+"""Gated late fusion: the "dynamic fusion" of "Multimodal multilabel classification with CLIP", section 5."""
 
 from collections.abc import Mapping
 
@@ -15,8 +15,8 @@ from cachefuse.nn.named import NamedModules
 class GatedFusion(Fusion):
     """w_1 head_1(x_1) + ... + w_M head_M(x_M) -> logits, with weights that depend on the row.
 
-    w = softmax(W [x_1; ...; x_M] + b) over the modalities that are present, so that they add up to 1; W starts at 0:
-    training begins with the plain mean.
+    w = softmax(W [x_1; ...; x_M] + b) over the present modalities: the weights add up to 1. W starts at 0: training
+    begins with the plain mean.
     """
 
     name = "gated"
@@ -34,10 +34,10 @@ class GatedFusion(Fusion):
         return {m: UnimodalHead(head, {m: self.specs[m]}) for m, head in self.heads.items()}
 
     def weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Return how much each modality counts in each row, (B, M) in the order of ``specs``; 0 where it is absent."""
-        here = torch.stack([present[m] for m in self.specs], dim=-1)  # (B, M)
-        scores = self.gate(join(features, present, self.specs)).masked_fill(~here, torch.finfo(torch.float32).min)
-        return zero_absent(scores.softmax(dim=-1), here.any(dim=-1))
+        """Return the weight of each modality in each row, (B, M) in the order of ``specs``; 0 where absent."""
+        available = torch.stack([present[m] for m in self.specs], dim=-1)  # (B, M)
+        scores = self.gate(join(features, present, self.specs)).masked_fill(~available, torch.finfo(torch.float32).min)
+        return zero_absent(scores.softmax(dim=-1), available.any(dim=-1))
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         x = {m: zero_absent(features[m], present[m]) for m in self.specs}

@@ -1,7 +1,7 @@
 """Late fusions of pooled features, from "Multimodal multilabel classification with CLIP" (MMC), section 3.2.
 
-A row where a modality is absent takes nothing from it: its features are set to 0, which is their mean in training since
-they arrive standardised, and where a head of its own reads them, that head's logits are left out of the sum.
+An absent modality adds nothing to a row. Its features are set to 0: inputs are standardised, so 0 is their mean in
+training. If the modality has its own head, that head's logits are left out of the sum.
 """
 
 from collections.abc import Mapping
@@ -44,7 +44,7 @@ class TextOnly(ConcatFusion):
 
 
 class UnimodalHead(Model):
-    """One head of a fusion, by itself: [x_1; ...; x_n] of its modalities -> head -> logits."""
+    """One head of a fusion alone: [x_1; ...; x_n] of its modalities -> head -> logits."""
 
     def __init__(self, head: nn.Module, specs: Mapping[str, FeatureSpec]):
         super().__init__()
@@ -58,7 +58,7 @@ class UnimodalHead(Model):
 class SumFusion(Fusion):
     """head_1(x_1) + ... + head_M(x_M) -> meta-classifier -> logits.
 
-    The meta-classifier is a Linear (C to C) that starts as the identity: training begins with the plain sum.
+    The meta-classifier is a Linear (C to C). It starts as the identity: training begins with the plain sum.
     """
 
     name = "sum"
@@ -79,7 +79,7 @@ class SumFusion(Fusion):
         return {m: UnimodalHead(head, {m: self.specs[m]}) for m, head in self.heads.items()}
 
     def total(self, x: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Add up the heads' logits (B, C), each where its modality is present."""
+        """Add up the logits (B, C) of the heads, each in the rows where its modality is present."""
         return torch.stack([zero_absent(head(x[m]), present[m]) for m, head in self.heads.items()]).sum(0)
 
 

@@ -1,8 +1,7 @@
-"""LiT with TIRG: a text transformer, tuned, which also sees the tokens of a locked image encoder.
+"""LiT with TIRG: a fine-tuned text transformer that also reads the tokens of a locked image encoder.
 
 "Leveraging efficient training and feature fusion in transformers for multimodal classification", section 3. Locked
-means that the image side is read from the cache; of the text side the token ids are, so that its transformer can be
-trained.
+means that image features come from the cache. Of the texts, the cache holds token ids: the text transformer is trained.
 """
 
 import math
@@ -28,11 +27,11 @@ IMAGE_PART, TIRG_PART = "image", "tirg"
 class LiTFusion(Fusion):
     """[text embeddings; W image tokens + b] -> text transformer -> f; TIRG(image, f) -> head -> logits.
 
-    ``text_model`` is a BERT-like encoder of transformers, by its spec; by default that of the cached ids, whose tokens
-    it must read. Its own tables give both sides' tokens their positions, each from 0 on, and tell them apart as two
-    segments. f is the mean of the text's tokens; the image is its pooled feature, by a map to the same width. Without
-    TIRG the head gets f alone; without the image this is the text model, tuned. ``grid`` averages the image's tokens,
-    which must be a square, to so many by so many; with that and without TIRG it is like MMBT (arXiv 1909.02950).
+    ``text_model`` is the spec of a BERT-like encoder of transformers, by default the one of the cached ids. Its
+    tokenizer must be that of the ids. Its tables embed positions, from 0 for texts and for images, and two segments
+    that tell them apart. f is the mean of the text's tokens. TIRG gets the image's pooled feature, mapped to the same
+    width. Without TIRG the head gets f alone. Without the image this is the fine-tuned text model. ``grid`` averages
+    the square of image tokens to grid x grid; this without TIRG resembles MMBT (arXiv 1909.02950).
     """
 
     name = "lit"
@@ -57,8 +56,8 @@ class LiTFusion(Fusion):
         classes: int,
         head: HeadBuilder,
         *,
-        text_model: Annotated[str, "the text encoder's spec, where not that of the cached ids"] = "",
-        grid: Annotated[int, "average the image's tokens to so many by so many; 0: keep all"] = 0,
+        text_model: Annotated[str, "the text encoder's spec, if not the one of the cached ids"] = "",
+        grid: Annotated[int, "average the image's tokens to grid x grid; 0: keep all"] = 0,
         architecture: Options | None = None,
         ablate: tuple[str, ...] = (),
     ):
@@ -74,11 +73,11 @@ class LiTFusion(Fusion):
             self.side, self.grid = _square(self.specs["image_tokens"]), grid
             n_tokens = (grid or self.side) ** 2
             if grid > self.side or grid < 0:
-                raise ConfigError(f"grid must be between 1 and {self.side}, the image's own. Got {grid} instead")
+                raise ConfigError(f"grid must be between 1 and {self.side}, the image's grid. Got {grid} instead")
             if n_tokens > self.text.config.max_position_embeddings:
                 raise ConfigError(
                     f"the text model has {self.text.config.max_position_embeddings} positions, fewer than the image's "
-                    f"{n_tokens} tokens; take grid, such as grid=7"
+                    f"{n_tokens} tokens; give a grid, such as grid=7"
                 )
             self.embed = nn.Linear(self.specs["image_tokens"].width, width)
         self.tirg = None
@@ -94,12 +93,12 @@ class LiTFusion(Fusion):
         f = self.read(features, present)
         if self.tirg is None:
             return self.head(f)
-        here = present["image"]
-        g = zero_absent(self.project(zero_absent(features["image"], here)), here)
+        has_image = present["image"]
+        g = zero_absent(self.project(zero_absent(features["image"], has_image)), has_image)
         return self.head(self.tirg(g, f))
 
     def read(self, features: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Tensor:
-        """Return the text transformer's output f (B, W); 0 where there is no text."""
+        """Return the text transformer's output f (B, W); 0 in rows without a text."""
         words = present["text_ids"]  # (B, T)
         table = self.text.get_input_embeddings()
         x, mask, segments = table(features["text_ids"].masked_fill(~words, 0)), words, torch.zeros_like(words).long()
@@ -111,7 +110,7 @@ class LiTFusion(Fusion):
             segments = torch.cat([segments, torch.full_like(patches, segment, dtype=torch.long)], dim=1)
             position = torch.cat([position, self._positions(patches.shape[1]).expand_as(patches)], dim=1)
         mask = mask.clone()
-        mask[:, 0] |= ~mask.any(1)  # a row of nothing attends to a token, not to nothing
+        mask[:, 0] |= ~mask.any(1)  # an empty row attends to one token: a softmax over nothing is NaN
         hidden = self.text(
             inputs_embeds=x, attention_mask=mask.long(), token_type_ids=segments, position_ids=position
         ).last_hidden_state  # (B, T + m, W)
@@ -126,13 +125,13 @@ class LiTFusion(Fusion):
         return self.embed(x), mask
 
     def _positions(self, n: int) -> Tensor:
-        first = getattr(self.text.embeddings, "padding_idx", None)  # RoBERTa's positions begin after it
-        return torch.arange(n, device=self.text.device) + (0 if first is None else first + 1)
+        padding = getattr(self.text.embeddings, "padding_idx", None)  # RoBERTa's positions begin after this index
+        return torch.arange(n, device=self.text.device) + (0 if padding is None else padding + 1)
 
 
 def _square(spec: FeatureSpec) -> int:
-    """Return the side of an image's grid of tokens. Raises ConfigError if they are no square."""
+    """Return the side of an image's grid of tokens. Raises ConfigError if the tokens are no square."""
     side = math.isqrt(spec.n_tokens)
     if side * side != spec.n_tokens:
-        raise ConfigError(f"the image's {spec.n_tokens} tokens are not a square grid, which fusion 'lit' needs")
+        raise ConfigError(f"the image's {spec.n_tokens} tokens are no square grid; fusion 'lit' needs one")
     return side

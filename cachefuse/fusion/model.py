@@ -1,4 +1,4 @@
-"""The whole trained model: features as they are stored, standardised, fused to logits."""
+"""The whole trained model: it standardises stored features and fuses them to logits."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -17,11 +17,11 @@ from cachefuse.store.tokens import Tokens
 
 
 class FusionModel(Model):
-    """From stored features of any float dtype, and what is present of them, to logits (B, C), as a ``Fusion`` does.
+    """Map stored features of any float dtype, with presence masks, to logits (B, C), as a ``Fusion`` does.
 
-    ``specs`` are those of the features in use, by name. Call ``fit_statistics`` before training: the statistics are
-    part of the state dict, so a saved model takes features as they are stored. Token ids are no numbers to standardise.
-    Absent rows count as the training mean. ``standardize`` is given where another model's statistics are to be shared.
+    ``specs`` holds the features in use, by name. Call ``fit_statistics`` before training. The state dict contains the
+    statistics, so a saved model reads stored features. Token ids are not standardised. Absent rows get the training
+    mean. Give ``standardize`` to share another model's statistics.
     """
 
     def __init__(self, fusion: Fusion | UnimodalHead, standardize: nn.ModuleDict | None = None):
@@ -40,7 +40,7 @@ class FusionModel(Model):
 
     @property
     def size_mb(self) -> float:
-        """The size in MB (10^6 bytes), statistics included."""
+        """The size in MB (10^6 bytes), with the statistics."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.state_dict().values()) / 1e6
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
@@ -50,13 +50,13 @@ class FusionModel(Model):
         return self.fusion.objective(self.standardized(features), present, targets, loss)
 
     def modality_weights(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        """Return how much each modality counts in each row, (B, M), of K tasks (B, K, M), if the fusion weighs them."""
+        """Return the weight of each modality in each row, (B, M), or (B, K, M) for K tasks: see ``weighs``."""
         return self.fusion.weights(self.standardized(features), present)
 
     def standardized(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return features as the fusion takes them."""
-        found = self.standardize
-        return {name: found[name](features[name]) if name in found else features[name] for name in self.specs}
+        """Return the fusion's inputs: standardised features, and token ids unchanged."""
+        scalers = self.standardize
+        return {name: scalers[name](features[name]) if name in scalers else features[name] for name in self.specs}
 
     def fit_statistics(
         self,
@@ -65,15 +65,14 @@ class FusionModel(Model):
         rows: Tensor,
         feature_rows: Callable[[str, Tensor], Tensor] = lambda name, rows: rows,
     ) -> None:
-        """Take the mean and standard deviation of each of the features over the rows (n,) int64 where it is present.
+        """Compute the mean and standard deviation of each feature over the rows (n,) int64 that have it.
 
-        ``feature_rows`` says which rows of the features of a name those are. Statistics of tokens are over an even
-        spread of the rows, where they are many. Raises ConfigError if a modality is present in none of the rows, or a
-        value is not finite.
+        ``feature_rows(name, rows)`` maps rows to rows of the named feature. Statistics of many tokens use an even
+        sample of the rows. Raises ConfigError if no row has a modality, or a value is not finite.
         """
         for name, spec in self.specs.items():
-            here = rows[present[name][rows]]
-            if not len(here):
-                raise ConfigError(f"no training row has a usable {spec.modality}; take a fusion that does without it")
+            present_rows = rows[present[name][rows]]
+            if not len(present_rows):
+                raise ConfigError(f"no training row has a usable {spec.modality}; choose a fusion without it")
             if name in self.standardize:
-                cast(Standardize, self.standardize[name]).fit(features[name], feature_rows(name, here))
+                cast(Standardize, self.standardize[name]).fit(features[name], feature_rows(name, present_rows))

@@ -1,4 +1,4 @@
-"""A fusion's options as they are given: checked, of the types of their defaults, and told apart from what was found."""
+"""A fusion's options as the user gives them: check them and convert them to the types of their defaults."""
 
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -10,13 +10,13 @@ from cachefuse.registry import Options
 if TYPE_CHECKING:
     from cachefuse.fusion.base import Fusion
 
-FOUND = ("architecture", "answer_tokens")  # options that are not given, but found in files or classes
+DERIVED_OPTIONS = ("architecture", "answer_tokens")  # they come from files or classes, not from the user
 KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}
 NUMBERS: dict[type, tuple[type, ...]] = {int: (Integral,), float: (Real,)}  # of Python and NumPy
 
 
 def typed_options(fusion: "type[Fusion]", given: Options) -> Options:
-    """Return all options of a fusion. Raises ConfigError for one that it does not have, or of another type."""
+    """Return all options of a fusion. Raises ConfigError for an unknown option or a value of another type."""
     known = fusion.options()
     for name in given:
         if name not in known:
@@ -26,15 +26,17 @@ def typed_options(fusion: "type[Fusion]", given: Options) -> Options:
 
 
 def changed_options(fusion: "type[Fusion]", options: Options) -> Options:
-    """Return options that differ from the fusion's own; what was found is left out."""
-    usual = fusion.options()
-    return {name: value for name, value in options.items() if name not in FOUND and value != usual.get(name)}
+    """Return the options that differ from the fusion's defaults, without those in ``DERIVED_OPTIONS``."""
+    defaults = fusion.options()
+    return {
+        name: value for name, value in options.items() if name not in DERIVED_OPTIONS and value != defaults.get(name)
+    }
 
 
 def _as_type(name: str, value: Any, default: Any) -> Any:
-    """Return an option's value, which may be given as text, as one of its default's type.
+    """Convert an option's value, which may be text, to the type of its default.
 
-    One that is written as text may also be a mapping, such as pool; of one that is None by default anything goes.
+    An option with text as default may also be a mapping, such as pool. An option with None as default may be anything.
     """
     kind = type(default)
     if kind not in KINDS or (kind is str and isinstance(value, Mapping)):

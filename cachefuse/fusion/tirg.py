@@ -18,27 +18,27 @@ class TIRG(nn.Module):
     """Adjust a query g by a modifier f, (B, W) each: w_g sigmoid(gate([g; f])) g + w_r residual([g; f]), (B, W).
 
     gate: BatchNorm, ReLU, Linear (2W to W); residual: BatchNorm, ReLU, Linear (2W to 2W), ReLU, Linear (2W to W). The
-    weights w_g and w_r are learnt, from 1 and 10 on (section 3.3; the starts are those of the authors of TIRG).
+    weights w_g and w_r are learnt (section 3.3). They start at 1 and 10, as in the code of TIRG's authors.
     """
 
     def __init__(self, width: int):
         super().__init__()
-        both = 2 * width
-        self.gate = nn.Sequential(BatchNorm(both), nn.ReLU(), nn.Linear(both, width))
+        double = 2 * width
+        self.gate = nn.Sequential(BatchNorm(double), nn.ReLU(), nn.Linear(double, width))
         self.residual = nn.Sequential(
-            BatchNorm(both), nn.ReLU(), nn.Linear(both, both), nn.ReLU(), nn.Linear(both, width)
+            BatchNorm(double), nn.ReLU(), nn.Linear(double, double), nn.ReLU(), nn.Linear(double, width)
         )
         self.gate_weight = nn.Parameter(torch.tensor(1.0))
         self.residual_weight = nn.Parameter(torch.tensor(10.0))
 
     def forward(self, query: Tensor, modifier: Tensor) -> Tensor:
-        both = torch.cat([query, modifier], dim=-1)
-        gated = self.gate_weight * self.gate(both).sigmoid() * query
-        return gated + self.residual_weight * self.residual(both)
+        joint = torch.cat([query, modifier], dim=-1)  # (B, 2W)
+        gated = self.gate_weight * self.gate(joint).sigmoid() * query
+        return gated + self.residual_weight * self.residual(joint)
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation which takes a batch of one row, that has no deviation, by the running statistics."""
+    """Batch normalisation that uses the running statistics for a batch of one row, which has no deviation."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and len(x) == 1:
@@ -47,9 +47,9 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class TIRGFusion(Fusion):
-    """Two modalities' pooled features, each by a map to the common width -> TIRG -> head -> logits.
+    """Two modalities' pooled features -> a linear map each to the common width -> TIRG -> head -> logits.
 
-    ``query`` names the modality that is adjusted; the other one is the modifier. An absent one counts as 0.
+    ``query`` names the modality to adjust; the other modality is the modifier. An absent modality is 0.
     """
 
     name = "tirg"
@@ -61,12 +61,12 @@ class TIRGFusion(Fusion):
         head: HeadBuilder,
         *,
         query: Annotated[str, "the modality that the other one adjusts"] = "image",
-        width: Annotated[int, "that both are mapped to"] = 512,
+        width: Annotated[int, "the common width of both modalities"] = 512,
     ):
         super().__init__(specs, classes, head)
         if len(self.specs) != 2 or query not in self.specs:
             raise ConfigError(
-                f"fusion 'tirg' adjusts a query, {query!r} here, by one other modality. Got {', '.join(self.specs)}"
+                f"fusion 'tirg' needs the query {query!r} and one other modality. Got {', '.join(self.specs)}"
             )
         if width < 1:
             raise ConfigError(f"width must be at least 1. Got {width} instead")
@@ -77,5 +77,5 @@ class TIRGFusion(Fusion):
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         x = {m: project(zero_absent(features[m], present[m])) for m, project in self.project.items()}
-        x = {m: zero_absent(own, present[m]) for m, own in x.items()}  # a map's bias is nothing that is there
+        x = {m: zero_absent(projected, present[m]) for m, projected in x.items()}  # absent rows hold the map's bias
         return self.head(self.tirg(x[self.query], x[self.modifier]))

@@ -8,7 +8,7 @@ from typing import Any
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.run import Alignment
 from cachefuse.files import JsonObject, format_bytes
-from cachefuse.fusion.options import FOUND
+from cachefuse.fusion.options import DERIVED_OPTIONS
 from cachefuse.runs.files import read_json
 from cachefuse.runs.run import Run
 from cachefuse.settings import Setting, settings_of
@@ -141,7 +141,11 @@ def _option(setting: Setting, value: Any) -> list[str]:
     if setting.kind is bool:
         return [option]
     if setting.kind is Mapping:
-        given = {key: x for key, x in value.items() if x != "" and not isinstance(x, dict | None) and key not in FOUND}
+        given = {
+            key: x
+            for key, x in value.items()
+            if x != "" and not isinstance(x, dict | None) and key not in DERIVED_OPTIONS
+        }
         return [word for key, x in given.items() for word in (option, f"{key}={x}")]
     return [option, str(value) if setting.kind is float else setting.text(value)]
 

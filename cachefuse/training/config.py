@@ -11,7 +11,7 @@ from cachefuse.feature_spec import FLAT, POOLED, TOKENS
 from cachefuse.files import JsonObject
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.declared import defaults_of, list_options, list_parts, list_stages
-from cachefuse.fusion.options import FOUND, changed_options
+from cachefuse.fusion.options import DERIVED_OPTIONS, changed_options
 from cachefuse.metrics import METRICS, lower_is_better
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
 from cachefuse.registry import Options
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far above any useful rate, and far below a float32 overflow
-EPOCHS, MIN_STEPS = 50, 500  # on small data more epochs, to reach these steps
+EPOCHS, MIN_STEPS = 50, 500  # small data gets more epochs, to reach MIN_STEPS
 DROPOUT, BATCH_SIZE = 0.8, 256  # for fusions without their own defaults
-LBFGS_EPOCHS = 20  # with up to 20 iterations each
+LBFGS_EPOCHS = 20  # of up to 20 iterations each
 HEAD_SETTINGS = ("head", "layers", "activation")
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"  # groups of settings
 
 
 def _unless_fusion(name: str, default: str) -> Callable[[], str]:
-    """Return a function that gives the help's default of a setting, with the fusions that have another one."""
+    """Return a function that gives a setting's default for the help, with the fusions that have another default."""
     return lambda: "; ".join(filter(None, (default, defaults_of(name))))
 
 
@@ -39,8 +39,8 @@ def _unless_fusion(name: str, default: str) -> Callable[[], str]:
 class TrainConfig:
     """The settings of a training: features, model, loss, optimization, validation.
 
-    ``layers`` are hidden widths, None for the head's default. ``batch_size`` 0 means all rows; a batch passes the model
-    in ``accumulate`` parts. ``fusion_options`` are the fusion's keyword arguments; ``ablate`` names parts of the fusion
+    ``layers`` are hidden widths, None for the head's default. ``batch_size`` 0 means all rows; each batch is split into
+    ``accumulate`` pieces. ``fusion_options`` are the fusion's keyword arguments; ``ablate`` names parts of the fusion
     to leave out. ``loss_options`` are the loss's keyword arguments; for asl the defaults are gamma_negative 3,
     gamma_positive 0 and clip 0.
 
@@ -57,9 +57,9 @@ class TrainConfig:
     ``ema`` is the decay of averaged weights, which are then validated and kept; 0 means none.
 
     ``thresholds`` are one for all classes ("global"), one per class ("class") or 0.5 ("none"). They are chosen for
-    ``threshold_metric`` on rows held out; "auto" means "global" if there are such rows. ``folds`` K trains K models,
-    each measured on its fold of train and val; 0 holds out the dataset's val. ``members`` models with different seeds
-    are averaged. ``refit`` then trains them again on all of train and val, with the chosen epochs and thresholds.
+    ``threshold_metric`` on rows held out; "auto" means "global" if rows are held out. ``folds`` K trains K models, each
+    measured on its fold of train and val; 0 holds out the dataset's val. ``members`` models with different seeds are
+    averaged. ``refit`` trains them again at the end on all of train and val, with the chosen epochs and thresholds.
     """
 
     # fmt: off
@@ -87,14 +87,14 @@ class TrainConfig:
     )
     activation: str = setting("relu", "{choices}.", panel=MODEL, choices=ACTIVATIONS)
     dropout: float | None = setting(
-        None, "In the head's hidden layers.", panel=MODEL, metavar="P", least=0, below=1,
+        None, "Dropout in the head's hidden layers.", panel=MODEL, metavar="P", least=0, below=1,
         shown=_unless_fusion("dropout", f"{DROPOUT}"),
     )
     modality_dropout: float = setting(
         0.0, "Drop each modality of a row with this probability.", panel=MODEL, metavar="P", least=0, below=1
     )
     shuffle: Mapping[str, float] = setting(
-        dict, "Give a share of the rows another row's modality, as an irrelevant input.",
+        dict, "Replace a modality in a share of the rows by another row's, as an irrelevant input.",
         panel=TRAINING, metavar="MODALITY=X", least=0, most=1,
     )
     loss: str | None = setting(None, "{choices}.", panel=TRAINING, choices=LOSSES, shown="asl, multi-class: ce")
@@ -107,7 +107,7 @@ class TrainConfig:
         panel=TRAINING, choices=("none", "balanced", "effective"),
     )
     sampler: str = setting(
-        "shuffle", "shuffle, or balanced: rows of rare classes more often.",
+        "shuffle", "shuffle, or balanced: draw rows of rare classes more often.",
         panel=TRAINING, choices=("shuffle", "balanced"),
     )
     optimizer: str = setting("adam", "{choices}.", panel=TRAINING, choices=OPTIMIZERS)
@@ -136,7 +136,7 @@ class TrainConfig:
         None, "Rows per step, or all.", panel=TRAINING, words={"all": 0}, least=0, most=10**12,
         shown=_unless_fusion("batch_size", f"{BATCH_SIZE}"),
     )
-    accumulate: int = setting(1, "Pass a step's rows in N parts, to save memory.", panel=TRAINING, least=1, most=10**6)
+    accumulate: int = setting(1, "Split each step's rows into N, to save memory.", panel=TRAINING, least=1, most=10**6)
     patience: int = setting(
         0, "Stop after N epochs without a better validation score; 0: never.", panel=TRAINING, least=0, most=10**9
     )
@@ -155,7 +155,7 @@ class TrainConfig:
     threshold_metric: str | None = setting(
         None, "Choose thresholds for micro_f1, macro_f1 or samples_f1.",
         panel=CHOOSING, metavar="METRIC", choices="cachefuse.metrics.thresholds:THRESHOLD_METRICS",
-        shown="the dataset's first such",
+        shown="the dataset's first of them",
     )
     folds: int = setting(
         0, "Train K models on train and val, each measured on its held-out fold.",
@@ -232,9 +232,9 @@ class TrainConfig:
 
     def shown(self) -> JsonObject:
         """Return the settings to show, without options read from files and settings without effect."""
-        options = {name: value for name, value in self.fusion_options.items() if name not in FOUND}
-        idle = HEAD_SETTINGS if self.is_generative else ()
-        return {k: v for k, v in {**asdict(self), "fusion_options": options}.items() if k not in idle}
+        options = {name: value for name, value in self.fusion_options.items() if name not in DERIVED_OPTIONS}
+        unused = HEAD_SETTINGS if self.is_generative else ()
+        return {k: v for k, v in {**asdict(self), "fusion_options": options}.items() if k not in unused}
 
     @property
     def head_name(self) -> str:
