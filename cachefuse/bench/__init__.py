@@ -1,1 +1,1 @@
-"""Speed and storage, measured on the machine at hand."""
+"""Measure speed and memory on this machine."""

@@ -1,4 +1,4 @@
-"""`cachefuse bench align`: an alignment's epochs against their matrix products, exact search against NumPy's."""
+"""`cachefuse bench align`: an alignment's epochs against their matrix products, exact search against NumPy."""
 
 import shutil
 import time
@@ -17,7 +17,7 @@ from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.search import nearest
 from cachefuse.bench import process
 from cachefuse.bench.base import OnProgress, measure_all, temporary, write_store
-from cachefuse.bench.timing import BenchRow, by_turns, seconds, timed
+from cachefuse.bench.timing import BenchRow, in_turns, seconds, timed
 from cachefuse.device import resolve_device
 from cachefuse.nn.transformer import EXPANSION
 from cachefuse.threads import same_threads
@@ -30,7 +30,7 @@ REST = 0.3  # seconds
 
 @dataclass(frozen=True)
 class AlignSizes:
-    """How much is aligned and searched. The defaults take a minute or two on two cores, and 4 GB of memory."""
+    """The sizes of alignment and search. The defaults take a minute or two on two cores, and 4 GB of memory."""
 
     pairs: int = 7
     samples: int = 6000
@@ -44,7 +44,7 @@ class AlignSizes:
 
 @dataclass
 class AlignBench:
-    """What the measurements share: random features of two sides, in files."""
+    """The data that the measurements share: random features of two sides, in files."""
 
     folder: Path
     device: str
@@ -52,14 +52,14 @@ class AlignBench:
 
     @cached_property
     def data(self) -> PairData:
-        n, each = self.sizes.samples, self.sizes.captions
+        n, captions = self.sizes.samples, self.sizes.captions
         images = write_store(self.folder / "images.zarr", n, self.sizes.width).rows()
-        texts = write_store(self.folder / "texts.zarr", n * each, self.sizes.width).rows()
-        sides = SideRows("image", images, np.arange(n + 1)), SideRows("text", texts, np.arange(n + 1) * each)
+        texts = write_store(self.folder / "texts.zarr", n * captions, self.sizes.width).rows()
+        sides = SideRows("image", images, np.arange(n + 1)), SideRows("text", texts, np.arange(n + 1) * captions)
         return PairData("bench", sides, np.arange(n), np.full(n, "train"))
 
     def epoch(self, config: AlignConfig, n: int = 2) -> float:
-        """Return the seconds of an epoch: the mean of ``n`` that follow a first one."""
+        """Return the seconds of an epoch: the mean of ``n`` epochs after the first."""
         torch.manual_seed(0)
         model = Aligner([self.sizes.width] * 2, config).to(self.device)
         fit_statistics(model, self.data, self.data.samples)
@@ -74,12 +74,12 @@ class AlignBench:
 
 
 def align_epoch(bench: AlignBench) -> BenchRow:
-    """An epoch of the default DFE on pooled features, over its matrix products alone."""
+    """Measure an epoch of the default DFE on pooled features, against only its matrix products."""
     sizes, n = bench.sizes, 2
     config = AlignConfig(width=sizes.common, batch_size=sizes.batch, epochs=1 + n, patience=0)
     products = matrix_products(bench)
     products()
-    pairs = by_turns(lambda: bench.epoch(config, n), timed(products), sizes.pairs)
+    pairs = in_turns(lambda: bench.epoch(config, n), timed(products), sizes.pairs)
     ours, baseline = np.median(pairs, axis=0).tolist()
     return BenchRow(
         "align", f"align {sizes.samples:,} pairs, an epoch / GEMMs", "s", ours, baseline,
@@ -89,10 +89,10 @@ def align_epoch(bench: AlignBench) -> BenchRow:
 
 
 def matrix_products(bench: AlignBench) -> Callable[[], None]:
-    """Return what computes an epoch's products: each layer forward, its two gradients, and the loss's cosines."""
+    """Return a function that computes an epoch's products: layers forward, their two gradients, the loss's cosines."""
     sizes, device, m = bench.sizes, bench.device, bench.sizes.batch
     d, w = sizes.width, sizes.common
-    # Two layers of the projection; values, output and two layers of the transformer block, where one token is alone.
+    # Two layers of the projection; values, output and two layers of the transformer block, which reads one token.
     shapes = [(d, w), (w, w), (w, w), (w, w), (w, EXPANSION * w), (EXPANSION * w, w)]
     layers = [(torch.randn(m, i, device=device), torch.randn(o, i, device=device)) for i, o in shapes]
     gradients = [torch.randn(m, o, device=device) for _, o in shapes]
@@ -117,9 +117,9 @@ def matrix_products(bench: AlignBench) -> Callable[[], None]:
 
 
 def search(bench: AlignBench) -> BenchRow:
-    """A query over all rows of a store, over NumPy's product of the same rows, as float32, in memory."""
+    """Measure a query over all rows of a store, against NumPy's product with the same rows, float32 in memory."""
     sizes, path = bench.sizes, bench.folder / "search.zarr"
-    rows = write_store(path, sizes.rows, sizes.common, scale=sizes.common**-0.5).rows()  # of length 1 or so
+    rows = write_store(path, sizes.rows, sizes.common, scale=sizes.common**-0.5).rows()  # of length about 1
     rng = np.random.default_rng(0)
     queries = iter(rng.standard_normal((4 + 2 * sizes.pairs, 1, sizes.common), np.float32))
 
@@ -129,37 +129,37 @@ def search(bench: AlignBench) -> BenchRow:
     first = seconds(ours)
     in_memory = rows[:].astype(np.float32)
     in_memory @ next(queries)[0]
-    pairs = by_turns(_rested(ours), _rested(lambda: in_memory @ next(queries)[0]), sizes.pairs)
+    pairs = in_turns(_rested(ours), _rested(lambda: in_memory @ next(queries)[0]), sizes.pairs)
     many = torch.from_numpy(rng.standard_normal((sizes.queries, sizes.common), np.float32))
-    together = np.median([seconds(lambda: nearest(rows, many, K, unit=True)) for _ in range(3)]) / sizes.queries
-    half, query = rows[: len(rows) // 8], next(queries)[0].astype(np.float16)
-    as_stored = 8 * seconds(lambda: half @ query)
+    batched = np.median([seconds(lambda: nearest(rows, many, K, unit=True)) for _ in range(3)]) / sizes.queries
+    eighth, query = rows[: len(rows) // 8], next(queries)[0].astype(np.float16)
+    as_stored = 8 * seconds(lambda: eighth @ query)
     memory = _memory(path)
     shutil.rmtree(path)
     write_store(path, sizes.rows // 4, sizes.common, scale=sizes.common**-0.5)
     quarter = _memory(path)
     shutil.rmtree(path)
     ours_ms, numpy_ms = (1000 * np.median(pairs, axis=0)).tolist()
-    taken = "memory not measured: only Linux tells it"
+    memory_note = "memory not measured: only Linux reports it"
     if memory is not None and quarter is not None:
-        taken = f"{memory:.0f} MB of memory, of a quarter of the rows {quarter:.0f} MB"
+        memory_note = f"{memory:.0f} MB of memory, with a quarter of the rows {quarter:.0f} MB"
     return BenchRow(
         "search", f"search {sizes.rows:,} x {sizes.common} / NumPy", "ms", ours_ms, numpy_ms,
         float(np.median(pairs[:, 1] / pairs[:, 0])), goal=0.8,
         note=f"a query, its best {K}; NumPy: x @ q, float32 in memory (float16, as stored: {1000 * as_stored:,.0f}"
-        f" ms); {taken}; the first query, which verifies checksums: {1000 * first:,.0f} ms; of {sizes.queries} at once"
-        f" each {1000 * together:.1f} ms",
+        f" ms); {memory_note}; the first query, which verifies checksums: {1000 * first:,.0f} ms; {sizes.queries}"
+        f" queries in one batch: {1000 * batched:.1f} ms each",
     )  # fmt: skip
 
 
 def _memory(path: Path) -> float | None:
-    """Return the memory, in MB, that a search takes over that of opening the store; None where it can't be told."""
+    """Return the memory of a search in MB, beyond opening the store; None if the system does not report it."""
     with_search, without = (process.run("search", path=str(path), k=k)[1] for k in (K, 0))
     return 1000 * (with_search - without) if with_search else None
 
 
 def _rested(function: Callable[[], object]) -> Callable[[], float]:
-    """Make a function return how long it took, begun when the threads of other libraries have ceased to spin."""
+    """Return a function that waits until threads of other libraries have stopped spinning, then returns seconds."""
 
     def run() -> float:
         time.sleep(REST)
@@ -182,10 +182,10 @@ def bench_align(
     sizes: AlignSizes | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> list[BenchRow]:
-    """Measure alignment and search on random features, which are in ``folder`` for that while.
+    """Measure alignment and search on random features, in a temporary folder inside ``folder``.
 
-    Raises ConfigError for a device that is not there.
+    Raises ConfigError for a missing device.
     """
     sizes, device = sizes or AlignSizes(), resolve_device(device)
-    with temporary(folder) as made:
-        return measure_all(MEASUREMENTS, AlignBench(made, device, sizes), on_progress)
+    with temporary(folder) as own_folder:
+        return measure_all(MEASUREMENTS, AlignBench(own_folder, device, sizes), on_progress)

@@ -1,4 +1,4 @@
-"""The pipeline around an encoder, against the encoder alone; weights are random, which costs the same arithmetic."""
+"""Measure the pipeline around an encoder against the encoder alone; random weights cost the same arithmetic."""
 
 import json
 import math
@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from cachefuse.bench.base import Bench
-from cachefuse.bench.timing import BenchRow, by_turns, rates, timed
+from cachefuse.bench.timing import BenchRow, in_turns, rates, timed
 from cachefuse.data.column import Column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
@@ -27,17 +27,17 @@ from cachefuse.extraction.pipeline import encode_prepared, prepare_source
 from cachefuse.files import JsonObject
 
 BATCH = 32
-IMAGE_FILES = 64  # written; a dataset of more samples has each of them several times
+IMAGE_FILES = 64  # on disk; a dataset with more samples repeats them
 IMAGE_SIZE = (400, 300)
 MAX_TOKENS = 256
-MEAN_TOKENS, SPREAD = 100, 0.6  # of movie plots: a log-normal
+MEAN_TOKENS, SPREAD = 100, 0.6  # of a log-normal distribution, as of movie plots
 
 
 def extract_images(bench: Bench) -> BenchRow:
-    """`extract` from JPEG files, from its second batch on, over the encoder's forward alone on tensors that are ready.
+    """Measure `extract` from JPEG files, after its first batch, against only the encoder's forward on prepared tensors.
 
-    Reading and decoding, resizing and normalising, the store and its syncs are on our side only. A first batch, which
-    is slower on a model that was just opened, comes before either side's clock.
+    Only our side reads and decodes, resizes and normalises, and writes a store with its syncs. The first batch of a new
+    model is slower; neither side's time contains it.
     """
     on_cuda = bench.device.startswith("cuda")
     n_images = bench.sizes.images_on_cuda if on_cuda else bench.sizes.images
@@ -48,15 +48,15 @@ def extract_images(bench: Bench) -> BenchRow:
     ready = tower.stack([prepare_source(tower, image) for image in images])
 
     def ours() -> float:
-        begun: list[float] = []
+        starts: list[float] = []
 
         def on_progress(progress: ExtractProgress) -> None:
-            if progress.encoder and progress.done >= BATCH and not begun:
-                begun.append(time.perf_counter())
+            if progress.encoder and progress.done >= BATCH and not starts:
+                starts.append(time.perf_counter())
 
         path = bench.folder / "images.zarr"
         extract(dataset, [spec], path, device=bench.device, batch_size=BATCH, on_progress=on_progress)
-        seconds = time.perf_counter() - begun[0]
+        seconds = time.perf_counter() - starts[0]
         shutil.rmtree(path)
         return seconds
 
@@ -68,16 +68,16 @@ def extract_images(bench: Bench) -> BenchRow:
             torch.cuda.synchronize(tower.device)
 
     baseline()
-    pairs = by_turns(ours, timed(baseline), bench.sizes.pairs)
+    pairs = in_turns(ours, timed(baseline), bench.sizes.pairs)
     goal = None if on_cuda else 0.92  # a GPU waits for the decoding
     return rates(pairs, n_images - BATCH, "extract", "extract ViT-B-32 / its forward", "images/s", goal=goal)
 
 
 def encode_texts(bench: Bench) -> BenchRow:
-    """Texts as `extract` encodes them, in batches of like length, over all of them padded to the most tokens."""
+    """Measure texts encoded as by `extract`, in batches of similar length, against texts padded to ``MAX_TOKENS``."""
     tower: Any = open_encoder(save_bert(bench.folder / "bert", bench.sizes.text_layers), bench.device)["text"]
     lengths = bench.generator.lognormal(math.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD, bench.sizes.texts)
-    prepared = [tower.prepare("word " * max(1, int(length))) for length in lengths]  # cut at MAX_TOKENS
+    prepared = [tower.prepare("word " * max(1, int(length))) for length in lengths]  # truncated to MAX_TOKENS
     ids = torch.full((len(prepared), MAX_TOKENS), tower.pad_id)  # (N, T)
     for row, tokens in zip(ids, prepared, strict=True):
         row[: len(tokens)] = torch.tensor(tokens)
@@ -89,18 +89,18 @@ def encode_texts(bench: Bench) -> BenchRow:
 
     def baseline() -> None:
         with torch.inference_mode(), torch.autocast(tower.device.type, tower.half, enabled=tower.device.type == "cuda"):
-            for part, real in zip(ids.split(BATCH), mask.split(BATCH), strict=True):
+            for batch_ids, real in zip(ids.split(BATCH), mask.split(BATCH), strict=True):
                 real = real.to(tower.device).long()
-                hidden = tower.model(input_ids=part.to(tower.device), attention_mask=real).last_hidden_state
+                hidden = tower.model(input_ids=batch_ids.to(tower.device), attention_mask=real).last_hidden_state
                 ((hidden.float() * real.unsqueeze(-1)).sum(1) / real.sum(1, keepdim=True)).cpu()
 
     encode_prepared(tower, prepared[:BATCH], ("pooled",), BATCH)
-    pairs = by_turns(timed(ours), timed(baseline), bench.sizes.pairs)
+    pairs = in_turns(timed(ours), timed(baseline), bench.sizes.pairs)
     return rates(pairs, len(prepared), "text", f"texts by length / padded to {MAX_TOKENS}", "texts/s", goal=2.0)
 
 
 def make_images(folder: Path, n: int) -> Dataset:
-    """Write JPEG files, smooth with some grain as photos are, and return a dataset of ``n`` images over them."""
+    """Write JPEG files, smooth with some noise, like photos, and return a dataset of ``n`` images from them."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     files = [folder / f"{i:03d}.jpg" for i in range(min(n, IMAGE_FILES))]
@@ -121,7 +121,7 @@ def make_images(folder: Path, n: int) -> Dataset:
 
 
 def save_clip(folder: Path, layers: int) -> str:
-    """Save a CLIP with the image tower of ViT-B-32, or fewer of its layers, and the least of a text tower."""
+    """Save a CLIP with the first ``layers`` of ViT-B-32's image tower, and a tiny text tower."""
     config: JsonObject = open_clip.get_model_config("ViT-B-32")
     config["vision_cfg"]["layers"] = layers
     config["text_cfg"] |= {"width": 64, "heads": 1, "layers": 1}
@@ -132,7 +132,7 @@ def save_clip(folder: Path, layers: int) -> str:
 
 
 def save_bert(folder: Path, layers: int) -> str:
-    """Save a BERT of MiniLM's size, or of fewer layers, with a tokenizer of one word."""
+    """Save a BERT with MiniLM's widths and ``layers`` layers, with a tokenizer of one word."""
     vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "word": 4}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

@@ -1,4 +1,4 @@
-"""`cachefuse bench fusion`: a training step over tokens against its products alone, and what every fusion costs."""
+"""`cachefuse bench fusion`: a training step over tokens against its matrix products, and the cost of each fusion."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from cachefuse.bench.base import MANIFEST, N_CLASSES, OnProgress, measure_all, temporary
-from cachefuse.bench.timing import BenchRow, by_turns, timed
+from cachefuse.bench.timing import BenchRow, in_turns, timed
 from cachefuse.data.column import Column
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
@@ -34,14 +34,14 @@ from cachefuse.training.loop import Optimization, fit
 from cachefuse.training.optim import adam
 from cachefuse.training.resolved import ResolvedConfig
 
-VOCABULARY = 30_522  # of BERT
+VOCABULARY = 30_522  # BERT's
 BERT = {"model_type": "bert", "vocab_size": VOCABULARY, "hidden_size": 384, "num_hidden_layers": 6,
         "num_attention_heads": 12, "intermediate_size": 1536, "max_position_embeddings": 512}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FusionSizes:
-    """How much is trained: features as ViT-S/14 and MiniLM give them. The defaults take a few minutes on two cores."""
+    """The sizes of features, as of ViT-S/14 and MiniLM, and of cma. The defaults take a few minutes on two cores."""
 
     pairs: int = 5
     rows: int = 256
@@ -55,12 +55,12 @@ class FusionSizes:
 
 @dataclass
 class FusionBench:
-    """What the measurements share: a store of random features, pooled, tokens and ids."""
+    """The data that the measurements share: a store of random features, pooled, tokens and ids."""
 
     folder: Path
     device: str
     sizes: FusionSizes
-    early: dict[str, float] = field(default_factory=dict)  # steps a second of what later fusion is compared with
+    speeds: dict[str, float] = field(default_factory=dict)  # steps per second of each midfusion measured
 
     @cached_property
     def store(self) -> FeatureStore:
@@ -106,7 +106,7 @@ def write_tokens(path: Path, sizes: FusionSizes) -> FeatureStore:
 
 
 def cma_step(bench: FusionBench) -> BenchRow:
-    """A training step of cma, reading included, over the matrix products and attention of the same shapes alone."""
+    """Measure a training step of cma, with its reads, against only its matrix products and attention."""
     sizes = bench.sizes
     options = {"depth": sizes.depth, "width": sizes.width, "heads": sizes.heads}
     given = TrainConfig(fusion="cma", fusion_options=options, batch_size=sizes.batch, loss="bce")
@@ -116,7 +116,7 @@ def cma_step(bench: FusionBench) -> BenchRow:
     products = step_products(bench)
     whole = step_products(bench, trimmed=False)
     epoch = _epoch(data, config)
-    pairs = by_turns(lambda: epoch() / steps, timed(products), sizes.pairs)
+    pairs = in_turns(lambda: epoch() / steps, timed(products), sizes.pairs)
     ours, baseline = (1000 * np.median(pairs, axis=0)).tolist()
     all_tokens = 1000 * float(np.median([timed(whole)() for _ in range(sizes.pairs)]))
     n_tokens = sizes.image_tokens + sizes.text_tokens + 2
@@ -124,12 +124,12 @@ def cma_step(bench: FusionBench) -> BenchRow:
         "cma", f"cma, {sizes.depth} x {sizes.width}, a step / GEMMs, attention", "ms", ours, baseline,
         float(np.median(pairs[:, 1] / pairs[:, 0])), goal=0.6,
         note=f"{sizes.batch} rows of {n_tokens} tokens, read from the store, with dropout and Adam; the last layer maps"
-        f" class tokens alone: products of whole layers take {all_tokens:.0f} ms",
+        f" only class tokens: products of whole layers take {all_tokens:.0f} ms",
     )  # fmt: skip
 
 
 def _epoch(data: TrainingData, config: ResolvedConfig) -> Callable[[], float]:
-    """Return what gives the seconds of an epoch of ``fit`` that follows a first one."""
+    """Return a function that measures the seconds of the second epoch of ``fit``."""
 
     def epoch() -> float:
         model, training_set, loss = build_training(data, config, data.train_rows())
@@ -150,19 +150,19 @@ def _epoch(data: TrainingData, config: ResolvedConfig) -> Callable[[], float]:
 
 
 def step_products(bench: FusionBench, trimmed: bool = True) -> Callable[[], None]:
-    """Return what computes one step's products: forward, and both gradients; attention forward and backward.
+    """Return a function that computes one step's products: forward and both gradients; attention forward and backward.
 
-    ``trimmed``: of the last layer those that the class tokens take.
+    If ``trimmed``, the last layer computes only the class tokens.
     """
     sizes, device = bench.sizes, bench.device
     b, w, t = sizes.batch, sizes.width, sizes.image_tokens + sizes.text_tokens + 2
-    shapes = [(b * t, w, w, False)]  # rows, in, out, whether a gradient goes on to what is below
-    attended = []
+    shapes = [(b * t, w, w, False)]  # rows, in, out, whether the layer below needs a gradient
+    n_queries = []
     for layer in range(sizes.depth):
         queries = 2 if trimmed and layer == sizes.depth - 1 else t
         shapes += [(b * queries, w, w, True), (b * t, w, 2 * w, True), (b * queries, w, w, True)]
         shapes += [(b * queries, w, EXPANSION * w, True), (b * queries, EXPANSION * w, w, True)]
-        attended.append(queries)
+        n_queries.append(queries)
     layers = [
         (torch.randn(n, i, device=device), torch.randn(o, i, device=device), torch.randn(n, o, device=device), below)
         for n, i, o, below in shapes
@@ -170,7 +170,7 @@ def step_products(bench: FusionBench, trimmed: bool = True) -> Callable[[], None
     head = w // sizes.heads
     tensors = [
         [torch.randn(b, sizes.heads, n, head, device=device, requires_grad=True) for n in (queries, t, t)]
-        for queries in attended
+        for queries in n_queries
     ]
 
     def step() -> None:
@@ -190,34 +190,34 @@ def step_products(bench: FusionBench, trimmed: bool = True) -> Callable[[], None
 
 
 def later_fusion(bench: FusionBench, layer: int, pool: str = "") -> BenchRow:
-    """Steps a second of midfusion where images join at a layer, pooled or not, over those where all join at 0."""
+    """Measure midfusion's steps per second if images join at a layer, pooled or not, against joining at 0."""
     depth = 4
-    first = _steps(bench, 0, "", depth)
+    early = _steps(bench, 0, "", depth)
     ours = _steps(bench, layer, pool, depth)
     kind = pool.partition("=")[2]
     what = f"midfusion, images at {layer}{', ' + kind if kind else ''} / at 0"
     name = "_".join(["midfusion", str(layer), *pool.partition("=")[2].split(":")]).rstrip("_")
-    return BenchRow(name, what, "steps/s", ours, first, ours / first)
+    return BenchRow(name, what, "steps/s", ours, early, ours / early)
 
 
 def _steps(bench: FusionBench, layer: int, pool: str, depth: int) -> float:
     key = f"{layer} {pool}"
-    if key not in bench.early:
+    if key not in bench.speeds:
         options = {"fusion_spec": f"0:text,{layer}:image", "pool": pool, "depth": depth}
         config = TrainConfig(fusion="midfusion", fusion_options=options, batch_size=bench.sizes.batch, loss="bce")
         data = bench.data(config)
-        bench.early[key] = measure_costs(data, data.resolve(config)).steps_per_second
-    return bench.early[key]
+        bench.speeds[key] = measure_costs(data, data.resolve(config)).steps_per_second
+    return bench.speeds[key]
 
 
-def item(bench: FusionBench, fusion: str) -> BenchRow:
-    """The time to predict a sample from cached features."""
+def prediction(bench: FusionBench, fusion: str) -> BenchRow:
+    """Measure the time to predict one sample from cached features."""
     options = {"architecture": BERT} if fusion == "lit" else {}
     config = TrainConfig(fusion=fusion, fusion_options=options, batch_size=bench.sizes.batch, loss="bce")
     data = bench.data(config)
     costs = measure_costs(data, data.resolve(config))
     note = f"{costs.parameters / 1e6:.2f}M parameters, {costs.steps_per_second:.1f} steps/s of {bench.sizes.batch} rows"
-    return BenchRow(f"item_{fusion}", f"{fusion}: to predict one", "ms", costs.ms_per_item, note=note)
+    return BenchRow(f"item_{fusion}", f"{fusion}: predict one row", "ms", costs.ms_per_item, note=note)
 
 
 MEASUREMENTS: dict[str, Callable[[FusionBench], BenchRow]] = {
@@ -227,7 +227,7 @@ MEASUREMENTS: dict[str, Callable[[FusionBench], BenchRow]] = {
     "pooled to 14": partial(later_fusion, layer=0, pool="image=mean:14"),
     "pooled to 1": partial(later_fusion, layer=0, pool="image=mean:1"),
     "pooled to 14 by attention": partial(later_fusion, layer=0, pool="image=attention:14"),
-    **{fusion: partial(item, fusion=fusion) for fusion in FUSIONS},
+    **{fusion: partial(prediction, fusion=fusion) for fusion in FUSIONS},
 }
 
 
@@ -239,10 +239,10 @@ def bench_fusion(
     sizes: FusionSizes | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> list[BenchRow]:
-    """Measure fusions over random features, which are in ``folder`` for that while.
+    """Measure fusions on random features, in a temporary folder inside ``folder``.
 
-    Raises ConfigError for a device that is not there.
+    Raises ConfigError for a missing device.
     """
     sizes, device = sizes or FusionSizes(), resolve_device(device)
-    with temporary(folder) as made:
-        return measure_all(MEASUREMENTS, FusionBench(made, device, sizes), on_progress)
+    with temporary(folder) as own_folder:
+        return measure_all(MEASUREMENTS, FusionBench(own_folder, device, sizes), on_progress)

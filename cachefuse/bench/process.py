@@ -1,4 +1,4 @@
-"""What has to be measured in a process of its own: the first touch of a store, and the memory that work takes."""
+"""Measurements in new processes: the first read of a store, and the peak memory of training and extraction."""
 
 import json
 import os
@@ -25,28 +25,28 @@ from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 
-SAMPLING = 0.005  # seconds between two looks at a process's memory
-ANONYMOUS = "RssAnon:"  # what a process has of its own: pages of mapped files, which the system may drop, don't count
+SAMPLING = 0.005  # seconds between two samples of a process's memory
+ANONYMOUS = "RssAnon:"  # memory without pages of mapped files, which the system may drop
 CODE = "import sys; from cachefuse.bench.process import run_here; run_here(*sys.argv[1:])"
 MOST_MEMORY = 1.5  # GB
 TRAIN_BATCH = 1024
 SHAPES = 'name = "shapes"\ntask = "multilabel"\nreader = {{ kind = "shapes", train = {}, test = 0 }}'
 
 
-def open_store(bench: Bench) -> BenchRow:
-    """Seconds to open a store and read one random batch, checksums verified; imports don't count."""
+def first_batch(bench: Bench) -> BenchRow:
+    """Measure the seconds to open a store and read one random batch with its checksums, without imports."""
     n_rows, path = bench.sizes.open_rows, bench.folder / "large.zarr"
     write_store(path, n_rows, bench.sizes.width)
-    found = [run("read_first_batch", path=str(path), seed=seed)[0] for seed in range(bench.sizes.pairs)]
+    times = [run("read_first_batch", path=str(path), seed=seed)[0] for seed in range(bench.sizes.pairs)]
     shutil.rmtree(path)
     return BenchRow(
-        "open", f"open {n_rows:,} rows, first batch", "s", float(np.median(found)), goal=0.5, at_most=True,
-        note="a first batch touches, and so verifies, every block; the files are in the system's cache",
+        "open", f"open {n_rows:,} rows, first batch", "s", float(np.median(times)), goal=0.5, at_most=True,
+        note="the first batch reads, and so verifies, every block; the files are in the system's cache",
     )  # fmt: skip
 
 
 def train_memory(bench: Bench) -> BenchRow:
-    """The memory of training a linear head for an epoch, over that with a quarter of the rows."""
+    """Measure the memory of training a linear head for one epoch, against a quarter of the rows."""
 
     def peak(n_rows: int) -> float:
         path = bench.folder / "train.zarr"
@@ -60,7 +60,7 @@ def train_memory(bench: Bench) -> BenchRow:
 
 
 def extract_memory(bench: Bench) -> BenchRow:
-    """The memory of `extract` with `classic` on the built-in shapes, over that with a quarter of them."""
+    """Measure the memory of `extract` with `classic` on the built-in shapes, against a quarter of the rows."""
 
     def peak(n_rows: int) -> float:
         path = bench.folder / f"shapes-{n_rows}.zarr"
@@ -75,7 +75,7 @@ def extract_memory(bench: Bench) -> BenchRow:
 def _memory(name: str, what: str, n_rows: int, peak: Callable[[int], float]) -> BenchRow:
     what = what.format(n_rows)
     if not _anonymous(os.getpid()):
-        note = "not measured: only Linux tells how much of a process's memory is its own"
+        note = "not measured: only Linux reports a process's own memory"
         return BenchRow(name, what, "GB", None, goal=MOST_MEMORY, at_most=True, note=note)
     quarter = peak(n_rows // 4)
     whole = peak(n_rows)
@@ -83,9 +83,9 @@ def _memory(name: str, what: str, n_rows: int, peak: Callable[[int], float]) -> 
 
 
 def run(function: str, **arguments: object) -> tuple[Any, float]:
-    """Run a function of this module in a new process; return what it returns and the most memory seen, in GB.
+    """Run a function of this module in a new process; return its result and its peak memory in GB.
 
-    Raises CacheError with the process's last words if it fails.
+    Raises CacheError with the last line of the process's stderr if it fails.
     """
     command, most = [sys.executable, "-c", CODE, function, json.dumps(arguments)], 0.0
     with (
@@ -103,12 +103,12 @@ def run(function: str, **arguments: object) -> tuple[Any, float]:
         if process.returncode:
             errors.seek(0)
             last = errors.read().decode(errors="replace").strip().splitlines()[-1:]
-            raise CacheError(f"{function} failed in a process of its own: {''.join(last) or process.returncode}")
+            raise CacheError(f"{function} failed in a new process: {''.join(last) or process.returncode}")
     return json.loads(answer), most
 
 
 def run_here(function: str, arguments: str) -> None:
-    """Run a function and print what it returns as JSON."""
+    """Run a function of this module and print its result as JSON."""
     print(json.dumps(globals()[function](**json.loads(arguments))))
 
 
@@ -131,13 +131,13 @@ def train(path: str) -> None:
 
 
 def extract_shapes(path: str, n_rows: int) -> None:
-    """Draw and write shapes, encoded with `classic`."""
+    """Extract features of the built-in shapes with `classic`."""
     manifest = parse_manifest(SHAPES.format(n_rows), "shapes.toml")
     extract(load_dataset(manifest, Path(path)), ["classic"], Path(path), device="cpu")
 
 
 def search(path: str, k: int) -> None:
-    """Find the ``k`` rows of a store nearest to a random vector; with 0 only open it."""
+    """Find the ``k`` rows of a store nearest to a random vector; with 0 only open the store."""
     (features,) = FeatureStore(Path(path)).features()
     rows = features.rows()
     if k:
@@ -145,7 +145,7 @@ def search(path: str, k: int) -> None:
 
 
 def _anonymous(pid: int) -> float:
-    """Return the memory, in GB, that is a process's own; 0 where the system does not tell, or the process has ended."""
+    """Return a process's own memory in GB; 0 if the system does not report it, or the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""`cachefuse bench store`: from a disk's blocks to a trained head, how far from this machine's limits."""
+"""`cachefuse bench store`: reads, writes, extraction and memory against plain baselines on the same machine."""
 
 import shutil
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cachefuse.bench.base import Bench, OnProgress, Sizes, measure_all, temporary
 from cachefuse.bench.encoding import encode_texts, extract_images
-from cachefuse.bench.process import extract_memory, open_store, train_memory
+from cachefuse.bench.process import extract_memory, first_batch, train_memory
 from cachefuse.bench.storage import gather, gather_zarr, read_all, write
 from cachefuse.bench.timing import BenchRow
 from cachefuse.device import resolve_device
@@ -20,7 +20,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], BenchRow]] = {
     "random reads by zarr-python": gather_zarr,
     "reading all rows": read_all,
     "writing": write,
-    "opening": open_store,
+    "opening": first_batch,
     "extracting images": extract_images,
     "encoding texts": encode_texts,
 }
@@ -39,22 +39,22 @@ def bench_store(
     sizes: Sizes | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> list[BenchRow]:
-    """Measure reads, writes and extraction, on the disk that ``folder`` is on; what is written there is removed again.
+    """Measure reads, writes and extraction on the disk of ``folder``; its files are removed at the end.
 
-    ``memory`` also measures what training and extracting take of it, over gigabytes of features. Raises CacheError if
-    the disk has no room for them, ConfigError for a device that is not there.
+    ``memory`` also measures the memory of training and extraction, over gigabytes of features. Raises CacheError if the
+    disk has too little free space, ConfigError for a missing device.
     """
     sizes, device = sizes or Sizes(), resolve_device(device)
     measurements = {**MEASUREMENTS, **(OF_MEMORY if memory else {})}
-    with temporary(folder) as made:
-        _check_room(made, sizes.n_bytes(memory))
-        return measure_all(measurements, Bench(made, device, sizes), on_progress)
+    with temporary(folder) as own_folder:
+        _check_space(own_folder, sizes.n_bytes(memory))
+        return measure_all(measurements, Bench(own_folder, device, sizes), on_progress)
 
 
-def _check_room(folder: Path, n_bytes: int) -> None:
+def _check_space(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if n_bytes + ROOM_TO_LEAVE > free:
         raise CacheError(
-            f"measuring takes {n_bytes / 1e9:.1f} GB, and the disk of {folder.parent} has {free / 1e9:.1f} GB free; "
-            f"free some, or measure another disk with --workspace"
+            f"measuring needs {n_bytes / 1e9:.1f} GB, and the disk of {folder.parent} has {free / 1e9:.1f} GB free; "
+            f"free some space, or measure another disk with --workspace"
         )

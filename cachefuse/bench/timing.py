@@ -1,4 +1,4 @@
-"""Figures as ratios: ours and a baseline by turns, so that whatever else the machine does weighs on both alike."""
+"""Measure ours and a baseline in turns, so other work on the machine affects both; figures are ratios."""
 
 import platform
 import time
@@ -16,10 +16,10 @@ from cachefuse.threads import n_cores
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One figure in ``unit``: ours and the baseline's, medians both; ``ratio`` is the median of the pairs' ratios.
+    """One figure in ``unit``: the medians of ours and the baseline, and the median ``ratio`` of their pairs.
 
-    ``goal`` is the least ratio, or with ``at_most`` the most that ours may be. What is None was not measured or has no
-    goal; ``note`` says why, or what else to know.
+    ``goal`` is the minimum of the ratio, or with ``at_most`` the maximum of ours. A figure of None was not measured; a
+    goal of None is no goal. ``note`` gives the reason and other facts.
     """
 
     name: str
@@ -34,41 +34,41 @@ class BenchRow:
 
     @property
     def met(self) -> bool | None:
-        """Whether the goal is met; None where there is none, or nothing was measured."""
-        judged = self.ours if self.at_most else self.ratio
-        if self.goal is None or judged is None:
+        """Whether the goal is met; None without a goal or a figure."""
+        value = self.ours if self.at_most else self.ratio
+        if self.goal is None or value is None:
             return None
-        return judged <= self.goal if self.at_most else judged >= self.goal
+        return value <= self.goal if self.at_most else value >= self.goal
 
 
-def by_turns(ours: Callable[[], float], baseline: Callable[[], float], n_pairs: int) -> np.ndarray:
-    """Call both by turns; each returns its seconds. Return (n_pairs, 2)."""
+def in_turns(ours: Callable[[], float], baseline: Callable[[], float], n_pairs: int) -> np.ndarray:
+    """Call both functions in turns and return their seconds, (n_pairs, 2)."""
     return np.array([(ours(), baseline()) for _ in range(n_pairs)])
 
 
 def seconds(function: Callable[[], object]) -> float:
-    """Call a function and return how long it took."""
-    begun = time.perf_counter()
+    """Call a function and return the seconds that it took."""
+    start = time.perf_counter()
     function()
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def timed(function: Callable[[], object]) -> Callable[[], float]:
-    """Make a function return how long it took."""
+    """Return a function that calls ``function`` and returns the seconds."""
     return lambda: seconds(function)
 
 
 def rates(
     pairs: np.ndarray, work: float, name: str, what: str, unit: str, *, goal: float | None = None, note: str = ""
 ) -> BenchRow:
-    """Return the row of pairs of seconds (n, 2) in which each side did so much ``work``, counted as ``unit`` says."""
+    """Return the row for pairs of seconds (n, 2) in which each side did the same ``work``, as rates in ``unit``."""
     ours, baseline = (work / np.median(pairs, axis=0)).tolist()
     ratio = float(np.median(pairs[:, 1] / pairs[:, 0]))
     return BenchRow(name, what, unit, ours, baseline, ratio, goal, note=note)
 
 
 def describe_machine(device: str = "auto") -> JsonObject:
-    """Return what figures depend on: the processor, the cores this process may use, torch's version, the device."""
+    """Return the processor, the number of cores that this process may use, torch's version and the device."""
     device = resolve_device(device)
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

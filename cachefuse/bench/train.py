@@ -1,4 +1,4 @@
-"""`cachefuse bench train`: epochs of training, against their matrix products alone and other ways to train."""
+"""`cachefuse bench train`: epochs of training against only their matrix products, and against other ways to train."""
 
 import time
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from cachefuse.bench.base import N_CLASSES, OnProgress, measure_all, temporary, write_store
-from cachefuse.bench.timing import BenchRow, by_turns, rates, seconds, timed
+from cachefuse.bench.timing import BenchRow, in_turns, rates, seconds, timed
 from cachefuse.device import resolve_device
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
@@ -32,15 +32,15 @@ from cachefuse.training.resolved import ResolvedConfig, resolve
 from cachefuse.training.stack import RowsFirst, StackedLoss, stack
 
 RATE = 1e-3
-Layers = tuple[int, ...]  # hidden widths; none for a linear head
+Layers = tuple[int, ...]  # hidden widths; () for a linear head
 
 
 @dataclass(frozen=True)
 class TrainSizes:
-    """How much is trained. The defaults take two to five minutes on two cores."""
+    """The sizes of the trainings. The defaults take two to five minutes on two cores."""
 
     pairs: int = 7
-    epochs: int = 10  # of a light head, whose time is their mean
+    epochs: int = 10  # of a light head; its time is their mean
     rows: int = 25_000
     width: int = 768
     batch: int = 4096
@@ -51,7 +51,7 @@ class TrainSizes:
 
 @dataclass
 class TrainBench:
-    """What the measurements share: random features as a store has them, float16, and as training does, float32."""
+    """The data that the measurements share: random features as in a store, float16, and as in training, float32."""
 
     folder: Path
     device: str
@@ -59,7 +59,7 @@ class TrainBench:
 
     @cached_property
     def data(self) -> TrainingData:
-        """Features in a store's files, all touched once, so that their checksums are verified."""
+        """Features in a store's files, all read once, so their checksums are verified."""
         path = self.folder / "rows.zarr"
         write_store(path, self.sizes.rows, self.sizes.width)
         data = open_training_data(FeatureStore(path), device=self.device)
@@ -68,7 +68,7 @@ class TrainBench:
 
     @cached_property
     def training_set(self) -> TrainingSet:
-        """All rows, standardised, in memory; with what standardises them."""
+        """All rows, standardised in memory, with their ``Standardize`` modules."""
         rows = torch.arange(self.sizes.rows, device=self.device)
         table, model = self.data.table, self.model(())
         model.fit_statistics(table.features, table.present, rows)
@@ -87,7 +87,7 @@ class TrainBench:
         loss: Loss | None = None,
         sample_weights: Tensor | None = None,
     ) -> float:
-        """Return the seconds of an epoch of ``fit``: the mean of ``n`` that follow a first one."""
+        """Return the seconds of an epoch of ``fit``: the mean of ``n`` epochs after the first."""
         ends: list[float] = []
         generator = torch.Generator().manual_seed(0)
         fit(
@@ -101,7 +101,7 @@ class TrainBench:
         return (ends[-1] - ends[0]) / n
 
     def wait(self) -> None:
-        """Wait for a GPU to be done."""
+        """Wait until a GPU has finished."""
         if self.device.startswith("cuda"):
             torch.cuda.synchronize(self.device)
 
@@ -113,12 +113,12 @@ def settings(layers: Layers) -> ResolvedConfig:
 
 
 def linear(bench: TrainBench) -> BenchRow:
-    """A linear head's epoch, over its matrix products."""
+    """Measure a linear head's epoch against its matrix products."""
     return _over_gemms(bench, (), bench.sizes.epochs, "linear", "linear head", goal=0.75)
 
 
 def linear_drawn(bench: TrainBench) -> BenchRow:
-    """The same where every row is drawn, and so copied, by itself."""
+    """Measure the same with rows that are drawn, and so copied, one by one."""
     sample_weights = torch.ones(bench.sizes.rows, dtype=torch.float64)
     note = "rows are drawn one by one, as --sampler balanced does; otherwise batches are slices of shuffled rows"
     return _over_gemms(
@@ -135,7 +135,7 @@ def large_mlp(bench: TrainBench) -> BenchRow:
 
 
 def dataloader(bench: TrainBench) -> BenchRow:
-    """A linear head's epoch, over the loop that PyTorch's tutorials teach."""
+    """Measure a linear head's epoch against the loop of PyTorch's tutorials."""
     fusion, table = bench.model(()).fusion, bench.training_set.table
     x: Any = table.features["text"]
     loader = DataLoader(
@@ -152,32 +152,32 @@ def dataloader(bench: TrainBench) -> BenchRow:
             optimizer.step()
         bench.wait()
 
-    pairs = by_turns(lambda: bench.epoch(fusion, table, bench.sizes.epochs), timed(baseline), bench.sizes.pairs)
+    pairs = in_turns(lambda: bench.epoch(fusion, table, bench.sizes.epochs), timed(baseline), bench.sizes.pairs)
     return rates(pairs, bench.sizes.rows / 1000, "dataloader", "linear head / a DataLoader loop", "krow/s", goal=3)
 
 
 def mapped(bench: TrainBench) -> BenchRow:
-    """A large MLP's epoch on features as they are stored, over that on what training has in memory."""
+    """Measure a large MLP's epoch on stored features, against features in memory as in training."""
     fusion = bench.model(bench.sizes.large).fusion
     stored = FusionModel(fusion, bench.training_set.standardize)
-    pairs = by_turns(
+    pairs = in_turns(
         lambda: bench.epoch(stored, bench.data.table, 1),
         lambda: bench.epoch(fusion, bench.training_set.table, 1),
         bench.sizes.pairs,
     )
-    on_cpu = bench.device == "cpu"  # a GPU has both in its own memory
+    on_cpu = bench.device == "cpu"  # a GPU holds both in its memory
     what = "mapped float16 / resident float32" if on_cpu else "float16 / float32 standardised"
     return rates(pairs, bench.sizes.rows / 1000, "mapped", what, "krow/s", goal=0.97, note="the larger of the two MLPs")
 
 
 def together(bench: TrainBench) -> BenchRow:
-    """An epoch of linear heads as one, over one of each after the other."""
+    """Measure an epoch of linear heads trained together, against one after the other."""
     table, n = bench.training_set.table, bench.sizes.heads
-    one = bench.model(()).fusion
+    single = bench.model(()).fusion
     stacked = RowsFirst(stack([bench.model(()).fusion for _ in range(n)]))
     loss = StackedLoss(bench.data, [settings(())] * n, bench.training_set)
-    pairs = by_turns(
-        lambda: bench.epoch(stacked, table, 1, loss), lambda: n * bench.epoch(one, table, n), bench.sizes.pairs
+    pairs = in_turns(
+        lambda: bench.epoch(stacked, table, 1, loss), lambda: n * bench.epoch(single, table, n), bench.sizes.pairs
     )
     return rates(pairs, n * bench.sizes.rows / 1000, "together", f"{n} linear heads / one by one", "krow/s", goal=2.2)
 
@@ -201,17 +201,17 @@ def bench_train(
     sizes: TrainSizes | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> list[BenchRow]:
-    """Measure the training of heads on random features, which are in ``folder`` for that while.
+    """Measure the training of heads on random features, in a temporary folder inside ``folder``.
 
-    Raises ConfigError for a device that is not there.
+    Raises ConfigError for a missing device.
     """
     sizes, device = sizes or TrainSizes(), resolve_device(device)
-    with temporary(folder) as made:
-        return measure_all(MEASUREMENTS, TrainBench(made, device, sizes), on_progress)
+    with temporary(folder) as own_folder:
+        return measure_all(MEASUREMENTS, TrainBench(own_folder, device, sizes), on_progress)
 
 
 def matrix_products(x: Any, layers: Layers, batch: int) -> Callable[[], None]:
-    """Return what computes an epoch's products: of each batch forward, and all gradients but that of ``x`` (N, D)."""
+    """Return a function that computes an epoch's products: forward, and all gradients except that of ``x`` (N, D)."""
     sizes = list(pairwise((x.shape[1], *layers, N_CLASSES)))
     weights = [torch.randn(n_out, n_in, device=x.device) / n_in**0.5 for n_in, n_out in sizes]
     gradients = [torch.empty_like(weight) for weight in weights]
@@ -252,7 +252,7 @@ def _over_gemms(
         bench.wait()
 
     baseline()
-    pairs = by_turns(
+    pairs = in_turns(
         lambda: bench.epoch(fusion, table, n_epochs, sample_weights=sample_weights),
         lambda: seconds(baseline) / n_epochs,
         bench.sizes.pairs,

@@ -22,7 +22,7 @@ def test_measures_an_epoch_and_a_search(memory, tmp_path, monkeypatch, request):
         assert row.ratio == pytest.approx(row.baseline / row.ours, rel=0.9)
     align, search = rows
     assert (align.goal, search.goal) == (None, 0.8)
-    assert "MB of memory, of a quarter" in search.note
+    assert "MB of memory, with a quarter" in search.note
     assert told == [("an epoch of alignment", 0, 2), ("exact search", 1, 2)]
     assert not folder.exists()
 

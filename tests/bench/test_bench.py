@@ -15,7 +15,7 @@ from cachefuse.bench import process, store, train
 from cachefuse.bench.base import Bench, Sizes
 from cachefuse.bench.process import run, train_memory
 from cachefuse.bench.store import MEASUREMENTS, OF_MEMORY, bench_store
-from cachefuse.bench.timing import BenchRow, by_turns, describe_machine, rates, timed
+from cachefuse.bench.timing import BenchRow, describe_machine, in_turns, rates, timed
 from cachefuse.bench.train import TrainBench, TrainSizes, bench_train, matrix_products
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.nn.heads import MLP, Linear
@@ -88,7 +88,7 @@ def test_ours_and_the_baseline_are_the_same_rows(tmp_path):
 def test_sides_take_turns():
     order = []
     ours, baseline = (timed(lambda side=side: order.append(side)) for side in ("ours", "baseline"))
-    assert by_turns(ours, baseline, 3).shape == (3, 2)
+    assert in_turns(ours, baseline, 3).shape == (3, 2)
     assert order == ["ours", "baseline"] * 3
 
 
