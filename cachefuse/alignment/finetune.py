@@ -38,7 +38,7 @@ from cachefuse.training.inference import predict_scores
 from cachefuse.training.loop import History, fit
 from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.selection import load_table, one_view
-from cachefuse.training.train import Progress
+from cachefuse.training.train import TrainingProgress
 
 
 class TunedModel(Model):
@@ -76,7 +76,7 @@ def fine_tune(
     patience: int = 0,
     seed: int = 0,
     device: str = "auto",
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> tuple[Alignment, Run]:
     """Train one side of an alignment, from its aligned weights, together with a linear head on a labelled dataset.
 
@@ -123,7 +123,7 @@ def fine_tune(
         build_optimization(config, model, len(train)),
         epochs=config.epochs,
         validation=build_validation(data, config, data.rows(VAL)),
-        on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.epochs, epoch)),
+        on_epoch=lambda epoch: on_progress(TrainingProgress(1, 1, "", config.epochs, epoch)),
         keep_interrupted=True,
     )
     tuned.model.log_temperature.requires_grad_(True)

@@ -22,7 +22,7 @@ from cachefuse.training import OPTIMIZERS, SCHEDULES
 from cachefuse.training.data import TRAIN, VAL
 from cachefuse.training.loop import History, Optimization
 from cachefuse.training.optim import EMA
-from cachefuse.training.train import Progress
+from cachefuse.training.train import TrainingProgress
 
 KS = (1, 5, 10)
 CURVE = (100, 10_000)  # the paper's range of k
@@ -36,7 +36,7 @@ def align(
     *,
     encoders: Sequence[str] = (),
     device: str = "auto",
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> Alignment:
     """Align two encoders on a store's ``train`` samples and evaluate them on its other splits; writes nothing.
 
@@ -79,7 +79,7 @@ def align(
             optimizer, SCHEDULES[config.schedule](optimizer, steps), EMA(model, config.ema) if config.ema else None
         ),
         torch.Generator().manual_seed(config.seed),
-        on_epoch=lambda epoch: on_progress(Progress(1, 1, "", config.epochs, epoch)),
+        on_epoch=lambda epoch: on_progress(TrainingProgress(1, 1, "", config.epochs, epoch)),
     )
     run.results = {split: measure_retrieval(run, data, data.of(split), gaps[split]) for split in gaps}
     run.seconds = time.perf_counter() - begun

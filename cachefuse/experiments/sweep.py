@@ -35,7 +35,7 @@ from cachefuse.training.inference import predict_scores
 from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.selection import Views
 from cachefuse.training.split import make_splits
-from cachefuse.training.stack import most_together, shared_settings, train_together
+from cachefuse.training.stack import max_together, shared_settings, train_together
 from cachefuse.training.train import TrainedModels, train_models
 
 RESAMPLES = 1000  # bootstrap samples
@@ -205,7 +205,7 @@ def _trial_batches(data: TrainingData, pending: Mapping[str, ResolvedConfig]) ->
     n_rows = len(data.rows(TRAIN, VAL))
     while left:
         first, shared = next(iter(left.values()))
-        n = 1 if shared is None else most_together(data, first, n_rows)
+        n = 1 if shared is None else max_together(data, first, n_rows)
         keys = itertools.islice((key for key, (_, settings) in left.items() if settings == shared), n)
         yield {key: left.pop(key)[0] for key in list(keys)}
 

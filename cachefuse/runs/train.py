@@ -10,7 +10,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import resolve_for
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, open_training_data
-from cachefuse.training.train import Progress, train_models
+from cachefuse.training.train import TrainingProgress, train_models
 
 
 def train_head(
@@ -20,7 +20,7 @@ def train_head(
     encoders: Sequence[str] = (),
     device: str = "auto",
     max_size_mb: float | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> Run:
     """Train a head on a store's ``train`` rows and evaluate it on every labelled split; nothing is written.
 
@@ -42,7 +42,7 @@ def train_run(
     config: TrainConfig,
     *,
     max_size_mb: float | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> Run:
     """Do what ``train_head`` does, with opened data."""
     begun = time.perf_counter()

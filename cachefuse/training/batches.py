@@ -39,7 +39,7 @@ class Batches:
         ):
             order = rows[torch.randperm(len(rows), generator=generator)]
             if self.size < len(rows):
-                order = torch.cat([order, order[: self.size]])  # for the slice that runs over the end
+                order = torch.cat([order, order[: self.size]])  # for the slice that crosses the end
             self.copy = (*table.batch(order), table.targets[order].float())
 
     def __iter__(self) -> Iterator[Batch]:
@@ -55,9 +55,9 @@ class Batches:
     def _order(self) -> Tensor:
         if self.sample_weights is not None:
             shares = self.sample_weights.cumsum(0)
-            places = torch.rand(len(self.rows), generator=self.generator, dtype=shares.dtype) * shares[-1]
-            drawn = torch.searchsorted(shares, places, right=True)
-            return self.rows[drawn.clamp(max=len(shares) - 1).to(self.rows.device)]  # rounding may reach the end
+            points = torch.rand(len(self.rows), generator=self.generator, dtype=shares.dtype) * shares[-1]
+            drawn = torch.searchsorted(shares, points, right=True)
+            return self.rows[drawn.clamp(max=len(shares) - 1).to(self.rows.device)]  # rounding may pass the end
         return self.table.order(self.rows, self.generator) if self.size < len(self.rows) else self.rows
 
     def _slices(self, features: dict[str, Tensor], present: dict[str, Tensor], targets: Tensor) -> Iterator[Batch]:
@@ -72,13 +72,13 @@ class Batches:
 def balanced_sample_weights(targets: Tensor) -> Tensor:
     """Return each row's sampling weight (n,), float64 on the CPU: 1 / the number of rows with its rarest label.
 
-    Rows without labels count as one more class. In multi-class all classes are then drawn equally often.
+    Rows without labels are one more class. In multi-class, all classes are then drawn equally often.
     """
     hot = targets.cpu().bool()
     counts = hot.sum(0).double()
     rarest = torch.cat([torch.where(piece, counts, torch.inf).amin(1) for piece in hot.split(LOAD_ROWS)])
-    blank = rarest.isinf()
-    return 1 / torch.where(blank, blank.sum().double(), rarest)
+    unlabelled = rarest.isinf()
+    return 1 / torch.where(unlabelled, unlabelled.sum().double(), rarest)
 
 
 def drop_modalities(
@@ -93,9 +93,9 @@ def drop_modalities(
     )  # (M, B)
     device = available.device
     kept = available & (torch.rand(available.shape, generator=generator) >= p).to(device)
-    lots = torch.rand(available.shape, generator=generator).to(device).masked_fill(~available, -1)
-    spared = available & (torch.arange(len(available), device=device)[:, None] == lots.argmax(0))
-    kept = torch.where(kept.any(0), kept, spared)
-    stays = dict(zip(modalities, kept, strict=True))
-    masks = {name: stays[modality_of[name]] for name in present}
+    draws = torch.rand(available.shape, generator=generator).to(device).masked_fill(~available, -1)
+    one_kept = available & (torch.arange(len(available), device=device)[:, None] == draws.argmax(0))
+    kept = torch.where(kept.any(0), kept, one_kept)
+    kept_of = dict(zip(modalities, kept, strict=True))  # modality -> (B,)
+    masks = {name: kept_of[modality_of[name]] for name in present}
     return {name: x & (masks[name] if x.ndim == 1 else masks[name][:, None]) for name, x in present.items()}

@@ -1,4 +1,4 @@
-"""From settings to the objects of a training: features, model, loss, batches, optimizer, validation."""
+"""Build the objects of a training from its settings: features, model, loss, batches, optimizer, validation."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,16 +51,17 @@ def _check_size(model: FusionModel, config: ResolvedConfig, max_size_mb: float) 
     n_models = config.members * (1 if config.refit else max(1, config.folds))
     size = n_models * model.size_mb
     if size > max_size_mb:
-        ways = ["smaller --layers"] * (config.head != "linear" and not config.is_generative) + ["fewer --members"] * (
-            config.members > 1
-        )
-        ways += ["--refit, which keeps one model per seed instead of one per fold"] * bool(
-            config.folds and not config.refit
-        )
-        what = f"{n_models} models" if n_models > 1 else "the model"
+        remedies = []
+        if config.head != "linear" and not config.is_generative:
+            remedies.append("smaller --layers")
+        if config.members > 1:
+            remedies.append("fewer --members")
+        if config.folds and not config.refit:
+            remedies.append("--refit, which keeps one model per seed instead of one per fold")
+        models = f"{n_models} models" if n_models > 1 else "the model"
         raise ConfigError(
-            f"{what} would take {size:.2f} MB, and max-size-mb is {max_size_mb:g}; "
-            f"use {', or '.join(ways) or 'fewer encoders'}"
+            f"{models} would take {size:.2f} MB, and max-size-mb is {max_size_mb:g}; "
+            f"use {', or '.join(remedies) or 'fewer encoders'}"
         )
 
 
@@ -95,9 +96,9 @@ def build_training(data: TrainingData, config: ResolvedConfig, rows: Tensor) -> 
 
 
 def training_loss(data: TrainingData, config: ResolvedConfig, training_set: TrainingSet, **options: str) -> Loss:
-    """Return the settings' loss, with the class weights that they ask for, and other ``options`` than theirs.
+    """Return the settings' loss with their class weights; ``options`` override the settings' loss options.
 
-    For several tasks it is the mean of the tasks' losses (``loss_of``). Loss options only go to the settings' loss.
+    For several tasks it is the mean of the tasks' losses (``loss_of``). Only the settings' loss gets the loss options.
     """
     given = config.loss
     reduction = {name: value for name, value in config.loss_options.items() if name == "reduction"}
@@ -108,7 +109,7 @@ def training_loss(data: TrainingData, config: ResolvedConfig, training_set: Trai
         if config.class_weights != "none":
             targets = training_set.targets
             targets = targets[task.labelled(targets), task.columns]
-            kind = "multiclass" if name == "ce" else task.kind  # a softmax weighs rows, not labels
+            kind = "multiclass" if name == "ce" else task.kind  # a softmax loss has weights of rows
             weights = class_weights(targets, config.class_weights, kind)
         return build_loss(name, {**settings, **options}, weights)
 
@@ -136,8 +137,8 @@ def training_stages(
 ) -> Iterator[Stage]:
     """Yield a training's stages, usually one. During a stage the rest of the fusion is frozen.
 
-    The scheme "staged" trains each head alone, on the rows that have its modality, and then the layers that join them,
-    as "". ``epochs`` by stage name replace the settings' epochs.
+    The scheme "staged" trains each head alone, on the rows that have its modality. Its last stage, "", trains the
+    layers that join the heads. ``epochs`` by stage name replace the settings' epochs.
     """
 
     def stage(name: str, module: Model, training_set: TrainingSet, is_last: bool) -> Stage:
@@ -166,7 +167,7 @@ def build_stage(
 ) -> tuple[Model, Loss, Batches, Optimization]:
     """Return the arguments of ``fit`` for a module: the module, its loss, batches and optimization.
 
-    ``parameters``, or groups of them, go to the optimizer; by default all that are not frozen.
+    The optimizer gets ``parameters``, or groups of them; by default all that are not frozen.
     """
     table, rows = training_set.table, training_set.rows
     module = training_set.reading(module)
@@ -184,7 +185,7 @@ def build_stage(
 def build_optimization(
     config: ResolvedConfig, module: Model, n_rows: int, parameters: Sequence[Any] | None = None
 ) -> Optimization:
-    """Return optimizer, schedule and the rest of the settings' optimization, for epochs of ``n_rows`` rows.
+    """Return the settings' optimizer, schedule and other optimization, for epochs of ``n_rows`` rows.
 
     ``parameters`` are as in ``build_stage``.
     """
@@ -207,7 +208,7 @@ def build_validation(
 ) -> Validation | None:
     """Return the validation of a model on rows (n,), or None without rows.
 
-    With a ``training_set``, only rows with at least one of its modalities count.
+    With a ``training_set``, only rows with at least one of its modalities are used.
     """
     rows = rows.to(data.device)
     if training_set is not None:

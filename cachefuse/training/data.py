@@ -38,8 +38,8 @@ OUT_OF_FOLD = "oof"  # train and val, each row measured by a model that has not 
 class TrainingData:
     """A table of features and targets (N, C) on a device, with the metrics to report.
 
-    ``stored`` are the features in the store, by modality. ``tasks`` own the columns of the targets. ``groups`` (N,) are
-    group numbers: rows of one group, such as questions about one image, are always in the same fold.
+    ``stored`` are the features in the store, by modality. Each of the ``tasks`` has its columns of the targets.
+    ``groups`` (N,) are group numbers: rows of one group, such as questions about one image, are in the same fold.
     """
 
     name: str
@@ -101,7 +101,7 @@ class TrainingData:
 
     @property
     def metric(self) -> str:
-        """The main metric, by which models are compared."""
+        """The main metric, which compares models."""
         return main_metric(self.metrics)
 
     def bind(self, names: Iterable[str]) -> dict[str, BoundMetric]:
@@ -139,9 +139,9 @@ class TrainingData:
             return torch.from_numpy(stratified_folds(self.targets(rows), k, seed))
         _, group = torch.from_numpy(self.groups)[rows.cpu()].unique(return_inverse=True)  # (n,)
         labels = torch.zeros(int(group.max()) + 1, len(self.classes), dtype=torch.bool)
-        for some_rows, their_groups in zip(rows.split(LOAD_ROWS), group.split(LOAD_ROWS), strict=True):
-            row, label = np.nonzero(self.targets(some_rows))
-            labels[their_groups[row], label] = True  # a group has all the labels of its rows
+        for piece, piece_groups in zip(rows.split(LOAD_ROWS), group.split(LOAD_ROWS), strict=True):
+            row, label = np.nonzero(self.targets(piece))
+            labels[piece_groups[row], label] = True  # a group has all the labels of its rows
         return torch.from_numpy(stratified_folds(labels.numpy(), k, seed))[group]
 
     def n_groups(self, rows: Tensor) -> int:
@@ -188,13 +188,13 @@ def open_training_data(
         raise ConfigError(why_no_head(manifest.task))
     for task in manifest.task_slices(store.classes):
         if task.one_label and task.n_classes < 2:
-            only = store.classes[task.columns][0]
-            raise ConfigError(f"{task.name or store.dataset} has only the class {only!r}; a head needs at least 2")
+            name = store.classes[task.columns][0]
+            raise ConfigError(f"{task.name or store.dataset} has only the class {name!r}; a head needs at least 2")
     features = select_features(store, encoders, views)
     single = {modality: group for modality, group in features.items() if not store.has_several(modality)}
     for modality in features.keys() - single.keys() if single else ():
         logger.warning(
-            "%s has several %ss per sample, a head reads only one; they are ignored", store.dataset, modality
+            "%s has several %ss per sample and a head reads only one: they are ignored", store.dataset, modality
         )
     features = single or features
     return TrainingData.of(store, load_table(store, features, views).to(resolve_device(device)), features)
@@ -216,8 +216,8 @@ class TrainingSet:
         """Fit the model's statistics to rows (n,), and standardise the table in memory if it is small enough."""
         table, rows = data.table.only(model.specs), rows.to(data.device)
         model.fit_statistics(table.features, table.present, rows, table.feature_rows)
-        at_hand = table.at_hand(model.standardize)
-        return cls(at_hand or table, rows, model.standardize if at_hand is None else None)
+        in_memory = table.in_memory(model.standardize)
+        return cls(in_memory or table, rows, model.standardize if in_memory is None else None)
 
     @property
     def targets(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A dataset's features for notebooks: views by split, indexed like arrays, as scikit-learn expects of X."""
+"""A dataset's features for notebooks: a view per split, indexed like an array, as scikit-learn expects X."""
 
 import os
 from collections.abc import Iterator, KeysView, Mapping, Sequence
@@ -114,7 +114,7 @@ class FeatureView:
         return np.concatenate([self[modality] for modality in self], axis=1, dtype=dtype)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # As arrays: memory maps cannot go to another process, and the other rows need not.
+        # As arrays of these rows: memory maps cannot go to another process.
         return FeatureView.from_arrays, (dict(self),)
 
     def __repr__(self) -> str:
@@ -140,7 +140,7 @@ class FeatureSet:
     """A store's features with its labels: ``X, y = features.split("train")``."""
 
     def __init__(self, store: FeatureStore, encoders: Sequence[str] = ()) -> None:
-        """``encoders`` names the features to use, by default all that are complete.
+        """``encoders`` names the features to use, by default all complete ones.
 
         Raises the errors of ``open_training_data``.
         """
@@ -162,14 +162,14 @@ class FeatureSet:
     def split(self, *names: str) -> tuple[FeatureView, np.ndarray]:
         """Return X and y of the labelled rows of the splits, in the store's order.
 
-        y is (n, C) int8, 0 or 1, for multi-label, class numbers (n,) int32 for multi-class, and class numbers of the
-        answers (n, 10) for questions. Raises UnknownNameError for an unknown split, DataError without labelled rows.
+        For multi-label, y is (n, C) int8, 0 or 1; for multi-class, class numbers (n,) int32; for questions, class
+        numbers of the answers (n, 10). Raises UnknownNameError for an unknown split, DataError without labelled rows.
         """
         rows = self.rows(*names).rows
         rows = rows[is_labelled(self.store.targets)[rows]]
         if not len(rows):
             raise DataError(
-                f"{self.store.dataset} has no labelled rows in {' or '.join(names)}; rows() returns unlabelled ones"
+                f"{self.store.dataset} has no labelled rows in {' or '.join(names)}; use rows() for unlabelled rows"
             )
         return FeatureView(self.table, rows), self.store.targets[rows]
 

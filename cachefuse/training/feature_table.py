@@ -1,4 +1,4 @@
-"""Features as in the store, and batches by index tensors, without a per-sample Dataset."""
+"""A table of stored features; index tensors select its batches, without a per-sample Dataset."""
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -18,16 +18,16 @@ from cachefuse.store.tokens import Tokens, length_grouped
 from cachefuse.threads import idle_threads
 
 SHARE_OF_MEMORY = 0.5  # features above this share of memory stay in files
-SHARE_AT_HAND = 1 / 16  # limit of memory for a standardised copy, and again for a shuffled one
+COPY_SHARE = 1 / 16  # maximum share of memory for a standardised copy; a shuffled copy takes the same again
 
-LOAD_ROWS = 4096  # loaded at a time
-PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # maximum predicted at a time
+LOAD_ROWS = 4096  # rows to load at a time
+PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # maximum to predict at a time
 
 
 class AnswerTargets:
-    """The accuracy of each class as an answer to N questions, (N, C) float32 as by ``vqa_accuracy``, on demand.
+    """The accuracy of each class as an answer to N questions, (N, C) float32, computed on demand: ``vqa_accuracy``.
 
-    ``answers`` (N, 10) are the class numbers of people's answers; below 0 are answers that are not classes.
+    ``answers`` (N, 10) are the class numbers of people's answers; a number below 0 is an answer that is no class.
     """
 
     def __init__(self, answers: Tensor, n_classes: int) -> None:
@@ -54,8 +54,8 @@ class FeatureTable:
     Targets are 0 and 1. With several tasks, -1 marks all columns of a task whose label the row lacks. For answers to
     questions they are accuracies in [0, 1]. ``labelled`` is (N,) bool.
 
-    Features keep the store's dtype, and stay in its files until a batch reads them. ``specs`` are by name. ``sources``
-    (N,) by name maps a table row to its row of the features, if several rows share one.
+    Features keep the store's dtype, and stay in its files until a batch reads them. ``specs`` are by name. If several
+    rows share features, ``sources`` (N,) by name maps a table row to its row of the features.
     """
 
     features: Mapping[str, FeatureRows | Tokens]
@@ -105,16 +105,16 @@ class FeatureTable:
     def order(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Return rows in a new random order. If memory cannot hold the features, shuffle a few blocks at a time.
 
-        That reads the disk in large pieces, once per epoch, instead of a page for every row. The choice depends on the
-        machine's total memory, not on its free memory, so that the same seed gives the same order.
+        Block shuffling reads the disk in large pieces, once per epoch, instead of a page for every row. The choice
+        depends on the machine's total memory, not on its free memory: the same seed must give the same order.
         """
         mapped = [x for x in self.features.values() if not isinstance(x, Tensor)]
         n_bytes = sum(x.nbytes for x in mapped)
         if n_bytes <= SHARE_OF_MEMORY * total_memory():
             return rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
         size = max(x.block_rows for x in mapped)
-        at_once = max(1, SHUFFLE_BYTES * len(self.labelled) // (n_bytes * size))
-        return block_shuffle(rows.cpu(), size, at_once, generator).to(rows.device)
+        n_blocks = max(1, SHUFFLE_BYTES * len(self.labelled) // (n_bytes * size))
+        return block_shuffle(rows.cpu(), size, n_blocks, generator).to(rows.device)
 
     def any_present(self, rows: Tensor) -> Tensor:
         """Return which rows (n,) have at least one modality, (n,) bool."""
@@ -142,7 +142,7 @@ class FeatureTable:
         return [name for name, spec in self.specs.items() if spec.modality == modality]
 
     def shuffled(self, shares: Mapping[str, float], seed: int) -> "FeatureTable":
-        """Return the same rows, where ``shares`` of the rows, by modality, have the modality of other rows.
+        """Return the same rows, where a share of the rows, by modality, has the modality of other rows.
 
         Raises UnknownNameError for an unknown modality.
         """
@@ -151,14 +151,14 @@ class FeatureTable:
             names = self.names_of(modality)
             generator = torch.Generator().manual_seed(seed)
             n = len(self.labelled)
-            some = torch.randperm(n, generator=generator)[: round(share * n)]
-            source = torch.arange(n).index_copy_(0, some, some.roll(1))
+            moved = torch.randperm(n, generator=generator)[: round(share * n)]
+            source = torch.arange(n).index_copy_(0, moved, moved.roll(1))
             for name in names:
                 sources[name] = self.feature_rows(name, source)
                 present[name] = present[name][source.to(present[name].device)]
         return replace(self, sources=sources, present=present)
 
-    def at_hand(self, standardize: nn.ModuleDict) -> "FeatureTable | None":
+    def in_memory(self, standardize: nn.ModuleDict) -> "FeatureTable | None":
         """Return the same rows standardised, float32, in memory; None for tokens or if too large."""
         if any(isinstance(x, Tokens) for x in self.features.values()):
             return None
@@ -166,7 +166,7 @@ class FeatureTable:
         copied = self.features.values() if device.type == "cuda" else (self.targets, *self.features.values())
         n_bytes = 4 * sum(x.shape[0] * x.shape[1] for x in copied)
         memory = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else total_memory()
-        if n_bytes > SHARE_AT_HAND * memory:
+        if n_bytes > COPY_SHARE * memory:
             return None
         features = {}
         for modality, apply in standardize.items():
@@ -179,9 +179,9 @@ class FeatureTable:
     @torch.inference_mode()
     @idle_threads()
     def map(self, function: Callable[[dict[str, Tensor], dict[str, Tensor]], Tensor], rows: Tensor) -> Tensor:
-        """Return ``function(features, presence)`` for rows (n,), batch by batch: (n, ...) on the CPU, no gradients.
+        """Return ``function(features, presence)`` of rows (n,), as (n, ...) on the CPU, without gradients.
 
-        Batches are small enough for memory; ragged tokens are grouped by length.
+        It runs batch by batch to save memory; ragged tokens are grouped by length.
         """
         width = sum(x.shape[1] for x in self.features.values() if not isinstance(x, Tokens))
         # A transformer's hidden layer is four times as wide as its tokens.
@@ -203,7 +203,7 @@ class FeatureTable:
         return [x for x in self.features.values() if isinstance(x, Tokens)]
 
     def to(self, device: str) -> "FeatureTable":
-        """Return the same rows on a device; features that are too large for its memory stay where they are."""
+        """Return the same rows on a device; features that are too large for its memory are not moved."""
         features = dict(self.features)
         for modality, x in features.items():
             on_cuda = torch.device(device).type == "cuda"

@@ -1,4 +1,4 @@
-"""Figures on rows held out, with thresholds chosen on other rows, and on other splits."""
+"""Scores, thresholds and figures of rows held out."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,15 @@ from cachefuse.training.data import TrainingData
 from cachefuse.training.feature_table import LOAD_ROWS
 from cachefuse.training.inference import to_scores
 
-CROSSFIT_PARTS = 5  # of a validation split: each is decided by thresholds chosen on the others
+CROSSFIT_PARTS = 5  # of a validation split; each uses thresholds chosen on the others
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """Scores (n, C) float32 of rows (n,), by models that have not seen them.
 
-    ``split`` is "val", or "oof" for train and val out of fold. ``parts`` (n,) int64 divides the rows. Each part is
-    decided by thresholds chosen on the other parts, so that no row helps to choose its own thresholds.
+    ``split`` is "val", or "oof" for train and val out of fold. ``parts`` (n,) int64 is the part of each row. Each part
+    uses thresholds chosen on the other parts: no row helps to choose its own thresholds.
     """
 
     split: str
@@ -52,7 +52,7 @@ class HeldOut:
         return cls(split, all_rows[order], parts[order], all_scores)
 
     def predictions(self, data: TrainingData, config: TrainConfig, scores: np.ndarray | None = None) -> np.ndarray:
-        """Return the predicted labels (n, C) bool, each part by thresholds chosen on the other parts.
+        """Return the predicted labels (n, C) bool; each part uses thresholds chosen on the other parts.
 
         The thresholds are always chosen on ``self.scores``; they may be applied to other ``scores`` (n, C).
         """
@@ -60,9 +60,9 @@ class HeldOut:
         predictions = decide_tasks(scores, data.tasks)
         if not chooses_thresholds(data, config, len(self.rows)):
             return predictions
-        targets, per = data.targets(torch.from_numpy(self.rows)), config.thresholds == "class"
+        targets, per_class = data.targets(torch.from_numpy(self.rows)), config.thresholds == "class"
         for task in data.tasks:
-            rows = np.flatnonzero(task.labelled(targets))  # figures use only these
+            rows = np.flatnonzero(task.labelled(targets))  # figures use only labelled rows
             if task.kind == "multilabel" and len(np.unique(self.parts[rows])) > 1:
                 metric, of_task = _threshold_metric(data, config, task), np.ix_(rows, task.numbers)
                 predictions[of_task] = crossfit_decisions(
@@ -70,7 +70,7 @@ class HeldOut:
                     self.scores[of_task],
                     self.parts[rows],
                     metric,
-                    per,
+                    per_class,
                     task.min_labels,
                     scores[of_task],
                 )
@@ -86,49 +86,49 @@ class Result:
     per_class: dict[str, list[float]]
 
 
-def chooses_thresholds(data: TrainingData, config: TrainConfig, n_held: int) -> bool:
-    """Whether thresholds are chosen, with ``n_held`` rows. Raises ConfigError if the settings need it and cannot."""
+def chooses_thresholds(data: TrainingData, config: TrainConfig, n_held_out: int) -> bool:
+    """Whether thresholds are chosen on ``n_held_out`` rows. Raises ConfigError if they must be, but cannot."""
     if not any(task.kind == "multilabel" for task in data.tasks):
         if config.thresholds in ("global", "class"):
             raise ConfigError(
                 "thresholds are only for multi-label tasks; leave them out: a row gets the class with the highest score"
             )
         return False
-    if n_held >= 2 or config.thresholds in ("none", "auto"):
-        return n_held >= 2 and config.thresholds != "none"
+    if n_held_out >= 2 or config.thresholds in ("none", "auto"):
+        return n_held_out >= 2 and config.thresholds != "none"
     raise ConfigError(
-        f"{data.name} has {n_held} labelled validation rows, too few to choose thresholds; use --folds 5 or "
+        f"{data.name} has {n_held_out} labelled validation rows, too few to choose thresholds; use --folds 5 or "
         f"--thresholds none"
     )
 
 
 def final_thresholds(data: TrainingData, config: TrainConfig, held_out: HeldOut | None) -> np.ndarray:
-    """Return the thresholds (C,) for predictions: chosen on all rows held out with the task's label, or 0.5."""
+    """Return the thresholds (C,) for predictions: chosen on all rows held out that have the task's label, or 0.5."""
     thresholds = np.full(len(data.classes), HALF)
     if held_out is None or not chooses_thresholds(data, config, len(held_out.rows)):
         return thresholds
-    targets, per = data.targets(torch.from_numpy(held_out.rows)), config.thresholds == "class"
+    targets, per_class = data.targets(torch.from_numpy(held_out.rows)), config.thresholds == "class"
     for task in data.tasks:
-        own_targets, scores = task.own(targets, held_out.scores)
-        if task.kind == "multilabel" and len(own_targets) >= 2:
+        task_targets, scores = task.own(targets, held_out.scores)
+        if task.kind == "multilabel" and len(task_targets) >= 2:
             metric = _threshold_metric(data, config, task)
-            thresholds[task.columns] = choose_thresholds(own_targets, scores, metric, per, task.min_labels)
+            thresholds[task.columns] = choose_thresholds(task_targets, scores, metric, per_class, task.min_labels)
     return thresholds
 
 
 def figures(data: TrainingData, rows: Tensor, scores: np.ndarray, predictions: np.ndarray) -> Result:
     """Return the dataset's metrics and the figures per class, for rows (n,) with scores and predictions (n, C)."""
-    decided = data.targets(rows), scores, predictions
-    by_class = per_task_class(*decided, data.tasks)
+    arrays = data.targets(rows), scores, predictions  # (n, C) each
+    by_class = per_task_class(*arrays, data.tasks)
     return Result(
         n_rows=len(rows),
-        metrics={name: metric(*decided) for name, metric in data.bind(data.metrics).items()},
+        metrics={name: metric(*arrays) for name, metric in data.bind(data.metrics).items()},
         per_class={name: values.tolist() for name, values in by_class.items()},
     )
 
 
 def _threshold_metric(data: TrainingData, config: TrainConfig, task: TaskSlice) -> str:
-    """Return the metric for thresholds: that of the settings, or the task's first F1 metric."""
+    """Return the metric to choose thresholds for: the settings' metric, or the task's first F1 metric."""
     names = {task.named(name): name for name in THRESHOLD_METRICS}
     listed = [names[name] for name in data.metrics if name in names]
     return config.threshold_metric or next(iter(listed), next(iter(THRESHOLD_METRICS)))

@@ -1,4 +1,4 @@
-"""From a model and rows of a table to logits and probabilities: inference."""
+"""Inference: compute a model's logits and probabilities for rows of a table."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from cachefuse.nn.losses import Loss
 from cachefuse.training.feature_table import PIECE_FLOATS, FeatureTable
 from cachefuse.training.tasks import loss_of
 
-CHECKED_ROWS = 100_000  # maximum of training rows on which a trained model is checked
+CHECKED_ROWS = 100_000  # maximum number of training rows to check a trained model on
 
 
 def mean_loss(loss: Loss, logits: Tensor, table: FeatureTable, rows: Tensor) -> float:
@@ -32,9 +32,9 @@ def spread(rows: Tensor, most: int) -> Tensor:
 def predict_logits(
     model: nn.Module, table: FeatureTable, rows: Tensor, then: Callable[[Tensor], Tensor] = lambda logits: logits
 ) -> Tensor:
-    """Return the logits (n, C) of rows (n,), float32 on the CPU, after ``then`` of each batch.
+    """Return the logits (n, C) of rows (n,), float32 on the CPU; ``then`` is applied to each batch of them.
 
-    Raises TrainingError if any is not finite.
+    Raises TrainingError if a logit is not finite.
     """
     model.eval()
 
@@ -62,7 +62,7 @@ def predict_scores(
 ) -> np.ndarray:
     """Return probabilities (n, C) float32 of rows (n,), by ``to_scores``.
 
-    Raises TrainingError if any is not finite.
+    Raises TrainingError if a logit is not finite.
     """
     if not len(rows):
         return np.zeros((0, table.targets.shape[1]), np.float32)

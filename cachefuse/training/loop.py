@@ -30,8 +30,8 @@ DIVERGED = 10.0  # training has diverged if the loss is this many times the loss
 class Epoch:
     """The figures of one epoch: the mean training loss and, with validation rows, their score and loss.
 
-    With averaged weights (EMA), ``score`` is theirs, and ``raw_score`` is that of the weights before averaging. The
-    last digits depend on the number of CPU ``threads``.
+    With averaged weights (EMA), ``score`` is measured with them, and ``raw_score`` with the weights before averaging.
+    The last digits depend on the number of CPU ``threads``.
     """
 
     epoch: int
@@ -45,10 +45,10 @@ class Epoch:
 
 @dataclass
 class History:
-    """All epochs of a training, the best one, whose weights are kept, and whether it was interrupted.
+    """All epochs of a training, the best epoch (its weights are kept), and whether it was interrupted.
 
-    If there were several stages, or heads trained alone, ``stages`` has the best epoch of each, and ``earlier`` all
-    epochs of those before the last.
+    With several stages, or heads trained alone, ``stages`` has the best epoch of each, and ``earlier`` all epochs of
+    the stages before the last.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
@@ -72,7 +72,7 @@ class History:
 class Optimization:
     """How a model's weights change at each step.
 
-    The gradient is clipped to norm ``clip_norm``, 0 for never. A batch passes the model in ``accumulate`` parts, whose
+    The gradient is clipped to norm ``clip_norm``, 0 for never. A batch is split into ``accumulate`` pieces; their
     gradients add up to the gradient of the batch's mean loss. ``mixed_precision`` means bfloat16 on CUDA. With ``ema``,
     the averaged weights are validated and kept.
     """
@@ -87,7 +87,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Validation:
-    """The validation rows (n,), and ``score(logits (n, C))``, for which higher is better.
+    """The validation rows (n,), and ``score(logits (n, C))``; a higher score is better.
 
     The score may overwrite the logits. Training stops after ``patience`` epochs without a better score, and the best
     epoch's weights are kept; with 0 the last epoch's weights are kept.
@@ -101,7 +101,7 @@ class Validation:
 class EpochLoop:
     """The epochs of a training: their numbers, their history, and the weights of the best one.
 
-    ``model`` is the one whose weights are kept. The loop ends after ``patience`` epochs without a better score.
+    It keeps the weights of ``model``. The loop ends after ``patience`` epochs without a better score.
     """
 
     def __init__(self, model: nn.Module, n_epochs: int, patience: int = 0) -> None:
@@ -137,7 +137,7 @@ class EpochLoop:
     ) -> Epoch:
         """Add an epoch to the history, keep its weights if it is the best so far, and return it.
 
-        Higher ``monitor`` is better. If it is None or NaN, the later epoch counts as better.
+        Higher ``monitor`` is better. If it is None or NaN, the later epoch is better.
         """
         best = monitor is None or self._best_score is None or not monitor <= self._best_score
         epoch = Epoch(self._number, loss, score, best, val_loss, raw_score, self._threads)
@@ -166,19 +166,19 @@ def fit(
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     keep_interrupted: bool = False,
 ) -> History:
-    """Train for ``epochs``, or until validation is out of patience, and leave the best weights in the model.
+    """Train for ``epochs``, or until validation stops it early, and leave the best weights in the model.
 
     Without patience the best weights are the last epoch's. Modules with only frozen parameters stay in evaluation mode.
-    With ``keep_interrupted``, Ctrl-C ends training at the best epoch so far. If no epoch has ended, or the model has
-    learnt nothing yet, KeyboardInterrupt is raised. Raises TrainingError if training diverges.
+    With ``keep_interrupted``, Ctrl-C ends training at the best epoch so far. It raises KeyboardInterrupt if no epoch
+    has ended, or the model has learnt nothing yet. Raises TrainingError if training diverges.
     """
     keep_freed_memory()
     table, rows = batches.table, batches.rows
     optimizer, schedule, ema = optimization.optimizer, optimization.schedule, optimization.ema
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    kept = model if ema is None else ema.model
+    kept_model = model if ema is None else ema.model
     patience = validation.patience if validation else 0
-    loop = EpochLoop(kept, epochs, patience)
+    loop = EpochLoop(kept_model, epochs, patience)
     try:
         for _ in loop:
             _train_mode(model)
@@ -192,7 +192,7 @@ def fit(
                     ema.update()
                 total.add_(value.detach(), alpha=len(batch[2]))
             train_loss = loop.check(total.item() / len(rows))
-            score, val_loss = _validate(kept, loss, table, validation)
+            score, val_loss = _validate(kept_model, loss, table, validation)
             raw_score = _validate(model, loss, table, validation)[0] if ema else None
             on_epoch(loop.end_epoch(train_loss, score, val_loss, raw_score, monitor=score if patience else None))
     except KeyboardInterrupt:
@@ -213,7 +213,7 @@ def backward(
         parameter.grad = None
     n = len(batch[2])
     total = torch.zeros((), device=batch[2].device)
-    for features, present, targets in in_parts(batch, optimization.accumulate):
+    for features, present, targets in split_batch(batch, optimization.accumulate):
         with torch.autocast("cuda", torch.bfloat16, enabled=optimization.mixed_precision):
             value = model.objective(features, present, targets, loss)
         value = value * (len(targets) / n)
@@ -224,8 +224,8 @@ def backward(
     return total
 
 
-def in_parts(batch: Batch, n: int) -> Iterator[Batch]:
-    """Yield a batch in at most n parts of equal size; the last may be smaller."""
+def split_batch(batch: Batch, n: int) -> Iterator[Batch]:
+    """Yield a batch in at most n pieces of equal size; the last may be smaller."""
     features, present, targets = batch
     size = -(-len(targets) // n)
     for start in range(0, len(targets), size):
@@ -234,10 +234,9 @@ def in_parts(batch: Batch, n: int) -> Iterator[Batch]:
 
 
 def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for the next batch. Otherwise it returns large blocks, and gets new ones of zeros.
+    """Make glibc keep freed memory for the next batch. By default it returns large blocks and gets new, zeroed ones.
 
-    That would take a fifth of an MLP's epoch. The change holds for the whole process; other C libraries are not
-    changed.
+    That takes a fifth of an MLP's epoch. The change affects the whole process, and only glibc.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):

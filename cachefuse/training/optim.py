@@ -1,4 +1,4 @@
-"""The exponential moving average of a model's weights."""
+"""Optimizers, learning-rate schedules, and the exponential moving average of a model's weights (EMA)."""
 
 import copy
 from collections.abc import Iterable
@@ -12,9 +12,9 @@ AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
 class EMA(Generic[AnyModule]):
-    """A copy of a model whose weights follow it: theta_ema = d theta_ema + (1 - d) theta after every step.
+    """A copy of a model with averaged weights: theta_ema = d theta_ema + (1 - d) theta after every step.
 
-    d warms up as min(decay, (1 + t) / (10 + t)) at step t, so that a short training is not averaged with its start.
+    At step t, d = min(decay, (1 + t) / (10 + t)): the average of a short training then forgets the initial weights.
     """
 
     def __init__(self, model: AnyModule, decay: float) -> None:
@@ -27,7 +27,7 @@ class EMA(Generic[AnyModule]):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Average in the model's present weights."""
+        """Update the average with the model's current weights."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         averages, weights = zip(*self._pairs, strict=True)
@@ -57,7 +57,7 @@ class NesterovSGD(torch.optim.SGD):
 
 
 class LBFGS(torch.optim.LBFGS):
-    """L-BFGS with line search over all rows at once, up to 20 iterations per step; weight decay is an L2 penalty."""
+    """L-BFGS with line search: each step uses all rows and up to 20 iterations; weight decay is an L2 penalty."""
 
     def __init__(self, params: Parameters, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, line_search_fn="strong_wolfe")

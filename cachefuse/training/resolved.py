@@ -14,10 +14,10 @@ from cachefuse.registry import Options
 from cachefuse.training.config import BATCH_SIZE, DROPOUT, EPOCHS, LBFGS_EPOCHS, MIN_STEPS, TrainConfig
 
 TASK_LOSS = {"multiclass": "ce", "multilabel": "asl", "multitask": "asl", "vqa": "bce"}
-# The best in cross-validation ("Defaults" in README.md): an ASL with less weight on easy negatives, without a clip.
+# Best in cross-validation ("Defaults" in README.md): ASL with less weight on easy negatives, and without a clip.
 LOSS_OPTIONS: dict[str, dict[str, float | str]] = {"asl": {"gamma_negative": 3.0, "gamma_positive": 0.0, "clip": 0.0}}
 LEARNING_RATES = {"adam": 1e-3, "adamw": 1e-3, "lbfgs": 1.0, "sgd": 0.05}
-LEARNING_RATE = 1e-3  # of optimizers of other packages
+LEARNING_RATE = 1e-3  # for optimizers from other packages
 WEIGHT_DECAYS = {"lbfgs": 3e-3}  # 0 for the others; L-BFGS converges fully and overfits without it
 
 
@@ -46,8 +46,8 @@ class ResolvedConfig(TrainConfig):
     def differences(self, task: str) -> JsonObject:
         """Return the settings that differ from the defaults of this fusion, head, loss and optimizer.
 
-        A fusion, head, loss or optimizer other than the task's default is included, and so are epochs raised for few
-        rows.
+        The result contains a fusion, head, loss or optimizer that is not the task's default, and epochs that were
+        raised for few rows.
         """
         chosen = TrainConfig(fusion=self.fusion, head=self.head, loss=self.loss, optimizer=self.optimizer)
         common = {name: getattr(TrainConfig, name) for name in ("fusion", "head", "optimizer")}
@@ -89,24 +89,24 @@ def _filled(config: TrainConfig, task: str, n_rows: int) -> ResolvedConfig:
     """Return the settings with None replaced by the fusion's defaults, else by the general defaults."""
     fusion_defaults, lbfgs = FUSIONS[config.fusion].defaults, config.optimizer == "lbfgs"
 
-    def of(name: str, default: Any) -> Any:
+    def value_of(name: str, default: Any) -> Any:
         given = getattr(config, name)
         return fusion_defaults.get(name, default) if given is None else given
 
     rate = LEARNING_RATES.get(config.optimizer, LEARNING_RATE)
     is_adam = config.optimizer in ("adam", "adamw")  # a fusion's default rate is only for these
-    batch_size = of("batch_size", BATCH_SIZE)
+    batch_size = value_of("batch_size", BATCH_SIZE)
     steps = -(-n_rows // ((0 if lbfgs else batch_size) or n_rows))
     values = {known.name: getattr(config, known.name) for known in fields(config)}
     return ResolvedConfig(
         **{
             **values,
-            "dropout": of("dropout", DROPOUT),
+            "dropout": value_of("dropout", DROPOUT),
             "loss": resolve_loss(config, task),
-            "lr": of("lr", rate) if is_adam or config.lr is not None else rate,
+            "lr": value_of("lr", rate) if is_adam or config.lr is not None else rate,
             "schedule": config.schedule or ("constant" if lbfgs else "cosine"),
-            "weight_decay": of("weight_decay", WEIGHT_DECAYS.get(config.optimizer, 0.0)),
-            "epochs": of("epochs", LBFGS_EPOCHS if lbfgs else max(EPOCHS, -(-MIN_STEPS // steps))),
+            "weight_decay": value_of("weight_decay", WEIGHT_DECAYS.get(config.optimizer, 0.0)),
+            "epochs": value_of("epochs", LBFGS_EPOCHS if lbfgs else max(EPOCHS, -(-MIN_STEPS // steps))),
             "batch_size": batch_size,
         }
     )
@@ -134,7 +134,7 @@ def _check_writing(config: TrainConfig, task: str) -> None:
 
 
 def why_no_head(task: str) -> str:
-    """Return the message for a task without a loss: why no head can be trained, and what to do instead."""
+    """Return the message for a task without a loss: the reason why it has no head, and the command to use instead."""
     if task == "retrieval":
         return f"a {task} dataset has no labels, so no head can be trained on it; use cachefuse align"
     return f"a {task} dataset has pairs of sentences, so no head can be trained on it; use cachefuse similarity"

@@ -33,7 +33,7 @@ def one_view(view: str) -> Views:
 
 
 def stored_views(views: Iterable[str]) -> list[str]:
-    """Return the stored view for each view to read: flat features are made from tokens."""
+    """Return the stored view for each view to read; flat features are built from tokens."""
     return [TOKENS if view == FLAT else view for view in views]
 
 
@@ -42,22 +42,23 @@ def select_features(
 ) -> dict[str, list[Features]]:
     """Return the features to use, by modality: of the named encoders, or of all with complete views.
 
-    Aligned features, which are derived from others, are used only by name, or if there are no others. An encoder's name
-    may be its spec, its file or folder, or any substring that fits only one. Raises CacheError if there are no
-    features, or a view is missing, ConfigError for a name that fits none or several.
+    Aligned features are derived from others. They are used only by name, or if there are no others. An encoder's name
+    may be its spec, its file or folder, or a substring that fits only one encoder. Raises CacheError if there are no
+    features, or a view is missing, ConfigError for a name that fits no encoder or several.
     """
-    every = list(store.features())
-    if encoders:
-        every = [features for name in encoders for features in _find(every, name)] if every else every
-    needed = {features.modality: stored_views(views(features.modality)) for features in every}
-    stored = [features for features in every if set(needed[features.modality]) <= features.views.keys()]
+    candidates = list(store.features())
+    if encoders and candidates:
+        candidates = [features for name in encoders for features in _find(candidates, name)]
+    needed = {features.modality: stored_views(views(features.modality)) for features in candidates}
+    stored = [features for features in candidates if set(needed[features.modality]) <= features.views.keys()]
     for modality in needed:
         if not any(features.modality == modality for features in stored) and {TOKENS, IDS} & set(views(modality)):
-            raise _lacking(store, [features for features in every if features.modality == modality], needed[modality])
+            of_modality = [features for features in candidates if features.modality == modality]
+            raise _missing_views(store, of_modality, needed[modality])
     if not stored:
         view = next((name for names in needed.values() for name in names), POOLED)
-        how = "" if view == POOLED else f" --views pooled,{view}"
-        raise CacheError(f"{store.path} holds no {view} features; run cachefuse extract{how} first")
+        option = "" if view == POOLED else f" --views pooled,{view}"
+        raise CacheError(f"{store.path} has no {view} features; run cachefuse extract{option} first")
     if not encoders:
         stored = [features for features in stored if not is_derived(features.encoder)] or stored
         complete = [f for f in stored if not any(len(f.missing_rows(view)) for view in needed[f.modality])]
@@ -68,7 +69,7 @@ def select_features(
                     features.encoder,
                     features.modality,
                 )
-        stored = complete or stored  # if none is complete, reading raises an error that says what to do
+        stored = complete or stored  # if no features are complete, the reader's error tells what to do
     chosen: dict[str, list[Features]] = {}
     for features in stored:
         if features not in chosen.setdefault(features.modality, []):
@@ -87,16 +88,16 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
     return [features for features in stored if features.encoder == matches[0]]
 
 
-def _lacking(store: FeatureStore, stored: Sequence[Features], views: Sequence[str]) -> CacheError:
+def _missing_views(store: FeatureStore, stored: Sequence[Features], views: Sequence[str]) -> CacheError:
     """Return the error for features without the views to read."""
-    able = [features for features in stored if not is_derived(features.encoder) and features.encoder != "classic"]
-    encoders = " ".join(f"--encoder {features.source}" for features in able) or "--encoder clip:ViT-B-32"
-    lacking = sorted({view for features in stored for view in views if view not in features.views})
-    all_views = dict.fromkeys([*(able or stored)[0].views, *views])
-    wide = " --dtype float32" if any(features.provenance.get("dtype") == "float32" for features in able) else ""
+    has_tokens = [features for features in stored if not is_derived(features.encoder) and features.encoder != "classic"]
+    encoders = " ".join(f"--encoder {features.source}" for features in has_tokens) or "--encoder clip:ViT-B-32"
+    missing = sorted({view for features in stored for view in views if view not in features.views})
+    all_views = dict.fromkeys([*(has_tokens or stored)[0].views, *views])
+    float32 = any(features.provenance.get("dtype") == "float32" for features in has_tokens)
     return CacheError(
-        f"{store.path} holds no {' and '.join(lacking)} of {stored[0].modality}; make them with cachefuse extract "
-        f"--dataset {store.dataset} {encoders} --views {','.join(all_views)}{wide}"
+        f"{store.path} has no {' and '.join(missing)} of {stored[0].modality}; make them with cachefuse extract "
+        f"--dataset {store.dataset} {encoders} --views {','.join(all_views)}{' --dtype float32' if float32 else ''}"
     )
 
 
@@ -106,11 +107,11 @@ def load_table(
     views: Views = pooled,
     n_tokens: Mapping[str, int] | None = None,
 ) -> FeatureTable:
-    """Open the ``views`` of the chosen features; several encoders of a modality are concatenated along the width.
+    """Open the ``views`` of the chosen features; features of several encoders are concatenated along the width.
 
-    Flat tokens are side by side, as many as in the longest sample, or ``n_tokens`` by modality. Raises ConfigError if
-    samples have several items of a modality (captions), or if tokens come from several encoders, CacheError if rows are
-    missing.
+    Flat tokens are side by side: the number of the longest sample, or ``n_tokens`` by modality. Raises ConfigError if
+    samples have several items of a modality (captions), or if tokens come from several encoders. Raises CacheError if
+    rows are missing.
     """
     features: dict[str, FeatureRows | Tokens] = {}
     specs: dict[str, FeatureSpec] = {}
@@ -158,8 +159,8 @@ def _spec_of(modality: str, view: str, x: FeatureRows | Tokens) -> FeatureSpec:
 
 
 def _same_name(store: FeatureStore, *specs: FeatureSpec) -> str:
-    both = " and ".join(f"the {spec.view} of {spec.modality!r}" for spec in specs)
-    return f"{store.dataset}: {both} would both have the name {specs[0].name!r}; rename one of the modalities"
+    views = " and ".join(f"the {spec.view} of {spec.modality!r}" for spec in specs)
+    return f"{store.dataset}: {views} would both have the name {specs[0].name!r}; rename one of the modalities"
 
 
 def _targets(store: FeatureStore) -> torch.Tensor | AnswerTargets:

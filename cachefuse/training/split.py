@@ -15,7 +15,7 @@ from cachefuse.training.inference import CHECKED_ROWS
 
 logger = logging.getLogger(__name__)
 
-STOP_PARTS = 10  # with folds, one in so many of the training rows decides when to stop
+STOP_PARTS = 10  # with folds, 1 / STOP_PARTS of the training rows is for early stopping
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,15 @@ class Split:
 def make_splits(data: TrainingData, config: TrainConfig) -> list[Split]:
     """Return the splits to train on: the dataset's train and val, or one per fold of both joined.
 
-    With folds and patience, a tenth of the training rows is set aside for early stopping, so that it does not depend on
-    the rows held out. Raises ConfigError if the settings need rows for early stopping or thresholds, and there are too
-    few.
+    With folds and patience, a tenth of the training rows is set aside for early stopping: the rows held out must not
+    affect it. Raises ConfigError if there are too few rows for early stopping or thresholds.
     """
-    splits = _fold_splits(data, config) if config.folds else [_own_split(data, config)]
+    splits = _fold_splits(data, config) if config.folds else [_dataset_split(data, config)]
     chooses_thresholds(data, config, sum(len(split.held_out) for split in splits))  # raise before training, not after
     return splits
 
 
-def _own_split(data: TrainingData, config: TrainConfig) -> Split:
+def _dataset_split(data: TrainingData, config: TrainConfig) -> Split:
     train, val = data.train_rows(), data.rows(VAL)
     if config.patience and not len(val):
         raise ConfigError(f"{data.name} has no labelled validation rows for early stopping; use --folds 5")
@@ -72,9 +71,9 @@ def warn_of_rare_classes(data: TrainingData, splits: Sequence[Split]) -> None:
     positives = np.min([_positives(data, split.train) for split in splits], axis=0)
     absent = [name for name, n in zip(data.classes, positives, strict=True) if n == 0]
     if absent:
-        where = "the training rows" if len(splits) == 1 else "the training rows of some fold"
+        where = "the training rows" if len(splits) == 1 else "the training rows of a fold"
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        logger.warning("class %r%s never occurs in %s: the model cannot learn it there", absent[0], more, where)
+        logger.warning("class %r%s never occurs in %s: the model cannot learn it", absent[0], more, where)
 
 
 def _positives(data: TrainingData, rows: Tensor) -> np.ndarray:

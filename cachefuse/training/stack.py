@@ -1,7 +1,7 @@
-"""Models of one structure trained together: their weights are in one tensor, their first layers are one GEMM.
+"""Train models of one structure together: their weights are in one tensor, and their first layers are one GEMM.
 
-H heads of the same batch are one matrix product with weights (H * C, D), which is much faster than H thin products.
-Each model is the same as if trained alone, except for rounding.
+On one batch, H heads are one matrix product with weights (H * C, D), which is much faster than H thin products. Except
+for rounding, each model is the same as if trained alone.
 """
 
 import copy
@@ -31,8 +31,8 @@ from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.split import Split
 
 MAX_FLOATS = 2**25  # limit of the largest tensor in training together: 128 MB
-LOSS_FLOATS = 2**18  # per call of a loss: larger tensors would be allocated by the system each time
-HOPELESS = 1e20  # a diverged loss; sums of losses below it do not overflow
+LOSS_FLOATS = 2**18  # per call of a loss: the system would allocate larger tensors each time
+DIVERGED_LOSS = 1e20  # the loss of a diverged model; sums of smaller losses do not overflow
 
 
 class StackedLinear(nn.Module):
@@ -114,12 +114,12 @@ def _stacked(module: nn.Module, n: int) -> nn.Module:
 
 
 def shared_settings(config: ResolvedConfig, device: torch.device) -> JsonObject | None:
-    """Return the settings in which trainings must agree to be done together; None for one to be done alone.
+    """Return the settings that must be equal to train models together; None for a model that is trained alone.
 
     Loss, class weights, learning rate, weight decay and settings used after training may differ; for linear heads also
-    settings of hidden layers. Heads with hidden layers are trained together only on CUDA, where it is faster. Settings
-    that use one model's score or gradient (patience, clip-norm, L-BFGS), several members, and tokens need a training
-    alone.
+    settings of hidden layers. Heads with hidden layers are trained together only on CUDA, where it is faster. A model
+    is trained alone if its settings use its own score or gradient (patience, clip-norm, L-BFGS), several members, or
+    tokens.
     """
     alone = config.optimizer == "lbfgs" or config.patience or config.clip_norm
     alone = alone or config.accumulate > 1 or bool(config.shuffle)
@@ -134,8 +134,8 @@ def shared_settings(config: ResolvedConfig, device: torch.device) -> JsonObject 
     return {name: value for name, value in asdict(config).items() if name not in free}
 
 
-def most_together(data: TrainingData, config: ResolvedConfig, n_rows: int) -> int:
-    """Return how many models can be trained together on so many rows without taking much memory.
+def max_together(data: TrainingData, config: ResolvedConfig, n_rows: int) -> int:
+    """Return the number of models that can be trained together on ``n_rows`` rows in little memory.
 
     Models of several tasks are trained alone, because rows may lack labels of some tasks.
     """
@@ -145,15 +145,16 @@ def most_together(data: TrainingData, config: ResolvedConfig, n_rows: int) -> in
         n_weights = build_model(config, data.specs, len(data.classes)).n_parameters
     hidden = 0 if config.head == "linear" else sum(config.head_options()["layers"])
     classes = len(data.classes)
-    checked, at_once = min(n_rows, CHECKED_ROWS), min(n_rows, max(config.effective_batch_size or n_rows, PIECE_ROWS))
-    return max(1, MAX_FLOATS // max(checked * classes, at_once * (classes + hidden), n_weights))
+    checked_rows = min(n_rows, CHECKED_ROWS)
+    step_rows = min(n_rows, max(config.effective_batch_size or n_rows, PIECE_ROWS))
+    return max(1, MAX_FLOATS // max(checked_rows * classes, step_rows * (classes + hidden), n_weights))
 
 
 @own_randomness()
 def train_together(
     data: TrainingData, configs: Sequence[ResolvedConfig], split: Split
 ) -> list[FusionModel | TrainingError]:
-    """Train models on a split's rows, with the results of ``train_model`` for each; a diverged model is its error.
+    """Train models on a split's rows; return what ``train_model`` would for each, or its error if it diverged.
 
     Their ``shared_settings`` must be equal.
     """
@@ -169,21 +170,21 @@ def train_together(
     for stage in training_stages(ordered[0], stacked, training_set):
         rows_first = RowsFirst(stage.module)
         groups = parameter_groups(rows_first, [_rates(config) for config in ordered])
-        with suppress(TrainingError):  # some of the models diverged; find out below which
+        with suppress(TrainingError):  # some models diverged; the loop below finds them
             fit(*build_stage(ordered[0], stage.training_set, rows_first, loss, groups), epochs=stage.n_epochs)
         unstack(stacked, [model.fusion for model in models])
         for i in loss.suspects(stage.training_set.reading(rows_first), stage.training_set):
             head = models[i].fusion.unimodal_heads()[stage.name] if stage.name else models[i].fusion
-            read, own_loss = stage.training_set, training_loss(data, ordered[i], training_set)
+            stage_set, head_loss = stage.training_set, training_loss(data, ordered[i], training_set)
             try:
-                check_learnt(read.reading(head), own_loss, read.table, read.rows)
+                check_learnt(stage_set.reading(head), head_loss, stage_set.table, stage_set.rows)
             except TrainingError as error:
                 diverged.setdefault(i, error)
     return [diverged.get(order.index(i), models[order.index(i)]) for i in range(len(configs))]
 
 
 class RowsFirst(Model):
-    """A stack with outputs (B, H, C), because code for logits expects rows first."""
+    """A stack with outputs (B, H, C), because the training loop expects rows first."""
 
     def __init__(self, stacked: Any):
         super().__init__()
@@ -197,33 +198,32 @@ class RowsFirst(Model):
 class StackedLoss:
     """The sum of the models' losses, for logits (B, H, C) and targets (B, C).
 
-    A diverged model no longer counts, so that the others can go on.
+    A diverged model is left out, so that the others can continue.
     """
 
     def __init__(self, data: TrainingData, configs: Sequence[ResolvedConfig], training_set: TrainingSet) -> None:
         """``configs`` with the same loss must be side by side."""
-        self._runs = []
-        for _, run in groupby(configs, _loss_settings):
-            alike = list(run)
-            each = training_loss(data, alike[0], training_set, reduction="none")
-            self._runs.append((len(alike), each, str(alike[0].loss_options.get("reduction", "mean"))))
+        self._groups = []
+        for _, group in groupby(configs, _loss_settings):
+            first, *others = group
+            loss = training_loss(data, first, training_set, reduction="none")
+            self._groups.append((1 + len(others), loss, str(first.loss_options.get("reduction", "mean"))))
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         losses = self.of_each(logits, targets)
-        return torch.where(losses < HOPELESS, losses, 0).sum()
+        return torch.where(losses < DIVERGED_LOSS, losses, 0).sum()
 
     def of_each(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each model, (H,)."""
-        sizes = [n for n, _, _ in self._runs]
-        return torch.cat(
-            [self._of_run(x, targets, *run) for x, run in zip(logits.split(sizes, dim=1), self._runs, strict=True)]
-        )
+        sizes = [n for n, _, _ in self._groups]
+        by_group = zip(logits.split(sizes, dim=1), self._groups, strict=True)
+        return torch.cat([self._of_group(x, targets, *group) for x, group in by_group])
 
-    def _of_run(self, logits: Tensor, targets: Tensor, n: int, each: Loss, reduction: str) -> Tensor:
+    def _of_group(self, logits: Tensor, targets: Tensor, n: int, loss: Loss, reduction: str) -> Tensor:
         rows, total, count = max(1, LOSS_FLOATS // logits[0].numel()), logits.new_zeros(n), 0
-        for some, truth in zip(logits.split(rows), targets.split(rows), strict=True):
-            values = each(some.flatten(0, 1), truth.unsqueeze(1).expand_as(some).flatten(0, 1))
-            values = values.view(len(some), n, -1)  # (b, n, C), or (b, n, 1)
+        for x, y in zip(logits.split(rows), targets.split(rows), strict=True):  # (b, n, C), (b, C)
+            values = loss(x.flatten(0, 1), y.unsqueeze(1).expand_as(x).flatten(0, 1))
+            values = values.view(len(x), n, -1)  # (b, n, C), or (b, n, 1)
             total, count = total + values.sum((0, 2)), count + values[:, 0].numel()
         return total / count if reduction == "mean" else total
 
@@ -232,10 +232,10 @@ class StackedLoss:
         rows = spread(training_set.rows, CHECKED_ROWS)
         try:
             logits, targets = predict_logits(module, training_set.table, rows), training_set.table.targets[rows].cpu()
-        except TrainingError:  # one or more have diverged
-            return list(range(sum(n for n, _, _ in self._runs)))
-        reached, blank = (self.of_each(x, targets) for x in (logits, torch.zeros_like(logits)))
-        return torch.nonzero(~(reached <= DIVERGED * blank)).flatten().tolist()
+        except TrainingError:  # at least one model has diverged
+            return list(range(sum(n for n, _, _ in self._groups)))
+        losses, zero_losses = (self.of_each(x, targets) for x in (logits, torch.zeros_like(logits)))
+        return torch.nonzero(~(losses <= DIVERGED * zero_losses)).flatten().tolist()
 
 
 def parameter_groups(module: nn.Module, rates: Sequence[tuple[float, float]]) -> list[JsonObject]:
@@ -253,14 +253,14 @@ def parameter_groups(module: nn.Module, rates: Sequence[tuple[float, float]]) ->
         slices = [parameter]
         if len(runs) > 1:
             slices = [nn.Parameter(x) for x in parameter.detach().split([n for _, n in runs])]
-            parameter.register_post_accumulate_grad_hook(partial(_hand_on, slices))
+            parameter.register_post_accumulate_grad_hook(partial(_move_gradient, slices))
         for group, piece in zip(groups, slices, strict=True):
             group["params"].append(piece)
     return groups
 
 
-def _hand_on(slices: Sequence[nn.Parameter], parameter: Tensor) -> None:
-    """Give a parameter's gradient to its slices, as views."""
+def _move_gradient(slices: Sequence[nn.Parameter], parameter: Tensor) -> None:
+    """Move a parameter's gradient to its slices, as views."""
     gradient, parameter.grad = parameter.grad, None
     if gradient is not None:
         for piece, grad in zip(slices, gradient.split([len(piece) for piece in slices]), strict=True):

@@ -9,7 +9,7 @@ from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.resolved import TASK_LOSS
 
-END_TO_END = "end-to-end"  # the stage of the paper that no cache allows
+END_TO_END = "end-to-end"  # a stage of the paper that cannot use a cache
 
 
 def loss_of(task: TaskSlice, loss: str) -> str:
@@ -22,7 +22,7 @@ def loss_of(task: TaskSlice, loss: str) -> str:
 
 
 def resolve_tasks(config: TrainConfig, tasks: Sequence[TaskSlice]) -> TrainConfig:
-    """Return settings with a loss for several tasks: as given, else asl if any task is multi-label, else ce.
+    """Return settings with a loss for several tasks: the given loss, else asl if a task is multi-label, else ce.
 
     Raises ConfigError for a loss that fits no task, and for settings that need a single task.
     """
@@ -51,8 +51,8 @@ def check_stages(config: TrainConfig) -> None:
     stages = FUSIONS[config.fusion].stages
     if END_TO_END in config.stages:
         raise ConfigError(
-            f"stage {END_TO_END!r} would train the encoders, but features in the cache need frozen ones; "
-            f"leave it out, or use fusion lit, which tunes a text model, or cachefuse fine-tune"
+            f"stage {END_TO_END!r} would train the encoders, but cached features need frozen encoders; "
+            f"leave it out, or use fusion lit, which fine-tunes a text model, or cachefuse fine-tune"
         )
     if not stages:
         raise ConfigError(f"fusion {config.fusion!r} is trained in one stage; leave out --stages")

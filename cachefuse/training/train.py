@@ -1,4 +1,4 @@
-"""Stage 2: from training data to trained models, one per split and seed."""
+"""Stage 2: train models on training data, one per split and seed."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from cachefuse.training.loop import Epoch, History, fit
 from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.split import Split, make_splits, split_of_all, warn_of_rare_classes
 
-MEMBER_STRIDE = 1000  # between the seeds of members, so that runs with seeds 0 and 1 share no member
+MEMBER_STRIDE = 1000  # between the seeds of members: runs with seeds 0 and 1 must share no member
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """The progress of a training: its model, stage and number of epochs, and the last epoch."""
 
     model: int
@@ -32,7 +32,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model with its settings, and the fold that it has not seen; None if there is none."""
+    """A model with its settings, and the fold that it has not seen; None without folds."""
 
     config: ResolvedConfig
     model: FusionModel
@@ -41,7 +41,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainedModels:
-    """Models to average, the histories of the models that scored ``held_out``, and thresholds (C,)."""
+    """Models to average, scores of rows held out, the histories of the models that scored them, and thresholds (C,)."""
 
     members: list[TrainedModel]
     histories: list[History]
@@ -52,7 +52,7 @@ class TrainedModels:
 def train_models(
     data: TrainingData,
     config: ResolvedConfig,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
     *,
     keep_interrupted: bool = False,
 ) -> TrainedModels:
@@ -110,7 +110,7 @@ def train_model(
     *,
     epochs: Mapping[str, int] | None = None,
     place: tuple[int, int] = (1, 1),
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
     keep_interrupted: bool = False,
 ) -> tuple[FusionModel, History]:
     """Train one model on a split's rows, stage by stage; each stage starts from the best weights of the one before.
@@ -122,12 +122,12 @@ def train_model(
     model, training_set, loss = build_training(data, config, split.train)
     histories: dict[str, History] = {}
     for stage in training_stages(config, model.fusion, training_set, epochs):
-        only_of = None if stage.module is model.fusion else stage.training_set
+        head_set = None if stage.module is model.fusion else stage.training_set
         histories[stage.name] = fit(
             *build_stage(config, stage.training_set, stage.module, loss),
             epochs=stage.n_epochs,
-            validation=build_validation(data, config, split.validate, only_of),
-            on_epoch=partial(_tell, on_progress, place, stage),
+            validation=build_validation(data, config, split.validate, head_set),
+            on_epoch=partial(_report_epoch, on_progress, place, stage),
             keep_interrupted=keep_interrupted and stage.is_last,
         )
     return model, History.of_stages(histories)
@@ -139,5 +139,7 @@ def mean_best_epochs(histories: Sequence[History]) -> dict[str, int]:
     return {stage: round(float(np.mean([epochs[stage] for epochs in best]))) for stage in best[0]}
 
 
-def _tell(on_progress: Callable[[Progress], None], place: tuple[int, int], stage: Stage, epoch: Epoch) -> None:
-    on_progress(Progress(*place, stage.name, stage.n_epochs, epoch))
+def _report_epoch(
+    on_progress: Callable[[TrainingProgress], None], place: tuple[int, int], stage: Stage, epoch: Epoch
+) -> None:
+    on_progress(TrainingProgress(*place, stage.name, stage.n_epochs, epoch))

@@ -265,7 +265,7 @@ def test_averaged_weights_are_kept_and_measured_beside_the_raw_ones(toy_store):
 def test_a_table_in_memory_and_one_on_the_disk_train_alike(toy_store, monkeypatch):
     store = toy_store(absent={"text": {3, 9}})
     near = train_head(store, quick(scheme="staged", fusion="mixed", epochs=4))
-    monkeypatch.setattr("cachefuse.training.feature_table.SHARE_AT_HAND", 0)
+    monkeypatch.setattr("cachefuse.training.feature_table.COPY_SHARE", 0)
     far = train_head(store, quick(scheme="staged", fusion="mixed", epochs=4))
     for one, other in zip(near.members[0].model.parameters(), far.members[0].model.parameters(), strict=True):
         torch.testing.assert_close(one, other)

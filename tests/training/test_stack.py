@@ -17,7 +17,7 @@ from cachefuse.training.data import TrainingData
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.resolved import resolve
 from cachefuse.training.split import Split
-from cachefuse.training.stack import most_together, shared_settings, stack, train_together, unstack
+from cachefuse.training.stack import max_together, shared_settings, stack, train_together, unstack
 from cachefuse.training.train import train_model
 from fixtures.messages import naming
 
@@ -223,7 +223,7 @@ def test_multi_class_losses():
 
 
 def test_features_that_do_not_fit_in_memory(monkeypatch):
-    monkeypatch.setattr("cachefuse.training.feature_table.SHARE_AT_HAND", 0)
+    monkeypatch.setattr("cachefuse.training.feature_table.COPY_SHARE", 0)
     assert_same_as_alone(make_problem(dtype=torch.float16), mixed(scheme="staged"))
 
 
@@ -339,7 +339,7 @@ def test_what_may_not_differ_between_heads_with_hidden_layers(changes):
 
 def test_how_many_fit():
     data = make_problem()
-    assert most_together(data, BASE, 25_000) == 2**25 // (25_000 * C)
-    assert most_together(data, BASE, 10**9) == most_together(data, BASE, 10**5) == 111
-    assert most_together(data, replace(BASE, batch_size=0), 10**9) == 1
-    assert most_together(data, replace(BASE, head="mlp", layers=(512,), batch_size=4096), 4096) == 15
+    assert max_together(data, BASE, 25_000) == 2**25 // (25_000 * C)
+    assert max_together(data, BASE, 10**9) == max_together(data, BASE, 10**5) == 111
+    assert max_together(data, replace(BASE, batch_size=0), 10**9) == 1
+    assert max_together(data, replace(BASE, head="mlp", layers=(512,), batch_size=4096), 4096) == 15

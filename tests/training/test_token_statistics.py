@@ -104,6 +104,6 @@ def test_a_training_needs_a_row_that_has_the_modality(toy_store, cma):
 
 def test_tokens_are_not_copied_to_memory_as_pooled_features_are(table):
     model = FusionModel(small(table))
-    assert table.at_hand(model.standardize) is None
+    assert table.in_memory(model.standardize) is None
     pooled = table.only(["image", "text"])
-    assert pooled.at_hand(nn.ModuleDict({m: model.standardize[m] for m in pooled.features})) is not None
+    assert pooled.in_memory(nn.ModuleDict({m: model.standardize[m] for m in pooled.features})) is not None
