@@ -42,7 +42,7 @@ def build_app(names: Iterable[str] = COMMANDS) -> typer.Typer:
 
 def _version(show: bool) -> None:
     if show:
-        from cachefuse import __version__  # read from the installed package: takes a while
+        from cachefuse import __version__  # imported late: reading the installed version takes time
 
         print(__version__)
         raise typer.Exit()

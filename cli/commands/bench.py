@@ -10,7 +10,7 @@ from cachefuse_cli.shared.options import WORKSPACE, Device, Json, Threads, Works
 
 bench = typer.Typer(
     name="bench",
-    help="Measure speed and memory as ratios to plain baselines, measured in turns.",
+    help="Measure speed and memory as ratios to plain baselines.",
     no_args_is_help=True,
 )
 
@@ -32,7 +32,7 @@ def store(
 
     Its files are removed at the end.
     """
-    _measure("store", workspace, device, json, memory=memory)
+    _run_bench("store", workspace, device, json, memory=memory)
 
 
 @bench.command()
@@ -43,7 +43,7 @@ def train(
 
     Its files on the workspace's disk are removed at the end.
     """
-    _measure("train", workspace, device, json)
+    _run_bench("train", workspace, device, json)
 
 
 @bench.command()
@@ -54,21 +54,21 @@ def align(
 
     It needs 4 GB of memory and 2 GB of disk. Its files are removed at the end.
     """
-    _measure("align", workspace, device, json)
+    _run_bench("align", workspace, device, json)
 
 
 @bench.command()
 def fusion(
     device: Device = "auto", threads: Threads = None, workspace: Workspace = WORKSPACE, json: Json = False
 ) -> None:
-    """Measure fusions over tokens, their training steps and predictions: some minutes on two cores.
+    """Measure training steps and predictions of fusions over tokens: about four minutes on two cores.
 
     Its files on the workspace's disk are removed at the end.
     """
-    _measure("fusion", workspace, device, json)
+    _run_bench("fusion", workspace, device, json)
 
 
-def _measure(name: str, workspace: Path, device: str, json: bool, **options: object) -> None:
+def _run_bench(name: str, workspace: Path, device: str, json: bool, **options: object) -> None:
     """Run the measurements of ``cachefuse.bench.<name>``, and print them."""
     from cachefuse_cli.shared import render
 
@@ -78,10 +78,10 @@ def _measure(name: str, workspace: Path, device: str, json: bool, **options: obj
             from cachefuse_cli.shared import bench_tables
             from cachefuse_cli.shared.progress import BenchProgress
 
-            measure = getattr(import_module(f"cachefuse.bench.{name}"), f"bench_{name}")
+            run_bench = getattr(import_module(f"cachefuse.bench.{name}"), f"bench_{name}")
         machine = describe_machine(device)
         with BenchProgress() as progress:
-            rows = measure(workspace, device=device, on_progress=progress.update, **options)
+            rows = run_bench(workspace, device=device, on_progress=progress.update, **options)
     if json:
         render.print_json(bench_tables.bench_dict(machine, rows))
     else:

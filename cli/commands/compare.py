@@ -42,8 +42,8 @@ def compare(
 ) -> None:  # fmt: skip
     """Compare fusions over the same folds with equal budgets: score, interval, time, size.
 
-    The last line names the cheapest fusion whose score lies in the best fusion's interval. No run
-    is kept: train your choice by train-head.
+    The last line names the cheapest fusion with a score in the best fusion's interval. No run is
+    kept: train your choice with train-head.
     """
     from cachefuse_cli.shared import render
 

@@ -20,7 +20,7 @@ def encoders(json: Json = False) -> None:
         for name in FAMILIES:
             try:
                 families[name] = FAMILIES[name]
-            except PluginError as error:  # the others are of use all the same
+            except PluginError as error:  # list the other families anyway
                 logger.warning("%s", error)
     if json:
         render.print_json({name: asdict(family) for name, family in families.items()})

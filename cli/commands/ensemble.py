@@ -22,7 +22,7 @@ def ensemble(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Join runs into one that predicts with the mean of their scores, with equal weights."""
+    """Join runs into one run that predicts with the mean of their scores, with equal weights."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("nothing was written; run the same command again"), render.status("joining the runs"):

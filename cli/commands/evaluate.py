@@ -22,7 +22,7 @@ def evaluate(
     intervals: Annotated[bool, typer.Option(help="Measure 95% bootstrap intervals.")] = True,
     gates: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the weights of the modalities in each row (gated, cma); a csv file."),
+        typer.Option(metavar="FILE", help="Write the weight of each modality in each row (gated, cma) to a csv file."),
     ] = None,
     dataset: Annotated[
         str | None,
@@ -83,7 +83,7 @@ def _evaluate_head(
         check_weighs(opened)
         check_target(gates)
     with BenchProgress() as progress:
-        measure = partial(
+        evaluate_run = partial(
             run_evaluate,
             opened,
             store,
@@ -92,8 +92,8 @@ def _evaluate_head(
             n_resamples=1000 if intervals else 0,
             on_progress=partial(progress.update, "intervals"),
         )
-        ablated = measure(without=dropped) if dropped else None
-        everything = measure()
+        ablated = evaluate_run(without=dropped) if dropped else None
+        everything = evaluate_run()
     if everything.caution:
         render.note(everything.caution)
     if gates is not None:

@@ -17,8 +17,8 @@ from cachefuse_cli.shared.options import (
     Threads,
     Views,
     Workspace,
+    encoder_spec,
     open_dataset,
-    resolve_encoder,
     split_list,
 )
 
@@ -53,7 +53,7 @@ def extract(
         with ExtractBar() as progress:
             report = run_extract(
                 loaded,
-                [resolve_encoder(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
+                [encoder_spec(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
                 WorkspacePaths(workspace).store(loaded.name),
                 views=split_list(views),
                 device=device,

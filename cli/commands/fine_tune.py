@@ -15,7 +15,7 @@ STEP = 20  # epochs between the printed figures, as in the paper's tables
 def fine_tune(
     dataset: StoreName = None,
     run: AlignmentName = None,
-    modality: Annotated[str, typer.Option(metavar="NAME", help="Which side to tune: image or text.")] = "image",
+    modality: Annotated[str, typer.Option(metavar="NAME", help="The encoder to tune: image or text.")] = "image",
     epochs: Annotated[int, typer.Option(metavar="N", min=1, help="Number of epochs.")] = 100,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Rows per step.")] = 256,
     lr: Annotated[float, typer.Option(metavar="X", help="Learning rate.")] = TUNING_RATE,
@@ -29,9 +29,9 @@ def fine_tune(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Tune an aligned encoder together with a linear head on a labelled dataset. Predict and others use the head.
+    """Tune an aligned encoder together with a linear head on a labelled dataset; predict and others use the head.
 
-    The encoders below the alignment stay frozen. For a linear probe, with a frozen alignment: train-head --head linear.
+    The encoders below the alignment stay frozen. For a linear probe on a frozen alignment use train-head --head linear.
     """
     from cachefuse_cli.shared import render
 

@@ -12,7 +12,7 @@ def pairs(
     dataset: StoreName = None,
     encoder: Annotated[
         str | None,
-        typer.Option(metavar="SPEC", help="The text encoder to compare by.", show_default="the only one in the store"),
+        typer.Option(metavar="SPEC", help="The text encoder that compares.", show_default="the only one in the store"),
     ] = None,
     threshold: Annotated[float, typer.Option(metavar="X", help="The minimum cosine of a pair.")] = 0.7,
     output: Annotated[

@@ -13,8 +13,8 @@ from cachefuse_cli.shared.options import (
     Threads,
     Views,
     Workspace,
+    encoder_spec,
     open_dataset,
-    resolve_encoder,
     split_list,
 )
 
@@ -32,7 +32,7 @@ def plan(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Estimate the bytes and the time of the same extract, from a few batches encoded now; nothing is written."""
+    """Estimate the bytes and time of an extract with these options: encode a few batches, write nothing."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("nothing was written"):
@@ -45,7 +45,7 @@ def plan(
 
             estimate = make_plan(
                 loaded,
-                [resolve_encoder(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
+                [encoder_spec(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
                 WorkspacePaths(workspace).store(loaded.name),
                 views=split_list(views),
                 device=device,

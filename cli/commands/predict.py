@@ -32,7 +32,7 @@ def predict(
     ] = None,
     sample_submission: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Check the rows against the competition's sample, and use its order."),
+        typer.Option(metavar="FILE", help="The competition's sample: check the rows against it, and use its order."),
     ] = None,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="One new sample's image.")] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="One new sample's text.")] = None,
@@ -48,7 +48,7 @@ def predict(
     from cachefuse_cli.shared import render
 
     if input is not None and (image is not None or text is not None):
-        raise typer.BadParameter("--input does not go with --image or --text; give one or the other")
+        raise typer.BadParameter("give either --input, or --image and --text, not both")
     if (image is not None or text is not None) and (output is not None or sample_submission is not None):
         raise typer.BadParameter(
             "--image and --text print labels and write no file; leave out --output and --sample-submission"

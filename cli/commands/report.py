@@ -32,7 +32,7 @@ def report(
 ) -> None:
     """Write a run's report: one HTML page with its figures, curves, confusions and worst errors.
 
-    For an alignment: recall and ranks, curves, matches of some queries; its plots are also PNG files beside the page.
+    For an alignment, the page has recall, ranks, curves and matches of some queries. Its plots are also PNG files.
     """
     from cachefuse_cli.shared import render
 
@@ -42,8 +42,9 @@ def report(
             from cachefuse.workspace import WorkspacePaths
 
             folder = find_run(WorkspacePaths(workspace).runs, run, kind=None)
-        of_kind = _alignment if kind_of(read_json(folder / "run.json")) == ALIGNMENT else _head
-        written = of_kind(folder, output or folder / REPORT, split, data_dir, device, workspace)
+        is_alignment = kind_of(read_json(folder / "run.json")) == ALIGNMENT
+        write = _write_alignment if is_alignment else _write_head
+        written = write(folder, output or folder / REPORT, split, data_dir, device, workspace)
     if json:
         pages = [{"output": str(path), "bytes": path.stat().st_size} for path in written]
         plots = {"plots": [page["output"] for page in pages[1:]]} if pages[1:] else {}
@@ -53,7 +54,7 @@ def report(
         render.page_written(path)
 
 
-def _head(
+def _write_head(
     folder: Path, output: Path, split: str | None, data_dir: Path | None, device: str, workspace: Path
 ) -> list[Path]:
     from cachefuse_cli.shared import render
@@ -73,7 +74,7 @@ def _head(
     return [path]
 
 
-def _alignment(
+def _write_alignment(
     folder: Path, output: Path, split: str | None, data_dir: Path | None, device: str, workspace: Path
 ) -> list[Path]:
     from cachefuse.errors import ConfigError
@@ -95,7 +96,7 @@ def _alignment(
 
 
 def _raw_data(store: "FeatureStore", workspace: Path, data_dir: Path | None) -> "Dataset | None":
-    """Return the raw data; None if it is not in its default place. Raises MissingDataError if --data-dir lacks it."""
+    """Return the raw data; None if its default folder lacks it. Raises MissingDataError if --data-dir lacks it."""
     from cachefuse.errors import MissingDataError
     from cachefuse_cli.shared import render
     from cachefuse_cli.shared.options import reopen_dataset

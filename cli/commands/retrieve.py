@@ -19,9 +19,7 @@ def retrieve(
     k: Annotated[int, typer.Option("-k", metavar="N", min=1, help="Number of matches.")] = 10,
     among: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODALITY", help="Search images or texts.", show_default="the modality that the query is not"
-        ),
+        typer.Option(metavar="MODALITY", help="Search images or texts.", show_default="the other one than the query's"),
     ] = None,
     split: Annotated[
         str | None, typer.Option(metavar="NAME", help="Search only this split.", show_default="all")
@@ -56,20 +54,20 @@ def retrieve(
             space, space_dataset = open_space(workspace, run, encoder, device)
             store = open_store(workspace, dataset or space_dataset)
         with RowsProgress("aligning and comparing rows") as progress:
-            found = run_retrieve(
+            result = run_retrieve(
                 space, store, text=text, image=image, k=k, modality=among, split=split, on_rows=progress.update
             )
         raw = _raw_data(store, dataset, workspace, data_dir, needed=html is not None)
-        texts = matched_texts(found, raw) if raw is not None and "text" in raw.modalities else None
+        texts = matched_texts(result, raw) if raw is not None and "text" in raw.modalities else None
         if html is not None and raw is not None:
             from cachefuse.data.images import FileImage
             from cachefuse.report.matches_page import write_matches
 
-            write_matches(found, html, space.name, raw, FileImage(image) if image is not None else None)
+            write_matches(result, html, space.name, raw, FileImage(image) if image is not None else None)
     if json:
-        render.print_json(align_tables.matches_dict(found, texts))
+        render.print_json(align_tables.matches_dict(result, texts))
         return
-    align_tables.matches_report(found, texts, space.name, store)
+    align_tables.matches_report(result, texts, space.name, store)
     if html is not None:
         render.page_written(html)
 
@@ -77,7 +75,7 @@ def retrieve(
 def _raw_data(
     store: "FeatureStore", name: str | None, workspace: Path, data_dir: Path | None, needed: bool
 ) -> "Dataset | None":
-    """Return the raw data, to show its texts and images; None if it is missing and not needed."""
+    """Return the raw data, whose texts and images are shown; None if it is missing and not needed."""
     from cachefuse.errors import MissingDataError
     from cachefuse_cli.shared.options import reopen_dataset
 

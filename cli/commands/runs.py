@@ -14,7 +14,7 @@ def runs(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """List the runs with their metrics: heads, then alignments, the latest first."""
+    """List the runs with their metrics: first heads, then alignments, each from the latest to the oldest."""
     from cachefuse_cli.shared import render
 
     with render.status("reading the runs"):
@@ -24,17 +24,17 @@ def runs(
         from cachefuse_cli.shared import align_tables, eval_tables
 
         folder = WorkspacePaths(workspace).runs
-        found, aligned = list_runs(folder), list_alignments(folder)
+        heads, alignments = list_runs(folder), list_alignments(folder)
         if dataset is not None:
             name = dataset_name(dataset)
-            found = [run for run in found if run.dataset == name]
-            aligned = [run for run in aligned if run.dataset == name]
+            heads = [run for run in heads if run.dataset == name]
+            alignments = [run for run in alignments if run.dataset == name]
     if json:
-        render.print_json([*eval_tables.runs_dict(found), *align_tables.alignments_dict(aligned)])
+        render.print_json([*eval_tables.runs_dict(heads), *align_tables.alignments_dict(alignments)])
         return
-    if found:
-        eval_tables.runs_report(found)
-    if aligned:
-        align_tables.alignments_report(aligned)
-    if not found and not aligned:
+    if heads:
+        eval_tables.runs_report(heads)
+    if alignments:
+        align_tables.alignments_report(alignments)
+    if not heads and not alignments:
         render.note(f"no runs{f' of {dataset}' if dataset else ''} in {folder}; train one with cachefuse train-head")

@@ -37,16 +37,16 @@ def similarity(
             store = open_store(workspace, dataset)
             alignment = open_alignment(workspace, run) if run is not None else None
         with RowsProgress("aligning texts") as progress:
-            found = run_similarity(
+            results = run_similarity(
                 store, encoders=encoder or (), run=alignment, split=split, device=device, on_rows=progress.update
             )
         if plot is not None:
             from cachefuse.alignment.plots import write_tolerance
 
-            write_tolerance(found, plot)
+            write_tolerance(results, plot)
     if json:
-        render.print_json(align_tables.similarity_dict(found, store))
+        render.print_json(align_tables.similarity_dict(results, store))
         return
-    align_tables.similarity_report(found, store)
+    align_tables.similarity_report(results, store)
     if plot is not None:
         render.page_written(plot)

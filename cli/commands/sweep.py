@@ -47,13 +47,15 @@ def sweep(
     ] = None,
     settings: Annotated[
         Path | None,
-        _option("--settings", metavar="FILE", help=r"Or a TOML file with a \[\[setting]] of options for each setting."),
+        _option(
+            "--settings", metavar="FILE", help=r"Instead: a TOML file with a \[\[setting]] table for each setting."
+        ),
     ] = None,
     preset: Annotated[
-        str | None, _option("--preset", metavar="NAME", help=f"Or a published experiment: {PRESET_NAMES}.")
+        str | None, _option("--preset", metavar="NAME", help=f"Instead: a published experiment: {PRESET_NAMES}.")
     ] = None,
     seeds: Annotated[
-        int, _option("--seeds", metavar="S", help="Trials per setting, with seeds from --seed on.", min=1, max=1000)
+        int, _option("--seeds", metavar="S", help="Trials per setting; the first seed is --seed.", min=1, max=1000)
     ] = 3,
     name: Annotated[
         str | None,
@@ -69,7 +71,7 @@ def sweep(
     """Try many settings over one cache, each with several seeds; a finished trial is never run again.
 
     All other options apply to every trial. Linear heads train together, many times faster. No run is
-    kept: train the best by train-head.
+    kept: train the best setting with train-head.
     """
     from cachefuse_cli.shared import render
 
@@ -124,7 +126,7 @@ def _tried(
     tried = [parse_setting(setting) for setting in values]
     for name in given:
         if tried and all(name in setting for setting in tried):
-            raise ConfigError(f"every setting has a value of {name}; leave out --{name.replace('_', '-')}")
+            raise ConfigError(f"every setting has its own {name}; leave out --{name.replace('_', '-')}")
     return tried
 
 
@@ -144,7 +146,7 @@ def _parse_grid(given: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _read_settings(path: Path) -> list[JsonObject]:
-    import tomllib  # as hashlib below: no other command waits for them
+    import tomllib  # imported late, as hashlib below: other commands do not need them
 
     try:
         values = tomllib.loads(path.read_text("utf-8"))
@@ -157,8 +159,8 @@ def _read_settings(path: Path) -> list[JsonObject]:
 
 
 def _hash(base: TrainConfig, tried: Sequence[JsonObject], encoders: Sequence[str] | None) -> str:
-    """Return a short name for what is tried, whatever the seeds."""
+    """Return a short name for the settings and encoders, independent of the seeds."""
     import hashlib
 
-    text = to_json([base.with_seed(0).to_dict(), [dict(own) for own in tried], encoders])
+    text = to_json([base.with_seed(0).to_dict(), [dict(setting) for setting in tried], encoders])
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()

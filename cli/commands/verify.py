@@ -26,7 +26,7 @@ def verify(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Check all of a store against its checksums. Damaged blocks are listed, and the exit code is then 1."""
+    """Check a whole store against its checksums, and list damaged blocks. The exit code is 1 if there are any."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("repaired blocks are kept; run the same command again"):
@@ -43,8 +43,8 @@ def verify(
             store_tables.damage_report(verification)
             with render.status("reading the dataset"):
                 samples = reopen_dataset(store, dataset, workspace, data_dir)
-            with ExtractBar() as computed:
-                run_repair(store, verification, samples, device=device, on_progress=computed.update)
+            with ExtractBar() as bar:
+                run_repair(store, verification, samples, device=device, on_progress=bar.update)
             with VerifyProgress() as progress:
                 verification = run_verify(open_store(workspace, dataset), on_progress=progress.update)
     if json:

@@ -34,7 +34,7 @@ def zero_shot(
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Classify a dataset's images by only the names of its classes; no head is trained."""
+    """Classify a dataset's images with only the names of its classes, without training a head."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("run the same command again"):
@@ -48,7 +48,7 @@ def zero_shot(
             space, _ = open_space(workspace, run, encoder, device)
             store = open_store(workspace, dataset)
         with RowsProgress("aligning images") as progress:
-            found = run_zero_shot(
+            result = run_zero_shot(
                 space,
                 store,
                 classes=split_list(classes) if classes else (),
@@ -57,6 +57,6 @@ def zero_shot(
                 on_rows=progress.update,
             )
     if json:
-        render.print_json(align_tables.zero_shot_dict(found, space.name, store))
+        render.print_json(align_tables.zero_shot_dict(result, space.name, store))
     else:
-        align_tables.zero_shot_report(found, space.name, store)
+        align_tables.zero_shot_report(result, space.name, store)

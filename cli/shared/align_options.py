@@ -1,4 +1,4 @@
-"""Options of an alignment, one per field of AlignConfig, and opening the space for queries."""
+"""The options of an alignment, one per field of AlignConfig, and functions that open alignments."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,7 +21,7 @@ AlignmentName = Annotated[
 ]
 SpaceEncoder = Annotated[
     str | None,
-    typer.Option("--encoder", metavar="SPEC", help="Or an encoder of images and texts, such as CLIP."),
+    typer.Option("--encoder", metavar="SPEC", help="Instead of --run: an encoder of images and texts, such as CLIP."),
 ]
 
 

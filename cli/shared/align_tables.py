@@ -66,7 +66,7 @@ def alignment_report(run: "Alignment") -> None:
 
 
 def results_report(results: "Mapping[str, Retrieval]") -> None:
-    """Print a line per split and direction; below, the modality gap."""
+    """Print a line per split and direction, then the modality gap."""
     if not results:
         return
     console = out()
@@ -81,7 +81,7 @@ def results_report(results: "Mapping[str, Retrieval]") -> None:
             )
             split = ""
     console.print(table)
-    console.print(Text("R@k: the share of queries that find one of their own among the first k", style="dim"))
+    console.print(Text("R@k: the share of queries with an item of their own among the first k", style="dim"))
     gaps = (f"{split} {result.gap_before:.3f} to {result.gap_after:.3f}" for split, result in results.items())
     console.print(Text(f"modality gap, untrained to trained: {', '.join(gaps)}"))
 
@@ -92,7 +92,7 @@ def alignments_dict(summaries: "Sequence[AlignmentSummary]") -> list[JsonObject]
 
 def alignments_report(summaries: "Sequence[AlignmentSummary]") -> None:
     """Print the alignments, the latest first."""
-    table = new_table("alignment", "of", "made", "R@1 both ways", "on", numbers=2)
+    table = new_table("alignment", "encoders", "created", "R@1 by direction", "split", numbers=2)
     for summary in summaries:
         recall = " ".join(f"{value:.3f}" for value in summary.recall_at_1.values()) or "-"
         table.add_row(
@@ -112,9 +112,9 @@ def matches_dict(result: "QueryResult", texts: Sequence[str] | None) -> JsonObje
 
 
 def matches_report(result: "QueryResult", texts: Sequence[str] | None, space: str, store: "FeatureStore") -> None:
-    """Print the matches, best first, with their texts if the raw data is there."""
-    where = f"{result.modality}s of {store.dataset} nearest to {result.query!r}, by {space}"
-    out().print(Text(where, style="dim"))
+    """Print the matches, best first, with their texts if they are known."""
+    title = f"{result.modality}s of {store.dataset} nearest to {result.query!r}, by {space}"
+    out().print(Text(title, style="dim"))
     table = new_table("", "cosine", "sample", *(["text"] if texts is not None else []))
     for column in table.columns[:2]:
         column.justify = "right"
@@ -146,11 +146,11 @@ def zero_shot_report(result: "ZeroShot", space: str, store: "FeatureStore") -> N
     order = sorted(
         range(len(result.classes)), key=lambda c: (result.by_class[c] != result.by_class[c], result.by_class[c])
     )
-    few = order[:MAX_CLASSES]
-    which = f"classes, the {MAX_CLASSES} worst of {len(order)}" if len(few) < len(order) else "classes, the worst first"
-    console.print(Text(which, style="dim"))
+    shown = order[:MAX_CLASSES]
+    title = f"classes, the {MAX_CLASSES} worst of {len(order)}" if order[MAX_CLASSES:] else "classes, the worst first"
+    console.print(Text(title, style="dim"))
     classes = new_table("class", "accuracy", numbers=1)
-    for c in few:
+    for c in shown:
         value = result.by_class[c]
         classes.add_row(escape(result.classes[c]), "-" if value != value else f"{value:.3f}")
     console.print(classes)
@@ -171,18 +171,18 @@ def similarity_report(results: "Mapping[str, Mapping[str, Figures]]", store: "Fe
     from cachefuse.alignment.similarity import Paraphrases
 
     if store.manifest.task == "similarity":
-        out().print(_scored(results))
+        out().print(_correlations(results))
         low, high = store.manifest.scale or (0, 1)
         note = f"±e: share of pairs whose cosine, scaled to {low:g} to {high:g}, is within e of the score"
     else:
         out().print(_paraphrases(results))
-        every = [figures for by_split in results.values() for figures in by_split.values()]
-        splits = dict.fromkeys(figures.chosen_on for figures in every if isinstance(figures, Paraphrases))
+        all_figures = [figures for by_split in results.values() for figures in by_split.values()]
+        splits = dict.fromkeys(figures.chosen_on for figures in all_figures if isinstance(figures, Paraphrases))
         note = f"similar if the cosine reaches the threshold with the best accuracy on {' or '.join(splits)}"
     out().print(Text(note, style="dim"))
 
 
-def _scored(results: "Mapping[str, Mapping[str, Figures]]") -> Table:
+def _correlations(results: "Mapping[str, Mapping[str, Figures]]") -> Table:
     from cachefuse.alignment.similarity import TOLERANCES, ScoredPairs
 
     within = [f"±{e:g}" for e in SHOWN_TOLERANCES]
@@ -213,11 +213,11 @@ def _paraphrases(results: "Mapping[str, Mapping[str, Figures]]") -> Table:
     for name, by_split in results.items():
         for split, figures in by_split.items():
             assert isinstance(figures, Paraphrases)
-            whole = f"{figures.n_pairs:,}", f"{figures.accuracy:.3f}", f"{figures.average_precision:.3f}"
+            of_split = f"{figures.n_pairs:,}", f"{figures.accuracy:.3f}", f"{figures.average_precision:.3f}"
             for kind, class_figures in figures.by_class.items():
                 values = (f"{class_figures[key]:.3f}" for key in ("precision", "recall", "f1"))
-                table.add_row(escape(name), escape(split), kind, *whole, *values)
-                name, split, whole = "", "", ("", "", "")
+                table.add_row(escape(name), escape(split), kind, *of_split, *values)
+                name, split, of_split = "", "", ("", "", "")
     return table
 
 
@@ -228,14 +228,14 @@ def pairs_dict(pairs: "Pairs", manifest: Path) -> JsonObject:
 def pairs_report(pairs: "Pairs", dataset: "Dataset", manifest: Path) -> None:
     """Print the number of pairs, an example per split, and the next step."""
     console = out()
-    flat = [str(text) for text in dataset.modalities["text"].feature_sources()]
+    texts = [str(text) for text in dataset.modalities["text"].feature_sources()]
     table = new_table("split", "pairs", "mean cosine", "an example", numbers=0)
     for column in table.columns[1:3]:
         column.justify = "right"
     for split, rows in pairs.rows.items():
         cosines = pairs.cosines[split]
         middle = rows[len(rows) // 2]
-        example = " | ".join(_one_line(flat[row]) for row in middle)
+        example = " | ".join(_one_line(texts[row]) for row in middle)
         table.add_row(escape(split), f"{len(rows):,}", f"{cosines.mean():.3f}", escape(example))
     console.print(table)
     console.print(Text.assemble(("wrote ", "dim"), str(manifest)), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Tables of a bench: a line per figure, and the machine."""
+"""The table of a bench: a line per figure, and the machine."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,8 +25,8 @@ def bench_report(machine: JsonObject, rows: "Sequence[BenchRow]") -> None:
     console = out()
     table = new_table("what / baseline", "ours", "baseline", "ratio", "goal", "", numbers=5)
     for row in rows:
-        judged = f"{'≤' if row.at_most else '≥'} {row.goal:g}" if row.goal is not None else ""
-        goal = f"{judged} {row.unit}" if row.at_most else judged
+        limit = f"{'≤' if row.at_most else '≥'} {row.goal:g}" if row.goal is not None else ""
+        goal = f"{limit} {row.unit}" if row.at_most else limit
         ratio = "" if row.ratio is None else _figure(row.ratio)
         table.add_row(row.what, _amount(row, row.ours), _amount(row, row.baseline), ratio, goal, MARKS[row.met])
     console.print(table)

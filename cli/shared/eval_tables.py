@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from cachefuse.runs.run import Run
 
 
-IN_NAME = ("fusion", "head", "loss")  # a run's name has these settings
+IN_NAME = ("fusion", "head", "loss")  # settings in a run's name
 PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1", "ap": "AP", "recall_at_p90": "R@P90"}
 
 
 def evaluation_dict(everything: "Evaluation", ablated: "Evaluation | None") -> JsonObject:
-    """Return the evaluation; one without some modalities also has the evaluation with all of them."""
+    """Return the evaluation with all modalities; if some are dropped, also the evaluation without them."""
     if ablated is None:
         return everything.as_dict()
     return {**ablated.as_dict(), "everything": everything.as_dict(), "difference": _differences(everything, ablated)}
@@ -52,13 +52,13 @@ def evaluation_report(everything: "Evaluation", ablated: "Evaluation | None") ->
 
 
 def _report(console: Console, everything: "Evaluation", ablated: "Evaluation | None") -> None:
-    order, which = _order(everything)
+    order, title = _order(everything)
     if ablated is None:
         console.print(_metrics(everything, list(everything.metrics)))
-        console.print(_per_class(everything, order, which))
+        console.print(_per_class(everything, order, title))
     else:
         console.print(_ablation(everything, ablated, list(everything.metrics)))
-        console.print(_ablation_per_class(everything, ablated, order, which))
+        console.print(_ablation_per_class(everything, ablated, order, title))
     if everything.gates:
         console.print(_gates(everything, order))
 
@@ -80,8 +80,8 @@ def _metrics(evaluation: "Evaluation", names: Sequence[str]) -> Table:
     return table
 
 
-def _per_class(evaluation: "Evaluation", order: Sequence[int], which: str) -> Table:
-    table = new_table("class", "rows", *PER_CLASS.values(), numbers=1 + len(PER_CLASS), title=which)
+def _per_class(evaluation: "Evaluation", order: Sequence[int], title: str) -> Table:
+    table = new_table("class", "rows", *PER_CLASS.values(), numbers=1 + len(PER_CLASS), title=title)
     for c in order:
         values = (_figure(evaluation.per_class[name][c]) for name in PER_CLASS)
         table.add_row(escape(evaluation.classes[c]), _support(evaluation, c), *values)
@@ -91,15 +91,15 @@ def _per_class(evaluation: "Evaluation", order: Sequence[int], which: str) -> Ta
 def _ablation(everything: "Evaluation", ablated: "Evaluation", names: Sequence[str]) -> Table:
     columns = "with everything", _without(ablated), "difference"
     table = new_table("metric", *columns, numbers=3)
-    lost = _differences(everything, ablated)
+    differences = _differences(everything, ablated)
     for name in names:
         values = (" ".join(_value(evaluation, name)) for evaluation in (everything, ablated))
-        table.add_row(metric_title(name), *values, _signed(lost[name]))
+        table.add_row(metric_title(name), *values, _signed(differences[name]))
     return table
 
 
-def _ablation_per_class(everything: "Evaluation", ablated: "Evaluation", order: Sequence[int], which: str) -> Table:
-    table = new_table("class", "rows", "F1", "without", "AP", "without", numbers=5, title=which)
+def _ablation_per_class(everything: "Evaluation", ablated: "Evaluation", order: Sequence[int], title: str) -> Table:
+    table = new_table("class", "rows", "F1", "without", "AP", "without", numbers=5, title=title)
     for c in order:
         values = (
             _figure(evaluation.per_class[name][c]) for name in ("f1", "ap") for evaluation in (everything, ablated)
@@ -137,8 +137,8 @@ def runs_report(summaries: "Sequence[RunSummary]") -> None:
                 about += f", {run.split}"
             known = settings_of(TrainConfig)
             settings = {name: value for name, value in run.settings.items() if name not in IN_NAME}
-            told = (f"{known[name].option} {known[name].text(value)}" for name, value in settings.items())
-            about = "; ".join([about, *told])
+            shown = (f"{known[name].option} {known[name].text(value)}" for name, value in settings.items())
+            about = "; ".join([about, *shown])
             values = (_figure(run.metrics.get(name)) for name in names)
             rows = f"{run.n_rows:,}" if run.split else "-"
             table.add_row(f"[bold]{escape(run.name)}[/]\n[dim]{escape(about)}[/]", rows, *values, f"{run.size_mb:.2f}")
@@ -146,18 +146,18 @@ def runs_report(summaries: "Sequence[RunSummary]") -> None:
 
 
 def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
-    """Print the runs and their ensemble on the rows held out; if these are the same, the best values are marked."""
+    """Print the runs and their ensemble on the rows held out; mark the best values if these rows are the same."""
     console = out()
     names = headline(joined.manifest.reported_metrics)
     all_runs = [*runs, joined]
     metrics = [{} if run.held_out is None else run.metrics.get(run.held_out.split, {}) for run in all_runs]
     best = {name: _best(name, metrics) for name in names} if joined.held_out is not None else {}
     table = new_table("run", "held out", *map(metric_title, names), numbers=len(names) + 1)
-    for run, reached in zip(all_runs, metrics, strict=True):
+    for run, run_metrics in zip(all_runs, metrics, strict=True):
         held_out = "-" if run.held_out is None else f"{len(run.held_out.rows):,} {run.held_out.split}"
-        figures = {name: _figure(reached.get(name)) for name in names}
+        figures = {name: _figure(run_metrics.get(name)) for name in names}
         cells = (
-            f"[bold green]{figure}[/]" if name in best and reached.get(name) == best[name] else figure
+            f"[bold green]{figure}[/]" if name in best and run_metrics.get(name) == best[name] else figure
             for name, figure in figures.items()
         )
         table.add_row(escape(run.name), held_out, *cells)
@@ -168,7 +168,7 @@ def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
 
 
 def _best(name: str, metrics: Sequence[dict[str, float]]) -> float | None:
-    values = [reached[name] for reached in metrics if not math.isnan(reached.get(name, math.nan))]
+    values = [run_metrics[name] for run_metrics in metrics if not math.isnan(run_metrics.get(name, math.nan))]
     return (min if lower_is_better(name) else max)(values, default=None)
 
 

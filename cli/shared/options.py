@@ -75,7 +75,7 @@ Threads = Annotated[
         help="Number of CPU threads.",
         show_default="as many as there are idle cores",
     ),
-]  # set for the whole process: commands need not pass it on
+]  # the callback sets it for the whole process: commands need not use it
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Seed = Annotated[
     int, typer.Option("--seed", metavar="N", help="Same seed, machine, libraries and threads: same result.")
@@ -92,12 +92,12 @@ def _set_threads(n: int | None) -> None:
 
 
 def split_list(text: str) -> tuple[str, ...]:
-    """Return the names of an option with commas between them."""
+    """Split an option's names at the commas."""
     return tuple(name.strip() for name in text.split(","))
 
 
-def resolve_encoder(spec: str, workspace: Path) -> str:
-    """Return an encoder spec, with ``aligned:NAME`` replaced by the path of that run in the workspace."""
+def encoder_spec(spec: str, workspace: Path) -> str:
+    """Return an encoder spec; in ``aligned:NAME``, replace the name by the path of that run in the workspace."""
     family, _, name = spec.partition(":")
     run = workspace / "runs" / name.partition("@")[0]
     return f"{family}:{workspace / 'runs' / name}" if family == "aligned" and (run / "run.json").is_file() else spec
@@ -113,10 +113,10 @@ def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
     if dataset is not None:
         name = dataset_name(dataset)
         if not paths.store(name).exists():
-            known = ", ".join(path.stem for path in paths.stores) or "none yet"
+            known = ", ".join(path.stem for path in paths.stores) or "no dataset yet"
             raise CacheError(
                 f"no features of {name} in {workspace}; make them with cachefuse extract --dataset {dataset} "
-                f"(extracted here: {known})"
+                f"(it has features of: {known})"
             )
         return FeatureStore(paths.store(name))
     stores = []
@@ -169,7 +169,7 @@ def dataset_name(dataset: str) -> str:
 
 
 def data_root(paths: "WorkspacePaths", manifest: "Manifest", folder: Path | None, data_dir: Path | None) -> Path:
-    """Return the folder of the raw data: --data-dir, else beside a manifest file if it is there, else the workspace."""
+    """Return the folder of the raw data: --data-dir, else the manifest's folder if it has data, else the workspace."""
     if data_dir is not None:
         return data_dir
     if folder is not None and not manifest.open_reader().missing(folder):

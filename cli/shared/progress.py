@@ -21,18 +21,18 @@ from cachefuse_cli.shared.render import err, note
 
 if TYPE_CHECKING:
     from cachefuse.extraction.extract import ExtractProgress
-    from cachefuse.training.train import Progress as TrainState
+    from cachefuse.training.train import TrainingProgress
 
 
 class _Rows(ProgressColumn):
-    """Rows done and in total; empty until the total is known."""
+    """The finished rows and all rows; empty until the total is known."""
 
     def render(self, task: Task) -> Text:
         return Text("" if task.total is None else f"{task.completed:,.0f}/{task.total:,.0f}")
 
 
 class _Slowest(ProgressColumn):
-    """The slowest stage, for which the others wait."""
+    """The slowest stage; the other stages wait for it."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields.get("slowest", ""), style="dim")
@@ -54,7 +54,7 @@ def _progress(*columns: ProgressColumn) -> Progress:
 
 
 class _RowBars:
-    """A bar per name: rows, samples per second, remaining time."""
+    """A bar per name, with rows, samples per second and remaining time."""
 
     def __init__(self) -> None:
         self._progress = _progress(
@@ -93,7 +93,7 @@ class ExtractBar(_RowBars):
             self._show("hashing content", state.done, state.total)
             return
         if state.begun and state.done == state.begun:
-            note(f"{state.encoder} {state.modality}: {state.begun:,} rows are already there; computing the rest")
+            note(f"{state.encoder} {state.modality}: {state.begun:,} rows are already in the store; computing the rest")
         name = f"{_shorten(state.encoder, 20)} {state.modality}"
         self._show(name, state.done, state.total, state.begun, state.bottleneck)
 
@@ -143,16 +143,16 @@ class TrainProgress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def update(self, now: "TrainState") -> None:
-        epoch = now.epoch
+    def update(self, state: "TrainingProgress") -> None:
+        epoch = state.epoch
         score = "" if epoch.score is None else f"  val {self._metric} {epoch.score:.3f}"
-        stage = f" {now.stage}" if now.stage else ""
+        stage = f" {state.stage}" if state.stage else ""
         self._progress.update(
             self._task,
-            completed=(now.model - 1) * now.n_epochs + epoch.epoch,
-            total=now.n_models * now.n_epochs,
-            model=f" {now.model}/{now.n_models}{stage}" if now.n_models > 1 else stage,
-            epoch=f"{epoch.epoch}/{now.n_epochs}",
+            completed=(state.model - 1) * state.n_epochs + epoch.epoch,
+            total=state.n_models * state.n_epochs,
+            model=f" {state.model}/{state.n_models}{stage}" if state.n_models > 1 else stage,
+            epoch=f"{epoch.epoch}/{state.n_epochs}",
             state=f"  loss {epoch.loss:.4f}{score}",
         )
 

@@ -32,7 +32,7 @@ PIPED_WIDTH = 200
 
 
 def out() -> Console:
-    """Return the console for results; it is wide for files and pipes, where no terminal wraps lines."""
+    """Return the console for results; it is wide for files and pipes, which need no wrapped lines."""
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     return Console(highlight=False, width=PIPED_WIDTH if piped else None)
 
@@ -57,7 +57,7 @@ class _NoteHandler(logging.Handler):
 
 
 def error(data: BaseException) -> None:
-    """Print an error: the first line in red, other lines (what to do) plain."""
+    """Print an error: the first line in red, the other lines without color."""
     message = str(data) or type(data).__name__
     if isinstance(data, OSError) and data.strerror and data.filename:
         message = f"{data.filename}: {data.strerror}"
@@ -73,13 +73,13 @@ def error(data: BaseException) -> None:
 
 
 def out_of_memory(data: BaseException) -> bool:
-    """Whether an error means that memory ran out, in Python, or in torch on CUDA or the CPU."""
+    """Whether an error means out of memory, in Python, or in torch on CUDA or the CPU."""
     torch_cpu = isinstance(data, RuntimeError) and "allocate memory" in str(data)
     return isinstance(data, MemoryError) or type(data).__name__ == "OutOfMemoryError" or torch_cpu
 
 
 def _print_message(console: Console, text: Text) -> None:
-    """Print text, wrapped between words on a terminal, else on one line for programs."""
+    """Print text: wrapped between words on a terminal, on one line for other programs."""
     console.print(text, soft_wrap=not console.is_terminal)
 
 
@@ -174,17 +174,17 @@ def extract_report(report: "ExtractReport", task: str) -> None:
     table = new_table("encoder", "modality", "rows", "computed now", numbers=2)
     for (encoder, modality), rows in report.rows.items():
         computed = report.computed[(encoder, modality)]
-        table.add_row(escape(encoder), modality, f"{rows:,}", f"{computed:,}" if computed else "0 (all were there)")
+        table.add_row(escape(encoder), modality, f"{rows:,}", f"{computed:,}" if computed else "0 (all in the store)")
     console.print(table)
     if not any(report.computed.values()):
         console.print("Nothing to compute: all features were already there.")
     if report.bad:
         console.print(f"{len(report.bad):,} unusable samples (their rows are kept, and marked absent):")
         for line in report.bad[:10]:
-            where = f" ({line.source})" if line.source else ""
-            console.print(Text(f"  {line.id} {line.modality}: {line.reason}{where}"), soft_wrap=True)
+            source = f" ({line.source})" if line.source else ""
+            console.print(Text(f"  {line.id} {line.modality}: {line.reason}{source}"), soft_wrap=True)
         if len(report.bad) > 10:
-            console.print(Text(f"  ... all are listed in {report.store / 'samples' / 'bad.jsonl'}"), soft_wrap=True)
+            console.print(Text(f"  ... {report.store / 'samples' / 'bad.jsonl'} lists all of them"), soft_wrap=True)
     console.print(Text.assemble(("store ", "dim"), str(report.store)), soft_wrap=True)
     console.print(Text.assemble(("next  ", "dim"), NEXT.get(task, "cachefuse train-head")), soft_wrap=True)
 
@@ -233,9 +233,9 @@ def _by_split(run: "Run") -> Table:
 
 
 def _by_task(run: "Run") -> Table:
-    """Return for each split the mean of the tasks' main metrics, then a row per task; metrics depend on the kind."""
-    every = next(iter(run.metrics.values()))
-    names = list(dict.fromkeys(name.partition(".")[2] for name in every if "." in name))
+    """Return a table with, for each split, the mean of the tasks' main metrics and a row per task."""
+    metrics = next(iter(run.metrics.values()))
+    names = list(dict.fromkeys(name.partition(".")[2] for name in metrics if "." in name))
     titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
     table = new_table("split", "task", MEAN, *titles, numbers=len(names) + 1)
     for split, result in run.results.items():
@@ -268,7 +268,7 @@ def _per_class(console: Console, run: "Run", split: str) -> None:
 
 
 def submission_report(predictions: "Predictions", path: Path, *, checked: Path | None) -> None:
-    """Print the numbers of rows and labels, and the file."""
+    """Print the number of rows, the number of labels, and the file."""
     n = predictions.labels.sum()
     against = f", checked against {checked.name}" if checked else ""
     out().print(

@@ -26,9 +26,9 @@ class Command(TyperCommand):
 
 
 def takes(config: type, parse: Callable[[Options], object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a decorator: a command that has a parameter ``config`` gets an option for each field of a dataclass.
+    """Return a decorator that replaces a command's parameter ``config`` by an option for each field of a dataclass.
 
-    ``config`` is then a function without arguments that parses these options. An old name of a field is a hidden
+    The command gets a function without arguments as ``config``; it parses the options. A field's old name is a hidden
     option.
     """
     options = [option for setting in settings_of(config).values() for option in _options(setting)]
@@ -90,9 +90,9 @@ def _late(text: Callable[[], str]) -> str:
 
 
 def read(config: type, given: Options) -> Options:
-    """Return the fields' values of what options say; an earlier name is taken, with a note.
+    """Return the fields' values from the options; an old name is accepted, with a note.
 
-    Raises ConfigError for a value that is not valid.
+    Raises ConfigError for an invalid value.
     """
     values = {}
     for setting in settings_of(config).values():
@@ -112,7 +112,7 @@ def note_old(old: str, new: str) -> None:
 
 
 def from_command_line(config: type, context: typer.Context) -> list[str]:
-    """Return the fields that were given as options."""
+    """Return the names of the fields that are on the command line."""
     return [
         setting.name
         for setting in settings_of(config).values()

@@ -65,9 +65,9 @@ def inspect_dict(inspection: "Inspection") -> JsonObject:
                 "encoder": encoder,
                 "modality": modality,
                 "source": inspection.sources[(encoder, modality)],
-                "provenance": made,
+                "provenance": provenance,
             }
-            for (encoder, modality), made in inspection.provenance.items()
+            for (encoder, modality), provenance in inspection.provenance.items()
         ],
         "bad": [vars(line) for line in inspection.bad],
     }
@@ -100,8 +100,8 @@ def plan_report(plan: "Plan") -> None:
     console.print(views)
     if any(view.pending for view in plan.views):
         total = f"{format_bytes(plan.n_bytes)} to write, {format_bytes(plan.free)} free; "
-        room = "[green]the disk has enough space[/]" if plan.fits else "[bold red]the disk has too little space[/]"
-        console.print(f"{total}{room}; about {_duration(sum(plan.seconds.values()))}")
+        space = "[green]the disk has enough space[/]" if plan.fits else "[bold red]the disk has too little space[/]"
+        console.print(f"{total}{space}; about {_duration(sum(plan.seconds.values()))}")
         step = "cachefuse extract, with the same options"
     else:
         console.print("Nothing to compute: all features are already there.")
@@ -123,7 +123,7 @@ def plan_dict(plan: "Plan") -> JsonObject:
 
 
 def verify_report(verification: "Verification") -> None:
-    """Print what was read, and what is damaged."""
+    """Print the blocks and bytes read in each view, the errors of int8, and the damage."""
     console = out()
     views = new_table("encoder", "modality", "view", "blocks", "read", "NaN", "inf", "zero rows", numbers=5)
     for view in verification.views:

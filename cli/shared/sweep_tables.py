@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from cachefuse.runs.run import Run
 
 
-MAX_METRICS, BESIDE_COSTS = 4, 2  # maximum beside the settings, and beside costs; the files have all
+MAX_METRICS, BESIDE_COSTS = 4, 2  # maximum of metrics in a table, and in one with costs; the files have all
 COSTS = ("params", "MB", "ms/item", "steps/s")
 
 
 class SweepProgress:
-    """The present table above a bar of trials, on stderr and only on a terminal."""
+    """The current table above a bar of trials, on stderr and only on a terminal."""
 
     def __init__(self) -> None:
         console = err()
@@ -79,7 +79,7 @@ Cell = Callable[["SettingResult"], Text]
 
 
 def _columns(result: "SweepResult", shown: Sequence["SettingResult"]) -> dict[str, Cell]:
-    """Return the columns beside the settings: metrics, as many as fit, then intervals, times, costs and the like."""
+    """Return the columns after the settings: metrics, as many as fit, then intervals, times, costs and others."""
     costs, curves = any(setting.costs for setting in shown), any(setting.curve for setting in shown)
     named = any(setting.label for setting in shown)
     metrics = result.shown or result.metrics[: 1 if curves else BESIDE_COSTS if costs or named else MAX_METRICS]
@@ -97,20 +97,20 @@ def _columns(result: "SweepResult", shown: Sequence["SettingResult"]) -> dict[st
         if not curves or i >= 2:  # models of a curve have similar sizes and long names
             columns[name] = partial(_cost, i=i)
     if not costs and any(setting.trials[0].weights for setting in shown):  # there is no space beside costs
-        columns["text counts"] = lambda setting: Text(_share(setting.weight("text")))
+        columns["text weight"] = lambda setting: Text(_share(setting.weight("text")))
     return columns
 
 
 def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> None:
-    """Print each sweep's table with its diverged trials, the folder, and the final run of a chain of sweeps."""
+    """Print each sweep's table and diverged trials, the folder, and the last run of a chain of sweeps."""
     console = out()
     for result in results:
         console.print(sweep_table(result))
         for setting in result.settings:
-            bad = [trial for trial in setting.trials if trial.diverged]
-            if bad:
-                seeds = ", ".join(str(trial.seed) for trial in bad)
-                console.print(Text(f"{_label(result, setting)}, seed {seeds}: {bad[0].diverged}"), soft_wrap=True)
+            failed = [trial for trial in setting.trials if trial.diverged]
+            if failed:
+                seeds = ", ".join(str(trial.seed) for trial in failed)
+                console.print(Text(f"{_label(result, setting)}, seed {seeds}: {failed[0].diverged}"), soft_wrap=True)
         console.print()
     if any(setting.published for result in results for setting in result.settings):
         console.print(Text(results[0].paper))
@@ -178,8 +178,8 @@ def _label(result: "SweepResult", setting: "SettingResult") -> str:
 def _figure(setting: "SettingResult", metric: str, best: float | None, first: bool) -> Text:
     mean, std = setting.mean(metric), setting.std(metric)
     if setting.n_diverged and first:
-        some = f"{setting.n_diverged} " if setting.n_diverged < len(setting.trials) else ""
-        return Text(f"{some}diverged", "red")
+        count = f"{setting.n_diverged} " if setting.n_diverged < len(setting.trials) else ""
+        return Text(f"{count}diverged", "red")
     if math.isnan(mean):
         return Text("-")
     spread = "" if math.isnan(std) else f"±{std:.3f}".replace("±0", "±")

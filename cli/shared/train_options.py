@@ -11,7 +11,7 @@ from cachefuse_cli.shared.setting_options import from_command_line, read, takes
 
 
 def parse_config(given: Options) -> TrainConfig:
-    """Build the settings from what the options say. Raises ConfigError for what does not parse, or does not fit."""
+    """Build the settings from the options. Raises ConfigError for invalid values or combinations."""
     if HELP in (given["fusion_options"] or ()):
         explain_options(given["fusion"])
         raise typer.Exit()
@@ -21,7 +21,7 @@ def parse_config(given: Options) -> TrainConfig:
 
 
 def explain_options(fusion: str) -> None:
-    """Print the options of a fusion: each with its default, its type, and what it is."""
+    """Print the options of a fusion, each with its default, type and help."""
     options = declared(fusion).options
     for option in options:
         typer.echo(f"{option.name}={option.default} ({KINDS[type(option.default)]}): {option.help}")
@@ -30,7 +30,7 @@ def explain_options(fusion: str) -> None:
 
 
 def given_options(context: typer.Context) -> list[str]:
-    """Return the settings of training that were given as options."""
+    """Return the training settings that are on the command line."""
     return from_command_line(TrainConfig, context)
 
 
