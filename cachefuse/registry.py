@@ -51,12 +51,8 @@ class Registry(MutableMapping[str, T]):
     def source(self, name: str) -> str:
         """Return an entry's "module:attribute", or "" for an object."""
         self.check(name)
-        entry = self._own[name] if name in self._own else self._others[name].value
+        entry = self._own[name] if name in self._own else _entry_points(self.group)[name].value
         return entry if isinstance(entry, str) else ""
-
-    @property
-    def _others(self) -> "dict[str, EntryPoint]":
-        return {point.name: point for point in _entry_points().select(group=self.group)}
 
     def __getitem__(self, name: str) -> T:
         if name in self._own:
@@ -64,7 +60,7 @@ class Registry(MutableMapping[str, T]):
             entry: T = import_entry(self._own[name])
             return entry
         self.check(name)
-        return self._load(self._others[name])
+        return self._load(_entry_points(self.group)[name])
 
     def _load(self, point: "EntryPoint") -> T:
         """Import an entry of another package. Raises PluginError if this fails, or if it does not fit."""
@@ -109,17 +105,23 @@ class Registry(MutableMapping[str, T]):
         del self._own[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._own or name in self._others
+        return name in self._own or name in _entry_points(self.group)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted({**self._others, **self._own}))
+        return iter(sorted({**_entry_points(self.group), **self._own}))
 
     def __len__(self) -> int:
-        return len({**self._others, **self._own})
+        return len({**_entry_points(self.group), **self._own})
 
 
 @cache
-def _entry_points() -> "EntryPoints":
+def _entry_points(group: str) -> "dict[str, EntryPoint]":
+    """Return the entry points of a group, of all installed packages, by name."""
+    return {point.name: point for point in _installed().select(group=group)}
+
+
+@cache
+def _installed() -> "EntryPoints":
     """Return the entry points of all installed packages; this takes some 10 ms."""
     from importlib.metadata import entry_points  # a slow import, needed only for other packages
 
@@ -129,7 +131,7 @@ def _entry_points() -> "EntryPoints":
 @cache
 def _warn_of_unused(kind: str, group: str, name: str) -> None:
     """Warn once of other packages' entry points with the name of an entry of this package."""
-    for point in _entry_points().select(group=group, name=name):
+    if point := _entry_points(group).get(name):
         package = point.dist.name if point.dist else "another package"
         logger.warning("%s %r is cachefuse's own; that of %s has the same name and is not used", kind, name, package)
 

@@ -175,19 +175,16 @@ def test_what_is_no_fusion_head_or_loss_is_refused_where_it_is_used(folder):
 
 
 class OnePoint:
-    """An entry point among all: it stands for any group's."""
+    """An entry point."""
 
     name, value, group, dist = "one", "somewhere:thing", "things", None
-
-    def select(self, group, name="one"):
-        return [self] if name == "one" else []
 
     def load(self):
         return object()
 
 
 def test_what_is_not_the_kind_of_thing_is_refused(monkeypatch):
-    monkeypatch.setattr("cachefuse.registry._entry_points", OnePoint)
+    monkeypatch.setattr("cachefuse.registry._entry_points", lambda group: {"one": OnePoint()})
     table = Registry("thing", "things", {"two": 2}, has=("size",))
     assert list(table) == ["one", "two"]
     assert table["two"] == 2
@@ -199,7 +196,7 @@ def test_a_module_that_ends_the_process_is_one_line(monkeypatch):
     def end(point):
         raise SystemExit("boom\nagain")
 
-    monkeypatch.setattr("cachefuse.registry._entry_points", OnePoint)
+    monkeypatch.setattr("cachefuse.registry._entry_points", lambda group: {"one": OnePoint()})
     monkeypatch.setattr(OnePoint, "load", end)
     with pytest.raises(PluginError, match=r"thing 'one' .*boom again") as refused:
         Registry("thing", "things", {})["one"]

@@ -44,7 +44,7 @@ def test_a_table_of_what_to_choose_from(cachefuse, workspace, fits):
         (("--methods", ""), "fusion"),
         (("--folds", "1"), "folds 0 2"),
         (("--epochs", "0"), "epochs 1"),
-        ((), "workspace/cache/mine.zarr tokens image extract --dataset mine"),
+        (("--methods", "cma"), "workspace/cache/mine.zarr tokens image extract --dataset mine"),
         (("--dataset", "nothing"), ""),
     ],
 )

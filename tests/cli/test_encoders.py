@@ -1,5 +1,5 @@
 import json
-from importlib.metadata import EntryPoint, EntryPoints
+from importlib.metadata import EntryPoint
 
 from cachefuse.encoders import FAMILIES
 
@@ -17,7 +17,7 @@ def test_as_json(cachefuse):
 
 def test_one_that_is_broken_hides_no_other(cachefuse, monkeypatch):
     point = EntryPoint("broken", "no_such_module:FAMILY", "cachefuse.encoders")
-    monkeypatch.setattr("cachefuse.registry._entry_points", lambda: EntryPoints([point]))
+    monkeypatch.setattr("cachefuse.registry._entry_points", lambda group: {point.name: point})
     result = cachefuse("encoders")
     assert result.code == 0
     assert "broken" in result.err
