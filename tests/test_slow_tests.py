@@ -18,14 +18,18 @@ def test_quick(): pass
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2])
 def test_slow(n): pass
+
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_cases(n): pass
 """
 
 
 def run(folder, *options):
-    """Run three tests, of which two are slow; return how the run ended, and its last two lines."""
+    """Run seven tests, of which four are slow; return how the run ended, and its last two lines."""
     shutil.copy(ROOT / "tests" / "fixtures" / "slow_tests.py", folder / "conftest.py")
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow")
-    (folder / "test_three.py").write_text(TESTS)
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n  one_in")
+    (folder / "test_seven.py").write_text(TESTS)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # zarr's takes seconds
     command = [sys.executable, "-m", "pytest", "-p", "xdist.plugin", "-p", "no:cacheprovider", *options]
@@ -37,20 +41,21 @@ def run(folder, *options):
 @pytest.mark.parametrize("options", [(), ("-n", "2", "-q")], ids=" ".join)
 def test_the_last_line_says_what_was_left_out(options, tmp_path):
     summary, last = run(tmp_path, *options)
-    assert "1 passed" in summary
-    assert last == f"slow tests left out: 2; run them with: {RUN_SLOW}"
+    assert "3 passed" in summary
+    assert last == f"slow tests left out: 4; run them with: {RUN_SLOW}"
 
 
 @pytest.mark.parametrize(
     ("options", "n"),
     [
-        (("-m", "slow"), 2),
-        (("-m", "slow or not slow"), 3),
-        (("test_three.py::test_slow",), 2),
-        (("-n", "2", "test_three.py::test_slow[1]"), 1),
+        (("-m", "slow"), 4),
+        (("-m", "slow or not slow"), 7),
+        (("test_seven.py::test_slow",), 2),
+        (("-n", "2", "test_seven.py::test_slow[1]"), 1),
     ],
     ids=["slow", "all", "named", "one"],
 )
+@pytest.mark.one_in(2)
 def test_what_is_asked_for_is_run(options, n, tmp_path):
     _, last = run(tmp_path, *options)
     assert f"{n} passed" in last

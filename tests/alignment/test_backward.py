@@ -53,6 +53,7 @@ def assert_same(found, expected):
 class TestBackward:
     @pytest.mark.parametrize("targets", TARGETS)
     @pytest.mark.parametrize("op", sorted(OPERATIONS))
+    @pytest.mark.one_in(2)
     def test_by_chunks_it_is_the_whole_batchs(self, op, targets):
         model = exact(op=op, dropout=0.0)
         read, items = batch()

@@ -78,6 +78,7 @@ def captions():
 
 @pytest.mark.parametrize("threshold", [0.5, 0.8, 0.95])
 @pytest.mark.parametrize("block", [7, 40, 2048])
+@pytest.mark.one_in(3)
 def test_is_the_greedy_matching(make_store, captions, monkeypatch, threshold, block):
     texts, splits, words = captions
     monkeypatch.setattr(module, "BLOCK", block)
@@ -90,6 +91,7 @@ def test_is_the_greedy_matching(make_store, captions, monkeypatch, threshold, bl
 
 @pytest.mark.parametrize("block", [5, 64, 2048])
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.one_in(3)
 def test_with_a_few_candidates_each_no_pair_is_wrong(make_store, monkeypatch, block, seed):
     """300 texts about 5 things, where most of a text's nearest are taken by others."""
     monkeypatch.setattr(module, "BLOCK", block)

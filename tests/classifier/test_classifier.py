@@ -79,6 +79,7 @@ def store(request, tmp_path_factory):
     ],
     ids=str,
 )
+@pytest.mark.one_in(4)
 def test_trains_the_models_that_train_head_does(store, options):
     options = {"epochs": 3, "patience": 2, **options}
     run = train_head(store, TrainConfig(**options, seed=3))

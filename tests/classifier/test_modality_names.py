@@ -12,6 +12,7 @@ names = pytest.mark.parametrize("name", ["user_ids", "report_tokens", "a_pooled"
 
 @names
 @pytest.mark.parametrize("fusion", ["sum", "mixed", "concat", "gated"])
+@pytest.mark.one_in(3)
 def test_a_modality_of_any_name_is_read_as_any_other(name, fusion, arrays, indicator):
     settings = {**QUICK, "fusion": fusion, "modality_dropout": 0.5}
     called = {"image": arrays["image"], name: arrays["text"]}

@@ -37,6 +37,7 @@ def test_in_other_processes(view, labels):
 
 @pytest.mark.parametrize("scoring", ["f1_micro", "f1_macro", "average_precision", "roc_auc", "accuracy"])
 @pytest.mark.parametrize("n_labels", [2, 3])
+@pytest.mark.one_in(4)
 def test_multi_label_scorers(view, indicator, scoring, n_labels):
     y = indicator[:, :n_labels]
     scores = cross_val_score(FusionClassifier(**QUICK), view, y, cv=3, scoring=scoring, error_score="raise")
@@ -44,6 +45,7 @@ def test_multi_label_scorers(view, indicator, scoring, n_labels):
 
 
 @pytest.mark.parametrize("scoring", ["roc_auc_ovr", "neg_log_loss", "f1_macro", "top_k_accuracy"])
+@pytest.mark.one_in(2)
 def test_multi_class_scorers(view, labels, scoring):
     scores = cross_val_score(FusionClassifier(**QUICK), view, labels, cv=3, scoring=scoring, error_score="raise")
     assert np.isfinite(scores).all()

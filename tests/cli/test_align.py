@@ -245,6 +245,7 @@ def test_train_head_takes_aligned_features_only_by_name(cachefuse, space):
     assert cachefuse("train-head", "--encoder", "aligned:mine-dfe-add-1", "--epochs", "1").code == 0
 
 
+@pytest.mark.slow
 def test_similarity_of_pairs(cachefuse, space, sentences, fits, folder):
     assert "cachefuse similarity" in cachefuse("extract", "--dataset", sentences, "--encoder", "classic").out
     result = cachefuse("similarity", "--dataset", "sts", "--run", "mine-dfe-add-1", "--plot", "curve.png")

@@ -18,6 +18,7 @@ def hurried(monkeypatch):
     monkeypatch.setattr("cachefuse.experiments.sweep.RESAMPLES", 20)
 
 
+@pytest.mark.slow
 def test_a_table_of_what_to_choose_from(cachefuse, workspace, fits):
     result = cachefuse(*QUICK)
     assert (result.code, result.err) == (0, "")

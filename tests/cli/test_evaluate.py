@@ -48,6 +48,7 @@ def test_json_has_all_of_it(cachefuse, workspace, figures):
     assert json.loads(cachefuse("evaluate", "--json", "--no-intervals").out)["intervals"] == {}
 
 
+@pytest.mark.slow
 def test_without_a_modality_both_are_shown(cachefuse, workspace, fits):
     args = "evaluate", "--run", "mine-sum-linear-asl-1", "--drop-modality", "image"
     result = cachefuse(*args)

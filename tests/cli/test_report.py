@@ -154,6 +154,7 @@ def test_its_command_trains_the_same_run_again(options, cachefuse, workspace):
     assert cachefuse(*predict[1:]).code == 0
 
 
+@pytest.mark.slow
 def test_an_ensembles_command_joins_it_again(cachefuse, workspace, name):
     cachefuse("train-head", "--head", "linear", "--epochs", "3", "--seed", "1")
     cachefuse("ensemble", name, f"{name[:-1]}2", "--thresholds", "class")

@@ -39,6 +39,7 @@ def test_a_table_and_files(cachefuse, workspace, fits):
     fits(result.out)
 
 
+@pytest.mark.slow
 def test_goes_on(cachefuse, workspace):
     args = ("sweep", *QUICK, "--head", "mlp", "--layers", "4", "--grid", "lr=0.1,0.2")
     first = cachefuse(*args)
@@ -74,6 +75,7 @@ def test_one_seed_and_folds(cachefuse, workspace):
     assert re.search(r"^16  ", result.out, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_what_diverges(cachefuse, workspace, fits):
     args = ("--optimizer", "sgd", "--epochs", "20", "--grid", "lr=0.01,1e6")
     result = cachefuse("sweep", *QUICK, *args)
@@ -224,6 +226,7 @@ def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):
         ("setting = []", "setting seed"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_file_of_settings_that_is_none(text, message, cachefuse, workspace):
     path = workspace.parent / "tried.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())

@@ -173,6 +173,7 @@ def test_folds_never_part_questions_about_one_image(cachefuse, extracted, folder
 
 
 @pytest.mark.parametrize("loss", ["asl", "ce", "focal"])
+@pytest.mark.one_in(3)
 def test_other_losses_and_weights(cachefuse, extracted, loss):
     result = cachefuse("train-head", "--epochs", "20", "--loss", loss, "--class-weights", "balanced", "--json")
     assert json.loads(result.out)["metrics"]["val"]["vqa_accuracy"] > 0.6
@@ -222,6 +223,7 @@ class TestWritten:
         evaluated = cachefuse("evaluate", "--drop-modality", "image", "--json")
         assert json.loads(evaluated.out)["metrics"]["vqa_accuracy"] < figure
 
+    @pytest.mark.slow
     def test_a_pretrained_t5_writes_in_its_tokens(self, cachefuse, tokens, folder):
         result = cachefuse("train-head", *WRITES, "--fusion-options", f"t5=hf:{tokens}", "--epochs", "2", "--json")
         assert result.code == 0, result.err

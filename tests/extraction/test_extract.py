@@ -33,6 +33,7 @@ def open_toy(store_path, modality="image"):
 
 
 @pytest.mark.parametrize("n_batches", [1, 3, 5, 11])
+@pytest.mark.one_in(4)
 def test_an_interrupted_run_ends_with_the_same_bytes(shapes, toy, same_when_interrupted, n_batches):
     def make(path):
         run(shapes, path, views=("pooled", "tokens"), batch_size=8)
@@ -164,6 +165,7 @@ def test_texts_come_back_in_order_from_batches_of_like_length(shapes, store_path
 
 
 @pytest.mark.parametrize("view", ["pooled", "tokens"])
+@pytest.mark.one_in(2)
 def test_features_do_not_depend_on_the_batch_size(shapes, tmp_path, toy, tools, view):
     for modality in ("image", "text"):
         read = [

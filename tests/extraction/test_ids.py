@@ -156,6 +156,7 @@ def test_features_are_added_to_ids(shapes, store_path, toy):
 
 
 @pytest.mark.parametrize("n_batches", [10, 12, 15, 19])
+@pytest.mark.one_in(4)
 def test_an_interrupted_run_ends_with_the_same_bytes(shapes, store_path, same_when_interrupted, n_batches):
     same_when_interrupted(lambda path: run(shapes, path), n_batches)
     assert_ids(store_path, shapes)
@@ -227,6 +228,7 @@ def test_a_sound_store_is_verified(shapes, store_path, toy, tools):
 
 @pytest.mark.parametrize("name", ["ids/block-000001/c/0", "ids_offsets/c/1/0"])
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.one_in(2)
 def test_damaged_ids_are_found_and_made_again_without_the_model(shapes, store_path, toy, tools, name, dtype):
     run(shapes, store_path, dtype=dtype)
     before = id_files(tools, store_path)

@@ -104,6 +104,7 @@ def test_a_second_extract_computes_nothing_and_writes_nothing(questions, store_p
 
 
 @pytest.mark.parametrize("n_batches", [3, 10, 12, 20])
+@pytest.mark.one_in(4)
 def test_an_interrupted_run_ends_with_the_same_bytes(questions, same_when_interrupted, n_batches):
     same_when_interrupted(lambda path: run(questions, path), n_batches)
 

@@ -85,6 +85,7 @@ def test_weights_are_those_of_scikit_learn(seed):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("level", [0.5, 0.95])
+@pytest.mark.one_in(2)
 def test_against_metrics_of_rows_drawn_again(task, level):
     data = made(25, task=task)
     intervals = intervals_of(*data, METRICS, n_resamples=70, seed=3, level=level)

@@ -64,6 +64,7 @@ def test_against_scikit_learn(task):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("seed", range(25))
 @pytest.mark.filterwarnings("ignore:No positive class found in y_true")
+@pytest.mark.one_in(2)
 def test_against_scikit_learn_on_awkward_problems(task, seed):
     check_against_scikit_learn(task, *awkward(seed, task))
 

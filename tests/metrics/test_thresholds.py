@@ -52,6 +52,7 @@ def reached(metric, targets, scores, threshold, min_labels=0):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("min_labels", [0, 1, 2])
 @pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.one_in(3)
 def test_one_threshold_is_the_best_of_all(metric, shape, min_labels, ties):
     for seed in range(25):
         targets, scores = data(seed, shape, ties)
@@ -67,6 +68,7 @@ def test_one_threshold_is_the_best_of_all(metric, shape, min_labels, ties):
 @pytest.mark.parametrize("metric", ["macro_f1", "micro_f1"])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (9, 1), (30, 2), (4, 3), (3, 5)])
 @pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.one_in(3)
 def test_a_threshold_for_each_class_is_the_best_of_all(metric, shape, ties):
     for seed in range(15):
         targets, scores = data(seed, shape, ties)

@@ -317,6 +317,7 @@ def test_a_validation_with_fewer_pairs_is_told(run, html, parse):
 
 
 @pytest.mark.parametrize("name", ["plain", HOSTILE])
+@pytest.mark.one_in(2)
 def test_is_written_with_its_plots_beside_it(name, run, store, dataset, html, tmp_path):
     named = replace(run, name=name, results={name: run.results["test"]}) if name != "plain" else run
     written = write_alignment_report(named, tmp_path / "r.html", store, dataset, device="cpu")

@@ -98,6 +98,7 @@ def test_a_run_on_quantised_tokens_takes_raw_samples(quantised, captioned):
 
 @pytest.mark.parametrize("lacks", ["image", "text"])
 @pytest.mark.parametrize("name", ["cma", "pooled"])
+@pytest.mark.one_in(2)
 def test_samples_without_a_modality_score_as_stored_rows_without_it(name, lacks, runs, captioned_store, captioned):
     run = runs[name]
     raw = predict_samples(run, samples_of(captioned, TEST, image=lacks != "image", text=lacks != "text"))
@@ -149,6 +150,7 @@ def encoded(monkeypatch):
     ("name", "views"),
     [("cma", ("pooled", "tokens")), ("pooled", ("pooled",)), ("sum", ("pooled",)), ("flat", ("tokens",))],
 )
+@pytest.mark.one_in(2)
 def test_each_sample_passes_an_encoder_once_for_all_views(name, views, runs, captioned, encoded):
     predict_samples(runs[name], samples_of(captioned, range(60, 63)))
     assert encoded[0] == [("image", views), ("text", views)]

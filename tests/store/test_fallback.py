@@ -80,6 +80,7 @@ def read(store_path, modality, view):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.one_in(2)
 def test_another_layout_reads_the_same_and_says_once_that_it_is_slower(
     shapes, store_path, toy, caplog, layout, store_dtype
 ):
@@ -142,6 +143,7 @@ def test_a_store_in_another_layout_can_be_added_to(tools, store_path, toy, layou
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.one_in(2)
 def test_a_view_is_added_beside_one_in_another_layout_which_stays_as_it_is(shapes, store_path, toy, layout):
     extract(shapes, ["toy"], store_path, device="cpu")
     LAYOUTS[layout](store_path)

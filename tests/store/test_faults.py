@@ -111,6 +111,7 @@ def quantised(shapes, store_path, toy, made_once):
 
 @pytest.mark.parametrize(("name", "view"), KINDS.items())
 @pytest.mark.parametrize("left", [None, 0, 0.5, 0.99])
+@pytest.mark.one_in(3)
 def test_a_file_that_is_gone_or_cut_short_is_named_and_made_again(shapes, quantised, toy, tools, name, view, left):
     before, values = arrays(tools.files(quantised)), read_views(quantised)
     file = quantised / "features" / "toy" / "text" / name
@@ -176,6 +177,7 @@ METADATA = [
 
 @pytest.mark.parametrize("name", METADATA)
 @pytest.mark.parametrize("left", [None, pytest.param(0, marks=pytest.mark.slow), 0.5])
+@pytest.mark.one_in(3)
 def test_metadata_that_is_gone_or_cut_short_is_never_read_as_something_else(shapes, store_path, toy, name, left):
     make(shapes, store_path)
     store = FeatureStore(store_path)

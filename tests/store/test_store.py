@@ -220,6 +220,7 @@ def test_a_view_that_was_not_extracted_says_how_to_make_it(shapes, store_path, t
         ("text", "offsets/c/0/0"),
     ],
 )
+@pytest.mark.one_in(3)
 def test_a_damaged_block_is_computed_again_and_never_read(shapes, store_path, toy, tools, modality, name, damage):
     run(shapes, store_path, views=("pooled", "tokens"))
     before = tools.files(store_path)

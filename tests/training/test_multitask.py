@@ -204,6 +204,7 @@ def test_figures_are_of_the_rows_that_have_the_label(tasks_store):
 
 
 @pytest.mark.parametrize("fusion", ["sum", "concat", "mixed", "gated", "tirg", "midfusion", "cma", "image"])
+@pytest.mark.one_in(3)
 def test_every_fusion_trains_saves_and_predicts(fusion, tasks_store, tmp_path):
     store = tasks_store()
     options = {"cma": SMALL, "midfusion": SMALL, "tirg": {"width": 16}}.get(fusion, {})

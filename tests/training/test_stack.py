@@ -187,12 +187,14 @@ def test_linear_heads_trained_together_are_those_trained_alone(fusion, optimizer
         {"scheme": "staged", "fusion": "mixed", "ema": 0.9, "optimizer": "adamw"},
     ],
 )
+@pytest.mark.one_in(2)
 def test_every_other_setting_holds_for_each(settings):
     assert_same_as_alone(make_problem(), mixed(**settings))
 
 
 @pytest.mark.parametrize("scheme", ["joint", pytest.param("staged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("head", "activation"), [("mlp", name) for name in ACTIVATIONS] + [("gmlp", "gelu")])
+@pytest.mark.one_in(2)
 def test_heads_with_hidden_layers_too(head, activation, scheme):
     settings = {"layers": (8, 4), "activation": activation, "dropout": 0.0, "scheme": scheme, "lr": 0.005}
     assert_same_as_alone(make_problem(), [replace(c, lr=c.lr / 5) for c in mixed(head=head, **settings)])

@@ -54,6 +54,7 @@ def is_quick(fusion, head, loss):
     ("fusion", "head", "loss"),
     [c if is_quick(*c) else pytest.param(*c, marks=pytest.mark.slow) for c in COMBINATIONS],
 )
+@pytest.mark.one_in(2)
 def test_every_combination_trains_and_survives_a_round_trip(fusion, head, loss, toy_store, small_options, tmp_path):
     for task in ("multilabel", "multiclass"):
         store = toy_store(task, absent={"text": {1, 41, 53}}, name=task)

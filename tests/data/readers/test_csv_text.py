@@ -152,6 +152,7 @@ def test_unescaped_tables_come_back_as_written():
         assert read_captions(*captions, 'the "last"') == [*captions, 'the "last"']
 
 
+@pytest.mark.slow
 def test_time_grows_with_the_length(growth):
     """Not with its square, 16 times, as when each record searched the whole rest."""
 
