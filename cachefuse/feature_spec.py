@@ -30,7 +30,7 @@ class FeatureSpec:
 
 
 def feature_name(modality: str, view: str) -> str:
-    """Return the name of features: "image" (pooled or flat tokens), "image_tokens"."""
+    """Return the name of features: the modality for pooled features and flat tokens, else such as "image_tokens"."""
     return modality if view in (POOLED, FLAT) else f"{modality}_{view}"
 
 

@@ -159,7 +159,7 @@ class Setting:
             values[name] = self._parse_value(name, value)
         return values
 
-    def _parse_value(self, name: str, given: Any) -> Any:
+    def _parse_value(self, name: str, given: Any) -> object:
         if self.item is Any:
             return given
         try:

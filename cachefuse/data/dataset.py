@@ -33,7 +33,7 @@ Hasher = Callable[[TextOrSource], str]
 
 @dataclass(frozen=True)
 class Dataset:
-    """N samples. ``modalities`` has one column per modality of this copy of the data, such as "image" and "text".
+    """N samples. ``modalities`` has one column per modality of this copy of the data, such as images and texts.
 
     targets: (N, C) int8 of 0 and 1 for multi-label, (N,) int32 class indices for multi-class and paraphrase, (N,)
     float32 scores for similarity. Unlabelled rows have -1, or NaN for scores. For several tasks (N, C) int8 of 0 and 1,

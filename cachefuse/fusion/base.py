@@ -1,6 +1,6 @@
 """The base class of fusions: features of any number of modalities to logits; any row may lack any modality.
 
-Features have names ("image", "image_tokens"): see ``feature_name``. Their specs describe them; no name is parsed.
+Features have names such as "image_tokens": see ``feature_name``. Their specs describe them; no name is parsed.
 """
 
 import inspect

@@ -19,7 +19,7 @@ from cachefuse.nn import ATTENTION_HEADS, POOLINGS
 from cachefuse.nn.masking import zero_absent
 from cachefuse.nn.named import NamedModules
 
-PoolSpec = str | Mapping[str, Any]  # "image=attention:14", or {"image": ["attention", 14]}
+PoolSpec = str | Mapping[str, Any]  # "image=attention:14", or the same as a table
 Pooled = tuple[Tensor, Tensor]  # tokens (B, K, D) and their mask (B, K)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from cachefuse.errors import RunError
 from cachefuse.feature_spec import FLAT, IDS, POOLED, TOKENS, VIEWS, FeatureSpec
@@ -69,7 +68,7 @@ def _spec_of(name: str, group: Sequence[RunFeatures]) -> FeatureSpec:
     return spec
 
 
-def add_views(features: Any) -> Any:
+def add_views(features: object) -> object:
     """Return the features of a run.json, by name, with modality and view, which old files lack.
 
     In old files no modality's name ends in "_tokens" or "_ids".
@@ -77,7 +76,7 @@ def add_views(features: Any) -> Any:
     if not isinstance(features, Mapping):
         return features  # pydantic reports the wrong type later
 
-    def complete(name: str, entry: Any) -> Any:
+    def complete(name: str, entry: object) -> object:
         if not isinstance(entry, Mapping) or "modality" in entry:
             return entry
         modality, _, view = name.rpartition("_")

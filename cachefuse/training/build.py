@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from cachefuse.device import seed_everything
 from cachefuse.errors import ConfigError
@@ -163,7 +164,7 @@ def build_stage(
     training_set: TrainingSet,
     module: Model,
     loss: Loss,
-    parameters: Sequence[Any] | None = None,
+    parameters: ParamsT | None = None,
 ) -> tuple[Model, Loss, Batches, Optimization]:
     """Return the arguments of ``fit`` for a module: the module, its loss, batches and optimization.
 
@@ -183,7 +184,7 @@ def build_stage(
 
 
 def build_optimization(
-    config: ResolvedConfig, module: Model, n_rows: int, parameters: Sequence[Any] | None = None
+    config: ResolvedConfig, module: Model, n_rows: int, parameters: ParamsT | None = None
 ) -> Optimization:
     """Return the settings' optimizer, schedule and other optimization, for epochs of ``n_rows`` rows.
 
