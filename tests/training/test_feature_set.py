@@ -152,7 +152,6 @@ def test_shares_the_memory_that_torch_can_write_to(arrays):
         ({0: np.ones((3, 1))}, "modality 0 image"),
         ({"": np.ones((3, 1))}, "modality ''"),
         ({"a.b": np.ones((3, 1))}, "modality a.b"),
-        ({"type": np.ones((3, 1))}, "modality type"),
     ],
 )
 def test_refuses_what_is_no_features(features, message):
