@@ -14,6 +14,7 @@ from pathlib import Path
 
 from cachefuse.fusion import FUSIONS
 from cachefuse.registry import Options
+from cachefuse.settings import as_text
 
 HELP = "help"  # the value of --fusion-options that explains them
 
@@ -44,7 +45,7 @@ def declared(name: str) -> Declared:
     try:
         spec = find_spec(module)
         tree = ast.parse(Path(str(spec.origin if spec else "")).read_text(encoding="utf-8"))
-    except (ImportError, OSError, ValueError, SyntaxError):  # in another package: importing the fusion reports it
+    except (Exception, SystemExit):  # of another package, which may raise anything: importing the fusion reports it
         return Declared()
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     if attribute not in classes:
@@ -60,8 +61,14 @@ def _read(node: ast.ClassDef, constants: Options) -> Declared:
         match argument.annotation:
             case ast.Subscript(ast.Name("Annotated"), ast.Tuple([_, ast.Constant(help)])) if default:
                 options.append(Option(argument.arg, _value(default, constants), str(help)))
-    named = {name: values[name] for name in ("parts", "stages", "defaults") if name in values}
-    return Declared(tuple(options), **named)
+    given = values.get("defaults")
+    defaults = {str(k): v for k, v in given.items() if v is not None} if isinstance(given, dict) else {}
+    return Declared(tuple(options), _names(values.get("parts")), _names(values.get("stages")), defaults)
+
+
+def _names(value: object) -> tuple[str, ...]:
+    """Return a tuple of names, empty for any other value."""
+    return tuple(map(str, value)) if isinstance(value, tuple) and all(isinstance(x, str) for x in value) else ()
 
 
 def _constants(body: Sequence[ast.stmt], known: Options) -> Options:
@@ -112,7 +119,7 @@ def defaults_of(setting: str) -> str:
     fusions: dict[str, list[str]] = {}
     for name in FUSIONS:
         if setting in declared(name).defaults:
-            fusions.setdefault(f"{declared(name).defaults[setting]:g}", []).append(name)
+            fusions.setdefault(as_text(declared(name).defaults[setting]), []).append(name)
     return "; ".join(f"{', '.join(names)}: {value}" for value, names in fusions.items())
 
 

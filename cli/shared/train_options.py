@@ -3,8 +3,9 @@
 import typer
 
 from cachefuse.errors import ConfigError
+from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.declared import HELP, declared
-from cachefuse.fusion.options import KINDS
+from cachefuse.fusion.options import DERIVED_OPTIONS, KINDS
 from cachefuse.registry import Options
 from cachefuse.training.config import TrainConfig
 from cachefuse_cli.shared.setting_options import from_command_line, read, takes
@@ -22,9 +23,10 @@ def parse_config(given: Options) -> TrainConfig:
 
 def explain_options(fusion: str) -> None:
     """Print the options of a fusion, each with its default, type and help."""
-    options = declared(fusion).options
-    for option in options:
-        typer.echo(f"{option.name}={option.default} ({KINDS[type(option.default)]}): {option.help}")
+    helps = {option.name: f": {option.help}" for option in declared(fusion).options}
+    options = {name: x for name, x in FUSIONS[fusion].options().items() if name not in DERIVED_OPTIONS}
+    for name, default in options.items():
+        typer.echo(f"{name}={default} ({KINDS.get(type(default), 'a value')}){helps.get(name, '')}")
     if not options:
         typer.echo(f"fusion {fusion} has no options")
 
