@@ -27,7 +27,8 @@ class Registry(MutableMapping[str, T]):
 
     ``kind`` is the word for an entry in messages. ``group`` is the group of entry points of other packages. If names
     are equal, this package's entry is used. ``base``, ``takes`` and ``has`` are requirements for entries of other
-    packages: a base class ("module:attribute"), arguments ("width, classes, *, layers"), attributes.
+    packages: a base class ("module:attribute"), arguments ("width, classes, *, layers"), attributes. ``probe`` is a
+    function ("module:attribute") that uses an entry on tiny data, and raises an error if the result is wrong.
     """
 
     def __init__(
@@ -39,9 +40,10 @@ class Registry(MutableMapping[str, T]):
         base: str = "",
         takes: str = "",
         has: tuple[str, ...] = (),
+        probe: str = "",
     ) -> None:
         self.kind, self.group, self._own = kind, group, dict(entries)
-        self.base, self.takes, self.has = base, takes, has
+        self.base, self.takes, self.has, self.probe = base, takes, has, probe
 
     def check(self, name: str) -> None:
         """Raise UnknownNameError with the choices if the name is unknown. This imports nothing."""
@@ -90,6 +92,8 @@ class Registry(MutableMapping[str, T]):
                 inspect.signature(cast("Callable[..., object]", entry)).bind(*positional.split(", "), **named)
             except (TypeError, ValueError) as error:
                 return f"must accept the arguments ({self.takes}): {error}"
+        if self.probe:
+            import_entry(self.probe)(entry)
         return ""
 
     def get(self, name: str, default: Any = None) -> Any:

@@ -16,9 +16,11 @@ from torch import nn
 from cachefuse.data.column import Column
 from cachefuse.data.readers.base import Reader, Samples
 from cachefuse.fusion.base import Fusion, join, joint_head
+from cachefuse.metrics.base import metric
 from cachefuse.nn.losses import bce
 
 LAZY = "a text"
+PARTS = ("a", "b")
 
 
 class MyFusion(Fusion):
@@ -32,6 +34,23 @@ class MyFusion(Fusion):
 
     def forward(self, features, present):
         return len(self.specs) * self.head(join(features, present, self.specs))
+
+
+class OddFusion(MyFusion):
+    """Declares what only running its code tells, and inherits an option."""
+
+    name = "odd"
+    parts = tuple("ab")
+    stages = [part for part in PARTS]
+    defaults = dict(lr=1e-4, epochs=None)
+
+    def __init__(self, specs, classes, head, *, twice=(), mode="x"):
+        super().__init__(specs, classes, head)
+
+
+class HeirFusion(OddFusion):
+    name = "heir"
+    defaults = {"lr": "x", "dropout": None}
 
 
 class MyHead(nn.Linear):
@@ -61,6 +80,15 @@ class MyReader(Reader):
         )
 
 
+def no_mean(logits, targets, *, reduction="mean"):
+    return logits - targets
+
+
+@metric("no mean")
+def no_function(targets, scores, predictions):
+    return 0.5
+
+
 def takes_no_logits(targets, *, reduction="mean"):
     return targets.sum()
 '''
@@ -70,6 +98,10 @@ mine = my_package:MyFusion
 broken = my_package.nowhere:Broken
 gone = my_package:NotThere
 headless = my_package:MyHead
+odd = my_package:OddFusion
+heir = my_package:HeirFusion
+falls = falls.fusion:Fusion
+ends = ends.fusion:Fusion
 sum = my_package:NotThere
 
 [cachefuse.heads]
@@ -79,6 +111,10 @@ lossy = my_package:my_loss
 [cachefuse.losses]
 mine = my_package:my_loss
 bad = my_package:takes_no_logits
+matrix = my_package:no_mean
+
+[cachefuse.metrics]
+number = my_package:no_function
 
 [cachefuse.readers]
 mine = my_package:MyReader
@@ -99,6 +135,9 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("site")
     (root / "my_package").mkdir()
     (root / "my_package" / "__init__.py").write_text(CODE)
+    for name, code in {"falls": "1 / 0", "ends": "raise SystemExit(3)"}.items():
+        (root / name).mkdir()
+        (root / name / "__init__.py").write_text(code)
     about = root / "my_package-1.0.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1.0\n")
@@ -134,9 +173,9 @@ def test_is_listed_in_help(run):
     code, out, _ = run("train-head", "--help")
     listed = " ".join(out.replace("│", " ").split())
     assert code == 0
-    assert "lit, midfusion, mine, mixed" in listed
+    assert "gone, headless, heir, image, lit, midfusion, mine, mixed, odd" in listed
     assert "gmlp, linear, lossy, mine, mlp" in listed
-    assert "bad, bce, ce, focal, mine" in listed
+    assert "bad, bce, ce, focal, matrix, mine" in listed
 
 
 @pytest.mark.slow
@@ -151,9 +190,14 @@ def test_what_it_gets_wrong_is_one_line(run):
 
 WRONG = """
 from cachefuse.fusion import FUSIONS
+from cachefuse.metrics import METRICS
 from cachefuse.nn import HEADS, LOSSES
 
-for table, name in ((FUSIONS, "gone"), (FUSIONS, "headless"), (HEADS, "lossy"), (LOSSES, "bad"), (FUSIONS, "mien")):
+WRONG = (
+    (FUSIONS, "gone"), (FUSIONS, "headless"), (HEADS, "lossy"), (LOSSES, "bad"), (LOSSES, "matrix"),
+    (METRICS, "number"), (FUSIONS, "mien"),
+)
+for table, name in WRONG:
     try:
         table[name]
     except (ImportError, LookupError) as error:
@@ -162,14 +206,23 @@ print(FUSIONS["sum"].__module__)
 """
 
 
+@pytest.mark.slow
+def test_options_that_it_does_not_explain_are_listed(run):
+    for fusion in ("odd", "heir"):
+        code, out, error = run("train-head", "--fusion", fusion, "--fusion-options", "help")
+        assert (code, out.splitlines(), error) == (0, ["twice=() (a value)", "mode=x (text)"], "")
+
+
 def test_what_is_no_fusion_head_or_loss_is_refused_where_it_is_used(folder):
     env = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run([sys.executable, "-c", WRONG], capture_output=True, text=True, env=env, check=True)
-    gone, headless, lossy, bad, unknown, own = done.stdout.splitlines()
+    gone, headless, lossy, bad, matrix, number, unknown, own = done.stdout.splitlines()
     assert all(word in gone for word in ("PluginError", "fusion 'gone' of my-package", "my_package:NotThere"))
     assert all(word in headless for word in ("PluginError", "fusion 'headless'", "cachefuse.fusion.base.Fusion"))
     assert all(word in lossy for word in ("PluginError", "head 'lossy'", "torch.nn.Module"))
     assert all(word in bad for word in ("PluginError", "loss 'bad'", "logits, targets, *, reduction"))
+    assert all(word in matrix for word in ("PluginError", "loss 'matrix'", "one number", "(3, 2)"))
+    assert all(word in number for word in ("PluginError", "metric 'number'", "TypeError"))
     assert all(word in unknown for word in ("UnknownNameError", "did you mean 'mine'?"))
     # An entry of this package goes before one of the same name, with a warning.
     assert own == "cachefuse.fusion.late"

@@ -35,6 +35,7 @@ METRICS: "Registry[Metric]" = Registry(
         "weighted_f1": "cachefuse.metrics.decisions:weighted_f1",
     },
     has=("weighted", "title", "lower_is_better"),
+    probe="cachefuse.metrics.base:probe_metric",
 )
 MEAN = "mean"  # of the main metrics of several tasks
 TOP = 5  # scores per sample that top5_accuracy counts

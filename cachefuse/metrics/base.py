@@ -47,6 +47,12 @@ def metric(title: str, *, graded: bool = False, lower_is_better: bool = False) -
     return lambda definition: Metric(definition, title, graded, lower_is_better)
 
 
+def probe_metric(metric: Metric) -> None:
+    """Measure three rows, to see errors of a metric before a training rather than at its end."""
+    targets = np.eye(3)
+    metric(targets, targets, targets.astype(bool))
+
+
 def checked(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return a mask of the fully right targets, the scores, and the predictions as bool.
 

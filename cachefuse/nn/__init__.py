@@ -49,6 +49,7 @@ LOSSES: "Registry[Callable[..., Tensor]]" = Registry(
         "focal": "cachefuse.nn.losses:focal",
     },
     takes="logits, targets, *, reduction",
+    probe="cachefuse.nn.losses:probe_loss",
 )
 POOLINGS: "Registry[type[nn.Module]]" = Registry(
     "pooling",

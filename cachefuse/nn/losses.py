@@ -24,6 +24,13 @@ TINY_NORM = 1e-6  # a shorter vector has no direction: its gradient would be rou
 REDUCTIONS = {"mean": torch.mean, "none": lambda loss: loss, "sum": torch.sum}
 
 
+def probe_loss(loss: Loss) -> None:
+    """Take the loss of three rows, to see errors of a loss before a training. Raises ValueError for a wrong shape."""
+    value = loss(torch.zeros(3, 2), torch.eye(3, 2))
+    if value.shape:
+        raise ValueError(f"must return one number, the mean over rows. Got the shape {tuple(value.shape)} instead")
+
+
 def bce(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
     """Return the binary cross-entropy, averaged over batch and classes.
 
