@@ -1,5 +1,7 @@
 """Modules by names that users choose."""
 
+from typing import Any
+
 from torch import nn
 
 
@@ -8,3 +10,9 @@ class NamedModules(nn.ModuleDict):
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in vars(self):  # such as ``training``, which is no module even where one has this name
+            vars(self)[name] = value
+        else:
+            super().__setattr__(name, value)

@@ -7,7 +7,7 @@ from cachefuse import FeatureView, FusionClassifier
 from cachefuse.errors import ConfigError
 
 QUICK = {"head": "linear", "epochs": 2, "thresholds": "none"}
-names = pytest.mark.parametrize("name", ["user_ids", "report_tokens", "a_pooled", "_ids", "values", "type"])
+names = pytest.mark.parametrize("name", ["user_ids", "report_tokens", "a_pooled", "_ids", "values", "training"])
 
 
 @names
