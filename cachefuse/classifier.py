@@ -64,7 +64,11 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
     ) -> None:
         unknown = sorted(settings.keys() - DEFAULTS.keys())
         if unknown:
-            raise TypeError(f"FusionClassifier has no parameter {unknown[0]!r}; choose from: {', '.join(DEFAULTS)}")
+            renamed = {one.about.old: f" (now {name!r})" for name, one in settings_of(TrainConfig).items()}
+            hint = renamed.get(unknown[0], "")
+            raise TypeError(
+                f"FusionClassifier has no parameter {unknown[0]!r}{hint}; choose from: {', '.join(DEFAULTS)}"
+            )
         for name, value in {**DEFAULTS, **settings}.items():
             setattr(self, name, value)
         self.min_labels = min_labels

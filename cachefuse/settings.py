@@ -134,7 +134,8 @@ class Setting:
         return value
 
     def _parse_list(self, given: object) -> tuple[object, ...]:
-        if not isinstance(given, tuple | list):
+        given = _plain(given)
+        if not isinstance(given, Sequence):
             raise self._refusal(given)
         items = [item.split(",") if isinstance(item, str) else (str(item),) for item in given]
         texts = [text.strip() for item in items for text in item if text.strip()]
@@ -153,7 +154,9 @@ class Setting:
         for text in given if isinstance(given, tuple | list) else (given,):
             name, equals, value = str(text).partition("=")
             if not equals:
-                raise ConfigError(f"{self.option} must be given as name=value. Got {text!r} instead")
+                raise ConfigError(
+                    f"{self.option} must be given as {self.about.metavar or 'name=value'}. Got {text!r} instead"
+                )
             if name in values:
                 raise ConfigError(f"{self.option} {name} is given twice; give it once")
             values[name] = self._parse_value(name, value)
@@ -296,8 +299,8 @@ def as_text(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the Python value of a NumPy scalar, and any other value unchanged."""
-    return value.item() if hasattr(value, "dtype") and hasattr(value, "item") and not value.shape else value
+    """Return the Python number or list of a NumPy scalar or array, and any other value unchanged."""
+    return value.tolist() if hasattr(value, "dtype") and hasattr(value, "tolist") else value
 
 
 def _number(limit: float) -> str:

@@ -109,6 +109,8 @@ def test_one_line_more_is_kept():
         ("steps", "a,b,a", ("a", "b", "a"), "a,b,a"),
         ("size", np.int64(3), 3, "3"),
         ("widths", (np.int32(8), 4), (8, 4), "8,4"),
+        ("widths", np.array([8, 4]), (8, 4), "8,4"),
+        ("widths", range(8, 10), (8, 9), "8,9"),
         ("shares", {"a": np.float32(0.5)}, {"a": 0.5}, "a=0.5"),
         ("fast", np.True_, True, "True"),
         ("rate", np.float16(2), 2.0, "2"),
