@@ -1,7 +1,7 @@
 """Imports point one way: a module may import its own layer and those before it, and nothing goes round in a circle.
 
-All imports count: at the top of a module, in functions, for type checkers alone, and the "module:attribute" strings by
-which registries name what they import later. Only a package may name its own modules, and the public API all.
+All imports count: at the top of a module, in functions, for type checkers alone, and the strings that name a module,
+"module:attribute" in registries or a module alone. Only a package may name its own modules, and the public API all.
 """
 
 import ast
@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import cachefuse
+import cachefuse_cli
 
-PACKAGE = Path(cachefuse.__file__).parent
+PACKAGE, COMMAND_LINE = Path(cachefuse.__file__).parent, Path(cachefuse_cli.__file__).parent
 LAYERS = (
     "errors",
     "registry",
@@ -40,18 +41,24 @@ LAYERS = (
     "bench",
     "classifier",
 )
+CLI_LAYERS = ("shared", "commands", "app")
 HEAVY = {
     "PIL", "h5py", "numpy", "open_clip", "pyarrow", "pydantic", "sklearn", "timm", "torch", "torchvision",
     "transformers", "zarr",
 }  # fmt: skip
 
 
-def name_of(path):
-    parts = ("cachefuse", *path.relative_to(PACKAGE).with_suffix("").parts)
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def files_of(name, folder):
+    """Return the files of a package by module."""
+    files = {}
+    for path in sorted(folder.rglob("*.py")):
+        parts = (name, *path.relative_to(folder).with_suffix("").parts)
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return files
 
 
-FILES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+FILES, CLI_FILES = files_of("cachefuse", PACKAGE), files_of("cachefuse_cli", COMMAND_LINE)
+ALL_FILES = {**FILES, **CLI_FILES}
 
 
 def imported_by(node):
@@ -62,29 +69,36 @@ def imported_by(node):
         assert node.level == 0, "imports are absolute"
         for alias in node.names:
             submodule = f"{node.module}.{alias.name}"
-            yield submodule if submodule in FILES else node.module
+            yield submodule if submodule in ALL_FILES else node.module
     else:
         for child in ast.iter_child_nodes(node):
             yield from imported_by(child)
 
 
 def named_by(node):
-    """Yield the modules that a file names as "module:attribute", to be imported later."""
-    strings = (x.value for x in ast.walk(node) if isinstance(x, ast.Constant) and isinstance(x.value, str))
-    yield from (named[1] for text in strings if (named := re.fullmatch(r"(\w+(?:\.\w+)+):\w+", text)))
+    """Yield the modules that a file names as "module:attribute", or in full, to be imported later."""
+    for text in strings_in(node):
+        if named := re.fullmatch(r"(\w+(?:\.\w+)*):\w+", text):
+            yield named[1]
+        elif "." in text and text in ALL_FILES:
+            yield text
+
+
+def strings_in(node):
+    return (x.value for x in ast.walk(node) if isinstance(x, ast.Constant) and isinstance(x.value, str))
 
 
 def imports_of(name, path):
     """Return the modules that one imports or names. A package's tables may name its own modules, which import it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     own = f"{name}." if path.name == "__init__.py" else None
-    named = {module for module in named_by(tree) if own is None or not module.startswith(own)}
+    named = {module for module in named_by(tree) if own is None or not f"{module}.".startswith(own)}
     if name == "cachefuse":  # the public API, for type checkers and for all others
         return named | {module for module in imported_by(tree) if not module.startswith(own)}
     return named | set(imported_by(tree))
 
 
-IMPORTS = {name: imports_of(name, path) for name, path in FILES.items()}
+IMPORTS = {name: imports_of(name, path) for name, path in ALL_FILES.items()}
 
 
 def layer(name):
@@ -109,9 +123,29 @@ def test_the_library_does_not_know_its_command_line(name):
 
 
 def test_there_are_no_cycles():
-    graph = {name: {module for module in modules if module in FILES} for name, modules in IMPORTS.items()}
+    graph = {name: {module for module in modules if module in ALL_FILES} for name, modules in IMPORTS.items()}
     order = list(TopologicalSorter(graph).static_order())
-    assert len(order) == len(FILES)
+    assert len(order) == len(ALL_FILES)
+
+
+@pytest.mark.parametrize("name", CLI_FILES)
+def test_commands_do_not_know_each_other(name):
+    """``shared`` knows no command, and a command no other."""
+    place = CLI_LAYERS.index(name.split(".")[1]) if "." in name else 0
+    above = {f"cachefuse_cli.{layer}" for layer in CLI_LAYERS[place:] if layer != "shared"}
+    ours = {module for module in IMPORTS[name] if module.startswith("cachefuse_cli")}
+    assert [module for module in ours if ".".join(module.split(".")[:2]) in above] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_imports_can_be_read(name):
+    """Only the registry imports by a name, and no name is put together from pieces, which this file would not see."""
+    tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+    called = {getattr(x.func, "attr", getattr(x.func, "id", "")) for x in ast.walk(tree) if isinstance(x, ast.Call)}
+    plain = {x.func.id for x in ast.walk(tree) if isinstance(x, ast.Call) and isinstance(x.func, ast.Name)}
+    assert name == "cachefuse.registry" or not called & {"import_module", "__import__"}
+    assert not plain & {"exec", "eval"}
+    assert [text for text in strings_in(tree) if re.fullmatch(r"cachefuse[\w.]*\.|\.[\w.]+:\w+", text)] == []
 
 
 def test_the_walk_sees_every_kind_of_import():
@@ -122,7 +156,8 @@ if TYPE_CHECKING:
     import for_types
 else:
     import d
-TABLE = {"x": "cachefuse.data.dataset:Dataset", "y": "no: module", "z": Family("p.q:r")}
+TABLE = {"x": "cachefuse.data.dataset:Dataset", "y": "no: module", "z": Family("p.q:r"), "a": "cachefuse:train_head"}
+LOGGER = logging.getLogger("cachefuse.training.loop")
 def f():
     try:
         from cachefuse import errors
@@ -142,6 +177,8 @@ class C:
         "d",
         "cachefuse.data.dataset",
         "p.q",
+        "cachefuse",
+        "cachefuse.training.loop",
         "cachefuse.errors",
         "e",
         "h",
