@@ -146,7 +146,7 @@ def test_each_command_shows_the_tasks(cachefuse, extracted, fits):
     assert cachefuse("report", "--run", gated, "--data-dir", ".", "-o", "page.html").code == 0
     page = (extracted / "page.html").read_text()
     for heading in ("color", "pattern", "keywords"):
-        assert page.count(f'<h3 class="part"><bdi>{heading}</bdi></h3>') >= 5
+        assert page.count(f'<h3 class="task"><bdi>{heading}</bdi></h3>') >= 5
     assert "data:image/jpeg" in page
     card = next(Path("workspace/runs").glob("apa-sum*/README.md")).read_text()
     assert "tags: [multi-class-classification, multi-label-classification, image, text, feature-cache]" in card
