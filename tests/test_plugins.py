@@ -169,6 +169,7 @@ def test_is_used_by_name(run):
     assert (code, json.loads(out)["split"]) == (0, "val"), error
 
 
+@pytest.mark.slow
 def test_is_listed_in_help(run):
     code, out, _ = run("train-head", "--help")
     listed = " ".join(out.replace("│", " ").split())

@@ -102,6 +102,7 @@ def scaled(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.one_in(2)
 def test_the_api_takes_it(folder, scaled, tmp_path, name):
     dataset = cachefuse.load_dataset(*cachefuse.load_manifest(str(folder / f"{name}.toml")))
     assert list(dataset.modalities) == ["text", name]

@@ -55,6 +55,7 @@ class TestOrder:
     @pytest.mark.parametrize("n_queries", [1, 3])
     @pytest.mark.parametrize("dtype", [np.float16, np.float32])
     @pytest.mark.parametrize("width", [8, 512, 4096])
+    @pytest.mark.one_in(2)
     def test_of_rows_nearer_to_one_another_than_a_rounding(
         self, small_pieces, unit, n_queries, dtype, width, in_memory
     ):

@@ -254,6 +254,7 @@ class TestWritten:
             (("--fusion-options", "t5=hf:./nowhere"), "hf:./nowhere"),
         ],
     )
+    @pytest.mark.one_in(2)
     def test_what_does_not_fit(self, cachefuse, tokens, given, message):
         result = cachefuse("train-head", *WRITES, *given)
         assert result.code == 1

@@ -62,6 +62,7 @@ def test_a_whole_store_is_sound(store):
         ("text", "tokens", "tokens/block-000001/zarr.json", 0, "Zarr cannot read tokens"),
     ],
 )
+@pytest.mark.one_in(2)
 def test_a_flipped_bit_is_found_named_and_mended(shapes, store, tools, toy, modality, view, file, place, reason):
     before = tools.files(store.path)
     flip(store.path / "features" / "toy" / modality / file, place)
@@ -105,6 +106,7 @@ def test_an_array_without_metadata_is_found_and_mended(shapes, store, toy):
 
 
 @pytest.mark.parametrize("name", ["target", "split", "present/image", "id", "digest", "stamp"])
+@pytest.mark.one_in(3)
 def test_damaged_samples_are_found_and_mended(shapes, store, name):
     expected = read_column(store.path, name)
     (chunk,) = [path for path in (store.path / "samples" / name / "c").rglob("*") if path.is_file()]

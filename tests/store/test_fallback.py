@@ -99,6 +99,7 @@ def test_another_layout_reads_the_same_and_says_once_that_it_is_slower(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.one_in(2)
 def test_damage_in_another_layout_is_detected(shapes, store_path, toy, layout):
     make(shapes, store_path)
     LAYOUTS[layout](store_path)

@@ -170,6 +170,7 @@ def test_linear_layers_with_and_without_bias(bias):
 
 @pytest.mark.parametrize("optimizer", ["adam", pytest.param("adamw", marks=pytest.mark.slow), "sgd"])
 @pytest.mark.parametrize("fusion", LINEAR)
+@pytest.mark.one_in(3)
 def test_linear_heads_trained_together_are_those_trained_alone(fusion, optimizer):
     assert_same_as_alone(make_problem(), mixed(fusion=fusion, optimizer=optimizer))
 
@@ -282,6 +283,7 @@ def test_one_that_diverges_does_not_take_the_others_along(lr, scheme):
 
 @pytest.mark.parametrize("lr", [0.01, 1e4])
 @pytest.mark.parametrize("scheme", ["joint", "staged"])
+@pytest.mark.one_in(2)
 def test_an_interrupt_is_one_even_while_some_diverge(scheme, lr):
     configs = [replace(BASE, optimizer="sgd", scheme=scheme, epochs=10**6, lr=x) for x in (0.01, lr)]
 

@@ -42,6 +42,7 @@ def test_tokens_lie_side_by_side_with_zeros_where_a_text_is_shorter(captioned_st
 
 
 @pytest.mark.parametrize("fusion", ["sum", "gated", "text", "concat"])
+@pytest.mark.one_in(2)
 def test_a_run_on_tokens_predicts_stored_and_raw_samples_alike(fusion, captioned_store, captioned, tmp_path):
     run = train_head(captioned_store, TrainConfig(**{**vars(TOKENS), "fusion": fusion}))
     again = load_run(save_run(run, tmp_path / "runs"))

@@ -78,6 +78,7 @@ def test_every_combination_trains_and_survives_a_round_trip(fusion, head, loss, 
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.one_in(3)
 def test_every_optimizer_learns(optimizer, toy_store):
     settings = {"optimizer": optimizer, "lr": 0.05, "epochs": 30, "batch_size": 10, "patience": 0}
     assert train_head(toy_store(), quick(**settings)).metrics["train"]["micro_f1"] > 0.9
