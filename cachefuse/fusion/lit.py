@@ -119,6 +119,8 @@ class LiTFusion(Fusion):
     def _image(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         x = zero_absent(x, mask)
         if self.grid and self.grid < self.side:
+            missing = self.side**2 - x.shape[1]  # all tokens but one, if no row has an image
+            x, mask = F.pad(x, (0, 0, 0, missing)), F.pad(mask, (0, missing))
             maps = x.transpose(1, 2).unflatten(2, (self.side, self.side))  # (B, D, s, s)
             x = F.adaptive_avg_pool2d(maps, self.grid).flatten(2).transpose(1, 2)
             mask = mask.all(1, keepdim=True).expand(-1, self.grid**2)

@@ -107,6 +107,17 @@ def test_rows_and_padding_do_not_influence_one_another():
     torch.testing.assert_close(fusion(features, present), torch.cat(alone))
 
 
+@pytest.mark.parametrize("grid", [0, 1])
+def test_rows_without_images_need_no_tokens(grid):
+    """A batch in which no row has an image holds one token of padding."""
+    features, present = inputs()
+    present["image"], present["image_tokens"] = torch.zeros(B).bool(), torch.zeros(B, 9).bool()
+    fusion = fuse(grid=grid)
+    expected = fusion(features, present)
+    features["image_tokens"], present["image_tokens"] = torch.zeros(B, 1, 5).double(), torch.zeros(B, 1).bool()
+    torch.testing.assert_close(fusion(features, present), expected)
+
+
 def test_a_row_of_nothing_is_finite_with_its_gradient():
     fusion, (features, present) = fuse(), inputs()
     nothing = {m: torch.zeros_like(mask) for m, mask in present.items()}
