@@ -18,9 +18,11 @@ NUMBERS: dict[type, tuple[type, ...]] = {int: (Integral,), float: (Real,)}  # of
 def typed_options(fusion: "type[Fusion]", given: Options) -> Options:
     """Return all options of a fusion. Raises ConfigError for an unknown option or a value of another type."""
     known = fusion.options()
-    for name in given:
-        if name not in known:
-            choices = f"its options are: {', '.join(known)}" if known else "it has none"
+    for name, value in given.items():
+        # A text is what a user gives; these options are never texts.
+        if name not in known or (name in DERIVED_OPTIONS and isinstance(value, str)):
+            names = ", ".join(option for option in known if option not in DERIVED_OPTIONS)
+            choices = f"its options are: {names}" if names else "it has none"
             raise ConfigError(f"fusion {fusion.name!r} has no option {name!r}; {choices}")
     return {name: _as_type(name, given.get(name, default), default) for name, default in known.items()}
 

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from cachefuse.errors import ConfigError
+from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.cma import CMAFusion
+from cachefuse.fusion.options import typed_options
 from cachefuse.runs.train import train_head
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
@@ -79,6 +81,15 @@ def test_a_training_refuses_them_too(toy_store):
             train_head(store, TrainConfig(fusion="cma", **settings))
     with pytest.raises(ConfigError, match=naming("audio image text")):
         train_head(store, TrainConfig(fusion="tirg", fusion_options={"query": "audio"}))
+
+
+@pytest.mark.parametrize(
+    ("fusion", "option"), [("lit", "architecture"), ("midfusion", "architecture"), ("midfusion", "answer_tokens")]
+)
+def test_options_that_are_found_in_files_are_not_given(fusion, option):
+    with pytest.raises(ConfigError, match=naming(f"{fusion} no option {option} its options")) as refused:
+        typed_options(FUSIONS[fusion], {option: "x"})
+    assert option not in str(refused.value).partition("its options")[2]
 
 
 @pytest.mark.parametrize("fusion", ["cma", "tirg"])
