@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cachefuse.alignment.data import as_tokens
 from cachefuse.alignment.run import Alignment
+from cachefuse.data.dataset import dataset_options
 from cachefuse.device import resolve_device
 from cachefuse.encoders import open_encoder
 from cachefuse.encoders.base import ALIGNED, DerivedTower, EncoderSpec, Tower
@@ -172,7 +173,8 @@ def aligned_features(
     if rows is None:
         raise RunError(
             f"run {run.name} reads {about.encoder} ({about.modality}, {run.config.views}), which {store.path} lacks; "
-            f"run cachefuse extract --dataset {store.dataset} --encoder {about.source} --views {run.config.views}"
+            f"run cachefuse extract {dataset_options(store.dataset)} --encoder {about.source} "
+            f"--views {run.config.views}"
         )
     with only_writer(store.path):
         features = store.require_features(spec.short, about.modality, provenance, str(spec), dtypes)

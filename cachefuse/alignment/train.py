@@ -12,6 +12,7 @@ from cachefuse.alignment.loop import embed_samples, fit
 from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.ranks import Embedded, best_ranks, chance_at, modality_gap, recall_at
 from cachefuse.alignment.run import Alignment, AlignmentSide, Direction, Retrieval
+from cachefuse.data.dataset import dataset_options
 from cachefuse.data.splits import ordered_splits
 from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError, DataError, RunError
@@ -120,7 +121,7 @@ def find_side(run: Alignment, side: AlignmentSide, store: FeatureStore) -> Featu
     if features is None:
         raise RunError(
             f"run {run.name} reads {side.encoder} ({side.modality}), which {store.path} lacks; "
-            f"run cachefuse extract --dataset {store.dataset} --encoder {side.source}"
+            f"run cachefuse extract {dataset_options(store.dataset)} --encoder {side.source}"
         )
     if features.key != side.key:
         raise RunError(

@@ -24,11 +24,18 @@ logger = logging.getLogger(__name__)
 # Held out if neither the data nor the manifest has validation rows.
 DEFAULT_SPLITS = {"val": HashSplit.model_validate({"from": "train", "fraction": 0.1})}
 MIN_ROWS_TO_SPLIT = 20
+LIMIT = "-limit"  # in the name of a part of a dataset, before its number of samples
 BATCH = 32  # rows that a thread hashes at a time: handing over single small images takes longer than hashing them
 MODALITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # it names folders of a store
 WINDOW = 4096  # rows that wait for threads at a time
 
 Hasher = Callable[[TextOrSource], str]
+
+
+def dataset_options(name: str) -> str:
+    """Return the options of ``cachefuse extract`` for a dataset's name: "--dataset shapes --limit 200"."""
+    whole, _, n = name.rpartition(LIMIT)
+    return f"--dataset {whole} --limit {n}" if whole and n.isdecimal() else f"--dataset {name}"
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Dataset:
         rows = sorted(keep)
         return replace(
             self,
-            name=f"{self.name}-limit{n}",
+            name=f"{self.name}{LIMIT}{n}",
             ids=[self.ids[i] for i in rows],
             splits=self.splits[rows],
             targets=self.targets[rows],

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cachefuse.data.dataset import dataset_options
 from cachefuse.errors import CacheError
 from cachefuse.files import JsonObject
 from cachefuse.store.format import DTYPES, append_lines, block_rows, checksum, provenance_key, read_lines, seal, unseal
@@ -187,7 +188,7 @@ class Features:
         if view not in self.views:
             raise CacheError(
                 f"{self.samples.path} has no {view} view of {self.encoder} ({self.modality}); make it with "
-                f"cachefuse extract --dataset {self.samples.dataset} --encoder {self.source} --views {view}"
+                f"cachefuse extract {dataset_options(self.samples.dataset)} --encoder {self.source} --views {view}"
             )
         pending = self.pending(view)
         if pending and whole:

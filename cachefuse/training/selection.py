@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from cachefuse.data.dataset import dataset_options
 from cachefuse.data.manifest import MULTITASK, VQA
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
@@ -95,9 +96,10 @@ def _missing_views(store: FeatureStore, stored: Sequence[Features], views: Seque
     missing = sorted({view for features in stored for view in views if view not in features.views})
     all_views = dict.fromkeys([*(has_tokens or stored)[0].views, *views])
     float32 = any(features.provenance.get("dtype") == "float32" for features in has_tokens)
+    dtype = " --dtype float32" if float32 else ""
     return CacheError(
         f"{store.path} has no {' and '.join(missing)} of {stored[0].modality}; make them with cachefuse extract "
-        f"--dataset {store.dataset} {encoders} --views {','.join(all_views)}{' --dtype float32' if float32 else ''}"
+        f"{dataset_options(store.dataset)} {encoders} --views {','.join(all_views)}{dtype}"
     )
 
 

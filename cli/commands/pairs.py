@@ -50,8 +50,9 @@ def pairs(
             store = open_store(workspace, dataset)
             texts = select_features(store, [encoder] if encoder else ()).get("text", [])
             if len(texts) != 1:
-                names = ", ".join(features.encoder for features in texts) or "none"
-                raise ConfigError(f"pairs needs one text encoder; choose it with --encoder from: {names}")
+                names = ", ".join(features.encoder for features in select_features(store).get("text", []))
+                choose = f"choose it with --encoder from: {names}" if names else f"{store.path} has none"
+                raise ConfigError(f"pairs needs one text encoder; {choose}")
             raw = reopen_dataset(store, dataset, workspace, data_dir)
         with RowsProgress("comparing texts") as progress:
             captions = [tuple(map(str, raw.sources("text", row))) for row in range(len(raw))]

@@ -105,6 +105,7 @@ def encoder_spec(spec: str, workspace: Path) -> str:
 
 def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
     """Open a dataset's store, by default the one extracted last."""
+    from cachefuse.data.dataset import dataset_options
     from cachefuse.errors import CacheError
     from cachefuse.store.store import FeatureStore
     from cachefuse.workspace import WorkspacePaths
@@ -115,7 +116,7 @@ def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
         if not paths.store(name).exists():
             known = ", ".join(path.stem for path in paths.stores) or "no dataset yet"
             raise CacheError(
-                f"no features of {name} in {workspace}; make them with cachefuse extract --dataset {dataset} "
+                f"no features of {name} in {workspace}; make them with cachefuse extract {dataset_options(dataset)} "
                 f"(it has features of: {known})"
             )
         return FeatureStore(paths.store(name))

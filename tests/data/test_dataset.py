@@ -3,7 +3,7 @@ import logging
 import pytest
 from PIL import Image
 
-from cachefuse.data.dataset import load_dataset
+from cachefuse.data.dataset import dataset_options, load_dataset
 from cachefuse.data.manifest import builtin_manifests, parse_manifest
 from cachefuse.errors import DataError, MissingDataError
 from fixtures.columns import images_of, texts_of
@@ -62,6 +62,13 @@ def test_limit(tmp_path):
     limited = dataset.limit(9)
     assert 7 <= len(limited) <= 11
     assert limited.name == "mine-limit9"
+    assert dataset_options(limited.name) == "--dataset mine --limit 9"
+    assert [dataset_options(name) for name in ("mine", "-limit3", "a-limit", "a-limit1-b")] == [
+        "--dataset mine",
+        "--dataset -limit3",
+        "--dataset a-limit",
+        "--dataset a-limit1-b",
+    ]
     assert set(limited.splits) == {"train", "val", "test"}
     assert (limited.splits == "test").sum() == 3
     rows = [dataset.ids.index(sample) for sample in limited.ids]
