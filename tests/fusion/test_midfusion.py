@@ -1,91 +1,19 @@
-"""Mid fusion against a loop over samples, without padding, in float64; in every case; and with the weights of a T5."""
+"""Mid fusion against a loop over samples, without padding, in float64, in every case."""
 
 import json
 import math
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
 
-from cachefuse.errors import ConfigError
-from cachefuse.fusion.midfusion import MidFusion
-from cachefuse.nn.heads import MLP, Linear
-from cachefuse.nn.pooling import read_pool
-from cachefuse.nn.t5_weights import load_t5, read_settings
-from fixtures.messages import naming
-from fixtures.specs import specs_of
+from cachefuse.nn.heads import MLP
+from fixtures.midfusion import CASES, DEPTH, LENGTHS, NOWHERE, B, C, build, inputs
 
-WIDTHS = {
-    "audio_tokens": (3, 4),
-    "image": 7,
-    "image_tokens": (5, 6),
-    "text": 4,
-    "text_ids": (20, 8),
-    "text_tokens": (4, 8),
-}
-FEATURES = specs_of(WIDTHS)
-LENGTHS = {  # of the modalities of each sample: all, one lacks each, two have one alone, and the last has none
-    "audio_tokens": (4, 0, 2, 1, 0, 3, 0),
-    "image_tokens": (6, 5, 0, 6, 6, 0, 0),
-    "text_ids": (8, 1, 3, 0, 0, 0, 0),
-    "text_tokens": (8, 1, 3, 0, 0, 0, 0),
-}
-B, C, W, H, DEPTH = 7, 3, 8, 2, 4
-NOWHERE = 6  # the sample that lacks every modality
-
-CASES = {
-    "default": {},
-    "one sequence": {"fusion_spec": "0:text,0:image,0:audio"},
-    "each at its own layer": {"fusion_spec": "0:text,1:image,3:audio"},
-    "image first": {"fusion_spec": {0: ["image"], 2: ["text", "audio"]}},
-    "after the last layer": {"fusion_spec": {0: ("text",), 4: ("audio", "image")}},
-    "one modality": {"fusion_spec": "0:image"},
-    "one layer, one meeting": {"fusion_spec": "0:text,1:image", "depth": 1, "decoder_layers": 1},
-    "pooled": {"pool": "image=attention:2,text=mean:3,audio=max:4"},
-    "pooled to few": {"pool": {"image": ["mean", 1], "text": ["max", 2]}, "fusion_spec": "0:text,4:image"},
-    "decoder": {"decoder_layers": 2},
-    "decoder, pooled, late": {"decoder_layers": 1, "pool": "image=attention:2", "fusion_spec": "0:text,4:image"},
-    "frozen text": {"text_view": "tokens"},
-}
 every = pytest.mark.parametrize("case", CASES)
-
-
-def build(case="default", seed=0, head=Linear, **more):
-    torch.manual_seed(seed)
-    options = {"width": W, "depth": DEPTH, "heads": H, "dropout": 0.0, "text_view": "ids", **CASES[case], **more}
-    if any(kind == "attention" for kind, _ in read_pool(options.get("pool", "")).values()):
-        options["heads"] = 4
-    fusion = MidFusion(FEATURES, C, head, **options)
-    for name, parameter in fusion.named_parameters():  # as after some training: what starts at 0 or 1 no longer is
-        if "norm" in name:
-            nn.init.uniform_(parameter, 0.5, 2)
-        if name == "between" or "bias" in name:
-            nn.init.normal_(parameter)
-    return fusion
-
-
-def inputs(padding=0, value=0.0, rows=slice(None), dtype=torch.float64):
-    """Return features and masks of LENGTHS, with ``value`` wherever there is no token, and pooled ones besides."""
-    generator = torch.Generator().manual_seed(0)
-    features = {"image": torch.full((B, 7), torch.nan), "text": torch.full((B, 4), torch.nan)}
-    present = {m: torch.ones(B, dtype=torch.bool) for m in features}
-    for name, lengths in LENGTHS.items():
-        n, (width, _) = max(lengths), WIDTHS[name]
-        mask = torch.arange(n + padding) < torch.tensor(lengths)[:, None]
-        if name == "text_ids":
-            x = torch.randint(width, (B, n), generator=generator)
-            x = nn.functional.pad(x, (0, padding)).masked_fill(~mask, 0 if math.isfinite(value) else -9)
-        else:
-            x = torch.randn(B, n, width, generator=generator, dtype=torch.float64).to(dtype)
-            x = nn.functional.pad(x, (0, 0, 0, padding)).masked_fill(~mask.unsqueeze(-1), value)
-        features[name], present[name] = x, mask
-    return tuple({name: x[rows] for name, x in part.items()} for part in (features, present))
 
 
 class Reference:
@@ -330,74 +258,3 @@ def test_dropout_is_drawn_by_the_seed_and_off_in_evaluation():
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert torch.equal(fusion.eval()(*given), build("decoder")(*given))
-
-
-class TestPretrained:
-    @pytest.fixture(params=["relu", "gated-gelu"])
-    def spec(self, request, tmp_path):
-        torch.manual_seed(0)
-        config = transformers.T5Config(
-            vocab_size=24, d_model=12, d_kv=5, d_ff=20, num_layers=3, num_decoder_layers=2, num_heads=4,
-            decoder_start_token_id=2, feed_forward_proj=request.param,
-        )  # fmt: skip
-        transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
-        return f"hf:{tmp_path}"
-
-    def fuse(self, spec, **options):
-        settings = json.loads(json.dumps(asdict(read_settings(spec))))
-        torch.manual_seed(1)
-        ids = {"text_view": "ids", **options}
-        return MidFusion(FEATURES, C, Linear, architecture=settings, width=99, depth=77, heads=55, **ids)
-
-    def test_text_alone_is_the_encoder(self, spec):
-        fusion, (features, present) = self.fuse(spec, fusion_spec="0:text").eval(), inputs(dtype=torch.float32)
-        fusion.load_t5(load_t5(spec, 0))
-        x, mask = fusion.encode(features, present)
-        assert torch.equal(mask, present["text_ids"])
-        theirs = transformers.T5EncoderModel.from_pretrained(spec.removeprefix("hf:")).eval()
-        expected = theirs(input_ids=features["text_ids"], attention_mask=mask.long()).last_hidden_state
-        torch.testing.assert_close(x[mask], expected[mask], rtol=1e-4, atol=1e-5)
-
-    @pytest.mark.parametrize("n", [1, 2])
-    def test_text_alone_and_the_decoders_first_step(self, spec, n):
-        fusion = self.fuse(spec, fusion_spec="0:text", decoder_layers=n).eval()
-        fusion.load_t5(load_t5(spec))
-        fusion.head = nn.Identity()
-        theirs = transformers.T5ForConditionalGeneration.from_pretrained(spec.removeprefix("hf:")).eval()
-        theirs.decoder.block = theirs.decoder.block[:n]
-        features, present = inputs(rows=slice(0, 3), dtype=torch.float32)
-        ids, mask = features["text_ids"], present["text_ids"].long()
-        memory = theirs.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        expected = theirs.decoder(
-            input_ids=torch.full((3, 1), 2), encoder_hidden_states=memory, encoder_attention_mask=mask
-        ).last_hidden_state
-        torch.testing.assert_close(fusion(features, present), expected[:, 0], rtol=1e-4, atol=1e-5)
-
-    def test_other_modalities_and_the_head_keep_their_start(self, spec):
-        fusion = self.fuse(spec, decoder_layers=1)
-        before = {name: p.detach().clone() for name, p in fusion.named_parameters()}
-        fusion.load_t5(load_t5(spec))
-        kept = [name for name, p in fusion.named_parameters() if torch.equal(p, before[name]) and "norm" not in name]
-        assert kept == ["between", *(f"enter.{m}.{p}" for m in ("audio", "image") for p in ("weight", "bias")),
-                        "head.weight", "head.bias"]  # fmt: skip
-        fusion(*inputs(dtype=torch.float32)).square().sum().backward()
-        assert all(p.grad.isfinite().all() and p.grad.any() for p in fusion.parameters())
-
-    def test_another_t5(self, spec):
-        with pytest.raises(ConfigError, match=naming("weights T5 T5Settings")):
-            build().load_t5(load_t5(spec))
-        with pytest.raises(ConfigError, match=naming("weights T5")):
-            self.fuse(spec, decoder_layers=2).load_t5(load_t5(spec, 1))
-
-    def test_more_decoder_layers_than_it_has(self, spec):
-        with pytest.raises(ConfigError, match=naming("decoder_layers 2 T5 3")):
-            self.fuse(spec, decoder_layers=3)
-
-    def test_ids_of_a_larger_vocabulary(self, spec):
-        settings = {**asdict(read_settings(spec)), "vocab_size": 19}
-        with pytest.raises(ConfigError, match=naming("text_ids 20 tokens T5 19")):
-            MidFusion(FEATURES, C, Linear, architecture=settings, text_view="ids")
-
-    def test_settings_that_are_none(self):
-        with pytest.raises(ConfigError, match=naming("t5 T5")):
-            MidFusion(FEATURES, C, Linear, architecture={"depth": 3})
