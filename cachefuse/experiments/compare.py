@@ -16,7 +16,7 @@ from cachefuse.fusion import FUSIONS
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
-from cachefuse.training.data import open_training_data
+from cachefuse.training.data import TrainingData, open_training_data
 from cachefuse.training.selection import select_features
 
 logger = logging.getLogger(__name__)
@@ -71,22 +71,27 @@ def compare(
 def fitting_methods(store: FeatureStore, encoders: Sequence[str]) -> tuple[str, ...]:
     """Return ``METHODS`` without those that cannot be trained on the store's features; a warning names each of these.
 
-    Raises the last one's error if none can.
+    Raises the first one's error if none can.
     """
-    fitting, problem = [], None
+    opened: dict[tuple[tuple[str, ...], ...], TrainingData] = {}  # by the views that methods read
+    problems: dict[str, Exception] = {}
+    modalities = sorted({features.modality for features in store.features()})
     for method in METHODS:
         config = TrainConfig(fusion=method)
+        views = tuple(config.reads(modality) for modality in modalities)
         try:
-            data = open_training_data(store, encoders, "cpu", config.reads)
+            if views not in opened:
+                opened[views] = open_training_data(store, encoders, "cpu", config.reads)
+            data = opened[views]
             with torch.device("meta"):
                 build_model(data.resolve(config), data.specs, len(data.classes), data.tasks)
-            fitting.append(method)
         except (CacheError, ConfigError) as error:
-            problem = error
-            logger.warning("compare leaves out %s: %s", method, error)
-    if problem and not fitting:
-        raise problem
-    return tuple(fitting)
+            problems[method] = error
+    if len(problems) == len(METHODS):
+        raise problems[METHODS[0]]
+    for method, problem in problems.items():
+        logger.warning("compare leaves out %s: %s", method, problem)
+    return tuple(method for method in METHODS if method not in problems)
 
 
 def fastest_near_best(result: SweepResult) -> SettingResult | None:

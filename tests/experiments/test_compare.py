@@ -96,6 +96,14 @@ def test_says_what_it_can_not_compare(toy_store, make_store, folder):
     assert not (folder / "trials.jsonl").exists()
 
 
+def test_a_store_that_no_method_fits_is_one_error(make_store, folder, caplog):
+    x = {"image": np.ones((8, 4), np.float16)}
+    store = make_store(x, np.ones((8, 1), np.int8), ["train"] * 8, name="single", task="multiclass")
+    with pytest.raises(ConfigError, match=naming("single class")):
+        compare(store, folder=folder)
+    assert not caplog.records
+
+
 def test_compares_by_default_what_fits_the_store(make_store, folder, caplog):
     store = pooled_store(make_store)
     result = compare(store, folder=folder, **QUICK)
