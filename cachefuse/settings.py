@@ -193,7 +193,7 @@ class Setting:
         if value is None and self.optional:
             return
         if isinstance(value, str) and value in self.about.words:
-            raise ConfigError(f"{self.option} {value!r} is {self.about.words[value]} in Python. Got {value!r} instead")
+            raise ConfigError(f"{self.option} must be {self.about.words[value]} for {value}. Got {value!r} instead")
         self._check_kind(self.kind, value)
         if self.about.choices is not None:
             self._check_choice(value)

@@ -127,7 +127,7 @@ def open_pairs(
     """
     if store.manifest.task in PAIRS:
         raise ConfigError(
-            f"the pairs of {store.dataset} can't be aligned: some differ in meaning; use them to evaluate encoders: "
+            f"the pairs of {store.dataset} cannot be aligned: some differ in meaning; use them to evaluate encoders: "
             f"cachefuse similarity --dataset {store.dataset}"
         )
     chosen = [features for group in select_features(store, encoders, one_view(view)).values() for features in group]

@@ -25,7 +25,7 @@ def write_tolerance(results: Mapping[str, Mapping[str, Figures]], path: Path) ->
     if path.suffix.lower() not in KINDS:
         raise ConfigError(f"a plot must be a file of {', '.join(KINDS)}. Got {path.name!r} instead")
     if not path.parent.is_dir():
-        raise ConfigError(f"can't write {path}: there is no folder {path.parent}")
+        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
     last = {name: list(by_split.values())[-1] for name, by_split in results.items()}
     lines = {name: figures.tolerance for name, figures in last.items() if isinstance(figures, ScoredPairs)}
     if not lines:

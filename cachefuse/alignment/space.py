@@ -38,7 +38,7 @@ class Space(Protocol):
     def stored(self, store: FeatureStore, modality: str, on_rows: OnRows = silent) -> Features:
         """Return a store's pooled features in this space; computes missing ones from stored base features if it can.
 
-        Raises RunError if it can't, CacheError if the stored features are of another encoder with the same name.
+        Raises RunError if it cannot, CacheError if the stored features are of another encoder with the same name.
         """
 
     def counterpart(self, modality: str) -> str:

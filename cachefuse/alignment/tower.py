@@ -104,7 +104,7 @@ def open_aligned(spec: EncoderSpec, device: str) -> dict[str, Tower]:
             base = open_encoder(about.source, device).get(about.modality)
         if base is None or provenance_key({**base.provenance, "dtype": about.dtype}) != about.key:
             raise EncoderError(
-                f"can't open {spec}: {about.source} has other weights or preprocessing than when {run.name} was made; "
+                f"cannot open {spec}: {about.source} has other weights or preprocessing than when {run.name} was made; "
                 f"restore them, or align again"
             )
         towers[about.modality] = AlignedTower(run, side, device, base)
@@ -116,7 +116,7 @@ def _within(spec: EncoderSpec) -> Iterator[None]:
     """Raise EncoderError for an alignment that reads itself, which only happens if its file was edited."""
     outer, folder = _under_way.get(), str(Path(spec.model).expanduser().resolve())
     if folder in outer:
-        raise EncoderError(f"can't open {spec}: it reads itself; its run.json was edited")
+        raise EncoderError(f"cannot open {spec}: it reads itself; its run.json was edited")
     token = _under_way.set((*outer, folder))
     try:
         yield
@@ -129,14 +129,14 @@ def open_spec(spec: EncoderSpec) -> tuple[Alignment, tuple[int, ...]]:
     folder = Path(spec.model).expanduser()
     if not spec.model or not (folder / "run.json").is_file():
         raise EncoderError(
-            f"can't open {spec}: there is no run in {folder}; give its folder: aligned:./workspace/runs/NAME"
+            f"cannot open {spec}: there is no run in {folder}; give its folder: aligned:./workspace/runs/NAME"
         )
     try:
         run = Alignment.load(folder)
     except RunError as error:
-        raise EncoderError(f"can't open {spec}: {error}") from error
+        raise EncoderError(f"cannot open {spec}: {error}") from error
     if spec.weights not in SIDES or (spec.weights and not run.same_texts):
-        raise EncoderError(f"can't open {spec}: after @ use 1 or 2, and only if both encoders are of the same texts")
+        raise EncoderError(f"cannot open {spec}: after @ use 1 or 2, and only if both encoders are of the same texts")
     if run.same_texts:
         return run, (int(spec.weights or 1) - 1,)
     return run, (0, 1)

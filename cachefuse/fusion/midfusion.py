@@ -278,7 +278,7 @@ def _joins(spec: FusionSpec, available: Sequence[str], depth: int) -> dict[int, 
         if modality not in available:
             raise ConfigError(f"fusion_spec names {modality!r}; the features have: {', '.join(available) or 'none'}")
         if layer > depth:
-            raise ConfigError(f"{modality} can't join at layer {layer}; layers are 0 to {depth}, the depth")
+            raise ConfigError(f"{modality} cannot join at layer {layer}; layers are 0 to {depth}, the depth")
     if layers and 0 not in layers.values():
         raise ConfigError(f"a modality must join at layer 0, which has no tokens otherwise. Got {spec!r} instead")
     return {layer: tuple(sorted(m for m in layers if layers[m] == layer)) for layer in sorted(set(layers.values()))}

@@ -183,7 +183,7 @@ def words_of(classes: Sequence[str]) -> Answers:
 
 
 def pieces_of(classes: Sequence[str], spec: EncoderSpec) -> Answers:
-    """Return the answers as tokens of a pretrained T5's tokenizer. Raises EncoderError if it can't be opened."""
+    """Return the answers as tokens of a pretrained T5's tokenizer. Raises EncoderError if it cannot be opened."""
     from transformers import AutoTokenizer
 
     from cachefuse.encoders.frozen import opening

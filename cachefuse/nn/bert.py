@@ -20,7 +20,7 @@ KINDS = {
 def open_config(options: Options, origin: Origin | None) -> JsonObject:
     """Add ``text_model``, by default the model of the cached ids, and its ``architecture`` from its files to options.
 
-    Raises ConfigError if the model has another type or another tokenizer than the cached ids, EncoderError if it can't
+    Raises ConfigError if the model has another type or another tokenizer than the cached ids, EncoderError if it cannot
     be opened.
     """
     if options.get("architecture") or origin is None:
@@ -99,5 +99,5 @@ def load_weights(model: Any, text: str) -> None:
         missing = [name for name, x in state.items() if stored.get(prefix + name, x[..., None]).shape != x.shape]
         if missing:
             lacks = f"its weights lack {len(missing)} of the model's, such as {missing[0]}"
-            raise EncoderError(f"can't open {spec}: {lacks}")
+            raise EncoderError(f"cannot open {spec}: {lacks}")
         model.load_state_dict({name: stored[prefix + name].float() for name in state})

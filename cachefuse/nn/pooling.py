@@ -138,6 +138,6 @@ def build_pools(pool: PoolSpec, specs: Mapping[str, FeatureSpec]) -> nn.ModuleDi
             raise ConfigError(f"pool names {modality!r}; it can pool: {', '.join(specs) or 'none'}")
         pooling, spec = POOLINGS[kind], specs[modality]
         if spec.n_tokens and n_tokens > spec.n_tokens:
-            raise ConfigError(f"can't pool {modality} to {n_tokens} tokens: a sample has at most {spec.n_tokens}")
+            raise ConfigError(f"cannot pool {modality} to {n_tokens} tokens: a sample has at most {spec.n_tokens}")
         pools[modality] = pooling(spec.width, n_tokens)
     return NamedModules(pools)

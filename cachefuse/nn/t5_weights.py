@@ -31,7 +31,7 @@ def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
     folder, settings = _find(parsed)
     n_layers = settings.num_decoder_layers if decoder_layers is None else decoder_layers
     if not 0 <= n_layers <= settings.num_decoder_layers:
-        raise EncoderError(f"can't take {n_layers} layers of {spec}'s decoder: it has {settings.num_decoder_layers}")
+        raise EncoderError(f"cannot take {n_layers} layers of {spec}'s decoder: it has {settings.num_decoder_layers}")
     with torch.device("meta"):  # shapes only: the values come from the files
         model = T5(replace(settings, num_decoder_layers=n_layers))
     with opening(parsed), ExitStack() as stack:
@@ -45,12 +45,12 @@ def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
         missing = [name for name in weights if not stored.keys() & set(_keys(name))]
         if missing:
             lacks = f"its weights lack {len(missing)} of the model's, such as {_keys(missing[0])[0]}"
-            raise EncoderError(f"can't open {spec}: {lacks}")
+            raise EncoderError(f"cannot open {spec}: {lacks}")
         for name, expected in weights.items():
             key = next(key for key in _keys(name) if key in stored)
             shape = tuple(stored[key].get_slice(key).get_shape())
             if shape != tuple(expected.shape):
-                raise EncoderError(f"can't open {spec}: {key} is {shape}; config.json needs {tuple(expected.shape)}")
+                raise EncoderError(f"cannot open {spec}: {key} is {shape}; config.json needs {tuple(expected.shape)}")
             weights[name] = stored[key].get_tensor(key).to(torch.float32, copy=True)
     model.load_state_dict(weights, assign=True)
     return model
@@ -67,7 +67,7 @@ def _find(spec: EncoderSpec) -> tuple[Path, T5Settings]:
         try:
             return folder, T5Settings.from_config(config)
         except ConfigError as error:
-            raise EncoderError(f"can't open {spec}: {error}") from error
+            raise EncoderError(f"cannot open {spec}: {error}") from error
 
 
 def _keys(name: str) -> tuple[str, ...]:

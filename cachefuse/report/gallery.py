@@ -83,7 +83,7 @@ def worst_examples(
 
 
 def thumbnail(source: Source) -> str:
-    """Return an image of at most 160 by 160 px as a data URI. Raises BadSampleError if it can't be read."""
+    """Return an image of at most 160 by 160 px as a data URI. Raises BadSampleError if it cannot be read."""
     image = source.load()
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()

@@ -26,7 +26,7 @@ def render(template: str, context: dict[str, object]) -> str:
 
 
 def printable(text: str) -> str:
-    """Replace each character that a page or plot can't show by U+FFFD."""
+    """Replace each character that a page or plot cannot show by U+FFFD."""
     return UNPRINTABLE.sub("\ufffd", text)
 
 
@@ -34,6 +34,6 @@ def check_target(*paths: Path) -> None:
     """Raise ConfigError if a path is a folder or its folder is missing."""
     for path in paths:
         if path.is_dir():
-            raise ConfigError(f"can't write {path}: it is a folder")
+            raise ConfigError(f"cannot write {path}: it is a folder")
         if not path.parent.is_dir():
-            raise ConfigError(f"can't write {path}: there is no folder {path.parent}")
+            raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")

@@ -1,4 +1,4 @@
-"""Which row is nearer is decided in float64, also where float16 and float32 can't tell; values of any size."""
+"""Which row is nearer is decided in float64, also where float16 and float32 cannot tell; values of any size."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_whatever_torchs_default_type_is(default, in_memory):
 
 
 class TestOrder:
-    """It is that of float64, also where float32 can't tell rows apart."""
+    """It is that of float64, also where float32 cannot tell rows apart."""
 
     @pytest.mark.parametrize("unit", [False, True])
     @pytest.mark.parametrize("n_queries", [1, 3])

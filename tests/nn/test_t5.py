@@ -341,11 +341,11 @@ class TestLoading:
         edit(tmp_path, lambda weights: weights.update({key: torch.zeros(3, 5)}))
         with pytest.raises(EncoderError) as error:
             load_t5(spec)
-        assert str(error.value) == f"can't open {spec}: {key} is (3, 5); config.json needs {shape}"
+        assert str(error.value) == f"cannot open {spec}: {key} is (3, 5); config.json needs {shape}"
         edit(tmp_path, lambda weights: weights.pop(key))
         with pytest.raises(EncoderError) as error:
             load_t5(spec)
-        assert str(error.value) == f"can't open {spec}: its weights lack 1 of the model's, such as {key}"
+        assert str(error.value) == f"cannot open {spec}: its weights lack 1 of the model's, such as {key}"
 
     def test_another_model(self, tmp_path):
         save_t5(tmp_path)
