@@ -11,6 +11,7 @@ OPERATIONS = {
     "additive-attention": "cachefuse.alignment.dfe:AdditiveAttention",
     "concat": "cachefuse.alignment.dfe:Concat",
     "dot-attention": "cachefuse.alignment.dfe:DotAttention",
+    "general-attention": "cachefuse.alignment.dfe:GeneralAttention",
     "mul": "cachefuse.alignment.dfe:Multiply",
 }
 # An entry point registers it, as for an encoder of another package: cachefuse.encoders does not import alignments.

@@ -31,7 +31,8 @@ class AlignConfig:
     op: str = setting("add", "How dfe combines features and context: {choices}.", panel=MODEL, choices=OPERATIONS)
     targets: str = setting(
         "hard",
-        "hard: every other pair is a negative; soft: similar pairs are weaker negatives.",
+        "hard: every other pair is a negative; soft: similar pairs are weaker negatives; printed: soft, with equation "
+        "5's temperature as printed.",
         panel=TRAINING,
         choices=TARGETS,
     )

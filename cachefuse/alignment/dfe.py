@@ -53,8 +53,8 @@ class Concat(nn.Module):
 class _Attention(nn.Module, ABC):
     """x + softmax(scores) V, with the context as the query and the tokens as keys and values: CBMF, equation 2.
 
-    The result is added to every token, so that the transformer block gets the sequence and its mask. With one token
-    the softmax is 1, and the context has no effect.
+    The result is added to every token, as in the authors' later code (LightCRL), so that the transformer block gets the
+    sequence and its mask. With one token the softmax is 1, and the context has no effect.
     """
 
     @abstractmethod
@@ -87,6 +87,17 @@ class DotAttention(_Attention):
 
     def scores(self, x: Tensor, context: Tensor) -> Tensor:
         return self.key(x) @ self.query(context) / x.shape[-1] ** 0.5
+
+
+class GeneralAttention(_Attention):
+    """Scores q . W k (arXiv 1508.04025), without a scale: the sixth operation of the authors' later code (LightCRL)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.key = nn.Linear(width, width, bias=False)  # a bias adds the same to all scores: softmax ignores it
+
+    def scores(self, x: Tensor, context: Tensor) -> Tensor:
+        return self.key(x) @ context
 
 
 class Projection(nn.Sequential):

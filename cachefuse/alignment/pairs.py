@@ -44,6 +44,7 @@ def mine_pairs(
     texts: Sequence[tuple[str, ...]],
     threshold: float,
     *,
+    within_samples: bool = False,
     device: str = "auto",
     on_rows: OnRows = lambda done, total: None,
 ) -> Pairs:
@@ -54,7 +55,12 @@ def mine_pairs(
     pair is the text itself or another caption of its image. CBMF, section IV-B, says which pairs are similar, but not
     which of them to take. Texts with the same words are not a pair.
 
-    Raises ConfigError for a threshold outside of (0, 1], DataError if the numbers of texts and feature rows differ.
+    ``within_samples`` pairs every two texts of a sample instead, as the authors' later code (LightCRL) does. A text is
+    then in several pairs, and other captions of its image are among their negatives. The authors also pair each text
+    with itself; such pairs are left out.
+
+    Raises ConfigError for a threshold outside of (0, 1], or for ``within_samples`` if samples have one text each,
+    DataError if the numbers of texts and feature rows differ.
     """
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold must be above 0 and at most 1. Got {threshold:g} instead")
@@ -68,6 +74,8 @@ def mine_pairs(
         )
     words: dict[str, int] = {}
     same = np.array([words.setdefault(" ".join(text.lower().split()), len(words)) for text in flat])
+    if within_samples and not (owners[:-1] == owners[1:]).any():
+        raise ConfigError(f"samples of {samples.dataset} have one text each; leave out --within-samples")
     usable = samples.present(features.modality)[owners]
     pairs = Pairs({}, {})
     total = int(usable.sum())
@@ -75,8 +83,12 @@ def mine_pairs(
     for split in ordered_splits(samples.splits):
         rows = np.flatnonzero(usable & (samples.splits[owners] == split))
         x = torch.from_numpy(features.rows()[rows]).to(resolve_device(device))
-        ends, near = _candidates(x, torch.from_numpy(same[rows]), threshold, partial(_report, on_rows, done, total))
-        chosen, cosines = _match(ends, near, owners[rows])
+        report = partial(_report, on_rows, done, total)
+        if within_samples:
+            chosen, cosines = _of_one_sample(x, owners[rows], threshold, report)
+        else:
+            ends, near = _candidates(x, torch.from_numpy(same[rows]), threshold, report)
+            chosen, cosines = _match(ends, near, owners[rows])
         done += len(rows)
         if len(chosen):
             pairs.rows[split], pairs.cosines[split] = rows[chosen], cosines
@@ -116,6 +128,29 @@ def _candidates(
     ends, cosines = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
     kept = np.unique(ends, axis=0, return_index=True)[1]
     return ends[kept], cosines[kept]
+
+
+@torch.inference_mode()
+def _of_one_sample(
+    x: torch.Tensor, owners: np.ndarray, threshold: float, on_rows: Callable[[int], None]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return every two rows of x (n, D) with the same owner, nearest first: pairs (P, 2) and cosines (P,).
+
+    The rows of an owner follow one another.
+    """
+    unit = F.normalize(x.float(), dim=1, eps=TINY_NORM)
+    blocks = [(np.zeros((0, 2), np.int64), np.zeros(0, np.float32))]
+    for step in range(1, np.unique(owners, return_counts=True)[1].max(initial=1)):
+        first = np.flatnonzero(owners[:-step] == owners[step:])
+        for start in range(0, len(first), BLOCK):
+            i = first[start : start + BLOCK]
+            cosines = (unit[i] * unit[i + step]).sum(1).cpu().numpy()
+            near = cosines >= threshold
+            blocks.append((np.stack([i, i + step], axis=1)[near], cosines[near]))
+    on_rows(len(x))
+    ends, cosines = (np.concatenate(arrays) for arrays in zip(*blocks, strict=True))
+    order = np.lexsort((ends[:, 1], ends[:, 0], -cosines))
+    return ends[order], cosines[order]
 
 
 def _match(ends: np.ndarray, cosines: np.ndarray, owners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -62,5 +62,5 @@ POOLINGS: "Registry[type[nn.Module]]" = Registry(
     base="torch.nn:Module",
     takes="width, n_tokens",
 )
-TARGETS = ("soft", "hard")  # of the contrastive loss
+TARGETS = ("soft", "hard", "printed")  # of the contrastive loss
 ATTENTION_HEADS = 4  # of the Deep Fusion Encoder's transformer block

@@ -112,6 +112,10 @@ def contrastive(
     the current embeddings; with ``detach`` no gradient passes through them. Hard targets are the identity: InfoNCE
     (arXiv 1807.03748) in both directions. Float64 stays float64.
 
+    Equation 5 prints "/ 2 . T". Soft targets read it as a division by 2 T, so that targets and scores have the same
+    temperature. "printed" targets read it from left to right, half the sum times T: for a T below 1 they are nearly
+    equal for all pairs. Its numerator has x and y, its denominator the embeddings; both are the embeddings here.
+
     Raises ConfigError if the shapes differ or for other targets.
     """
     if x.ndim != 2 or x.shape != y.shape:
@@ -123,7 +127,8 @@ def contrastive(
     l1, l2 = -scores.log_softmax(1), -scores.T.log_softmax(1)
     if targets == "hard":
         return (l1.diagonal().mean() + l2.diagonal().mean()) / 2
-    t = ((x @ x.T + y @ y.T) / (2 * temperature)).softmax(1)
+    similar = (x @ x.T + y @ y.T) / 2
+    t = (similar * temperature if targets == "printed" else similar / temperature).softmax(1)
     t = t.detach() if detach else t
     return ((t * l1).sum() + (t.T * l2).sum()) / (2 * len(x))
 

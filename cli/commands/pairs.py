@@ -15,6 +15,9 @@ def pairs(
         typer.Option(metavar="SPEC", help="The text encoder that compares.", show_default="the only one in the store"),
     ] = None,
     threshold: Annotated[float, typer.Option(metavar="X", help="The minimum cosine of a pair.")] = 0.7,
+    within_samples: Annotated[
+        bool, typer.Option("--within-samples", help="Pair every two texts of a sample instead, as CBMF's authors do.")
+    ] = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -33,7 +36,8 @@ def pairs(
 ) -> None:
     """Mine pairs of captions with the same meaning, as a new dataset to align two text encoders on.
 
-    All texts of a split are compared. Each sample is in at most one pair; the nearest pairs come first.
+    All texts of a split are compared. Each sample is in at most one pair; the nearest pairs come first. With
+    --within-samples all pairs of a sample's texts that are near enough are taken.
     """
     from cachefuse_cli.shared import render
 
@@ -56,7 +60,9 @@ def pairs(
             raw = reopen_dataset(store, dataset, workspace, data_dir)
         with RowsProgress("comparing texts") as progress:
             captions = [tuple(map(str, raw.sources("text", row))) for row in range(len(raw))]
-            mined = mine_pairs(texts[0], captions, threshold, device=device, on_rows=progress.update)
+            mined = mine_pairs(
+                texts[0], captions, threshold, within_samples=within_samples, device=device, on_rows=progress.update
+            )
         folder = output or WorkspacePaths(workspace).data(f"{store.dataset}-pairs")
         manifest = write_pairs(mined, raw, folder, texts[0].encoder)
     if json:

@@ -13,7 +13,7 @@ from cachefuse.registry import lookup
 
 WIDTHS = (6, 5)
 B, T, W = 4, 7, 8
-ATTENTION = ("additive-attention", "dot-attention")
+ATTENTION = ("additive-attention", "dot-attention", "general-attention")
 
 every = pytest.mark.parametrize(
     ("method", "op"), [(method, op) for method in sorted(METHODS) for op in sorted(OPERATIONS)]

@@ -18,7 +18,7 @@ from fixtures.messages import naming
 
 WIDTHS = (6, 5)
 W = 8
-ATTENTION = ("additive-attention", "dot-attention")
+ATTENTION = ("additive-attention", "dot-attention", "general-attention")
 
 
 class TestOperations:
@@ -67,6 +67,11 @@ class TestOperations:
         found, x, context, mask, w = self.given("dot-attention")
         query = w["query.weight"] @ context + w["query.bias"]
         expected = self.attended(x, mask, lambda k: float(query @ (w["key.weight"] @ k)) / math.sqrt(W))
+        np.testing.assert_allclose(found, expected)
+
+    def test_general_attention(self):
+        found, x, context, mask, w = self.given("general-attention")
+        expected = self.attended(x, mask, lambda k: float(context @ (w["key.weight"] @ k)))
         np.testing.assert_allclose(found, expected)
 
     @pytest.mark.parametrize("op", ATTENTION)

@@ -275,3 +275,5 @@ def test_pairs_are_a_dataset_to_align_on(cachefuse, workspace, fits):
     assert says(cachefuse("pairs", "--dataset", "mine", "--threshold", "1.5").error, "1")
     found = json.loads(cachefuse("pairs", "--dataset", "mine", "--threshold", "0.5", "--output", "p", "--json").out)
     assert sum(found["pairs"].values()) > 0
+    alone = cachefuse("pairs", "--dataset", "mine", "--threshold", "0.5", "--within-samples")
+    assert says(alone.error, "one text --within-samples")

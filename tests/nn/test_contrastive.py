@@ -54,7 +54,10 @@ def by_hand(x, y, temperature, targets):
 
 
 def all_targets(name, x, y, temperature):
-    return soft_targets(x, y, temperature) if name == "soft" else np.eye(len(x)).tolist()
+    """Printed targets are soft ones with half the sum times the temperature: a division by its inverse."""
+    if name == "hard":
+        return np.eye(len(x)).tolist()
+    return soft_targets(x, y, temperature if name == "soft" else 1 / temperature)
 
 
 def arrays(*tensors):
