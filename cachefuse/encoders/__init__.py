@@ -1,19 +1,34 @@
 """Frozen encoders. A family is one file and one entry here; `open_encoder` turns a spec into towers."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from cachefuse.encoders.base import EncoderSpec, Tower
+from cachefuse.errors import EncoderError
 from cachefuse.registry import Registry, import_entry
+
+# The values of an encoder's options, as in hf:bert-base-uncased,pooling=cls. None: any; a number: at least this.
+OPTIONS: Mapping[str, tuple[str, ...] | int | None] = {
+    "pooling": ("cls", "mean", "pooler", "last"),
+    "max_tokens": 1,
+    "long_texts": ("cut", "windows"),
+}
+NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of encoders. ``opener`` names a function (EncoderSpec, device) -> {modality: Tower}."""
+    """A family of encoders. ``opener`` names a function (EncoderSpec, device) -> {modality: Tower}.
+
+    ``options`` are the names of what a spec may say after its weights. An opener reads them by ``spec.option``.
+    """
 
     opener: str
     example: str
     modalities: str
     about: str
+    options: tuple[str, ...] = ()
 
 
 FAMILIES: Registry[Family] = Registry(
@@ -31,12 +46,14 @@ FAMILIES: Registry[Family] = Registry(
             "clip:ViT-B-32@laion2b_s34b_b79k",
             "image, text",
             "open_clip models; after @ a pretrained tag or a local .safetensors file",
+            options=("max_tokens", "long_texts"),
         ),
         "hf": Family(
             "cachefuse.encoders.hf:open_hf",
             "hf:bert-base-uncased",
             "image or text",
             "transformers models by hub name or local folder; after @ a revision",
+            options=("pooling", "max_tokens", "long_texts"),
         ),
         "timm": Family(
             "cachefuse.encoders.vit:open_timm",
@@ -50,11 +67,35 @@ FAMILIES: Registry[Family] = Registry(
 DEFAULT_ENCODER = FAMILIES["clip"].example
 
 
-def open_encoder(spec: str | EncoderSpec, device: str = "cpu") -> dict[str, Tower]:
-    """Open ``family:model[@weights]`` on a device and return its towers by modality.
+def open_encoder(
+    spec: str | EncoderSpec, device: str = "cpu", options: Mapping[str, str] = NO_OPTIONS
+) -> dict[str, Tower]:
+    """Open ``family:model[@weights][,option=value ...]`` on a device and return its towers by modality.
 
-    Raises UnknownNameError for an unknown family, EncoderError if the model or its weights are not available.
+    ``options`` are values for options that the spec leaves open; those that its towers do not have are ignored. Raises
+    UnknownNameError for an unknown family, EncoderError for an option or value of the spec that the encoder does not
+    have, or if the model or its weights are not available.
     """
     spec = EncoderSpec.parse(spec) if isinstance(spec, str) else spec
-    towers: dict[str, Tower] = import_entry(FAMILIES[spec.family].opener)(spec, device)
+    family = FAMILIES[spec.family]
+    for name, value in (*spec.options, *options.items()):
+        check_option(name, value)
+    for name, _ in spec.options:
+        if name not in family.options:
+            known = f"choose from: {', '.join(family.options)}" if family.options else "it has none"
+            raise EncoderError(f"cannot open {spec}: {spec.family} has no option {name}; {known}")
+    open_options = {name: value for name, value in options.items() if name in family.options}
+    towers: dict[str, Tower] = import_entry(family.opener)(spec.with_options(open_options), device)
+    for name, _ in spec.options:
+        if not any(name in tower.options for tower in towers.values()):
+            raise EncoderError(f"cannot open {spec}: {name} is not for {' and '.join(towers)}; leave it out")
     return towers
+
+
+def check_option(name: str, value: str) -> None:
+    """Raise EncoderError for a value that an option does not have."""
+    match OPTIONS.get(name):
+        case int(least) if not value.isdecimal() or int(value) < least:
+            raise EncoderError(f"{name} must be a number, at least {least}. Got {value!r} instead")
+        case tuple(choices) if value not in choices:
+            raise EncoderError(f"{name} must be one of {', '.join(choices)}. Got {value!r} instead")

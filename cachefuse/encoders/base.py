@@ -1,8 +1,9 @@
 """The interface of encoders: a family opens a spec as one tower per modality; a tower turns samples into features."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 from cachefuse.files import JsonObject
 
 ALIGNED = "aligned"  # the family of encoders that use other encoders' features
+OPTION = re.compile(r",(?P<name>[a-z_-]+)=(?P<value>[^,=]+)$")  # at the end of a spec
+DEFAULTS = {"long_texts": "cut"}  # options with a value that is the same as none
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}  # loading such weights can run code
 
 # view -> (B, D) or (B, T, D) float32 array; ragged tokens are a list of B (T_i, D) arrays, ids of B (T_i,) int32
@@ -21,33 +24,50 @@ Features = JsonObject
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """``family:model[@weights]``; weights are a tag, a revision or a local file."""
+    """``family:model[@weights][,option=value ...]``; weights are a tag, a revision or a local file."""
 
     family: str
     model: str = ""
     weights: str = ""
+    options: tuple[tuple[str, str], ...] = ()  # by name, without those that have their default
 
     @classmethod
     def parse(cls, text: str) -> "EncoderSpec":
-        """Parse a spec. An ``@`` in an existing path is part of the path."""
-        family, _, rest = text.strip().partition(":")
+        """Parse a spec. An ``@`` or an ``,option=value`` in an existing path is part of the path.
+
+        Raises EncoderError for a spec without a family, or with an option twice.
+        """
+        name, options = text.strip(), {}
+        while not _exists(name) and (match := OPTION.search(name)):
+            option = match["name"].replace("-", "_")
+            if option in options:
+                raise EncoderError(f"encoder {text.strip()} says {option} twice")
+            options[option], name = match["value"], name[: match.start()]
+        family, _, rest = name.partition(":")
         if not family:
             raise EncoderError(f"encoder {text!r} must look like family:model or family:model@weights")
-        if Path(rest).expanduser().exists():
-            return cls(family, rest)
-        model, _, weights = rest.partition("@")
-        return cls(family, model, weights)
+        model, weights = (rest, "") if _exists(name) else rest.partition("@")[::2]
+        return cls(family, model, weights).with_options(options)
+
+    def option(self, name: str) -> str | None:
+        """Return the value of an option; None for its default."""
+        return dict(self.options).get(name)
+
+    def with_options(self, options: Mapping[str, str]) -> "EncoderSpec":
+        """Return the spec with these options too; its own stay."""
+        given = {name: value for name, value in options.items() if DEFAULTS.get(name) != value}
+        return replace(self, options=tuple(sorted({**given, **dict(self.options)}.items())))
 
     def absolute(self) -> "EncoderSpec":
         """Return the same spec with absolute local paths: it can be opened from any folder."""
         model, weights = (str(path) if path else text for text, path in self._local_paths())
-        return EncoderSpec(self.family, model, weights)
+        return replace(self, model=model, weights=weights)
 
     @property
     def short(self) -> str:
         """The spec with paths cut to their last part, which does not depend on the folder."""
         model, weights = (path.name if path else text for text, path in self._local_paths())
-        return f"{self.family}{':' + model if model else ''}{'@' + weights if weights else ''}"
+        return str(replace(self, model=model, weights=weights))
 
     def _local_paths(self) -> list[tuple[str, Path | None]]:
         """Return model and weights, each with its absolute path, or None if it is not local."""
@@ -55,7 +75,14 @@ class EncoderSpec:
         return [(text, Path(text).expanduser().absolute() if is_local else None) for text, is_local in texts]
 
     def __str__(self) -> str:
-        return f"{self.family}{':' + self.model if self.model else ''}{'@' + self.weights if self.weights else ''}"
+        parts = [self.family, f":{self.model}" * bool(self.model), f"@{self.weights}" * bool(self.weights)]
+        return "".join([*parts, *(f",{name}={value}" for name, value in self.options)])
+
+
+def _exists(spec: str) -> bool:
+    """Whether all after a spec's family is a path that exists."""
+    path = spec.partition(":")[2]
+    return bool(path) and Path(path).expanduser().exists()
 
 
 def is_path(text: str) -> bool:
@@ -81,6 +108,7 @@ class Tower(ABC):
     views: tuple[str, ...] = ("pooled", "tokens")
     by_length: bool = False  # whether samples vary in length, so that many are sorted by it before they are batched
     ragged: bool = False  # whether the number of tokens varies
+    options: tuple[str, ...] = ()  # of its spec's options, those that change its features
     vocabulary: int = 0  # of the view ids, if the tower has it: every id is less
 
     @property

@@ -11,6 +11,7 @@ import numpy as np
 
 from cachefuse.data.column import Column, TextOrSource
 from cachefuse.data.dataset import Dataset
+from cachefuse.encoders import NO_OPTIONS
 from cachefuse.encoders.base import DerivedTower, EncoderSpec, Tower
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.extraction.derive import base_rows, derive
@@ -74,6 +75,7 @@ def extract(
     device: str = "auto",
     batch_size: int | None = None,
     dtype: str = "float16",
+    options: Mapping[str, str] = NO_OPTIONS,
     max_bad: float = 0.05,
     refresh: bool = False,
     on_progress: OnProgress = lambda progress: None,
@@ -86,12 +88,15 @@ def extract(
 
     With dtype int8, tokens are quantised (with a float16 scale per row) and pooled features are float16. The view ids,
     a text's token ids, is always int32; only some text encoders have it.
+
+    An encoder's own options are part of its spec, as in "hf:bert-base-uncased,pooling=cls". ``options`` gives them to
+    all encoders that have them.
     """
     check_options(encoders, views, batch_size, dtype)
     if not 0 <= max_bad <= 1:
         raise ConfigError(f"max-bad must be between 0 and 1. Got {max_bad} instead")
     with only_writer(store_path):
-        request = open_request(dataset, encoders, views, device, batch_size, dtype)
+        request = open_request(dataset, encoders, views, device, batch_size, dtype, options)
 
         def on_digest(done: int, total: int) -> None:
             on_progress(ExtractProgress("", "", done, total, 0))

@@ -2,7 +2,7 @@
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,6 +11,7 @@ import numpy as np
 
 from cachefuse.data.column import TextOrSource
 from cachefuse.data.dataset import Dataset
+from cachefuse.encoders import NO_OPTIONS
 from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import CacheError
 from cachefuse.extraction.derive import base_rows
@@ -80,12 +81,13 @@ def plan(
     device: str = "auto",
     batch_size: int | None = None,
     dtype: str = "float16",
+    options: Mapping[str, str] = NO_OPTIONS,
 ) -> Plan:
     """Estimate what ``extract`` with the same arguments would take. Nothing is written.
 
     The time is that of a few batches, measured now and scaled to all pending rows.
     """
-    request = open_request(dataset, encoders, views, device, batch_size, dtype)
+    request = open_request(dataset, encoders, views, device, batch_size, dtype, options)
     store = FeatureStore(store_path) if (store_path / "zarr.json").is_file() else None
     planned, seconds = [], {}
     for spec, tower in request.towers:

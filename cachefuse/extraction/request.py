@@ -1,13 +1,13 @@
 """A request for an extraction: dataset, towers, views. It is checked before any work begins."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cachefuse.data.dataset import Dataset
 from cachefuse.device import resolve_device
-from cachefuse.encoders import open_encoder
-from cachefuse.encoders.base import EncoderSpec, Tower
+from cachefuse.encoders import NO_OPTIONS, open_encoder
+from cachefuse.encoders.base import DEFAULTS, EncoderSpec, Tower
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.feature_spec import IDS
 from cachefuse.files import slug
@@ -61,18 +61,32 @@ def check_options(encoders: Sequence[str], views: Sequence[str], batch_size: int
 
 
 def open_request(
-    dataset: Dataset, encoders: Sequence[str], views: Sequence[str], device: str, batch_size: int | None, dtype: str
+    dataset: Dataset,
+    encoders: Sequence[str],
+    views: Sequence[str],
+    device: str,
+    batch_size: int | None,
+    dtype: str,
+    options: Mapping[str, str] = NO_OPTIONS,
 ) -> Request:
     """Open each encoder once, on "auto" or a named device.
 
-    Only some text encoders have ids; an encoder without any requested view is skipped. With dtype int8, pooled features
-    are float16: they are small. Raises EncoderError if an encoder has no modality of the dataset. Raises ConfigError if
-    one lacks a view other than ids, if none has requested ids, or if two would be stored under one name.
+    ``options`` are for the encoders that have them. Only some text encoders have ids; an encoder without any requested
+    view is skipped. With dtype int8, pooled features are float16: they are small. Raises EncoderError if an encoder has
+    no modality of the dataset. Raises ConfigError if one lacks a view other than ids, if none has requested ids or one
+    of the options, or if two would be stored under one name.
     """
     check_options(encoders, views, batch_size, dtype)
     device = resolve_device(device)
     specs = dict.fromkeys(EncoderSpec.parse(text).absolute() for text in encoders)
-    opened = [(spec, open_encoder(spec, device)) for spec in specs]
+    opened = []
+    for spec in specs:
+        by_modality = open_encoder(spec, device, options)
+        used = {name for tower in by_modality.values() for name in tower.options} & options.keys()
+        opened.append((spec.with_options({name: options[name] for name in used}), by_modality))
+    for name, value in options.items():
+        if not any(spec.option(name) or DEFAULTS.get(name) == value for spec, _ in opened):
+            raise ConfigError(f"{' and '.join(map(str, specs))} has no option {name}; leave it out")
     _check_names([spec for spec, _ in opened])
     towers: list[tuple[EncoderSpec, Tower]] = []
     for spec, by_modality in opened:
@@ -88,7 +102,7 @@ def open_request(
                 known = ", ".join(tower.views)
                 raise ConfigError(f"encoder {spec} has no {missing[0]} view of {tower.modality}; choose from: {known}")
         towers += [(spec, tower) for tower in usable if set(views) & set(tower.views)]
-    _check_ids(specs, towers, views)
+    _check_ids([spec for spec, _ in opened], towers, views)
     return Request(
         dataset, tuple(towers), tuple(dict.fromkeys(views)), dtype, batch_size or BATCH_SIZE[device.partition(":")[0]]
     )

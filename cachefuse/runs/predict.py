@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +179,7 @@ def _beside(run: Run, source: str) -> EncoderSpec:
     spec = EncoderSpec.parse(source)
     beside = run.path.resolve().parent / Path(spec.model).name if run.path is not None else Path(spec.model)
     moved = is_derived(source) and not Path(spec.model).is_dir() and beside.is_dir()
-    return EncoderSpec(spec.family, str(beside), spec.weights) if moved else spec
+    return replace(spec, model=str(beside)) if moved else spec
 
 
 def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:

@@ -10,9 +10,13 @@ from cachefuse_cli.shared.options import (
     Encoders,
     Json,
     Limit,
+    LongTexts,
+    MaxTokens,
+    Pooling,
     Threads,
     Views,
     Workspace,
+    encoder_options,
     encoder_spec,
     open_dataset,
     split_list,
@@ -24,6 +28,9 @@ def plan(
     encoder: Encoders = None,
     data_dir: DataDir = None,
     views: Views = "pooled",
+    pooling: Pooling = None,
+    max_tokens: MaxTokens = None,
+    long_texts: LongTexts = None,
     device: Device = "auto",
     threads: Threads = None,
     batch_size: BatchSize = None,
@@ -51,6 +58,7 @@ def plan(
                 device=device,
                 batch_size=batch_size,
                 dtype=dtype,
+                options=encoder_options(pooling, max_tokens, long_texts),
             )
     if json:
         render.print_json(store_tables.plan_dict(estimate))

@@ -60,7 +60,29 @@ Limit = Annotated[
 ]
 Encoders = Annotated[
     list[str] | None,
-    typer.Option("--encoder", metavar="SPEC", help=r"family:model\[@weights]; repeatable."),
+    typer.Option("--encoder", metavar="SPEC", help=r"family:model\[@weights]\[,option=value ...]; repeatable."),
+]
+Pooling = Annotated[
+    str | None,
+    typer.Option(
+        "--pooling",
+        metavar="NAME",
+        help="Pooled features of hf: encoders: cls, mean, pooler or last.",
+        show_default="the model's own",
+    ),
+]
+MaxTokens = Annotated[
+    str | None,
+    typer.Option("--max-tokens", metavar="N", help="Cut texts to N tokens.", show_default="the model's limit"),
+]
+LongTexts = Annotated[
+    str | None,
+    typer.Option(
+        "--long-texts",
+        metavar="NAME",
+        help="cut, or windows: the mean over windows of the whole text.",
+        show_default="cut",
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda, cuda:1, ...")]
 Threads = Annotated[
@@ -94,6 +116,12 @@ def _set_threads(n: int | None) -> None:
 def split_list(text: str) -> tuple[str, ...]:
     """Split an option's names at the commas."""
     return tuple(name.strip() for name in text.split(","))
+
+
+def encoder_options(pooling: str | None, max_tokens: str | None, long_texts: str | None) -> dict[str, str]:
+    """Return the options for all encoders of a command that have them."""
+    options = {"pooling": pooling, "max_tokens": max_tokens, "long_texts": long_texts}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def encoder_spec(spec: str, workspace: Path) -> str:

@@ -46,6 +46,44 @@ def test_the_default_and_the_examples_name_known_families():
     assert [EncoderSpec.parse(family.example).family for family in FAMILIES.values()] == list(FAMILIES)
 
 
+def test_options_follow_the_weights_in_any_order_and_without_defaults():
+    spec = EncoderSpec.parse("hf:org/name@main,max-tokens=64,long_texts=cut,pooling=cls")
+    assert (spec.model, spec.weights) == ("org/name", "main")
+    assert (spec.option("pooling"), spec.option("max_tokens"), spec.option("long_texts")) == ("cls", "64", None)
+    assert str(spec) == "hf:org/name@main,max_tokens=64,pooling=cls"
+    assert EncoderSpec.parse(str(spec)) == spec
+
+
+def test_options_are_part_of_the_name_of_the_features(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    spec = EncoderSpec.parse("hf:./model,pooling=cls")
+    assert (spec.short, str(spec.absolute())) == ("hf:model,pooling=cls", f"hf:{tmp_path}/model,pooling=cls")
+
+
+def test_what_looks_like_an_option_in_a_folder_that_exists_belongs_to_the_folder(tmp_path):
+    folder = tmp_path / "model,pooling=cls"
+    folder.mkdir()
+    assert EncoderSpec.parse(f"hf:{folder}") == EncoderSpec("hf", str(folder))
+    assert EncoderSpec.parse(f"hf:{folder},pooling=mean") == EncoderSpec("hf", str(folder), "", (("pooling", "mean"),))
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("classic,pooling=cls", "classic pooling"),
+        ("hf:x,poling=cls", "poling pooling"),
+        ("hf:x,pooling=middle", "middle cls mean"),
+        ("hf:x,max_tokens=0", "max_tokens 1"),
+        ("hf:x,max_tokens=many", "max_tokens many"),
+        ("hf:x,pooling=cls,pooling=mean", "pooling twice"),
+    ],
+)
+def test_options_that_an_encoder_does_not_have_are_refused_before_it_is_opened(spec, words):
+    with pytest.raises(EncoderError, match=naming(words)):
+        open_encoder(spec)
+
+
 def test_unknown_family_suggests():
     with pytest.raises(UnknownNameError, match=naming("clap clip")):
         open_encoder("clap:ViT-B-32")
