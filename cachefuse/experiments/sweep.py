@@ -117,7 +117,7 @@ def run_sweep(
         raise ConfigError(f"a sweep cannot refit: {FIXED['refit']}; leave out --refit")
     configs = [[data.resolve(_with_setting(base, {**setting, "seed": seed})) for seed in seeds] for setting in settings]
     _check(data, [of_setting[0] for of_setting in configs])
-    metrics = tuple(dict.fromkeys((base.monitor or data.metric, *data.metrics)))
+    metrics = tuple(dict.fromkeys((base.monitored_metric or data.metric, *data.metrics)))
     digest = _digest(store, data, metrics)
     keys = [[_key(digest, config) for config in of_setting] for of_setting in configs]
     config_of = dict(zip(itertools.chain(*keys), itertools.chain(*configs), strict=True))

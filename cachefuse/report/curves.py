@@ -29,7 +29,9 @@ def training_charts(run: Run) -> list[Chart]:
     histories = [history for history in run.histories if history.epochs][:MAX_MODELS]
     if not histories:
         return []
-    losses, monitors = ({getattr(member.config, name) for member in run.members} for name in ("loss", "monitor"))
+    losses, monitors = (
+        {getattr(member.config, name) for member in run.members} for name in ("loss", "monitored_metric")
+    )
     loss = losses.pop() if len(losses) == 1 else "loss"
     metric = long_title(monitors.pop() or run.manifest.main_metric) if len(monitors) == 1 else "score"
     averaged = any(epoch.raw_score is not None for history in histories for epoch in history.epochs)

@@ -21,7 +21,7 @@ from cachefuse.nn import HEADS
 from cachefuse.nn.losses import Loss, build_loss, class_weights, per_task
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 from cachefuse.training.batches import Batches, balanced_sample_weights
-from cachefuse.training.config import TrainConfig
+from cachefuse.training.config import LOSS, TrainConfig
 from cachefuse.training.data import TrainingData, TrainingSet
 from cachefuse.training.held_out import validation_score
 from cachefuse.training.loop import Optimization, Validation
@@ -216,5 +216,5 @@ def build_validation(
         rows = rows[training_set.table.any_present(rows)]
     if not len(rows):
         return None
-    score = partial(validation_score, data, rows, config.monitor or data.metric, config.loss)
-    return Validation(rows, score, config.patience)
+    score = partial(validation_score, data, rows, config.monitored_metric or data.metric, config.loss)
+    return Validation(rows, score, config.patience, by_loss=config.monitor == LOSS)

@@ -25,6 +25,7 @@ MAX_WIDTH = 10**6  # of a hidden layer
 MAX_RATE = 1e6  # far above any useful rate, and far below a float32 overflow
 EPOCHS, MIN_STEPS = 50, 500  # small data gets more epochs, to reach MIN_STEPS
 DROPOUT, BATCH_SIZE = 0.8, 256  # for fusions without their own defaults
+LOSS = "loss"  # to monitor, in place of a metric
 LBFGS_EPOCHS = 20  # of up to 20 iterations each
 HEAD_SETTINGS = ("head", "layers", "activation")
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"  # groups of settings
@@ -53,7 +54,8 @@ class TrainConfig:
     {modality: share} gives a share of the rows the modality of other rows, to test a fusion with irrelevant inputs.
 
     Training stops after ``patience`` epochs without a better validation score, and the best epoch's weights are kept; 0
-    means never. ``monitor`` is the metric of that score, by default the dataset's first for which higher is better.
+    means never. ``monitor`` is the metric of that score, by default the dataset's first for which higher is better, or
+    "loss": a lower validation loss is better.
     ``ema`` is the decay of averaged weights, which are then validated and kept; 0 means none.
 
     ``thresholds`` are one for all classes ("global"), one per class ("class") or 0.5 ("none"). They are chosen for
@@ -142,10 +144,9 @@ class TrainConfig:
     )
     monitor: str | None = setting(
         None,
-        "The metric of the validation score.",
+        "The metric of the validation score, or loss: a lower validation loss is better.",
         panel=TRAINING,
         metavar="METRIC",
-        choices=METRICS,
         shown="the dataset's first",
     )
     thresholds: str = setting(
@@ -181,6 +182,8 @@ class TrainConfig:
             raise ConfigError("accumulate needs a mean loss; leave out loss option reduction=sum")
         if self.folds == 1:
             raise ConfigError("folds must be 0 for none, or at least 2. Got 1 instead")
+        if self.monitored_metric is not None:
+            METRICS.check(self.monitored_metric)
         if self.monitor is not None and lower_is_better(self.monitor):
             raise ConfigError(f"monitor must be a metric for which higher is better. Got {self.monitor!r} instead")
         if self.optimizer == "lbfgs" and self.head != "linear":
@@ -202,6 +205,11 @@ class TrainConfig:
         """Return the views of a modality that the fusion reads."""
         views = self._fusion.views(modality, self.own_options())
         return (FLAT,) if self.views == TOKENS and views == (POOLED,) else views
+
+    @property
+    def monitored_metric(self) -> str | None:
+        """The metric of the validation score; None for the dataset's main metric, also if the loss is monitored."""
+        return None if self.monitor == LOSS else self.monitor
 
     @property
     def is_linear(self) -> bool:

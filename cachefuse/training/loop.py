@@ -90,12 +90,14 @@ class Validation:
     """The validation rows (n,), and ``score(logits (n, C))``; a higher score is better.
 
     The score may overwrite the logits. Training stops after ``patience`` epochs without a better score, and the best
-    epoch's weights are kept; with 0 the last epoch's weights are kept.
+    epoch's weights are kept; with 0 the last epoch's weights are kept. ``by_loss`` takes the validation loss for the
+    score: lower is better.
     """
 
     rows: Tensor
     score: Callable[[Tensor], float]
     patience: int = 0
+    by_loss: bool = False
 
 
 class EpochLoop:
@@ -194,7 +196,8 @@ def fit(
             train_loss = loop.check(total.item() / len(rows))
             score, val_loss = _validate(kept_model, loss, table, validation)
             raw_score = _validate(model, loss, table, validation)[0] if ema else None
-            on_epoch(loop.end_epoch(train_loss, score, val_loss, raw_score, monitor=score if patience else None))
+            monitor = _monitored(validation, score, val_loss) if patience else None
+            on_epoch(loop.end_epoch(train_loss, score, val_loss, raw_score, monitor=monitor))
     except KeyboardInterrupt:
         if not (keep_interrupted and loop.restore_best(model) and _has_learnt(model, loss, table, rows)):
             raise
@@ -263,6 +266,12 @@ def _validate(
     logits = predict_logits(model, table, validation.rows)  # (n, C)
     val_loss = mean_loss(loss, logits, table, validation.rows)
     return validation.score(logits), val_loss
+
+
+def _monitored(validation: Validation | None, score: float | None, val_loss: float | None) -> float | None:
+    """Return what decides the best epoch: higher is better."""
+    by_loss = validation is not None and validation.by_loss
+    return -val_loss if by_loss and val_loss is not None else score
 
 
 def check_learnt(model: nn.Module, loss: Loss, table: FeatureTable, rows: Tensor) -> None:

@@ -36,10 +36,10 @@ def resolve_tasks(config: TrainConfig, tasks: Sequence[TaskSlice]) -> TrainConfi
         raise ConfigError(f"loss {loss!r} fits none of the tasks {names}, which are {fit}")
     if config.sampler == "balanced":
         raise ConfigError("sampler 'balanced' needs a single task; use --class-weights balanced")
-    if config.monitor is not None:
+    if config.monitored_metric is not None:
         raise ConfigError(
-            "with several tasks, the mean of their main metrics is monitored; leave out --monitor, or change the "
-            "manifest's metrics"
+            "with several tasks, the mean of their main metrics is monitored; leave out --monitor, use --monitor loss, "
+            "or change the manifest's metrics"
         )
     return replace(config, loss=loss)
 

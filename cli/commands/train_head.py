@@ -50,7 +50,7 @@ def train_head(
                 given = {field: getattr(settings, field) for field in given_options(context)}
                 settings = replace(lookup(RECIPES, preset, "preset"), **given)
             store = open_store(workspace, dataset)
-        with TrainProgress(settings.monitor or store.manifest.main_metric) as progress:
+        with TrainProgress(settings.monitored_metric or store.manifest.main_metric) as progress:
             run = run_train_head(
                 store,
                 settings,

@@ -51,8 +51,9 @@ def table():
 
 
 def train(
-    table, *, scores=None, lr=0.1, optimizer=torch.optim.SGD, loss=bce, batch_size=0, patience=3, seed=0, **options
-):
+    table, *, scores=None, lr=0.1, optimizer=torch.optim.SGD, loss=bce, batch_size=0, patience=3, seed=0,
+    by_loss=False, **options
+):  # fmt: skip
     """Fit a probe; ``scores`` are what validation says after each epoch."""
     torch.manual_seed(0)
     model = Probe(table.features["image"].shape[1], table.targets.shape[1])
@@ -62,7 +63,7 @@ def train(
         loss,
         Batches(table, torch.arange(len(table.targets)), batch_size, torch.Generator().manual_seed(seed)),
         Optimization(optimizer(model.parameters(), lr=lr)),
-        validation=Validation(torch.arange(8), lambda logits: next(given), patience) if scores else None,
+        validation=Validation(torch.arange(8), lambda logits: next(given), patience, by_loss) if scores else None,
         **{"epochs": 6, **options},
     )
     return model, history
@@ -187,6 +188,18 @@ def test_restores_the_best_epochs_weights(table):
 def test_stops_after_patience_epochs_without_a_better_score(table):
     _, history = train(table, scores=[0.1, 0.5, 0.4, 0.3, 0.5, 0.9])
     assert (len(history.epochs), history.best_epoch) == (5, 2)
+
+
+def test_by_loss_the_lowest_validation_loss_is_the_best(table):
+    """The scores say that the first epoch is best; the loss overfits to noise at this rate, and rises again."""
+    noise = table_of(table.features["image"].numpy(), np.eye(3, dtype=np.uint8)[np.arange(40) % 3])
+    best = {}
+    for lr in (0.05, 3.0, 60.0):
+        _, history = train(noise, scores=[0.9 - 0.1 * i for i in range(6)], patience=10, by_loss=True, lr=lr)
+        losses = [epoch.val_loss for epoch in history.epochs]
+        assert history.best_epoch == 1 + int(np.argmin(losses))
+        best[lr] = history.best_epoch
+    assert len({*best.values()}) > 1
 
 
 def test_without_patience_the_last_epoch_stays(table):
