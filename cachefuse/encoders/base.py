@@ -109,6 +109,7 @@ class Tower(ABC):
     by_length: bool = False  # whether samples vary in length, so that many are sorted by it before they are batched
     ragged: bool = False  # whether the number of tokens varies
     options: tuple[str, ...] = ()  # of its spec's options, those that change its features
+    max_tokens: int = 0  # of a text: longer ones are cut or read in windows; 0 if there is no limit
     vocabulary: int = 0  # of the view ids, if the tower has it: every id is less
 
     @property
@@ -123,6 +124,10 @@ class Tower(ABC):
     def length(self, prepared: Any) -> int:
         """The cost of a prepared sample in tokens. Samples of similar length form a batch."""
         return 0
+
+    def n_tokens(self, prepared: Any) -> int:
+        """The tokens of a whole text, before it is cut to ``max_tokens``."""
+        return self.length(prepared)
 
     @abstractmethod
     def encode(self, batch: Sequence[Any], views: Collection[str]) -> Features:

@@ -1,5 +1,6 @@
 """open_clip models: an image and a text tower with pooled features in one shared space."""
 
+import copy
 import difflib
 import json
 import logging
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower, is_path
 from cachefuse.encoders.frozen import (
-    FrozenTower,
     fetch,
     fingerprint,
     flatten_map,
@@ -28,6 +28,7 @@ from cachefuse.encoders.frozen import (
     weights_digest,
 )
 from cachefuse.encoders.images import ImageTower, split_compose
+from cachefuse.encoders.texts import Ids, Text, TextTower
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 
@@ -54,38 +55,58 @@ class ClipImageTower(ImageTower):
         return out["image_features"], flatten_map(out["image_intermediates"][-1])
 
 
-class ClipTextTower(FrozenTower):
+class ClipTextTower(TextTower):
     """Pooled: the projected embedding, not normalised. Tokens: the last layer's up to the end token, not projected."""
 
-    ragged = True
-    by_length = True
-
-    def __init__(self, model: nn.Module, tokenizer: Tokenizer, device: str, provenance: Mapping[str, str]):
+    def __init__(
+        self, spec: EncoderSpec, model: nn.Module, tokenizer: Tokenizer, device: str, provenance: Mapping[str, str]
+    ):
         self.tokenizer = tokenizer
         inner = getattr(tokenizer, "tokenizer", tokenizer)
         ends = (getattr(inner, name, None) for name in ("eot_token_id", "eos_token_id", "sep_token_id"))
         self.end = next((end for end in ends if end is not None), None)
+        self.context = tokenizer.context_length
+        self.counter = copy.deepcopy(inner)  # its options never change: a tokenizer keeps them, and threads share it
+        self.plain = isinstance(tokenizer, SimpleTokenizer) and tokenizer.reduction_fn is None
+        if not self.plain and spec.options:
+            raise EncoderError(f"cannot open {spec}: only models with CLIP's own tokenizer read texts in another way")
         # With causal attention, tokens after the end token have no effect and are not computed.
         self.causal = isinstance(model, open_clip.CLIP) and model.attn_mask is not None
         self.causal = self.causal and model.text_pool_type in ("argmax", "eos", "first")
         facts = {
             **provenance,
             "tokenizer": tokenizer_fingerprint(inner) if inner is not tokenizer else _bpe_fingerprint(tokenizer),
-            "max_length": str(tokenizer.context_length),
             "pooling": "projected embedding",
         }
-        super().__init__("text", model, device, facts)
+        super().__init__(spec, model, device, facts, (self.context, self.context))
 
-    def prepare(self, sample: str) -> Tensor:
-        ids: Tensor = self.tokenizer([sample])[0]  # (context length,)
-        return ids
+    def split(self, text: str) -> tuple[list[Ids], int]:
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            ids = self.tokenizer.encode(text)
+            n_tokens = len(ids) + self.n_special()
+        else:
+            n_tokens = len(self.counter(self.tokenizer.clean_fn(text))["input_ids"])
+        if not self.plain:
+            return [self.tokenizer([text])[0].tolist()], n_tokens
+        step = self.max_tokens - self.n_special()
+        start, end = self.tokenizer.sot_token_id, self.tokenizer.eot_token_id
+        return [[start, *ids[i : i + step], end] for i in range(0, max(1, len(ids)), step)], n_tokens
 
-    def length(self, prepared: Tensor) -> int:
-        ends = (prepared == self.end).nonzero() if self.end is not None else prepared[:0]
-        return int(ends[0]) + 1 if len(ends) else len(prepared)
+    def n_special(self) -> int:
+        return 2
 
-    def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
-        ids = torch.stack(list(batch)).to(self.device)  # (B, context length)
+    def length(self, prepared: Text) -> int:
+        return max(map(self._until_end, prepared.windows))
+
+    def _until_end(self, ids: Ids) -> int:
+        """Return the number of ids up to the end token: what follows has no effect."""
+        return ids.index(self.end) + 1 if self.end in ids else len(ids)
+
+    def forward(self, batch: Sequence[Text], tokens: bool) -> tuple[Tensor, Tensor | None]:
+        ids = torch.zeros(len(batch), self.context, dtype=torch.long)
+        for row, text in zip(ids, batch, strict=True):
+            row[: len(text.windows[0])] = torch.tensor(text.windows[0])
+        ids = ids.to(self.device)  # (B, context length)
         if self.causal:
             return self._forward_causal(ids[:, : max(map(self.length, batch))])
         if not tokens or not hasattr(self.model.text, "forward_intermediates"):
@@ -121,7 +142,7 @@ def open_clip_towers(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         }
         return {
             "image": ClipImageTower(model, device, provenance).probe(),
-            "text": ClipTextTower(model, tokenizer, device, provenance).probe(),
+            "text": ClipTextTower(spec, model, tokenizer, device, provenance).probe(),
         }
 
 

@@ -36,13 +36,15 @@ from cachefuse.encoders.frozen import (
     weights_digest,
 )
 from cachefuse.encoders.images import ImageTower, Split
-from cachefuse.errors import BadSampleError, EncoderError
+from cachefuse.encoders.texts import Ids, Text, TextTower
+from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors")  # all files of a hub repository that a model needs
 UNUSED = {"_name_or_path", "architectures", "dtype", "id2label", "label2id", "transformers_version"}
 PREFIX = ("cls_token", "distillation_token", "register_tokens")  # the tokens before the patches
 MAX_TOKENS = 512  # for models without a limit of their own
+NO_LIMIT = 1_000_000  # tokenizers without a limit have a huge number
 
 
 class ImageProcessor(Protocol):
@@ -78,18 +80,17 @@ class HFImageTower(ImageTower):
         return hidden[:, 0] if self.class_token else patches.float().mean(1), patches
 
 
-class HFTextTower(FrozenTower):
+class HFTextTower(TextTower):
     """Pooled: the mean of the real tokens (as in sentence-transformers), or the first token.
 
     Ids: the tokenizer's, cut to the model's maximum length.
     """
 
     views = ("pooled", "tokens", "ids")
-    ragged = True
-    by_length = True
 
     def __init__(
         self,
+        spec: EncoderSpec,
         model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         folder: Path,
@@ -97,7 +98,6 @@ class HFTextTower(FrozenTower):
         provenance: Mapping[str, str],
     ):
         self.tokenizer = tokenizer
-        self.max_length = _max_length(model, tokenizer, folder)
         pooling = _read(folder / "1_Pooling" / "config.json")
         self.first = bool(pooling.get("pooling_mode_cls_token")) or pooling.get("pooling_mode") == "cls"
         ids = (tokenizer.pad_token_id, getattr(model.config, "pad_token_id", None), 0)
@@ -107,31 +107,37 @@ class HFTextTower(FrozenTower):
         facts = {
             **provenance,
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "max_length": str(self.max_length),
             "pooling": "first token" if self.first else "mean",
         }
-        super().__init__("text", model, device, facts)
+        super().__init__(spec, model, device, facts, _limits(model, tokenizer, folder))
 
-    def prepare(self, sample: str) -> list[int]:
-        encoded = self.tokenizer(sample, truncation=True, max_length=self.max_length, padding=False)
-        ids: list[int] = encoded["input_ids"]
-        if not ids:
-            raise BadSampleError("has no tokens")
-        return ids
+    def split(self, text: str) -> tuple[list[Ids], int]:
+        # Always the same options: a fast tokenizer keeps them, and threads share it.
+        encoded = self.tokenizer(
+            text, truncation=True, max_length=self.max_tokens, padding=False, return_overflowing_tokens=True
+        )
+        if self.tokenizer.is_fast:
+            windows = list(encoded["input_ids"])
+            return windows, sum(map(len, windows)) - (len(windows) - 1) * self.n_special()
+        rest, step = encoded.get("overflowing_tokens", []), self.max_tokens - self.n_special()
+        chunks = [rest[start : start + step] for start in range(0, len(rest), step)]
+        windows = [encoded["input_ids"], *map(self.tokenizer.build_inputs_with_special_tokens, chunks)]
+        return windows, len(windows[0]) + len(rest)
 
-    def length(self, prepared: Sequence[int]) -> int:
-        return len(prepared)
+    def n_special(self) -> int:
+        return int(self.tokenizer.num_special_tokens_to_add())
 
-    def encode(self, batch: Sequence[Sequence[int]], views: Collection[str]) -> Features:
+    def encode(self, batch: Sequence[Text], views: Collection[str]) -> Features:
         computed = [view for view in views if view != "ids"]
         features = super().encode(batch, computed) if computed else {}
         if "ids" in views:
-            features["ids"] = [np.array(ids, np.int32) for ids in batch]
+            features["ids"] = [np.array(text.windows[0], np.int32) for text in batch]
         return features
 
-    def forward(self, batch: Sequence[Sequence[int]], tokens: bool) -> tuple[Tensor, Tensor | None]:
-        ids = pad_sequence([torch.tensor(row) for row in batch], batch_first=True, padding_value=self.pad_id)  # (B, T)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in batch])
+    def forward(self, batch: Sequence[Text], tokens: bool) -> tuple[Tensor, Tensor | None]:
+        rows = [torch.tensor(text.windows[0]) for text in batch]
+        ids = pad_sequence(rows, batch_first=True, padding_value=self.pad_id)  # (B, T)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
         ids, mask = ids.to(self.device), mask.long().to(self.device)
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state  # (B, T, D)
         if self.first:
@@ -169,7 +175,7 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
                 raise EncoderError(f"cannot open {spec}: its image processor gives images of different sizes")
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
-            tower = HFTextTower(model, tokenizer, folder, device, provenance)
+            tower = HFTextTower(spec, model, tokenizer, folder, device, provenance)
         if overflows:
             tower.half = torch.bfloat16
         # The probe also makes the tokenizer's first call, which sets its truncation: later calls only read it.
@@ -245,16 +251,20 @@ def _split_processor(processor: ImageProcessor) -> Split:
     return Split(resize, white, mean, std)
 
 
-def _max_length(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> int:
-    """Return the smallest limit of the tokenizer, the position table and a sentence-transformers folder."""
-    limits = [tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", None)]
-    limits.append(_read(folder / "sentence_bert_config.json").get("max_seq_length"))
+def _limits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[int, int]:
+    """Return the usual number of tokens, and the greatest.
+
+    The greatest is that of the position table. The usual is the smallest of this, of the tokenizer's limit, and of a
+    sentence-transformers folder's.
+    """
+    limits = [getattr(model.config, "max_position_embeddings", None)]
     for name, module in model.named_modules():
         # RoBERTa's positions start after the padding position: 514 rows hold 512 tokens.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             limits.append(module.num_embeddings - module.padding_idx - 1)
-    known = [int(limit) for limit in limits if limit is not None and 0 < limit < 1_000_000]
-    return min(known, default=MAX_TOKENS)
+    usual = [tokenizer.model_max_length, _read(folder / "sentence_bert_config.json").get("max_seq_length")]
+    hard, soft = ([int(n) for n in numbers if n is not None and 0 < n < NO_LIMIT] for numbers in (limits, usual))
+    return min([*hard, *soft], default=MAX_TOKENS), min(hard, default=NO_LIMIT)
 
 
 def _read(path: Path) -> JsonObject:

@@ -29,6 +29,7 @@ from cachefuse.extraction.request import Request, check_options, open_request
 from cachefuse.feature_spec import IDS
 from cachefuse.store.features import Features
 from cachefuse.store.lock import only_writer
+from cachefuse.store.long_texts import LongTexts
 from cachefuse.store.samples import BadSample
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.writer import ViewWriter
@@ -55,11 +56,12 @@ class ExtractProgress:
 
 @dataclass
 class ExtractReport:
-    """The result of extract: rows by (encoder, modality), how many of them are new, and the bad samples."""
+    """The result of extract: by (encoder, modality) the rows, how many are new, and long texts; the bad samples."""
 
     store: Path
     rows: dict[tuple[str, str], int] = field(default_factory=dict)
     computed: dict[tuple[str, str], int] = field(default_factory=dict)
+    long: dict[tuple[str, str], LongTexts] = field(default_factory=dict)
     bad: list[BadSample] = field(default_factory=list)
 
 
@@ -119,6 +121,8 @@ def extract_into(store: FeatureStore, request: Request, max_bad: float, on_progr
         finally:
             store.update_present(job.features.modality)
         report.rows[name] = job.features.n_rows
+        if (long := job.features.long_texts()) is not None:
+            report.long[name] = long
     report.bad = store.bad_samples()
     return report
 
@@ -191,7 +195,7 @@ class Job:
         windows, clock = self._windows(), Clock()
         with ExitStack() as stack:
             writers = {view: stack.enter_context(self._writer(view)) for view in self.dtypes if self.needed[view].any()}
-            write = stack.enter_context(in_background(lambda writer, rows, values: writer.add(rows, values)))
+            write = stack.enter_context(in_background(lambda writer, *values: writer.add(*values)))
             rows = chain.from_iterable(windows)
             prepared = stack.enter_context(
                 prepare_in_order(self.tower, self.sources, rows, 2 * self._window, self._row_name)
@@ -204,10 +208,11 @@ class Job:
                 needed = {view: mask[window.start : window.stop] for view, mask in self.needed.items()}
                 with clock.spend("encoding"):
                     encoded = encode_prepared(self.tower, items, views_to_encode(needed), self.batch_size)
+                long = self._long_texts(window, items)
                 with clock.spend("writing"):
                     for view, writer in writers.items():
                         wanted = np.flatnonzero(needed[view])
-                        write(writer, wanted + window.start, [encoded[view][i] for i in wanted])
+                        write(writer, wanted + window.start, [encoded[view][i] for i in wanted], long)
                 done = progress.done + int(self.pending[window.start : window.stop].sum())
                 progress = replace(progress, done=done, bottleneck=clock.bottleneck)
                 on_progress(progress)
@@ -218,7 +223,21 @@ class Job:
     def _writer(self, view: str) -> ViewWriter:
         ragged = view == IDS or (self.tower.ragged and view == "tokens")
         vocabulary = self.tower.vocabulary if view == IDS else 0
-        return ViewWriter(self.features, view, ragged=ragged, dtype=self.dtypes[view], vocabulary=vocabulary)
+        return ViewWriter(
+            self.features,
+            view,
+            ragged=ragged,
+            dtype=self.dtypes[view],
+            vocabulary=vocabulary,
+            count_long=bool(self.tower.max_tokens),
+        )
+
+    def _long_texts(self, rows: range, items: Sequence[object]) -> dict[int, int]:
+        """Return the tokens of each text that is longer than the tower's limit, by row."""
+        if not self.tower.max_tokens:
+            return {}
+        lengths = {row: self.tower.n_tokens(item) for row, item in zip(rows, items, strict=True) if not is_bad(item)}
+        return {row: n for row, n in lengths.items() if n > self.tower.max_tokens}
 
     @property
     def _window(self) -> int:

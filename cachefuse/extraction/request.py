@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cachefuse.data.dataset import Dataset
 from cachefuse.device import resolve_device
 from cachefuse.encoders import NO_OPTIONS, open_encoder
-from cachefuse.encoders.base import DEFAULTS, EncoderSpec, Tower
+from cachefuse.encoders.base import EncoderSpec, Tower
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.feature_spec import IDS
 from cachefuse.files import slug
@@ -79,16 +79,9 @@ def open_request(
     check_options(encoders, views, batch_size, dtype)
     device = resolve_device(device)
     specs = dict.fromkeys(EncoderSpec.parse(text).absolute() for text in encoders)
-    opened = []
-    for spec in specs:
-        by_modality = open_encoder(spec, device, options)
-        used = {name for tower in by_modality.values() for name in tower.options} & options.keys()
-        opened.append((spec.with_options({name: options[name] for name in used}), by_modality))
-    for name, value in options.items():
-        if not any(spec.option(name) or DEFAULTS.get(name) == value for spec, _ in opened):
-            raise ConfigError(f"{' and '.join(map(str, specs))} has no option {name}; leave it out")
-    _check_names([spec for spec, _ in opened])
+    opened = [(spec, open_encoder(spec, device, options)) for spec in specs]
     towers: list[tuple[EncoderSpec, Tower]] = []
+    names: list[EncoderSpec] = []  # the specs with the options that they use
     for spec, by_modality in opened:
         usable = [by_modality[modality] for modality in dataset.modalities if modality in by_modality]
         if not usable:
@@ -96,13 +89,19 @@ def open_request(
                 f"encoder {spec} encodes {' and '.join(by_modality)}, but {dataset.name} has only "
                 f"{' and '.join(dataset.modalities) or 'labels'}"
             )
+        used = {name for tower in usable for name in tower.options} & options.keys()
+        names.append(spec := spec.with_options({name: options[name] for name in used}))
         for tower in usable:
             missing = [view for view in views if view not in tower.views and view != IDS]
             if missing:
                 known = ", ".join(tower.views)
                 raise ConfigError(f"encoder {spec} has no {missing[0]} view of {tower.modality}; choose from: {known}")
         towers += [(spec, tower) for tower in usable if set(views) & set(tower.views)]
-    _check_ids([spec for spec, _ in opened], towers, views)
+    for name in options:
+        if not any(name in tower.options for _, by_modality in opened for tower in by_modality.values()):
+            raise ConfigError(f"{' and '.join(map(str, specs))} has no option {name}; leave it out")
+    _check_names(names)
+    _check_ids(names, towers, views)
     return Request(
         dataset, tuple(towers), tuple(dict.fromkeys(views)), dtype, batch_size or BATCH_SIZE[device.partition(":")[0]]
     )

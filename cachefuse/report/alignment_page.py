@@ -57,6 +57,8 @@ def alignment_html(
     split = shown_split(run.results)
     rows = retrieval.rows(run)
     shown = [row for row in rows if row.split == split]
+    sides = [(side.encoder, side.modality) for side in run.sides]
+    long_texts = about.long_texts(sides, store) if store is not None else []
     context: dict[str, object] = {
         "run": run,
         "split": split,
@@ -71,7 +73,7 @@ def alignment_html(
         "charts": training_charts(run),
         "training_note": training_note(run),
         "temperature_note": _temperature_note(run),
-        "facts": about.alignment_provenance(run),
+        "facts": about.alignment_provenance(run) + long_texts,
         "settings": about.alignment_settings(run),
         "align_command": "" if run.parent else about.align_command(run),
         "retrieve_commands": about.retrieve_commands(run),

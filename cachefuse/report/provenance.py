@@ -1,7 +1,7 @@
 """The provenance of a run: its settings, features and versions, and the commands to make and use it."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from cachefuse.fusion.options import DERIVED_OPTIONS
 from cachefuse.runs.files import read_json
 from cachefuse.runs.run import Run
 from cachefuse.settings import Setting, settings_of
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 
 
@@ -79,6 +80,17 @@ def provenance(run: Run) -> list[tuple[str, str]]:
         ("versions", ", ".join(f"{name} {version}" for name, version in _versions(run.path).items())),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def long_texts(encoders: Iterable[tuple[str, str]], store: FeatureStore) -> list[tuple[str, str]]:
+    """Return a fact (name, value) for each of the (encoder, modality) with texts that are longer than its limit."""
+    facts = []
+    for encoder, modality in dict.fromkeys(encoders):
+        stored = store.open_features(encoder, modality)
+        long = stored.long_texts() if stored is not None else None
+        if long is not None and long.message:
+            facts.append(("long texts", f"{encoder}: {long.message}"))
+    return facts
 
 
 def alignment_provenance(run: Alignment) -> list[tuple[str, str]]:

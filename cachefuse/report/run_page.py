@@ -70,7 +70,7 @@ def report_html(
         "splits_note": words.splits_note(run),
         "charts": training_charts(run),
         "training_note": words.training_note(run, MAX_MODELS) if run.histories else "",
-        "facts": about.provenance(run),
+        "facts": about.provenance(run) + about.long_texts(run.encoders, store),
         "settings": about.settings(run),
         "train_command": about.train_command(run),
         "predict_command": about.predict_command(run),

@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from cachefuse.data.dataset import dataset_options
 from cachefuse.errors import CacheError
 from cachefuse.files import JsonObject
 from cachefuse.store.format import DTYPES, append_lines, block_rows, checksum, provenance_key, read_lines, seal, unseal
+from cachefuse.store.long_texts import LongTexts
 from cachefuse.store.opening import open_rows
 from cachefuse.store.rows import RowKey, Rows
 from cachefuse.store.samples import StoredSamples
@@ -66,11 +68,12 @@ class Features:
                 key = line["view"], line["block"]
                 if "stale" in line:
                     old = blocks.get(key, Written(0, {}))
-                    blocks[key] = Written(old.rows, old.files, old.stale | set(line["stale"]), old.cosine)
+                    blocks[key] = replace(old, stale=old.stale | set(line["stale"]))
                 else:
                     files = {name: (size, crc) for name, (size, crc) in line["files"].items()}
                     cosine = line.get("cosine")
-                    blocks[key] = Written(line["rows"], files, frozenset(), cosine and (cosine[0], cosine[1]))
+                    long = dict(line["long"]) if "long" in line else None
+                    blocks[key] = Written(line["rows"], files, frozenset(), cosine and (cosine[0], cosine[1]), long)
         return blocks
 
     @property
@@ -87,6 +90,8 @@ class Features:
         line: JsonObject = {"view": view, "block": block, "rows": written.rows, "files": dict(written.files)}
         if written.cosine:
             line["cosine"] = written.cosine
+        if written.long is not None:
+            line["long"] = sorted(written.long.items())
         append_lines(self.path / JOURNAL, [line])
         self._written[(view, block)] = written
 
@@ -98,6 +103,20 @@ class Features:
         lines = [{"view": view, "block": block, "stale": stale} for block, stale in blocks.items()]
         append_lines(self.path / JOURNAL, [*lines, *lines])  # twice, in case one line gets damaged
         self.__dict__.pop("_written", None)
+
+    def long_texts(self) -> LongTexts | None:
+        """Return what is known of texts that are longer than the encoder's limit; None if they were not counted."""
+        lengths: dict[int, int] = {}
+        counted = False
+        for written in self._written.values():
+            if written.files and written.long is not None:
+                counted = True
+                lengths |= written.long
+        if not counted:
+            return None
+        n_texts = int(self.samples.present_rows(self.modality).sum())
+        limit, windows = int(self.provenance["max_length"]), self.provenance.get("long_texts") == "windows"
+        return LongTexts(n_texts, limit, tuple(lengths.values()), windows)
 
     def n_blocks(self, view: str) -> int:
         """Return the number of blocks of a complete view."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cachefuse.data.splits import ordered_splits
 from cachefuse.store.features import Features
+from cachefuse.store.long_texts import LongTexts
 from cachefuse.store.samples import BadSample
 from cachefuse.store.store import FeatureStore
 
@@ -27,7 +28,7 @@ class StoredView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A store's summary: ``provenance`` by (encoder, modality), ``present`` samples by modality."""
+    """A store's summary: ``provenance`` and ``long`` texts by (encoder, modality), ``present`` samples by modality."""
 
     path: Path
     dataset: str
@@ -39,6 +40,7 @@ class Inspection:
     views: tuple[StoredView, ...]
     sources: dict[tuple[str, str], str]
     provenance: dict[tuple[str, str], dict[str, str]]
+    long: dict[tuple[str, str], LongTexts]
     bad: tuple[BadSample, ...]
 
 
@@ -57,6 +59,7 @@ def inspect_store(store: FeatureStore) -> Inspection:
         views=tuple(_view(group, name) for group in features for name in group.views),
         sources={(group.encoder, group.modality): group.source for group in features},
         provenance={(group.encoder, group.modality): {**group.provenance, "key": group.key} for group in features},
+        long={(group.encoder, group.modality): long for group in features if (long := group.long_texts()) is not None},
         bad=tuple(store.bad_samples()),
     )
 

@@ -21,13 +21,15 @@ from cachefuse.store.shard import INDEX_CODECS, chunk_rows, padded_rows
 class Written:
     """A block's entry in the journal: rows, (bytes, CRC-32C) of each file by array, outdated rows.
 
-    ``cosine``: mean and minimum of the cosine between quantised and float16 rows.
+    ``cosine``: mean and minimum of the cosine between quantised and float16 rows. ``long``: the tokens of each text
+    that is longer than its encoder's limit, by row; None if they were not counted.
     """
 
     rows: int
     files: Mapping[str, tuple[int, int]]
     stale: frozenset[int] = frozenset()
     cosine: tuple[float, float] | None = None
+    long: Mapping[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Writing a view as a stream: rows go to a shard's temporary file at once, and the journal lists each full block."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import numpy as np
@@ -24,26 +24,39 @@ class ViewWriter:
     """Takes the missing rows of one view, in order, and finishes each block after its last missing row.
 
     Existing rows of a block are copied, with the new rows between or after them. Use it as a context manager: an
-    unfinished block leaves no file. ``vocabulary`` is the number of ids.
+    unfinished block leaves no file. ``vocabulary`` is the number of ids. ``count_long`` notes texts over the limit.
     """
 
-    def __init__(self, features: Features, view: str, *, ragged: bool, dtype: str, vocabulary: int = 0) -> None:
+    def __init__(
+        self,
+        features: Features,
+        view: str,
+        *,
+        ragged: bool,
+        dtype: str,
+        vocabulary: int = 0,
+        count_long: bool = False,
+    ) -> None:
         self.features = features
         self.view = view
         self._ragged = ragged
         self._dtype = dtype
         self._vocabulary = vocabulary
+        self._count_long = count_long
+        self._long: dict[int, int] = {}
         self._unshaped: list[tuple[int, np.ndarray | None]] = []  # bad samples before the first row with a shape
         self._block: _BlockWriter | None = None
         if view in features.views:
             features.views[view].declare(features.path, features.n_rows)
 
-    def add(self, rows: np.ndarray, values: Values) -> None:
+    def add(self, rows: np.ndarray, values: Values, long: Mapping[int, int] = MappingProxyType({})) -> None:
         """Take ``rows``, ascending, with values (D,), (T, D), or (T,) of ids each; None, for a bad sample, means zeros.
 
+        ``long`` has the tokens of texts that are longer than the encoder's limit, by row.
         Raises CacheError, naming the sample, for values that are not finite in the view's dtype and for ids outside the
         vocabulary.
         """
+        self._long |= long
         pairs = [*self._unshaped, *zip(rows.tolist(), values, strict=True)]
         if self.view not in self.features.views:
             shapes = [value.shape for _, value in pairs if value is not None]
@@ -72,7 +85,10 @@ class ViewWriter:
             self._block = _BlockWriter(self.features, self.features.views[self.view], block)
         self._block.add([row for row, _ in pairs], [value for _, value in pairs])
         if self._block.is_complete:
-            self._block.finish()
+            rows = self.features.rows_of(self.view, block)
+            long = {row: n for row, n in self._long.items() if row in rows}
+            self._block.finish(long if self._count_long else None)
+            self._long = {row: n for row, n in self._long.items() if row >= rows.stop}
             self._block = None
 
     def __enter__(self) -> Self:
@@ -92,7 +108,8 @@ class _BlockWriter:
         self.features, self.view, self.block = features, view, block
         self._rows = features.rows_of(view.name, block)
         missing, self._kept = features.missing_and_stored(view.name, block)
-        self._missing, self._n_new = set(missing.tolist()), len(missing)
+        self._new = missing.tolist()
+        self._missing, self._n_new = set(self._new), len(missing)
         self._next = self._rows.start
         self._lengths: list[int] = []
         self._cosines: list[np.ndarray] = []
@@ -119,8 +136,13 @@ class _BlockWriter:
         self._append(rows[start:], values[start:])
         self._missing.difference_update(rows)
 
-    def finish(self) -> None:
-        """Copy the remaining rows, flush every file to disk, and add the block to the journal."""
+    def finish(self, long: Mapping[int, int] | None) -> None:
+        """Copy the remaining rows, flush every file to disk, and add the block to the journal with its long texts."""
+        before = self.features.written(self.view.name, self.block)
+        if self._kept is not None and long is not None:
+            kept = before.long if before is not None else None
+            new = set(self._new)
+            long = None if kept is None else {row: n for row, n in kept.items() if row not in new} | dict(long)
         self._keep(self._rows.stop)
         files, paths = {}, self.features.files(self.view.name, self.block)
         for name, (shape, dtype) in self.view.arrays.items():
@@ -138,7 +160,8 @@ class _BlockWriter:
             write_atomically(offsets_file, offsets.astype("<i8").tobytes())
             files[self.view.offsets] = offsets.nbytes, checksum(offsets.astype("<i8"))
         self._open.close()
-        self.features.note_written(self.view.name, self.block, Written(len(self._rows), files, cosine=self._cosine()))
+        written = Written(len(self._rows), files, cosine=self._cosine(), long=long)
+        self.features.note_written(self.view.name, self.block, written)
 
     def close(self) -> None:
         """Remove unfinished files."""

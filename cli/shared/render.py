@@ -154,7 +154,13 @@ def extract_dict(report: "ExtractReport") -> JsonObject:
     return {
         "store": str(report.store),
         "features": [
-            {"encoder": encoder, "modality": modality, "rows": rows, "computed": report.computed[(encoder, modality)]}
+            {
+                "encoder": encoder,
+                "modality": modality,
+                "rows": rows,
+                "computed": report.computed[(encoder, modality)],
+                "long_texts": long.to_dict() if (long := report.long.get((encoder, modality))) is not None else None,
+            }
             for (encoder, modality), rows in report.rows.items()
         ],
         "bad": [vars(line) for line in report.bad],
@@ -178,6 +184,9 @@ def extract_report(report: "ExtractReport", task: str) -> None:
     console.print(table)
     if not any(report.computed.values()):
         console.print("Nothing to compute: all features were already there.")
+    for (encoder, modality), long in report.long.items():
+        if long.message:
+            console.print(Text.assemble((f"{encoder} ({modality}): ", "dim"), long.message), soft_wrap=True)
     if report.bad:
         console.print(f"{len(report.bad):,} unusable samples (their rows are kept, and marked absent):")
         for line in report.bad[:10]:

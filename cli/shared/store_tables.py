@@ -38,6 +38,8 @@ def inspect_report(inspection: "Inspection") -> None:
         console.print(Text.assemble("\n", (encoder, "bold"), f" ({modality}) was made with"))
         for field, value in provenance.items():
             console.print(Text.assemble((f"  {field:<14}", "dim"), value), soft_wrap=True)
+        if (long := inspection.long.get((encoder, modality))) is not None and long.message:
+            console.print(Text(f"  {long.message}"), soft_wrap=True)
     console.print()
     if inspection.bad:
         console.print(
@@ -66,6 +68,7 @@ def inspect_dict(inspection: "Inspection") -> JsonObject:
                 "modality": modality,
                 "source": inspection.sources[(encoder, modality)],
                 "provenance": provenance,
+                "long_texts": long.to_dict() if (long := inspection.long.get((encoder, modality))) else None,
             }
             for (encoder, modality), provenance in inspection.provenance.items()
         ],

@@ -92,11 +92,11 @@ def test_a_row_does_not_depend_on_its_batch(case, samples, batch_effect):
 
 def test_prepare_is_safe_in_threads(case, samples):
     for modality, tower in case.towers.items():
-        expected = [np.asarray(tower.prepare(sample)) for sample in samples[modality]]
+        expected = [tower.prepare(sample) for sample in samples[modality]]
         with ThreadPoolExecutor(8) as pool:
             prepared = list(pool.map(tower.prepare, samples[modality] * 16))
         for i, one in enumerate(prepared):
-            np.testing.assert_array_equal(one, expected[i % 6])
+            assert np.array_equal(one, expected[i % 6]) if modality == "image" else one == expected[i % 6]
 
 
 def test_provenance_names_no_path_and_survives_a_move(case, tmp_path):

@@ -51,7 +51,7 @@ def test_ids_are_the_tokenizer_s_own_special_ones_included():
     assert tower.vocabulary == len(tokenizer) == 30522
     for ids, text in zip(found, TEXTS, strict=True):
         assert ids.tolist() == tokenizer(text, truncation=True, max_length=256)["input_ids"]
-    assert [len(ids) for ids in found] == [len(tower.prepare(text)) for text in TEXTS]
+    assert [len(ids) for ids in found] == [tower.length(tower.prepare(text)) for text in TEXTS]
     assert tokenizer.convert_ids_to_tokens(found[1].tolist()) == ["[CLS]", "cooking", "[SEP]"]
 
 
@@ -111,11 +111,11 @@ def test_a_feature_map_becomes_tokens_and_their_mean(makers, tmp_path, samples):
 
 def test_t5_is_its_encoder(makers, tmp_path):
     tower = opened(makers["hf-t5"](tmp_path))
-    ids = tower.prepare("the red circle")
+    text = tower.prepare("the red circle")
     with torch.inference_mode():
         encoder = transformers.T5EncoderModel.from_pretrained(tmp_path).eval()
-        hidden = encoder(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
-    features = tower.encode([ids], tower.views)
+        hidden = encoder(input_ids=torch.tensor([text.windows[0]])).last_hidden_state[0].numpy()
+    features = tower.encode([text], tower.views)
     np.testing.assert_allclose(features["tokens"][0], hidden, atol=1e-5)
     np.testing.assert_allclose(features["pooled"][0], hidden.mean(0), atol=1e-5)
 
@@ -146,9 +146,9 @@ def test_roberta_positions_start_after_the_padding(makers, tmp_path):
     )
     transformers.RobertaModel(config).save_pretrained(tmp_path)
     tower = opened(f"hf:{tmp_path}")
-    ids = tower.prepare("red " * 100)
-    assert len(ids) == 16
-    assert tower.encode([ids], ("pooled",))["pooled"].shape == (1, 32)
+    text = tower.prepare("red " * 100)
+    assert (tower.length(text), text.n_tokens) == (16, 102)
+    assert tower.encode([text], ("pooled",))["pooled"].shape == (1, 32)
 
 
 def test_half_precision_weights_load_as_float32(makers, tmp_path):

@@ -1,0 +1,100 @@
+"""The common code of text towers: texts that are longer than the limit are cut, or read in windows."""
+
+from abc import abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from torch import nn
+
+from cachefuse.encoders.base import EncoderSpec, Features
+from cachefuse.encoders.frozen import FrozenTower
+from cachefuse.errors import BadSampleError, EncoderError
+
+Ids = list[int]
+WINDOWS_PER_BATCH = 32
+
+
+class Text(NamedTuple):
+    """A prepared text: its windows, each of at most the tower's limit of tokens, and the tokens of the whole text.
+
+    If long texts are cut, the first window is the only one. Special tokens count.
+    """
+
+    windows: tuple[Ids, ...]
+    n_tokens: int
+
+
+class TextTower(FrozenTower):
+    """A tower of texts. ``max_tokens`` is its limit; of longer texts, the spec's option ``long_texts`` decides.
+
+    ``cut``: the features are those of the first window. ``windows``: the pooled features are the mean over the windows
+    of the whole text, weighted by their tokens; there are no tokens and ids.
+    """
+
+    ragged = True
+    by_length = True
+    options = ("max_tokens", "long_texts")
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        model: nn.Module,
+        device: str,
+        provenance: Mapping[str, str],
+        limits: tuple[int, int],
+    ):
+        """``limits`` are the model's usual and greatest number of tokens.
+
+        Raises EncoderError if the spec's ``max_tokens`` is above the greatest.
+        """
+        usual, greatest = limits
+        self.max_tokens = int(spec.option("max_tokens") or usual)
+        if not self.n_special() < self.max_tokens <= greatest:
+            raise EncoderError(
+                f"cannot open {spec}: max_tokens counts special tokens, and must be between {self.n_special() + 1} and "
+                f"{greatest:,}"
+            )
+        self.windows = spec.option("long_texts") == "windows"
+        facts = {**provenance, "max_length": str(self.max_tokens)}
+        if self.windows:
+            facts["long_texts"] = "windows"
+            self.views = ("pooled",)
+        super().__init__("text", model, device, facts)
+
+    @abstractmethod
+    def split(self, text: str) -> tuple[list[Ids], int]:
+        """Return the windows of a text, each with special tokens, and the tokens of the whole text.
+
+        The windows after the first may be left out if ``windows`` is False.
+        """
+
+    @abstractmethod
+    def n_special(self) -> int:
+        """Return the number of special tokens in a window."""
+
+    def prepare(self, sample: str) -> Text:
+        windows, n_tokens = self.split(sample)
+        if not windows or not windows[0]:
+            raise BadSampleError("has no tokens")
+        return Text(tuple(windows) if self.windows else (windows[0],), n_tokens)
+
+    def length(self, prepared: Text) -> int:
+        return max(map(len, prepared.windows))
+
+    def n_tokens(self, prepared: Text) -> int:
+        return prepared.n_tokens
+
+    def encode(self, batch: Sequence[Text], views: Collection[str]) -> Features:
+        if all(len(text.windows) == 1 for text in batch):
+            return super().encode(batch, views)
+        pieces = [(row, Text((window,), len(window))) for row, text in enumerate(batch) for window in text.windows]
+        pieces.sort(key=lambda piece: piece[1].n_tokens)
+        sums: list[np.ndarray | float] = [0.0] * len(batch)
+        for start in range(0, len(pieces), WINDOWS_PER_BATCH):
+            rows, windows = zip(*pieces[start : start + WINDOWS_PER_BATCH], strict=True)
+            pooled = super().encode(windows, ("pooled",))["pooled"].astype(np.float64)
+            for row, window, vector in zip(rows, windows, pooled, strict=True):
+                sums[row] += window.n_tokens * vector
+        means = [total / sum(map(len, text.windows)) for total, text in zip(sums, batch, strict=True)]
+        return {"pooled": np.stack(means).astype(np.float32)}
