@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from cachefuse.extraction.verify import repair, verify
     from cachefuse.report.alignment_page import write_alignment_report
     from cachefuse.report.run_page import report_html, write_report
+    from cachefuse.runs.against import RunComparison, evaluate_against, write_differences
     from cachefuse.runs.ensemble import ensemble
     from cachefuse.runs.evaluate import Evaluation, evaluate, write_gates
     from cachefuse.runs.files import find_run, list_runs
@@ -69,6 +70,7 @@ _API = {
     "Manifest": "cachefuse.data.manifest:Manifest",
     "Predictions": "cachefuse.runs.predict:Predictions",
     "Run": "cachefuse.runs.run:Run",
+    "RunComparison": "cachefuse.runs.against:RunComparison",
     "TrainConfig": "cachefuse.training.config:TrainConfig",
     "align": "cachefuse.alignment.train:align",
     "bench_align": "cachefuse.bench.align:bench_align",
@@ -77,6 +79,7 @@ _API = {
     "builtin_manifests": "cachefuse.data.manifest:builtin_manifests",
     "ensemble": "cachefuse.runs.ensemble:ensemble",
     "evaluate": "cachefuse.runs.evaluate:evaluate",
+    "evaluate_against": "cachefuse.runs.against:evaluate_against",
     "evaluate_alignment": "cachefuse.alignment.train:evaluate_alignment",
     "extract": "cachefuse.extraction.extract:extract",
     "find_run": "cachefuse.runs.files:find_run",
@@ -105,6 +108,7 @@ _API = {
     "train_head": "cachefuse.runs.train:train_head",
     "verify": "cachefuse.extraction.verify:verify",
     "write_alignment_report": "cachefuse.report.alignment_page:write_alignment_report",
+    "write_differences": "cachefuse.runs.against:write_differences",
     "write_gates": "cachefuse.runs.evaluate:write_gates",
     "write_pairs": "cachefuse.alignment.pairs:write_pairs",
     "write_report": "cachefuse.report.run_page:write_report",
@@ -127,6 +131,7 @@ __all__ = [
     "Manifest",
     "Predictions",
     "Run",
+    "RunComparison",
     "TrainConfig",
     "align",
     "bench_align",
@@ -135,6 +140,7 @@ __all__ = [
     "builtin_manifests",
     "ensemble",
     "evaluate",
+    "evaluate_against",
     "evaluate_alignment",
     "extract",
     "find_run",
@@ -163,6 +169,7 @@ __all__ = [
     "train_head",
     "verify",
     "write_alignment_report",
+    "write_differences",
     "write_gates",
     "write_pairs",
     "write_report",

@@ -1,4 +1,4 @@
-"""Comparison of fusions over the same folds, epochs and steps: scores, intervals and costs."""
+"""Comparison of fusions over the same folds, epochs and steps: scores, paired differences and costs."""
 
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.experiments.files import write_results
+from cachefuse.experiments.files import read_scores, write_results
 from cachefuse.experiments.results import SettingResult, SweepResult
-from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
+from cachefuse.experiments.sweep import Experiment, held_out_rows, run_sweep, views_of
+from cachefuse.experiments.verdict import MARGIN, Comparison, judge
 from cachefuse.feature_spec import TOKENS
 from cachefuse.files import JsonObject
 from cachefuse.fusion import FUSIONS
@@ -17,6 +18,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, open_training_data
+from cachefuse.training.held_out import HeldOut
 from cachefuse.training.selection import select_features
 
 logger = logging.getLogger(__name__)
@@ -37,22 +39,29 @@ def compare(
     batch_size: int = BATCH_SIZE,
     pool: str | None = None,
     seed: int = 0,
+    margin: float = MARGIN,
     encoders: Sequence[str] = (),
     device: str = "auto",
     on_trial: Callable[[SweepResult], None] = lambda result: None,
-) -> SweepResult:
-    """Train each fusion with the same loss, folds, epochs and batch size, and return scores, intervals and costs.
+) -> Comparison:
+    """Train each fusion with the same loss, folds, epochs and batch size, and return scores, differences and costs.
 
     By default these are ``METHODS`` without those that do not fit the store's features; a warning names each of these.
     Other settings are each fusion's defaults. Every row of train and val is scored by a model that has not seen it.
     ``pool`` ("image=mean:16") pools tokens. By default, a modality with more than 64 tokens is pooled to the means of
-    16 spans. Finished trials are kept in ``folder``: the same call resumes an interrupted one. Raises CacheError if the
-    store lacks features that the methods read, ConfigError as ``sweep`` does.
+    16 spans. ``margin`` is the largest loss of the main metric at which a fusion is still enough: see ``judge``.
+
+    Finished trials and their scores are kept in ``folder``: the same call resumes an interrupted one. A trial that an
+    older version kept without scores is trained again. Raises CacheError if the store lacks features that the methods
+    read, ConfigError for a margin that is not between 0 and 1, and as ``sweep`` does.
     """
+    if not 0 < margin < 1:
+        raise ConfigError(f"margin must lie between 0 and 1: the largest loss to accept. Got {margin} instead")
     if methods is None:
         methods = fitting_methods(store, encoders)
     if not methods:
         raise ConfigError("compare needs at least one fusion")
+    methods = tuple(dict.fromkeys(methods))
     for method in methods:
         FUSIONS.check(method)
     base = TrainConfig(folds=folds, epochs=epochs, batch_size=batch_size, seed=seed)
@@ -62,10 +71,19 @@ def compare(
     settings = [{"fusion": method, **_pooled(method, pool)} for method in methods]
     data = open_training_data(store, encoders, device, reads)
     title = f"{store.dataset}: {folds} folds, {epochs} epochs of {batch_size} rows per step"
-    experiment = Experiment(base, settings, title=f"{title}, {pool}" if pool else title, costs=True, fields=("fusion",))
+    title = f"{title}, {pool}" if pool else title
+    experiment = Experiment(base, settings, title=title, costs=True, fields=("fusion",), keep_scores=True)
     result = run_sweep(store, data, experiment, folder, [seed], on_trial)
     write_results(result, folder)
-    return result
+    rows = held_out_rows(data, base)
+
+    def scores_of(setting: SettingResult) -> HeldOut:
+        kept = read_scores(folder, setting.trials[0].key, rows.numpy(), len(data.classes))
+        if kept is None:
+            raise CacheError(f"the scores of {setting.config.fusion} in {folder} are gone; run compare again")
+        return kept
+
+    return judge(result, data, rows, scores_of, margin)
 
 
 def fitting_methods(store: FeatureStore, encoders: Sequence[str]) -> tuple[str, ...]:
@@ -92,20 +110,6 @@ def fitting_methods(store: FeatureStore, encoders: Sequence[str]) -> tuple[str, 
     for method, problem in problems.items():
         logger.warning("compare leaves out %s: %s", method, problem)
     return tuple(method for method in METHODS if method not in problems)
-
-
-def fastest_near_best(result: SweepResult) -> SettingResult | None:
-    """Return the method with the fastest predictions among those with a score in the best method's interval.
-
-    Return None if every training diverged.
-    """
-    metric = result.metrics[0]
-    finished = [setting for setting in result.settings if setting.interval and setting.costs]
-    if not finished:
-        return None
-    low, _ = max(finished, key=lambda setting: setting.mean(metric)).interval or (0.0, 0.0)
-    near = [setting for setting in finished if setting.mean(metric) >= low]
-    return min(near, key=lambda setting: setting.costs.ms_per_item if setting.costs else 0.0)
 
 
 def default_pool(store: FeatureStore, encoders: Sequence[str], views: Callable[[str], Collection[str]]) -> str:

@@ -1,6 +1,7 @@
 """The folder of a sweep.
 
 trials.jsonl           a line per finished trial; the sweep resumes from it
+held_out/KEY.safetensors  with kept scores: each trial's scores of the held-out rows
 trials.csv             a row per trial
 summary.csv            a row per setting: means and standard deviations over the seeds, published figures
 sweep.png, sweep.svg   the main metric of each setting
@@ -19,19 +20,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import filelock
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from cachefuse.errors import ConfigError
+from cachefuse.errors import ConfigError, RunError
 from cachefuse.experiments.costs import Costs
 from cachefuse.experiments.results import SettingResult, SweepResult, Trial
 from cachefuse.files import make_folder, to_json, write_atomically
 from cachefuse.registry import Options
+from cachefuse.runs.files import held_out_bytes, load_held_out
 from cachefuse.store.format import append_lines, read_lines
+from cachefuse.training.held_out import HeldOut
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-JOURNAL = "trials.jsonl"
+JOURNAL, SCORES = "trials.jsonl", "held_out"
 DPI = 150
 MAX_LABEL = 50  # maximum characters of a setting's name in a plot
 ROW_INCHES, MAX_INCHES = 0.32, 60.0  # the height per setting in a plot, and of a plot
@@ -64,6 +68,25 @@ def read_trials(folder: Path) -> Iterator[Trial]:
     for line in read_lines(folder / JOURNAL):
         with suppress(ValidationError):
             yield adapter.validate_python(line)
+
+
+def write_scores(folder: Path, key: str, held_out: HeldOut) -> None:
+    """Keep a trial's scores of the held-out rows."""
+    make_folder(folder / SCORES)
+    write_atomically(_scores_file(folder, key), held_out_bytes(held_out))
+
+
+def read_scores(folder: Path, key: str, rows: np.ndarray, n_classes: int) -> HeldOut | None:
+    """Return the kept scores (n, C) of a trial's held-out ``rows`` (n,); None if a file of them cannot be read."""
+    try:
+        held_out = load_held_out(_scores_file(folder, key), n_classes, ())
+    except RunError:
+        return None
+    return held_out if held_out is not None and np.array_equal(held_out.rows, rows) else None
+
+
+def _scores_file(folder: Path, key: str) -> Path:
+    return folder / SCORES / f"{key}.safetensors"
 
 
 def write_results(result: SweepResult, folder: Path) -> None:

@@ -15,7 +15,14 @@ import torch
 
 from cachefuse.errors import ConfigError, TrainingError
 from cachefuse.experiments.costs import measure_costs
-from cachefuse.experiments.files import append_trials, only_sweep, read_trials, write_results
+from cachefuse.experiments.files import (
+    append_trials,
+    only_sweep,
+    read_scores,
+    read_trials,
+    write_results,
+    write_scores,
+)
 from cachefuse.experiments.results import Curve, Published, SettingResult, SweepResult, Trial
 from cachefuse.experiments.settings import FIXED, parse_setting
 from cachefuse.feature_spec import modalities_of
@@ -51,7 +58,8 @@ class Experiment:
     A setting's fusion options are added to the base's. With ``costs``, each trial has an interval of its score, and
     each model's costs are measured. ``fields`` are the columns that distinguish the settings, by default all changed
     fields; ``labels`` name the settings in words. ``curves`` are their points in a plot of curves. ``paper`` describes
-    the published figures. ``shown`` are the metrics of the table, by default the first ones.
+    the published figures. ``shown`` are the metrics of the table, by default the first ones. With ``keep_scores``, each
+    trial's scores of the held-out rows are kept in the folder, and a finished trial without them is trained again.
     """
 
     base: TrainConfig
@@ -64,6 +72,7 @@ class Experiment:
     curves: Sequence[Curve] | None = None
     paper: str = ""
     shown: tuple[str, ...] = ()
+    keep_scores: bool = False
 
 
 def sweep(
@@ -129,9 +138,18 @@ def run_sweep(
 
     with only_sweep(folder), _each_warning_once():
         done |= {trial.key: trial for trial in read_trials(folder) if trial.key in config_of}
+        if experiment.keep_scores:
+            rows, n_classes = held_out_rows(data, base).numpy(), len(data.classes)
+            done = {
+                key: trial
+                for key, trial in done.items()
+                if trial.diverged or read_scores(folder, key, rows, n_classes) is not None
+            }
         on_trial(so_far())
         for batch in _trial_batches(data, {key: config for key, config in config_of.items() if key not in done}):
-            trials = _run_trials(data, batch, metrics, experiment.costs)
+            trials, held_out = _run_trials(data, batch, metrics, experiment.costs)
+            for key, scores in held_out.items() if experiment.keep_scores else ():
+                write_scores(folder, key, scores)
             if experiment.costs:
                 trials = [replace(trial, costs=measure_costs(data, batch[trial.key])) for trial in trials]
             append_trials(folder, [(trial, _stored(batch[trial.key])) for trial in trials])
@@ -155,7 +173,7 @@ def _result(
         fields=experiment.fields or tuple(dict.fromkeys(itertools.chain(*experiment.settings))),
         metrics=metrics,
         split=OUT_OF_FOLD if experiment.base.folds else VAL,
-        n_rows=len(_held_out_rows(data, experiment.base)),
+        n_rows=len(held_out_rows(data, experiment.base)),
         seeds=tuple(seeds),
         paper=experiment.paper,
         shown=tuple(name for name in experiment.shown if name in metrics),
@@ -187,7 +205,7 @@ def _check(data: TrainingData, configs: Sequence[ResolvedConfig]) -> None:
             build_model(config, data.specs, len(data.classes))
         loss = build_loss(config.loss, config.loss_options)
         loss(*torch.zeros(2, 1, len(data.classes)))
-        n_held_out = len(_held_out_rows(data, config))
+        n_held_out = len(held_out_rows(data, config))
         if not n_held_out:
             raise ConfigError(f"{data.name} has no labelled validation rows to evaluate trials on; use --folds 5")
         chooses_thresholds(data, config, n_held_out)
@@ -195,7 +213,8 @@ def _check(data: TrainingData, configs: Sequence[ResolvedConfig]) -> None:
         make_splits(data, config)
 
 
-def _held_out_rows(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+def held_out_rows(data: TrainingData, config: TrainConfig) -> torch.Tensor:
+    """Return the rows that trials are measured on, (n,): val, or with folds all of train and val."""
     return data.rows(TRAIN, VAL) if config.folds else data.rows(VAL)
 
 
@@ -212,8 +231,8 @@ def _trial_batches(data: TrainingData, pending: Mapping[str, ResolvedConfig]) ->
 
 def _run_trials(
     data: TrainingData, batch: Mapping[str, ResolvedConfig], metrics: Sequence[str], intervals: bool
-) -> list[Trial]:
-    """Train a batch of trials, and return them with their figures."""
+) -> tuple[list[Trial], dict[str, HeldOut]]:
+    """Train a batch of trials; return them with their figures, and the held-out scores of each that did not diverge."""
     begun = time.perf_counter()
     configs = list(batch.values())
     outcomes = _train_alone(data, configs[0]) if len(configs) == 1 else _train_together(data, configs)
@@ -222,7 +241,7 @@ def _run_trials(
         for config, outcome in zip(configs, outcomes, strict=True)
     ]
     seconds = (time.perf_counter() - begun) / len(batch)
-    trials = []
+    trials, scores = [], {}
     for key, outcome, values in zip(batch, outcomes, figures, strict=True):
         if isinstance(outcome, TrainingError):
             trials.append(Trial(key, batch[key].seed, values, math.nan, seconds, str(outcome)))
@@ -230,14 +249,16 @@ def _run_trials(
         held_out, epoch, weights = outcome
         interval = _interval(data, batch[key], held_out, metrics[0]) if intervals else None
         trials.append(Trial(key, batch[key].seed, values, epoch, seconds, interval=interval, weights=weights))
-    return trials
+        scores[key] = held_out
+    return trials, scores
 
 
 def _interval(data: TrainingData, config: ResolvedConfig, held_out: HeldOut, metric: str) -> tuple[float, float]:
     """Return the 95% interval of a metric on the held-out rows."""
     predictions = held_out.predictions(data, config)
-    targets = data.targets(torch.from_numpy(held_out.rows))
-    return bootstrap_intervals(targets, held_out.scores, predictions, data.bind([metric]), RESAMPLES)[metric]
+    rows = torch.from_numpy(held_out.rows)
+    arrays = data.targets(rows), held_out.scores, predictions
+    return bootstrap_intervals(*arrays, data.bind([metric]), RESAMPLES, groups=data.groups_of(rows))[metric]
 
 
 def _figures(data: TrainingData, config: ResolvedConfig, held_out: HeldOut, metrics: Sequence[str]) -> dict[str, float]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cachefuse.metrics.base import checked, divide
+from cachefuse.metrics.base import RIGHT, Weighted, checked, divide
 from cachefuse.metrics.decisions import class_counts
 from cachefuse.metrics.ranking import average_precision, class_figures, recall_at_precision
 from cachefuse.metrics.tasks import TaskSlice
@@ -37,3 +37,18 @@ def per_task_class(
     """Return the figures of ``per_class``, (C,) each. A class counts only rows that have its task's label."""
     by_task = [per_class(*task.own(targets, scores, predictions)) for task in tasks]
     return {name: np.concatenate([figures[name] for figures in by_task]) for name in by_task[0]}
+
+
+def class_f1(targets: np.ndarray, predictions: np.ndarray, tasks: Sequence[TaskSlice]) -> Weighted:
+    """Return a function from weights (N, R) to the F1 of each class, (C, R), over rows that have its task's label."""
+    counts = []
+    for task in tasks:
+        right, chosen = task.own(targets, predictions)
+        counts.append((task.labelled(targets), class_counts(right >= RIGHT, chosen.astype(bool))))
+
+    def figures(weights: np.ndarray) -> np.ndarray:
+        by_task = [of_task(weights[rows]) for rows, of_task in counts]
+        f1 = [divide(2 * hits, predicted + positives, 0.0) for hits, predicted, positives in by_task]
+        return np.concatenate(f1)
+
+    return figures

@@ -7,22 +7,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from cachefuse.data.splits import ordered_splits
-from cachefuse.errors import ConfigError, DataError, RunError
+from cachefuse.errors import ConfigError, RunError
 from cachefuse.feature_spec import modalities_of
 from cachefuse.files import JsonObject, write_atomically
 from cachefuse.metrics import evaluation_metrics
 from cachefuse.metrics.base import RIGHT
 from cachefuse.metrics.bootstrap import bootstrap_intervals
 from cachefuse.metrics.tasks import TaskSlice
-from cachefuse.runs.run import Run, split_digest
+from cachefuse.runs.measured import measure
+from cachefuse.runs.run import Run
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
-from cachefuse.training.data import TRAIN, VAL, TrainingData
-from cachefuse.training.held_out import HeldOut, figures
+from cachefuse.training.data import TrainingData
+from cachefuse.training.held_out import figures
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,8 @@ def evaluate(
 
     A held-out row is scored by models that have not seen it; its labels use thresholds chosen on other rows. On other
     splits, labels are predicted as by ``predict``. ``without`` names modalities to treat as absent; thresholds stay as
-    chosen with them. The 95% intervals come from ``n_resamples`` bootstrap samples, 0 for none. ``on_progress(done,
-    total)`` counts metrics.
+    chosen with them. The 95% intervals come from ``n_resamples`` bootstrap samples, 0 for none; rows that share an
+    input are drawn together. ``on_progress(done, total)`` counts metrics.
 
     Raises DataError for a split that does not exist or has no labels; RunError if there are no held-out rows, if
     samples or splits changed since the training, or as ``StoreTables`` does; UnknownNameError for a modality that the
@@ -124,41 +123,21 @@ def evaluate(
     absent = tuple(dict.fromkeys(without))
     if set(absent) >= set(run.modalities):
         raise ConfigError(f"run {run.name} reads only {' and '.join(run.modalities)}; keep at least one modality")
-    tables = StoreTables([run], store, device, absent)
-    manifest = run.manifest
-    data = TrainingData(
-        name=store.dataset,
-        table=tables(run.members[0]),
-        classes=run.classes,
-        task=run.task,
-        tasks=run.tasks,
-        metrics=manifest.reported_metrics,
-        min_labels=manifest.min_labels,
-    )
-    changed = split_digest(store) != run.split_digest
-    caution = None
-    if run.held_out is not None and _means_held_out(run.held_out, split, changed):
-        split, rows = run.held_out.split, torch.from_numpy(run.held_out.rows)
-        scores, predictions = _held_out(run, run.held_out, data, tables if absent else None, changed)
-    else:
-        split, rows = _labelled(run, store, data, split)
-        caution = _caution(run, split, changed)
-        scores = run.scores(tables, rows)
-        predictions = run.decide(scores)
-    more_metrics = (t.named(name) for t in data.tasks for name in evaluation_metrics(t.kind, t.n_classes))
-    data = replace(data, metrics=tuple(dict.fromkeys((*data.metrics, *more_metrics))))
+    measured = measure(run, store, split, absent, device)
+    rows, scores, predictions = measured.rows, measured.scores, measured.predictions
+    data = with_evaluation_metrics(measured.data)
     result = figures(data, rows, scores, predictions)
     targets, intervals = data.targets(rows), {}
     if n_resamples:
-        metrics = data.bind(data.metrics)
+        metrics, groups = data.bind(data.metrics), data.groups_of(rows)
         intervals = bootstrap_intervals(
-            targets, scores, predictions, metrics, n_resamples, seed, on_progress=on_progress
+            targets, scores, predictions, metrics, n_resamples, seed, on_progress=on_progress, groups=groups
         )
-    weights = _weights(run, tables, rows)
+    weights = _weights(run, measured.tables, rows)
     return Evaluation(
         run=run.name,
         dataset=store.dataset,
-        split=split,
+        split=measured.split,
         without=absent,
         n_rows=result.n_rows,
         classes=run.classes,
@@ -167,7 +146,7 @@ def evaluate(
         per_class=result.per_class,
         gates={modality: float(values.mean()) for modality, values in weights.items()},
         gates_per_class={modality: _mean_by_class(targets, values, run.tasks) for modality, values in weights.items()},
-        caution=caution,
+        caution=measured.caution,
         rows=rows.cpu().numpy(),
         targets=targets >= RIGHT,
         scores=scores,
@@ -176,6 +155,12 @@ def evaluate(
         labelled=np.stack([task.labelled(targets) for task in run.tasks], axis=1),
         weights=np.stack([*weights.values()], axis=-1) if weights else np.empty((len(rows), len(run.tasks), 0)),
     )
+
+
+def with_evaluation_metrics(data: TrainingData) -> TrainingData:
+    """Return the same data with all metrics that an evaluation shows."""
+    more = (task.named(name) for task in data.tasks for name in evaluation_metrics(task.kind, task.n_classes))
+    return replace(data, metrics=tuple(dict.fromkeys((*data.metrics, *more))))
 
 
 def check_weighs(run: Run) -> None:
@@ -202,47 +187,6 @@ def write_gates(evaluation: Evaluation, store: FeatureStore, path: Path) -> None
     for row, weights in zip(evaluation.rows, by_row, strict=True):
         writer.writerow([store.ids[row], *(f"{weight:.4f}" for weight in weights)])
     write_atomically(path, text.getvalue().encode("utf-8"))
-
-
-def _means_held_out(held_out: HeldOut, split: str | None, changed: bool) -> bool:
-    """Whether a split means the held-out rows. If the store changed, "val" means its current val split."""
-    return split is None or (split == held_out.split and (split != VAL or not changed))
-
-
-def _held_out(
-    run: Run, held_out: HeldOut, data: TrainingData, tables: StoreTables | None, changed: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores and predictions (n, C) of the held-out rows: the kept scores, or new ones from ``tables``."""
-    if changed:
-        raise RunError(
-            f"samples or splits of {data.name} changed since run {run.name} was trained (for example by an extract "
-            f"with --refresh), so its held-out rows are unknown now; train again, or name a --split: "
-            f"{', '.join(data.splits)}"
-        )
-    scores = held_out.scores if tables is None else run.held_out_scores(tables)
-    return scores, held_out.predictions(data, run.config, scores)
-
-
-def _labelled(run: Run, store: FeatureStore, data: TrainingData, split: str | None) -> tuple[str, Tensor]:
-    """Return a split with its labelled rows (n,). Raises RunError or DataError if there are none."""
-    if split is None:
-        raise RunError(f"run {run.name} has no held-out rows; name a labelled --split: {', '.join(data.splits)}")
-    if split not in store.splits:
-        known = ", ".join(ordered_splits(store.splits))
-        raise DataError(f"{store.dataset} has no rows in split {split!r}; its splits are: {known}")
-    if split not in data.splits:
-        known = ", ".join(data.splits) or "none"
-        raise DataError(f"{store.dataset} has no labels in split {split!r}; splits with labels: {known}")
-    return split, data.rows(split)
-
-
-def _caution(run: Run, split: str, changed: bool) -> str | None:
-    with_val = any(member.config.folds or member.config.refit for member in run.members)
-    if split == TRAIN or (split == VAL and with_val):
-        return f"run {run.name} was trained on {split} rows: on new rows its figures may be lower"
-    if changed:
-        return f"samples or splits changed since run {run.name} was trained: it may have seen some of these rows"
-    return None
 
 
 def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Protocol, TypeVar
 
 import numpy as np
-import safetensors
+import safetensors.numpy
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -298,6 +298,12 @@ def load_weights(models: Sequence[nn.Module], path: Path) -> None:
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise RunError(f"{path}: the weights do not fit the run's settings: {reason}") from error
+
+
+def held_out_bytes(held_out: HeldOut) -> bytes:
+    """Return the file of the held-out rows' scores, which ``load_held_out`` reads."""
+    arrays = {name: getattr(held_out, name) for name in HELD_ARRAYS}
+    return safetensors.numpy.save(arrays, {"split": held_out.split})
 
 
 def load_held_out(path: Path, n_classes: int, folds: Sequence[int | None]) -> HeldOut | None:

@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
 import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save
@@ -23,9 +22,9 @@ from cachefuse.runs.features import specs_of
 from cachefuse.runs.files import (
     FORMATS,
     HEAD,
-    HELD_ARRAYS,
     HELD_OUT,
     WEIGHTS,
+    held_out_bytes,
     load_held_out,
     load_weights,
     named_errors,
@@ -53,8 +52,7 @@ def save_run(run: Run, runs: Path) -> Path:
     }
     files = {WEIGHTS: save(tensors)}
     if run.held_out is not None:
-        arrays = {name: getattr(run.held_out, name) for name in HELD_ARRAYS}
-        files[HELD_OUT] = safetensors.numpy.save(arrays, {"split": run.held_out.split})
+        files[HELD_OUT] = held_out_bytes(run.held_out)
     files["history.json"] = to_json({"histories": [asdict(history) for history in run.histories]}).encode()
     files["run.json"] = to_json(_to_dict(run)).encode()
     run.path = write_run(runs, run.name, files)

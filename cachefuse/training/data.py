@@ -72,11 +72,6 @@ class TrainingData:
     ) -> "TrainingData":
         """Return the data of a store, with a table opened from its ``stored`` features by modality."""
         manifest = store.manifest
-        groups = None
-        for modality in store.modalities:
-            shared = store.shared_rows(modality)
-            if shared is not None:  # a row without this modality is its own group
-                groups = np.where(store.present(modality), shared, len(store) + np.arange(len(store)))
         return cls(
             name=store.dataset,
             table=table,
@@ -86,7 +81,7 @@ class TrainingData:
             tasks=manifest.task_slices(store.classes),
             min_labels=manifest.min_labels,
             stored=stored or {},
-            groups=groups,
+            groups=groups_of(store),
         )
 
     @property
@@ -146,7 +141,12 @@ class TrainingData:
 
     def n_groups(self, rows: Tensor) -> int:
         """Return the maximum number of folds for rows (n,): the number of groups, or of rows without groups."""
-        return len(rows) if self.groups is None else len(np.unique(self.groups[rows.cpu()]))
+        groups = self.groups_of(rows)
+        return len(rows) if groups is None else len(np.unique(groups))
+
+    def groups_of(self, rows: Tensor) -> np.ndarray | None:
+        """Return the group number of each row, (n,), if the rows have groups."""
+        return None if self.groups is None else self.groups[rows.cpu()]
 
     def resolve(self, config: TrainConfig) -> ResolvedConfig:
         """Return the settings with every None resolved.
@@ -173,6 +173,16 @@ class TrainingData:
             have = ", ".join(f"{split} has {len(self.rows(split)):,} labelled rows" for split in splits)
             raise DataError(f"{self.name} has no labelled rows in split {TRAIN!r} ({have})")
         return rows
+
+
+def groups_of(store: FeatureStore) -> np.ndarray | None:
+    """Return the group number of each row (N,), if rows share an input, such as an image; a row without it is alone."""
+    groups = None
+    for modality in store.modalities:
+        shared = store.shared_rows(modality)
+        if shared is not None:
+            groups = np.where(store.present(modality), shared, len(store) + np.arange(len(store)))
+    return groups
 
 
 def open_training_data(

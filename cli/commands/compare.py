@@ -32,6 +32,9 @@ def compare(
             show_default="mean:16 for a modality with more than 64",
         ),
     ] = None,
+    margin: Annotated[
+        float, typer.Option(metavar="X", help="The loss of the main metric at which a fusion is still enough.")
+    ] = 0.01,
     seed: Annotated[int, typer.Option(metavar="N", help="Same seed, machine, libraries and threads: same result.")] = 0,
     dataset: StoreName = None,
     encoder: UsedEncoders = None,
@@ -42,17 +45,17 @@ def compare(
 ) -> None:  # fmt: skip
     """Compare fusions over the same folds with equal budgets: score, interval, time, size.
 
-    The last line names the cheapest fusion with a score in the best fusion's interval. No run is
-    kept: train your choice with train-head.
+    Every pair is compared on the same rows. The last lines name the fastest fusion that is shown to
+    be not worse than any other by the margin, if there is one. No run is kept: train your choice
+    with train-head.
     """
     from cachefuse_cli.shared import render
 
     with render.interruptible("finished trials are kept; run the same command again to resume"):
         with render.status("loading features"):
             from cachefuse.experiments.compare import compare as run_compare
-            from cachefuse.experiments.compare import fastest_near_best
             from cachefuse.files import slug
-            from cachefuse_cli.shared import sweep_tables
+            from cachefuse_cli.shared import compare_tables, sweep_tables
 
             store = open_store(workspace, dataset)
         folder = workspace / "sweeps" / slug(f"{store.dataset}-compare")
@@ -66,14 +69,15 @@ def compare(
                 batch_size=batch_size,
                 pool="" if pool == "none" else pool,
                 seed=seed,
+                margin=margin,
                 encoders=encoder or (),
                 device=device,
                 on_trial=progress.update,
             )
-    best = fastest_near_best(result)
     if json:
-        chosen = best.config.fusion if best else None
-        render.print_json({**sweep_tables.sweeps_dict([result], folder, None), "enough": chosen})
+        render.print_json(
+            {**sweep_tables.sweeps_dict([result], folder, None), **compare_tables.comparison_dict(result)}
+        )
     else:
         sweep_tables.sweeps_report([result], folder, None)
-        sweep_tables.compare_verdict(result, best)
+        compare_tables.comparison_report(result)

@@ -24,6 +24,12 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Write the weight of each modality in each row (gated, cma) to a csv file."),
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="RUN", help="Another run: the difference, paired on rows both have not seen.")
+    ] = None,
+    differences: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="With --against: write the rows that differ to a csv file.")
+    ] = None,
     dataset: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Another dataset, with the same features.", show_default="the run's dataset"),
@@ -34,6 +40,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a run on the rows held out or on any labelled split, with or without a modality.
+
+    With --against, compare it with another run on the same rows.
 
     For an alignment, measure how well images and texts find each other.
     """
@@ -48,7 +56,11 @@ def evaluate(
                 note_old("--without", "--drop-modality")
             dropped = [*(drop_modality or ()), *(without or ())]
             folder = find_run(WorkspacePaths(workspace).runs, run, kind=None)
-        if kind_of(read_json(folder / "run.json")) == ALIGNMENT:
+        if against is not None or differences is not None:
+            _check_against(against, dropped, intervals, gates)
+            other = find_run(WorkspacePaths(workspace).runs, against)
+            _evaluate_against(folder, other, split, differences, dataset, device, workspace, json)
+        elif kind_of(read_json(folder / "run.json")) == ALIGNMENT:
             _evaluate_alignment(folder, split, dropped, dataset, device, workspace, json)
         else:
             _evaluate_head(folder, split, dropped, intervals, gates, dataset, device, workspace, json)
@@ -103,6 +115,56 @@ def _evaluate_head(
         render.print_json(eval_tables.evaluation_dict(everything, ablated))
     else:
         eval_tables.evaluation_report(everything, ablated)
+
+
+def _check_against(against: str | None, dropped: list[str], intervals: bool, gates: Path | None) -> None:
+    """Raise ConfigError for options that do not go together with --against."""
+    from cachefuse.errors import ConfigError
+
+    if against is None:
+        raise ConfigError("--differences needs another run to compare with; name it with --against")
+    given = {"--drop-modality": bool(dropped), "--gates": gates is not None, "--no-intervals": not intervals}
+    for option, is_given in given.items():
+        if is_given:
+            raise ConfigError(f"{option} is not for a comparison with --against; leave one of them out")
+
+
+def _evaluate_against(
+    path: Path,
+    other: Path,
+    split: str | None,
+    differences: Path | None,
+    dataset: str | None,
+    device: str,
+    workspace: Path,
+    json: bool,
+) -> None:
+    from cachefuse_cli.shared import render
+
+    with render.status("loading the runs"):
+        from cachefuse.runs.against import evaluate_against, write_differences
+        from cachefuse.runs.save import load_run
+        from cachefuse.runs.submission import check_target
+        from cachefuse_cli.shared import compare_tables
+        from cachefuse_cli.shared.options import open_store
+        from cachefuse_cli.shared.progress import BenchProgress
+
+        run, against = load_run(path), load_run(other)
+        store = open_store(workspace, dataset or run.dataset)
+    render.run_line(run)
+    render.run_line(against)
+    if differences is not None:
+        check_target(differences)
+    with BenchProgress() as progress:
+        update = partial(progress.update, "differences")
+        found = evaluate_against(run, against, store, split, device=device, on_progress=update)
+    if differences is not None:
+        write_differences(found, differences)
+        render.note(f"wrote {differences}")
+    if json:
+        render.print_json(found.as_dict())
+    else:
+        compare_tables.against_report(found)
 
 
 def _evaluate_alignment(

@@ -120,21 +120,6 @@ def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | No
         run_report(run)
 
 
-def compare_verdict(result: "SweepResult", enough: "SettingResult | None") -> None:
-    """Print one line: the cheapest good fusion, and how much slower the best one is."""
-    if enough is None or enough.costs is None:
-        return
-    best, metric = result.best, result.metrics[0]
-    if best is enough:
-        text = "no cheaper fusion lies in its interval"
-    else:
-        times = best.costs.ms_per_item / enough.costs.ms_per_item if best.costs else math.nan
-        text = f"within the interval of {best.config.fusion}, which takes {times:.1f} times as long per item"
-    name = enough.config.fusion
-    out().print(Text(f"{name} is enough: {metric_title(metric)} {enough.mean(metric):.3f}, {text}"), soft_wrap=True)
-    out().print(Text.assemble(("next  ", "dim"), f"cachefuse train-head --fusion {name}"))
-
-
 def sweeps_dict(results: Sequence["SweepResult"], folder: Path, run: "Run | None") -> JsonObject:
     return {
         "path": str(folder),

@@ -29,12 +29,21 @@ def test_a_table_of_what_to_choose_from(cachefuse, workspace, fits):
     assert lines[2].split() == heads
     for name, line in zip(("image", "text", "sum", "tirg"), lines[3:7], strict=True):
         assert re.match(rf"{name} +0\.\d+ +\.\d+-\.\d+ +0\.\d+ +[\d.]+ +[\d.]+M +[\d.]+ +[\d.e-]+ +[\d.e+]+$", line)
-    assert re.match(r"(image|text|sum|tirg) is enough: micro-F1 0\.\d+, (within|no cheaper)", lines[-2])
-    assert re.fullmatch(r"next  cachefuse train-head --fusion \w+", lines[-1])
-    fits("\n".join(lines[:8]))
+    assert lines[11].split() == ["fusion", "behind", "95%", "p", "p", "corrected", "within", ".01", "of", "all"]
+    for name, line in zip(("image", "text", "sum", "tirg"), lines[12:16], strict=True):
+        assert re.match(rf"{name} +(-|[+-]\.\d+) +(-|[+-]\.\d+ to [+-]\.\d+) +(-|<?\.\d+|1\.000) +", line)
+    assert says(lines[-1], "undecided .01 micro-F1 120 rows Holm 4 --margin")
+    fits("\n".join(lines[:16]))
+    wide = cachefuse(*QUICK, "--margin", "0.95").out.splitlines()
+    assert says(wide[-2], "enough micro-F1 .95 120 rows Holm 4")
+    assert re.fullmatch(r"next  cachefuse train-head --fusion \w+", wide[-1])
     again = cachefuse(*QUICK, "--json")
     values = json.loads(again.out)
-    assert values["enough"] in ("image", "text", "sum", "tirg")
+    assert values["enough"] is None
+    found = values["comparison"]
+    assert (found["metric"], found["margin"], found["rows"], found["correction"]) == ("micro_f1", 0.01, 120, "Holm")
+    assert [fusion["method"] for fusion in found["fusions"]] == QUICK[2].split(",")
+    assert found["fusions"][QUICK[2].split(",").index(found["best"])]["behind"]["value"] == 0
     assert [setting["setting"]["fusion"] for setting in values["sweeps"][0]["settings"]] == QUICK[2].split(",")
 
 
@@ -44,6 +53,8 @@ def test_a_table_of_what_to_choose_from(cachefuse, workspace, fits):
         (("--methods", "smu"), "fusion smu sum"),
         (("--methods", ""), "fusion"),
         (("--folds", "1"), "folds 0 2"),
+        (("--margin", "0"), "margin 0 1"),
+        (("--margin", "1.5"), "margin 0 1 1.5"),
         (("--epochs", "0"), "epochs 1"),
         (("--methods", "cma"), "workspace/cache/mine.zarr tokens image extract --dataset mine"),
         (("--dataset", "nothing"), ""),

@@ -172,3 +172,52 @@ def test_many_classes_with_long_names_and_undefined_figures_fit_the_terminal(wit
     assert "the 30 lowest F1 of 40" in out
     assert "number 29" in re.sub(r"\s+", " ", out)
     assert "number 30" not in re.sub(r"\s+", " ", out)
+
+
+@pytest.fixture
+def two_runs(workspace, run_in, capsys):
+    """A workspace with a second run on the same rows, and one of folds."""
+    args = "train-head", "--head", "linear", "--epochs", "3", "--json"
+    run_in(workspace.parent, *args, "--fusion", "text")
+    run_in(workspace.parent, *args, "--folds", "2")
+    capsys.readouterr()
+    return "mine-sum-linear-asl-1", "mine-text-linear-asl-1", "mine-sum-linear-asl-2"
+
+
+def test_against_another_run(cachefuse, two_runs, fits, folder):
+    first, other, folds = two_runs
+    args = "evaluate", "--run", first, "--against", other
+    result = cachefuse(*args, "--differences", "differ.csv")
+    assert result.code == 0
+    assert all(name in result.err for name in (first, other, "differ.csv"))
+    values = json.loads(cachefuse(*args, "--json").out)
+    assert (values["run"], values["against"], values["split"]) == (first, other, "val")
+    assert says(result.out.splitlines()[0], f"mine val {values['n_rows']} rows")
+    figure = values["metrics"]["micro_f1"]
+    value = f"{figure['difference']['value']:+.4f}".replace("0.", ".")
+    assert row(result.out, "micro-F1")[:3] == [f"{figure['run']:.3f}", f"{figure['against']:.3f}", value]
+    assert row(result.out, "exact match (McNemar)")
+    assert re.search(r"^class +run +against +difference +95% +p$", result.out, flags=re.M)
+    assert re.search(r"^id +truth +run +against *$", result.out, flags=re.M)
+    assert len((folder / "differ.csv").read_text().splitlines()) == values["n_differ"] + 1
+    fits(result.out, keep=(first,))
+    shared = cachefuse("evaluate", "--run", first, "--against", folds).out.splitlines()[0]
+    assert says(shared, f"{values['n_rows']} rows both held out 120")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("--differences", "x.csv"), "--differences --against"),
+        (("--against", "mine-sum-linear-asl-1"), "mine-sum-linear-asl-1 itself"),
+        (("--against", "nothing"), "nothing mine-sum-linear-asl-1"),
+        (("--against", "mine-sum-linear-asl-1", "--drop-modality", "image"), "--drop-modality --against"),
+        (("--against", "mine-sum-linear-asl-1", "--no-intervals"), "--no-intervals --against"),
+        (("--against", "mine-sum-linear-asl-1", "--gates", "x.csv"), "--gates --against"),
+    ],
+)
+def test_what_goes_with_no_comparison(args, message, cachefuse, workspace, folder):
+    result = cachefuse("evaluate", *args)
+    assert result.code == 1
+    assert says(result.error, message)
+    assert not (folder / "x.csv").exists()
