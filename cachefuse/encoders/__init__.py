@@ -51,7 +51,7 @@ FAMILIES: Registry[Family] = Registry(
         "hf": Family(
             "cachefuse.encoders.hf:open_hf",
             "hf:bert-base-uncased",
-            "image or text",
+            "image, text",
             "transformers models by hub name or local folder; after @ a revision",
             options=("pooling", "max_tokens", "long_texts"),
         ),

@@ -2,22 +2,31 @@
 
 import hashlib
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
-from PIL import Image
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Features, Tower, is_weights_file
+from cachefuse.encoders.probe import LENGTHS, WORDS, pictures
 from cachefuse.errors import CachefuseError, EncoderError
+
+logger = logging.getLogger(__name__)
+
+Together: TypeAlias = Literal["all", "equal lengths", "one"]  # which samples may be encoded together
+TOGETHER = {"equal lengths": "texts of equal length are encoded together", "one": "each sample is encoded alone"}
+# The largest effect of a batch that may be the order of sums, relative to the largest feature. Convolutions, and
+# CUDA's products, round more: they take another algorithm for another shape.
+ROUNDING, CONVOLUTION_ROUNDING = 1e-5, 1e-3
 
 
 class FrozenTower(Tower):
@@ -28,6 +37,8 @@ class FrozenTower(Tower):
         self.model: Any = model.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
         self.half = torch.float16  # 3 more mantissa bits than bfloat16, which models that overflow need
+        self.together: Together = "all"
+        self._exact = False  # whether CUDA computes in float32, to compare features
         self._provenance = dict(provenance)
 
     @property
@@ -39,8 +50,20 @@ class FrozenTower(Tower):
         """Return pooled (B, D) and tokens (B, T, D), padded to the longest if ragged, or None without tokens."""
 
     def encode(self, batch: Sequence[Any], views: Collection[str]) -> Features:
-        cuda = self.device.type == "cuda"
-        with torch.inference_mode(), torch.autocast(self.device.type, self.half, enabled=cuda):
+        groups = self._groups(batch)
+        if len(groups) == 1:
+            return self._encode(batch, views)
+        rows: dict[str, list[Any]] = {}
+        for group in groups:
+            for view, values in self._encode([batch[i] for i in group], views).items():
+                for i, value in zip(group, values, strict=True):
+                    rows.setdefault(view, [None] * len(batch))[i] = value
+        return {view: values if self.ragged and view != "pooled" else np.stack(values) for view, values in rows.items()}
+
+    def _encode(self, batch: Sequence[Any], views: Collection[str]) -> Features:
+        """Encode samples in one pass of the model."""
+        half = self.device.type == "cuda" and not self._exact
+        with torch.inference_mode(), torch.autocast(self.device.type, self.half, enabled=half):
             pooled, tokens = self.forward(batch, "tokens" in views)
         features: Features = {}
         if "pooled" in views:
@@ -52,18 +75,80 @@ class FrozenTower(Tower):
             )
         return features
 
+    def _groups(self, batch: Sequence[Any]) -> list[list[int]]:
+        """Return the positions of the samples that may be encoded together."""
+        match self.together:
+            case "all":
+                return [list(range(len(batch)))]
+            case "equal lengths":
+                lengths = [self.length(sample) for sample in batch]
+                return [[i for i, n in enumerate(lengths) if n == length] for length in sorted(set(lengths))]
+        return [[i] for i in range(len(batch))]
+
     def probe(self) -> "FrozenTower":
-        """Set the width, views and token shape from one sample. Raises EncoderError if the features are random."""
-        sample = self.prepare(Image.linear_gradient("L").convert("RGB") if self.modality == "image" else "a sample")
-        features = self.encode([sample], self.views)
-        first, again = features["pooled"], self.encode([sample], ("pooled",))["pooled"]
+        """Set the width, views and token shape from a dozen samples, and find which may be encoded together.
+
+        Raises EncoderError if features are random, or the same for different samples.
+        """
+        name = type(self.model).__name__
+        samples = [self.prepare(sample) for sample in self.probe_samples()]
+        features = self.encode(samples[:1], self.views)
+        pooled = [self._encode([sample], ("pooled",))["pooled"] for sample in samples]  # alone: no rounding of a batch
+        first = features["pooled"]
         if first.ndim != 2:
-            raise EncoderError(f"{type(self.model).__name__} gives features of shape {first.shape}; expected (B, D)")
-        if not np.allclose(first, again, rtol=0, atol=1e-3 * np.abs(first).max()):
-            raise EncoderError(f"{type(self.model).__name__} gives different features each time for the same sample")
+            raise EncoderError(f"{name} gives features of shape {first.shape}; expected (B, D)")
+        if not np.isfinite(first).all():
+            raise EncoderError(f"{name} gives features that are not finite numbers")
+        self._check_repeats(samples[0])
+        if len({row.tobytes() for row in pooled}) < len(samples):
+            raise EncoderError(f"{name} gives the same features for different samples; are its files whole?")
         self.width, self.views = first.shape[1], tuple(features)
         self.token_shape = features["tokens"][0].shape if "tokens" in features else None
+        self._exact = True
+        self.together = self._find_together(samples)
+        self._exact = False
+        if self.together != "all":
+            logger.warning("%s: a batch changes features; %s", name, TOGETHER[self.together])
         return self
+
+    def probe_samples(self) -> Sequence[Any]:
+        """Return a dozen different samples."""
+        return pictures() if self.modality == "image" else WORDS
+
+    def _find_together(self, samples: Sequence[Any]) -> Together:
+        """Return what may be encoded together so that no feature depends on it.
+
+        Texts are tried alone and beside longer ones, then beside others of their length; images in a batch.
+        """
+        mixed = samples[:3]
+        if self.by_length:
+            words = [*self.probe_samples()] * 5
+            mixed = [self.prepare(" ".join(words[:n])) for n in LENGTHS]
+            self._check_repeats(mixed[-1])  # Reformer's hashing is random, but short texts need none
+        if self._are_the_same(mixed):
+            return "all"
+        equal = [sample for sample in samples if self.length(sample) == self.length(samples[0])]
+        return "equal lengths" if self.by_length and self._are_the_same(equal[:3]) else "one"
+
+    def _check_repeats(self, sample: Any) -> None:
+        """Refuse a model that is random, such as one that hides patches."""
+        one, other = (self._encode([sample], ("pooled",))["pooled"] for _ in range(2))
+        if not np.allclose(one, other, rtol=0, atol=1e-3 * np.abs(one).max()):
+            raise EncoderError(f"{type(self.model).__name__} gives different features each time for the same sample")
+
+    def _are_the_same(self, samples: Sequence[Any]) -> bool:
+        """Whether samples have the same features alone and in a batch, but for the order of sums."""
+        exact = self.by_length and self.device.type == "cpu"
+        views = [view for view in self.views if view != "ids"]
+        batch = self._encode(samples, views)
+        for i, sample in enumerate(samples):
+            alone = self._encode([sample], views)
+            for view in views:
+                one, other = alone[view][0], batch[view][i]
+                limit = (ROUNDING if exact else CONVOLUTION_ROUNDING) * np.abs(one).max()
+                if one.shape != other.shape or np.abs(one - other).max() > limit:
+                    return False
+        return True
 
 
 def flatten_map(features: Tensor, channels_last: bool = False) -> Tensor:

@@ -34,7 +34,7 @@ class TextTower(FrozenTower):
 
     ragged = True
     by_length = True
-    options = ("max_tokens", "long_texts")
+    options: tuple[str, ...] = ("max_tokens", "long_texts")
 
     def __init__(
         self,

@@ -190,10 +190,10 @@ def test_weights_that_lack_a_layer_are_refused(makers, tmp_path):
         open_encoder(spec)
 
 
-def test_an_image_text_model_belongs_to_clip(tmp_path):
-    transformers.CLIPConfig().save_pretrained(tmp_path)
+def test_an_image_text_model_that_is_not_of_two_encoders_is_refused(tmp_path):
+    transformers.LlavaConfig().save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(EncoderError, match=naming("clip image-text")):
+    with pytest.raises(EncoderError, match=naming("llava image-text")):
         open_encoder(f"hf:{tmp_path}")
 
 
@@ -205,12 +205,12 @@ def test_other_modalities_are_refused(tmp_path):
 
 
 def test_random_features_are_refused(makers, tmp_path):
-    makers["hf-vit"](tmp_path)
-    config = transformers.ViTMAEConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    transformers.ViTMAEModel(config).save_pretrained(tmp_path)
-    with pytest.raises(EncoderError, match="ViTMAEModel"):
+    makers["hf-bert"](tmp_path)
+    layers = {"attn_layers": ["lsh"], "axial_pos_embds": False, "num_buckets": 4, "lsh_attn_chunk_length": 4}
+    layers |= {"attention_head_size": 16, "max_position_embeddings": 64}
+    config = transformers.ReformerConfig(vocab_size=20, hidden_size=32, num_attention_heads=2, **layers)
+    transformers.ReformerModel(config).save_pretrained(tmp_path)
+    with pytest.raises(EncoderError, match="ReformerModel"):
         open_encoder(f"hf:{tmp_path}")
 
 

@@ -16,7 +16,8 @@ from timm.data.transforms_factory import create_transform
 from torch import nn
 from torchvision.transforms import Compose, Normalize, Resize, ToTensor
 
-from cachefuse.encoders.hf import HFImageTower
+from cachefuse.encoders.hf_images import HFImageTower
+from cachefuse.encoders.hf_models import Part
 from cachefuse.encoders.images import ImageTower, Split, split_compose
 
 EXACT = {"rtol": 1e-6, "atol": 1e-6}  # the same arithmetic, but for its order
@@ -36,6 +37,11 @@ class Bare(ImageTower):
 
     def forward(self, batch, tokens):
         return self.stack(batch).mean((2, 3)), None
+
+
+def bare_part():
+    """A part of a model that does nothing."""
+    return Part(nn.Identity(), transformers.ViTConfig(), nn.Identity(), ())
 
 
 def noise(width, height, mode="RGB"):
@@ -115,7 +121,7 @@ def test_transformers_processors_are_cut(name, options, device):
     library = processor(name, **options)
     modes = MODES if library.do_convert_rgb else ("RGB",)
     images = [noise(*size, mode) for size in SIZES for mode in modes]
-    tower = HFImageTower(nn.Identity(), library, device, {})
+    tower = HFImageTower(bare_part(), library, device, {}, "mean")
     check(tower, lambda image: library(images=image, return_tensors="pt")["pixel_values"][0], images)
 
 
@@ -130,7 +136,7 @@ def test_transformers_processors_are_cut(name, options, device):
 )
 def test_other_processors_are_used_whole(name, options):
     library = processor(name, **options)
-    tower = HFImageTower(nn.Identity(), library, "cpu", {})
+    tower = HFImageTower(bare_part(), library, "cpu", {}, "mean")
     images = [noise(*size) for size in SIZES]
     check(tower, lambda image: library(images=image, return_tensors="pt")["pixel_values"][0], images, torch.float32)
 
@@ -155,7 +161,7 @@ def test_a_split_that_gives_other_numbers_or_shapes_is_not_used():
 def test_a_real_processor_is_cut():
     folder = Path(os.environ["CACHEFUSE_REAL_DATA"]) / "weights" / "vit_s14"
     library = transformers.AutoImageProcessor.from_pretrained(folder)
-    tower = HFImageTower(nn.Identity(), library, "cpu", {})
+    tower = HFImageTower(bare_part(), library, "cpu", {}, "mean")
     images = [noise(*size, mode) for size in SIZES for mode in MODES]
     check(tower, lambda image: library(images=image, return_tensors="pt")["pixel_values"][0], images)
 

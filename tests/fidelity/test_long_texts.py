@@ -51,6 +51,7 @@ def test_windows_are_the_mean_over_all_tokens_of_the_text():
         content = tokenizer(text, add_special_tokens=False)["input_ids"]
         windows = [[101, *content[i : i + 62], 102] for i in range(0, len(content), 62)]
         expected = sum(len(ids) * minilm_mean(ids) for ids in windows) / sum(map(len, windows))
+        expected /= np.linalg.norm(expected)  # its modules.json ends with Normalize
         np.testing.assert_allclose(row, expected, atol=1e-6)
 
 

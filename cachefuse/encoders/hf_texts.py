@@ -1,0 +1,259 @@
+"""Text towers of transformers models."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain, islice, product
+
+import numpy as np
+import torch
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as Normalizers
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from cachefuse.encoders.base import EncoderSpec, Features
+from cachefuse.encoders.frozen import FrozenTower, to_numpy, tokenizer_fingerprint
+from cachefuse.encoders.hf_models import Outputs, Part
+from cachefuse.encoders.pooling import POOLINGS
+from cachefuse.encoders.probe import N_PROBES, WORDS
+from cachefuse.encoders.sentence_folder import SentenceFolder
+from cachefuse.encoders.texts import Ids, Text, TextTower
+from cachefuse.errors import BadSampleError, EncoderError
+
+MAX_TOKENS = 512  # for models without a limit of their own
+NO_LIMIT = 1_000_000  # tokenizers without a limit have a huge number
+# How a key calls poolings; others by sentence-transformers' names.
+NAMES = {"cls": "first token", "lasttoken": "last token"}
+ASKED = {"cls": "cls", "mean": "mean", "last": "lasttoken", "pooler": "pooler"}
+PADDED = ("siglip",)  # model types whose texts are padded to the maximum length, as in their training, without a mask
+
+
+class HFTextTower(TextTower):
+    """Pooled: as ``poolings`` say, then the modules of a sentence-transformers folder. Tokens: last_hidden_state.
+
+    Ids: the tokenizer's, cut to the limit.
+    """
+
+    views = ("pooled", "tokens", "ids")
+    options = ("pooling", *TextTower.options)
+
+    def __init__(
+        self,
+        spec: EncoderSpec,
+        part: Part,
+        tokenizer: PreTrainedTokenizerBase,
+        asked: SentenceFolder,
+        device: str,
+        provenance: Mapping[str, str],
+        poolings: Sequence[str],
+    ):
+        self.outputs, self.tokenizer, self.asked, self.poolings = part.outputs, tokenizer, asked, tuple(poolings)
+        if asked.lower_case:
+            lower_case(tokenizer)
+        if asked.prompt and spec.option("long_texts") == "windows":
+            raise EncoderError(
+                f"cannot open {spec}: its folder writes a prompt before texts, which windows would cut off"
+            )
+        ids = (tokenizer.pad_token_id, getattr(part.config, "pad_token_id", None), 0)
+        self.pad_id = next(i for i in ids if i is not None)
+        # Models often have a few rows more than the tokenizer has tokens, and some tokenizers skip numbers.
+        self.vocabulary = max(len(tokenizer), getattr(part.config, "vocab_size", None) or 0)
+        self.padded = part.config.model_type.startswith(PADDED)
+        given = [name for name in tokenizer.model_input_names if name in part.accepts]
+        self.takes_mask = "attention_mask" in (given if self.padded else part.accepts)
+        self.types = _token_types(tokenizer) if "token_type_ids" in given else None
+        self.n_excluded = 0 if asked.include_prompt else prompt_length(tokenizer, asked.prompt)
+        self.min_tokens = 1
+        asked.after.eval().requires_grad_(False).to(device)
+        facts = {
+            **provenance,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "pooling": " + ".join(NAMES.get(name, name) for name in poolings),
+            **asked.facts(),
+        }
+        super().__init__(spec, part.model, device, facts, _limits(part, tokenizer, asked))
+
+    def split(self, text: str) -> tuple[list[Ids], int]:
+        # Always the same options: a fast tokenizer keeps them, and threads share it.
+        encoded = self.tokenizer(
+            self.asked.prompt + text,
+            truncation=True,
+            max_length=self.max_tokens,
+            padding=False,
+            return_overflowing_tokens=True,
+        )
+        if self.tokenizer.is_fast:
+            windows = list(encoded["input_ids"])
+            return windows, sum(map(len, windows)) - (len(windows) - 1) * self.n_special()
+        rest, step = encoded.get("overflowing_tokens", []), self.max_tokens - self.n_special()
+        chunks = [rest[start : start + step] for start in range(0, len(rest), step)]
+        windows = [encoded["input_ids"], *map(self.tokenizer.build_inputs_with_special_tokens, chunks)]
+        return windows, len(windows[0]) + len(rest)
+
+    def n_special(self) -> int:
+        return int(self.tokenizer.num_special_tokens_to_add())
+
+    def prepare(self, sample: str) -> Text:
+        text = super().prepare(sample)
+        if text.n_tokens < self.min_tokens:
+            kind = type(self.model).__name__
+            raise BadSampleError(f"has {text.n_tokens} tokens; {kind} needs {self.min_tokens}")
+        return text
+
+    def encode(self, batch: Sequence[Text], views: Collection[str]) -> Features:
+        computed = [view for view in views if view != "ids"]
+        features = super().encode(batch, computed) if computed else {}
+        if "pooled" in features and self.asked.after:  # after the mean of windows
+            with torch.inference_mode():
+                features["pooled"] = to_numpy(self.asked.after(torch.from_numpy(features["pooled"]).to(self.device)))
+        if "ids" in views:
+            features["ids"] = [np.array(text.windows[0], np.int32) for text in batch]
+        return features
+
+    def forward(self, batch: Sequence[Text], tokens: bool) -> tuple[Tensor, Tensor | None]:
+        ids, real = self._pad(batch)
+        inputs = {"input_ids": ids.to(self.device)}
+        if self.takes_mask:
+            inputs["attention_mask"] = real.long().to(self.device)
+        if self.types is not None:
+            types = sum((ids == token) * kind for token, kind in self.types.items()) + torch.zeros_like(ids)
+            inputs["token_type_ids"] = types.to(self.device)
+        out = self.outputs(**inputs)
+        if out.hidden.shape[:2] != ids.shape:
+            kind = type(self.model).__name__
+            raise EncoderError(f"{kind} gives {out.hidden.shape[1]} vectors for {ids.shape[1]} tokens, not one each")
+        hidden, real = self._start(out.hidden, real.to(self.device))
+        pooled = torch.cat([self._pool(name, out, hidden, real) for name in self.poolings], -1)  # (B, D)
+        return pooled, hidden
+
+    def probe(self) -> FrozenTower:
+        """Also find the fewest tokens that the model takes: CANINE needs 4."""
+        ids = self.prepare(" ".join(WORDS)).windows[0]
+        for n in range(1, len(ids)):
+            try:
+                self._encode([Text((ids[:n],), n)], ("pooled",))
+            except (RuntimeError, ValueError, IndexError):
+                continue
+            self.min_tokens = n
+            break
+        return super().probe()
+
+    def probe_samples(self) -> list[str]:
+        """Return texts that differ: of common words, else, where the tokenizer has none, of its own."""
+        samples: dict[tuple[int, ...], str] = {}
+        for text in chain(WORDS, islice(_own_texts(self.tokenizer), 1000)):
+            try:
+                samples.setdefault(tuple(self.prepare(text).windows[0]), text)
+            except BadSampleError:
+                continue
+            if len(samples) == N_PROBES:
+                return list(samples.values())
+        raise EncoderError(f"{type(self.tokenizer).__name__} gives the same tokens for different texts; is it whole?")
+
+    def _pad(self, batch: Sequence[Text]) -> tuple[Tensor, Tensor]:
+        """Return ids (B, T), padded at the end, or as the tokenizer pads to the maximum length; and which are real."""
+        left = self._left()
+        rows = [torch.tensor(text.windows[0][::-1] if left else text.windows[0]) for text in batch]
+        whole = torch.zeros(self.max_tokens if self.padded else 0, dtype=torch.long)
+        ids = pad_sequence([*rows, whole], batch_first=True, padding_value=self.pad_id)[:-1]  # (B, T)
+        real = torch.arange(ids.shape[1]) < torch.tensor([[len(row)] for row in rows])
+        return (ids.flip(1), real.flip(1)) if left else (ids, real)
+
+    def _start(self, hidden: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
+        """Move the real tokens to the start, if padding stands there."""
+        if not self._left():
+            return hidden, real
+        order = torch.argsort(real.int(), dim=1, descending=True, stable=True)
+        return torch.take_along_dim(hidden, order.unsqueeze(-1), 1), real.gather(1, order)
+
+    def _left(self) -> bool:
+        return self.padded and self.tokenizer.padding_side == "left"
+
+    def _pool(self, name: str, out: Outputs, hidden: Tensor, real: Tensor) -> Tensor:
+        match name:
+            case "shared space" if out.shared is not None:
+                return out.shared
+            case "pooler" if out.pooler is not None:
+                return out.pooler
+        counted = real.clone()
+        counted[:, : self.n_excluded] = False
+        return POOLINGS[name](hidden, counted)
+
+
+def choose_poolings(
+    spec: EncoderSpec, part: Part, tokenizer: PreTrainedTokenizerBase, asked: SentenceFolder
+) -> tuple[str, ...]:
+    """Return what pooled is: what the spec asks for, else the folder's modules, else the model's own, else the mean.
+
+    The model's own is a vector of the space that it shares with images, or its pooled output, such as CLIP's end
+    token. BERT's is not taken unless it is asked for: it was trained to say whether a sentence follows, or not at all.
+    Raises EncoderError for a pooling that the model does not have, or that does not fit the folder's modules.
+    """
+    part.model.eval()
+    ids = [tokenizer(word)["input_ids"] for word in WORDS]
+    with torch.inference_mode():
+        out = part.outputs(input_ids=torch.tensor([max(ids, key=len)]))
+    pooler = out.pooler is not None and part.has_pooler
+    option = spec.option("pooling")
+    if option is None:
+        if asked.poolings:
+            return asked.poolings
+        if out.shared is not None:
+            return ("shared space",)
+        own = pooler and not hasattr(part.model, "pooler")  # BERT's stands on the model, CLIP's and SigLIP's inside
+        return ("pooler",) if own else ("mean",)
+    known = (
+        {"mean", "last"} | ({"pooler"} if pooler else set()) | ({"cls"} if len({row[0] for row in ids}) == 1 else set())
+    )
+    if option not in known:
+        raise EncoderError(f"cannot open {spec}: it has no {option} to pool by; it has {', '.join(sorted(known))}")
+    return (ASKED[option],)
+
+
+def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """Return the number of a prompt's tokens, without the special token at its end (sentence-transformers' rule)."""
+    ids = tokenizer(prompt)["input_ids"] if prompt else []
+    return len(ids) - bool(ids and ids[-1] in tokenizer.all_special_ids)
+
+
+def lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a tokenizer write every text in lower case first."""
+    backend = tokenizer.backend_tokenizer
+    if "Lowercase" not in repr(backend.normalizer) and not getattr(backend.normalizer, "lowercase", False):
+        backend.normalizer = Normalizers([step for step in (Lowercase(), backend.normalizer) if step is not None])
+
+
+def _own_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """Yield texts of the tokenizer's own words: each word, then two, then three."""
+    special = set(tokenizer.all_special_ids)
+    ids = [i for i in sorted(tokenizer.get_vocab().values()) if i not in special]
+    words = [word for i in ids[:: max(1, len(ids) // 100)] if (word := str(tokenizer.decode([i])).strip())]
+    return (" ".join(few) for n in (1, 2, 3, 4) for few in product(words, repeat=n))
+
+
+def _token_types(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """Return the types that are not 0, by token: of XLNet's and Funnel's class token.
+
+    Raises EncoderError for a tokenizer whose types depend on more than the token.
+    """
+    rows = [tokenizer(word) for word in WORDS]
+    pairs = {(i, kind) for row in rows for i, kind in zip(row["input_ids"], row["token_type_ids"], strict=True)}
+    if len({i for i, _ in pairs}) != len(pairs):
+        raise EncoderError(f"{type(tokenizer).__name__} gives token types that depend on more than the token")
+    return {i: kind for i, kind in pairs if kind}
+
+
+def _limits(part: Part, tokenizer: PreTrainedTokenizerBase, asked: SentenceFolder) -> tuple[int, int]:
+    """Return the usual number of tokens, and the greatest.
+
+    The greatest is that of the position table. The usual is the smallest of this, of the tokenizer's limit, and of a
+    sentence-transformers folder's.
+    """
+    limits = [getattr(part.config, "max_position_embeddings", None)]
+    for name, module in part.model.named_modules():
+        # RoBERTa's positions start after the padding position: 514 rows hold 512 tokens.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            limits.append(module.weight.shape[0] - module.padding_idx - 1)
+    usual = [tokenizer.model_max_length, asked.max_length]
+    hard, soft = ([int(n) for n in numbers if n is not None and 0 < n < NO_LIMIT] for numbers in (limits, usual))
+    return min([*hard, *soft], default=MAX_TOKENS), min(hard, default=NO_LIMIT)
