@@ -14,7 +14,7 @@ from cachefuse_cli.shared.setting_options import Command
 COMMANDS = (
     "demo", "extract", "train-head", "sweep", "compare", "predict", "evaluate", "runs", "ensemble", "report",
     "align", "retrieve", "zero-shot", "similarity", "pairs", "fine-tune", "plan", "inspect", "verify",
-    "datasets", "encoders", "bench",
+    "datasets", "encoders", "presets", "bench",
 )  # fmt: skip
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from cachefuse.errors import ConfigError
 from cachefuse.experiments.files import write_results
+from cachefuse.experiments.recipe import fit_loss
+from cachefuse.experiments.recipes import MMC_BASE, MMC_TABLES
 from cachefuse.experiments.results import Published, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
 from cachefuse.experiments.token_presets import TOKEN_PRESETS
@@ -25,35 +27,19 @@ from cachefuse.training.data import TRAIN, VAL, TrainingData
 from cachefuse.training.selection import Views, pooled
 
 PAPER_ROWS = 25_000  # to train on
-# Tables 1 and 5: sum fusion; each head is trained alone before the meta-classifier.
-BASE = TrainConfig(
-    fusion="sum",
-    scheme="staged",
-    head="mlp",
-    layers=(2048,),
-    activation="gelu",
-    dropout=0.5,
-    loss="bce",
-    optimizer="adam",
-    lr=1e-3,
-    schedule="constant",
-    epochs=200,
-    batch_size=0,
-    patience=0,
-    monitor="samples_f1",
-    thresholds="none",
-)
-TUNED = replace(BASE, layers=(2048, 512))
+PAPER_TASK = ("multilabel", ("multilabel",))
+BASE = MMC_BASE.train_config(*PAPER_TASK)
 PAPER_ASL = {"gamma_negative": 4.0, "gamma_positive": 1.0, "clip": 0.05}
 DIVERGED = (math.nan, math.nan)
 
 
-def _preset(title: str, base: TrainConfig, rows: Sequence[tuple[JsonObject, Published]]) -> Experiment:
+def _preset(name: str, rows: Sequence[tuple[JsonObject, Published]]) -> Experiment:
     """Build an experiment of settings with their printed figures in per cent."""
+    recipe = MMC_TABLES[name]
     return Experiment(
-        base=base,
+        base=recipe.train_config(*PAPER_TASK),
         settings=[setting for setting, _ in rows],
-        title=title,
+        title=f"MMC {recipe.title}",
         paper="paper: samples-F1 of 5,000 rows, with CLIP features and 25,000 training rows",
         published=[(round(mean / 100, 6), round(std / 100, 6)) for _, (mean, std) in rows],
     )
@@ -61,13 +47,11 @@ def _preset(title: str, base: TrainConfig, rows: Sequence[tuple[JsonObject, Publ
 
 PRESETS = {
     "mmc-heads": _preset(
-        "MMC table 2: heads, image only",
-        replace(BASE, fusion="image"),
+        "mmc-heads",
         [({"head": "mlp"}, (85.533, 0.001)), ({"head": "gmlp"}, (83.506, 0.000))],
     ),
     "mmc-fusion": _preset(
-        "MMC table 3: fusion",
-        BASE,
+        "mmc-fusion",
         [
             ({"fusion": "image"}, (85.375, 0.051)),
             ({"fusion": "text"}, (82.493, 0.000)),
@@ -77,8 +61,7 @@ PRESETS = {
         ],
     ),
     "mmc-losses": _preset(
-        "MMC table 4: losses",
-        replace(BASE, epochs=300),
+        "mmc-losses",
         [
             ({"loss": "bce", "loss_options": {}}, (86.443, 0.005)),
             ({"loss": "focal", "loss_options": {}}, (86.432, 0.005)),
@@ -86,8 +69,7 @@ PRESETS = {
         ],
     ),
     "mmc-layers": _preset(
-        "MMC table 6: hidden layers",
-        BASE,
+        "mmc-layers",
         [
             ({"layers": (2048,)}, (86.295, 0.000)),
             ({"layers": (2048, 512)}, (86.526, 0.000)),
@@ -95,8 +77,7 @@ PRESETS = {
         ],
     ),
     "mmc-batch": _preset(
-        "MMC table 7: batches of 1, 0.4, 0.2 of the training rows; learning rate",
-        TUNED,
+        "mmc-batch",
         [
             ({"batch_size": 25_000, "lr": 1e-3}, (86.531, 0.001)),
             ({"batch_size": 25_000, "lr": 1e-2}, (80.136, 0.003)),
@@ -110,8 +91,7 @@ PRESETS = {
         ],
     ),
     "mmc-epochs": _preset(
-        "MMC table 8: epochs",
-        TUNED,
+        "mmc-epochs",
         [
             ({"epochs": 100}, (84.586, 0.000)),
             ({"epochs": 200}, (86.496, 0.000)),
@@ -120,8 +100,7 @@ PRESETS = {
         ],
     ),
     "mmc-activation": _preset(
-        "MMC table 9: activations",
-        replace(TUNED, epochs=300),
+        "mmc-activation",
         [
             ({"activation": "gelu"}, (86.554, 0.001)),
             ({"activation": "relu"}, (86.050, 0.000)),
@@ -129,8 +108,7 @@ PRESETS = {
         ],
     ),
     "mmc-dropout": _preset(
-        "MMC tables 10 and 11: dropout",
-        replace(TUNED, epochs=300),
+        "mmc-dropout",
         [
             ({"activation": "gelu", "dropout": 0.0}, (85.955, 0.001)),
             ({"activation": "gelu", "dropout": 0.2}, (86.297, 0.001)),
@@ -156,10 +134,12 @@ def preset(name: str, data: TrainingData, changes: Options | None = None) -> Exp
     ConfigError for a change of a setting that the preset varies.
     """
     if name in TOKEN_PRESETS:
-        token_preset = TOKEN_PRESETS[name]
-        return token_preset.make(data, replace(token_preset.base, **(changes or {})))
+        token_preset, kinds = TOKEN_PRESETS[name], [task.kind for task in data.tasks]
+        return token_preset.make(data, token_preset.recipe.train_config(data.task, kinds, changes))
     experiment: Experiment = lookup({**PRESETS, **TOKEN_PRESETS}, name, "preset")
     base = _apply_changes(name, experiment.base, changes or {}, experiment.settings)
+    if "loss" not in (changes or {}):
+        base = fit_loss(base, data.task, [task.kind for task in data.tasks])
     return replace(experiment, base=base, settings=[_scaled(setting, data, base) for setting in experiment.settings])
 
 
@@ -168,7 +148,7 @@ def preset_views(name: str, changes: Options) -> Views:
     if name not in TOKEN_PRESETS:
         return pooled
     token_preset = TOKEN_PRESETS[name]
-    return views_of(replace(token_preset.base, **changes), token_preset.reads)
+    return views_of(token_preset.recipe.train_config(*PAPER_TASK, changes), token_preset.reads)
 
 
 def greedy(
@@ -186,6 +166,8 @@ def greedy(
     """
     tried = [setting for name in CHAIN for setting in PRESETS[name].settings]
     base = _apply_changes(GREEDY, BASE, changes or {}, [*tried, {"refit": True}])
+    if "loss" not in (changes or {}):
+        base = fit_loss(base, data.task, [task.kind for task in data.tasks])
     chosen: JsonObject = {}
     results = []
     for step, name in enumerate(CHAIN, 1):

@@ -1,10 +1,12 @@
 """The papers' experiments with token features: where to fuse, and the effect of tuning the text model."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from cachefuse.errors import ConfigError
+from cachefuse.experiments.recipe import Recipe, fit_loss
+from cachefuse.experiments.recipes import SWEEPS
 from cachefuse.experiments.results import Curve, Published
 from cachefuse.experiments.sweep import Experiment
 from cachefuse.feature_spec import IDS, TOKENS
@@ -13,10 +15,12 @@ from cachefuse.registry import Options
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData
 
-# "Where to fuse", sections 3.2 and 3.3: kinds and lengths of pooling at every layer, and decoder depths.
+# "Where to fuse", figures 16 and 19 to 22, for an encoder and a decoder of 12 layers each.
+THESIS_LAYERS = 12
+POINTS = (0, 1, 3, 5, 7, 9, 11, 12)  # layers at which images join
+DECODERS = (1, 2, 4, 8, 12)  # layers of the decoder
 POOLINGS = ("", "mean:14", "attention:14", "mean:1", "attention:1")
-DECODERS = (1, 2, 4)
-MAX_POINTS = 5  # per curve, from the first layer to the last
+WITH_EVERY_DECODER = ("", "attention:14")  # figures 16 and 22; the others have one decoder: figure 19's, the deepest
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "cma": (),
     "without modality attention": ("modality-attention",),
@@ -37,29 +41,50 @@ LIT_TABLE: tuple[tuple[str, JsonObject, dict[str, float]], ...] = (
 def where_to_fuse(data: TrainingData, base: TrainConfig) -> Experiment:
     """Return the experiment of the thesis's curves: score and steps per second by the layer at which images join.
 
+    The thesis's layers are scaled to those of the model: with a T5, to its own. Options of the base that the experiment
+    varies, pool and decoder_layers, leave the others out. A T5 writes the answer if rows have one each.
+
     Raises ConfigError for a store without tokens of images and texts.
     """
-    view = IDS if base.fusion_options.get("t5") else TOKENS
+    given = base.fusion_options
+    view = IDS if given.get("t5") else TOKENS
     n_tokens = max((s.n_tokens for s in data.specs.values() if (s.modality, s.view) == ("image", TOKENS)), default=0)
     if not n_tokens or not any((s.modality, s.view) == ("text", view) for s in data.specs.values()):
         raise ConfigError(
             f"where-to-fuse needs tokens of images and {view} of texts, but {data.name} lacks them; extract them first"
         )
-    architecture: JsonObject = data.resolve(base).fusion_options["architecture"] or {}
-    from_scratch: int = base.fusion_options.get("depth", 4)
-    depth: int = architecture.get("num_layers", from_scratch)
-    layers = sorted({round(i * depth / (MAX_POINTS - 1)) for i in range(MAX_POINTS)})
-    variants = [(pool, 1) for pool in POOLINGS if not pool or int(pool.partition(":")[2]) < n_tokens]
-    variants += [("attention:14", decoder) for decoder in DECODERS[1:] if n_tokens > 14]
+    if given.get("t5") and data.task in ("multiclass", "vqa") and base.loss in ("bce", "ce"):
+        base = replace(base, fusion_options={"answers": "text", **given})
+        base = fit_loss(base, data.task, [data.task])
+    depth, decoder_depth = model_layers(data, base)
+    layers = sorted({math.floor(point * depth / THESIS_LAYERS + 0.5) for point in POINTS})
+    decoders = sorted({min(decoder, decoder_depth) for decoder in DECODERS})
+    poolings = [pool for pool in POOLINGS if not pool or int(pool.partition(":")[2]) < n_tokens]
+    variants = [(f"image={pool}" if pool else "", n) for pool in poolings
+                for n in (decoders if pool in WITH_EVERY_DECODER else decoders[-1:])]  # fmt: skip
+    if "pool" in given:
+        variants = [(given["pool"], n) for n in decoders]
+    if "decoder_layers" in given:
+        variants = [(pool, int(given["decoder_layers"])) for pool in dict.fromkeys(pool for pool, _ in variants)]
     settings, curves = [], []
-    for pool, decoder in variants:
-        name = f"{pool or f'all {n_tokens}'}" + (f", {decoder} decoder layers" if decoder > 1 else "")
+    for pool, n in variants:
+        name = f"{str(pool).removeprefix('image=') or f'all {n_tokens}'}, decoder of {n}"
         for layer in layers:
-            options = {"fusion_spec": f"0:text,{layer}:image", "decoder_layers": decoder}
-            settings.append({"fusion_options": {**options, "pool": f"image={pool}" if pool else ""}})
+            settings.append(
+                {"fusion_options": {"fusion_spec": f"0:text,{layer}:image", "decoder_layers": n, "pool": pool}}
+            )
             curves.append(Curve(name, "the layer at which images join", layer))
     labels = [f"{curve.name}, at {curve.x:g}" for curve in curves]
     return Experiment(base, settings, "where to fuse images", costs=True, labels=labels, curves=curves)
+
+
+def model_layers(data: TrainingData, base: TrainConfig) -> tuple[int, int]:
+    """Return the numbers of layers of the encoder, and at most of the decoder: a T5's own, or both the depth."""
+    architecture: JsonObject | None = data.resolve(base).fusion_options["architecture"]
+    if architecture:
+        return architecture["num_layers"], architecture["num_decoder_layers"]
+    depth: int = data.resolve(base).fusion_options["depth"]
+    return depth, depth
 
 
 def lit_table(data: TrainingData, base: TrainConfig) -> Experiment:
@@ -89,20 +114,13 @@ def irrelevant(data: TrainingData, base: TrainConfig) -> Experiment:
 class TokenPreset:
     """``make(data, base)`` returns the experiment; ``reads`` are settings that read other views than the base."""
 
-    base: TrainConfig
+    recipe: Recipe
     make: Callable[[TrainingData, TrainConfig], Experiment]
     reads: Sequence[Options] = ()
 
 
 TOKEN_PRESETS = {
-    "cma-irrelevant": TokenPreset(TrainConfig(fusion="cma", epochs=10), irrelevant),
-    "lit-table": TokenPreset(TrainConfig(fusion="lit"), lit_table, [setting for _, setting, _ in LIT_TABLE]),
-    "where-to-fuse": TokenPreset(TrainConfig(fusion="midfusion", epochs=5), where_to_fuse),
+    "cma-irrelevant": TokenPreset(SWEEPS["cma-irrelevant"], irrelevant),
+    "lit-table": TokenPreset(SWEEPS["lit-table"], lit_table, [setting for _, setting, _ in LIT_TABLE]),
+    "where-to-fuse": TokenPreset(SWEEPS["where-to-fuse"], where_to_fuse),
 }
-RECIPES: Mapping[str, TrainConfig] = {
-    "cma-paper": TrainConfig(
-        fusion="cma", fusion_options={"depth": 12, "width": 512, "heads": 8}, lr=1e-5, weight_decay=1e-4,
-        batch_size=1024, epochs=100,
-    ),  # CMA-CLIP, section 3.2, warm-up stage
-    "lit-paper": TrainConfig(fusion="lit", lr=5e-5, batch_size=128, epochs=30),  # section 4.1
-}  # fmt: skip

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cachefuse_cli.shared.align_options import takes_align_config
+from cachefuse_cli.shared.align_options import given_options, takes_align_config
 from cachefuse_cli.shared.options import WORKSPACE, Device, Json, StoreName, Threads, Workspace
 
 if TYPE_CHECKING:
@@ -15,6 +15,13 @@ if TYPE_CHECKING:
 @takes_align_config
 def align(
     config: "Callable[[], AlignConfig]",
+    context: typer.Context,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A paper's settings: cbmf-paper (see cachefuse presets); options change them."
+        ),
+    ] = None,
     dataset: StoreName = None,
     encoder: Annotated[
         list[str] | None,
@@ -40,6 +47,12 @@ def align(
             from cachefuse_cli.shared.progress import TrainProgress
 
             settings = config()
+            if preset is not None:
+                from cachefuse.alignment.presets import ALIGNMENTS
+                from cachefuse.registry import lookup
+
+                given = {field: getattr(settings, field) for field in given_options(context)}
+                settings = type(settings)(**{**lookup(ALIGNMENTS, preset, "preset").values(), **given})
             store = open_store(workspace, dataset)
         with TrainProgress("R@1") as progress:
             run = run_align(store, settings, encoders=encoder or (), device=device, on_progress=progress.update)

@@ -52,7 +52,10 @@ def sweep(
         ),
     ] = None,
     preset: Annotated[
-        str | None, _option("--preset", metavar="NAME", help=f"Instead: a published experiment: {PRESET_NAMES}.")
+        str | None,
+        _option(
+            "--preset", metavar="NAME", help=f"Instead: a published experiment (see cachefuse presets): {PRESET_NAMES}."
+        ),
     ] = None,
     seeds: Annotated[
         int, _option("--seeds", metavar="S", help="Trials per setting; the first seed is --seed.", min=1, max=1000)

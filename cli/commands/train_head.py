@@ -1,7 +1,6 @@
 """`cachefuse train-head`."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,7 +18,10 @@ def train_head(
     context: typer.Context,
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A paper's settings: cma-paper, lit-paper; other options change them."),
+        typer.Option(
+            metavar="NAME",
+            help="A paper's settings: cma-paper, lit-paper, mmc-paper (see cachefuse presets); options change them.",
+        ),
     ] = None,
     dataset: StoreName = None,
     encoder: UsedEncoders = None,
@@ -43,13 +45,14 @@ def train_head(
             from cachefuse_cli.shared.progress import TrainProgress
 
             settings = config()
+            store = open_store(workspace, dataset)
             if preset is not None:
-                from cachefuse.experiments.token_presets import RECIPES
+                from cachefuse.experiments.recipes import TRAININGS
                 from cachefuse.registry import lookup
 
                 given = {field: getattr(settings, field) for field in given_options(context)}
-                settings = replace(lookup(RECIPES, preset, "preset"), **given)
-            store = open_store(workspace, dataset)
+                task, kinds = store.manifest.task, [each.task for each in store.manifest.tasks.values()]
+                settings = lookup(TRAININGS, preset, "preset").train_config(task, kinds, given)
         with TrainProgress(settings.monitored_metric or store.manifest.main_metric) as progress:
             run = run_train_head(
                 store,

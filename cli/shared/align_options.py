@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachefuse.alignment.config import AlignConfig
-from cachefuse_cli.shared.setting_options import read, takes
+from cachefuse_cli.shared.setting_options import from_command_line, read, takes
 
 if TYPE_CHECKING:
     from cachefuse.alignment.run import Alignment
     from cachefuse.alignment.space import Space
+
+
+def given_options(context: typer.Context) -> list[str]:
+    """Return the settings of an alignment that are on the command line."""
+    return from_command_line(AlignConfig, context)
 
 
 takes_align_config = takes(AlignConfig, lambda given: AlignConfig(**read(AlignConfig, given)))

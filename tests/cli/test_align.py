@@ -71,6 +71,20 @@ def sentences(folder):
     return manifest
 
 
+def test_align_with_the_settings_of_a_paper(cachefuse, workspace):
+    """Options change them; the run has them all."""
+    result = cachefuse(
+        "align", "--dataset", "mine", "--preset", "cbmf-paper", "--epochs", "2", "--width", "32", "--json"
+    )
+    assert result.code == 0, result.err
+    config = json.loads((workspace / "runs" / "mine-dfe-add-1" / "run.json").read_text())["config"]
+    found = {name: config[name] for name in ("epochs", "width", "targets", "monitor", "patience", "schedule")}
+    assert found == {
+        "epochs": 2, "width": 32, "targets": "soft", "monitor": "loss", "patience": 5, "schedule": "constant"
+    }  # fmt: skip
+    assert says(cachefuse("align", "--dataset", "mine", "--preset", "cbmf-papre").error, "cbmf-papre cbmf-paper")
+
+
 def test_align_measures_both_directions_and_says_what_is_next(cachefuse, workspace, fits):
     result = cachefuse("align", "--dataset", "mine", *QUICK, "--op", "dot-attention")
     assert result.code == 0

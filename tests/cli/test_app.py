@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -48,3 +49,18 @@ def test_debug_shows_the_traceback(folder):
     assert result.returncode == 1
     assert "Traceback" in result.stderr
     assert says(result.stderr, "CacheError workspace")
+
+
+def test_presets_are_listed_and_shown_with_their_sources(cachefuse, fits):
+    listed = cachefuse("presets")
+    assert listed.code == 0
+    fits(listed.out)
+    assert all(name in listed.out for name in ("cma-paper", "lit-table", "cbmf-paper"))
+    shown = cachefuse("presets", "lit-paper")
+    fits(shown.out)
+    assert says(shown.out, "lr 5e-05 section 4.1 max-tokens 256 chosen")
+    found = json.loads(cachefuse("presets", "cbmf-paper", "--json").out)
+    assert found["cbmf-paper"]["command"] == "align"
+    wrong = cachefuse("presets", "cma-papre")
+    assert (wrong.code, wrong.out) == (1, "")
+    assert says(wrong.err, "cma-papre cma-paper")

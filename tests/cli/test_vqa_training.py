@@ -237,6 +237,20 @@ class TestWritten:
         assert cachefuse("predict").code == 0
 
     @pytest.mark.slow
+    def test_where_to_fuse_takes_the_layers_that_the_t5_has(self, cachefuse, tokens, folder):
+        """The thesis has 12 of each; this one has an encoder of 2 and a decoder of 3. It writes the answers."""
+        options = [f"t5=hf:{tokens}", "pool=image=mean:1"]
+        given = [word for option in options for word in ("--fusion-options", option)]
+        result = cachefuse("sweep", "--preset", "where-to-fuse", *given, "--epochs", "1", "--seeds", "1", "--json")
+        assert result.code == 0, result.err
+        lines = (folder / "workspace/sweeps/vqa2-where-to-fuse/trials.jsonl").read_text().splitlines()
+        trials = [json.loads(line)["settings"] for line in lines]
+        assert {(t["fusion_options"]["fusion_spec"], t["fusion_options"]["decoder_layers"]) for t in trials} == {
+            (f"0:text,{layer}:image", n) for layer in (0, 1, 2) for n in (1, 2, 3)
+        }
+        assert {(t["loss"], t["fusion_options"]["answers"]) for t in trials} == {("ce", "text")}
+
+    @pytest.mark.slow
     def test_a_step_s_cost_is_that_of_learning(self, cachefuse, tokens, folder, monkeypatch):
         config = TrainConfig(fusion="midfusion", fusion_options={"answers": "text", "decoder_layers": 1, "width": 8})
         training = open_training_data(FeatureStore(folder / "workspace/cache/vqa2.zarr"), views=config.reads)

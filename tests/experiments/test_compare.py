@@ -17,9 +17,10 @@ from cachefuse.experiments.compare import METHODS, compare, default_pool
 from cachefuse.experiments.costs import measure_costs
 from cachefuse.experiments.files import plot_curves, write_results
 from cachefuse.experiments.presets import preset, preset_views
+from cachefuse.experiments.recipes import TRAININGS
 from cachefuse.experiments.settings import parse_setting
 from cachefuse.experiments.sweep import run_sweep, sweep
-from cachefuse.experiments.token_presets import RECIPES, TOKEN_PRESETS
+from cachefuse.experiments.token_presets import TOKEN_PRESETS
 from cachefuse.fusion import FUSIONS
 from cachefuse.runs.train import train_head
 from cachefuse.training.build import build_model
@@ -154,7 +155,8 @@ class TestPresets:
         assert [setting["fusion_options"]["fusion_spec"] for setting in experiment.settings[:5]] == [
             f"0:text,{layer}:image" for layer in range(5)
         ]
-        assert {curve.name for curve in experiment.curves} == {"all 4", "mean:2", "attention:1"}
+        names = {f"all 4, decoder of {n}" for n in (1, 2, 4)} | {"mean:2, decoder of 4", "attention:1, decoder of 4"}
+        assert {curve.name for curve in experiment.curves} == names
         result = run_sweep(*opened, replace(experiment, settings=experiment.settings[:10]), folder, [0])
         assert [setting.curve.x for setting in result.settings] == [0, 1, 2, 3, 4] * 2
         assert all(setting.config.fusion_options["width"] == 8 for setting in result.settings)
@@ -162,7 +164,7 @@ class TestPresets:
         assert (folder / "curves.png").stat().st_size > 1000
         assert plot_curves(result)["svg"] == (folder / "curves.svg").read_bytes()
         first = next(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
-        assert first["label"] == "all 4, at 0"
+        assert first["label"] == "all 4, decoder of 1, at 0"
 
     def test_lit_table(self, store, folder, small_options):
         changes = {"fusion_options": small_options["lit"], "epochs": 1, "batch_size": 16}
@@ -193,14 +195,9 @@ class TestPresets:
         lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
         assert len(lines) == 9
 
-    def test_recipes_are_settings_that_build(self, small_options):
-        for config in RECIPES.values():
-            options = small_options["lit"] if config.fusion == "lit" else {}
-            given = replace(config, fusion_options={**config.fusion_options, **options})
-            resolved = resolve(given, "multilabel", 100)
-            assert resolved.lr in (1e-5, 5e-5)
+    def test_recipes_are_settings_that_build(self):
         with torch.device("meta"):
-            paper = resolve(RECIPES["cma-paper"], "multilabel", 100)
+            paper = resolve(TRAININGS["cma-paper"].train_config("multilabel", ()), "multilabel", 100)
             specs = specs_of({"image": 512, "text": 512, "image_tokens": (768, 49), "text_tokens": (512, 77)})
             model = build_model(paper, specs, 18)
         assert len(model.fusion.blocks) == 12

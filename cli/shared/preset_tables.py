@@ -1,0 +1,53 @@
+"""The presets as tables."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+
+from rich.markup import escape
+from rich.text import Text
+
+from cachefuse.experiments.recipe import Recipe
+from cachefuse.files import JsonObject
+from cachefuse.settings import as_text
+from cachefuse_cli.shared.render import new_table, out
+
+
+def recipe_dict(recipe: Recipe, command: str) -> JsonObject:
+    return {"command": command, **asdict(recipe)}
+
+
+def list_recipes(recipes: Mapping[str, Recipe], command_of: Mapping[str, str]) -> None:
+    """Print the presets with their commands and papers."""
+    table = new_table("preset", "command", "paper", "what", numbers=0)
+    for name, recipe in recipes.items():
+        table.add_row(name, command_of[name], escape(recipe.paper), escape(recipe.title))
+    out().print(table)
+    out().print(Text.assemble(("next  ", "dim"), "cachefuse presets NAME shows its settings and their sources"))
+
+
+def recipe_report(name: str, recipe: Recipe, command: str) -> None:
+    """Print every setting of a preset: stated with its source, chosen with the reason, varied, or idle."""
+    console = out()
+    console.print(Text.assemble((name, "bold"), f": {recipe.title}"))
+    console.print(Text.assemble(("paper ", "dim"), recipe.paper))
+    console.print(Text.assemble(("run   ", "dim"), f"cachefuse {command} --preset {name}"))
+    table = new_table("setting", "value", "from", numbers=0)
+    for stated in recipe.stated:
+        table.add_row(escape(stated.name), _value(stated.value), escape(stated.source))
+    for stated in recipe.for_tasks:
+        table.add_row(escape(stated.name), _value(stated.value), escape(f"{stated.source}; with several tasks"))
+    for varied, source in recipe.varies.items():
+        table.add_row(escape(varied), "tried", escape(source))
+    for chosen in recipe.chosen:
+        table.add_row(escape(chosen.name), _value(chosen.value), escape(f"chosen: {chosen.reason}"))
+    for idle, reason in recipe.idle.items():
+        table.add_row(escape(idle), "-", escape(f"no part of it: {reason}"))
+    for feature in recipe.features:
+        table.add_row(escape(feature.name), _value(feature.value), escape(f"{feature.source}; of the features"))
+    console.print(table)
+    for note in recipe.notes:
+        console.print(Text.assemble(("note  ", "dim"), note))
+
+
+def _value(value: object) -> str:
+    return escape(as_text(value)) or "none"
