@@ -12,8 +12,8 @@ from pathlib import Path
 
 from cachefuse.errors import ConfigError
 from cachefuse.experiments.files import write_results
-from cachefuse.experiments.recipe import fit_loss
-from cachefuse.experiments.recipes import MMC_BASE, MMC_TABLES
+from cachefuse.experiments.recipe import fit_task
+from cachefuse.experiments.recipes import MMC_BASE, MMC_TABLES, SWEEPS
 from cachefuse.experiments.results import Published, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
 from cachefuse.experiments.token_presets import TOKEN_PRESETS
@@ -138,9 +138,14 @@ def preset(name: str, data: TrainingData, changes: Options | None = None) -> Exp
         return token_preset.make(data, token_preset.recipe.train_config(data.task, kinds, changes))
     experiment: Experiment = lookup({**PRESETS, **TOKEN_PRESETS}, name, "preset")
     base = _apply_changes(name, experiment.base, changes or {}, experiment.settings)
-    if "loss" not in (changes or {}):
-        base = fit_loss(base, data.task, [task.kind for task in data.tasks])
+    base = fit_task(base, data.task, [task.kind for task in data.tasks], changes or {})
     return replace(experiment, base=base, settings=[_scaled(setting, data, base) for setting in experiment.settings])
+
+
+def fusion_of(name: str) -> str:
+    """Return the fusion of a preset. Raises UnknownNameError for an unknown name."""
+    fusion: str = lookup(SWEEPS, name, "preset").values()["fusion"]
+    return fusion
 
 
 def preset_views(name: str, changes: Options) -> Views:
@@ -166,8 +171,7 @@ def greedy(
     """
     tried = [setting for name in CHAIN for setting in PRESETS[name].settings]
     base = _apply_changes(GREEDY, BASE, changes or {}, [*tried, {"refit": True}])
-    if "loss" not in (changes or {}):
-        base = fit_loss(base, data.task, [task.kind for task in data.tasks])
+    base = fit_task(base, data.task, [task.kind for task in data.tasks], changes or {})
     chosen: JsonObject = {}
     results = []
     for step, name in enumerate(CHAIN, 1):

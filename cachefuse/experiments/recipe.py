@@ -95,10 +95,14 @@ class Recipe:
             changes["fusion_options"] = {**values.get("fusion_options", {}), **changes.get("fusion_options", {})}
         else:
             values |= {"fusion_options": {}, "ablate": (), "stages": ()}
-        config = TrainConfig(**{**values, "loss": None, **changes})
-        if "loss" in changes or values.get("loss") != CROSS_ENTROPY:
-            return replace(config, loss=changes.get("loss", values.get("loss")))
-        return fit_loss(config, task, kinds)
+        return fit_task(TrainConfig(**{**values, "loss": None, **changes}), task, kinds, changes)
+
+
+def fit_task(config: TrainConfig, task: str, kinds: Collection[str], changes: Options) -> TrainConfig:
+    """Return a paper's settings for a task, except those that are changed: its cross-entropy, and what is monitored."""
+    if task == MULTITASK and config.monitored_metric is not None and "monitor" not in changes:
+        config = replace(config, monitor=None)  # a metric is one task's: the mean of their main metrics is monitored
+    return config if "loss" in changes else fit_loss(config, task, kinds)
 
 
 def fit_loss(config: TrainConfig, task: str, kinds: Collection[str]) -> TrainConfig:

@@ -35,7 +35,7 @@ def _option(*names: str, metavar: str, help: str, **about: Any) -> Any:
 
 @takes_config
 def sweep(
-    config: Callable[[], TrainConfig],
+    config: Callable[..., TrainConfig],
     context: typer.Context,
     grid: Annotated[
         list[str] | None,
@@ -88,8 +88,10 @@ def sweep(
             from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared import sweep_tables
 
-            base = config()
-            changes = {field: getattr(base, field) for field in given_options(context) if field != "seed"}
+            names = given_options(context)
+            fusion = presets.fusion_of(preset) if preset and "fusion" not in names else None
+            base = config(fusion=fusion) if fusion else config()
+            changes = {field: getattr(base, field) for field in names if field != "seed"}
             tried = _tried(grid, settings, preset, changes)
             store = open_store(workspace, dataset)
             views = presets.preset_views(preset, changes) if preset else views_of(base, tried)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @takes_config
 def train_head(
-    config: "Callable[[], TrainConfig]",
+    config: "Callable[..., TrainConfig]",
     context: typer.Context,
     preset: Annotated[
         str | None,
@@ -44,15 +44,18 @@ def train_head(
             from cachefuse_cli.shared.options import open_store
             from cachefuse_cli.shared.progress import TrainProgress
 
-            settings = config()
-            store = open_store(workspace, dataset)
-            if preset is not None:
+            names = given_options(context)
+            if preset is None:
+                settings, store = config(), open_store(workspace, dataset)
+            else:
                 from cachefuse.experiments.recipes import TRAININGS
                 from cachefuse.registry import lookup
 
-                given = {field: getattr(settings, field) for field in given_options(context)}
+                recipe = lookup(TRAININGS, preset, "preset")
+                settings = config() if "fusion" in names else config(fusion=recipe.values()["fusion"])
+                store = open_store(workspace, dataset)
                 task, kinds = store.manifest.task, [each.task for each in store.manifest.tasks.values()]
-                settings = lookup(TRAININGS, preset, "preset").train_config(task, kinds, given)
+                settings = recipe.train_config(task, kinds, {name: getattr(settings, name) for name in names})
         with TrainProgress(settings.monitored_metric or store.manifest.main_metric) as progress:
             run = run_train_head(
                 store,

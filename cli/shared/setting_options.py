@@ -28,8 +28,8 @@ class Command(TyperCommand):
 def takes(config: type, parse: Callable[[Options], object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that replaces a command's parameter ``config`` by an option for each field of a dataclass.
 
-    The command gets a function without arguments as ``config``; it parses the options. A field's old name is a hidden
-    option.
+    The command gets a function as ``config``; it parses the options, with the fields that it is given in their place. A
+    field's old name is a hidden option.
     """
     options = [option for setting in settings_of(config).values() for option in _options(setting)]
 
@@ -42,7 +42,7 @@ def takes(config: type, parse: Callable[[Options], object]) -> Callable[[Callabl
 
         def with_options(**values: object) -> None:
             given = {option.name: values.pop(option.name) for option in options}
-            command(config=lambda: parse(given), **values)
+            command(config=lambda **others: parse({**given, **others}), **values)
 
         with_options.__name__, with_options.__doc__ = command.__name__, command.__doc__
         vars(with_options)["__signature__"] = inspect.Signature([*options, *others])

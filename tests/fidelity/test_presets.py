@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.presets import ALIGNMENTS
@@ -21,8 +22,10 @@ from cachefuse.experiments.recipes import SWEEPS, TRAININGS
 from cachefuse.experiments.sweep import run_sweep
 from cachefuse.nn import ATTENTION_HEADS
 from cachefuse.nn.t5 import T5Settings
+from cachefuse.runs.save import load_run
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
+from cachefuse_cli.app import build_app
 from fixtures.messages import naming
 
 RECIPES: dict[str, Recipe] = {**TRAININGS, **SWEEPS, **ALIGNMENTS}
@@ -141,6 +144,7 @@ def test_nothing_of_ours_is_trained_with(name):
     several = RECIPES[name].train_config("multitask", ["multiclass", "multilabel"])
     assert several.loss == "bce"  # and ce for the tasks with one label
     assert RECIPES[name].train_config("multitask", ["multiclass", "multiclass"]).loss == "ce"
+    assert several.monitor in (None, "loss")  # a metric of one task means nothing for several
     if name.startswith("cma"):
         assert several.stages == ("warm-up", "tuning")  # section 3.2.2
 
@@ -242,3 +246,20 @@ def test_every_row_of_a_batch_is_a_share_of_the_papers(toy_store):
     data = open_training_data(toy_store())
     sizes = [setting["batch_size"] for setting in preset("mmc-batch", data).settings]
     assert np.unique(sizes).tolist() == [0, 8, 16]
+
+
+def test_a_part_of_the_presets_fusion_can_be_left_out(toy_store, tmp_path):
+    """The options are read for the preset's fusion, not for the default one."""
+    store = toy_store("multiclass", name="made")
+    workspace = tmp_path / "workspace"
+    (workspace / "cache").mkdir(parents=True)
+    store.path.rename(workspace / "cache" / "made.zarr")
+    small = ["depth=1", "width=8", "heads=2", "pool="]
+    options = [word for option in small for word in ("--fusion-options", option)]
+    command = ["train-head", "--preset", "cma-paper", *options, "--ablate", "sequence-attention", "--epochs", "2"]
+    result = CliRunner().invoke(build_app(["train-head", "sweep"]), [*command, "--workspace", str(workspace)])
+    assert result.exit_code == 0, result.output
+    (path,) = (workspace / "runs").iterdir()
+    config = load_run(path).config
+    assert (config.fusion, config.ablate, config.loss) == ("cma", ("sequence-attention",), "ce")
+    assert (config.monitor, config.patience, config.batch_size) == ("loss", 100, 1024)
