@@ -66,10 +66,15 @@ def load_parts(
     kind: Any = MODEL_MAPPING.get(type(config), None)
     loader: Any = AutoModel
     named = str((config.architectures or [""])[0])
+    if isinstance(kind, tuple):  # Funnel with and without its decoder
+        kind = next((one for one in kind if one.__name__ == named), kind[0])
     # AutoModel lacks some models, and would leave the projection of others out.
     if (kind is None or named.endswith("WithProjection")) and hasattr(transformers, named):
         kind = loader = getattr(transformers, named)
     dual = all(hasattr(kind, f"get_{modality}_features") for modality in ("image", "text"))
+    if dual:
+        for takes, features in (("pixel_values", kind.get_image_features), ("input_ids", kind.get_text_features)):
+            _refuse_others(f"{spec} ({config.model_type})", _parameters(features) - {takes})
     modality = "" if dual else _modality(spec, config, kind)
     if "noise" in _parameters(getattr(kind, "forward", None)):
         config.mask_ratio = 0.0  # masked autoencoders hide patches at random, but when they are fine-tuned
@@ -78,8 +83,13 @@ def load_parts(
     )
     unused: tuple[str, ...] = ("pooler.",)  # weights often lack it
     if not dual and hasattr(model, "encoder") and hasattr(model, "decoder"):
-        unused += ("decoder.",)
-        model = model.get_encoder()
+        encoder = model.get_encoder()
+        if kind.main_input_name in _parameters(encoder.forward):  # Funnel's decoder is a part of its encoder
+            model, unused = encoder, (*unused, "decoder.")
+        elif modality == "image":
+            raise EncoderError(
+                f"{spec} ({config.model_type}) decodes objects, not patches; hf opens encoders of images"
+            )
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(unused))
     if missing:
         raise EncoderError(f"cannot open {spec}: {len(missing)} weights of the model are missing, such as {missing[0]}")
@@ -111,16 +121,14 @@ def _side(spec: EncoderSpec, model: Any, config: PretrainedConfig, modality: str
     """Return one side of a dual encoder, with the weights that the other side does not use."""
     stem, others = ("vision", ("text",)) if modality == "image" else ("text", ("vision", "visual", "image"))
     backbone, own_config = getattr(model, f"{stem}_model", None), getattr(config, f"{stem}_config", None)
-    name = f"{spec} ({config.model_type})"
     if backbone is None or own_config is None:
+        name = f"{spec} ({config.model_type})"
         raise EncoderError(f"{name} is an image-text model; hf opens those that encode each on its own, as CLIP does")
     features = getattr(model, f"get_{modality}_features")
-    accepts = _parameters(features)
-    _refuse_others(name, accepts - {"pixel_values" if modality == "image" else "input_ids"})
     side = copy.copy(model)
     side._modules = {key: module for key, module in model._modules.items() if not key.startswith(others)}
     side._parameters = {}  # the temperature of the loss
-    return Part(side, own_config, _dual(features, backbone), accepts)
+    return Part(side, own_config, _dual(features, backbone), _parameters(features))
 
 
 def _plain(model: Any) -> Callable[..., Outputs]:

@@ -193,21 +193,26 @@ def choose_poolings(
     ids = [tokenizer(word)["input_ids"] for word in WORDS]
     with torch.inference_mode():
         out = part.outputs(input_ids=torch.tensor([max(ids, key=len)]))
-    pooler = out.pooler is not None and part.has_pooler
+    known = {"mean", "last"}
+    if len({row[0] for row in ids}) == 1:  # texts start with a class token
+        known.add("cls")
+    if out.pooler is not None and part.has_pooler:
+        known.add("pooler")
     option = spec.option("pooling")
-    if option is None:
-        if asked.poolings:
-            return asked.poolings
-        if out.shared is not None:
-            return ("shared space",)
-        own = pooler and not hasattr(part.model, "pooler")  # BERT's stands on the model, CLIP's and SigLIP's inside
-        return ("pooler",) if own else ("mean",)
-    known = (
-        {"mean", "last"} | ({"pooler"} if pooler else set()) | ({"cls"} if len({row[0] for row in ids}) == 1 else set())
-    )
-    if option not in known:
+    if option is not None and option not in known:
         raise EncoderError(f"cannot open {spec}: it has no {option} to pool by; it has {', '.join(sorted(known))}")
-    return (ASKED[option],)
+    own = "pooler" in known and not hasattr(part.model, "pooler")  # as BERT's is; CLIP's and SigLIP's are inside
+    names: tuple[str, ...] = ("shared space",) if out.shared is not None else ("pooler",) if own else ("mean",)
+    names = (ASKED[option],) if option is not None else asked.poolings or names
+    vectors = {"shared space": out.shared, "pooler": out.pooler}
+    width = 0
+    for name in names:
+        vector = vectors.get(name)
+        width += (out.hidden if vector is None else vector).shape[-1]
+    if asked.takes() not in (None, width):
+        asks = f"the folder's modules after it take {asked.takes()}"
+        raise EncoderError(f"cannot open {spec}: its pooling {' + '.join(names)} gives {width} features; {asks}")
+    return names
 
 
 def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:

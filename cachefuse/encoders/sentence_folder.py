@@ -51,6 +51,15 @@ class SentenceFolder:
     max_length: int | None = None
     lower_case: bool = False
 
+    def takes(self) -> int | None:
+        """Return the width that the modules after the pooling take; None for any."""
+        for layer in self.after:
+            if isinstance(layer, Dense):
+                return layer.linear.in_features
+            if isinstance(layer, nn.LayerNorm):
+                return layer.normalized_shape[0]
+        return None
+
     def facts(self) -> dict[str, str]:
         """Return what of it a key records, beside the pooling. Nothing for a folder with a pooling only."""
         facts = {}

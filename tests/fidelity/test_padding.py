@@ -1,0 +1,88 @@
+"""A row's features do not depend on its batch, of any architecture: what opening finds, and what follows from it."""
+
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cachefuse.encoders import open_encoder
+from cachefuse.errors import BadSampleError
+from fixtures.hf_models import WORDS, save_model
+from fixtures.messages import naming
+
+# How far features of a text alone are from those beside a long one, in parts of the largest, if all are padded:
+# fnet 1.1, canine .4, convbert .04, reformer .05, yoso 1.3, nystromformer .3. The others: 1e-6 at most.
+PADDED = ("bert", "deberta-v2", "gpt2", "longformer", "t5", "xlnet")
+EQUAL = ("fnet", "canine", "convbert", "nystromformer", "reformer", "yoso")
+
+
+def opened(folder):
+    (tower,) = open_encoder(f"hf:{folder}").values()
+    return tower
+
+
+def texts():
+    rng = np.random.default_rng(0)
+    return [" ".join(rng.choice(WORDS[:10], n)) for n in (3, 40, 3, 3, 11, 40, 1)]
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records if record.name.startswith("cachefuse")]
+
+
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("kind", EQUAL + PADDED)
+def test_texts_are_padded_only_where_it_does_not_show(kind, tmp_path, caplog):
+    save_model(kind, tmp_path)
+    with caplog.at_level(logging.WARNING, "cachefuse.encoders"):
+        tower = opened(tmp_path)
+    assert tower.together == ("equal lengths" if kind in EQUAL else "all")
+    said = messages(caplog)
+    assert len(said) == (kind in EQUAL)
+    assert all("equal length" in line and type(tower.model).__name__ in line for line in said)
+    prepared = [tower.prepare(text) for text in texts()]
+    together = tower.encode(prepared, tower.views)
+    for i, one in enumerate(prepared):
+        alone = tower.encode([one], tower.views)
+        for view in tower.views:
+            expected = alone[view][0]
+            assert together[view][i].shape == expected.shape
+            assert np.abs(together[view][i] - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert messages(caplog) == said  # once
+
+
+@pytest.mark.parametrize("kind", ["convbert", "fnet"])
+def test_padding_would_show(kind, tmp_path):
+    """What the probe is for: without it, these features are others."""
+    save_model(kind, tmp_path)
+    tower = opened(tmp_path)
+    prepared = [tower.prepare(text) for text in texts()]
+    alone = tower.encode(prepared[:1], ("pooled",))["pooled"][0]
+    tower.together = "all"
+    assert np.abs(tower.encode(prepared, ("pooled",))["pooled"][0] - alone).max() > 1e-3 * np.abs(alone).max()
+
+
+def test_images_whose_batch_shows_are_encoded_alone(tmp_path):
+    """Pixtral takes all images of a batch as one sequence."""
+    save_model("pixtral", tmp_path)
+    tower = opened(tmp_path)
+    assert tower.together == "one"
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)) for _ in range(3)]
+    prepared = [tower.prepare(image) for image in images]
+    together = tower.encode(prepared, tower.views)
+    for i, one in enumerate(prepared):
+        alone = tower.encode([one], tower.views)
+        for view in tower.views:
+            np.testing.assert_array_equal(together[view][i], alone[view][0])
+
+
+@pytest.mark.slow
+def test_a_text_that_is_too_short_for_its_model_is_a_bad_sample(tmp_path):
+    """CANINE shortens texts by 4."""
+    save_model("canine", tmp_path)
+    tower = opened(tmp_path)
+    assert tower.encode([tower.prepare("ab")], ("pooled",))["pooled"].shape == (1, 32)
+    with pytest.raises(BadSampleError, match=naming("3 tokens 4")):
+        tower.prepare("a")
