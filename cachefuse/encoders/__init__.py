@@ -13,6 +13,7 @@ OPTIONS: Mapping[str, tuple[str, ...] | int | None] = {
     "pooling": ("cls", "mean", "pooler", "last"),
     "max_tokens": 1,
     "long_texts": ("cut", "windows"),
+    "preprocess": None,
 }
 NO_OPTIONS: Mapping[str, str] = MappingProxyType({})
 
@@ -45,8 +46,8 @@ FAMILIES: Registry[Family] = Registry(
             "cachefuse.encoders.clip:open_clip_towers",
             "clip:ViT-B-32@laion2b_s34b_b79k",
             "image, text",
-            "open_clip models; after @ a pretrained tag or a local .safetensors file",
-            options=("max_tokens", "long_texts"),
+            "open_clip models; after @ a pretrained tag or a local .safetensors file, with ,preprocess=TAG if need be",
+            options=("max_tokens", "long_texts", "preprocess"),
         ),
         "hf": Family(
             "cachefuse.encoders.hf:open_hf",
@@ -59,7 +60,7 @@ FAMILIES: Registry[Family] = Registry(
             "cachefuse.encoders.vit:open_timm",
             "timm:vit_base_patch16_224",
             "image",
-            "timm models; after @ a local .safetensors file",
+            "timm models, as name or name.tag; after @ a local .safetensors file",
         ),
     },
     has=("opener", "example", "modalities", "about"),

@@ -1,9 +1,10 @@
 """timm image models: vision transformers and convolutional networks."""
 
 import difflib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 from safetensors import safe_open
@@ -16,25 +17,54 @@ from cachefuse.encoders.base import EncoderSpec, Tower
 from cachefuse.encoders.frozen import fetch, fingerprint, flatten_map, library, local_weights, opening, weights_digest
 from cachefuse.encoders.images import ImageTower, split_compose
 from cachefuse.errors import EncoderError
+from cachefuse.files import JsonObject
+
+CONFIG = "config.json"  # of timm
+# What of a pretrained configuration reaches the features, beside the weights.
+DATA = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
+STATED = ("input_size", "interpolation", "crop_pct", "mean", "std")  # a config beside a file must have them
+
+Settings: TypeAlias = tuple[JsonObject, JsonObject, str | None]
+NOTHING_STATED: Settings = ({}, {}, None)
 
 
 class TimmTower(ImageTower):
-    """Pooled: the classifier's input. Tokens: patches without class and register tokens, or the feature map."""
+    """Pooled: the classifier's input. Tokens: the last layer's patches, without class and register tokens.
+
+    They are what the model's own pooling takes: of most vision transformers after the last norm.
+    """
 
     def __init__(self, model: nn.Module, device: str, provenance: Mapping[str, str]):
         data = resolve_model_data_config(model)
         transform = create_transform(**data, is_training=False)
         facts = {**provenance, "preprocessing": f"timm {fingerprint(data)}"}
+        if not hasattr(model, "num_prefix_tokens") and _n_class_tokens(model):
+            facts["tokens"] = "without class tokens"
         super().__init__(model, device, facts, transform, split_compose(transform))
 
     def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
         features = self.model.forward_features(self.stack(batch))
         pooled = self.model.forward_head(features, pre_logits=True)  # (B, D)
-        if not isinstance(features, Tensor):  # a few models return several scales, not one grid
-            return pooled, None
-        if features.ndim == 4:
-            return pooled, flatten_map(features, channels_last=getattr(self.model, "output_fmt", "NCHW") == "NHWC")
-        return pooled, features[:, getattr(self.model, "num_prefix_tokens", 0) :]
+        return pooled, patch_tokens(self.model, features)
+
+
+def patch_tokens(model: nn.Module, features: object) -> Tensor | None:
+    """Turn what a timm model's ``forward_features`` returns into patches (B, T, D), row by row.
+
+    Returns None where there is no one grid of patches: a list of scales, or only class tokens.
+    """
+    if not isinstance(features, Tensor):
+        return None
+    if features.ndim == 4:
+        return flatten_map(features, channels_last=getattr(model, "output_fmt", "NCHW") == "NHWC")
+    declared = getattr(model, "num_prefix_tokens", None)
+    patches = features[:, _n_class_tokens(model) if declared is None else declared :]
+    return patches if patches.shape[1] else None
+
+
+def _n_class_tokens(model: nn.Module) -> int:
+    """Return how many class tokens a model has that does not declare its number of prefix tokens."""
+    return max((p.shape[1] for name, p in model.named_parameters() if name.startswith("cls_token")), default=0)
 
 
 def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
@@ -47,20 +77,23 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         default = timm.get_pretrained_cfg(spec.model)
         assert default is not None, "the name is known"
         path = local_weights(spec)
-        n_classes = default.num_classes
-        if path is None:
-            path = _from_hub(spec, default)
-        else:
-            n_classes = _n_classes(path, default.classifier)
+        data, arguments, pool = NOTHING_STATED if path is None else _settings_of_file(spec, path.parent)
+        n_classes = default.num_classes if path is None else _n_classes(path, default.classifier)
+        path = path or _from_hub(spec, default)
         # Strict loading needs the right number of classes; the classifier is removed afterwards.
-        overlay = {"file": str(path), "custom_load": False, "num_classes": n_classes}
+        overlay = {**data, "file": str(path), "custom_load": False, "num_classes": n_classes}
         model: Any = timm.create_model(
-            spec.model, pretrained=True, num_classes=n_classes, pretrained_cfg_overlay=overlay
+            spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **{**arguments, "num_classes": n_classes}
         )
+        if pool and pool != getattr(model, "global_pool", pool):
+            raise EncoderError(
+                f"cannot open {spec}: {CONFIG} beside it says global_pool {pool}, but the model pools by "
+                f"{model.global_pool}; say it in model_args"
+            )
         model.reset_classifier(0)
         provenance = {
             "family": "timm",
-            "architecture": default.architecture or "",
+            "architecture": " ".join([default.architecture or "", *([fingerprint(arguments)] if arguments else [])]),
             "weights": weights_digest(model),
             "pooling": "the model's own, before its classifier",
             "library": library(timm),
@@ -91,6 +124,55 @@ def _from_hub(spec: EncoderSpec, default: PretrainedCfg) -> Path:
     if not path.is_file():
         raise EncoderError(f"cannot open {spec}: {default.hf_hub_id} has no {name}; other formats are not safe to load")
     return path
+
+
+def _settings_of_file(spec: EncoderSpec, folder: Path) -> Settings:
+    """Return what a weights file's model needs: a pretrained configuration's data, arguments, the pooling if stated.
+
+    The tag in the spec's name says them, else a config.json of timm beside the file, else the tags of the name, where
+    all agree. Raises EncoderError where they do not, or where there are none.
+    """
+    name, _, tag = spec.model.partition(".")
+    if tag:
+        return NOTHING_STATED
+    if (stated := _config_beside(spec, name, folder)) is not None:
+        pool = stated.get("global_pool")
+        data = {key: stated["pretrained_cfg"][key] for key in DATA if key in stated["pretrained_cfg"]}
+        return data, stated.get("model_args") or {}, pool if isinstance(pool, str) else None
+    groups = published_data(name)
+    if len(groups) == 1:
+        return NOTHING_STATED
+    beside = f"put the {CONFIG} of the weights, in timm's format, beside them"
+    if not groups:
+        raise EncoderError(f"cannot open {spec}: timm has no preprocessing for {name}; {beside}")
+    firsts = [tags[0] for tags in groups.values()]
+    raise EncoderError(
+        f"cannot open {spec}: the preprocessing of these weights is not known, because timm's tags of {name} differ "
+        f"({', '.join(first.partition('.')[2] for first in firsts[:4])}); name the one that they are like, as in "
+        f"timm:{firsts[0]}@{spec.weights}, or {beside}"
+    )
+
+
+def published_data(name: str) -> dict[str, list[str]]:
+    """Group a model's published names, ``name.tag``, by what reaches the features beside the weights."""
+    groups: dict[str, list[str]] = {}
+    for published in sorted({*timm.list_pretrained(f"{name}.*"), *timm.list_pretrained(name)}):
+        config: Any = timm.get_pretrained_cfg(published)
+        groups.setdefault(json.dumps([getattr(config, key) for key in DATA]), []).append(published)
+    return groups
+
+
+def _config_beside(spec: EncoderSpec, name: str, folder: Path) -> JsonObject | None:
+    """Read a folder's config.json if it is timm's. Raises EncoderError if it is another model's, or lacks something."""
+    path = folder / CONFIG
+    stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(stated, dict) or not isinstance(stated.get("pretrained_cfg"), dict):
+        return None
+    if stated.get("architecture", name) != name:
+        raise EncoderError(f"cannot open {spec}: {path} is of another model, {stated['architecture']}")
+    if missing := [key for key in STATED if not stated["pretrained_cfg"].get(key)]:
+        raise EncoderError(f"cannot open {spec}: pretrained_cfg in {path} has no {' and '.join(missing)}")
+    return stated
 
 
 def _n_classes(path: Path, classifier: str | Sequence[str] | None) -> int:

@@ -63,7 +63,7 @@ def test_a_file_of_a_known_model_gives_what_open_clip_gives(tmp_path, samples):
     path = tmp_path / "weights.safetensors"
     model, _, preprocess = open_clip.create_model_and_transforms("ViT-B-32")
     save_file(model.state_dict(), path)
-    towers = open_encoder(f"clip:ViT-B-32@{path}")
+    towers = open_encoder(f"clip:ViT-B-32@{path},preprocess=laion2b_s34b_b79k")
     assert towers["image"].width == towers["text"].width == 512
     small = {modality: some[:3] for modality, some in samples.items()}
     compare(model.eval(), preprocess, open_clip.get_tokenizer("ViT-B-32"), towers, small)

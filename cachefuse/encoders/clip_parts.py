@@ -1,0 +1,231 @@
+"""What an open_clip model needs beside its weights, each read or refused: preprocessing, activation, tokenizer."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import open_clip
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import PreprocessCfg
+from torch import nn
+
+from cachefuse.encoders.base import EncoderSpec
+from cachefuse.encoders.frozen import fetch
+from cachefuse.errors import EncoderError
+from cachefuse.files import JsonObject
+
+Tokenizer: TypeAlias = SimpleTokenizer | HFTokenizer
+
+CONFIG = "open_clip_config.json"
+PROCESSOR = "preprocessor_config.json"  # of transformers
+RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")  # a tokenizer has at least one of them
+TOKENIZER_FILES = (
+    "config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.model",
+    "vocab.*",
+    "merges.txt",
+)
+NOT_THE_MODEL = {"timm_model_pretrained", "hf_model_pretrained", "output_tokens", "hf_tokenizer_name"}
+
+
+def published_settings(name: str, tags: Iterable[str]) -> dict[str, tuple[JsonObject, bool]]:
+    """Return what open_clip publishes for a model's tags: the preprocessing, and whether it needs QuickGELU."""
+    always = bool(open_clip.get_model_config(name).get("quick_gelu"))
+    configs = {tag: open_clip.get_pretrained_cfg(name, tag) for tag in tags}
+    return {tag: (_preprocessing(config), always or bool(config.get("quick_gelu"))) for tag, config in configs.items()}
+
+
+def settings_of_file(spec: EncoderSpec, name: str, folder: Path) -> tuple[JsonObject, bool]:
+    """Return the preprocessing of a weights file of a known model, and whether it needs QuickGELU.
+
+    They are those of the tag that the spec names, else of a config in the file's folder, else of the name's published
+    tags. Raises EncoderError if these differ, or if there are none.
+    """
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if tag := spec.option("preprocess"):
+        if tag not in tags:
+            known = f"choose from: {', '.join(tags)}" if tags else f"open_clip has no tags of {name}"
+            raise EncoderError(f"cannot open {spec}: unknown tag {tag!r} for {name}; {known}")
+        return published_settings(name, [tag])[tag]
+    published = published_settings(name, tags)
+    config = read_config(spec, folder)
+    preprocessing = folder_preprocessing(spec, folder, config)
+    if preprocessing is None:
+        preprocessing = _common(settings for settings, _ in published.values())
+    if "model_cfg" in config:
+        _check_model(spec, name, config["model_cfg"])
+        quick_gelu: bool | None = bool(config["model_cfg"].get("quick_gelu"))
+    elif published:
+        quick_gelu = _common(quick for _, quick in published.values())
+    else:
+        quick_gelu = bool(open_clip.get_model_config(name).get("quick_gelu"))
+    if preprocessing is not None and quick_gelu is not None:
+        return preprocessing, quick_gelu
+    beside = f"put the {CONFIG} of the weights beside them"
+    if not tags:
+        raise EncoderError(f"cannot open {spec}: open_clip has no preprocessing for {name}; {beside}")
+    what = "preprocessing" if preprocessing is None else "activation"
+    raise EncoderError(
+        f"cannot open {spec}: the {what} of these weights is not known, because open_clip's tags of {name} differ "
+        f"({_groups(published)}); add the tag that the weights are like, as in ,preprocess={tags[0]}, or {beside}"
+    )
+
+
+def folder_preprocessing(spec: EncoderSpec, folder: Path, config: JsonObject) -> JsonObject | None:
+    """Return the preprocessing that a folder's files state, or None. Raises EncoderError for one that is not whole.
+
+    ``config`` is the folder's open_clip_config.json; without a ``preprocess_cfg``, transformers' file is read.
+    """
+    if stated := config.get("preprocess_cfg"):
+        missing = [key for key in ("mean", "std") if not _is_colour(stated.get(key))]
+        if missing:
+            raise EncoderError(
+                f"cannot open {spec}: preprocess_cfg in {folder / CONFIG} has no {' and '.join(missing)}"
+            )
+        return _preprocessing(stated)
+    if not (folder / PROCESSOR).is_file():
+        return None
+    return _from_transformers(spec, folder / PROCESSOR)
+
+
+def read_config(spec: EncoderSpec, folder: Path) -> JsonObject:
+    """Read a folder's open_clip_config.json; empty if there is none. Raises EncoderError if it is not an object."""
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    parts = [config, *(config.get(key, {}) for key in ("model_cfg", "preprocess_cfg") if isinstance(config, dict))]
+    if not all(isinstance(part, dict) for part in parts):
+        raise EncoderError(f"cannot open {spec}: {path} is not a configuration of open_clip")
+    return dict(config)
+
+
+def open_tokenizer(spec: EncoderSpec, name: str, config: JsonObject, folder: Path | None, hub: bool) -> Tokenizer:
+    """Open the tokenizer of a model's configuration.
+
+    One of transformers is read from the ``folder`` of the weights, else, if ``hub`` is allowed, from the hub or its
+    cache. Raises EncoderError if it is in neither.
+    """
+    text = config["text_cfg"]
+    source = text.get("hf_tokenizer_name")
+    if not source:
+        if text.get("hf_model_name"):
+            raise EncoderError(f"cannot open {spec}: its configuration has hf_model_name without hf_tokenizer_name")
+        return open_clip.get_tokenizer(name)
+    if folder is None or not _has_tokenizer(folder):
+        advice = (
+            f"put its tokenizer.json and tokenizer_config.json beside the weights{f' in {folder}' if folder else ''}"
+        )
+        if not hub:
+            raise EncoderError(f"cannot open {spec}: it has no tokenizer ({source}); {advice}")
+        try:
+            folder = fetch(spec, source, TOKENIZER_FILES)
+        except EncoderError as error:
+            raise EncoderError(
+                f"cannot open {spec}: its tokenizer, {source}, is not here, and the hub does not give it; {advice}"
+            ) from error
+    mode = {"tokenizer_mode": text["tokenizer_mode"]} if text.get("tokenizer_mode") else {}
+    options = {**(text.get("tokenizer_kwargs") or {}), **mode, "trust_remote_code": False, "local_files_only": True}
+    return HFTokenizer(str(folder), context_length=text.get("context_length", 77), **options)
+
+
+def end_token(tokenizer: Tokenizer) -> int | None:
+    """Return the id of the token that ends a text."""
+    inner = getattr(tokenizer, "tokenizer", tokenizer)
+    ends = (getattr(inner, name, None) for name in ("eot_token_id", "eos_token_id", "sep_token_id"))
+    return next((end for end in ends if end is not None), None)
+
+
+def check_tokenizer(spec: EncoderSpec, model: nn.Module, config: JsonObject, tokenizer: Tokenizer) -> None:
+    """Raise EncoderError if a tokenizer is plainly not the model's."""
+    text: Any = getattr(model, "text", model)
+    expected = config["text_cfg"].get("vocab_size", CLIPTextCfg.vocab_size)
+    if isinstance(tokenizer, SimpleTokenizer) and tokenizer.vocab_size != expected:
+        raise EncoderError(
+            f"cannot open {spec}: the model has {expected} tokens, and open_clip's own tokenizer "
+            f"{tokenizer.vocab_size}; say hf_tokenizer_name in its {CONFIG}, and put that tokenizer beside it"
+        )
+    pool = getattr(text, "pool_type", getattr(text, "text_pool_type", None))
+    end = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
+    if pool == "eos" and end != end_token(tokenizer):
+        raise EncoderError(
+            f"cannot open {spec}: texts end with token {end} for the model, and {end_token(tokenizer)} for the "
+            "tokenizer beside it; put the model's own tokenizer there"
+        )
+
+
+def _preprocessing(config: Mapping[str, Any]) -> JsonObject:
+    """Return a whole preprocessing, without the size: the model has it. What is not stated has the format's default."""
+    stated = {key: config[key] for key in asdict(PreprocessCfg()) if config.get(key) is not None}
+    whole = asdict(PreprocessCfg(**stated))
+    del whole["size"]
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in whole.items()}
+
+
+def _common(values: Iterable[Any]) -> Any:
+    """Return the value that all have; None if they differ, or if there are none."""
+    first, *others = [*values] or [None]
+    return first if all(other == first for other in others) else None
+
+
+def _groups(published: Mapping[str, tuple[JsonObject, bool]]) -> str:
+    """Name one tag of each group that has the same settings: at most four."""
+    firsts = {json.dumps(published[tag]): tag for tag in reversed(list(published))}
+    return ", ".join(sorted(firsts.values(), key=list(published).index)[:4])
+
+
+def _check_model(spec: EncoderSpec, name: str, beside: JsonObject) -> None:
+    """Raise EncoderError if a config beside a file describes another model than the spec's name."""
+    ours, theirs = _resolved(open_clip.get_model_config(name)), _resolved(beside)
+    different = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+    if different:
+        raise EncoderError(
+            f"cannot open {spec}: the {CONFIG} beside the file is of another model than {name} "
+            f"({', '.join(different[:3])}); open its folder, as in clip:./folder, or move the file"
+        )
+
+
+def _resolved(config: JsonObject) -> JsonObject:
+    flat: JsonObject = {"embed_dim": config.get("embed_dim")}
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
+        defaults = {field.name: field.default for field in fields(kind)}
+        stated = {**defaults, **config.get(part, {})}
+        flat |= {f"{part}.{key}": value for key, value in stated.items() if key not in NOT_THE_MODEL}
+    return flat
+
+
+def _from_transformers(spec: EncoderSpec, path: Path) -> JsonObject:
+    """Return what a preprocessor_config.json of transformers states, in open_clip's words; refuse what has none."""
+    stated = json.loads(path.read_text(encoding="utf-8"))
+    size, crop = stated.get("size"), stated.get("crop_size")
+    short = size.get("shortest_edge") if isinstance(size, dict) else size
+    sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {None}
+    crops = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
+    cropped = stated.get("do_center_crop", crop is not None)
+    if short is not None and cropped and crops == {short}:
+        mode: str | None = "shortest"
+    else:
+        mode = "squash" if short is None and None not in sides and not cropped else None
+    usual = all(stated.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize"))
+    usual = usual and abs(255 * stated.get("rescale_factor", 1 / 255) - 1) < 1e-6
+    mean, std = stated.get("image_mean"), stated.get("image_std")
+    interpolation = RESAMPLING.get(stated.get("resample"))
+    if not (usual and mode and interpolation and _is_colour(mean) and _is_colour(std)):
+        raise EncoderError(
+            f"cannot open {spec}: {path} asks for what open_clip's preprocessing cannot do; "
+            f"put an {CONFIG} with preprocess_cfg beside the weights"
+        )
+    return _preprocessing({"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": mode})
+
+
+def _is_colour(value: object) -> bool:
+    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").is_file() and any(any(folder.glob(name)) for name in TOKENIZERS)
