@@ -1,7 +1,6 @@
 """Text towers of transformers models."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import chain, islice, product
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from cachefuse.encoders.base import EncoderSpec, Features
 from cachefuse.encoders.frozen import FrozenTower, to_numpy, tokenizer_fingerprint
 from cachefuse.encoders.hf_models import Outputs, Part
 from cachefuse.encoders.pooling import POOLINGS
-from cachefuse.encoders.probe import N_PROBES, WORDS
+from cachefuse.encoders.probe import WORDS
 from cachefuse.encoders.sentence_folder import SentenceFolder
 from cachefuse.encoders.texts import Ids, Text, TextTower
 from cachefuse.errors import BadSampleError, EncoderError
@@ -138,18 +137,6 @@ class HFTextTower(TextTower):
             break
         return super().probe()
 
-    def probe_samples(self) -> list[str]:
-        """Return texts that differ: of common words, else, where the tokenizer has none, of its own."""
-        samples: dict[tuple[int, ...], str] = {}
-        for text in chain(WORDS, islice(_own_texts(self.tokenizer), 1000)):
-            try:
-                samples.setdefault(tuple(self.prepare(text).windows[0]), text)
-            except BadSampleError:
-                continue
-            if len(samples) == N_PROBES:
-                return list(samples.values())
-        raise EncoderError(f"{type(self.tokenizer).__name__} gives the same tokens for different texts; is it whole?")
-
     def _pad(self, batch: Sequence[Text]) -> tuple[Tensor, Tensor]:
         """Return ids (B, T), padded at the end, or as the tokenizer pads to the maximum length; and which are real."""
         left = self._left()
@@ -226,14 +213,6 @@ def lower_case(tokenizer: PreTrainedTokenizerBase) -> None:
     backend = tokenizer.backend_tokenizer
     if "Lowercase" not in repr(backend.normalizer) and not getattr(backend.normalizer, "lowercase", False):
         backend.normalizer = Normalizers([step for step in (Lowercase(), backend.normalizer) if step is not None])
-
-
-def _own_texts(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """Yield texts of the tokenizer's own words: each word, then two, then three."""
-    special = set(tokenizer.all_special_ids)
-    ids = [i for i in sorted(tokenizer.get_vocab().values()) if i not in special]
-    words = [word for i in ids[:: max(1, len(ids) // 100)] if (word := str(tokenizer.decode([i])).strip())]
-    return (" ".join(few) for n in (1, 2, 3, 4) for few in product(words, repeat=n))
 
 
 def _token_types(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:

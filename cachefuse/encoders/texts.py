@@ -2,13 +2,14 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
 from cachefuse.encoders.base import EncoderSpec, Features
 from cachefuse.encoders.frozen import FrozenTower
+from cachefuse.encoders.probe import N_PROBES, texts
 from cachefuse.errors import BadSampleError, EncoderError
 
 Ids = list[int]
@@ -32,6 +33,7 @@ class TextTower(FrozenTower):
     of the whole text, weighted by their tokens; there are no tokens and ids.
     """
 
+    tokenizer: Any
     ragged = True
     by_length = True
     options: tuple[str, ...] = ("max_tokens", "long_texts")
@@ -78,6 +80,18 @@ class TextTower(FrozenTower):
         if not windows or not windows[0]:
             raise BadSampleError("has no tokens")
         return Text(tuple(windows) if self.windows else (windows[0],), n_tokens)
+
+    def probe_samples(self) -> list[str]:
+        """Return texts that differ: of common words, else, where the tokenizer has none, of its own."""
+        samples: dict[tuple[int, ...], str] = {}
+        for text in texts(self.tokenizer):
+            try:
+                samples.setdefault(tuple(self.prepare(text).windows[0]), text)
+            except BadSampleError:
+                continue
+            if len(samples) == N_PROBES:
+                return list(samples.values())
+        raise EncoderError(f"{type(self.tokenizer).__name__} gives the same tokens for different texts; is it whole?")
 
     def length(self, prepared: Text) -> int:
         return max(map(len, prepared.windows))
