@@ -12,7 +12,7 @@ from torch import Tensor
 from cachefuse.alignment.model import Aligner, Side
 from cachefuse.data.manifest import PAIRS
 from cachefuse.errors import ConfigError, DataError
-from cachefuse.nn.heads import Standardize
+from cachefuse.nn.scaling import Standardize
 from cachefuse.store.features import Features
 from cachefuse.store.rows import RaggedRows, Rows
 from cachefuse.store.store import FeatureStore

@@ -22,8 +22,8 @@ from cachefuse.feature_spec import FLAT, pooled_specs
 from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
-from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import build_loss
+from cachefuse.nn.scaling import Standardize
 from cachefuse.runs.features import record_features
 from cachefuse.runs.results import compute_results
 from cachefuse.runs.run import Member, Run, split_digest

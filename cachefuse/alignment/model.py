@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from cachefuse.alignment import METHODS
 from cachefuse.alignment.config import AlignConfig
-from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import TINY_NORM, contrastive
+from cachefuse.nn.scaling import Standardize
 from cachefuse.registry import lookup
 
 TEMPERATURE = 0.07  # initial value (arXiv 2103.00020)

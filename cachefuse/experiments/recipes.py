@@ -9,7 +9,7 @@ ABSENT = tuple(
     Chosen(name, value, NONE)
     for name, value in {
         "class_weights": "none", "sampler": "shuffle", "clip_norm": 0.0, "ema": 0.0, "modality_dropout": 0.0,
-        "shuffle": {},
+        "shuffle": {}, "standardize": "none",
     }.items()
 )  # fmt: skip
 IDLE = {

@@ -1,4 +1,4 @@
-"""The whole trained model: it standardises stored features and fuses them to logits."""
+"""The whole trained model: it scales stored features and fuses them to logits."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -9,9 +9,9 @@ from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import IDS
 from cachefuse.fusion.base import Fusion, Model
 from cachefuse.fusion.late import UnimodalHead
-from cachefuse.nn.heads import Standardize
 from cachefuse.nn.losses import Loss
 from cachefuse.nn.named import NamedModules
+from cachefuse.nn.scaling import SCALINGS
 from cachefuse.store.rows import FeatureRows
 from cachefuse.store.tokens import Tokens
 
@@ -19,17 +19,18 @@ from cachefuse.store.tokens import Tokens
 class FusionModel(Model):
     """Map stored features of any float dtype, with presence masks, to logits (B, C), as a ``Fusion`` does.
 
-    ``specs`` holds the features in use, by name. Call ``fit_statistics`` before training. The state dict contains the
-    statistics, so a saved model reads stored features. Token ids are not standardised. Absent rows get the training
-    mean. Give ``standardize`` to share another model's statistics.
+    ``specs`` holds the features in use, by name. ``standardize`` is one of ``SCALINGS``, or another model's scalings
+    to share. Call ``fit_statistics`` before training. The state dict contains the statistics, so a saved model reads
+    stored features. Token ids are not scaled. With statistics, absent rows get the training mean.
     """
 
-    def __init__(self, fusion: Fusion | UnimodalHead, standardize: nn.ModuleDict | None = None):
+    def __init__(self, fusion: Fusion | UnimodalHead, standardize: str | nn.ModuleDict = "features"):
         super().__init__()
         self.specs = fusion.specs
-        if standardize is None:
+        if isinstance(standardize, str):
             numbers = {name: spec for name, spec in self.specs.items() if spec.view != IDS}
-            standardize = NamedModules({name: Standardize(spec.width) for name, spec in numbers.items()})
+            scaling = SCALINGS[standardize]
+            standardize = NamedModules({name: scaling(spec.width) for name, spec in numbers.items()})
         self.standardize = standardize
         self.fusion: Any = fusion
         self.weighs = fusion.weighs
@@ -54,7 +55,7 @@ class FusionModel(Model):
         return self.fusion.weights(self.standardized(features), present)
 
     def standardized(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the fusion's inputs: standardised features, and token ids unchanged."""
+        """Return the fusion's inputs: scaled features, and token ids unchanged."""
         scalers = self.standardize
         return {name: scalers[name](features[name]) if name in scalers else features[name] for name in self.specs}
 
@@ -75,4 +76,4 @@ class FusionModel(Model):
             if not len(present_rows):
                 raise ConfigError(f"no training row has a usable {spec.modality}; choose a fusion without it")
             if name in self.standardize:
-                cast(Standardize, self.standardize[name]).fit(features[name], feature_rows(name, present_rows))
+                cast(Any, self.standardize[name]).fit(features[name], feature_rows(name, present_rows))

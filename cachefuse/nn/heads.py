@@ -1,10 +1,11 @@
-"""Heads map one vector per sample, or its tokens, to logits. Before them, ``Standardize`` standardises the features.
+"""Heads map one vector per sample, or its tokens, to logits.
 
 Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.0, n_tokens=0)`` and maps (B, D) to
 (B, C). ``n_tokens`` is the number of tokens side by side in the width; 0 for a pooled feature. Training uses a head's
 ``default_layers`` if no layers are given.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -12,11 +13,6 @@ from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
 from cachefuse.nn import ACTIVATIONS
-from cachefuse.store.rows import FeatureRows
-from cachefuse.store.tokens import Tokens
-
-FIT_ROWS, FIT_FLOATS = 4096, 2**24  # most to convert to float64 at a time: 128 MB
-FIT_TOKENS = 2**20  # about the most tokens to compute statistics from
 
 
 class Linear(nn.Linear):
@@ -115,20 +111,31 @@ class GatedMLP(nn.Module):
 
 
 class GatedBlock(nn.Module):
-    """x + W2 s(act(W1 x)), where the gate s halves the channels (arXiv 2105.08050, section 2)."""
+    """x + W2 s(act(W1 LN(x))), where the gate s halves the channels (arXiv 2105.08050, section 2 and its code).
+
+    Weights that were saved before the block had LN load too: the block is then as it was.
+    """
 
     def __init__(self, width: int, hidden: int, activation: nn.Module, dropout: float, n_tokens: int = 0):
         super().__init__()
+        self.norm: nn.Module = nn.LayerNorm(width)
         self.expand = nn.Linear(width, hidden)
         self.activation = activation
         self.gate = SpatialGate(hidden, n_tokens) if n_tokens else ChannelGate(hidden)
         self.dropout = Dropout(dropout)
         self.project = nn.Linear(hidden // 2, width)
+        self.register_load_state_dict_pre_hook(_without_norm)
 
     def forward(self, x: Tensor) -> Tensor:
-        z = self.activation(self.expand(x))  # (B, H)
+        z = self.activation(self.expand(self.norm(x)))  # (B, H)
         s = self.gate(z)  # (B, H / 2)
         return x + self.project(self.dropout(s))  # (B, D)
+
+
+def _without_norm(block: nn.Module, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    """Remove the input norm of a block whose weights lack it."""
+    if f"{prefix}expand.weight" in state and not any(key.startswith(f"{prefix}norm.") for key in state):
+        block.norm = nn.Identity()
 
 
 class ChannelGate(nn.Module):
@@ -183,61 +190,6 @@ class Dropout(nn.Dropout):
         bits = bits.view(torch.int16)[: x.numel()].view(x.shape)
         keep = torch.ge(bits, dropped - 2**15, out=torch.empty_like(x))  # 0 or 1, in x's dtype
         return x * keep.mul_(2**16 / (2**16 - dropped))
-
-
-class Standardize(nn.Module):
-    """Scale features to mean 0 and standard deviation 1 in each dimension: (..., D), any float dtype, to float32.
-
-    It is the identity until ``fit``. A dimension is dead if it varies by at most half a step of its dtype at its mean:
-    the variation is rounding. Its scale is 0, so all its outputs are 0.
-    """
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
-
-    @torch.no_grad()
-    def fit(self, x: FeatureRows | Tokens, rows: Tensor | None = None) -> "Standardize":
-        """Compute mean and standard deviation of ``x`` (N, D), or of its ``rows`` (n,) int64, and return self.
-
-        Of many tokens (N, T_i, D) it uses an even sample of the rows. It works in float64 and in chunks: a large
-        float16 memory map is read once and never converted whole. Raises ConfigError if there are no rows or tokens,
-        or a value is not finite.
-        """
-        rows = torch.arange(x.shape[0], device=x.device) if rows is None else rows.to(x.device)
-        if isinstance(x, Tokens):
-            most = max(1, FIT_TOKENS // x.n_tokens)
-            chunks = x.chunks(rows[torch.arange(most) * len(rows) // most] if len(rows) > most else rows)
-        else:
-            chunk_rows = max(1, min(FIT_ROWS, FIT_FLOATS // x.shape[1]))
-            chunks = (x.index_select(0, some_rows) for some_rows in rows.split(chunk_rows))
-        total, squares = self.mean.new_zeros((2, len(self.mean)), dtype=torch.float64)
-        precision, count = torch.finfo(torch.float32).eps, 0
-        for chunk in chunks:
-            count += len(chunk)
-            precision = max(precision, torch.finfo(chunk.dtype).eps)
-            values = chunk.to(total)
-            total += values.sum(0)
-            squares += values.square().sum(0)
-        if not count:
-            raise ConfigError("features to standardise have no rows")
-        if not squares.isfinite().all():
-            bad = int((~squares.isfinite()).nonzero()[0])
-            raise ConfigError(f"features to standardise must be finite; dimension {bad} of {len(squares)} is not")
-        mean = total / count
-        # In a dimension that is not dead, the difference cancels at most 14 of float64's 16 digits.
-        std = (squares / count - mean.square()).clamp(min=0).sqrt()
-        half_a_step = mean.abs().clamp(min=torch.finfo(torch.float16).tiny) * (precision / 2)
-        self.mean.copy_(mean)
-        self.scale.copy_(torch.where(std > half_a_step, 1 / std, 0))
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean).mul_(self.scale).float()
 
 
 def _check(layers: tuple[int, ...], dropout: float) -> None:

@@ -78,7 +78,7 @@ def build_model(
     named = {task.name: task.n_classes for task in tasks if task.name}
     if named and fusion.per_task:
         options["tasks"] = named
-    return FusionModel(fusion(specs, n_classes, head, **options))
+    return FusionModel(fusion(specs, n_classes, head, **options), config.standardize)
 
 
 def untrained_model(data: TrainingData, config: ResolvedConfig) -> FusionModel:

@@ -69,6 +69,10 @@ class TrainConfig:
         POOLED, "pooled, or tokens (for head gmlp).",
         panel=MODEL, choices=(POOLED, TOKENS), old="view",
     )
+    standardize: str = setting(
+        "features", "features: to mean 0, deviation 1; rows: each to length 1; none: as stored.",
+        panel=MODEL, choices=("none", "rows", "features"),
+    )
     fusion: str = setting("sum", "{choices}.", panel=MODEL, choices=FUSIONS)
     fusion_options: Mapping[str, Any] = setting(dict, list_options, panel=MODEL)
     ablate: tuple[str, ...] = setting(

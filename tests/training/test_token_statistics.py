@@ -10,7 +10,8 @@ from torch import nn
 from cachefuse.errors import ConfigError
 from cachefuse.fusion.cma import CMAFusion
 from cachefuse.fusion.model import FusionModel
-from cachefuse.nn.heads import Linear, Standardize
+from cachefuse.nn.heads import Linear
+from cachefuse.nn.scaling import Standardize
 from cachefuse.runs.train import train_head
 from cachefuse.store.tokens import Tokens
 from cachefuse.training.selection import load_table, select_features
@@ -67,7 +68,7 @@ def test_statistics_of_a_store_are_those_of_its_tokens(token_store, table):
 
 def test_many_tokens_are_sampled_evenly(table, monkeypatch):
     """Statistics of a hundred thousand images need not read them all."""
-    monkeypatch.setattr("cachefuse.nn.heads.FIT_TOKENS", 53)  # of up to 5 a row: 10 rows
+    monkeypatch.setattr("cachefuse.nn.scaling.FIT_TOKENS", 53)  # of up to 5 a row: 10 rows
     tokens, read = table.features["text_tokens"], []
     real = Tokens.read
     monkeypatch.setattr(Tokens, "read", lambda self, index: read.extend(index.tolist()) or real(self, index))
@@ -82,7 +83,7 @@ def test_many_tokens_are_sampled_evenly(table, monkeypatch):
     torch.testing.assert_close(found.mean, expected.mean(0).float())
     torch.testing.assert_close(found.scale, 1 / expected.std(0, correction=0).float())
     read.clear()
-    monkeypatch.setattr("cachefuse.nn.heads.FIT_TOKENS", 59 * 5)
+    monkeypatch.setattr("cachefuse.nn.scaling.FIT_TOKENS", 59 * 5)
     Standardize(2).fit(tokens, rows)
     assert read == rows.tolist()  # as many as they may be are all read
 
