@@ -159,7 +159,7 @@ def dataloader(bench: TrainBench) -> BenchRow:
 def mapped(bench: TrainBench) -> BenchRow:
     """Measure a large MLP's epoch on stored features, against features in memory as in training."""
     fusion = bench.model(bench.sizes.large).fusion
-    stored = FusionModel(fusion, bench.training_set.standardize)
+    stored = FusionModel(fusion, bench.training_set.standardize or "features")
     pairs = in_turns(
         lambda: bench.epoch(stored, bench.data.table, 1),
         lambda: bench.epoch(fusion, bench.training_set.table, 1),

@@ -6,7 +6,7 @@ Every head is ``Head(width, classes, *, layers=(), activation="gelu", dropout=0.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -124,7 +124,7 @@ class GatedBlock(nn.Module):
         self.gate = SpatialGate(hidden, n_tokens) if n_tokens else ChannelGate(hidden)
         self.dropout = Dropout(dropout)
         self.project = nn.Linear(hidden // 2, width)
-        self.register_load_state_dict_pre_hook(_without_norm)
+        cast(Any, self).register_load_state_dict_pre_hook(_without_norm)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.activation(self.expand(self.norm(x)))  # (B, H)
