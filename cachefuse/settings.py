@@ -37,7 +37,8 @@ class About:
     does not accept, with the reason. ``words`` are names of values, such as "all" for 0. A number, and each of a list,
     is at least ``least``, at most ``most``, and strictly between ``above`` and ``below``. ``shown`` describes a default
     that depends on other settings. ``old`` is an old name: files keep it, and the command line accepts it with a note.
-    A list of names has each name once, unless it ``repeats`` names.
+    A list of names has each name once, unless it ``repeats`` names. ``before`` is the value in files that are older
+    than the setting, if it is not the default.
     """
 
     help: str | Callable[[], str] = ""
@@ -53,6 +54,7 @@ class About:
     shown: str | Callable[[], str] = ""
     old: str = ""
     repeats: bool = False
+    before: Any = None
 
 
 def setting(default: Any, help: str | Callable[[], str] = "", **about: Any) -> Any:
@@ -281,6 +283,12 @@ def from_stored(config: type, values: Options) -> Options:
         raise ConfigError(f"unknown settings: {', '.join(others)}")
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return {names[name].name: value for name, value in {**values, **lists}.items()}
+
+
+def with_older(config: type, values: Options) -> dict[str, Any]:
+    """Return a file's values, completed with those of settings that are newer than the file: ``before``."""
+    older = {one.stored: one.about.before for one in settings_of(config).values() if one.about.before is not None}
+    return {**older, **values}
 
 
 def as_stored(config: type, values: Options) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from cachefuse.feature_spec import POOLED, TOKENS
 from cachefuse.files import JsonObject
 from cachefuse.nn import ATTENTION_HEADS, TARGETS
 from cachefuse.settings import as_stored, check_settings, from_stored, setting
-from cachefuse.training import OPTIMIZERS, SCHEDULES
+from cachefuse.training import DECAY_ALL, DECAY_WEIGHTS, OPTIMIZERS, SCHEDULES
 
 MAX_WIDTH = 1 << 14
 MAX_RATE = 1e38  # near the largest float32
@@ -46,6 +46,10 @@ class AlignConfig:
     weight_decay: float = setting(
         0.1, "L2 penalty; decoupled from the gradient in adamw.", panel=TRAINING, least=0, most=MAX_RATE
     )
+    decay: str = setting(
+        DECAY_WEIGHTS, "What weight decay applies to: weights of layers, or all parameters, with biases and norms.",
+        panel=TRAINING, choices=(DECAY_WEIGHTS, DECAY_ALL), before=DECAY_ALL,
+    )  # fmt: skip
     schedule: str = setting("cosine", "{choices}.", panel=TRAINING, choices=SCHEDULES)
     epochs: int = setting(100, "Maximum number of epochs.", panel=TRAINING, least=1)
     batch_size: int = setting(512, "Pairs compared with one another in a step.", panel=TRAINING, least=2)

@@ -29,6 +29,7 @@ from cachefuse.runs.files import (
     read_whole,
     write_run,
 )
+from cachefuse.settings import with_older
 from cachefuse.store.features import Features
 from cachefuse.training.loop import History
 
@@ -147,7 +148,7 @@ class Alignment:
         """Open a run directory. Raises RunError, naming the file, if it is incomplete or invalid."""
         about = read_description(path)
         with named_errors(path / "run.json"):
-            config = AlignConfig.from_dict(about.config)
+            config = AlignConfig.from_dict(with_older(AlignConfig, about.config))
             with torch.device("meta"):  # no memory is allocated before the weights' file has shown these shapes
                 model = Aligner([side.width for side in about.sides], config)
         values = read_json(path / "history.json")
@@ -220,7 +221,7 @@ def list_alignments(runs: Path) -> list[AlignmentSummary]:
 def _summarize(path: Path) -> AlignmentSummary:
     about = read_description(path)
     with named_errors(path / "run.json"):
-        config = AlignConfig.from_dict(about.config)
+        config = AlignConfig.from_dict(with_older(AlignConfig, about.config))
     split = shown_split(about.results)
     directions = about.results[split].directions if split else {}
     return AlignmentSummary(

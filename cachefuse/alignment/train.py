@@ -22,7 +22,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training import OPTIMIZERS, SCHEDULES
 from cachefuse.training.data import TRAIN, VAL
 from cachefuse.training.loop import History, Optimization
-from cachefuse.training.optim import EMA
+from cachefuse.training.optim import EMA, decay_groups
 from cachefuse.training.train import TrainingProgress
 
 KS = (1, 5, 10)
@@ -68,7 +68,8 @@ def align(
         split_digest=split_digest(store),
     )
     gaps = {split: _gap(model, data, split) for split in evaluated_splits(data)}
-    optimizer = OPTIMIZERS[config.optimizer](model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    parameters = decay_groups(model, config.weight_decay, config.decay)
+    optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
     steps = config.epochs * n_batches(len(train), config.batch_size)
     run.history = fit(
         model,

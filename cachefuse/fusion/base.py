@@ -28,7 +28,8 @@ class Model(nn.Module):
 
     def objective(self, features: dict[str, Tensor], present: dict[str, Tensor], targets: Tensor, loss: Loss) -> Tensor:
         """Return the loss of a batch. A model may compute it without all the logits."""
-        return loss(self(features, present).float(), targets)
+        logits = self(features, present)
+        return loss(logits if logits.dtype == torch.float64 else logits.float(), targets)
 
 
 class Fusion(Model):

@@ -1,4 +1,4 @@
-"""Losses, ``loss(logits, targets, *, ..., reduction="mean")``, in float32 for inputs of any dtype, and class weights.
+"""Losses, ``loss(logits, targets, *, ..., reduction="mean")``, in float32 or float64, and class weights.
 
 ``contrastive`` differs from the others: it compares two batches of embeddings, without labels. The others take logits
 and targets (B, C); multi-class targets are one-hot, so all losses share one signature. For finite logits, every loss
@@ -36,7 +36,7 @@ def bce(logits: Tensor, targets: Tensor, *, reduction: str = "mean") -> Tensor:
 
     Raises ConfigError if the shapes differ, UnknownNameError for an unknown reduction.
     """
-    logits, targets = _as_float32(logits, targets)
+    logits, targets = _as_floats(logits, targets)
     lookup(REDUCTIONS, reduction, "reduction")
     return F.binary_cross_entropy_with_logits(logits, targets, reduction=reduction)
 
@@ -75,7 +75,7 @@ def asl(
             "gamma_negative and gamma_positive must be at least 0 and clip in [0, 1). "
             f"Got {gamma_negative}, {gamma_positive} and {clip} instead."
         )
-    logits, targets = _as_float32(logits, targets)
+    logits, targets = _as_floats(logits, targets)
     neg_log_p, neg_log_not_p = F.softplus(-logits), F.softplus(logits)  # -log p and -log(1 - p)
     # Powers are exp(gamma * log): their gradients are finite if p underflows. For gamma 0 they are 1 and are skipped.
     positive = torch.exp(-gamma_positive * neg_log_not_p) * neg_log_p if gamma_positive else neg_log_p
@@ -97,7 +97,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, *, smoothing: float = 0.0, re
     """
     if not 0 <= smoothing < 1:
         raise ConfigError(f"smoothing must be in [0, 1). Got {smoothing} instead.")
-    logits, targets = _as_float32(logits, targets)
+    logits, targets = _as_floats(logits, targets)
     return _reduce(F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none"), reduction)
 
 
@@ -198,14 +198,15 @@ def class_weights(targets: Tensor, kind: str, task: str) -> Tensor:
     return (inverse * len(targets) / (inverse * counts).sum(0)).float()
 
 
-def _as_float32(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _as_floats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     # Different shapes would broadcast to a wrong loss without an error.
     if logits.ndim != 2 or logits.shape != targets.shape:
         raise ConfigError(
             "logits and targets must both have shape (B, C). "
             f"Got {tuple(logits.shape)} and {tuple(targets.shape)} instead."
         )
-    return logits.float(), targets.float()
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits, targets.to(logits)
 
 
 def _reduce(loss: Tensor, reduction: str) -> Tensor:

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torch.optim.lr_scheduler import LRScheduler
 
+LBFGS = "lbfgs"
+DECAY_WEIGHTS, DECAY_ALL = "weights", "all"  # what weight decay applies to
+
 OPTIMIZERS: "Registry[Callable[..., Optimizer]]" = Registry(
     "optimizer",
     "cachefuse.optimizers",

@@ -19,13 +19,13 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.nn import HEADS
 from cachefuse.nn.losses import Loss, build_loss, class_weights, per_task
-from cachefuse.training import OPTIMIZERS, SCHEDULES
+from cachefuse.training import LBFGS, OPTIMIZERS, SCHEDULES
 from cachefuse.training.batches import Batches, balanced_sample_weights
 from cachefuse.training.config import LOSS, TrainConfig
 from cachefuse.training.data import TrainingData, TrainingSet
 from cachefuse.training.held_out import validation_score
 from cachefuse.training.loop import Optimization, Validation
-from cachefuse.training.optim import EMA
+from cachefuse.training.optim import EMA, decay_groups, start_at_zero
 from cachefuse.training.resolved import LOSS_OPTIONS, ResolvedConfig
 from cachefuse.training.tasks import loss_of
 
@@ -86,6 +86,8 @@ def untrained_model(data: TrainingData, config: ResolvedConfig) -> FusionModel:
     seed_everything(config.seed)
     model = build_model(config, data.specs, len(data.classes), data.tasks)
     model.fusion.initialize()
+    if config.optimizer == LBFGS:
+        start_at_zero(model)
     return model.to(data.device)
 
 
@@ -191,7 +193,7 @@ def build_optimization(
     ``parameters`` are as in ``build_stage``.
     """
     if parameters is None:
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        parameters = decay_groups(module, config.weight_decay, config.decay)
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.lr, weight_decay=config.weight_decay)
     steps = -(-n_rows // (config.effective_batch_size or n_rows))
     return Optimization(

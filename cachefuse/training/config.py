@@ -16,7 +16,7 @@ from cachefuse.metrics import METRICS, lower_is_better
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
 from cachefuse.registry import Options
 from cachefuse.settings import as_stored, check_settings, from_stored, setting
-from cachefuse.training import OPTIMIZERS, SCHEDULES
+from cachefuse.training import DECAY_ALL, DECAY_WEIGHTS, OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
     from cachefuse.fusion.base import Fusion
@@ -26,7 +26,7 @@ MAX_RATE = 1e6  # far above any useful rate, and far below a float32 overflow
 EPOCHS, MIN_STEPS = 50, 500  # small data gets more epochs, to reach MIN_STEPS
 DROPOUT, BATCH_SIZE = 0.8, 256  # for fusions without their own defaults
 LOSS = "loss"  # to monitor, in place of a metric
-LBFGS_EPOCHS = 20  # of up to 20 iterations each
+LBFGS_EPOCHS = 20  # of up to 100 iterations each
 HEAD_SETTINGS = ("head", "layers", "activation")
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"  # groups of settings
 
@@ -127,6 +127,10 @@ class TrainConfig:
     weight_decay: float | None = setting(
         None, "L2 penalty; decoupled from the gradient in adamw.", panel=TRAINING, least=0, most=MAX_RATE,
         shown=_unless_fusion("weight_decay", "0; lbfgs: 0.003"),
+    )
+    decay: str = setting(
+        DECAY_WEIGHTS, "What weight decay applies to: weights of layers, or all parameters, with biases and norms.",
+        panel=TRAINING, choices=(DECAY_WEIGHTS, DECAY_ALL), before=DECAY_ALL,
     )
     clip_norm: float = setting(
         0.0, "Clip the gradient's norm; 0: never.", panel=TRAINING, least=0, most=MAX_RATE

@@ -1,12 +1,25 @@
 """Optimizers, learning-rate schedules, and the exponential moving average of a model's weights (EMA)."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, OneCycleLR
+
+from cachefuse.files import JsonObject
+from cachefuse.nn.heads import Linear
+from cachefuse.training import DECAY_ALL
+
+# Weights of these modules never decay: a norm's scale belongs around 1, and an embedding is one vector a token.
+NOT_DECAYED = (
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Embedding,
+)  # fmt: skip
+
+ITERATIONS = 100  # of L-BFGS in a step
+SCALE = 1e8  # of its loss: torch skips updates whose product of step and change of gradient is below 1e-10
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
@@ -36,7 +49,35 @@ class EMA(Generic[AnyModule]):
             average.copy_(buffer)
 
 
-Parameters = Iterable[nn.Parameter]
+Parameters = Iterable[nn.Parameter] | Iterable[JsonObject]
+
+
+def trained_parameters(module: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
+    """Yield each parameter that is not frozen, and whether it is a weight that decays: the matrix of a layer.
+
+    Biases, norms, embeddings, learned scales, tokens and temperatures do not decay, as in minGPT and timm.
+    """
+    seen = set()
+    for owner in module.modules():
+        matrices = not isinstance(owner, NOT_DECAYED) and not getattr(owner, "is_norm", False)
+        for name, parameter in owner.named_parameters(recurse=False):
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                yield parameter, matrices and parameter.ndim > 1 and name.endswith("weight")
+
+
+def decay_groups(module: nn.Module, weight_decay: float, decay: str) -> list[nn.Parameter] | list[JsonObject]:
+    """Return a module's parameters that are not frozen, in the groups of an optimizer: ``trained_parameters`` decay.
+
+    With ``decay`` "all", every parameter decays.
+    """
+    parameters = list(trained_parameters(module))
+    if not weight_decay or decay == DECAY_ALL or all(decays for _, decays in parameters):
+        return [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter, decays in parameters if decays], "weight_decay": weight_decay},
+        {"params": [parameter for parameter, decays in parameters if not decays], "weight_decay": 0.0},
+    ]
 
 
 def adam(params: Parameters, lr: float, weight_decay: float = 0.0) -> torch.optim.Optimizer:
@@ -57,22 +98,71 @@ class NesterovSGD(torch.optim.SGD):
 
 
 class LBFGS(torch.optim.LBFGS):
-    """L-BFGS with line search: each step uses all rows and up to 20 iterations; weight decay is an L2 penalty."""
+    """L-BFGS with line search: each step uses all rows and up to 100 iterations; weight decay is an L2 penalty.
+
+    It minimises loss + weight_decay / 2 |w|^2. The weights w are those of the groups that decay.
+    """
 
     def __init__(self, params: Parameters, lr: float = 1.0, weight_decay: float = 0.0) -> None:
-        super().__init__(params, lr=lr, line_search_fn="strong_wolfe")
-        self.weight_decay = weight_decay
+        self._decays: list[tuple[nn.Parameter, float]] = []
+        for given in params:
+            group: JsonObject = given if isinstance(given, dict) else {"params": [given]}
+            self._decays += [(x, float(group.get("weight_decay", weight_decay))) for x in group["params"]]
+        super().__init__(
+            [parameter for parameter, _ in self._decays],
+            lr=lr,
+            max_iter=ITERATIONS,
+            tolerance_grad=_tolerance(max((decay for _, decay in self._decays), default=0.0)),
+            tolerance_change=1e-15,
+            line_search_fn="strong_wolfe",
+        )
 
     def step(self, closure: Any = None) -> Any:
         def penalised() -> Tensor:
             value = closure()
-            for parameter in self.param_groups[0]["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach(), alpha=self.weight_decay)
-                    value = value + self.weight_decay / 2 * parameter.detach().square().sum()
-            return value
+            for parameter, weight_decay in self._decays:
+                if parameter.grad is None:
+                    continue
+                if weight_decay:
+                    parameter.grad.add_(parameter.detach(), alpha=weight_decay)
+                    value = value + weight_decay / 2 * parameter.detach().square().sum()
+                parameter.grad.mul_(SCALE)
+            return value * SCALE
 
-        return super().step(penalised)  # type: ignore[no-untyped-call]
+        return super().step(penalised) / SCALE  # type: ignore[no-untyped-call]
+
+
+def _tolerance(weight_decay: float) -> float:
+    """Return the gradient at which L-BFGS stops. The error of the weights is at most the gradient / weight decay."""
+    return SCALE * min(max(1e-6 * weight_decay, 1e-11), 1e-8)
+
+
+def start_at_zero(model: nn.Module) -> None:
+    """Set the linear heads to 0: the minimum of a convex loss is then the same for every seed.
+
+    A softmax's biases have many equal minima; from 0, L-BFGS finds those with sum 0, as scikit-learn does.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+@contextmanager
+def float64(model: nn.Module, use: bool = True) -> Iterator[None]:
+    """Compute a model of linear layers in float64. L-BFGS needs it: its line search compares nearly equal losses."""
+    if not use:
+        yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].double(),)) for layer in layers]
+    model.double()
+    try:
+        yield
+    finally:
+        model.float()
+        for hook in hooks:
+            hook.remove()
 
 
 def constant(optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:

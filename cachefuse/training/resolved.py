@@ -11,6 +11,8 @@ from cachefuse.fusion import FUSIONS
 from cachefuse.fusion.options import typed_options
 from cachefuse.nn import HEADS
 from cachefuse.registry import Options
+from cachefuse.settings import with_older
+from cachefuse.training import DECAY_WEIGHTS
 from cachefuse.training.config import BATCH_SIZE, DROPOUT, EPOCHS, LBFGS_EPOCHS, MIN_STEPS, TrainConfig
 
 TASK_LOSS = {"multiclass": "ce", "multilabel": "asl", "multitask": "asl", "vqa": "bce"}
@@ -62,7 +64,7 @@ class ResolvedConfig(TrainConfig):
 
         Raises ConfigError for unknown keys, and as ``resolve_loss`` does.
         """
-        return _filled(TrainConfig.from_dict(values), task, 10**9)
+        return _filled(TrainConfig.from_dict(with_older(TrainConfig, values)), task, 10**9)
 
 
 def resolve(
@@ -98,6 +100,7 @@ def _filled(config: TrainConfig, task: str, n_rows: int) -> ResolvedConfig:
     batch_size = value_of("batch_size", BATCH_SIZE)
     steps = -(-n_rows // ((0 if lbfgs else batch_size) or n_rows))
     values = {known.name: getattr(config, known.name) for known in fields(config)}
+    weight_decay = value_of("weight_decay", WEIGHT_DECAYS.get(config.optimizer, 0.0))
     return ResolvedConfig(
         **{
             **values,
@@ -105,7 +108,8 @@ def _filled(config: TrainConfig, task: str, n_rows: int) -> ResolvedConfig:
             "loss": resolve_loss(config, task),
             "lr": value_of("lr", rate) if is_adam or config.lr is not None else rate,
             "schedule": config.schedule or ("constant" if lbfgs else "cosine"),
-            "weight_decay": value_of("weight_decay", WEIGHT_DECAYS.get(config.optimizer, 0.0)),
+            "weight_decay": weight_decay,
+            "decay": config.decay if weight_decay else DECAY_WEIGHTS,  # without effect
             "epochs": value_of("epochs", LBFGS_EPOCHS if lbfgs else max(EPOCHS, -(-MIN_STEPS // steps))),
             "batch_size": batch_size,
         }

@@ -22,11 +22,13 @@ from cachefuse.files import JsonObject
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.nn.losses import Loss
+from cachefuse.training import DECAY_ALL
 from cachefuse.training.build import build_model, build_stage, training_loss, training_stages, untrained_model
 from cachefuse.training.data import TrainingData, TrainingSet
 from cachefuse.training.feature_table import PIECE_ROWS
 from cachefuse.training.inference import CHECKED_ROWS, predict_logits, spread
 from cachefuse.training.loop import DIVERGED, check_learnt, fit
+from cachefuse.training.optim import trained_parameters
 from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.split import Split
 
@@ -53,6 +55,8 @@ class StackedLinear(nn.Module):
 
 class StackedLayerNorm(nn.Module):
     """H layer norms over the last dimension: shared inputs (B, D), or inputs (H, B, D), to (H, B, D)."""
+
+    is_norm = True  # its weights do not decay
 
     def __init__(self, layer: nn.LayerNorm, n: int):
         super().__init__()
@@ -126,8 +130,8 @@ def shared_settings(config: ResolvedConfig, device: torch.device) -> JsonObject 
     if alone or config.members > 1 or not config.is_linear or (config.head != "linear" and device.type != "cuda"):
         return None
     free = {
-        "loss", "loss_options", "class_weights", "lr", "weight_decay", "monitor", "thresholds", "threshold_metric",
-        "refit",
+        "loss", "loss_options", "class_weights", "lr", "weight_decay", "decay", "monitor", "thresholds",
+        "threshold_metric", "refit",
     }  # fmt: skip
     if config.head == "linear":
         free |= {"layers", "activation", "dropout"}
@@ -238,25 +242,31 @@ class StackedLoss:
         return torch.nonzero(~(losses <= DIVERGED * zero_losses)).flatten().tolist()
 
 
-def parameter_groups(module: nn.Module, rates: Sequence[tuple[float, float]]) -> list[JsonObject]:
-    """Return an optimizer's parameter groups for a stack of H models with these (learning rate, weight decay).
+def parameter_groups(module: nn.Module, rates: Sequence[tuple[float, float, str]]) -> list[JsonObject]:
+    """Return an optimizer's parameter groups for a stack of H models with these rates: see ``_rates``.
 
     If they differ, each group's parameters are slices of the stack's memory, with slices of its gradients.
     """
     runs = [(rate, len(list(run))) for rate, run in groupby(rates)]
-    groups: list[JsonObject] = [
-        {"params": [], "lr": lr, "weight_decay": weight_decay} for (lr, weight_decay), _ in runs
-    ]
-    for parameter in module.parameters():
-        if not parameter.requires_grad:
-            continue
-        slices = [parameter]
-        if len(runs) > 1:
-            slices = [nn.Parameter(x) for x in parameter.detach().split([n for _, n in runs])]
-            parameter.register_post_accumulate_grad_hook(partial(_move_gradient, slices))
-        for group, piece in zip(groups, slices, strict=True):
-            group["params"].append(piece)
+    groups: list[JsonObject] = []
+    parameters = list(trained_parameters(module))
+    slices = {parameter: _slices(parameter, [n for _, n in runs]) for parameter, _ in parameters}
+    for i, ((lr, weight_decay, decay), _) in enumerate(runs):
+        for decays in (True, False):
+            group = [slices[parameter][i] for parameter, is_weight in parameters if is_weight == decays]
+            rate = weight_decay if decays or decay == DECAY_ALL else 0.0
+            if group:
+                groups.append({"params": group, "lr": lr, "weight_decay": rate})
     return groups
+
+
+def _slices(parameter: nn.Parameter, sizes: Sequence[int]) -> list[nn.Parameter]:
+    """Return slices of a parameter (H, ...) that get its gradient; a single one is the parameter itself."""
+    if len(sizes) == 1:
+        return [parameter]
+    slices = [nn.Parameter(x) for x in parameter.detach().split(list(sizes))]
+    parameter.register_post_accumulate_grad_hook(partial(_move_gradient, slices))
+    return slices
 
 
 def _move_gradient(slices: Sequence[nn.Parameter], parameter: Tensor) -> None:
@@ -267,8 +277,9 @@ def _move_gradient(slices: Sequence[nn.Parameter], parameter: Tensor) -> None:
             piece.grad = grad
 
 
-def _rates(config: ResolvedConfig) -> tuple[float, float]:
-    return config.lr, config.weight_decay
+def _rates(config: ResolvedConfig) -> tuple[float, float, str]:
+    """Return the learning rate, the weight decay, and what decays."""
+    return config.lr, config.weight_decay, config.decay
 
 
 def _loss_settings(config: ResolvedConfig) -> tuple[object, ...]:

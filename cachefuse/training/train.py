@@ -8,11 +8,13 @@ import numpy as np
 
 from cachefuse.device import own_randomness
 from cachefuse.fusion.model import FusionModel
+from cachefuse.training import LBFGS
 from cachefuse.training.build import Stage, build_stage, build_training, build_validation, training_stages
 from cachefuse.training.data import OUT_OF_FOLD, VAL, TrainingData
 from cachefuse.training.held_out import HeldOut, final_thresholds
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.loop import Epoch, History, fit
+from cachefuse.training.optim import float64
 from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.split import Split, make_splits, split_of_all, warn_of_rare_classes
 
@@ -123,13 +125,14 @@ def train_model(
     histories: dict[str, History] = {}
     for stage in training_stages(config, model.fusion, training_set, epochs):
         head_set = None if stage.module is model.fusion else stage.training_set
-        histories[stage.name] = fit(
-            *build_stage(config, stage.training_set, stage.module, loss),
-            epochs=stage.n_epochs,
-            validation=build_validation(data, config, split.validate, head_set),
-            on_epoch=partial(_report_epoch, on_progress, place, stage),
-            keep_interrupted=keep_interrupted and stage.is_last,
-        )
+        with float64(model, config.optimizer == LBFGS):
+            histories[stage.name] = fit(
+                *build_stage(config, stage.training_set, stage.module, loss),
+                epochs=stage.n_epochs,
+                validation=build_validation(data, config, split.validate, head_set),
+                on_epoch=partial(_report_epoch, on_progress, place, stage),
+                keep_interrupted=keep_interrupted and stage.is_last,
+            )
     return model, History.of_stages(histories)
 
 

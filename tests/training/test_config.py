@@ -138,6 +138,12 @@ def test_a_linear_head_has_no_hidden_layers_by_default():
     assert resolve(TrainConfig(head="mlp", layers=()), "multilabel", 100).head_options()["layers"] == ()
 
 
+def test_a_run_that_is_older_than_a_setting_has_what_was_done_then():
+    older = {name: x for name, x in TrainConfig().to_dict().items() if name != "decay"}
+    assert ResolvedConfig.from_run({**older, "weight_decay": 0.1}, "multilabel").decay == "all"
+    assert ResolvedConfig.from_run(older, "multilabel").decay == "weights"  # nothing decays
+
+
 def test_comes_back_from_a_dictionary():
     config = TrainConfig(fusion="mixed", layers=(8, 4), loss="asl", seed=3)
     assert TrainConfig.from_dict({**config.to_dict(), "layers": [8, 4]}) == config
