@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Pretrain
 from transformers.utils import logging as library_logging
 
 from cachefuse.encoders.base import PICKLES, EncoderSpec, Tower, is_path
-from cachefuse.encoders.frozen import FrozenTower, fetch, fingerprint, library, opening, weights_digest
+from cachefuse.encoders.frozen import FrozenTower, brief, fetch, fingerprint, library, opening, weights_digest
 from cachefuse.encoders.hf_images import HFImageTower, choose_pooling
 from cachefuse.encoders.hf_models import Part, load_parts
 from cachefuse.encoders.hf_texts import HFTextTower, choose_poolings
@@ -94,7 +94,10 @@ def _image_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device
 
 def _text_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device: str) -> FrozenTower:
     asked = read_sentence_folder(spec, root)
-    tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
+    except Exception as error:
+        raise EncoderError(f"cannot open {spec}: its tokenizer is missing or broken: {brief(error)}") from error
     _check_tokenizer(spec, folder, tokenizer)
     poolings = choose_poolings(spec, part, tokenizer, asked)
     if "pooler" not in poolings:

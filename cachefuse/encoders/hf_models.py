@@ -83,7 +83,7 @@ def load_parts(
     )
     unused: tuple[str, ...] = ("pooler.",)  # weights often lack it
     if not dual and hasattr(model, "encoder") and hasattr(model, "decoder"):
-        encoder = model.get_encoder()
+        encoder = model.get_encoder() if hasattr(model, "get_encoder") else model.encoder
         if kind.main_input_name in _parameters(encoder.forward):  # Funnel's decoder is a part of its encoder
             model, unused = encoder, (*unused, "decoder.")
         elif modality == "image":

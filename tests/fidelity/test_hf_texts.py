@@ -53,7 +53,7 @@ def call(folder, model, text):
 
 
 @pytest.mark.one_in(12)
-@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize("kind", [kind for kind in TEXTS if kind in transformers.CONFIG_MAPPING])
 def test_features_are_the_library_s(kind, tmp_path):
     model = save_model(kind, tmp_path).eval()
     texts = some_texts()
