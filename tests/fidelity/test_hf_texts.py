@@ -14,7 +14,7 @@ from fixtures.hf_models import TEXTS, WORDS, save_model
 from fixtures.messages import naming
 
 LENGTHS = (1, 30, 2, 7, 3, 12, 3, 3)  # in words; side by side, so that padding would show
-TOLERANCE = 1e-5  # relative to the largest feature; the largest error of all types measures 2e-6
+TOLERANCE = 1e-5  # relative to the largest feature; the largest error of all types measures 3.3e-6
 
 
 def some_texts():
