@@ -105,6 +105,13 @@ class Alignment:
     path: Path | None = None
 
     @property
+    def caution(self) -> str | None:
+        """Why figures of val may be too high: val chose the epoch. None if it did not."""
+        if not self.config.patience or "val" not in self.results:
+            return None
+        return "val also chose the epoch (--patience), so its figures may be too high; test rows chose nothing"
+
+    @property
     def same_texts(self) -> bool:
         """Whether both sides encode the same texts."""
         return self.sides[0].modality == self.sides[1].modality
@@ -126,6 +133,7 @@ class Alignment:
             "config": self.config.to_dict(),
             "sides": [asdict(side) for side in self.sides],
             "results": {split: asdict(result) for split, result in self.results.items()},
+            "caution": self.caution,
             "split_digest": self.split_digest,
             "interrupted": self.history.interrupted,
             "parent": self.parent,

@@ -111,6 +111,8 @@ def training_note(run: Alignment) -> str:
     val = run.results.get(VAL)
     if val is not None:
         note += " R@1 is the mean of both directions."
+    if run.caution:
+        note += f" {run.caution[0].upper()}{run.caution[1:]}."
     if val is not None and val.n_samples < run.config.batch_size:
         note += (
             f" The loss grows with the number of compared pairs. Validation compares only {val.n_samples:,} pairs, and "

@@ -108,7 +108,7 @@ def splits_note(run: "Run") -> str:
             f"{thresholds}."
         )
     if VAL in run.results:
-        stopped = ", but val decided when training stopped" if run.config.patience else ""
+        stopped = ", but val chose the epoch" if run.caution else ""
         thresholds = " Each part of val has thresholds chosen on the other parts." if chosen else ""
         refit = " Afterwards, the models that predict were trained on train and val." if run.config.refit else ""
         return f"The models of these figures were not trained on val{stopped}.{thresholds}{refit}"

@@ -146,7 +146,7 @@ def evaluate(
         per_class=result.per_class,
         gates={modality: float(values.mean()) for modality, values in weights.items()},
         gates_per_class={modality: _mean_by_class(targets, values, run.tasks) for modality, values in weights.items()},
-        caution=measured.caution,
+        caution=measured.caution or (run.caution if measured.held_out else None),
         rows=rows.cpu().numpy(),
         targets=targets >= RIGHT,
         scores=scores,

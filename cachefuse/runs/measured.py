@@ -20,7 +20,7 @@ from cachefuse.training.held_out import HeldOut
 class Measured:
     """Scores and predictions (n, C) of ``rows`` (n,) of a split, and the data and tables they come from.
 
-    ``caution`` says why new rows may give other figures.
+    ``held_out``: whether they are the rows that the run held out. ``caution`` says why new rows may give other figures.
     """
 
     data: TrainingData
@@ -30,6 +30,7 @@ class Measured:
     scores: np.ndarray
     predictions: np.ndarray
     caution: str | None
+    held_out: bool = False
 
 
 def measure(
@@ -55,7 +56,7 @@ def measure(
     if run.held_out is not None and _means_held_out(run.held_out, split, changed):
         rows = torch.from_numpy(run.held_out.rows)
         scores, predictions = _held_out(run, run.held_out, data, tables if absent else None, changed)
-        return Measured(data, tables, run.held_out.split, rows, scores, predictions, None)
+        return Measured(data, tables, run.held_out.split, rows, scores, predictions, None, held_out=True)
     split, rows = _labelled(run, store, data, split)
     scores = run.scores(tables, rows)
     return Measured(data, tables, split, rows, scores, run.decide(scores), _caution(run, split, changed))

@@ -54,8 +54,8 @@ def model_card(run: "Run") -> str:
     if run.held_out is not None:
         unseen = {
             "oof": "`oof` is train and val; each row is scored by a model that has not seen it.",
-            "val": "The models of these figures were not trained on `val`; its score may have ended training early.",
         }.get(run.held_out.split, f"The models of these figures were not trained on `{run.held_out.split}`.")
+        unseen += f" But {run.caution}." if run.caution else ""
         unseen += " Afterwards, the models in this folder were trained on all of it." if config.refit else ""
         chosen = " Each row's labels use thresholds chosen on other rows." if (run.thresholds != 0.5).any() else ""
         lines += ["", unseen + chosen]

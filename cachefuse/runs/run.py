@@ -104,6 +104,16 @@ class Run:
         return any(history.interrupted for history in self.histories)
 
     @property
+    def caution(self) -> str | None:
+        """Why figures of the rows held out may be too high: these rows chose the epoch. None if they chose nothing."""
+        if self.held_out is None or not any(m.config.patience and not m.config.folds for m in self.members):
+            return None
+        return (
+            f"the {self.held_out.split} rows also chose the epoch (--patience), so their figures may be too high; "
+            f"--folds 5 measures rows that chose nothing"
+        )
+
+    @property
     def n_parameters(self) -> int:
         return sum(member.model.n_parameters for member in self.members)
 

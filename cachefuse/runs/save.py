@@ -120,6 +120,7 @@ def _to_dict(run: Run) -> JsonObject:
         "split_digest": run.split_digest,
         "interrupted": run.interrupted,
         "results": {split: asdict(result) for split, result in run.results.items()},
+        "caution": run.caution,
         "seconds": round(run.seconds, 3),
         "parameters": run.n_parameters,
         "size_mb": round(run.size_mb, 6),

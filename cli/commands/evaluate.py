@@ -153,6 +153,8 @@ def _evaluate_against(
         store = open_store(workspace, dataset or run.dataset)
     render.run_line(run)
     render.run_line(against)
+    for caution in dict.fromkeys(one.caution for one in (run, against) if one.caution):
+        render.note(caution)
     if differences is not None:
         check_target(differences)
     with BenchProgress() as progress:
@@ -194,3 +196,5 @@ def _evaluate_alignment(
         render.print_json({"run": opened.name, "results": align_tables.results_dict(results)})
     else:
         align_tables.results_report(results)
+        if opened.caution and "val" in results:
+            render.note(opened.caution)

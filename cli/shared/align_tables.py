@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cachefuse.files import JsonObject
-from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
+from cachefuse_cli.shared.render import MAX_CLASSES, new_table, note, out
 
 if TYPE_CHECKING:
     from cachefuse.alignment.pairs import Pairs
@@ -33,6 +33,7 @@ def alignment_dict(run: "Alignment") -> JsonObject:
         "config": run.config.to_dict(),
         "sides": [asdict(side) for side in run.sides],
         "results": results_dict(run.results),
+        "caution": run.caution,
         "best_epoch": run.history.best_epoch,
         "epochs": len(run.history.epochs),
         "parameters": run.model.n_parameters,
@@ -57,6 +58,8 @@ def alignment_report(run: "Alignment") -> None:
     """Print an alignment's figures, time and next step."""
     console = out()
     results_report(run.results)
+    if run.caution:
+        note(run.caution)
     epochs = f"epoch {run.history.best_epoch} of {len(run.history.epochs)}"
     size = f"{run.model.n_parameters:,} parameters, {run.model.size_mb:.2f} MB"
     console.print(f"{size}; {run.seconds:.1f} s; weights of {epochs}")

@@ -206,6 +206,7 @@ def run_dict(run: "Run") -> JsonObject:
         "classes": list(run.classes),
         "rows": {split: result.n_rows for split, result in run.results.items()},
         "metrics": run.metrics,
+        "caution": run.caution,
         "per_class": {split: result.per_class for split, result in run.results.items()},
         "thresholds": run.thresholds.tolist(),
         "best_epochs": [history.best_epoch for history in run.histories],
@@ -222,6 +223,8 @@ def run_report(run: "Run") -> None:
     run_line(run)
     console.print(_by_task(run) if run.several else _by_split(run))
     _per_class(console, run, list(run.metrics)[:2][-1] if run.held_out is None else run.held_out.split)
+    if run.caution:
+        note(run.caution)
     models = f"{len(run.members)} models with " if len(run.members) > 1 else ""
     console.print(f"{models}{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; {run.seconds:.1f} s{_epochs(run)}")
     if (run.thresholds != 0.5).any():

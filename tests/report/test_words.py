@@ -11,7 +11,7 @@ from cachefuse.runs.train import train_head
 @pytest.mark.parametrize(
     ("options", "note"),
     [
-        ({}, "not trained on val, but val decided when training stopped. Each part of val has thresholds"),
+        ({}, "not trained on val, but val chose the epoch. Each part of val has thresholds"),
         ({"patience": 0, "thresholds": "none"}, "not trained on val."),
         ({"folds": 2, "thresholds": "none"}, "each fold is predicted by models trained on the other folds."),
         ({"refit": True, "patience": 0}, " Afterwards, the models that predict were trained on train and val."),
