@@ -63,7 +63,7 @@ def same_weights(a, b):
     ("method", "op"),
     [("dfe", "add"), pytest.param("dfe", "dot-attention", marks=pytest.mark.slow), ("projection", "add")],
 )
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("targets", [name for name in TARGETS if name != "printed"])  # which are nearly uniform
 @pytest.mark.one_in(3)
 def test_training_finds_what_belongs_together(correlated, method, op, targets):
     """64 images and 128 texts that were not trained on, chance 1 in 64 to 1 in 128."""
