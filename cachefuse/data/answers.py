@@ -1,7 +1,8 @@
 """Answers to questions about images: their normal form, their classes, and the accuracy of an answer.
 
 Ten people answered each question. The accuracy of an answer depends on how many of them gave it (Antol et al., "VQA:
-Visual Question Answering", arXiv 1505.00468). Answers are compared in the normal form of the VQA evaluation.
+Visual Question Answering", arXiv 1505.00468). It is that of the official evaluation (github.com/GT-Vision-Lab/VQA), which
+compares answers in a normal form.
 """
 
 import re
@@ -13,7 +14,7 @@ import numpy as np
 from cachefuse.errors import DataError
 
 N_ANSWERS = 10  # maximum per question
-ENOUGH = 3  # an answer of so many people is fully right
+ENOUGH = 3  # an answer of so many other people is fully right
 NO_ANSWER, OTHER_ANSWER = -1, -2  # instead of a class: no answer; an answer that is not a class
 
 ARTICLES = {"a", "an", "the"}
@@ -40,6 +41,21 @@ CONTRACTIONS = {
     for i, letter in enumerate(whole)
     if letter == "'"
 } | {"somebody'd": "somebodyd"}  # the evaluation does this one the other way round
+
+
+def _left_out(hits: int, people: int) -> float:
+    """Return the mean over people of min(the others who gave the answer / 3, 1), if ``hits`` of them gave it.
+
+    For ten people it is min(0.3 hits, 1). With fewer than three others, an answer that all of them gave is fully right;
+    the mean is then the share of people who gave it.
+    """
+    if people <= ENOUGH:
+        return hits / max(people, 1)
+    return (hits * min((hits - 1) / ENOUGH, 1) + (people - hits) * min(hits / ENOUGH, 1)) / people
+
+
+# By the number of people who gave the answer, and of all people, (11, 11).
+ACCURACY = np.array([[_left_out(min(n, k), k) for k in range(N_ANSWERS + 1)] for n in range(N_ANSWERS + 1)])
 
 
 def normalise_answer(text: str) -> str:
@@ -87,13 +103,14 @@ def encode_answers(ids: Sequence[str], rows: Sequence[Sequence[str] | None], cla
 
 
 def vqa_accuracy(predicted: Sequence[str] | np.ndarray, answers: Sequence[Sequence[str]] | np.ndarray) -> np.ndarray:
-    """Return the accuracy of each prediction, (N,) in [0, 1]: ``min(people who gave it / 3, 1)``; NaN without answers.
+    """Return the accuracy of each prediction, (N,) in [0, 1], as the VQA evaluation does; NaN without answers.
 
-    If fewer than three people answered, an answer of all of them is fully right. (The evaluation server compares with
-    nine of the ten people at a time; for ten people this is min(0.3 n, 1).)
+    It is the mean over the people, each left out once, of min(others who gave the answer / 3, 1). For ten people it is
+    min(0.3 n, 1). Of one to three people it is the share of those who gave the answer.
 
     ``predicted`` are N texts, with ``answers`` as N lists of texts, or class numbers (N,), with ``answers`` (N, 10) as
-    in a store's targets. Both give the same result. Raises DataError if the two differ in length or kind.
+    in a store's targets. Both give the same result. Raises DataError if the two differ in length or kind, and for more
+    than ten answers.
     """
     if len(predicted) != len(answers) or isinstance(predicted, np.ndarray) != isinstance(answers, np.ndarray):
         raise DataError(
@@ -108,8 +125,9 @@ def vqa_accuracy(predicted: Sequence[str] | np.ndarray, answers: Sequence[Sequen
         counts = [row.count(normalise_answer(text)) for text, row in zip(predicted, normalised, strict=True)]
         hits = np.array(counts, int)
         people = np.array([len(row) for row in normalised], int)
-    accuracy = np.minimum(hits / np.clip(people, 1, ENOUGH), 1)
-    return np.where(people > 0, accuracy, np.nan)
+    if people.max(initial=0) > N_ANSWERS:
+        raise DataError(f"a question has at most {N_ANSWERS} answers. Got {people.max()} instead")
+    return np.where(people > 0, ACCURACY[hits, people], np.nan)
 
 
 def _type_name(values: Sequence[object] | np.ndarray) -> str:

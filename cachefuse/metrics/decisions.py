@@ -42,11 +42,17 @@ exact_match = replace(accuracy, title="exact match")  # its name in multi-label 
 
 @metric("VQA accuracy", graded=True)
 def vqa_accuracy(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> Weighted:
-    """Return the mean score of the answers: min(people who gave it / 3, 1), as in targets (N, C).
+    """Return the mean accuracy of the chosen classes, from the accuracies in targets (N, C).
 
-    Of several answers to one question, the best one counts.
+    They are those of the VQA evaluation: min(0.3 n, 1) for an answer that n of ten people gave. Of several answers to
+    one question, the best one counts.
     """
-    return mean(by_rows(lambda right, chosen: np.where(chosen, right, 0).max(axis=1), targets, predictions))
+    return mean(answer_accuracy(targets, predictions))
+
+
+def answer_accuracy(targets: np.ndarray, predictions: np.ndarray) -> np.ndarray:
+    """Return the accuracy of each row's chosen class, (N,), from accuracies and predictions (N, C)."""
+    return by_rows(lambda right, chosen: np.where(chosen, right, 0).max(axis=1), targets, predictions)
 
 
 @metric("top-5 accuracy")

@@ -88,7 +88,7 @@ def verdict(evaluation: "Evaluation", task: str) -> str:
         return f"The class is right for {right} of {rows_of(evaluation)}."
     if task == "vqa":
         accuracy = _percent(evaluation.metrics["vqa_accuracy"])
-        return f"VQA accuracy is {accuracy} on {rows_of(evaluation)}: an answer that three people gave is fully right."
+        return f"VQA accuracy is {accuracy} on {rows_of(evaluation)}: an answer that four people gave is fully right."
     hits = (evaluation.targets & evaluation.predictions).sum()
     n_true, n_predicted = evaluation.targets.sum(), evaluation.predictions.sum()
     recall, precision = (_percent(hits / n) if n else "none" for n in (n_true, n_predicted))

@@ -14,6 +14,7 @@ from cachefuse.errors import RunError
 from cachefuse.files import JsonObject, write_atomically
 from cachefuse.metrics.base import divide
 from cachefuse.metrics.bootstrap import at_once, check_level, resample
+from cachefuse.metrics.decisions import answer_accuracy
 from cachefuse.metrics.paired import LEVEL, MCNEMAR, Difference, difference, holm, mcnemar, right_rows
 from cachefuse.metrics.per_class import class_f1
 from cachefuse.metrics.tasks import TaskSlice
@@ -248,7 +249,7 @@ def row_scores(targets: np.ndarray, predictions: np.ndarray, tasks: Sequence[Tas
         rows = task.labelled(targets)
         right, chosen = task.own(targets, predictions)
         if task.kind == "vqa":
-            values = np.where(chosen, right, 0).max(axis=1)
+            values = answer_accuracy(right, chosen)
         else:
             right = right > 0
             values = divide(2.0 * (right & chosen).sum(axis=1), right.sum(axis=1) + chosen.sum(axis=1), 1.0)

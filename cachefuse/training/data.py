@@ -119,11 +119,16 @@ class TrainingData:
         return torch.cat([self.table.rows(split) for split in splits]).sort().values
 
     def targets(self, rows: Tensor) -> np.ndarray:
-        """Return the targets (n, C) of rows (n,): 0 or 1, and -1 where a row lacks a task's label.
+        """Return the targets (n, C) of rows (n,) for figures: 0 or 1, and -1 where a row lacks a task's label.
 
-        For answers to questions they are accuracies in [0, 1].
+        For answers to questions they are accuracies in [0, 1], as in the VQA evaluation.
         """
-        return self.table.targets[rows.to(self.device)].cpu().numpy()
+        return self.table.measured_targets(rows.to(self.device)).cpu().numpy()
+
+    def learnt(self, rows: Tensor) -> np.ndarray:
+        """Return which classes training can learn from each of the rows (n,), (n, C) bool."""
+        learnt: np.ndarray = (self.table.targets[rows.to(self.device)] > 0).cpu().numpy()
+        return learnt
 
     def folds(self, rows: Tensor, k: int, seed: int) -> Tensor:
         """Return the fold of each row, (n,) int64, by ``stratified_folds``; a group is never divided.
@@ -131,11 +136,11 @@ class TrainingData:
         Raises ConfigError if there are fewer rows, or groups, than folds.
         """
         if self.groups is None:
-            return torch.from_numpy(stratified_folds(self.targets(rows), k, seed))
+            return torch.from_numpy(stratified_folds(self.learnt(rows), k, seed))
         _, group = torch.from_numpy(self.groups)[rows.cpu()].unique(return_inverse=True)  # (n,)
         labels = torch.zeros(int(group.max()) + 1, len(self.classes), dtype=torch.bool)
         for piece, piece_groups in zip(rows.split(LOAD_ROWS), group.split(LOAD_ROWS), strict=True):
-            row, label = np.nonzero(self.targets(piece))
+            row, label = np.nonzero(self.learnt(piece))
             labels[piece_groups[row], label] = True  # a group has all the labels of its rows
         return torch.from_numpy(stratified_folds(labels.numpy(), k, seed))[group]
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cachefuse.data.answers import ENOUGH, NO_ANSWER
+from cachefuse.data.answers import ACCURACY, ENOUGH, NO_ANSWER
 from cachefuse.device import total_memory
 from cachefuse.feature_spec import FeatureSpec, modalities_of
 from cachefuse.registry import lookup
@@ -25,9 +25,11 @@ PIECE_ROWS, PIECE_FLOATS = 8192, 2**25  # maximum to predict at a time
 
 
 class AnswerTargets:
-    """The accuracy of each class as an answer to N questions, (N, C) float32, computed on demand: ``vqa_accuracy``.
+    """How right each class is as an answer to N questions, (N, C) float32, computed on demand.
 
     ``answers`` (N, 10) are the class numbers of people's answers; a number below 0 is an answer that is no class.
+    Indexing by rows returns the targets to learn, min(people who gave the answer / 3, 1). ``accuracies`` are those of
+    the VQA evaluation, for figures: it does not take a person's own answer as right.
     """
 
     def __init__(self, answers: Tensor, n_classes: int) -> None:
@@ -42,6 +44,16 @@ class AnswerTargets:
         people.scatter_add_(1, answers.clamp(min=0), (answers >= 0).float())
         return people.div_(enough).clamp_(max=1)
 
+    def accuracies(self, rows: Tensor) -> Tensor:
+        """Return the ``vqa_accuracy`` of each class for rows (B,), (B, C) float32."""
+        answers = self.answers[rows].long()  # (B, 10)
+        hits = (answers[:, :, None] == answers[:, None, :]).sum(2)  # (B, 10), the people who gave each answer
+        people = (answers != NO_ANSWER).sum(1, keepdim=True)  # (B, 1)
+        table = torch.from_numpy(ACCURACY).float().to(self.device)
+        right = torch.where(answers >= 0, table[hits, people], 0)  # (B, 10)
+        accuracies = torch.zeros(len(answers), self.shape[1], device=self.device)
+        return accuracies.scatter_reduce_(1, answers.clamp(min=0), right, "amax")
+
     def to(self, device: str) -> "AnswerTargets":
         """Return the same targets with their answers on a device."""
         return AnswerTargets(self.answers.to(device), self.shape[1])
@@ -52,7 +64,7 @@ class FeatureTable:
     """N rows of features and presence (N,) bool, both by name ("image_tokens"), with targets (N, C).
 
     Targets are 0 and 1. With several tasks, -1 marks all columns of a task whose label the row lacks. For answers to
-    questions they are accuracies in [0, 1]. ``labelled`` is (N,) bool.
+    questions they are in [0, 1]: how right each answer is. ``labelled`` is (N,) bool.
 
     Features keep the store's dtype, and stay in its files until a batch reads them. ``specs`` are by name. If several
     rows share features, ``sources`` (N,) by name maps a table row to its row of the features.
@@ -69,6 +81,11 @@ class FeatureTable:
     def rows(self, split: str) -> Tensor:
         """Return the labelled rows of a split, (n,) int64."""
         return torch.from_numpy(np.flatnonzero(self.labelled & (self.splits == split)))
+
+    def measured_targets(self, rows: Tensor) -> Tensor:
+        """Return the targets (B, C) of rows (B,) by which figures measure; training may learn from others."""
+        targets = self.targets
+        return targets.accuracies(rows) if isinstance(targets, AnswerTargets) else targets[rows]
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the features and presence of rows (B,): (B, D) and (B,), or tokens (B, T, D) and a mask (B, T)."""

@@ -78,6 +78,6 @@ def warn_of_rare_classes(data: TrainingData, splits: Sequence[Split]) -> None:
 
 def _positives(data: TrainingData, rows: Tensor) -> np.ndarray:
     """Return the number of rows with each class, (C,), among rows (n,)."""
-    counts = [(data.targets(piece) > 0).sum(axis=0) for piece in rows.split(CHECKED_ROWS)]
+    counts = [data.learnt(piece).sum(axis=0) for piece in rows.split(CHECKED_ROWS)]
     positives: np.ndarray = np.sum(counts, axis=0)
     return positives

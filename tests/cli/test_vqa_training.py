@@ -151,7 +151,7 @@ def test_the_report_says_how_right_the_answers_are(cachefuse, extracted, folder)
     (path,) = folder.glob("workspace/runs/*/report.html")
     page = path.read_text()
     assert "VQA accuracy is" in page
-    assert "an answer that three people gave is fully right" in page
+    assert "an answer that four people gave is fully right" in page
     (card,) = folder.glob("workspace/runs/*/README.md")
     assert "tags: [visual-question-answering, image, text, feature-cache]" in card.read_text()
 
@@ -304,7 +304,9 @@ def test_targets_are_how_right_each_answer_is(cachefuse, extracted, folder):
     for c in range(len(store.classes)):
         alone = np.full(len(rows), c)
         np.testing.assert_allclose(targets[:, c], vqa_accuracy(alone, store.targets[rows.numpy()]), atol=1e-6)
-    assert {*np.unique(targets).tolist()} == {0.0, *np.float32([1 / 3, 2 / 3]).tolist(), 1.0}
+    assert {*np.unique(targets).tolist()} == {0.0, *np.float32([0.3, 0.6]).tolist(), 1.0}
+    learnt = training.table.targets[rows]
+    assert {*learnt.unique().tolist()} == {0.0, *np.float32([1 / 3, 2 / 3]).tolist(), 1.0}
 
 
 def test_notebooks_get_the_features_of_a_question_s_image(cachefuse, extracted, folder):
