@@ -1,8 +1,8 @@
 """Answers to questions about images: their normal form, their classes, and the accuracy of an answer.
 
 Ten people answered each question. The accuracy of an answer depends on how many of them gave it (Antol et al., "VQA:
-Visual Question Answering", arXiv 1505.00468). It is that of the official evaluation (github.com/GT-Vision-Lab/VQA), which
-compares answers in a normal form.
+Visual Question Answering", arXiv 1505.00468). It is that of the official evaluation (github.com/GT-Vision-Lab/VQA).
+It compares answers in a normal form, or as they are where all people gave the same.
 """
 
 import re
@@ -16,6 +16,10 @@ from cachefuse.errors import DataError
 N_ANSWERS = 10  # maximum per question
 ENOUGH = 3  # an answer of so many other people is fully right
 NO_ANSWER, OTHER_ANSWER = -1, -2  # instead of a class: no answer; an answer that is not a class
+# A number n below OTHER_ANSWER is an answer that all people gave, with the normal form of class UNLIKE - n, but another
+# spelling than the class. A head learns it. The evaluation, which then compares answers as they are, does not count it.
+UNLIKE = -3
+EVALUATION = 2  # the version of these numbers in stores, and of the accuracy in runs; version 1 lacked the above
 
 ARTICLES = {"a", "an", "the"}
 NUMBERS = {
@@ -65,7 +69,7 @@ def normalise_answer(text: str) -> str:
     contractions get their apostrophes. A mark between two letters becomes a space. A mark beside a space is removed, as
     are all marks in a text with a number such as 1,000. The result may be empty.
     """
-    text = text.replace("\n", " ").replace("\t", " ").strip()
+    text = _plain(text)
     has_number = bool(_NUMBER_WITH_COMMA.search(text))
     plain = text
     for mark in PUNCTUATION:
@@ -87,7 +91,8 @@ def frequent_answers(rows: Iterable[Sequence[str]], n: int) -> tuple[str, ...]:
 def encode_answers(ids: Sequence[str], rows: Sequence[Sequence[str] | None], classes: Sequence[str]) -> np.ndarray:
     """Return the classes of each row's answers, (N, 10) int32: -2 for an answer that is not a class, -1 for no answer.
 
-    A row may be None. Raises DataError, naming the row by its id, for more than ten answers.
+    If all people gave the same answer, in another spelling than the class c's, it is -3 - c: see ``UNLIKE``. A row may
+    be None. Raises DataError, naming the row by its id, for more than ten answers.
     """
     numbers = {normalise_answer(name): i for i, name in enumerate(classes)}
     known: dict[str, int] = {}  # by raw answer: few are distinct, and the normal form is slow
@@ -99,6 +104,8 @@ def encode_answers(ids: Sequence[str], rows: Sequence[Sequence[str] | None], cla
             if answer not in known:
                 known[answer] = numbers.get(normalise_answer(answer), OTHER_ANSWER)
             targets[i, k] = known[answer]
+        if row and targets[i, 0] >= 0 and _all_alike(row) and _plain(row[0]) != _plain(classes[targets[i, 0]]):
+            targets[i, : len(row)] = UNLIKE - targets[i, 0]
     return targets
 
 
@@ -106,7 +113,8 @@ def vqa_accuracy(predicted: Sequence[str] | np.ndarray, answers: Sequence[Sequen
     """Return the accuracy of each prediction, (N,) in [0, 1], as the VQA evaluation does; NaN without answers.
 
     It is the mean over the people, each left out once, of min(others who gave the answer / 3, 1). For ten people it is
-    min(0.3 n, 1). Of one to three people it is the share of those who gave the answer.
+    min(0.3 n, 1). Of one to three people it is the share of those who gave the answer. Texts are compared in their
+    normal form, or as they are if all people gave the same.
 
     ``predicted`` are N texts, with ``answers`` as N lists of texts, or class numbers (N,), with ``answers`` (N, 10) as
     in a store's targets. Both give the same result. Raises DataError if the two differ in length or kind, and for more
@@ -121,13 +129,27 @@ def vqa_accuracy(predicted: Sequence[str] | np.ndarray, answers: Sequence[Sequen
         hits = ((answers == predicted[:, None]) & (answers >= 0)).sum(1)
         people = (answers != NO_ANSWER).sum(1)
     else:
-        normalised = [[normalise_answer(answer) for answer in row] for row in answers]
-        counts = [row.count(normalise_answer(text)) for text, row in zip(predicted, normalised, strict=True)]
-        hits = np.array(counts, int)
-        people = np.array([len(row) for row in normalised], int)
+        hits = np.array([_matches(text, row) for text, row in zip(predicted, answers, strict=True)], int)
+        people = np.array([len(row) for row in answers], int)
     if people.max(initial=0) > N_ANSWERS:
         raise DataError(f"a question has at most {N_ANSWERS} answers. Got {people.max()} instead")
     return np.where(people > 0, ACCURACY[hits, people], np.nan)
+
+
+def _matches(predicted: str, answers: Sequence[str]) -> int:
+    """Return how many of the answers the evaluation takes for the predicted one."""
+    form = _plain if _all_alike(answers) else normalise_answer
+    return [form(answer) for answer in answers].count(form(predicted))
+
+
+def _all_alike(answers: Sequence[str]) -> bool:
+    """Whether several people all gave one answer."""
+    return len(answers) > 1 and len({_plain(answer) for answer in answers}) == 1
+
+
+def _plain(text: str) -> str:
+    """Return a text on one line, without spaces around it: all that the evaluation does before it compares."""
+    return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def _type_name(values: Sequence[object] | np.ndarray) -> str:

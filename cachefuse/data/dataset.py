@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,8 +47,8 @@ class Dataset:
     with -1 in all columns of a task whose label the row lacks; a class is "color=red".
 
     A sample of similarity or paraphrase is a pair: its two texts are the two sentences, even if one is empty. A sample
-    of visual question answering is a question. Its targets are (N, 10) int32, the classes of people's answers, -2 for
-    an answer that is not a class. Questions about one image share its features.
+    of visual question answering is a question. Its targets are (N, 10) int32: see ``encode_answers``. Questions about
+    one image share its features. ``kinds`` (N,) are texts by name, such as the type of each question.
     """
 
     manifest: Manifest
@@ -59,6 +59,7 @@ class Dataset:
     modalities: Mapping[str, Column]
     notes: tuple[str, ...] = ()
     name: str = ""
+    kinds: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for modality, column in self.modalities.items():
@@ -155,6 +156,7 @@ class Dataset:
             splits=self.splits[rows],
             targets=self.targets[rows],
             modalities={modality: column.take(rows) for modality, column in self.modalities.items()},
+            kinds={name: values[rows] for name, values in self.kinds.items()},
         )
 
 
@@ -200,6 +202,7 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
         modalities=samples.modalities,
         notes=tuple(notes),
         name=manifest.name,
+        kinds={name: np.array(values) for name, values in samples.kinds.items()},
     )
 
 

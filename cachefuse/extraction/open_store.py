@@ -10,11 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
+from cachefuse.data.answers import EVALUATION
 from cachefuse.data.dataset import Dataset
+from cachefuse.data.manifest import VQA
 from cachefuse.errors import CacheError
 from cachefuse.files import JsonObject, make_folder, sync_folder
 from cachefuse.store.columns import (
     IDENTITY,
+    KIND,
     Columns,
     finish_replacing,
     has_column,
@@ -63,6 +66,7 @@ def sample_columns(dataset: Dataset) -> Columns:
         "target": dataset.targets,
         "stamp": strings(dataset.fingerprints()),
     }
+    columns |= {f"{KIND}{name}": strings(values) for name, values in dataset.kinds.items()}
     for modality, column in dataset.modalities.items():
         columns[f"present/{modality}"] = column.present
         if column.offsets is not None:
@@ -217,6 +221,8 @@ def _write_metadata(path: Path, dataset: Dataset) -> None:
         "classes": list(dataset.classes),
         "extracted": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
+    if dataset.manifest.task == VQA:
+        meta["answers"] = EVALUATION
     declare_group(path, {"cachefuse": seal(meta)})
 
 

@@ -9,7 +9,9 @@ from numpy.typing import ArrayLike
 from cachefuse.errors import DataError
 
 AT_ONCE = 1 << 24  # numbers in the temporary arrays of a metric
-RIGHT = 1  # the target of a fully right label; an answer to a question may be partly right
+# The least target of a right label, for metrics that know only right and wrong. An answer to a question may be partly
+# right: one that three of ten people gave is right, with a target of 0.9; of two people it has 0.6.
+RIGHT = 0.7
 Weighted = Callable[[np.ndarray], np.ndarray]  # weights (N, R), how often each row counts -> R figures, (R,)
 Definition = Callable[[np.ndarray, np.ndarray, np.ndarray], Weighted]
 
@@ -23,7 +25,7 @@ class Metric:
     is NaN.
 
     The ``definition`` gets targets and predictions as bool, and at least one row. A ``graded`` metric gets the targets
-    in [0, 1]; for others only fully right labels count. ``title`` is its name in tables.
+    in [0, 1]; for others only right labels count (``RIGHT``). ``title`` is its name in tables.
     """
 
     definition: Definition
@@ -54,7 +56,7 @@ def probe_metric(metric: Metric) -> None:
 
 
 def checked(targets: np.ndarray, scores: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Return a mask of the fully right targets, the scores, and the predictions as bool.
+    """Return a mask of the right targets, the scores, and the predictions as bool.
 
     Raises DataError for shapes or values that metrics do not take.
     """

@@ -2,11 +2,13 @@
 
 import csv
 import io
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cachefuse.errors import ConfigError, RunError
@@ -33,6 +35,8 @@ class Evaluation:
     rows. ``caution`` says why new rows may give other figures. ``rows`` (n,) are row numbers in the store, targets and
     predictions are (n, C) bool, and scores (n, C).
 
+    ``kinds`` of rows, such as the "answer_type" of questions, have (number of rows, main metric) by value.
+
     There are K ``tasks``. ``labelled`` (n, K) bool marks the rows that have each task's label. ``weights`` (n, K, M)
     are the weights of the modalities in ``gates``, by row and task.
     """
@@ -49,6 +53,7 @@ class Evaluation:
     gates: dict[str, float]
     gates_per_class: dict[str, list[float]]
     caution: str | None
+    kinds: dict[str, dict[str, tuple[int, float]]]
     rows: np.ndarray = field(compare=False, repr=False)
     targets: np.ndarray = field(compare=False, repr=False)
     scores: np.ndarray = field(compare=False, repr=False)
@@ -147,6 +152,7 @@ def evaluate(
         gates={modality: float(values.mean()) for modality, values in weights.items()},
         gates_per_class={modality: _mean_by_class(targets, values, run.tasks) for modality, values in weights.items()},
         caution=measured.caution or (run.caution if measured.held_out else None),
+        kinds=_by_kind(store, data, rows, scores, predictions),
         rows=rows.cpu().numpy(),
         targets=targets >= RIGHT,
         scores=scores,
@@ -205,6 +211,23 @@ def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarra
         for m, modality in enumerate(modalities_of(model.specs.values())):
             means[modality] = means.get(modality, 0) + member.weight / total * by_task[..., m]
     return means
+
+
+def _by_kind(
+    store: FeatureStore, data: TrainingData, rows: Tensor, scores: np.ndarray, predictions: np.ndarray
+) -> dict[str, dict[str, tuple[int, float]]]:
+    """Return the number of rows of each kind, and the main metric over them; the most frequent value first."""
+    metric = data.bind([data.metric])[data.metric]
+    found: dict[str, dict[str, tuple[int, float]]] = {}
+    for name, values in store.kinds.items():
+        of_rows = values[rows.cpu().numpy()]
+        found[name] = {}
+        for value, n in Counter(of_rows.tolist()).most_common():
+            mask = of_rows == value
+            if value:
+                targets = data.targets(rows[torch.from_numpy(mask).to(rows.device)])
+                found[name][value] = n, metric(targets, scores[mask], predictions[mask])
+    return found
 
 
 def _mean_by_class(targets: np.ndarray, values: np.ndarray, tasks: Sequence[TaskSlice]) -> list[float]:

@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from cachefuse.data.manifest import Manifest
+from cachefuse.data.answers import EVALUATION
+from cachefuse.data.manifest import VQA, Manifest
 from cachefuse.errors import RunError
 from cachefuse.files import JsonObject, slug, write_atomically
 from cachefuse.runs.features import RunFeaturesByName, add_views
@@ -78,6 +79,7 @@ class Description(BaseModel):
     """The fields of run.json that loading reads."""
 
     dataset: DatasetName
+    answers: int | None = None  # the version of the VQA accuracy
     created: str
     manifest: Manifest
     classes: tuple[str, ...]
@@ -244,6 +246,9 @@ def read_description(path: Path) -> Description:
     with named_errors(path / "run.json"):
         about = Description.model_validate(values)
         _check_shapes(about)
+        if about.manifest.task == VQA and about.answers != EVALUATION:
+            for result in about.results.values():
+                result.metrics["vqa_accuracy"] = float("nan")  # measured by another formula
         return about
 
 

@@ -51,6 +51,7 @@ def measure(
         metrics=manifest.reported_metrics,
         min_labels=manifest.min_labels,
         groups=groups_of(store),
+        measures_answers=store.measures_answers,
     )
     changed = split_digest(store) != run.split_digest
     if run.held_out is not None and _means_held_out(run.held_out, split, changed):

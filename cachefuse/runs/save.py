@@ -17,6 +17,8 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import save
 
+from cachefuse.data.answers import EVALUATION
+from cachefuse.data.manifest import VQA
 from cachefuse.files import JsonObject, to_json, write_atomically
 from cachefuse.runs.features import specs_of
 from cachefuse.runs.files import (
@@ -103,6 +105,7 @@ def _to_dict(run: Run) -> JsonObject:
         "format": FORMATS[HEAD],
         "created": run.created,
         "dataset": run.dataset,
+        **({"answers": EVALUATION} if run.task == VQA else {}),
         "manifest": run.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),
         "classes": list(run.classes),
         "config": run.config.to_dict(),

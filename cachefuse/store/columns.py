@@ -17,6 +17,7 @@ from cachefuse.store.format import append_lines, checksum, seal, unseal
 
 BAD_SAMPLES = "bad.jsonl"
 CHUNK_ROWS = 1 << 16  # read and written at a time, so that a million ids are never in memory twice
+KIND = "kind/"  # in the name of a column: a kind of samples, such as the type of a question
 IDENTITY = ("id", "digest", "stamp")
 
 Columns = dict[str, np.ndarray]

@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from cachefuse.data.manifest import Manifest
+from cachefuse.data.answers import EVALUATION
+from cachefuse.data.manifest import VQA, Manifest
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.store.columns import BAD_SAMPLES, column_checksum, read_about, read_column
+from cachefuse.store.columns import BAD_SAMPLES, KIND, column_checksum, read_about, read_column
 from cachefuse.store.format import FORMAT, append_lines, read_lines, unseal
 
 
@@ -67,8 +68,7 @@ class StoredSamples:
     def targets(self) -> np.ndarray:
         """(N, C) int8 for multi-label, (N,) int32 for classes, (N,) float32 for scores; unlabelled is -1 or NaN.
 
-        For visual question answering (N, 10) int32, the classes of the ten answers: -2 for an answer that is not a
-        class, -1 for no answer.
+        For visual question answering (N, 10) int32, the classes of the ten answers: see ``encode_answers``.
         """
         return self._column("target")
 
@@ -85,6 +85,17 @@ class StoredSamples:
     @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self._meta["classes"])
+
+    @property
+    def measures_answers(self) -> bool:
+        """Whether VQA accuracy can be measured; True for other tasks. False in stores of an older version."""
+        return self.manifest.task != VQA or self._meta.get("answers") == EVALUATION
+
+    @cached_property
+    def kinds(self) -> dict[str, np.ndarray]:
+        """Kinds of samples by name, such as "answer_type": (N,) strings, "" in samples without one."""
+        names = [name for name in read_about(self.path)["columns"] if name.startswith(KIND)]
+        return {name.removeprefix(KIND): self._column(name) for name in names}
 
     @property
     def extracted(self) -> str:

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cachefuse.data.dataset import dataset_options
 from cachefuse.data.folds import stratified_folds
 from cachefuse.data.splits import ordered_splits
 from cachefuse.device import resolve_device
 from cachefuse.encoders.base import Origin
-from cachefuse.errors import ConfigError, DataError
+from cachefuse.errors import CacheError, ConfigError, DataError
 from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
@@ -40,6 +41,7 @@ class TrainingData:
 
     ``stored`` are the features in the store, by modality. Each of the ``tasks`` has its columns of the targets.
     ``groups`` (N,) are group numbers: rows of one group, such as questions about one image, are in the same fold.
+    ``measures_answers`` is False for answers to questions in a store that lacks what their accuracy needs.
     """
 
     name: str
@@ -51,6 +53,7 @@ class TrainingData:
     min_labels: int = 0
     stored: Mapping[str, Sequence[Features]] = field(default_factory=dict)
     groups: np.ndarray | None = None
+    measures_answers: bool = True
 
     @classmethod
     def of_one_task(
@@ -82,6 +85,7 @@ class TrainingData:
             min_labels=manifest.min_labels,
             stored=stored or {},
             groups=groups_of(store),
+            measures_answers=store.measures_answers,
         )
 
     @property
@@ -121,8 +125,11 @@ class TrainingData:
     def targets(self, rows: Tensor) -> np.ndarray:
         """Return the targets (n, C) of rows (n,) for figures: 0 or 1, and -1 where a row lacks a task's label.
 
-        For answers to questions they are accuracies in [0, 1], as in the VQA evaluation.
+        For answers to questions they are accuracies in [0, 1], as in the VQA evaluation. Raises CacheError if the store
+        is too old for these.
         """
+        if not self.measures_answers:
+            raise old_answers(self.name)
         return self.table.measured_targets(rows.to(self.device)).cpu().numpy()
 
     def learnt(self, rows: Tensor) -> np.ndarray:
@@ -190,6 +197,14 @@ def groups_of(store: FeatureStore) -> np.ndarray | None:
     return groups
 
 
+def old_answers(dataset: str) -> CacheError:
+    """Return the error for a store that does not tell how people spelt an answer on which all of them agree."""
+    return CacheError(
+        f"the store of {dataset} is too old to measure VQA accuracy: it lacks how answers were spelt; "
+        f"run cachefuse extract {dataset_options(dataset)} again, which keeps the features"
+    )
+
+
 def open_training_data(
     store: FeatureStore, encoders: Sequence[str] = (), device: str = "auto", views: Views = pooled
 ) -> TrainingData:
@@ -205,6 +220,8 @@ def open_training_data(
         if task.one_label and task.n_classes < 2:
             name = store.classes[task.columns][0]
             raise ConfigError(f"{task.name or store.dataset} has only the class {name!r}; a head needs at least 2")
+    if not store.measures_answers:
+        raise old_answers(store.dataset)  # now, not after the training
     features = select_features(store, encoders, views)
     single = {modality: group for modality, group in features.items() if not store.has_several(modality)}
     for modality in features.keys() - single.keys() if single else ():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cachefuse.data.answers import ACCURACY, ENOUGH, NO_ANSWER
+from cachefuse.data.answers import ACCURACY, ENOUGH, NO_ANSWER, UNLIKE
 from cachefuse.device import total_memory
 from cachefuse.feature_spec import FeatureSpec, modalities_of
 from cachefuse.registry import lookup
@@ -40,6 +40,7 @@ class AnswerTargets:
     def __getitem__(self, rows: Tensor) -> Tensor:
         answers = self.answers[rows].long()  # (B, 10)
         enough = (answers != NO_ANSWER).sum(1, keepdim=True).clamp(1, ENOUGH)  # (B, 1)
+        answers = torch.where(answers <= UNLIKE, UNLIKE - answers, answers)  # the spelling does not matter here
         people = torch.zeros(len(answers), self.shape[1], device=self.device)
         people.scatter_add_(1, answers.clamp(min=0), (answers >= 0).float())
         return people.div_(enough).clamp_(max=1)

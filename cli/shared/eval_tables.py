@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cachefuse.files import JsonObject
-from cachefuse.metrics import MEAN, headline, lower_is_better, metric_title
+from cachefuse.metrics import MEAN, headline, lower_is_better, main_metric, metric_title
 from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
 from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
@@ -61,6 +61,8 @@ def _report(console: Console, everything: "Evaluation", ablated: "Evaluation | N
         console.print(_ablation_per_class(everything, ablated, order, title))
     if everything.gates:
         console.print(_gates(everything, order))
+    for name in everything.kinds:
+        console.print(_kinds(everything, ablated, name))
 
 
 def _order(evaluation: "Evaluation") -> tuple[list[int], str]:
@@ -77,6 +79,19 @@ def _metrics(evaluation: "Evaluation", names: Sequence[str]) -> Table:
     table = new_table("metric", *columns, numbers=len(columns))
     for name in names:
         table.add_row(metric_title(name), *_value(evaluation, name))
+    return table
+
+
+def _kinds(everything: "Evaluation", ablated: "Evaluation | None", name: str) -> Table:
+    """Return the main metric by a kind of rows, such as the type of the answer."""
+    kinds = everything.kinds[name]
+    shown = list(kinds.items())[:MAX_CLASSES]
+    title = f"the {len(shown)} most frequent of {len(kinds)}" if len(shown) < len(kinds) else None
+    columns = [metric_title(main_metric(everything.metrics)), *([] if ablated is None else ["without"])]
+    table = new_table(name.replace("_", " "), "rows", *columns, numbers=1 + len(columns), title=title)
+    for value, (n, figure) in shown:
+        without = [] if ablated is None else [_figure(ablated.kinds[name][value][1])]
+        table.add_row(escape(value), f"{n:,}", _figure(figure), *without)
     return table
 
 

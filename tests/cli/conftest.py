@@ -112,7 +112,9 @@ def write_vqa():
                 for k, (text, answers) in enumerate(ask(image)):
                     number = {"image_id": image, "question_id": 1000 * image + k}
                     questions.append({**number, "question": text})
-                    annotations.append({**number, "answers": [{"answer": answer} for answer in answers]})
+                    kind = "yes/no" if {*answers} & {"yes", "no"} else "other"
+                    types = {"answer_type": kind, "question_type": " ".join(text.lower().split()[:2])}
+                    annotations.append({**number, **types, "answers": [{"answer": answer} for answer in answers]})
             name = f"data/v2_OpenEnded_mscoco_{split}_questions.json"
             (folder / name).write_text(json.dumps({"questions": questions}))
             if split != "test2015":

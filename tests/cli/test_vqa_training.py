@@ -20,7 +20,9 @@ from cachefuse.errors import ConfigError
 from cachefuse.experiments.costs import measure_costs
 from cachefuse.nn.answer_decoder import AnswerWriter
 from cachefuse.runs.save import load_run
+from cachefuse.store.format import seal
 from cachefuse.store.store import FeatureStore
+from cachefuse.store.views import declare_group
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from cachefuse.training.resolved import resolve
@@ -39,7 +41,7 @@ def ask(image):
     return [
         ("What colour is it?", [colour] * 7 + [f"Dark {colour}"] * 2 + ["a bottle"]),
         ("Is it red?", [["yes", "no"][image % 2]] * 9 + ["maybe"]),
-        ("How many?", ["two"] * 10),
+        ("How many?", ["two"] * 9 + ["three"]),
     ]
 
 
@@ -145,6 +147,40 @@ def test_from_questions_to_a_submission(cachefuse, extracted, folder, fits):
     assert one.out.splitlines()[1].split()[::2] == ["2", "yes"]
 
 
+def test_figures_by_type_of_answer_and_question(cachefuse, extracted, folder):
+    cachefuse("train-head", "--epochs", "20")
+    found = json.loads(cachefuse("evaluate", "--no-intervals", "--json").out)
+    people = annotated(extracted, "val2014")
+    texts = predicted(cachefuse, folder, "val")
+    right = dict(zip(texts, vqa_accuracy(list(texts.values()), [people[q] for q in texts]).tolist(), strict=True))
+    yes_no = [right[q] for q in texts if {*people[q]} & {"yes", "no"}]
+    assert found["kinds"]["answer_type"]["yes/no"] == [20, pytest.approx(np.mean(yes_no))]
+    assert found["kinds"]["answer_type"]["other"][0] == 40
+    assert found["kinds"]["question_type"].keys() == {"what colour", "is it", "how many?"}
+    shown = cachefuse("evaluate", "--drop-modality", "image").out
+    assert "answer type" in shown
+    assert "yes/no" in shown
+
+
+def test_an_older_store_and_an_older_run_have_no_figure_of_the_evaluation(cachefuse, extracted, folder):
+    cachefuse("train-head", "--epochs", "2")
+    store = folder / "workspace/cache/vqa2.zarr"
+    about = json.loads((store / "zarr.json").read_text())["attributes"]["cachefuse"]
+    declare_group(store, {"cachefuse": seal({k: x for k, x in about.items() if k not in ("answers", "checksum")})})
+    for command in ("evaluate", "train-head"):
+        refused = cachefuse(command)
+        assert refused.code == 1
+        assert says(refused.error, "cachefuse extract --dataset vqa2")
+    assert cachefuse("predict").code == 0
+    cachefuse("extract", "--dataset", "vqa2", "--data-dir", extracted, "--encoder", "classic")
+    assert cachefuse("evaluate").code == 0
+    (path,) = folder.glob("workspace/runs/*/run.json")
+    path.write_text(json.dumps({k: x for k, x in json.loads(path.read_text()).items() if k != "answers"}))
+    (run,) = json.loads(cachefuse("runs", "--json").out)
+    assert run["metrics"]["vqa_accuracy"] is None
+    assert cachefuse("evaluate").code == 0
+
+
 def test_the_report_says_how_right_the_answers_are(cachefuse, extracted, folder):
     cachefuse("train-head", "--epochs", "2")
     assert cachefuse("report", "--data-dir", extracted).code == 0
@@ -152,6 +188,8 @@ def test_the_report_says_how_right_the_answers_are(cachefuse, extracted, folder)
     page = path.read_text()
     assert "VQA accuracy is" in page
     assert "an answer that four people gave is fully right" in page
+    assert "answer type" in page
+    assert "yes/no" in page
     (card,) = folder.glob("workspace/runs/*/README.md")
     assert "tags: [visual-question-answering, image, text, feature-cache]" in card.read_text()
 

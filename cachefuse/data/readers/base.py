@@ -29,6 +29,7 @@ class Samples:
     labels: a sample's class names (one for multi-class) or people's raw answers to its question; None if unlabelled.
     task_labels: with several tasks, each task's labels by name; then all ``labels`` are None.
     groups: a hash split never separates rows of one group (several images of one product).
+    kinds: a text per sample by name, such as the type of its question; figures are also measured by these.
     notes: facts on this copy of the data for the user, one sentence each.
     """
 
@@ -39,6 +40,7 @@ class Samples:
     modalities: dict[str, Column] = field(default_factory=dict)
     groups: list[str] | None = None
     classes: tuple[str, ...] | None = None
+    kinds: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

@@ -17,7 +17,8 @@ SPLITS = {"train": "train2014", "val": "val2014", "test": "test2015"}
 UNANSWERED = ("test",)  # splits without published annotations
 MAX_JSON_BYTES = 1_000_000_000  # the largest has 390 MB
 MAX_IMAGE_ID = 10**12 - 1  # file names have 12 digits
-KEPT = frozenset(("questions", "annotations", "question_id", "image_id", "question", "answers"))
+TYPES = ("answer_type", "question_type")  # as the evaluation names them
+KEPT = frozenset(("questions", "annotations", "question_id", "image_id", "question", "answers", *TYPES))
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,10 @@ class SplitFiles:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One row. All questions about one image share the object ``image``; ``group`` is its number."""
+    """One row. All questions about one image share the object ``image``; ``group`` is its number.
+
+    ``types`` are those of ``TYPES``, "" without annotation.
+    """
 
     id: str
     split: str
@@ -39,6 +43,7 @@ class Question:
     image: FileImage | None
     text: str
     group: str
+    types: tuple[str, ...]
 
 
 class Vqa2Reader(Reader):
@@ -74,6 +79,7 @@ class Vqa2Reader(Reader):
                 "text": Column.texts([(question.text,) if question.text else () for question in questions]),
             },
             groups=[question.group for question in questions],
+            kinds={name: [question.types[i] for question in questions] for i, name in enumerate(TYPES)},
             notes=notes,
         )
 
@@ -98,7 +104,7 @@ def _lacking(root: Path, split: str) -> list[str]:
 
 def _read_split(split: str, files: SplitFiles, root: Path, notes: list[str]) -> Iterator[Question]:
     questions = _read_questions(check_inside(files.questions, root))
-    answers: dict[int, tuple[str, ...]] = {}
+    answers: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     if files.annotations is not None:
         answers = _read_answers(check_inside(files.annotations, root), questions, notes)
         unanswered = [number for number in questions if number not in answers]
@@ -113,7 +119,8 @@ def _read_split(split: str, files: SplitFiles, root: Path, notes: list[str]) -> 
             images[image] = None if name in links else FileImage(files.images / name, root)
             if name in links:
                 skipped.append(f"{files.images.name}/{name}")
-        yield Question(str(number), split, answers.get(number), images[image], text, group=str(image))
+        given, types = answers.get(number, (None, ("",) * len(TYPES)))
+        yield Question(str(number), split, given, images[image], text, str(image), types)
     note_links(notes, skipped)
 
 
@@ -132,9 +139,11 @@ def _read_questions(path: Path) -> dict[int, tuple[int, str]]:
     return questions
 
 
-def _read_answers(path: Path, questions: dict[int, tuple[int, str]], notes: list[str]) -> dict[int, tuple[str, ...]]:
-    """Return the ten answers to each question. Raises DataError for other content."""
-    answers: dict[int, tuple[str, ...]] = {}
+def _read_answers(
+    path: Path, questions: dict[int, tuple[int, str]], notes: list[str]
+) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Return the ten answers to each question, and its types. Raises DataError for other content."""
+    answers: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     interned: dict[str, str] = {}  # few answers are distinct: each is kept once
     unknown = []
     content = read_json(path, MAX_JSON_BYTES, "VQA", _keep)
@@ -149,14 +158,16 @@ def _read_answers(path: Path, questions: dict[int, tuple[int, str]], notes: list
         elif questions[number][0] != image:
             raise DataError(f"{where} is about image {image}, but its question {number} about {questions[number][0]}")
         else:
-            answers[number] = tuple(interned.setdefault(answer, answer) for answer in texts)
+            types = [well_formed(str(annotation.get(name) or "")) for name in TYPES]
+            kept = [tuple(interned.setdefault(text, text) for text in some) for some in (texts, types)]
+            answers[number] = kept[0], kept[1]
     if unknown:
         notes.append(f"dropped {len(unknown):,} annotations of unknown questions, such as {unknown[0]}")
     return answers
 
 
 def _answers(annotation: JsonObject, where: str) -> list[str]:
-    """Return the answers that are not blank."""
+    """Return the answers; a blank one is a person's too, but nobody's who matches."""
     answers = annotation.get("answers")
     if not isinstance(answers, list) or len(answers) != N_ANSWERS:
         got = f"{len(answers)} of them" if isinstance(answers, list) else repr(str(answers)[:80])
@@ -164,7 +175,7 @@ def _answers(annotation: JsonObject, where: str) -> list[str]:
     for answer in answers:
         if not isinstance(answer, str):
             raise DataError(f"{where} must have texts as its answers. Got {str(answer)[:80]!r} instead")
-    return [well_formed(answer.strip()) for answer in answers if answer.strip()]
+    return [well_formed(answer.strip()) for answer in answers]
 
 
 def _keep(entry: JsonObject) -> JsonObject | str:

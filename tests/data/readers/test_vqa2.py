@@ -176,8 +176,8 @@ def test_blank_texts_and_odd_unicode(tmp_path):
     write(tmp_path, "train", questions, {1: ["", " "] * 5, 2: ["dog\ud800"] * 9 + [""]})
     samples = read(tmp_path)
     assert texts_of(samples) == [(), ("? dog?",)]
-    assert samples.labels == [(), ("dog?",) * 9]
-    assert load(tmp_path).targets.tolist() == [[-1] * 10, [0] * 9 + [-1]]
+    assert samples.labels == [("",) * 10, (*("dog?",) * 9, "")]
+    assert load(tmp_path).targets.tolist() == [[-2] * 10, [0] * 9 + [-2]]  # a blank answer is a person's too
 
 
 def test_links_out_of_the_data_folder_are_not_followed(tmp_path):
