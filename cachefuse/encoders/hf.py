@@ -12,10 +12,19 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Pretrain
 from transformers.utils import logging as library_logging
 
 from cachefuse.encoders.base import PICKLES, EncoderSpec, Tower, is_path
-from cachefuse.encoders.frozen import FrozenTower, brief, fetch, fingerprint, library, opening, weights_digest
+from cachefuse.encoders.frozen import (
+    FrozenTower,
+    brief,
+    fetch,
+    fingerprint,
+    library,
+    opening,
+    tokenizer_fingerprint,
+    weights_digest,
+)
 from cachefuse.encoders.hf_images import HFImageTower, choose_pooling
 from cachefuse.encoders.hf_models import Part, load_parts
-from cachefuse.encoders.hf_texts import HFTextTower, choose_poolings
+from cachefuse.encoders.hf_texts import HFTextTower, choose_poolings, lower_case
 from cachefuse.encoders.sentence_folder import read_sentence_folder, transformer_folder
 from cachefuse.errors import EncoderError
 
@@ -99,10 +108,13 @@ def _text_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device:
     except Exception as error:
         raise EncoderError(f"cannot open {spec}: its tokenizer is missing or broken: {brief(error)}") from error
     _check_tokenizer(spec, folder, tokenizer)
+    if asked.lower_case:
+        lower_case(tokenizer)
+    rules = tokenizer_fingerprint(tokenizer)  # before the first call: a fast tokenizer keeps that call's truncation
     poolings = choose_poolings(spec, part, tokenizer, asked)
     if "pooler" not in poolings:
         part.drop_pooler()
-    return HFTextTower(spec, part, tokenizer, asked, device, _provenance(part), poolings)
+    return HFTextTower(spec, part, tokenizer, asked, device, {**_provenance(part), "tokenizer": rules}, poolings)
 
 
 def _provenance(part: Part) -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from cachefuse.encoders.base import EncoderSpec, Features
-from cachefuse.encoders.frozen import FrozenTower, to_numpy, tokenizer_fingerprint
+from cachefuse.encoders.frozen import FrozenTower, to_numpy
 from cachefuse.encoders.hf_models import Outputs, Part
 from cachefuse.encoders.pooling import POOLINGS
 from cachefuse.encoders.probe import WORDS
@@ -47,8 +47,6 @@ class HFTextTower(TextTower):
         poolings: Sequence[str],
     ):
         self.outputs, self.tokenizer, self.asked, self.poolings = part.outputs, tokenizer, asked, tuple(poolings)
-        if asked.lower_case:
-            lower_case(tokenizer)
         if asked.prompt and spec.option("long_texts") == "windows":
             raise EncoderError(
                 f"cannot open {spec}: its folder writes a prompt before texts, which windows would cut off"
@@ -66,7 +64,6 @@ class HFTextTower(TextTower):
         asked.after.eval().requires_grad_(False).to(device)
         facts = {
             **provenance,
-            "tokenizer": tokenizer_fingerprint(tokenizer),
             "pooling": " + ".join(NAMES.get(name, name) for name in poolings),
             **asked.facts(),
         }

