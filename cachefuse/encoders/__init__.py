@@ -96,7 +96,7 @@ def open_encoder(
 def check_option(name: str, value: str) -> None:
     """Raise EncoderError for a value that an option does not have."""
     match OPTIONS.get(name):
-        case int(least) if not value.isdecimal() or int(value) < least:
+        case int(least) if not (value.isascii() and value.isdecimal()) or int(value) < least:
             raise EncoderError(f"{name} must be a number, at least {least}. Got {value!r} instead")
         case tuple(choices) if value not in choices:
             raise EncoderError(f"{name} must be one of {', '.join(choices)}. Got {value!r} instead")

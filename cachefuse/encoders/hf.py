@@ -22,11 +22,12 @@ from cachefuse.encoders.frozen import (
     tokenizer_fingerprint,
     weights_digest,
 )
-from cachefuse.encoders.hf_images import HFImageTower, choose_pooling
+from cachefuse.encoders.hf_images import HFImageTower, ImageProcessor, choose_pooling
 from cachefuse.encoders.hf_models import Part, load_parts
-from cachefuse.encoders.hf_texts import HFTextTower, choose_poolings, lower_case
+from cachefuse.encoders.hf_texts import HFTextTower, choose_poolings, lower_case, n_embeddings
 from cachefuse.encoders.sentence_folder import read_sentence_folder, transformer_folder
 from cachefuse.errors import EncoderError
+from cachefuse.files import JsonObject
 
 # All files of a hub repository that a model needs. Modules of sentence-transformers are in folders of their own.
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors", "[0-9]_*/model*.safetensors")
@@ -91,6 +92,8 @@ def _image_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device
     if not _has_image_processor(folder, part.config):
         raise EncoderError(f"cannot open {spec}: there is no preprocessor_config.json in {folder}, so no preprocessing")
     processor = AutoImageProcessor.from_pretrained(folder, **OFFLINE)
+    if missing := _unstated(folder, processor):
+        raise EncoderError(f"cannot open {spec}: its preprocessing does not say {' and '.join(missing)}")
     pooling = choose_pooling(spec, part, processor)
     if pooling != "pooler":
         part.drop_pooler()
@@ -107,7 +110,7 @@ def _text_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device:
         tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
     except Exception as error:
         raise EncoderError(f"cannot open {spec}: its tokenizer is missing or broken: {brief(error)}") from error
-    _check_tokenizer(spec, folder, tokenizer)
+    _check_tokenizer(spec, folder, part, tokenizer)
     if asked.lower_case:
         lower_case(tokenizer)
     rules = tokenizer_fingerprint(tokenizer)  # before the first call: a fast tokenizer keeps that call's truncation
@@ -129,19 +132,59 @@ def _provenance(part: Part) -> dict[str, str]:
 
 def _has_image_processor(folder: Path, config: PretrainedConfig) -> bool:
     """Whether a folder says how to prepare images: in a file of its own, or in the configuration of timm's models."""
-    if (folder / "preprocessor_config.json").is_file() or config.model_type == "timm_wrapper":
-        return True
-    path = folder / "processor_config.json"
-    return path.is_file() and "image_processor" in json.loads(path.read_text(encoding="utf-8"))
+    return config.model_type == "timm_wrapper" or _stated_preprocessing(folder) is not None
 
 
-def _check_tokenizer(spec: EncoderSpec, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a folder without a tokenizer's files: the library then makes one with an empty vocabulary."""
+def _stated_preprocessing(folder: Path) -> JsonObject | None:
+    """Return what a folder says of how to prepare images; None if it says nothing."""
+    for name, key in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor")):
+        path = folder / name
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if path.is_file() and (not key or key in content):
+            return content[key] if key else content
+    return None
+
+
+def _unstated(folder: Path, processor: ImageProcessor) -> list[str]:
+    """Return the settings that a processor uses and its file does not state: the library fills in its own.
+
+    Files of older libraries leave out that bytes are divided by 255, so this need not be stated.
+    """
+    stated = _stated_preprocessing(folder)
+    if stated is None:  # of timm's models, in their configuration
+        return []
+    used = {"do_normalize": ("image_mean", "image_std"), "do_resize": ("size", "resample")}
+    return [
+        name for step, names in used.items() if getattr(processor, step, False) for name in names if name not in stated
+    ]
+
+
+def _check_tokenizer(spec: EncoderSpec, folder: Path, part: Part, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a folder without a tokenizer's files, for which the library has defaults, and one with another model's."""
     names = tokenizer.vocab_files_names
     needed = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names] or ["tokenizer_config.json"]
     whole = names.get("tokenizer_file", "tokenizer.json")
     if not (folder / whole).is_file() and not all((folder / name).is_file() for name in needed):
         raise EncoderError(f"cannot open {spec}: its tokenizer is missing: neither {whole} nor {' and '.join(needed)}")
+    if not (folder / "tokenizer_config.json").is_file() and not _is_as_stated(folder / whole, tokenizer):
+        raise EncoderError(
+            f"cannot open {spec}: without tokenizer_config.json, the library prepares texts in another way than its "
+            f"tokenizer may; put that file there"
+        )
+    limit = n_embeddings(part.model)
+    if limit is not None and {i for i in tokenizer.get_vocab().values() if i >= limit} - set(tokenizer.all_special_ids):
+        raise EncoderError(
+            f"cannot open {spec}: its tokenizer has more tokens than the {limit:,} of its model; it may be another's"
+        )
+
+
+def _is_as_stated(path: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer prepares texts as its file states. Without settings, the library has defaults of its own."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not path.is_file():
+        return False
+    stated, opened = json.loads(path.read_text(encoding="utf-8")), json.loads(backend.to_str())
+    return all(stated.get(part) == opened.get(part) for part in ("normalizer", "pre_tokenizer"))
 
 
 def _overflows(config: PretrainedConfig) -> bool:

@@ -73,7 +73,8 @@ def choose_pooling(spec: EncoderSpec, part: Part, processor: ImageProcessor) -> 
     name = {None: "pooler", "cls": "class token", "mean": "mean", "pooler": "pooler", "last": "last token"}[asked]
     if name not in known and asked is not None:
         raise EncoderError(
-            f"cannot open {spec}: its model has no {asked} to pool by; it has {', '.join(sorted(known))}"
+            f"cannot open {spec}: its model has no {asked} to pool by; it has "
+            f"{', '.join(sorted(one.replace('class token', 'cls') for one in known))}"
         )
     if name in known - {"pooler"}:
         return name

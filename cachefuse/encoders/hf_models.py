@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,9 @@ OTHERS = {
     "visual_feats": "image features beside the text",
     "xpath_tags_seq": "the tags of a page",
 }
+
+
+LAYER = re.compile(r"\.\d+")  # the number of a layer in the name of a weight
 
 
 class Outputs(NamedTuple):
@@ -81,6 +85,7 @@ def load_parts(
     model, report = loader.from_pretrained(
         folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **offline
     )
+    _refuse_more(spec, model, report["unexpected_keys"])
     unused: tuple[str, ...] = ("pooler.",)  # weights often lack it
     if not dual and hasattr(model, "encoder") and hasattr(model, "decoder"):
         encoder = model.get_encoder() if hasattr(model, "get_encoder") else model.encoder
@@ -99,12 +104,20 @@ def load_parts(
     return {modality: Part(model, config, _plain(model), _parameters(model.forward), has_pooler)}
 
 
+def _refuse_more(spec: EncoderSpec, model: Any, unexpected: Collection[str]) -> None:
+    """Refuse weights of more layers than config.json has. Others that are left over are of heads."""
+    known = {LAYER.sub(".*", name) for name, _ in model.named_parameters()}
+    for key in sorted(unexpected):
+        if LAYER.sub(".*", key.removeprefix(f"{model.base_model_prefix}.")) in known:
+            raise EncoderError(f"cannot open {spec}: its weights have more layers than its config.json, such as {key}")
+
+
 def _modality(spec: EncoderSpec, config: PretrainedConfig, kind: Any) -> str:
     """Return the modality of a model that has one. Raises EncoderError for one of another, or of several."""
     name = f"{spec} ({config.model_type})"
     if hasattr(config, "text_config") and hasattr(config, "vision_config"):
         raise EncoderError(f"{name} is an image-text model; hf opens those that encode each on its own, as CLIP does")
-    takes = getattr(kind, "main_input_name", "nothing known")
+    takes = "a video" if hasattr(config, "num_frames") else getattr(kind, "main_input_name", "nothing known")
     if takes not in ("pixel_values", "input_ids"):
         raise EncoderError(f"{name} takes {takes}; expected an image or a text model")
     _refuse_others(name, _parameters(kind.forward) - {takes})

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as Normalizers
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -61,6 +61,7 @@ class HFTextTower(TextTower):
         self.types = _token_types(tokenizer) if "token_type_ids" in given else None
         self.n_excluded = 0 if asked.include_prompt else prompt_length(tokenizer, asked.prompt)
         self.min_tokens = 1
+        self.n_embeddings = n_embeddings(part.model)
         asked.after.eval().requires_grad_(False).to(device)
         facts = {
             **provenance,
@@ -91,6 +92,8 @@ class HFTextTower(TextTower):
 
     def prepare(self, sample: str) -> Text:
         text = super().prepare(sample)
+        if self.n_embeddings is not None and any(max(window) >= self.n_embeddings for window in text.windows):
+            raise BadSampleError("has a token that the model does not know")
         if text.n_tokens < self.min_tokens:
             kind = type(self.model).__name__
             raise BadSampleError(f"has {text.n_tokens} tokens; {kind} needs {self.min_tokens}")
@@ -121,6 +124,13 @@ class HFTextTower(TextTower):
         hidden, real = self._start(out.hidden, real.to(self.device))
         pooled = torch.cat([self._pool(name, out, hidden, real) for name in self.poolings], -1)  # (B, D)
         return pooled, hidden
+
+    def probe_samples(self) -> list[str]:
+        samples = super().probe_samples()
+        if not self.n_excluded:
+            return samples
+        # The first word may merge with the end of an excluded prompt, so that no token would count.
+        return [f"{one} {other}" for one, other in zip(samples, samples[1:] + samples[:1], strict=True)]
 
     def probe(self) -> FrozenTower:
         """Also find the fewest tokens that the model takes: CANINE needs 4."""
@@ -199,6 +209,15 @@ def choose_poolings(
     return names
 
 
+def n_embeddings(model: nn.Module) -> int | None:
+    """Return the number of tokens that a model knows; None for models that hash their tokens, which know any."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+
+
 def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
     """Return the number of a prompt's tokens, without the special token at its end (sentence-transformers' rule)."""
     ids = tokenizer(prompt)["input_ids"] if prompt else []
@@ -227,14 +246,14 @@ def _token_types(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
 def _limits(part: Part, tokenizer: PreTrainedTokenizerBase, asked: SentenceFolder) -> tuple[int, int]:
     """Return the usual number of tokens, and the greatest.
 
-    The greatest is that of the position table. The usual is the smallest of this, of the tokenizer's limit, and of a
-    sentence-transformers folder's.
+    The greatest is that of the position table. The usual is what a sentence-transformers folder states, else the
+    tokenizer's limit, but at most the greatest.
     """
-    limits = [getattr(part.config, "max_position_embeddings", None)]
+    hard = [getattr(part.config, "max_position_embeddings", None)]
     for name, module in part.model.named_modules():
         # RoBERTa's positions start after the padding position: 514 rows hold 512 tokens.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            limits.append(module.weight.shape[0] - module.padding_idx - 1)
-    usual = [tokenizer.model_max_length, asked.max_length]
-    hard, soft = ([int(n) for n in numbers if n is not None and 0 < n < NO_LIMIT] for numbers in (limits, usual))
-    return min([*hard, *soft], default=MAX_TOKENS), min(hard, default=NO_LIMIT)
+            hard.append(module.weight.shape[0] - module.padding_idx - 1)
+    soft = [tokenizer.model_max_length if asked.max_length is None else asked.max_length]
+    most, usual = ([int(n) for n in numbers if n is not None and 0 < n < NO_LIMIT] for numbers in (hard, soft))
+    return min([*most, *usual], default=MAX_TOKENS), min(most, default=NO_LIMIT)

@@ -32,7 +32,7 @@ def mean_sqrt_len(hidden: Tensor, counted: Tensor) -> Tensor:
 def weighted_mean(hidden: Tensor, counted: Tensor) -> Tensor:
     """Average the tokens that count, weighted by their position in the text, from 1 (SGPT, equation 2)."""
     weights = counted * torch.arange(1, counted.shape[1] + 1, device=counted.device)  # (B, T)
-    return _sum(hidden, weights) / weights.sum(1, keepdim=True)
+    return _sum(hidden, weights) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 def highest(hidden: Tensor, counted: Tensor) -> Tensor:

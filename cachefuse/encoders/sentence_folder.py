@@ -77,14 +77,14 @@ class Dense(nn.Module):
     def __init__(self, width: int, out: int, bias: bool, activation: nn.Module, residual: bool):
         super().__init__()
         self.linear = nn.Linear(width, out, bias=bias)
-        self.activation = activation
+        self.activation_function = activation
         self.use_residual = residual
         if residual and width != out:
             self.residual = nn.Linear(width, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """From (B, D) to (B, D')."""
-        y: Tensor = self.activation(self.linear(x))
+        y: Tensor = self.activation_function(self.linear(x))
         if self.use_residual:
             y = y + (self.residual(x) if hasattr(self, "residual") else x)
         return y
@@ -98,10 +98,22 @@ class Normalize(nn.Module):
         return F.normalize(x, dim=-1)
 
 
+class Truncate(nn.Module):
+    """Keep the first features of vectors (B, D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (B, D) to (B, width), or as it is if D is less."""
+        return x[:, : self.width]
+
+
 def transformer_folder(folder: Path) -> Path:
     """Return the folder of the weights: the folder, or the subfolder that modules.json names first."""
     modules = _read(folder / "modules.json")
-    path = modules[0].get("path", "") if isinstance(modules, list) and modules else ""
+    path = str(modules[0].get("path", "")) if _is_list_of_modules(modules) else ""
     inside = folder / path
     return (
         inside
@@ -113,6 +125,8 @@ def transformer_folder(folder: Path) -> Path:
 def read_sentence_folder(spec: EncoderSpec, folder: Path) -> SentenceFolder:
     """Read a folder's modules. Raises EncoderError for a module or a setting that is not done here, by its name."""
     modules = _read(folder / "modules.json")
+    if (folder / "modules.json").is_file() and not _is_list_of_modules(modules):
+        raise EncoderError(f"cannot open {spec}: its modules.json must list a Transformer, a Pooling, and what follows")
     if not modules:  # older folders, and copies of them, have the pooling alone
         pooling = _read(folder / "1_Pooling" / "config.json")
         modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
@@ -139,14 +153,16 @@ def read_sentence_folder(spec: EncoderSpec, folder: Path) -> SentenceFolder:
                 raise EncoderError(
                     f"cannot open {spec}: its modules.json asks for {kind} as module {i}, which hf lacks"
                 )
-    asked.names = tuple(names)
-    _read_prompt(spec, folder, asked)
+    truncated = _read_settings(spec, folder, asked)
+    asked.names = (*names, *truncated)
     return asked
 
 
 def _read_transformer(spec: EncoderSpec, path: Path, asked: SentenceFolder) -> None:
     config: JsonObject = next((found for name in TRANSFORMER_CONFIGS if (found := _read(path / name))), {})
     asked.max_length = config.pop("max_seq_length", None)
+    if asked.max_length is not None and type(asked.max_length) is not int:
+        raise EncoderError(f"cannot open {spec}: its max_seq_length must be a number. Got {asked.max_length!r} instead")
     asked.lower_case = bool(config.pop("do_lower_case", False))
     for name, value in config.items():
         match name:
@@ -168,13 +184,15 @@ def _read_transformer(spec: EncoderSpec, path: Path, asked: SentenceFolder) -> N
 
 def _read_pooling(spec: EncoderSpec, path: Path, asked: SentenceFolder) -> None:
     config = _config(spec, path)
-    modes = config.get("pooling_mode")
-    if modes is None:
+    modes = config.get("pooling_mode", "") or ()
+    if "pooling_mode" not in config:
         unknown = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
         modes = [mode for key, mode in LEGACY_POOLINGS.items() if config.get(key)]
         modes += sorted(set(unknown) - set(LEGACY_POOLINGS))  # refused by name below
         modes = modes or ["mean"]
     asked.poolings = (modes,) if isinstance(modes, str) else tuple(modes)
+    if not asked.poolings:
+        raise EncoderError(f"cannot open {spec}: its Pooling module names no pooling_mode")
     for mode in asked.poolings:
         if mode not in POOLINGS:
             raise EncoderError(f"cannot open {spec}: its Pooling module asks for {mode}; hf has {', '.join(POOLINGS)}")
@@ -219,14 +237,27 @@ def _weights(spec: EncoderSpec, path: Path) -> Mapping[str, Tensor]:
     return load_file(file)
 
 
-def _read_prompt(spec: EncoderSpec, folder: Path, asked: SentenceFolder) -> None:
+def _is_list_of_modules(modules: Any) -> bool:
+    return isinstance(modules, list) and len(modules) > 1 and all(isinstance(module, dict) for module in modules)
+
+
+def _read_settings(spec: EncoderSpec, folder: Path, asked: SentenceFolder) -> tuple[str, ...]:
+    """Read what holds for the whole folder: a prompt, and how many features to keep. Return the name of the latter."""
     config = _read(folder / "config_sentence_transformers.json")
+    kind = config.get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
+        raise EncoderError(f"cannot open {spec}: it is a {kind}; expected a SentenceTransformer")
     name = config.get("default_prompt_name")
     if name is not None:
         prompts = config.get("prompts") or {}
         if name not in prompts:
             raise EncoderError(f"cannot open {spec}: its default prompt {name} is none of its prompts")
         asked.prompt = prompts[name] or ""
+    width = config.get("truncate_dim")
+    if width is None:
+        return ()
+    asked.after.append(Truncate(int(width)))
+    return (f"first {width}",)
 
 
 def _config(spec: EncoderSpec, path: Path) -> JsonObject:
