@@ -92,9 +92,15 @@ def encode_answers(ids: Sequence[str], rows: Sequence[Sequence[str] | None], cla
     """Return the classes of each row's answers, (N, 10) int32: -2 for an answer that is not a class, -1 for no answer.
 
     If all people gave the same answer, in another spelling than the class c's, it is -3 - c: see ``UNLIKE``. A row may
-    be None. Raises DataError, naming the row by its id, for more than ten answers.
+    be None. Raises DataError, naming the row by its id, for more than ten answers, and for classes that are one answer.
     """
-    numbers = {normalise_answer(name): i for i, name in enumerate(classes)}
+    numbers: dict[str, int] = {}
+    for i, name in enumerate(classes):
+        first = numbers.setdefault(normalise_answer(name), i)
+        if first != i:
+            raise DataError(
+                f"the classes {classes[first]!r} and {name!r} are one answer to the VQA evaluation; keep one"
+            )
     known: dict[str, int] = {}  # by raw answer: few are distinct, and the normal form is slow
     targets = np.full((len(rows), N_ANSWERS), NO_ANSWER, np.int32)
     for i, row in enumerate(rows):

@@ -176,3 +176,8 @@ def test_what_is_no_class_is_never_right():
 def test_predictions_and_answers_of_other_kinds(predicted, answers, got):
     with pytest.raises(DataError, match=naming(f"predictions answers {got}")):
         vqa_accuracy(predicted, answers)
+
+
+def test_two_classes_that_are_one_answer_are_refused():
+    with pytest.raises(DataError, match=naming("T-shirt shirt")):
+        encode_answers(["1"], [["red"]], ["red", "T-shirt", "t shirt"])
