@@ -24,6 +24,7 @@ CBMF_PAPER = Recipe(
         Chosen("optimizer", "adamw", LATER_CODE),
         Chosen("lr", 1e-3, LATER_CODE),
         Chosen("weight_decay", 1e-3, LATER_CODE),
+        Chosen("decay", "all", LATER_CODE),
         Chosen("batch_size", 64, LATER_CODE),
         Chosen("schedule", "constant", "not stated; the authors' later code lowers the rate on a plateau"),
         Chosen("ema", 0.0, "the paper has none"),

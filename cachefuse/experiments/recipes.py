@@ -11,7 +11,7 @@ ABSENT = tuple(
         "class_weights": "none", "sampler": "shuffle", "clip_norm": 0.0, "ema": 0.0, "modality_dropout": 0.0,
         "shuffle": {}, "standardize": "none",
     }.items()
-)  # fmt: skip
+) + (Chosen("decay", "all", "the paper leaves no parameter out"),)  # fmt: skip
 IDLE = {
     "accumulate": "the gradient is the same; it saves memory",
     "loss_options": "a cross-entropy has none of interest",

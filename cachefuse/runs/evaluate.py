@@ -53,11 +53,11 @@ class Evaluation:
     gates: dict[str, float]
     gates_per_class: dict[str, list[float]]
     caution: str | None
-    kinds: dict[str, dict[str, tuple[int, float]]]
     rows: np.ndarray = field(compare=False, repr=False)
     targets: np.ndarray = field(compare=False, repr=False)
     scores: np.ndarray = field(compare=False, repr=False)
     predictions: np.ndarray = field(compare=False, repr=False)
+    kinds: dict[str, dict[str, tuple[int, float]]] = field(default_factory=dict)
     tasks: tuple[TaskSlice, ...] = field(default=(), repr=False)
     labelled: np.ndarray = field(default_factory=lambda: np.empty((0, 0), bool), compare=False, repr=False)
     weights: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0)), compare=False, repr=False)
