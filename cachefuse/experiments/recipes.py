@@ -5,13 +5,16 @@ from cachefuse.experiments.recipe import CROSS_ENTROPY, Chosen, Recipe, Stated
 YOURS = "how often to train, and on which rows: yours"
 NONE = "the paper has none"
 # Settings of every training that no paper mentions.
-ABSENT = tuple(
-    Chosen(name, value, NONE)
-    for name, value in {
-        "class_weights": "none", "sampler": "shuffle", "clip_norm": 0.0, "ema": 0.0, "modality_dropout": 0.0,
-        "shuffle": {}, "standardize": "none",
-    }.items()
-) + (Chosen("decay", "all", "the paper leaves no parameter out"),)  # fmt: skip
+ABSENT = (
+    *(
+        Chosen(name, value, NONE)
+        for name, value in {
+            "class_weights": "none", "sampler": "shuffle", "clip_norm": 0.0, "ema": 0.0, "modality_dropout": 0.0,
+            "shuffle": {}, "standardize": "none",
+        }.items()
+    ),
+    Chosen("decay", "all", "the paper leaves no parameter out"),
+)  # fmt: skip
 IDLE = {
     "accumulate": "the gradient is the same; it saves memory",
     "loss_options": "a cross-entropy has none of interest",

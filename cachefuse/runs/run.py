@@ -21,6 +21,11 @@ from cachefuse.training.inference import predict_scores
 from cachefuse.training.loop import History
 from cachefuse.training.resolved import ResolvedConfig
 
+CHOSE_EPOCH = (
+    "the val rows also chose the epoch (--patience), so their figures may be too high; "
+    "--folds 5 measures rows that chose nothing"
+)
+
 
 @dataclass(frozen=True)
 class Member:
@@ -106,12 +111,9 @@ class Run:
     @property
     def caution(self) -> str | None:
         """Why figures of the rows held out may be too high: these rows chose the epoch. None if they chose nothing."""
-        if self.held_out is None or not any(m.config.patience and not m.config.folds for m in self.members):
+        if self.held_out is None or not any(member.config.chooses_epoch_on_val for member in self.members):
             return None
-        return (
-            f"the {self.held_out.split} rows also chose the epoch (--patience), so their figures may be too high; "
-            f"--folds 5 measures rows that chose nothing"
-        )
+        return CHOSE_EPOCH
 
     @property
     def n_parameters(self) -> int:

@@ -194,6 +194,8 @@ class TrainConfig:
             METRICS.check(self.monitored_metric)
         if self.monitor is not None and lower_is_better(self.monitor):
             raise ConfigError(f"monitor must be a metric for which higher is better. Got {self.monitor!r} instead")
+        if self.monitor == LOSS and not self.patience:
+            raise ConfigError("monitor 'loss' chooses the best epoch, which needs --patience N; add it")
         if self.optimizer == "lbfgs" and self.head != "linear":
             raise ConfigError(f"optimizer 'lbfgs' needs --head linear. Got head {self.head!r}; use adam or adamw")
         for name, value in self.loss_options.items():
@@ -213,6 +215,11 @@ class TrainConfig:
         """Return the views of a modality that the fusion reads."""
         views = self._fusion.views(modality, self.own_options())
         return (FLAT,) if self.views == TOKENS and views == (POOLED,) else views
+
+    @property
+    def chooses_epoch_on_val(self) -> bool:
+        """Whether the rows that are reported also choose the epoch; with folds, other rows do."""
+        return bool(self.patience and not self.folds)
 
     @property
     def monitored_metric(self) -> str | None:

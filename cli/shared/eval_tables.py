@@ -14,7 +14,7 @@ from cachefuse.files import JsonObject
 from cachefuse.metrics import MEAN, headline, lower_is_better, main_metric, metric_title
 from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
-from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
+from cachefuse_cli.shared.render import MAX_CLASSES, new_table, note, out
 
 if TYPE_CHECKING:
     from cachefuse.runs.evaluate import Evaluation
@@ -180,6 +180,8 @@ def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
     console.print(f"{len(joined.members)} models, {joined.n_parameters:,} parameters in total, {joined.size_mb:.2f} MB")
     console.print(Text.assemble(("run   ", "dim"), str(joined.path)), soft_wrap=True)
     console.print(Text.assemble(("next  ", "dim"), "cachefuse predict"), soft_wrap=True)
+    for caution in dict.fromkeys(run.caution for run in all_runs if run.caution):
+        note(caution)
 
 
 def _best(name: str, metrics: Sequence[dict[str, float]]) -> float | None:

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from cachefuse.files import JsonObject
 from cachefuse.metrics import metric_title
-from cachefuse_cli.shared.render import err, new_table, out, run_dict, run_report
+from cachefuse_cli.shared.render import err, new_table, note, out, run_dict, run_report
 
 if TYPE_CHECKING:
     from cachefuse.experiments.results import SettingResult, SweepResult
@@ -112,6 +112,10 @@ def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | No
                 seeds = ", ".join(str(trial.seed) for trial in failed)
                 console.print(Text(f"{_label(result, setting)}, seed {seeds}: {failed[0].diverged}"), soft_wrap=True)
         console.print()
+    if any(setting.config.chooses_epoch_on_val for result in results for setting in result.settings):
+        from cachefuse.runs.run import CHOSE_EPOCH  # with torch, which the help does not need
+
+        note(CHOSE_EPOCH)
     if any(setting.published for result in results for setting in result.settings):
         console.print(Text(results[0].paper))
     console.print(Text.assemble(("wrote ", "dim"), str(folder)), soft_wrap=True)

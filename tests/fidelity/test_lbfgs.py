@@ -66,7 +66,9 @@ def one_by_one(c, x, targets, class_weight=None):
     return np.concatenate([w for w, _ in columns]), np.concatenate([b for _, b in columns])
 
 
-@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize(
+    "name", [name if name != "digits" else pytest.param(name, marks=pytest.mark.slow) for name in DATA]
+)
 @pytest.mark.parametrize("c", [0.01, pytest.param(1.0, marks=pytest.mark.slow), 100.0])
 def test_one_label_equals_multinomial_logistic_regression(name, c):
     x, y = DATA[name]()

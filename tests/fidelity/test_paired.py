@@ -235,7 +235,7 @@ def test_other_metrics_are_bootstrapped(task, metric):
 def test_claims_are_false_as_rarely_as_they_say(monkeypatch):
     """Five equally good models: rarely is any pair said to differ. One worse by the margin: rarely is it enough."""
     monkeypatch.setattr(verdict, "RESAMPLES", 1000)
-    rng, repeats = np.random.default_rng(0), 300
+    rng, repeats = np.random.default_rng(0), 100
     differ = enough = 0
     for _ in range(repeats):
         targets = one_hot(rng, 500)
@@ -251,7 +251,7 @@ def test_claims_are_false_as_rarely_as_they_say(monkeypatch):
 @pytest.mark.parametrize("metric", ["micro_f1", "accuracy"])
 def test_the_two_sided_p_is_right_one_time_in_twenty(metric):
     """Two equally good models, several hundred times: p is at most .05 in about 5% of them; McNemar's never in more."""
-    rng, repeats = np.random.default_rng(0), 400
+    rng, repeats = np.random.default_rng(0), 150
     false, exact = 0, 0
     for i in range(repeats):
         targets = one_hot(rng, 300)

@@ -204,3 +204,8 @@ def test_a_runs_settings_are_read_as_they_are():
     assert ResolvedConfig.from_run(older, "multilabel").lr == resolved.lr
     with pytest.raises(ConfigError, match=naming("rate")):
         ResolvedConfig.from_run({"rate": 1}, "multilabel")
+
+
+def test_the_lowest_loss_needs_patience_to_choose_an_epoch():
+    with pytest.raises(ConfigError, match=naming("monitor loss patience")):
+        TrainConfig(monitor="loss")

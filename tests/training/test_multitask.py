@@ -186,7 +186,7 @@ def test_settings_of_one_task_are_refused(data):
         data.resolve(TrainConfig(sampler="balanced"))
     with pytest.raises(ConfigError, match="metrics"):
         data.resolve(TrainConfig(monitor="macro_f1"))
-    assert data.resolve(TrainConfig(monitor="loss")).monitored_metric is None
+    assert data.resolve(TrainConfig(monitor="loss", patience=2)).monitored_metric is None
 
 
 def test_figures_are_of_the_rows_that_have_the_label(tasks_store):
