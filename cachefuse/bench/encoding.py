@@ -127,13 +127,15 @@ def save_clip(folder: Path, layers: int) -> str:
     config["text_cfg"] |= {"width": 64, "heads": 1, "layers": 1}
     folder.mkdir()
     save_file(open_clip.CLIP(**config).state_dict(), folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": {}}))
+    colours = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": colours}))
     return f"clip:{folder}"
 
 
 def save_bert(folder: Path, layers: int) -> str:
-    """Save a BERT with MiniLM's widths and ``layers`` layers, with a tokenizer of one word."""
-    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "word": 4}
+    """Save a BERT with MiniLM's widths and ``layers`` layers, with a tokenizer of a few words."""
+    words = ("word", *(f"word{i}" for i in range(20)))
+    vocab = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3} | {word: i for i, word in enumerate(words, 4)}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     ends: list[str | tuple[str, int]] = [("[CLS]", 2), ("[SEP]", 3)]
