@@ -79,9 +79,9 @@ def encode_texts(bench: Bench) -> BenchRow:
     lengths = bench.generator.lognormal(math.log(MEAN_TOKENS) - SPREAD**2 / 2, SPREAD, bench.sizes.texts)
     prepared = [tower.prepare("word " * max(1, int(length))) for length in lengths]  # truncated to MAX_TOKENS
     ids = torch.full((len(prepared), MAX_TOKENS), tower.pad_id)  # (N, T)
-    for row, tokens in zip(ids, prepared, strict=True):
-        row[: len(tokens)] = torch.tensor(tokens)
-    mask = torch.arange(MAX_TOKENS) < torch.tensor([[len(tokens)] for tokens in prepared])
+    for row, text in zip(ids, prepared, strict=True):
+        row[: tower.length(text)] = torch.tensor(text.windows[0])
+    mask = torch.arange(MAX_TOKENS) < torch.tensor([[tower.length(text)] for text in prepared])
 
     def ours() -> None:
         for start in range(0, len(prepared), WINDOW_BATCHES["pooled"] * BATCH):
