@@ -99,7 +99,7 @@ class FrozenTower(Tower):
             raise EncoderError(f"{name} gives features of shape {first.shape}; expected (B, D)")
         if not np.isfinite(first).all():
             raise EncoderError(f"{name} gives features that are not finite numbers")
-        self._check_repeats(samples[0])
+        self._check_repeats(pooled[0], self._encode(samples[:1], ("pooled",))["pooled"])
         if len({row.tobytes() for row in pooled}) < len(samples):
             raise EncoderError(f"{name} gives the same features for different samples; are its files whole?")
         self.width, self.views = first.shape[1], tuple(features)
@@ -120,19 +120,19 @@ class FrozenTower(Tower):
 
         Texts are tried alone and beside longer ones, then beside others of their length; images in a batch.
         """
-        mixed = samples[:3]
+        mixed = samples[:2]
         if self.by_length:
             words = [*self.probe_samples()] * 5
             mixed = [self.prepare(" ".join(words[:n])) for n in LENGTHS]
-            self._check_repeats(mixed[-1])  # Reformer's hashing is random, but short texts need none
+            # Reformer's hashing is random, but short texts need none.
+            self._check_repeats(*(self._encode(mixed[-1:], ("pooled",))["pooled"] for _ in range(2)))
         if self._are_the_same(mixed):
             return "all"
         equal = [sample for sample in samples if self.length(sample) == self.length(samples[0])]
         return "equal lengths" if self.by_length and self._are_the_same(equal[:3]) else "one"
 
-    def _check_repeats(self, sample: Any) -> None:
-        """Refuse a model that is random, such as one that hides patches."""
-        one, other = (self._encode([sample], ("pooled",))["pooled"] for _ in range(2))
+    def _check_repeats(self, one: np.ndarray, other: np.ndarray) -> None:
+        """Refuse a model that is random, such as one that hides patches: two features (1, D) of one sample differ."""
         if not np.allclose(one, other, rtol=0, atol=1e-3 * np.abs(one).max()):
             raise EncoderError(f"{type(self.model).__name__} gives different features each time for the same sample")
 

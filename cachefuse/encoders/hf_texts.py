@@ -1,6 +1,7 @@
 """Text towers of transformers models."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -212,8 +213,8 @@ def choose_poolings(
 def n_embeddings(model: nn.Module) -> int | None:
     """Return the number of tokens that a model knows; None for models that hash their tokens, which know any."""
     try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
+        embedding = cast(Any, model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # the library's way to say that there is none
         embedding = None
     return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
 

@@ -48,10 +48,15 @@ def bootstrap_intervals(
             seed,
             together,
             groups,
-            lambda done, first=i * n_resamples: on_progress(first + done, total),  # type: ignore[misc]
+            counted_from(on_progress, i * n_resamples, total),
         )
         intervals[name] = percentiles(figures, level)
     return intervals
+
+
+def counted_from(on_progress: Progress, begun: int, total: int) -> Callable[[int], None]:
+    """Return what counts the figures of one metric, after ``begun`` of the ``total`` were done before."""
+    return lambda done: on_progress(begun + done, total)
 
 
 def check_level(n_resamples: int, level: float) -> None:

@@ -13,7 +13,7 @@ import torch
 from cachefuse.errors import RunError
 from cachefuse.files import JsonObject, write_atomically
 from cachefuse.metrics.base import divide
-from cachefuse.metrics.bootstrap import at_once, check_level, resample
+from cachefuse.metrics.bootstrap import at_once, check_level, counted_from, resample
 from cachefuse.metrics.decisions import answer_accuracy
 from cachefuse.metrics.paired import LEVEL, MCNEMAR, Difference, difference, holm, mcnemar, right_rows
 from cachefuse.metrics.per_class import class_f1
@@ -76,6 +76,7 @@ class RunComparison:
     metrics: dict[str, PairedFigure]
     per_class: dict[str, PairedFigure]
     rows: tuple[RowDifference, ...]
+    cautions: tuple[str, ...] = ()  # why the figures of either run may be too high
 
     def as_dict(self) -> JsonObject:
         """Return all of it, with at most ``SHOWN`` rows."""
@@ -125,7 +126,7 @@ def evaluate_against(
             draw(
                 metric.weighted(*of_run),
                 n_resamples=n_resamples,
-                on_progress=_from(on_progress, (2 * i + k) * n_resamples, total),
+                on_progress=counted_from(on_progress, (2 * i + k) * n_resamples, total),
             )
             for k, of_run in enumerate(arrays)
         ]
@@ -135,14 +136,16 @@ def evaluate_against(
             found = replace(found, p=mcnemar(right[0], right[1]), test=MCNEMAR)
         metrics[name] = PairedFigure(values[0], values[1], found)
     f1 = [class_f1(targets, x, data.tasks) for x in (predictions, other_predictions)]
+    begun = total - 2 * for_classes
     by_class = [
-        draw(of_run, n_resamples=for_classes, on_progress=_from(on_progress, total - (2 - k) * for_classes, total))
+        draw(of_run, n_resamples=for_classes, on_progress=counted_from(on_progress, begun + k * for_classes, total))
         for k, of_run in enumerate(f1)
     ]
     of_class = [of_run(np.ones((len(both), 1)))[:, 0] for of_run in f1]
     return RunComparison(
         run=run.name,
         against=against.name,
+        cautions=tuple(dict.fromkeys(one.caution for one in (run, against) if one.caution)),
         dataset=store.dataset,
         split=first.split if first.split == second.split else f"{first.split} and {second.split}",
         n_rows=len(both),
@@ -189,10 +192,6 @@ def _of_rows(measured: Measured, rows: np.ndarray) -> tuple[np.ndarray, np.ndarr
     order = measured.rows.cpu().numpy().argsort()
     places = order[np.searchsorted(measured.rows.cpu().numpy()[order], rows)]
     return measured.scores[places], measured.predictions[places]
-
-
-def _from(on_progress: Callable[[int, int], None], begun: int, total: int) -> Callable[[int], None]:
-    return lambda done: on_progress(begun + done, total)
 
 
 def _per_class(

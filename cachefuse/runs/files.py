@@ -88,6 +88,7 @@ class Description(BaseModel):
     sources: tuple[str, ...]
     thresholds: list[FiniteFloat]
     results: dict[str, _Result]
+    caution: str | None = None
     split_digest: str
     seconds: float
     size_mb: float
@@ -97,7 +98,8 @@ class Description(BaseModel):
 class RunSummary:
     """A run in a list: ``metrics`` are of ``n_rows`` held-out rows, and ``split`` is "oof" or "val".
 
-    Without held-out rows ``split`` is None. ``settings`` are those that differ from the defaults; an ensemble has none.
+    Without held-out rows ``split`` is None. ``caution`` says why the metrics may be too high. ``settings`` are those
+    that differ from the defaults; an ensemble has none.
     """
 
     name: str
@@ -110,6 +112,7 @@ class RunSummary:
     metrics: dict[str, float]
     size_mb: float
     settings: JsonObject
+    caution: str | None = None
 
 
 def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Path:
@@ -216,6 +219,7 @@ def _summarize(path: Path) -> RunSummary:
         metrics=about.results[split].metrics if split else {},
         size_mb=about.size_mb,
         settings=settings,
+        caution=about.caution,
     )
 
 

@@ -215,16 +215,16 @@ def backward(
     for parameter in parameters:
         parameter.grad = None
     n = len(batch[2])
-    total: Any = 0.0
+    values: list[Tensor] = []
     for features, present, targets in split_batch(batch, optimization.accumulate):
         with torch.autocast("cuda", torch.bfloat16, enabled=optimization.mixed_precision):
             value = model.objective(features, present, targets, loss)
         value = value * (len(targets) / n)
         value.backward()
-        total = total + value.detach()
+        values.append(value.detach())
     if optimization.clip_norm:
         nn.utils.clip_grad_norm_(parameters, optimization.clip_norm)
-    return total  # type: ignore[no-any-return]
+    return sum(values[1:], start=values[0])
 
 
 def split_batch(batch: Batch, n: int) -> Iterator[Batch]:

@@ -153,13 +153,13 @@ def _evaluate_against(
         store = open_store(workspace, dataset or run.dataset)
     render.run_line(run)
     render.run_line(against)
-    for caution in dict.fromkeys(one.caution for one in (run, against) if one.caution):
-        render.note(caution)
     if differences is not None:
         check_target(differences)
     with BenchProgress() as progress:
         update = partial(progress.update, "differences")
         found = evaluate_against(run, against, store, split, device=device, on_progress=update)
+    for caution in found.cautions:
+        render.note(caution)
     if differences is not None:
         write_differences(found, differences)
         render.note(f"wrote {differences}")
