@@ -139,7 +139,10 @@ def preset(name: str, data: TrainingData, changes: Options | None = None) -> Exp
     experiment: Experiment = lookup({**PRESETS, **TOKEN_PRESETS}, name, "preset")
     base = _apply_changes(name, experiment.base, changes or {}, experiment.settings)
     base = fit_task(base, data.task, [task.kind for task in data.tasks], changes or {})
-    return replace(experiment, base=base, settings=[_scaled(setting, data, base) for setting in experiment.settings])
+    # The paper's figures are samples-F1 of several labels a row.
+    published = experiment.published if (data.task, base.monitor) == ("multilabel", experiment.base.monitor) else None
+    settings = [_scaled(setting, data, base) for setting in experiment.settings]
+    return replace(experiment, base=base, settings=settings, published=published)
 
 
 def fusion_of(name: str) -> str:
@@ -206,7 +209,8 @@ def _scaled(setting: Options, data: TrainingData, base: TrainConfig) -> JsonObje
 
 def _after(experiment: Experiment, chosen: Options) -> Experiment:
     """Return the settings to try after some fields are chosen; these choices may differ from the paper's."""
-    rows = list(zip(experiment.settings, experiment.published or (), strict=True))
+    printed: Sequence[Published | None] = experiment.published or [None] * len(experiment.settings)
+    rows = list(zip(experiment.settings, printed, strict=True))
     left = [row for row in rows if all(chosen.get(field, value) == value for field, value in row[0].items())]
     if not left:
         left = [(setting, None) for setting, _ in rows]

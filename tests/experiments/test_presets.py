@@ -70,6 +70,15 @@ def test_batches_are_shares_of_the_rows_to_train_on(folds, some, few, opened):
 
 
 @pytest.mark.parametrize(
+    ("task", "changes", "shown"),
+    [("multilabel", {}, True), ("multilabel", {"monitor": "micro_f1"}, False), ("multiclass", {}, False)],
+)
+def test_published_figures_stand_beside_figures_of_their_kind_only(toy_store, task, changes, shown):
+    data = open_training_data(toy_store(task))
+    assert (preset("mmc-fusion", data, changes).published is not None) == shown
+
+
+@pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
         ("mmc-losses", {"loss": "bce"}, "preset loss"),
