@@ -66,10 +66,10 @@ def test_max_tokens_may_be_above_the_usual_limit_and_not_above_the_models():
 def test_options_change_the_key_and_the_default_does_not():
     keys = [
         dict(open_encoder(f"{MINILM}{options}")["text"].provenance)
-        for options in ("", ",long_texts=cut", ",max_tokens=256", ",max_tokens=128", ",long_texts=windows")
+        for options in ("", ",long_texts=cut,max_tokens=256", ",max_tokens=128", ",long_texts=windows")
     ]
-    assert keys[0] == keys[1] == keys[2]
-    assert keys[3] != keys[0] != keys[4]
+    assert keys[0] == keys[1]
+    assert keys[2] != keys[0] != keys[3]
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +121,7 @@ reader = { kind = "table", files = { train = "rows.jsonl" }, id = "id", text = "
 
 
 @pytest.mark.parametrize("views", [("pooled",), ("ids",), ("pooled", "tokens")])
+@pytest.mark.one_in(3)
 def test_long_texts_are_counted_once_over_blocks_and_appended_rows(tmp_path, views):
     texts = [f"{PLOT} {i}" if i % 3 == 0 else f"short {i}" for i in range(150)]
     spec = f"{MINILM},max_tokens=32"
