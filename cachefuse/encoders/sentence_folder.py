@@ -268,4 +268,8 @@ def _config(spec: EncoderSpec, path: Path) -> JsonObject:
 
 
 def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """Return the content of a JSON file, nothing if it is missing. Raises ValueError, naming a damaged file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path.name} is not valid JSON ({error})") from error

@@ -132,7 +132,7 @@ def test_a_folder_of_another_kind_of_model(tmp_path):
     refused(tmp_path, "SparseEncoder SentenceTransformer")
 
 
-@pytest.mark.parametrize("modules", ["[]", "null", '["Transformer"]', '[{"path": "", "type": "x.Transformer"}]'])
+@pytest.mark.parametrize("modules", ["[]", "null", '["Transformer"]', '[{"path": "", "type": "x.Transformer"}]', "[{"])
 def test_a_list_of_modules_that_is_none(tmp_path, modules):
     save_bert(tmp_path)
     as_sentence_folder(tmp_path)
