@@ -31,10 +31,12 @@ from cachefuse.runs.files import (
 )
 from cachefuse.settings import with_older
 from cachefuse.store.features import Features
+from cachefuse.training.data import VAL
 from cachefuse.training.loop import History
 
 VERSIONS = ("cachefuse", "torch", "numpy", "zarr")
 MAX_WIDTH = 1 << 20  # of the features of a side in run.json
+CHOSE_EPOCH = "val also chose the epoch, so its figures may be too high; test rows chose nothing"
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,7 @@ class Alignment:
     @property
     def caution(self) -> str | None:
         """Why figures of val may be too high: val chose the epoch. None if it did not."""
-        if not self.config.patience or "val" not in self.results:
-            return None
-        return "val also chose the epoch (--patience), so its figures may be too high; test rows chose nothing"
+        return _caution(self.config) if VAL in self.results else None
 
     @property
     def same_texts(self) -> bool:
@@ -206,6 +206,7 @@ class AlignmentSummary:
     split: str | None
     recall_at_1: Mapping[str, float]
     size_mb: float
+    caution: str | None = None  # why the figures may be too high
 
 
 def shown_split(splits: Iterable[str]) -> str | None:
@@ -242,4 +243,10 @@ def _summarize(path: Path) -> AlignmentSummary:
         split=split,
         recall_at_1={name: direction.recall.get(1, float("nan")) for name, direction in directions.items()},
         size_mb=about.size_mb,
+        caution=_caution(config) if split == VAL else None,
     )
+
+
+def _caution(config: AlignConfig) -> str | None:
+    """Return why figures of val may be too high: its best epoch is kept, with patience or without."""
+    return CHOSE_EPOCH if config.epochs > 1 else None

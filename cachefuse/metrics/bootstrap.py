@@ -31,7 +31,7 @@ def bootstrap_intervals(
     ``on_progress`` gets the number of figures done and their total. ``groups`` (N,) are drawn whole: see ``resample``.
 
     Repeated rows make rankings look better. With few positives, recall_at_p90 and, less so, average precision tend to
-    be higher on resamples: the interval may lie above the metric itself.
+    be higher on resamples. An interval that would lie beside the metric itself is extended to it.
 
     Raises ConfigError for a level outside (0, 1) or no resamples, DataError as the metrics do.
     """
@@ -50,7 +50,7 @@ def bootstrap_intervals(
             groups,
             counted_from(on_progress, i * n_resamples, total),
         )
-        intervals[name] = percentiles(figures, level)
+        intervals[name] = interval(metric(targets, scores, predictions), figures, level)
     return intervals
 
 
@@ -98,11 +98,16 @@ def resample(
     return np.concatenate(pieces, axis=-1)
 
 
-def percentiles(figures: np.ndarray, level: float) -> tuple[float, float]:
-    """Return the middle ``level`` of figures (R,) without those that are NaN; NaN if all are."""
+def interval(value: float, figures: np.ndarray, level: float) -> tuple[float, float]:
+    """Return the interval of a value: the middle ``level`` of its resampled figures (R,), extended to the value.
+
+    Figures that are NaN do not count. The interval is NaN if all are.
+    """
     defined = figures[~np.isnan(figures)]
-    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2]) if len(defined) else (np.nan, np.nan)
-    return float(low), float(high)
+    if not len(defined):
+        return float("nan"), float("nan")
+    low, high = np.quantile(defined, [(1 - level) / 2, (1 + level) / 2])
+    return float(np.fmin(low, value)), float(np.fmax(high, value))
 
 
 def _draw(n: int, resamples: int, generator: np.random.Generator) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cachefuse.metrics.base import Metric
-from cachefuse.metrics.bootstrap import percentiles
+from cachefuse.metrics.bootstrap import interval
 from cachefuse.metrics.decisions import accuracy
 from cachefuse.metrics.tasks import BoundMetric, OfTask
 
@@ -32,13 +32,13 @@ class Difference:
 
 
 def difference(value: float, resampled: np.ndarray, level: float = LEVEL) -> Difference:
-    """Return a difference with its percentile interval and p, from its values in R resamples (R,).
+    """Return a difference with its bootstrap interval and p, from its values in R resamples (R,).
 
     Both figures must come from the same resamples: ``resample`` with the same seed. p is twice the share of resamples
     on the other side of 0, counting one more (Davison and Hinkley, 1997, section 4.2). The interval is NaN, and p is 1,
     if no resample defines the difference.
     """
-    low, high = percentiles(resampled, level)
+    low, high = interval(value, resampled, level)
     defined = resampled[~np.isnan(resampled)]
     one_side = 1 + min((defined <= 0).sum(), (defined >= 0).sum())
     return Difference(value, low, high, min(1.0, 2 * float(one_side) / (len(defined) + 1)))

@@ -106,13 +106,13 @@ def training_note(run: Alignment) -> str:
     note = f"{n:,} epoch{'s' * (n != 1)}; the dot marks the epoch whose weights were kept ({run.history.best_epoch:,})."
     if run.history.interrupted:
         note += " Training was interrupted."
+    if run.caution:
+        note += f" {run.caution[0].upper()}{run.caution[1:]}."
     if run.parent:
         return f"{note} The epochs trained {cut(run.parent)} further, together with a head."
     val = run.results.get(VAL)
     if val is not None:
         note += " R@1 is the mean of both directions."
-    if run.caution:
-        note += f" {run.caution[0].upper()}{run.caution[1:]}."
     if val is not None and val.n_samples < run.config.batch_size:
         note += (
             f" The loss grows with the number of compared pairs. Validation compares only {val.n_samples:,} pairs, and "

@@ -103,7 +103,7 @@ def alignments_report(summaries: "Sequence[AlignmentSummary]") -> None:
             escape(" with ".join(summary.encoders)),
             escape(summary.created[:16].replace("T", " ")),
             recall,
-            escape(summary.split or "-"),
+            f"{escape(summary.split or '-')}{', which chose the epoch' if summary.caution else ''}",
         )
     out().print(table)
 

@@ -150,6 +150,8 @@ def runs_report(summaries: "Sequence[RunSummary]") -> None:
             about = f"{run.created[:16].replace('T', ' ')}, {run.n_models} model{'s' * (run.n_models > 1)}"
             if run.split:
                 about += f", {run.split}"
+            if run.caution:
+                about += ", which chose the epoch"
             known = settings_of(TrainConfig)
             settings = {name: value for name, value in run.settings.items() if name not in IN_NAME}
             shown = (f"{known[name].option} {known[name].text(value)}" for name, value in settings.items())

@@ -134,8 +134,10 @@ def test_evaluate_runs_and_predict_know_alignments(cachefuse, space, run, fits):
     assert "mine-dfe-add-1" in listed.out
     assert "mine-sum-linear-asl-1" in listed.out
     fits(listed.out)
-    kinds = [one.get("kind") for one in json.loads(cachefuse("runs", "--json").out)]
-    assert kinds == [None, "alignment"]
+    found = json.loads(cachefuse("runs", "--json").out)
+    assert [one.get("kind") for one in found] == [None, "alignment"]
+    assert found[1]["split"] == "test"  # which chose nothing
+    assert found[1]["caution"] is None
     assert cachefuse("predict", "--output", "x.csv").code == 0  # by the head, though the alignment is later
     assert says(cachefuse("predict", "--run", "mine-dfe-add-1").error, "alignment classes")
     assert says(cachefuse("retrieve", "--text", "x", "--run", "mine-sum-linear-asl-1").error, "head")

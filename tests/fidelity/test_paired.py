@@ -67,6 +67,18 @@ def test_a_difference_is_that_of_the_same_repeated_rows(name):
     assert found.p == pytest.approx(min(1, 2 * (min(below, above) + 1) / 51))
 
 
+def test_an_interval_has_the_difference_in_it():
+    """Average precision of a poor model is higher on rows drawn again, so the resampled differences lie below it."""
+    targets = np.random.default_rng(0).random((400, 200)) < 0.01
+    scores = [np.where(targets, 1, 0) * 0.9 + 0.01, np.random.default_rng(1).random(targets.shape)]
+    models = [(x, x >= 0.5) for x in scores]
+    value = METRICS["macro_ap"](targets, *models[0]) - METRICS["macro_ap"](targets, *models[1])
+    apart = paired(targets, *models, "macro_ap")
+    assert np.quantile(apart, 0.975) < value
+    found = difference(value, apart)
+    assert (found.low, found.high) == (pytest.approx(np.quantile(apart, 0.025)), value)
+
+
 def test_pairing_is_what_makes_it_narrow():
     targets, first, second = two_models(400)
     apart = paired(targets, first, second, "micro_f1")
