@@ -110,10 +110,11 @@ def _text_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device:
         tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
     except Exception as error:
         raise EncoderError(f"cannot open {spec}: its tokenizer is missing or broken: {brief(error)}") from error
-    _check_tokenizer(spec, folder, part, tokenizer)
+    _check_tokenizer(spec, folder, tokenizer)
     if asked.lower_case:
         lower_case(tokenizer)
     rules = tokenizer_fingerprint(tokenizer)  # before the first call: a fast tokenizer keeps that call's truncation
+    _check_vocabulary(spec, part, tokenizer)
     poolings = choose_poolings(spec, part, tokenizer, asked)
     if "pooler" not in poolings:
         part.drop_pooler()
@@ -159,8 +160,8 @@ def _unstated(folder: Path, processor: ImageProcessor) -> list[str]:
     ]
 
 
-def _check_tokenizer(spec: EncoderSpec, folder: Path, part: Part, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a folder without a tokenizer's files, for which the library has defaults, and one with another model's."""
+def _check_tokenizer(spec: EncoderSpec, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a folder without a tokenizer's files, for which the library has defaults."""
     names = tokenizer.vocab_files_names
     needed = [names[kind] for kind in ("vocab_file", "merges_file") if kind in names] or ["tokenizer_config.json"]
     whole = names.get("tokenizer_file", "tokenizer.json")
@@ -171,8 +172,13 @@ def _check_tokenizer(spec: EncoderSpec, folder: Path, part: Part, tokenizer: Pre
             f"cannot open {spec}: without tokenizer_config.json, the library prepares texts in another way than its "
             f"tokenizer may; put that file there"
         )
-    limit = n_embeddings(part.model)
-    if limit is not None and {i for i in tokenizer.get_vocab().values() if i >= limit} - set(tokenizer.all_special_ids):
+
+
+def _check_vocabulary(spec: EncoderSpec, part: Part, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with tokens that the model does not know. Special tokens count if every text has them."""
+    limit = n_embeddings(part)
+    ids = {*tokenizer.get_vocab().values()} - {*tokenizer.all_special_ids} | {*tokenizer("")["input_ids"]}
+    if limit is not None and any(i >= limit for i in ids):
         raise EncoderError(
             f"cannot open {spec}: its tokenizer has more tokens than the {limit:,} of its model; it may be another's"
         )

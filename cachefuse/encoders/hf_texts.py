@@ -62,7 +62,7 @@ class HFTextTower(TextTower):
         self.types = _token_types(tokenizer) if "token_type_ids" in given else None
         self.n_excluded = 0 if asked.include_prompt else prompt_length(tokenizer, asked.prompt)
         self.min_tokens = 1
-        self.n_embeddings = n_embeddings(part.model)
+        self.n_embeddings = n_embeddings(part)
         asked.after.eval().requires_grad_(False).to(device)
         facts = {
             **provenance,
@@ -210,13 +210,13 @@ def choose_poolings(
     return names
 
 
-def n_embeddings(model: nn.Module) -> int | None:
+def n_embeddings(part: Part) -> int | None:
     """Return the number of tokens that a model knows; None for models that hash their tokens, which know any."""
     try:
-        embedding = cast(Any, model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # the library's way to say that there is none
+        embedding = cast(Any, part.model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # the library does not say, as of one side of a dual encoder
         embedding = None
-    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else None
+    return embedding.num_embeddings if isinstance(embedding, nn.Embedding) else getattr(part.config, "vocab_size", None)
 
 
 def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, ViTConf
 from cachefuse.encoders import open_encoder
 from cachefuse.encoders.sentence_folder import Dense
 from cachefuse.errors import BadSampleError, EncoderError
+from fixtures.hf_models import save_model
 from fixtures.messages import naming
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -64,6 +65,18 @@ def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
     tokenizer.add_tokens(["zebra", "lion"])
     tokenizer.save_pretrained(tmp_path)
     refused(tmp_path, "tokenizer tokens 192")
+
+
+@pytest.mark.parametrize("kind", ["bert", "clip", "groupvit"])
+def test_a_token_of_every_text_that_the_model_does_not_know(kind, tmp_path):
+    """The library does not say of all of these how many tokens they know."""
+    save_model(kind, tmp_path)
+    assert open_encoder(f"hf:{tmp_path}")
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["post_processor"]["special_tokens"]["[SEP]"]["ids"] = [50_000]
+    path.write_text(json.dumps(content))
+    refused(tmp_path, "tokenizer tokens")
 
 
 def test_a_text_with_a_special_token_that_the_model_does_not_know(tmp_path):
