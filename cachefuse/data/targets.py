@@ -23,6 +23,8 @@ def encode_targets(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...
     """
     if manifest.task in PAIRS:
         _check_pairs(samples, manifest)
+    if manifest.task != VQA:
+        samples = _without_empty_names(samples)
     if manifest.scale is not None:
         return (), encode_scores(samples, manifest.scale)
     if manifest.tasks:
@@ -37,6 +39,17 @@ def encode_targets(samples: Samples, manifest: Manifest) -> tuple[tuple[str, ...
     if manifest.task == VQA:
         return classes, encode_answers(samples.ids, samples.labels, classes)
     return classes, encode_labels(samples, classes, manifest.task, manifest.min_labels)
+
+
+def _without_empty_names(samples: Samples) -> Samples:
+    def named(labels: list[tuple[str, ...] | None]) -> list[tuple[str, ...] | None]:
+        return [row if row is None else tuple(filter(None, row)) for row in labels]
+
+    return replace(
+        samples,
+        labels=named(samples.labels),
+        task_labels={task: named(labels) for task, labels in samples.task_labels.items()},
+    )
 
 
 def _check_pairs(samples: Samples, manifest: Manifest) -> None:

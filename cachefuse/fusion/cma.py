@@ -39,6 +39,7 @@ class CMAFusion(Fusion):
     stages = (WARM_UP, TUNING)
     per_task = True
     weighs = True
+    no_weight_decay = ("relevance",)
     defaults: ClassVar = {"dropout": 0.2, "lr": 3e-4, "weight_decay": 1e-4, "epochs": 15, "batch_size": 64}
 
     @classmethod

@@ -50,6 +50,7 @@ class MidFusion(Fusion):
 
     name = "midfusion"
     mixed_precision = True
+    no_weight_decay = ("between",)
     defaults: ClassVar = {"dropout": 0.2, "lr": 3e-4, "weight_decay": 1e-4, "epochs": 15, "batch_size": 64}
 
     @classmethod

@@ -89,6 +89,8 @@ class AttentionPool(_Pooling):
     tokens, so scores start at unit variance for tokens of any scale. Values are the tokens themselves.
     """
 
+    no_weight_decay = ("query",)
+
     def __init__(self, width: int, n_tokens: int, heads: int = ATTENTION_HEADS):
         super().__init__(width, n_tokens)
         if width % heads:

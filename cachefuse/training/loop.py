@@ -139,9 +139,9 @@ class EpochLoop:
     ) -> Epoch:
         """Add an epoch to the history, keep its weights if it is the best so far, and return it.
 
-        Higher ``monitor`` is better. If it is None or NaN, the later epoch is better.
+        Higher ``monitor`` is better, and a number is better than NaN. If there is none, the later epoch is better.
         """
-        best = monitor is None or self._best_score is None or not monitor <= self._best_score
+        best = monitor is None or self._best_score is None or math.isnan(self._best_score) or monitor > self._best_score
         epoch = Epoch(self._number, loss, score, best, val_loss, raw_score, self._threads)
         self.history.epochs.append(epoch)
         if best:

@@ -15,7 +15,8 @@ from cachefuse.training import DECAY_ALL
 
 # Weights of these modules never decay: a norm's scale belongs around 1, and an embedding is one vector a token.
 NOT_DECAYED = (
-    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.Embedding,
+    nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
+    nn.Embedding, nn.EmbeddingBag,
 )  # fmt: skip
 
 ITERATIONS = 100  # of L-BFGS in a step
@@ -53,17 +54,25 @@ Parameters = Iterable[nn.Parameter] | Iterable[JsonObject]
 
 
 def trained_parameters(module: nn.Module) -> Iterator[tuple[nn.Parameter, bool]]:
-    """Yield each parameter that is not frozen, and whether it is a weight that decays: the matrix of a layer.
+    """Yield each parameter that is not frozen, and whether weight decay applies to it.
 
-    Biases, norms, embeddings, learned scales, tokens and temperatures do not decay, as in minGPT and timm.
+    It does to all but biases, norms, embeddings, numbers and vectors, as in minGPT and timm, and those that a module
+    names in ``no_weight_decay`` (of timm's models a method), such as a learned token. An embedding that is also the
+    matrix of a layer does not decay.
     """
-    seen = set()
-    for owner in module.modules():
-        matrices = not isinstance(owner, NOT_DECAYED) and not getattr(owner, "is_norm", False)
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.requires_grad and parameter not in seen:
-                seen.add(parameter)
-                yield parameter, matrices and parameter.ndim > 1 and name.endswith("weight")
+    spared = {parameter for owner in module.modules() for parameter in _spared(owner)}
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            yield parameter, parameter not in spared
+
+
+def _spared(owner: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a module's own that do not decay."""
+    named: Any = getattr(owner, "no_weight_decay", ())
+    named = named() if callable(named) else named
+    for name, parameter in owner.named_parameters(recurse=False):
+        if isinstance(owner, NOT_DECAYED) or parameter.ndim < 2 or "bias" in name or name in named:
+            yield parameter
 
 
 def decay_groups(module: nn.Module, weight_decay: float, decay: str) -> list[nn.Parameter] | list[JsonObject]:

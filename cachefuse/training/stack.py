@@ -56,7 +56,7 @@ class StackedLinear(nn.Module):
 class StackedLayerNorm(nn.Module):
     """H layer norms over the last dimension: shared inputs (B, D), or inputs (H, B, D), to (H, B, D)."""
 
-    is_norm = True  # its weights do not decay
+    no_weight_decay = ("weight",)
 
     def __init__(self, layer: nn.LayerNorm, n: int):
         super().__init__()

@@ -5,13 +5,17 @@ other nine / 3, 1). Answers and prediction are processed (punctuation, digits, a
 ten answers are not all alike. The normal form itself is tested in tests/data/test_answers.py.
 """
 
+import json
 import random
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from cachefuse.data.answers import N_ANSWERS, encode_answers, frequent_answers, normalise_answer, vqa_accuracy
+from cachefuse.data.dataset import load_dataset
+from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import CacheError
 from cachefuse.metrics import METRICS
 from cachefuse.metrics.decisions import decide
@@ -106,6 +110,39 @@ def test_what_a_head_learns_is_the_soft_target():
     np.testing.assert_allclose(data.table.targets[torch.arange(2)], [[1, 0], [2 / 3, 1]])
     np.testing.assert_allclose(data.targets(torch.arange(2)), [[0, 0], [0.6, 1]])
     assert [official("dog", row) for row in rows] == pytest.approx([0, 0.6])
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "hdf5"])
+def test_a_file_keeps_every_person(tmp_path, kind):
+    """Those who said nothing too, and those who said the same: each is one of the ten of the official accuracy."""
+    rng = random.Random(0)
+    rows = [[rng.choice(("yes", "no", "2", "", " ")) for _ in range(rng.randint(4, 10))] for _ in range(60)]
+    rows = [row for row in rows if any(answer.strip() for answer in row)]
+    joined = ["|".join(row) for row in rows]
+    if kind == "jsonl":
+        lines = [json.dumps({"id": str(i), "q": "who", "a": row}) for i, row in enumerate(rows)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    elif kind == "csv":
+        (tmp_path / "rows.csv").write_text("id,q,a\n" + "".join(f"{i},who,{a}\n" for i, a in enumerate(joined)))
+    else:
+        with h5py.File(tmp_path / "rows.hdf5", "w") as file:
+            for name, column in {"id": map(str, range(len(rows))), "q": ["who"] * len(rows), "a": joined}.items():
+                file[name] = np.array([*column], "S99")
+    separator = {"csv": 'separator = "|"', "hdf5": 'label_separator = "|"'}.get(kind, "")
+    text = f"""name = "q"
+task = "vqa"
+classes = ["yes", "no", "2"]
+[reader]
+kind = "{"hdf5" if kind == "hdf5" else "table"}"
+files = {{ train = "rows.{kind}" }}
+id = "id"
+text = "q"
+labels = "a"
+{separator}"""
+    dataset = load_dataset(parse_manifest(text, "q.toml"), tmp_path)
+    for c, name in enumerate(dataset.classes):
+        found = vqa_accuracy(np.full(len(rows), c), dataset.targets)
+        assert found == pytest.approx([official(name, row) for row in rows])
 
 
 def test_a_store_without_spellings_has_no_figure():

@@ -59,6 +59,55 @@ def test_what_decays_are_matrices_of_layers(model):
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
 
+class Own(nn.Module):
+    """Matrices of its own, one a learned token."""
+
+    no_weight_decay = ("token",)
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.token = nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(2, 4))
+        self.scale, self.bias_k = nn.Parameter(torch.ones(4)), nn.Parameter(torch.randn(1, 1, 4))
+
+
+class AsTimm(Own):
+    def no_weight_decay(self):
+        return {"token"}
+
+
+def tied(first, second):
+    """A layer and an embedding that share a matrix, in either order."""
+    layers = {"layer": nn.Linear(4, 6, bias=False), "embedding": nn.Embedding(6, 4)}
+    layers["layer"].weight = layers["embedding"].weight
+    return nn.ModuleDict({name: layers[name] for name in (first, second)})
+
+
+@pytest.mark.parametrize(
+    ("model", "spared"),
+    [
+        (nn.GRU(4, 4), {"bias_ih_l0", "bias_hh_l0"}),
+        (nn.LSTMCell(4, 4), {"bias_ih", "bias_hh"}),
+        (nn.MultiheadAttention(4, 2, add_bias_kv=True), {"in_proj_bias", "bias_k", "bias_v", "out_proj.bias"}),
+        (nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)), {"bias"}),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), {"bias"}),
+        (nn.utils.spectral_norm(nn.Linear(4, 4)), {"bias"}),
+        (nn.ParameterList([nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(3))]), {"1"}),
+        (nn.Bilinear(3, 4, 2), {"bias"}),
+        (nn.EmbeddingBag(5, 4), {"weight"}),
+        (nn.LayerNorm((3, 4)), {"weight", "bias"}),
+        (Own(), {"token", "scale", "bias_k"}),
+        (AsTimm(), {"token", "scale", "bias_k"}),
+        (tied("layer", "embedding"), {"layer.weight"}),
+        (tied("embedding", "layer"), {"embedding.weight"}),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, nn.Module) else "",
+)
+def test_modules_of_a_users_own(model, spared):
+    groups = decay_groups(nn.ModuleList([model, nn.Linear(2, 2, bias=False)]), 0.1, "weights")
+    (kept,) = (group["params"] for group in groups if not group["weight_decay"])
+    assert {name for name, x in model.named_parameters() if any(x is one for one in kept)} == spared
+
+
 def test_a_frozen_weight_is_in_no_group():
     model = gmlp()
     model.head.classify.requires_grad_(False)

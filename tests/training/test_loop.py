@@ -220,6 +220,21 @@ def test_a_score_that_is_not_defined_counts_as_none(table):
     assert (len(history.epochs), history.best_epoch) == (6, 6)
 
 
+@pytest.mark.parametrize(
+    ("scores", "best", "n_epochs"),
+    [
+        ([0.5, 0.7, 0.4, 0.3, 0.6, math.nan], 2, 6),
+        ([0.5, 0.7, math.nan, 0.6, 0.4, 0.3], 2, 6),
+        ([0.5, 0.7, math.nan, 0.6, math.nan, 0.8], 6, 6),
+        ([0.5, math.nan, math.nan, math.nan, math.nan, 0.9], 1, 5),
+        ([math.nan, math.nan, 0.2, 0.1, 0.1, 0.1], 3, 6),
+    ],
+)
+def test_a_number_is_better_than_a_score_that_is_not_defined(table, scores, best, n_epochs):
+    _, history = train(table, scores=scores, patience=4)
+    assert (history.best_epoch, len(history.epochs)) == (best, n_epochs)
+
+
 def test_training_that_diverges_to_nan_is_an_error(table):
     huge = table_of(np.full((4, 5), 1e30, np.float32), np.ones((4, 3), np.uint8))
     with pytest.raises(TrainingError, match=r"epoch \d.*(nan|inf).*lr"):

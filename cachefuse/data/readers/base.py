@@ -27,6 +27,7 @@ class Samples:
 
     modalities: one column per modality of the dataset, such as "image" and "text".
     labels: a sample's class names (one for multi-class) or people's raw answers to its question; None if unlabelled.
+        A name may be empty: it is no class, but an answer of a person who said nothing.
     task_labels: with several tasks, each task's labels by name; then all ``labels`` are None.
     groups: a hash split never separates rows of one group (several images of one product).
     kinds: a text per sample by name, such as the type of its question; figures are also measured by these.
@@ -42,6 +43,15 @@ class Samples:
     classes: tuple[str, ...] | None = None
     kinds: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+
+def split_names(text: str, separator: str | None) -> list[str]:
+    """Return the names in a text, without the blanks around them. Between two separators a name may be empty.
+
+    Separators that are blanks count as one where they follow each other.
+    """
+    names = [name.strip() for name in text.split(separator)] if separator else [text.strip()]
+    return list(filter(None, names)) if not (separator or "").strip() else names
 
 
 def well_formed(text: str) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from cachefuse.data.column import Column
 from cachefuse.data.digests import hash_parts
 from cachefuse.data.images import FAILURES, file_fingerprint
-from cachefuse.data.readers.base import InsidePath, Reader, Samples
+from cachefuse.data.readers.base import InsidePath, Reader, Samples, split_names
 from cachefuse.data.readers.hdf5_file import file_name, find_dataset, image_column, open_hdf5, open_shared, read_strings
 from cachefuse.errors import BadSampleError, DataError
 
@@ -113,7 +113,9 @@ class Hdf5Reader(Reader):
         samples.splits += [split] * n
         samples.ids += self._column(file, self.id) if self.id else [f"{split}-{row}" for row in range(n)]
         labels = self._column(file, self.labels) if self.labels else [""] * n
-        samples.labels += [_split_labels(value, self.label_separator) for value in labels]
+        samples.labels += [
+            tuple(split_names(value, self.label_separator)) if value.strip() else None for value in labels
+        ]
         if samples.groups is not None and self.group:
             samples.groups += self._column(file, self.group)
 
@@ -146,10 +148,3 @@ class Hdf5Reader(Reader):
 def without_first_sentence(text: str) -> str:
     """Return a text without its first sentence."""
     return "".join(re.split(r"(?<=[.!?])\s+", text, maxsplit=1)[1:])
-
-
-def _split_labels(value: str, separator: str | None) -> tuple[str, ...] | None:
-    if not value:
-        return None
-    names = [name.strip() for name in value.split(separator)] if separator else [value]
-    return tuple(dict.fromkeys(name for name in names if name))

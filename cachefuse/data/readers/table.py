@@ -9,7 +9,7 @@ from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
 from cachefuse.data.column import Column, Entry, Value
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import InsidePath, Reader, Samples, well_formed
+from cachefuse.data.readers.base import InsidePath, Reader, Samples, split_names, well_formed
 from cachefuse.data.readers.csv_text import read_csv
 from cachefuse.data.readers.lines import TEXT_ERRORS
 from cachefuse.errors import DataError
@@ -125,10 +125,10 @@ class TableReader(Reader):
     def _split_labels(self, value: Cell, several: bool) -> tuple[str, ...] | None:
         if _is_null(value):
             return None
-        names = _strings(_as_list(value))
-        if self.separator and several and not isinstance(value, list):
-            names = names[0].split(self.separator)
-        return tuple(name.strip() for name in names if name.strip())
+        if isinstance(value, list):
+            return tuple(name.strip() for name in _strings(value))
+        names = split_names(_string(value), self.separator if several else None)
+        return tuple(names) if any(names) else ()
 
     def _fill(self, template: str, columns: TableColumns, file: str, key: str) -> list[str]:
         """Return a column's values, or a template's with each ``{column}`` replaced (and nothing else)."""

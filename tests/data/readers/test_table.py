@@ -162,6 +162,8 @@ def test_blank_cells_are_absent(tmp_path):
         ("  17   3 ", " ", ("17", "3")),
         ("3 3", " ", ("3", "3")),
         ("a b | c", "|", ("a b", "c")),
+        ("a|| c |", "|", ("a", "", "c", "")),  # four people were asked
+        (" | ", "|", ()),
         (" a b ", None, ("a b",)),
         ("", " ", ()),
     ],
@@ -189,7 +191,7 @@ def test_typed_values(tmp_path):
     samples = read(tmp_path, id="{id}/{score}", text="captions", labels="labels", separator=" ")
     assert samples.ids == ["1/1", "2/2.5", "/", "4/"]
     assert texts_of(samples) == [("one", "two"), ("x",), (), ()]
-    assert samples.labels == [("a", "b"), (), None, ("a", "a")]
+    assert samples.labels == [("a", "b"), (), None, ("a", "a", "")]
     assert read(tmp_path, labels="score").labels == [("1",), ("2.5",), None, None]
 
 
