@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Features, Tower, is_weights_file
 from cachefuse.encoders.probe import LENGTHS, WORDS, pictures
+from cachefuse.encoders.tokenizer_settings import slow_rules, unusual_settings
 from cachefuse.errors import CachefuseError, EncoderError
 
 logger = logging.getLogger(__name__)
@@ -178,10 +179,10 @@ def fingerprint(value: object) -> str:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Hash a transformers tokenizer: its rules if it has a tokenizer.json, else its vocabulary."""
+    """Hash a transformers tokenizer: its rules if it has a tokenizer.json, else its files, tokens and arguments."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return f"{type(tokenizer).__name__} {fingerprint(content)}"
+    content = backend.to_str() if backend is not None else slow_rules(tokenizer)
+    return f"{type(tokenizer).__name__} {fingerprint(content)}{unusual_settings(tokenizer)}"
 
 
 def library(module: ModuleType) -> str:

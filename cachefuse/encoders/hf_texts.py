@@ -1,5 +1,6 @@
 """Text towers of transformers models."""
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from cachefuse.encoders.pooling import POOLINGS
 from cachefuse.encoders.probe import WORDS
 from cachefuse.encoders.sentence_folder import SentenceFolder
 from cachefuse.encoders.texts import Ids, Text, TextTower
+from cachefuse.encoders.tokenizer_settings import unusual_padding
 from cachefuse.errors import BadSampleError, EncoderError
 
 MAX_TOKENS = 512  # for models without a limit of their own
@@ -60,6 +62,9 @@ class HFTextTower(TextTower):
         given = [name for name in tokenizer.model_input_names if name in part.accepts]
         self.takes_mask = "attention_mask" in (given if self.padded else part.accepts)
         self.types = _token_types(tokenizer) if "token_type_ids" in given else None
+        usual = _usual_padding(part, tokenizer)
+        padding = unusual_padding(self.pad_id, usual, tokenizer.padding_side, self.takes_mask) if self.padded else ""
+        untyped = self.types is None and "token_type_ids" in part.accepts and _has_types(tokenizer)
         self.n_excluded = 0 if asked.include_prompt else prompt_length(tokenizer, asked.prompt)
         self.min_tokens = 1
         self.n_embeddings = n_embeddings(part)
@@ -68,6 +73,8 @@ class HFTextTower(TextTower):
             **provenance,
             "pooling": " + ".join(NAMES.get(name, name) for name in poolings),
             **asked.facts(),
+            **({"padding": padding} if padding else {}),
+            **({"token_types": "none"} if untyped else {}),
         }
         super().__init__(spec, part.model, device, facts, _limits(part, tokenizer, asked))
 
@@ -242,6 +249,20 @@ def _token_types(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
     if len({i for i, _ in pairs}) != len(pairs):
         raise EncoderError(f"{type(tokenizer).__name__} gives token types that depend on more than the token")
     return {i: kind for i, kind in pairs if kind}
+
+
+def _has_types(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer has types other than 0, which its settings may leave out."""
+    return any(any(tokenizer(word, return_token_type_ids=True)["token_type_ids"]) for word in WORDS)
+
+
+def _usual_padding(part: Part, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the padding token that a tokenizer's class has by default, else the one in the model's configuration."""
+    parameter = inspect.signature(type(tokenizer).__init__).parameters.get("pad_token")
+    token = None if parameter is None else parameter.default
+    if isinstance(token, str):
+        return cast(int, tokenizer.convert_tokens_to_ids(token))
+    return getattr(part.config, "pad_token_id", None)
 
 
 def _limits(part: Part, tokenizer: PreTrainedTokenizerBase, asked: SentenceFolder) -> tuple[int, int]:
