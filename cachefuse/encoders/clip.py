@@ -21,6 +21,7 @@ from cachefuse.encoders.clip_parts import (
     PROCESSOR,
     Tokenizer,
     check_tokenizer,
+    check_weights,
     end_token,
     folder_preprocessing,
     open_tokenizer,
@@ -45,6 +46,7 @@ from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 
 DEFAULT_TAG = "laion2b_s34b_b79k"
+WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 
 
 class ClipImageTower(ImageTower):
@@ -193,7 +195,7 @@ def _from_folder(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module, Path | 
     if "model_cfg" not in config:
         raise EncoderError(f"cannot open {spec}: there is no {CONFIG} with a model_cfg in {folder}")
     # open_clip prefers a pickle to a .safetensors file of another name.
-    if not any((folder / f"{stem}.safetensors").is_file() for stem in ("open_clip_model", "open_clip_pytorch_model")):
+    if not any((folder / file).is_file() for file in WEIGHTS):
         raise EncoderError(f"cannot open {spec}: there is no open_clip_model.safetensors in {folder}")
     preprocessing = folder_preprocessing(spec, folder, config)
     if preprocessing is None:
@@ -203,6 +205,8 @@ def _from_folder(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module, Path | 
         )
     name = f"local-dir:{folder}"
     model = open_clip.create_model(name, require_pretrained=True, force_preprocess_cfg=preprocessing)
+    path = next(folder / file for file in WEIGHTS if (folder / file).is_file())  # in open_clip's order
+    check_weights(spec, path, model, f"state their own sizes in model_cfg of {folder / CONFIG}")
     return name, config["model_cfg"], model, folder
 
 
@@ -223,6 +227,9 @@ def _from_name(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module, Path | No
     model = open_clip.create_model(
         name, str(path), require_pretrained=True, force_quick_gelu=quick_gelu, force_preprocess_cfg=preprocessing
     )
+    if folder is not None:
+        advice = f"name the model of that size, or open a folder, clip:./folder, whose {CONFIG} states it in model_cfg"
+        check_weights(spec, path, model, advice)
     return name, {**open_clip.get_model_config(name), "quick_gelu": quick_gelu}, model, folder
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import open_clip
-from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import CLIPTextCfg, CLIPVisionCfg, convert_to_custom_text_state_dict
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
 from cachefuse.encoders.base import EncoderSpec
+from cachefuse.encoders.beside import Shape, check_sizes, check_values, numbers, one_of, pixels, stored_shapes
 from cachefuse.encoders.frozen import fetch
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
@@ -32,7 +35,28 @@ TOKENIZER_FILES = (
     "vocab.*",
     "merges.txt",
 )
-NOT_THE_MODEL = {"timm_model_pretrained", "hf_model_pretrained", "output_tokens", "hf_tokenizer_name"}
+# Settings of the loss, of training and of what is returned; which tokenizer is compared by itself.
+NOT_THE_MODEL = {
+    "cast_dtype",
+    "custom_text",
+    "hf_model_pretrained",
+    "hf_tokenizer_name",
+    "init_logit_bias",
+    "init_logit_scale",
+    "nonscalar_logit_scale",
+    "output_dict",
+    "output_tokens",
+    "quick_gelu",
+    "timm_model_pretrained",
+}
+# What open_clip can do with an image. Its "random" is bicubic when it encodes.
+RULES = {
+    "mode": one_of("RGB"),
+    "interpolation": one_of("bicubic", "bilinear", "random"),
+    "resize_mode": one_of("shortest", "longest", "squash"),
+    "mean": numbers(3),
+    "std": numbers(3, above=0),
+}
 
 
 def published_settings(name: str, tags: Iterable[str]) -> dict[str, tuple[JsonObject, bool]]:
@@ -60,8 +84,7 @@ def settings_of_file(spec: EncoderSpec, name: str, folder: Path) -> tuple[JsonOb
     if preprocessing is None:
         preprocessing = _common(settings for settings, _ in published.values())
     if "model_cfg" in config:
-        _check_model(spec, name, config["model_cfg"])
-        quick_gelu: bool | None = bool(config["model_cfg"].get("quick_gelu"))
+        quick_gelu: bool | None = _check_model(spec, name, config["model_cfg"])
     elif published:
         quick_gelu = _common(quick for _, quick in published.values())
     else:
@@ -84,11 +107,11 @@ def folder_preprocessing(spec: EncoderSpec, folder: Path, config: JsonObject) ->
     ``config`` is the folder's open_clip_config.json; without a ``preprocess_cfg``, transformers' file is read.
     """
     if stated := config.get("preprocess_cfg"):
-        missing = [key for key in ("mean", "std") if not _is_colour(stated.get(key))]
-        if missing:
+        if missing := [key for key in ("mean", "std") if stated.get(key) is None]:
             raise EncoderError(
                 f"cannot open {spec}: preprocess_cfg in {folder / CONFIG} has no {' and '.join(missing)}"
             )
+        check_values(spec, folder / CONFIG, stated, RULES)
         return _preprocessing(stated)
     if not (folder / PROCESSOR).is_file():
         return None
@@ -179,24 +202,54 @@ def _groups(published: Mapping[str, tuple[JsonObject, bool]]) -> str:
     return ", ".join(sorted(firsts.values(), key=list(published).index)[:4])
 
 
-def _check_model(spec: EncoderSpec, name: str, beside: JsonObject) -> None:
-    """Raise EncoderError if a config beside a file describes another model than the spec's name."""
-    ours, theirs = _resolved(open_clip.get_model_config(name)), _resolved(beside)
+def _check_model(spec: EncoderSpec, name: str, beside: JsonObject) -> bool:
+    """Return whether a file needs QuickGELU: a config beside it may say so, even if the name's model does without.
+
+    Raises EncoderError if the config describes another model than the spec's name.
+    """
+    config = open_clip.get_model_config(name)
+    ours, theirs = _resolved(config), _resolved(beside)
     different = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+    quick_gelu = bool(beside.get("quick_gelu"))
+    if config.get("quick_gelu") and not quick_gelu:
+        different.insert(0, "quick_gelu")  # open_clip can only switch it on
     if different:
         raise EncoderError(
             f"cannot open {spec}: the {CONFIG} beside the file is of another model than {name} "
             f"({', '.join(different[:3])}); open its folder, as in clip:./folder, or move the file"
         )
+    return quick_gelu
 
 
 def _resolved(config: JsonObject) -> JsonObject:
-    flat: JsonObject = {"embed_dim": config.get("embed_dim")}
-    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg)):
-        defaults = {field.name: field.default for field in fields(kind)}
-        stated = {**defaults, **config.get(part, {})}
+    """Return all settings of a model that reach its features, with open_clip's defaults."""
+    flat = {key: value for key, value in config.items() if key not in NOT_THE_MODEL and not isinstance(value, dict)}
+    text = config.get("text_cfg") or {}
+    flat["text_cfg.hf_tokenizer_name"] = bool(text.get("hf_tokenizer_name"))  # else open_clip's own; it may be moved
+    for part, kind in (("vision_cfg", CLIPVisionCfg), ("text_cfg", CLIPTextCfg), ("multimodal_cfg", None)):
+        defaults = {field.name: field.default for field in fields(kind)} if kind else {}
+        stated = {**defaults, **(config.get(part) or {})}
         flat |= {f"{part}.{key}": value for key, value in stated.items() if key not in NOT_THE_MODEL}
     return flat
+
+
+def check_weights(spec: EncoderSpec, path: Path, model: nn.Module, advice: str) -> None:
+    """Raise EncoderError if a file's weights are for images or texts of other sizes: open_clip resamples them."""
+    stored: Any = {
+        name.removeprefix("module."): torch.empty(shape, device="meta") for name, shape in stored_shapes(path).items()
+    }
+    stored = convert_state_dict(model, stored)  # names of other libraries
+    if "positional_embedding" in stored and not hasattr(model, "positional_embedding"):
+        stored = convert_to_custom_text_state_dict(stored)
+    visual: Any = model.visual
+
+    def words(name: str, shape: Shape) -> str:
+        if name.endswith("positional_embedding") and not name.startswith("visual"):
+            return f"{shape[0]} tokens"
+        patch = getattr(visual, "patch_size", None)
+        return pixels(shape[0], 1, patch[0]) if patch and name == "visual.positional_embedding" else ""
+
+    check_sizes(spec, {name: tuple(tensor.shape) for name, tensor in stored.items()}, model, words, advice)
 
 
 def _from_transformers(spec: EncoderSpec, path: Path) -> JsonObject:
@@ -215,16 +268,12 @@ def _from_transformers(spec: EncoderSpec, path: Path) -> JsonObject:
     usual = usual and abs(255 * stated.get("rescale_factor", 1 / 255) - 1) < 1e-6
     mean, std = stated.get("image_mean"), stated.get("image_std")
     interpolation = RESAMPLING.get(stated.get("resample"))
-    if not (usual and mode and interpolation and _is_colour(mean) and _is_colour(std)):
+    if not (usual and mode and interpolation and RULES["mean"][0](mean) and RULES["std"][0](std)):
         raise EncoderError(
             f"cannot open {spec}: {path} asks for what open_clip's preprocessing cannot do; "
             f"put an {CONFIG} with preprocess_cfg beside the weights"
         )
     return _preprocessing({"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": mode})
-
-
-def _is_colour(value: object) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(x, int | float) for x in value)
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -14,15 +14,40 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower
+from cachefuse.encoders.beside import (
+    Rule,
+    Shape,
+    check_sizes,
+    check_values,
+    is_number,
+    numbers,
+    one_of,
+    pixels,
+    stored_shapes,
+)
 from cachefuse.encoders.frozen import fetch, fingerprint, flatten_map, library, local_weights, opening, weights_digest
 from cachefuse.encoders.images import ImageTower, split_compose
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 
 CONFIG = "config.json"  # of timm
+TABLE, CLIP_TABLE = "pos_embed", "visual.positional_embedding"
 # What of a pretrained configuration reaches the features, beside the weights.
 DATA = ("input_size", "fixed_input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 STATED = ("input_size", "interpolation", "crop_pct", "mean", "std")  # a config beside a file must have them
+
+# What timm can do with an image. It takes any other crop_mode as "center".
+RULES: dict[str, Rule] = {
+    "input_size": (
+        lambda size: isinstance(size, list) and len(size) == 3 and size[0] == 3 and all(type(n) is int for n in size),
+        "3, height, width",
+    ),
+    "interpolation": one_of("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"),
+    "crop_mode": one_of("center", "squash", "border"),
+    "crop_pct": (lambda part: is_number(part) and part > 0, "a number above 0"),
+    "mean": numbers(1, 3),
+    "std": numbers(1, 3, above=0),
+}
 
 Settings: TypeAlias = tuple[JsonObject, JsonObject, str | None]
 NOTHING_STATED: Settings = ({}, {}, None)
@@ -78,6 +103,7 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         assert default is not None, "the name is known"
         path = local_weights(spec)
         data, arguments, pool = NOTHING_STATED if path is None else _settings_of_file(spec, path.parent)
+        own = path  # a file of the user's
         n_classes = default.num_classes if path is None else _n_classes(path, default.classifier)
         path = path or _from_hub(spec, default)
         # Strict loading needs the right number of classes; the classifier is removed afterwards.
@@ -91,6 +117,8 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
                 f"{model.global_pool}; say it in model_args"
             )
         model.reset_classifier(0)
+        if own is not None:
+            _check_weights(spec, own, model)
         provenance = {
             "family": "timm",
             "architecture": " ".join([default.architecture or "", *([fingerprint(arguments)] if arguments else [])]),
@@ -172,6 +200,7 @@ def _config_beside(spec: EncoderSpec, name: str, folder: Path) -> JsonObject | N
         raise EncoderError(f"cannot open {spec}: {path} is of another model, {stated['architecture']}")
     if missing := [key for key in STATED if not stated["pretrained_cfg"].get(key)]:
         raise EncoderError(f"cannot open {spec}: pretrained_cfg in {path} has no {' and '.join(missing)}")
+    check_values(spec, path, stated["pretrained_cfg"], RULES)
     return stated
 
 
@@ -180,3 +209,36 @@ def _n_classes(path: Path, classifier: str | Sequence[str] | None) -> int:
     first = classifier if isinstance(classifier, str) else (classifier or ("",))[0]
     with safe_open(path, "pt") as file:
         return file.get_slice(f"{first}.weight").get_shape()[0] if f"{first}.weight" in set(file.keys()) else 0
+
+
+def _check_weights(spec: EncoderSpec, path: Path, model: Any) -> None:
+    """Raise EncoderError if a file's weights are for images, patches or windows of other sizes: timm resamples them."""
+    stored = _by_the_names_of(model, stored_shapes(path))
+    patch, n_prefix = getattr(model, "patch_embed", None), getattr(model, "num_prefix_tokens", 0)
+    n_patches, side = getattr(patch, "num_patches", 0), (getattr(patch, "patch_size", None) or (0,))[0]
+
+    def words(name: str, shape: Shape) -> str:
+        rows = shape[1] if len(shape) == 3 else 0
+        n_others = model.pos_embed.shape[1] - n_patches if name == TABLE and rows else 0
+        return pixels(rows, n_others, side) if name == TABLE and rows and side else ""
+
+    def same(name: str, shape: Shape) -> bool:
+        """Whether a table only has other rows for class and register tokens, which timm adds to these tokens."""
+        return name == TABLE and len(shape) == 3 and 0 < n_patches <= shape[1] <= n_patches + n_prefix
+
+    advice = (
+        f"name the model and tag of that size, or put a {CONFIG} with it beside the weights (model_args, as "
+        f'{{"img_size": 64}}, and input_size in pretrained_cfg)'
+    )
+    check_sizes(spec, stored, model, words, advice, same)
+
+
+def _by_the_names_of(model: nn.Module, stored: dict[str, Shape]) -> dict[str, Shape]:
+    """Return a file's shapes by the names of the model: files may have a prefix, or CLIP's name for the positions."""
+    names = list(model.state_dict())
+    ends = {key.removesuffix(name) for name in names[:3] for key in stored if key.endswith(name)}
+    start = max(sorted(ends), key=lambda end: sum(end + name in stored for name in names), default="")
+    found = {name: stored[start + name] for name in names if start + name in stored}
+    if TABLE in names and TABLE not in found and CLIP_TABLE in stored:
+        found[TABLE] = (1, *stored[CLIP_TABLE])
+    return found

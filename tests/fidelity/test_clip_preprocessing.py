@@ -119,11 +119,54 @@ def test_the_activation_must_be_known_too(tiny):
         open_encoder(f"clip:tiny@{path}")
 
 
-def test_a_config_of_another_model_is_refused(tiny):
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("text_cfg.pool_type", {"text_cfg": {**TINY["text_cfg"], "pool_type": "last"}}),
+        ("text_cfg.hf_tokenizer_name", {"text_cfg": {**TINY["text_cfg"], "hf_tokenizer_name": "bert-base-uncased"}}),
+        ("multimodal_cfg.width", {"multimodal_cfg": {"width": 32}}),
+        ("normalize", {"normalize": True}),  # a setting that open_clip may have one day
+    ],
+)
+def test_a_config_of_another_model_is_refused(tiny, name, other):
     path = tiny(one={"hf_hub": "x/"})
-    other = {**TINY, "text_cfg": {**TINY["text_cfg"], "pool_type": "last"}}
-    (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": other}))
-    with pytest.raises(EncoderError, match=naming("tiny text_cfg.pool_type open_clip_config.json")):
+    (path.parent / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**TINY, **other}}))
+    with pytest.raises(EncoderError, match=naming(f"tiny {name} open_clip_config.json")):
+        open_encoder(f"clip:tiny@{path}")
+
+
+def test_a_name_with_quickgelu_beside_a_config_without(tiny, monkeypatch):
+    """open_clip can only switch QuickGELU on: the name's would stay, whatever the config says."""
+    monkeypatch.setitem(_MODEL_CONFIGS, "tiny-quickgelu", {**TINY, "quick_gelu": True})
+    monkeypatch.setitem(_PRETRAINED, "tiny-quickgelu", {"one": {"hf_hub": "x/", "quick_gelu": True}})
+    path = tiny(one={"hf_hub": "x/"})
+    config = path.parent / "open_clip_config.json"
+    for stated in ({}, {"quick_gelu": False}):
+        config.write_text(json.dumps({"model_cfg": {**TINY, **stated}, "preprocess_cfg": HALVES}))
+        with pytest.raises(EncoderError, match=naming("tiny-quickgelu quick_gelu open_clip_config.json")):
+            open_encoder(f"clip:tiny-quickgelu@{path}")
+    config.write_text(json.dumps({"model_cfg": {**TINY, "quick_gelu": True}, "preprocess_cfg": HALVES}))
+    quick = [open_encoder(f"clip:{name}@{path}")["image"].provenance for name in ("tiny-quickgelu", "tiny")]
+    assert quick[0] == quick[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "known"),
+    [
+        ("interpolation", "nearest", "bicubic bilinear"),
+        ("resize_mode", "weird", "shortest longest squash"),
+        ("mode", "L", "RGB"),
+        ("mean", [0.5] * 4, "3"),
+        ("mean", 0.5, "3"),
+        ("std", [0, 0, 0], "3"),
+        ("std", ["a", 1, 1], "3"),
+    ],
+)
+def test_a_setting_that_open_clip_does_not_know(tiny, name, value, known):
+    path = tiny()
+    stated = {"mean": [0.5] * 3, "std": [0.5] * 3, name: value}
+    (path.parent / "open_clip_config.json").write_text(json.dumps({"preprocess_cfg": stated}))
+    with pytest.raises(EncoderError, match=naming(f"{name} open_clip_config.json {known}")):
         open_encoder(f"clip:tiny@{path}")
 
 

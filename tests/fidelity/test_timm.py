@@ -9,10 +9,11 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 from timm.data.config import resolve_data_config
+from timm.data.transforms import str_to_interp_mode
 from timm.data.transforms_factory import create_transform
 
 from cachefuse.encoders import open_encoder
-from cachefuse.encoders.vit import patch_tokens, published_data
+from cachefuse.encoders.vit import RULES, patch_tokens, published_data
 from cachefuse.errors import EncoderError
 from fixtures.messages import naming
 
@@ -93,6 +94,33 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path, config, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(EncoderError, match=naming(words)):
         open_encoder(f"timm:test_resnet@{tmp_path}/w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "known"),
+    [
+        ("interpolation", "random", "bilinear bicubic"),
+        ("crop_mode", "weird", "center squash border"),
+        ("crop_pct", "all", "number"),
+        ("crop_pct", -1, "number"),
+        ("input_size", [1, 64, 64], "3 height width"),
+        ("input_size", 64, "3 height width"),
+        ("mean", [0.5, 0.5], "3"),
+        ("std", [0.5, 0.0, 0.5], "3"),
+    ],
+)
+def test_a_setting_that_timm_does_not_know(tmp_path, name, value, known):
+    saved(tmp_path, "test_resnet")
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {**STATED, name: value}}))
+    with pytest.raises(EncoderError, match=naming(f"{name} config.json {known}")):
+        open_encoder(f"timm:test_resnet@{tmp_path}/w.safetensors")
+
+
+@pytest.mark.parametrize("value", ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"])
+def test_every_interpolation_of_timm_is_known(value):
+    known, words = RULES["interpolation"]
+    assert str_to_interp_mode(value).value in words
+    assert known(value)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_base_patch16_224", "convnext_base", "test_vit4"])
