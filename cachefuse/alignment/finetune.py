@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cachefuse.alignment.config import TUNING_RATE
 from cachefuse.alignment.model import Aligner
-from cachefuse.alignment.run import Alignment
+from cachefuse.alignment.run import Alignment, chose_epoch
 from cachefuse.alignment.tower import aligned_features
 from cachefuse.alignment.train import find_side
 from cachefuse.device import own_randomness, resolve_device, seed_everything
@@ -128,6 +128,7 @@ def fine_tune(
     )
     tuned.model.log_temperature.requires_grad_(True)
     tuned.history, tuned.seconds = history, time.perf_counter() - begun
+    tuned.val_chose = run.val_chose or (run.dataset == store.dataset and chose_epoch(history))
     folder = tuned.save(runs)
     try:
         return tuned, _head_run(tuned, side, store, config, head, history, device, begun)

@@ -104,12 +104,13 @@ class Alignment:
     seconds: float = 0.0
     created: str = ""
     parent: str = ""  # the alignment that was fine-tuned to this one
+    val_chose: bool = False  # whether val rows of its dataset chose an epoch that is not the last one
     path: Path | None = None
 
     @property
     def caution(self) -> str | None:
         """Why figures of val may be too high: val chose the epoch. None if it did not."""
-        return _caution(self.config) if VAL in self.results else None
+        return CHOSE_EPOCH if self.val_chose else None
 
     @property
     def same_texts(self) -> bool:
@@ -133,6 +134,7 @@ class Alignment:
             "config": self.config.to_dict(),
             "sides": [asdict(side) for side in self.sides],
             "results": {split: asdict(result) for split, result in self.results.items()},
+            "val_chose": self.val_chose,
             "caution": self.caution,
             "split_digest": self.split_digest,
             "interrupted": self.history.interrupted,
@@ -175,6 +177,7 @@ class Alignment:
             seconds=about.seconds,
             created=about.created,
             parent=about.parent,
+            val_chose=chose_epoch(history) if about.val_chose is None else about.val_chose,
             path=path,
         )
 
@@ -189,6 +192,7 @@ class Description(BaseModel):
     results: dict[str, Retrieval]
     split_digest: str
     parent: str
+    val_chose: bool | None = None  # None in runs of older versions
     seconds: float
     size_mb: float
 
@@ -243,10 +247,10 @@ def _summarize(path: Path) -> AlignmentSummary:
         split=split,
         recall_at_1={name: direction.recall.get(1, float("nan")) for name, direction in directions.items()},
         size_mb=about.size_mb,
-        caution=_caution(config) if split == VAL else None,
+        caution=CHOSE_EPOCH if split == VAL and about.val_chose is not False else None,
     )
 
 
-def _caution(config: AlignConfig) -> str | None:
-    """Return why figures of val may be too high: its best epoch is kept, with patience or without."""
-    return CHOSE_EPOCH if config.epochs > 1 else None
+def chose_epoch(history: History) -> bool:
+    """Whether validation chose the epoch: one that is not the best so far makes a difference."""
+    return not all(epoch.best for epoch in history.epochs)

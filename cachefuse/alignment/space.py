@@ -1,5 +1,6 @@
 """A common space of images and texts: of an alignment, or of an encoder of both, such as CLIP."""
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -13,10 +14,11 @@ from cachefuse.device import resolve_device
 from cachefuse.encoders import open_encoder
 from cachefuse.encoders.base import EncoderSpec, Tower
 from cachefuse.errors import BadSampleError, EncoderError, RunError
-from cachefuse.extraction.pipeline import encode_prepared, is_bad, prepare_source
+from cachefuse.extraction.pipeline import count_long_texts, encode_prepared, is_bad, prepare_source
 from cachefuse.store.features import Features
 from cachefuse.store.store import FeatureStore
 
+logger = logging.getLogger(__name__)
 BATCH = 32
 
 OnRows = Callable[[int, int], None]
@@ -125,5 +127,8 @@ def encode_samples(tower: Tower, samples: Sequence[Any]) -> Tensor:
         if is_bad(item):
             name = getattr(sample, "name", repr(sample))
             raise BadSampleError(f"{name}: {item}")
+    long = count_long_texts(tower, prepared)
+    if long is not None and long.is_cut:
+        logger.warning("%s", long.message)
     rows = encode_prepared(tower, prepared, ("pooled",), BATCH)["pooled"]
     return torch.from_numpy(np.stack([row for row in rows if row is not None]))  # bad samples have raised above

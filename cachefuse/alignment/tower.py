@@ -40,7 +40,7 @@ class AlignedTower(DerivedTower):
         about = run.sides[side]
         self.modality, self.width = about.modality, run.config.width
         self.base_encoder, self.base_key, self.base_view = about.encoder, about.key, run.config.views
-        self._run, self._side, self._about, self._base = run, side, about, base
+        self._run, self._side, self._about, self.base = run, side, about, base
         self.by_length = base is not None and base.by_length
         self._model = run.model.eval().to(device)
         self._device = torch.device(device)
@@ -75,9 +75,9 @@ class AlignedTower(DerivedTower):
 
     @property
     def _encoder(self) -> Tower:
-        if self._base is None:
+        if self.base is None:
             raise RuntimeError("this tower was opened for stored features only")
-        return self._base
+        return self.base
 
 
 def _as_tokens(rows: np.ndarray | list[np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from cachefuse.alignment.data import PairData, fit_statistics, n_batches, open_p
 from cachefuse.alignment.loop import embed_samples, fit
 from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.ranks import Embedded, best_ranks, chance_at, modality_gap, recall_at
-from cachefuse.alignment.run import Alignment, AlignmentSide, Direction, Retrieval
+from cachefuse.alignment.run import Alignment, AlignmentSide, Direction, Retrieval, chose_epoch
 from cachefuse.data.dataset import dataset_options
 from cachefuse.data.splits import ordered_splits
 from cachefuse.device import own_randomness, resolve_device, seed_everything
@@ -83,6 +83,7 @@ def align(
         torch.Generator().manual_seed(config.seed),
         on_epoch=lambda epoch: on_progress(TrainingProgress(1, 1, "", config.epochs, epoch)),
     )
+    run.val_chose = chose_epoch(run.history)
     run.results = {split: measure_retrieval(run, data, data.of(split), gaps[split]) for split in gaps}
     run.seconds = time.perf_counter() - begun
     return run

@@ -146,13 +146,15 @@ def is_derived(encoder: str) -> bool:
 class DerivedTower(Tower):
     """A tower over another tower's features. If a store has those, no sample is encoded again.
 
-    ``base_encoder`` (a spec's short form), ``base_key`` and ``base_view`` identify those features.
+    ``base_encoder`` (a spec's short form), ``base_key`` and ``base_view`` identify those features. ``base`` is the
+    tower itself, which encodes raw samples; None if only stored features are mapped.
     """
 
     views = ("pooled",)
     base_encoder: str
     base_key: str
     base_view: str
+    base: Tower | None = None
 
     @abstractmethod
     def transform(self, rows: "np.ndarray | list[np.ndarray]") -> "np.ndarray":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from cachefuse.errors import ConfigError
 from cachefuse.experiments.files import write_results
-from cachefuse.experiments.recipe import fit_task
+from cachefuse.experiments.recipe import fit_task, with_layers
 from cachefuse.experiments.recipes import MMC_BASE, MMC_TABLES, SWEEPS
 from cachefuse.experiments.results import Published, SweepResult
 from cachefuse.experiments.sweep import Experiment, run_sweep, views_of
@@ -21,6 +21,7 @@ from cachefuse.files import JsonObject
 from cachefuse.registry import Options, lookup
 from cachefuse.runs.run import Run
 from cachefuse.runs.train import train_run
+from cachefuse.settings import settings_of
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TRAIN, VAL, TrainingData
@@ -135,14 +136,25 @@ def preset(name: str, data: TrainingData, changes: Options | None = None) -> Exp
     """
     if name in TOKEN_PRESETS:
         token_preset, kinds = TOKEN_PRESETS[name], [task.kind for task in data.tasks]
-        return token_preset.make(data, token_preset.recipe.train_config(data.task, kinds, changes))
+        config = token_preset.recipe.train_config(data.task, kinds, changes)
+        return _as_changed(token_preset.make(data, config), changes or {})
     experiment: Experiment = lookup({**PRESETS, **TOKEN_PRESETS}, name, "preset")
     base = _apply_changes(name, experiment.base, changes or {}, experiment.settings)
     base = fit_task(base, data.task, [task.kind for task in data.tasks], changes or {})
     # The paper's figures are samples-F1 of several labels a row.
-    published = experiment.published if (data.task, base.monitor) == ("multilabel", experiment.base.monitor) else None
+    same = (data.task, base.monitor) == ("multilabel", experiment.base.monitor)
+    published = experiment.published if same else None
     settings = [_scaled(setting, data, base) for setting in experiment.settings]
-    return replace(experiment, base=base, settings=settings, published=published)
+    return _as_changed(replace(experiment, base=base, settings=settings, published=published), changes or {})
+
+
+def _as_changed(experiment: Experiment, changes: Options) -> Experiment:
+    """Return an experiment without the paper's figures if the model or the loss is another."""
+    known = settings_of(TrainConfig)
+    others = [f"{name} {known[name].text(changes[name])}" for name in ("fusion", "head", "loss") if name in changes]
+    if not others:
+        return experiment
+    return replace(experiment, title=f"{experiment.title}, changed: {', '.join(others)}", published=None)
 
 
 def fusion_of(name: str) -> str:
@@ -178,7 +190,7 @@ def greedy(
     chosen: JsonObject = {}
     results = []
     for step, name in enumerate(CHAIN, 1):
-        experiment = _after(preset(name, data, {"folds": base.folds}), chosen)
+        experiment = _after(_as_changed(preset(name, data, {"folds": base.folds}), changes or {}), chosen)
         title = f"step {step} of {len(CHAIN)}, {experiment.title}"
         experiment = replace(experiment, base=replace(base, **chosen), title=title)
         results.append(run_sweep(store, data, experiment, folder, seeds, on_trial))
@@ -193,7 +205,7 @@ def _apply_changes(name: str, base: TrainConfig, changes: Options, tried: Sequen
     clash = [field for field in changes if any(field in setting for setting in tried)]
     if clash:
         raise ConfigError(f"preset {name} varies {clash[0]} itself; leave out --{clash[0].replace('_', '-')}")
-    return replace(base, **changes)
+    return replace(base, **with_layers(base.head, changes))
 
 
 def _scaled(setting: Options, data: TrainingData, base: TrainConfig) -> JsonObject:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from cachefuse.files import JsonObject
 from cachefuse.registry import Options
 from cachefuse.training.config import TrainConfig
 
@@ -87,15 +88,24 @@ class Recipe:
         """Return the settings of a training for a task; ``kinds`` are the kinds of its tasks, if it has several.
 
         ``changes`` replace settings. Options of the same fusion are added to those of the recipe, those of another
-        fusion replace them.
+        fusion replace them. Another head has its own layers. A patience of all epochs stays one.
         """
-        values, changes = self.values(task), dict(changes or {})
+        values = self.values(task)
+        changes = with_layers(values.get("head", TrainConfig.head), changes or {})
+        if "epochs" in changes and values.get("patience") == values.get("epochs"):
+            values["patience"] = changes["epochs"]
         fusion = values.get("fusion", TrainConfig.fusion)
         if changes.get("fusion", fusion) == fusion:
             changes["fusion_options"] = {**values.get("fusion_options", {}), **changes.get("fusion_options", {})}
         else:
             values |= {"fusion_options": {}, "ablate": (), "stages": ()}
         return fit_task(TrainConfig(**{**values, "loss": None, **changes}), task, kinds, changes)
+
+
+def with_layers(head: str, changes: Options) -> JsonObject:
+    """Return changes to the settings of a head; another head has its own layers, if they do not say which."""
+    other = changes.get("head", head) != head
+    return {**({"layers": None} if other else {}), **changes}
 
 
 def fit_task(config: TrainConfig, task: str, kinds: Collection[str], changes: Options) -> TrainConfig:

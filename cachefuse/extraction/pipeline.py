@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cachefuse.data.column import TextOrSource
-from cachefuse.encoders.base import Tower
+from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
 from cachefuse.feature_spec import IDS
+from cachefuse.store.long_texts import LongTexts
 from cachefuse.threads import idle_threads, n_cores
 
 WRITES_AHEAD = 2  # encoded windows that wait for the writer
@@ -104,6 +105,16 @@ def encode_prepared(
             for i, value in zip(batch, encoded[view], strict=True):
                 values[view][i] = value
     return values
+
+
+def count_long_texts(tower: Tower, prepared: Iterable[Any]) -> LongTexts | None:
+    """Return how many prepared texts are longer than their encoder's limit; None for a tower without a limit."""
+    reader = tower.base if isinstance(tower, DerivedTower) and tower.base is not None else tower
+    if not reader.max_tokens:
+        return None
+    lengths = [reader.n_tokens(item) for item in prepared if not is_bad(item)]
+    windows = reader.provenance.get("long_texts") == "windows"
+    return LongTexts(len(lengths), reader.max_tokens, tuple(n for n in lengths if n > reader.max_tokens), windows)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from cachefuse.device import resolve_device
 from cachefuse.encoders import open_encoder
 from cachefuse.encoders.base import EncoderSpec, Tower, is_derived
 from cachefuse.errors import BadSampleError, DataError, RunError
-from cachefuse.extraction.pipeline import encode_prepared, is_bad, prepare_in_order
+from cachefuse.extraction.pipeline import count_long_texts, encode_prepared, is_bad, prepare_in_order
 from cachefuse.extraction.request import BATCH_SIZE
 from cachefuse.feature_spec import FLAT, IDS, TOKENS
 from cachefuse.metrics.tasks import TaskSlice
@@ -25,6 +25,7 @@ from cachefuse.runs.features import RunFeatures, specs_of
 from cachefuse.runs.run import Member, Run
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.format import DTYPES, provenance_key
+from cachefuse.store.long_texts import LongTexts
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.tokens import Tokens
 from cachefuse.threads import adapt_threads, idle_threads
@@ -262,6 +263,7 @@ def _encode(
 ) -> dict[int, BadSampleError]:
     """Encode samples into each of ``outs``, and return the unusable rows with their errors."""
     bad: dict[int, BadSampleError] = {}
+    counts: list[LongTexts] = []
     views = [*stored_views([out.features.view for out in outs])]
     size = BATCH_SIZE[device.partition(":")[0]]
     with prepare_in_order(tower, sources, range(len(sources)), 4 * size) as prepared:
@@ -278,6 +280,9 @@ def _encode(
                     for i, value in enumerate(encoded[view]):
                         if value is not None and not out.put(first + i, value):
                             bad[first + i] = BadSampleError(f"features are not finite in {out.features.dtype}")
+                counts += [long] if (long := count_long_texts(tower, window)) is not None else []
                 window = []
                 on_progress(tower.modality, row + 1, len(sources))
+    if counts and (long := LongTexts.total(counts)).is_cut:
+        logger.warning("%s", long.message)
     return bad

@@ -19,7 +19,7 @@ from cachefuse.threads import adapt_threads, idle_threads
 from cachefuse.training.batches import Batch, Batches
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.inference import CHECKED_ROWS, mean_loss, predict_logits, spread
-from cachefuse.training.optim import EMA
+from cachefuse.training.optim import EMA, LBFGS
 
 KEPT_BYTES = 512 << 20  # freed memory that the process keeps
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # numbers in malloc.h
@@ -204,6 +204,8 @@ def fit(
         loop.history.interrupted = True
         return loop.history
     loop.restore_best(model)
+    if isinstance(optimizer, LBFGS):
+        optimizer.check_minimum()
     check_learnt(model, loss, table, rows)
     return loop.history
 

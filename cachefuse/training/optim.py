@@ -1,8 +1,10 @@
 """Optimizers, learning-rate schedules, and the exponential moving average of a model's weights (EMA)."""
 
 import copy
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -20,8 +22,10 @@ NOT_DECAYED = (
 )  # fmt: skip
 
 ITERATIONS = 100  # of L-BFGS in a step
+FAR = 6e-7  # from its minimum, as a gradient
 SCALE = 1e8  # of its loss: torch skips updates whose product of step and change of gradient is below 1e-10
 
+logger = logging.getLogger(__name__)
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 
 
@@ -114,6 +118,7 @@ class LBFGS(torch.optim.LBFGS):
 
     def __init__(self, params: Parameters, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         self._decays: list[tuple[nn.Parameter, float]] = []
+        self.gradient = 0.0  # the largest after the last step
         for given in params:
             group: JsonObject = given if isinstance(given, dict) else {"params": [given]}
             self._decays += [(x, float(group.get("weight_decay", weight_decay))) for x in group["params"]]
@@ -138,7 +143,20 @@ class LBFGS(torch.optim.LBFGS):
                 parameter.grad.mul_(SCALE)
             return value * SCALE
 
-        return super().step(penalised) / SCALE  # type: ignore[no-untyped-call]
+        value = super().step(penalised) / SCALE  # type: ignore[no-untyped-call]
+        penalised()  # the gradient of the last step taken, not of the last one tried
+        self.gradient = max((float(x.grad.abs().max()) for x, _ in self._decays if x.grad is not None), default=0.0)
+        self.gradient /= SCALE
+        return value
+
+    def check_minimum(self) -> None:
+        """Warn if the last step ended far from the minimum: the gradient there is 0, and 1e-8 is asked for."""
+        if self.gradient > FAR:
+            logger.warning(
+                "L-BFGS stopped before the minimum, at a gradient of %.0e; with --standardize features or more epochs "
+                "it comes closer",
+                self.gradient,
+            )
 
 
 def _tolerance(weight_decay: float) -> float:
@@ -158,17 +176,37 @@ def start_at_zero(model: nn.Module) -> None:
 
 
 @contextmanager
-def float64(model: nn.Module, use: bool = True) -> Iterator[None]:
-    """Compute a model of linear layers in float64. L-BFGS needs it: its line search compares nearly equal losses."""
+def float64(model: nn.Module, use: bool = True, centred: bool = False) -> Iterator[None]:
+    """Compute a model of linear layers in float64. L-BFGS needs it: its line search compares nearly equal losses.
+
+    With ``centred``, a layer learns W (x - m) + c, where m is the mean of its first inputs, and ends as W x + c - W m.
+    Far from 0, W x + b has the same minimum, but L-BFGS would lose it in rounding.
+    """
     if not use:
         yield
         return
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: (inputs[0].double(),)) for layer in layers]
+    means: dict[nn.Linear, Tensor] = {}
+
+    @torch.no_grad()
+    def mean_of(layer: nn.Linear, x: Tensor) -> Tensor:
+        if layer not in means:
+            means[layer] = x.flatten(0, -2).mean(0)
+            layer.bias.add_(layer.weight @ means[layer])
+        return means[layer]
+
+    def prepare(of: nn.Linear, layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        x = inputs[0].double()
+        return (x - mean_of(of, x) if centred and of.bias is not None else x,)
+
+    hooks = [layer.register_forward_pre_hook(partial(prepare, layer)) for layer in layers]
     model.double()
     try:
         yield
     finally:
+        with torch.no_grad():
+            for layer, mean in means.items():
+                layer.bias.sub_(layer.weight @ mean)
         model.float()
         for hook in hooks:
             hook.remove()

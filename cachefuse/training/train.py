@@ -8,7 +8,7 @@ import numpy as np
 
 from cachefuse.device import own_randomness
 from cachefuse.fusion.model import FusionModel
-from cachefuse.training import LBFGS
+from cachefuse.training import DECAY_ALL, LBFGS
 from cachefuse.training.build import Stage, build_stage, build_training, build_validation, training_stages
 from cachefuse.training.data import OUT_OF_FOLD, VAL, TrainingData
 from cachefuse.training.held_out import HeldOut, final_thresholds
@@ -125,7 +125,8 @@ def train_model(
     histories: dict[str, History] = {}
     for stage in training_stages(config, model.fusion, training_set, epochs):
         head_set = None if stage.module is model.fusion else stage.training_set
-        with float64(model, config.optimizer == LBFGS):
+        # A shift of inputs moves the intercept alone, unless the intercept decays too, or is averaged.
+        with float64(model, config.optimizer == LBFGS, centred=config.decay != DECAY_ALL and not config.ema):
             histories[stage.name] = fit(
                 *build_stage(config, stage.training_set, stage.module, loss),
                 epochs=stage.n_epochs,

@@ -191,10 +191,12 @@ def _evaluate_alignment(
 
         opened = Alignment.load(path)
         align_tables.alignment_line(opened)
-        results = evaluate_alignment(opened, open_store(workspace, dataset or opened.dataset), split, device=device)
+        store = open_store(workspace, dataset or opened.dataset)
+        results = evaluate_alignment(opened, store, split, device=device)
+        caution = opened.caution if store.dataset == opened.dataset and "val" in results else None
     if json:
-        render.print_json({"run": opened.name, "results": align_tables.results_dict(results)})
+        render.print_json({"run": opened.name, "results": align_tables.results_dict(results), "caution": caution})
     else:
         align_tables.results_report(results)
-        if opened.caution and "val" in results:
-            render.note(opened.caution)
+        if caution:
+            render.note(caution)

@@ -112,10 +112,8 @@ def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | No
                 seeds = ", ".join(str(trial.seed) for trial in failed)
                 console.print(Text(f"{_label(result, setting)}, seed {seeds}: {failed[0].diverged}"), soft_wrap=True)
         console.print()
-    if any(setting.config.chooses_epoch_on_val for result in results for setting in result.settings):
-        from cachefuse.runs.run import CHOSE_EPOCH  # with torch, which the help does not need
-
-        note(CHOSE_EPOCH)
+    if caution := _caution(results):
+        note(caution)
     if any(setting.published for result in results for setting in result.settings):
         console.print(Text(results[0].paper))
     console.print(Text.assemble(("wrote ", "dim"), str(folder)), soft_wrap=True)
@@ -129,6 +127,7 @@ def sweeps_dict(results: Sequence["SweepResult"], folder: Path, run: "Run | None
         "path": str(folder),
         "sweeps": [_sweep_dict(result) for result in results],
         "run": None if run is None else run_dict(run),
+        "caution": _caution(results),
     }
 
 
@@ -154,6 +153,14 @@ def _sweep_dict(result: "SweepResult") -> JsonObject:
             for setting in result.settings
         ],
     }
+
+
+def _caution(results: Sequence["SweepResult"]) -> str | None:
+    """Return why figures may be too high: in some setting, the rows that are measured chose the epoch."""
+    from cachefuse.runs.run import CHOSE_EPOCH  # with torch, which the help does not need
+
+    chose = any(setting.config.chooses_epoch_on_val for result in results for setting in result.settings)
+    return CHOSE_EPOCH if chose else None
 
 
 def _pipeline(results: Sequence["SweepResult"]) -> str:

@@ -197,7 +197,6 @@ def test_the_greedy_preset_ends_in_a_run(cachefuse, workspace, monkeypatch, fits
         (("--preset", "mmc-losse"), "preset mmc-losse mmc-losses"),
         (("--preset", "mmc-losses", "--loss", "asl"), "preset loss"),
         (("--preset", "mmc-greedy"), "preset epochs"),
-        (("--preset", "mmc-losses"), "head linear layers 2048"),
     ],
 )
 def test_says_in_one_line_what_is_wrong(args, message, cachefuse, workspace):

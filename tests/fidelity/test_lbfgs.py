@@ -119,3 +119,22 @@ def test_all_parameters_decay_if_asked():
     error = (p / p.sum(1, keepdims=True) - one_hot) / len(x)
     assert np.abs(error.sum(0) + decay * biases).max() < 1e-6
     assert np.abs(error.T @ z + decay * weights).max() < 1e-6
+
+
+@pytest.mark.parametrize("shift", [30, 1000])
+@pytest.mark.parametrize("c", [0.01, 1.0, 100.0])
+def test_features_far_from_0_are_no_worse(shift, c, caplog):
+    """Without standardisation too: only the intercept depends on where they are."""
+    rng = np.random.default_rng(7)
+    x, y = (rng.normal(size=(60, 6)) + shift).astype(np.float32), np.arange(60) % 3
+    weights, biases = trained(x, y, c, "ce", standardize="none")
+    model = LogisticRegression(C=c, **EXACT).fit(x.astype(np.float64), y)
+    np.testing.assert_allclose(weights, model.coef_, atol=2e-5)
+    np.testing.assert_allclose(biases, model.intercept_, atol=1e-4)
+    assert "minimum" not in caplog.text
+
+
+def test_a_stop_before_the_minimum_is_said(caplog):
+    x = np.random.default_rng(7).normal(size=(60, 6)) * [1e-4, 1e4, 1, 10, 1e3, 0.1]
+    trained(x.astype(np.float32), np.arange(60) % 3, 100.0, "ce", standardize="none", epochs=1)
+    assert "before the minimum" in caplog.text

@@ -10,12 +10,18 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoTokenizer
 
+from cachefuse.alignment.space import encode_samples
+from cachefuse.data.column import Column
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import parse_manifest
+from cachefuse.data.readers.base import Samples
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.extraction.extract import extract
+from cachefuse.runs.predict import predict_samples
+from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
+from cachefuse.training.config import TrainConfig
 from fixtures.hf_models import save_model
 from fixtures.messages import naming
 
@@ -135,6 +141,24 @@ def test_long_texts_are_counted_once_over_blocks_and_appended_rows(tmp_path, vie
     assert (long.n_texts, long.limit, long.windows) == (150, 32, False)
     [features] = FeatureStore(tmp_path / "s.zarr").features()
     assert features.long_texts() == long
+
+
+def test_new_texts_that_are_cut_are_said(tmp_path, caplog):
+    texts = [f"short {i}" for i in range(12)]
+    spec = f"{MINILM},max_tokens=16"
+    extract(dataset(tmp_path, texts), [spec], tmp_path / "s.zarr", device="cpu")
+    run = train_head(FeatureStore(tmp_path / "s.zarr"), TrainConfig(fusion="text", head="linear", epochs=1, folds=2))
+    new = Samples(ids=["a", "b"], modalities={"text": Column.texts([("a short one",), (PLOT,)])})
+    predict_samples(run, new, device="cpu")
+    assert "1 of 2 texts are longer than 16 tokens" in caplog.text
+    tower = open_encoder(spec)["text"]
+    for texts, n in ((["a short one"], 0), ([PLOT, "x"], 1)):
+        caplog.clear()
+        encode_samples(tower, texts)
+        assert caplog.text.count("longer than 16 tokens") == n
+    caplog.clear()
+    encode_samples(open_encoder(f"{spec},long_texts=windows")["text"], [PLOT])
+    assert "longer" not in caplog.text
 
 
 def test_an_option_that_no_encoder_has_is_refused(tmp_path):

@@ -155,6 +155,37 @@ def test_the_tables_of_mmc_train_with_their_recipes():
         assert {*experiment.settings[0]} == {*SWEEPS[name].varies}
 
 
+def test_a_patience_of_all_epochs_stays_one():
+    """The best epoch is kept, and training never stops earlier, whatever the number of epochs."""
+    for name in ("cma-paper", "cma-irrelevant"):
+        assert config_of(name, epochs=300).patience == config_of(name, epochs=300).epochs == 300
+        assert config_of(name, epochs=300, patience=7).patience == 7
+    assert config_of("mmc-paper", epochs=10).patience == 0
+
+
+def test_another_head_has_its_own_layers():
+    assert config_of("mmc-paper").layers == (2048, 512)
+    assert config_of("mmc-paper", head="linear").layers is None
+    assert config_of("mmc-paper", head="gmlp", layers=(8,)).layers == (8,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({}, True),
+        ({"epochs": 2, "standardize": "features"}, True),
+        ({"fusion": "text"}, False),
+        ({"loss": "asl"}, False),
+        ({"monitor": "micro_f1"}, False),
+    ],
+)
+def test_the_papers_figures_are_of_its_experiment(changes, same, toy_store):
+    data = open_training_data(toy_store())
+    experiment = preset("mmc-heads", data, changes)
+    assert (experiment.published is not None) == same
+    assert ("changed" in experiment.title) == (not same and "monitor" not in changes)
+
+
 def test_other_options_are_added_to_the_papers():
     config = config_of("cma-paper", fusion_options={"pool": "image=mean:16", "depth": 2}, lr=1e-3)
     assert dict(config.fusion_options) == {
@@ -262,4 +293,4 @@ def test_a_part_of_the_presets_fusion_can_be_left_out(toy_store, tmp_path):
     (path,) = (workspace / "runs").iterdir()
     config = load_run(path).config
     assert (config.fusion, config.ablate, config.loss) == ("cma", ("sequence-attention",), "ce")
-    assert (config.monitor, config.patience, config.batch_size) == ("loss", 100, 1024)
+    assert (config.monitor, config.patience, config.batch_size) == ("loss", 2, 1024)
