@@ -23,14 +23,14 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def numbers(*lengths: int, above: float = float("-inf")) -> Rule:
-    """Return the rule for a list of numbers, one a channel."""
-    words = f"{' or '.join(map(str, lengths))} numbers{'' if above == float('-inf') else f' above {above:g}'}"
+def numbers(*lengths: int, above: float = -math.inf, alone: bool = False) -> Rule:
+    """Return the rule for a list of numbers, one a channel, or for one number for all if it may be ``alone``."""
+    words = f"{' or '.join(map(str, lengths))} numbers{'' if above == -math.inf else f' above {above:g}'}"
 
     def known(value: Any) -> bool:
-        return (
-            isinstance(value, list | tuple) and len(value) in lengths and all(is_number(x) and x > above for x in value)
-        )
+        channels = [value] if alone and is_number(value) else value
+        is_list = isinstance(channels, list | tuple) and (channels is not value or len(channels) in lengths)
+        return is_list and all(is_number(x) and x > above for x in channels)
 
     return known, words
 

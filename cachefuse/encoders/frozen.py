@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cachefuse.encoders.base import EncoderSpec, Features, Tower, is_weights_file
 from cachefuse.encoders.probe import LENGTHS, WORDS, pictures
 from cachefuse.encoders.tokenizer_settings import slow_rules, unusual_settings
-from cachefuse.errors import CachefuseError, EncoderError
+from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
 
 logger = logging.getLogger(__name__)
 
@@ -224,6 +224,8 @@ def opening(spec: EncoderSpec) -> Iterator[None]:
     """Turn any error of a library on a broken or unsupported model into an EncoderError of one line."""
     try:
         yield
+    except BadSampleError as error:  # of the probe: then every sample is bad
+        raise EncoderError(f"cannot open {spec}: it cannot prepare a plain sample: {error}") from error
     except CachefuseError:
         raise
     except Exception as error:

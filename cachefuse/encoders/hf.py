@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
 from cachefuse.encoders.base import PICKLES, EncoderSpec, Tower, is_path
@@ -22,12 +21,12 @@ from cachefuse.encoders.frozen import (
     tokenizer_fingerprint,
     weights_digest,
 )
-from cachefuse.encoders.hf_images import HFImageTower, ImageProcessor, choose_pooling
+from cachefuse.encoders.hf_images import HFImageTower, choose_pooling
 from cachefuse.encoders.hf_models import Part, load_parts
+from cachefuse.encoders.hf_processor import open_processor
 from cachefuse.encoders.hf_texts import HFTextTower, choose_poolings, lower_case, n_embeddings
 from cachefuse.encoders.sentence_folder import read_sentence_folder, transformer_folder
 from cachefuse.errors import EncoderError
-from cachefuse.files import JsonObject
 
 # All files of a hub repository that a model needs. Modules of sentence-transformers are in folders of their own.
 FILES = ("*.json", "*.txt", "*.model", "model*.safetensors", "[0-9]_*/model*.safetensors")
@@ -89,19 +88,11 @@ def _check(spec: EncoderSpec, folder: Path) -> Path:
 
 
 def _image_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device: str) -> FrozenTower:
-    if not _has_image_processor(folder, part.config):
-        raise EncoderError(f"cannot open {spec}: there is no preprocessor_config.json in {folder}, so no preprocessing")
-    processor = AutoImageProcessor.from_pretrained(folder, **OFFLINE)
-    if missing := _unstated(folder, processor):
-        raise EncoderError(f"cannot open {spec}: its preprocessing does not say {' and '.join(missing)}")
+    processor = open_processor(spec, folder, part.config, OFFLINE)
     pooling = choose_pooling(spec, part, processor)
     if pooling != "pooler":
         part.drop_pooler()
-    tower = HFImageTower(part, processor, device, _provenance(part), pooling)
-    sizes = {tuple(tower.prepare(Image.new("RGB", size)).shape) for size in ((64, 48), (48, 64))}
-    if len(sizes) > 1:
-        raise EncoderError(f"cannot open {spec}: its image processor gives images of different sizes")
-    return tower
+    return HFImageTower(part, processor, device, _provenance(part), pooling)
 
 
 def _text_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device: str) -> FrozenTower:
@@ -129,35 +120,6 @@ def _provenance(part: Part) -> dict[str, str]:
         "weights": weights_digest(part.model),
         "library": library(transformers),
     }
-
-
-def _has_image_processor(folder: Path, config: PretrainedConfig) -> bool:
-    """Whether a folder says how to prepare images: in a file of its own, or in the configuration of timm's models."""
-    return config.model_type == "timm_wrapper" or _stated_preprocessing(folder) is not None
-
-
-def _stated_preprocessing(folder: Path) -> JsonObject | None:
-    """Return what a folder says of how to prepare images; None if it says nothing."""
-    for name, key in (("preprocessor_config.json", ""), ("processor_config.json", "image_processor")):
-        path = folder / name
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        if path.is_file() and (not key or key in content):
-            return content[key] if key else content
-    return None
-
-
-def _unstated(folder: Path, processor: ImageProcessor) -> list[str]:
-    """Return the settings that a processor uses and its file does not state: the library fills in its own.
-
-    Files of older libraries leave out that bytes are divided by 255, so this need not be stated.
-    """
-    stated = _stated_preprocessing(folder)
-    if stated is None:  # of timm's models, in their configuration
-        return []
-    used = {"do_normalize": ("image_mean", "image_std"), "do_resize": ("size", "resample")}
-    return [
-        name for step, names in used.items() if getattr(processor, step, False) for name in names if name not in stated
-    ]
 
 
 def _check_tokenizer(spec: EncoderSpec, folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 from PIL import Image
@@ -11,25 +10,13 @@ from torch import Tensor, nn
 from cachefuse.encoders.base import EncoderSpec
 from cachefuse.encoders.frozen import fingerprint, flatten_map
 from cachefuse.encoders.hf_models import Outputs, Part
-from cachefuse.encoders.images import ImageTower, Split
+from cachefuse.encoders.hf_processor import ImageProcessor, process, split_processor
+from cachefuse.encoders.images import ImageTower
 from cachefuse.errors import EncoderError
-from cachefuse.files import JsonObject
 
 PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # the tokens before the patches
 CLASS_TOKENS = {"cls_token", "class_embedding"}
 SAME = 1e-5  # relative to the largest feature: the same vector, computed in another order
-
-
-class ImageProcessor(Protocol):
-    """What is used of a transformers image processor; those around timm's transforms have no attributes."""
-
-    rescale_factor: float
-    image_mean: Sequence[float]
-    image_std: Sequence[float]
-
-    def __call__(self, *, images: Image.Image, return_tensors: str, **options: bool) -> Mapping[str, Tensor]: ...
-
-    def to_dict(self) -> JsonObject: ...
 
 
 class HFImageTower(ImageTower):
@@ -42,7 +29,7 @@ class HFImageTower(ImageTower):
         self.n_prefix = sum(prefix_tokens(part.model).values())
         preprocessing = f"{type(processor).__name__} {fingerprint(processor.to_dict())}"
         facts = {**provenance, "preprocessing": preprocessing, "pooling": pooling}
-        super().__init__(part.model, device, facts, partial(_process, processor), _split_processor(processor))
+        super().__init__(part.model, device, facts, partial(process, processor), split_processor(processor))
 
     def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
         out = self.outputs(pixel_values=self.stack(batch))
@@ -58,7 +45,7 @@ def choose_pooling(spec: EncoderSpec, part: Part, processor: ImageProcessor) -> 
     part.model.eval()
     asked = spec.option("pooling")
     with torch.inference_mode():
-        image = _process(processor, Image.linear_gradient("L").rotate(30).convert("RGB"))
+        image = process(processor, Image.linear_gradient("L").rotate(30).convert("RGB"))
         out = part.outputs(pixel_values=image[None].float())
     prefix = prefix_tokens(part.model)
     n_prefix = sum(prefix.values())
@@ -123,16 +110,3 @@ def _check_grid(spec: EncoderSpec, part: Part, out: Outputs, n_prefix: int, imag
 
 def _equal(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and bool((one - other).abs().max() <= SAME * other.abs().max())
-
-
-def _process(processor: ImageProcessor, image: Image.Image, **options: bool) -> Tensor:
-    return processor(images=image, return_tensors="pt", **options)["pixel_values"][0]  # (3, H, W)
-
-
-def _split_processor(processor: ImageProcessor) -> Split:
-    """Split off scaling and normalising. ``ImageTower`` detects processors that work in another order."""
-    resize = partial(_process, processor, do_rescale=False, do_normalize=False)
-    white = 1 / processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
-    normalizes = getattr(processor, "do_normalize", False)  # processors of timm's transforms lack these options
-    mean, std = (processor.image_mean, processor.image_std) if normalizes else (0.0, 1.0)
-    return Split(resize, white, mean, std)

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, PILToTensor, ToTensor
 
-from cachefuse.encoders.frozen import FrozenTower
+from cachefuse.encoders.frozen import FrozenTower, brief
+from cachefuse.errors import BadSampleError, CachefuseError
 
 Transform = Callable[[Image.Image], Tensor]  # an RGB image to (3, H, W)
 
@@ -47,6 +48,7 @@ class ImageTower(FrozenTower):
         self, model: nn.Module, device: str, provenance: Mapping[str, str], whole: Transform, split: Split | None
     ):
         super().__init__("image", model, device, provenance)
+        self.shape: tuple[int, ...] = ()  # of every prepared image, once the tower is probed
         self._use(split or Split(whole))
         if split and not all(self._agrees(whole, probe) for probe in _probes()):
             self._use(Split(whole))
@@ -54,7 +56,28 @@ class ImageTower(FrozenTower):
     def prepare(self, sample: Image.Image) -> Tensor:
         # (3, H, W), contiguous: stacking is then a plain copy. NumPy makes it, because torch's copy would start an
         # OpenMP team in each thread. More teams than cores slow the encoder down.
-        return torch.from_numpy(np.ascontiguousarray(self.resize(sample).numpy()))
+        pixels = torch.from_numpy(np.ascontiguousarray(self._resize(sample).numpy()))
+        if self.shape and pixels.shape != self.shape:
+            raise BadSampleError(
+                f"{_size(sample)} becomes {_by(pixels.shape)} for the encoder, which takes {_by(self.shape)}"
+            )
+        return pixels
+
+    def _resize(self, sample: Image.Image) -> Tensor:
+        """Call the library's transform. What it cannot do with one image is that image's fault: others were probed."""
+        try:
+            return self.resize(sample)
+        except (CachefuseError, OSError, MemoryError):
+            raise
+        except Exception as error:
+            if "memory" in str(error):  # of torch's allocator, a RuntimeError
+                raise
+            cause = f"{type(error).__name__}: {brief(error)}"
+            raise BadSampleError(f"{_size(sample)} can't be prepared for the encoder: {cause}") from error
+
+    def probe(self) -> FrozenTower:
+        self.shape = tuple(self.prepare(self.probe_samples()[0]).shape)
+        return super().probe()
 
     def stack(self, batch: Sequence[Tensor]) -> Tensor:
         """Stack prepared images (3, H, W) to (B, 3, H, W) float32 on the device, normalised. The copy does not wait."""
@@ -86,3 +109,11 @@ def _probes() -> Iterator[Image.Image]:
     rng = np.random.default_rng(0)
     for width, height in PROBES:
         yield Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def _size(image: Image.Image) -> str:
+    return f"an image of {image.width} x {image.height} px"
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))

@@ -84,7 +84,7 @@ def test_timm_weights_under_a_name_of_another_size(tmp_path, prefix):
     refused(f"timm:test_vit.r160_in1k@{tmp_path}/w.safetensors", "pos_embed 320 px 160 px config.json img_size")
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # timm's own, where it resamples
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of timm, where it resamples
 @pytest.mark.parametrize(
     ("name", "arguments", "words"),
     [
