@@ -83,8 +83,15 @@ def load_parts(
     if "noise" in _parameters(getattr(kind, "forward", None)):
         config.mask_ratio = 0.0  # masked autoencoders hide patches at random, but when they are fine-tuned
     model, report = loader.from_pretrained(
-        folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **offline
+        folder,
+        config=config,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below: the library's error leaves them to a report that it prints
+        **offline,
     )
+    _refuse_other_sizes(spec, report["mismatched_keys"])
     _refuse_more(spec, model, report["unexpected_keys"])
     unused: tuple[str, ...] = ("pooler.",)  # weights often lack it
     if not dual and hasattr(model, "encoder") and hasattr(model, "decoder"):
@@ -102,6 +109,16 @@ def load_parts(
         return {modality: _side(spec, model, config, modality) for modality in ("image", "text")}
     has_pooler = not any(key.startswith("pooler.") for key in report["missing_keys"])
     return {modality: Part(model, config, _plain(model), _parameters(model.forward), has_pooler)}
+
+
+def _refuse_other_sizes(spec: EncoderSpec, mismatched: Collection[Any]) -> None:
+    """Refuse weights of other sizes than config.json has. The library reports names and shapes, or names alone."""
+    for name, *shapes in sorted([key] if isinstance(key, str) else [*key] for key in mismatched):
+        file, model = [" x ".join(map(str, shape)) for shape in shapes] or ["of one size", "of another"]
+        raise EncoderError(
+            f"cannot open {spec}: its weights are of other sizes than its config.json: {name} is {file} in the file, "
+            f"and {model} in the model; put the config.json of the weights there"
+        )
 
 
 def _refuse_more(spec: EncoderSpec, model: Any, unexpected: Collection[str]) -> None:

@@ -16,6 +16,7 @@ Transform = Callable[[Image.Image], Tensor]  # an RGB image to (3, H, W)
 
 # The same float32 formula in another order differs by less than this, absolute or relative; other formulas by more.
 ROUNDING = 1e-6
+MAX_RESIZED = 100_000_000  # pixels of an image whose shorter side is resized: more take seconds and gigabytes
 PROBES = ((640, 427), (37, 91))  # width, height: a wide image to shrink and a tall one to enlarge
 
 
@@ -49,6 +50,7 @@ class ImageTower(FrozenTower):
     ):
         super().__init__("image", model, device, provenance)
         self.shape: tuple[int, ...] = ()  # of every prepared image, once the tower is probed
+        self.crops = False  # whether the longer side of an image is cut
         self._use(split or Split(whole))
         if split and not all(self._agrees(whole, probe) for probe in _probes()):
             self._use(Split(whole))
@@ -65,6 +67,11 @@ class ImageTower(FrozenTower):
 
     def _resize(self, sample: Image.Image) -> Tensor:
         """Call the library's transform. What it cannot do with one image is that image's fault: others were probed."""
+        if self.crops and _n_pixels_resized(sample, self.shape) > MAX_RESIZED:
+            raise BadSampleError(
+                f"{_size(sample)} is too narrow for the encoder: with its shorter side resized, it has over "
+                f"{MAX_RESIZED:,} pixels"
+            )
         try:
             return self.resize(sample)
         except (CachefuseError, OSError, MemoryError):
@@ -77,6 +84,10 @@ class ImageTower(FrozenTower):
 
     def probe(self) -> FrozenTower:
         self.shape = tuple(self.prepare(self.probe_samples()[0]).shape)
+        wide = Image.new("RGB", (200, 37))
+        ends = wide.copy()
+        ends.paste("white", (0, 0, 15, 37))
+        self.crops = bool((self.prepare(wide) == self.prepare(ends)).all())
         return super().probe()
 
     def stack(self, batch: Sequence[Tensor]) -> Tensor:
@@ -117,3 +128,9 @@ def _size(image: Image.Image) -> str:
 
 def _by(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
+
+
+def _n_pixels_resized(image: Image.Image, shape: Sequence[int]) -> float:
+    """Return the pixels of an image whose shorter side is resized to the prepared height and width."""
+    scale = max(shape[-2] / image.height, shape[-1] / image.width)
+    return scale**2 * image.width * image.height

@@ -263,6 +263,16 @@ def test_an_image_of_another_size_than_the_encoder_takes(tmp_path):
         tower.prepare(Image.new("RGB", (64, 48)))
 
 
+@pytest.mark.parametrize("size", [(500_000, 1), (1, 500_000)])
+def test_an_image_so_narrow_that_its_resized_side_fills_the_memory(tmp_path, size):
+    """It would be 16,000,000 x 32 px, of which 32 x 32 are used."""
+    tower = open_encoder(save_vit(tmp_path, "CLIPImageProcessor", **CROP, **SHORT))["image"]
+    with pytest.raises(BadSampleError, match=naming(f"{size[0]} {size[1]}")):
+        tower.prepare(Image.new("RGB", size))
+    squashed = open_encoder(save_vit(tmp_path, "ViTImageProcessor"))["image"]
+    assert squashed.prepare(Image.new("RGB", size)).shape == (3, 32, 32)
+
+
 def test_a_full_memory_is_not_the_fault_of_an_image(tmp_path):
     tower: Any = open_encoder(save_vit(tmp_path, "ViTImageProcessor"))["image"]
 

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import EncoderError
+from fixtures.hf_models import save_model
 from fixtures.messages import naming
 
 TINY = {
@@ -130,3 +131,11 @@ def test_a_class_token_s_own_position_may_be_in_the_class_token(tmp_path):
     config = {"architecture": "test_vit", "pretrained_cfg": stated, "model_args": arguments}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert open_encoder(f"timm:test_vit@{tmp_path}/w.safetensors")
+
+
+def test_hf_weights_of_another_size_than_their_config(tmp_path):
+    save_model("vit", tmp_path)
+    for name, more in (("config.json", {"image_size": 64}), ("preprocessor_config.json", {"size": 64})):
+        content = json.loads((tmp_path / name).read_text())
+        (tmp_path / name).write_text(json.dumps({**content, **more}))
+    refused(f"hf:{tmp_path}", "embeddings.position_embeddings config.json")
