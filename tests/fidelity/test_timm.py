@@ -143,6 +143,12 @@ def test_tags_agree_only_where_nothing_that_reaches_the_features_differs():
         assert len(published_data(name)) == len(different), name
 
 
+def tokens_of(name, device):
+    with torch.device(device), torch.inference_mode():
+        model = timm.create_model(name).eval()
+        return patch_tokens(model, model.forward_features(torch.zeros(1, *model.pretrained_cfg["input_size"])))
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
@@ -158,7 +164,8 @@ def test_tags_agree_only_where_nothing_that_reaches_the_features_differs():
     ],
 )
 def test_tokens_are_patches_only(name, shape):
-    with torch.device("meta"):
-        model = timm.create_model(name).eval()
-        tokens = patch_tokens(model, model.forward_features(torch.empty(1, *model.pretrained_cfg["input_size"])))
+    try:
+        tokens = tokens_of(name, "meta")
+    except (RuntimeError, NotImplementedError):  # older versions of timm read numbers from tensors to build a model
+        tokens = tokens_of(name, "cpu")
     assert (None if tokens is None else tuple(tokens.shape)) == shape
