@@ -1,5 +1,6 @@
 """Files beside weights, checked against what their library knows, and the sizes of the weights against the model's."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 
 from cachefuse.encoders.base import EncoderSpec
 from cachefuse.errors import EncoderError
+from cachefuse.files import JsonObject
 
 Rule: TypeAlias = tuple[Callable[[Any], bool], str]  # whether a value is known, and which are
 Shape: TypeAlias = tuple[int, ...]
@@ -40,6 +42,17 @@ def check_values(spec: EncoderSpec, path: Path, stated: Mapping[str, Any], rules
     for name, (known, words) in rules.items():
         if stated.get(name) is not None and not known(stated[name]):
             raise EncoderError(f"cannot open {spec}: {name} in {path} is {stated[name]!r}; it must be: {words}")
+
+
+def read_json(spec: EncoderSpec, path: Path) -> JsonObject:
+    """Read a file's object. Raises EncoderError, with the file, for another content."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise EncoderError(f"cannot open {spec}: {path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise EncoderError(f"cannot open {spec}: {path} is not a JSON object")
+    return content
 
 
 def stored_shapes(path: Path) -> dict[str, Shape]:

@@ -15,7 +15,17 @@ from open_clip.transform import PreprocessCfg
 from torch import nn
 
 from cachefuse.encoders.base import EncoderSpec
-from cachefuse.encoders.beside import Shape, check_sizes, check_values, numbers, one_of, pixels, stored_shapes
+from cachefuse.encoders.beside import (
+    Shape,
+    check_sizes,
+    check_values,
+    is_number,
+    numbers,
+    one_of,
+    pixels,
+    read_json,
+    stored_shapes,
+)
 from cachefuse.encoders.frozen import fetch
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
@@ -24,6 +34,9 @@ Tokenizer: TypeAlias = SimpleTokenizer | HFTokenizer
 
 CONFIG = "open_clip_config.json"
 PROCESSOR = "preprocessor_config.json"  # of transformers
+# The processors of transformers that do the steps below and no others, as open_clip does, by the start of their name.
+PROCESSORS = ("CLIP", "Siglip", "ViT", "Blip", "Bit", "ChineseCLIP", "EvaCLIP")
+STEPS = {"do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb", "default_to_square"}
 RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")  # a tokenizer has at least one of them
 TOKENIZER_FILES = (
@@ -54,6 +67,7 @@ RULES = {
     "mode": one_of("RGB"),
     "interpolation": one_of("bicubic", "bilinear", "random"),
     "resize_mode": one_of("shortest", "longest", "squash"),
+    "fill_color": (lambda fill: is_number(fill) or numbers(3)[0](fill), "a number, or 3"),
     "mean": numbers(3),
     "std": numbers(3, above=0),
 }
@@ -121,11 +135,11 @@ def folder_preprocessing(spec: EncoderSpec, folder: Path, config: JsonObject) ->
 def read_config(spec: EncoderSpec, folder: Path) -> JsonObject:
     """Read a folder's open_clip_config.json; empty if there is none. Raises EncoderError if it is not an object."""
     path = folder / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    parts = [config, *(config.get(key, {}) for key in ("model_cfg", "preprocess_cfg") if isinstance(config, dict))]
+    config = read_json(spec, path) if path.is_file() else {}
+    parts = [config.get(key, {}) for key in ("model_cfg", "preprocess_cfg")]
     if not all(isinstance(part, dict) for part in parts):
         raise EncoderError(f"cannot open {spec}: {path} is not a configuration of open_clip")
-    return dict(config)
+    return config
 
 
 def open_tokenizer(spec: EncoderSpec, name: str, config: JsonObject, folder: Path | None, hub: bool) -> Tokenizer:
@@ -254,7 +268,7 @@ def check_weights(spec: EncoderSpec, path: Path, model: nn.Module, advice: str) 
 
 def _from_transformers(spec: EncoderSpec, path: Path) -> JsonObject:
     """Return what a preprocessor_config.json of transformers states, in open_clip's words; refuse what has none."""
-    stated = json.loads(path.read_text(encoding="utf-8"))
+    stated = read_json(spec, path)
     size, crop = stated.get("size"), stated.get("crop_size")
     short = size.get("shortest_edge") if isinstance(size, dict) else size
     sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {None}
@@ -265,9 +279,12 @@ def _from_transformers(spec: EncoderSpec, path: Path) -> JsonObject:
     else:
         mode = "squash" if short is None and None not in sides and not cropped else None
     usual = all(stated.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize"))
-    usual = usual and abs(255 * stated.get("rescale_factor", 1 / 255) - 1) < 1e-6
+    usual = usual and abs(255 * (stated.get("rescale_factor") or 1 / 255) - 1) < 1e-6
+    others = {name for name, value in stated.items() if value is True} - STEPS  # such as do_flip_channel_order
+    kind = stated.get("image_processor_type") or stated.get("feature_extractor_type") or PROCESSORS[0]
+    usual = usual and not others and stated.get("crop_pct") is None and str(kind).startswith(PROCESSORS)
     mean, std = stated.get("image_mean"), stated.get("image_std")
-    interpolation = RESAMPLING.get(stated.get("resample"))
+    interpolation = RESAMPLING.get(stated.get("resample", -1))
     if not (usual and mode and interpolation and RULES["mean"][0](mean) and RULES["std"][0](std)):
         raise EncoderError(
             f"cannot open {spec}: {path} asks for what open_clip's preprocessing cannot do; "

@@ -1,6 +1,5 @@
 """Image processors of transformers: what their folder must state, and one image as one tensor."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PretrainedConfig
 
 from cachefuse.encoders.base import EncoderSpec
-from cachefuse.encoders.beside import Rule, check_values, is_number, numbers
+from cachefuse.encoders.beside import Rule, check_values, is_number, numbers, read_json
 from cachefuse.encoders.images import Split
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
@@ -57,7 +56,7 @@ def open_processor(
     Raises EncoderError if it does not state what changes the pixels, or makes other than one image of one, or images of
     several sizes.
     """
-    path, stated = _stated(folder)
+    path, stated = _stated(spec, folder)
     if stated is None and config.model_type != "timm_wrapper":  # of timm's models, it is in their configuration
         raise EncoderError(f"cannot open {spec}: there is no preprocessor_config.json in {folder}, so no preprocessing")
     check_values(spec, path, stated or {}, RULES)
@@ -96,14 +95,14 @@ def split_processor(processor: ImageProcessor) -> Split:
     return Split(resize, white, mean, std)
 
 
-def _stated(folder: Path) -> tuple[Path, JsonObject | None]:
+def _stated(spec: EncoderSpec, folder: Path) -> tuple[Path, JsonObject | None]:
     """Return the file that says how to prepare images, in the library's order, and what it says; None if nothing."""
     path = folder / "processor_config.json"
-    whole = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    whole = read_json(spec, path) if path.is_file() else {}
     if "image_processor" in whole:
         return path, whole["image_processor"]
     path = folder / "preprocessor_config.json"
-    return path, json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return path, read_json(spec, path) if path.is_file() else None
 
 
 def _unstated(stated: JsonObject, processor: ImageProcessor) -> Iterator[str]:

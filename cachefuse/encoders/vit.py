@@ -23,6 +23,7 @@ from cachefuse.encoders.beside import (
     numbers,
     one_of,
     pixels,
+    read_json,
     stored_shapes,
 )
 from cachefuse.encoders.frozen import fetch, fingerprint, flatten_map, library, local_weights, opening, weights_digest
@@ -193,8 +194,8 @@ def published_data(name: str) -> dict[str, list[str]]:
 def _config_beside(spec: EncoderSpec, name: str, folder: Path) -> JsonObject | None:
     """Read a folder's config.json if it is timm's. Raises EncoderError if it is another model's, or lacks something."""
     path = folder / CONFIG
-    stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(stated, dict) or not isinstance(stated.get("pretrained_cfg"), dict):
+    stated = read_json(spec, path) if path.is_file() else {}
+    if not isinstance(stated.get("pretrained_cfg"), dict):
         return None
     if stated.get("architecture", name) != name:
         raise EncoderError(f"cannot open {spec}: {path} is of another model, {stated['architecture']}")

@@ -204,12 +204,31 @@ def test_the_processor_of_transformers_is_read(tiny, more, expected):
 
 @pytest.mark.parametrize(
     "more",
-    [{"resample": 1}, {"crop_size": {"height": 28, "width": 28}}, {"do_normalize": False}, {"rescale_factor": 1 / 127}],
+    [
+        {"resample": 1},
+        {"crop_size": {"height": 28, "width": 28}},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127},
+        {"do_flip_channel_order": True},
+        {"do_pad": True},
+        {"crop_pct": 0.9},
+        {"image_processor_type": "MobileViTImageProcessor"},
+        {"feature_extractor_type": "ConvNextFeatureExtractor"},
+    ],
 )
 def test_a_processor_that_open_clip_cannot_follow_is_refused(tiny, more):
     path = tiny()
     (path.parent / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **more}))
     with pytest.raises(EncoderError, match=naming("preprocessor_config.json open_clip_config.json")):
+        open_encoder(f"clip:tiny@{path}")
+
+
+@pytest.mark.parametrize("name", ["open_clip_config.json", "preprocessor_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]", "null"])
+def test_a_file_that_is_no_object_is_named(tiny, name, content):
+    path = tiny()
+    (path.parent / name).write_text(content)
+    with pytest.raises(EncoderError, match=naming(f"{name} JSON")):
         open_encoder(f"clip:tiny@{path}")
 
 
