@@ -17,7 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Features, Tower, is_weights_file
-from cachefuse.encoders.probe import LENGTHS, WORDS, pictures
+from cachefuse.encoders.probe import WORDS, pictures
 from cachefuse.encoders.tokenizer_settings import slow_rules, unusual_settings
 from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
 
@@ -39,6 +39,7 @@ class FrozenTower(Tower):
         self.device = torch.device(device)
         self.half = torch.float16  # 3 more mantissa bits than bfloat16, which models that overflow need
         self.together: Together = "all"
+        self._changes = False  # whether a pass has replaced modules of the model
         self._exact = False  # whether CUDA computes in float32, to compare features
         self._provenance = dict(provenance)
 
@@ -64,8 +65,10 @@ class FrozenTower(Tower):
     def _encode(self, batch: Sequence[Any], views: Collection[str]) -> Features:
         """Encode samples in one pass of the model."""
         half = self.device.type == "cuda" and not self._exact
-        with torch.inference_mode(), torch.autocast(self.device.type, self.half, enabled=half):
+        autocast = torch.autocast(self.device.type, self.half, enabled=half)
+        with torch.inference_mode(), autocast, unchanged(self.model) as replaced:
             pooled, tokens = self.forward(batch, "tokens" in views)
+        self._changes = self._changes or bool(replaced)
         features: Features = {}
         if "pooled" in views:
             features["pooled"] = to_numpy(pooled)
@@ -105,32 +108,36 @@ class FrozenTower(Tower):
             raise EncoderError(f"{name} gives the same features for different samples; are its files whole?")
         self.width, self.views = first.shape[1], tuple(features)
         self.token_shape = features["tokens"][0].shape if "tokens" in features else None
-        self._exact = True
-        self.together = self._find_together(samples)
-        self._exact = False
-        if self.together != "all":
-            logger.warning("%s: a batch changes features; %s", name, TOGETHER[self.together])
+        self._find_together(samples)
+        if self._changes:
+            self._provenance["passes"] = "each by the model as loaded"
         return self
 
     def probe_samples(self) -> Sequence[Any]:
         """Return a dozen different samples."""
         return pictures() if self.modality == "image" else WORDS
 
-    def _find_together(self, samples: Sequence[Any]) -> Together:
-        """Return what may be encoded together so that no feature depends on it.
+    def _find_together(self, samples: Sequence[Any]) -> None:
+        """Find which samples may be encoded together, so that no feature depends on it."""
+        self._narrow(samples[:2])
 
-        Texts are tried alone and beside longer ones, then beside others of their length; images in a batch.
+    def _narrow(self, mixed: Sequence[Any], equal: Sequence[Any] = ()) -> None:
+        """Let fewer samples be encoded together, if that changes features.
+
+        ``mixed`` are of several lengths, and tried first; ``equal`` are of one. Images have no length.
         """
-        mixed = samples[:2]
-        if self.by_length:
-            words = [*self.probe_samples()] * 5
-            mixed = [self.prepare(" ".join(words[:n])) for n in LENGTHS]
-            # Reformer's hashing is random, but short texts need none.
-            self._check_repeats(*(self._encode(mixed[-1:], ("pooled",))["pooled"] for _ in range(2)))
-        if self._are_the_same(mixed):
-            return "all"
-        equal = [sample for sample in samples if self.length(sample) == self.length(samples[0])]
-        return "equal lengths" if self.by_length and self._are_the_same(equal[:3]) else "one"
+        before, self._exact = self.together, True
+        try:
+            if self.by_length:  # Reformer's hashing is random, but short texts need none
+                self._check_repeats(*(self._encode(mixed[-1:], ("pooled",))["pooled"] for _ in range(2)))
+            if self.together == "all" and not self._are_the_same(mixed):
+                self.together = "equal lengths" if self.by_length else "one"
+            if self.together == "equal lengths" and not self._are_the_same(equal):
+                self.together = "one"
+        finally:
+            self._exact = False
+        if self.together != before:
+            logger.warning("%s: a batch changes features; %s", type(self.model).__name__, TOGETHER[self.together])
 
     def _check_repeats(self, one: np.ndarray, other: np.ndarray) -> None:
         """Refuse a model that is random, such as one that hides patches: two features (1, D) of one sample differ."""
@@ -150,6 +157,28 @@ class FrozenTower(Tower):
                 if one.shape != other.shape or np.abs(one - other).max() > limit:
                     return False
         return True
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[list[str]]:
+    """Undo at the end what a forward pass changes of the model itself, so that each pass is the model's as loaded.
+
+    BigBird replaces its attention for good at its first short text. The list has, at the end, the classes of the
+    modules whose parts were replaced.
+    """
+    registries = ("_modules", "_buffers", "_parameters")
+    states = [
+        (module, {**vars(module), **{name: dict(vars(module)[name]) for name in registries}})
+        for module in model.modules()
+    ]
+    replaced: list[str] = []
+    try:
+        yield replaced
+    finally:
+        for module, state in states:
+            if vars(module)["_modules"] != state["_modules"]:
+                replaced.append(type(module).__name__)
+            vars(module).update(state)
 
 
 def flatten_map(features: Tensor, channels_last: bool = False) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from cachefuse.encoders.base import EncoderSpec, Features
-from cachefuse.encoders.frozen import FrozenTower, to_numpy
+from cachefuse.encoders.frozen import FrozenTower, to_numpy, unchanged
 from cachefuse.encoders.hf_models import Outputs, Part
 from cachefuse.encoders.pooling import POOLINGS
 from cachefuse.encoders.probe import WORDS
@@ -204,7 +204,7 @@ def choose_poolings(
     """
     part.model.eval()
     ids = [tokenizer(word)["input_ids"] for word in WORDS]
-    with torch.inference_mode():
+    with torch.inference_mode(), unchanged(part.model):
         out = part.outputs(input_ids=torch.tensor([max(ids, key=len)]))
     known = {"mean", "last"}
     if len({row[0] for row in ids}) == 1:  # texts start with a class token

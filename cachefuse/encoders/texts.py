@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
+from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,11 +10,13 @@ from torch import nn
 
 from cachefuse.encoders.base import EncoderSpec, Features
 from cachefuse.encoders.frozen import FrozenTower
-from cachefuse.encoders.probe import N_PROBES, texts
+from cachefuse.encoders.probe import LENGTHS, N_PROBES, texts
 from cachefuse.errors import BadSampleError, EncoderError
 
 Ids = list[int]
 WINDOWS_PER_BATCH = 32
+NO_LIMIT = 1_000_000_000  # tokens, more than any text has
+FAILED = (RuntimeError, ValueError, IndexError)  # what models raise for texts that are too short or too long for them
 
 
 class Text(NamedTuple):
@@ -57,6 +60,8 @@ class TextTower(FrozenTower):
                 f"cannot open {spec}: max_tokens counts special tokens, and must be between {self.n_special() + 1} and "
                 f"{greatest:,}"
             )
+        self._tried = NO_LIMIT  # the longest text that was tried alone and beside others; the probe sets it
+        self._repeated = 0  # the longest text that was encoded twice
         self.windows = spec.option("long_texts") == "windows"
         facts = {**provenance, "max_length": str(self.max_tokens)}
         if self.windows:
@@ -99,7 +104,50 @@ class TextTower(FrozenTower):
     def n_tokens(self, prepared: Text) -> int:
         return prepared.n_tokens
 
+    def _find_together(self, samples: Sequence[Text]) -> None:
+        """Try texts alone and beside longer ones, then beside others of their length."""
+        words = [*self.probe_samples()] * 5
+        mixed = [self.prepare(" ".join(words[:n])) for n in LENGTHS]
+        equal = [sample for sample in samples if self.length(sample) == self.length(samples[0])]
+        self._narrow(mixed, equal[:3])
+        self._tried = self.length(mixed[-1])
+
+    def _try(self, n_tokens: int) -> None:
+        """Try texts of a length that no batch has had so far, as opening tried shorter ones.
+
+        Models may have chunks, windows or thresholds of any length: Reformer hashes texts longer than its chunk.
+        Raises EncoderError if features of such texts are random.
+        """
+        tried, self._tried = self._tried, NO_LIMIT
+        words = self.probe_samples()
+        power = 1 << (n_tokens - 1).bit_length()  # so that few lengths are tried
+        for n in (min(power, self.max_tokens or power), n_tokens):
+            try:
+                mixed = [self.prepare(words[0]), self._sample(words, 2 * n // 3), self._sample(words, n)]
+                self._narrow(mixed, [self._sample(words, n, first) for first in range(3)])
+                break
+            except EncoderError as error:
+                self._tried = tried
+                raise EncoderError(f"{error}, if it is long; texts of up to {tried} tokens are not random") from error
+            except FAILED:  # some configurations do not say how many tokens the model reads
+                continue
+        else:
+            self.together, n = "one", n_tokens
+        self._tried = self._repeated = n
+
+    def _sample(self, words: Sequence[str], n_tokens: int, first: int = 0) -> Text:
+        """Return a text of so many tokens at most, of the words from the first on."""
+        ids = self.prepare(" ".join(islice(cycle(words), first, first + n_tokens))).windows[0]
+        ids = ids if len(ids) <= n_tokens else [*ids[: n_tokens - 1], ids[-1]]
+        return Text((ids,), len(ids))
+
     def encode(self, batch: Sequence[Text], views: Collection[str]) -> Features:
+        longest = max(map(self.length, batch))
+        if len(batch) > 1 and longest > self._tried:
+            self._try(longest)
+        elif longest > max(self._tried, self._repeated):  # a query costs no more than that
+            self._check_repeats(*(self._encode(batch, ("pooled",))["pooled"] for _ in range(2)))
+            self._repeated = longest
         if all(len(text.windows) == 1 for text in batch):
             return super().encode(batch, views)
         pieces = [(row, Text((window,), len(window))) for row, text in enumerate(batch) for window in text.windows]

