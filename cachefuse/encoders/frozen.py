@@ -105,13 +105,17 @@ class FrozenTower(Tower):
             raise EncoderError(f"{name} gives features that are not finite numbers")
         self._check_repeats(pooled[0], self._encode(samples[:1], ("pooled",))["pooled"])
         if len({row.tobytes() for row in pooled}) < len(samples):
-            raise EncoderError(f"{name} gives the same features for different samples; are its files whole?")
+            raise EncoderError(f"{name} gives the same features for different {self.modality}s; {self.why_same()}")
         self.width, self.views = first.shape[1], tuple(features)
         self.token_shape = features["tokens"][0].shape if "tokens" in features else None
         self._find_together(samples)
         if self._changes:
             self._provenance["passes"] = "each by the model as loaded"
         return self
+
+    def why_same(self) -> str:
+        """Return why features of different samples may be the same."""
+        return "are its files whole?"
 
     def probe_samples(self) -> Sequence[Any]:
         """Return a dozen different samples."""

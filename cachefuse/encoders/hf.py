@@ -47,11 +47,12 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         towers: dict[str, Tower] = {}
         for modality, part in parts.items():
             build = _image_tower if modality == "image" else _text_tower
-            tower = build(spec, root, folder, part, device)
-            if _overflows(config):
-                tower.half = torch.bfloat16
-            # The probe also makes the tokenizer's first call, which sets its truncation: later calls only read it.
-            towers[modality] = tower.probe()
+            with _naming(modality if len(parts) > 1 else "", spec):
+                tower = build(spec, root, folder, part, device)
+                if _overflows(config):
+                    tower.half = torch.bfloat16
+                # The probe also makes the tokenizer's first call, which sets its truncation: later calls only read it.
+                towers[modality] = tower.probe()
         return towers
 
 
@@ -159,6 +160,18 @@ def _overflows(config: PretrainedConfig) -> bool:
     """Whether a model's activations exceed float16: T5's do, and those of models trained in bfloat16."""
     kind = config.model_type
     return config.is_encoder_decoder or "t5" in kind or "switch" in kind or str(config.dtype).endswith("bfloat16")
+
+
+@contextmanager
+def _naming(modality: str, spec: EncoderSpec) -> Iterator[None]:
+    """Let an error of a model with two encoders say which one it is about."""
+    try:
+        yield
+    except EncoderError as error:
+        if not modality:
+            raise
+        both = ", and pooling is for both" if spec.option("pooling") else ""
+        raise EncoderError(f"{error}; this is its {modality} encoder{both}") from error
 
 
 @contextmanager

@@ -144,6 +144,11 @@ class HFTextTower(TextTower):
         pooled = torch.cat([self._pool(name, out, hidden, real) for name in self.poolings], -1)  # (B, D)
         return pooled, hidden
 
+    def why_same(self) -> str:
+        if self.poolings != ("cls",):
+            return super().why_same()
+        return "the first token of a causal text model sees no other token: pool by last or mean"
+
     def probe_samples(self) -> list[str]:
         samples = super().probe_samples()
         if not self.n_excluded:

@@ -86,8 +86,15 @@ def test_another_pooling_may_be_asked_for_and_is_part_of_the_key(kind, tmp_path)
 
 def test_the_first_token_of_a_causal_model_is_refused(tmp_path):
     save_model("gpt2", tmp_path)
-    with pytest.raises(EncoderError, match=naming("GPT2Model")):
+    with pytest.raises(EncoderError, match=naming("GPT2Model causal last mean")):
         open_encoder(f"hf:{tmp_path},pooling=cls")
+
+
+@pytest.mark.parametrize(("pooling", "names"), [("cls", "causal last mean text"), ("last", "last mean image")])
+def test_a_pooling_that_one_encoder_of_two_lacks_is_refused_by_its_name(pooling, names, tmp_path):
+    save_model("clip", tmp_path)
+    with pytest.raises(EncoderError, match=naming(names)):
+        open_encoder(f"hf:{tmp_path},pooling={pooling}")
 
 
 @pytest.mark.parametrize("kind", ["t5", "distilbert", "gpt2"])
