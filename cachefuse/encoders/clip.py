@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower, is_path
 from cachefuse.encoders.clip_parts import (
-    CONFIG,
-    PROCESSOR,
     Tokenizer,
     check_tokenizer,
     check_weights,
@@ -29,6 +27,7 @@ from cachefuse.encoders.clip_parts import (
     read_config,
     settings_of_file,
 )
+from cachefuse.encoders.clip_processor import CONFIG, PROCESSOR
 from cachefuse.encoders.frozen import (
     fetch,
     fingerprint,
@@ -197,7 +196,7 @@ def _from_folder(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module, Path | 
     # open_clip prefers a pickle to a .safetensors file of another name.
     if not any((folder / file).is_file() for file in WEIGHTS):
         raise EncoderError(f"cannot open {spec}: there is no open_clip_model.safetensors in {folder}")
-    preprocessing = folder_preprocessing(spec, folder, config)
+    preprocessing = folder_preprocessing(spec, folder, config, config["model_cfg"])
     if preprocessing is None:
         raise EncoderError(
             f"cannot open {spec}: {folder / CONFIG} has no preprocess_cfg; add one with mean and std, or put the "

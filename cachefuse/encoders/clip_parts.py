@@ -15,29 +15,14 @@ from open_clip.transform import PreprocessCfg
 from torch import nn
 
 from cachefuse.encoders.base import EncoderSpec
-from cachefuse.encoders.beside import (
-    Shape,
-    check_sizes,
-    check_values,
-    is_number,
-    numbers,
-    one_of,
-    pixels,
-    read_json,
-    stored_shapes,
-)
+from cachefuse.encoders.beside import Shape, check_sizes, check_values, pixels, read_json, stored_shapes
+from cachefuse.encoders.clip_processor import CONFIG, PROCESSOR, RULES, from_transformers
 from cachefuse.encoders.frozen import fetch
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 
 Tokenizer: TypeAlias = SimpleTokenizer | HFTokenizer
 
-CONFIG = "open_clip_config.json"
-PROCESSOR = "preprocessor_config.json"  # of transformers
-# The processors of transformers that do the steps below and no others, as open_clip does, by the start of their name.
-PROCESSORS = ("CLIP", "Siglip", "ViT", "Blip", "Bit", "ChineseCLIP", "EvaCLIP")
-STEPS = {"do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb", "default_to_square"}
-RESAMPLING = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")  # a tokenizer has at least one of them
 TOKENIZER_FILES = (
     "config.json",
@@ -62,15 +47,6 @@ NOT_THE_MODEL = {
     "quick_gelu",
     "timm_model_pretrained",
 }
-# What open_clip can do with an image. Its "random" is bicubic when it encodes.
-RULES = {
-    "mode": one_of("RGB"),
-    "interpolation": one_of("bicubic", "bilinear", "random"),
-    "resize_mode": one_of("shortest", "longest", "squash"),
-    "fill_color": (lambda fill: is_number(fill) or numbers(3)[0](fill), "a number, or 3"),
-    "mean": numbers(3),
-    "std": numbers(3, above=0),
-}
 
 
 def published_settings(name: str, tags: Iterable[str]) -> dict[str, tuple[JsonObject, bool]]:
@@ -94,7 +70,7 @@ def settings_of_file(spec: EncoderSpec, name: str, folder: Path) -> tuple[JsonOb
         return published_settings(name, [tag])[tag]
     published = published_settings(name, tags)
     config = read_config(spec, folder)
-    preprocessing = folder_preprocessing(spec, folder, config)
+    preprocessing = folder_preprocessing(spec, folder, config, open_clip.get_model_config(name))
     if preprocessing is None:
         preprocessing = _common(settings for settings, _ in published.values())
     if "model_cfg" in config:
@@ -115,10 +91,11 @@ def settings_of_file(spec: EncoderSpec, name: str, folder: Path) -> tuple[JsonOb
     )
 
 
-def folder_preprocessing(spec: EncoderSpec, folder: Path, config: JsonObject) -> JsonObject | None:
+def folder_preprocessing(spec: EncoderSpec, folder: Path, config: JsonObject, model: JsonObject) -> JsonObject | None:
     """Return the preprocessing that a folder's files state, or None. Raises EncoderError for one that is not whole.
 
-    ``config`` is the folder's open_clip_config.json; without a ``preprocess_cfg``, transformers' file is read.
+    ``config`` is the folder's open_clip_config.json, and ``model`` the model's configuration. Without a
+    ``preprocess_cfg``, transformers' file is read.
     """
     if stated := config.get("preprocess_cfg"):
         if missing := [key for key in ("mean", "std") if stated.get(key) is None]:
@@ -129,7 +106,8 @@ def folder_preprocessing(spec: EncoderSpec, folder: Path, config: JsonObject) ->
         return _preprocessing(stated)
     if not (folder / PROCESSOR).is_file():
         return None
-    return _from_transformers(spec, folder / PROCESSOR)
+    side = model["vision_cfg"].get("image_size", CLIPVisionCfg.image_size)
+    return _preprocessing(from_transformers(spec, folder / PROCESSOR, side))
 
 
 def read_config(spec: EncoderSpec, folder: Path) -> JsonObject:
@@ -264,33 +242,6 @@ def check_weights(spec: EncoderSpec, path: Path, model: nn.Module, advice: str) 
         return pixels(shape[0], 1, patch[0]) if patch and name == "visual.positional_embedding" else ""
 
     check_sizes(spec, {name: tuple(tensor.shape) for name, tensor in stored.items()}, model, words, advice)
-
-
-def _from_transformers(spec: EncoderSpec, path: Path) -> JsonObject:
-    """Return what a preprocessor_config.json of transformers states, in open_clip's words; refuse what has none."""
-    stated = read_json(spec, path)
-    size, crop = stated.get("size"), stated.get("crop_size")
-    short = size.get("shortest_edge") if isinstance(size, dict) else size
-    sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {None}
-    crops = {crop.get("height"), crop.get("width")} if isinstance(crop, dict) else {crop}
-    cropped = stated.get("do_center_crop", crop is not None)
-    if short is not None and cropped and crops == {short}:
-        mode: str | None = "shortest"
-    else:
-        mode = "squash" if short is None and None not in sides and not cropped else None
-    usual = all(stated.get(step, True) for step in ("do_resize", "do_rescale", "do_normalize"))
-    usual = usual and abs(255 * (stated.get("rescale_factor") or 1 / 255) - 1) < 1e-6
-    others = {name for name, value in stated.items() if value is True} - STEPS  # such as do_flip_channel_order
-    kind = stated.get("image_processor_type") or stated.get("feature_extractor_type") or PROCESSORS[0]
-    usual = usual and not others and stated.get("crop_pct") is None and str(kind).startswith(PROCESSORS)
-    mean, std = stated.get("image_mean"), stated.get("image_std")
-    interpolation = RESAMPLING.get(stated.get("resample", -1))
-    if not (usual and mode and interpolation and RULES["mean"][0](mean) and RULES["std"][0](std)):
-        raise EncoderError(
-            f"cannot open {spec}: {path} asks for what open_clip's preprocessing cannot do; "
-            f"put an {CONFIG} with preprocess_cfg beside the weights"
-        )
-    return _preprocessing({"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": mode})
 
 
 def _has_tokenizer(folder: Path) -> bool:

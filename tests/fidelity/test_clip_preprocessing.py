@@ -223,6 +223,14 @@ def test_a_processor_that_open_clip_cannot_follow_is_refused(tiny, more):
         open_encoder(f"clip:tiny@{path}")
 
 
+@pytest.mark.parametrize("more", [{"size": 64, "crop_size": 64}, {**SQUASH, "size": {"height": 64, "width": 64}}])
+def test_a_processor_for_images_of_another_size_is_refused(tiny, more):
+    path = tiny()
+    (path.parent / "preprocessor_config.json").write_text(json.dumps({**PROCESSOR, **more}))
+    with pytest.raises(EncoderError, match=naming("preprocessor_config.json 64 32")):
+        open_encoder(f"clip:tiny@{path}")
+
+
 @pytest.mark.parametrize("name", ["open_clip_config.json", "preprocessor_config.json"])
 @pytest.mark.parametrize("content", ["{", "[]", "null"])
 def test_a_file_that_is_no_object_is_named(tiny, name, content):
