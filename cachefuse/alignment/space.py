@@ -89,7 +89,7 @@ class EncoderSpace:
     def __init__(self, spec: str, device: str = "auto"):
         self._spec = EncoderSpec.parse(spec).absolute()
         self.name = self._spec.short
-        self._towers = open_encoder(self._spec, resolve_device(device))
+        self._towers = open_encoder(self._spec, resolve_device(device), whole=True)  # ``stored`` compares the keys
         widths = {tower.width for tower in self._towers.values()}
         if len(self._towers) != 2 or len(widths) != 1:
             raise EncoderError(

@@ -101,7 +101,7 @@ def open_aligned(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     for side in sides:
         about = run.sides[side]
         with _within(spec):
-            base = open_encoder(about.source, device).get(about.modality)
+            base = open_encoder(about.source, device, whole=True).get(about.modality)
         if base is None or provenance_key({**base.provenance, "dtype": about.dtype}) != about.key:
             raise EncoderError(
                 f"cannot open {spec}: {about.source} has other weights or preprocessing than when {run.name} was made; "

@@ -69,11 +69,12 @@ DEFAULT_ENCODER = FAMILIES["clip"].example
 
 
 def open_encoder(
-    spec: str | EncoderSpec, device: str = "cpu", options: Mapping[str, str] = NO_OPTIONS
+    spec: str | EncoderSpec, device: str = "cpu", options: Mapping[str, str] = NO_OPTIONS, *, whole: bool = False
 ) -> dict[str, Tower]:
     """Open ``family:model[@weights][,option=value ...]`` on a device and return its towers by modality.
 
-    ``options`` are values for options that the spec leaves open; those that its towers do not have are ignored. Raises
+    ``options`` are values for options that the spec leaves open; those that its towers do not have are ignored. Unless
+    it is known to be ``whole``, as one that features were made with, the encoder is tried on a dozen samples. Raises
     UnknownNameError for an unknown family, EncoderError for an option or value of the spec that the encoder does not
     have, or if the model or its weights are not available.
     """
@@ -90,6 +91,8 @@ def open_encoder(
     for name, _ in spec.options:
         if not any(name in tower.options for tower in towers.values()):
             raise EncoderError(f"cannot open {spec}: {name} is not for {' and '.join(towers)}; leave it out")
+    for tower in () if whole else towers.values():
+        tower.check_whole()
     return towers
 
 

@@ -112,6 +112,9 @@ class Tower(ABC):
     max_tokens: int = 0  # of a text: longer ones are cut or read in windows; 0 if there is no limit
     vocabulary: int = 0  # of the view ids, if the tower has it: every id is less
 
+    def check_whole(self) -> None:  # noqa: B027
+        """Raise EncoderError if the features of different samples are the same, as of a model without its weights."""
+
     @property
     @abstractmethod
     def provenance(self) -> Mapping[str, str]:

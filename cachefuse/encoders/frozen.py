@@ -90,28 +90,33 @@ class FrozenTower(Tower):
         return [[i] for i in range(len(batch))]
 
     def probe(self) -> "FrozenTower":
-        """Set the width, views and token shape from a dozen samples, and find which may be encoded together.
+        """Set the width, views and token shape from a sample, and find which samples may be encoded together.
 
-        Raises EncoderError if features are random, or the same for different samples.
+        Raises EncoderError for features that are not vectors of finite numbers.
         """
         name = type(self.model).__name__
         samples = [self.prepare(sample) for sample in self.probe_samples()]
         features = self.encode(samples[:1], self.views)
-        pooled = [self._encode([sample], ("pooled",))["pooled"] for sample in samples]  # alone: no rounding of a batch
         first = features["pooled"]
         if first.ndim != 2:
             raise EncoderError(f"{name} gives features of shape {first.shape}; expected (B, D)")
         if not np.isfinite(first).all():
             raise EncoderError(f"{name} gives features that are not finite numbers")
-        self._check_repeats(pooled[0], self._encode(samples[:1], ("pooled",))["pooled"])
-        if len({row.tobytes() for row in pooled}) < len(samples):
-            raise EncoderError(f"{name} gives the same features for different {self.modality}s; {self.why_same()}")
         self.width, self.views = first.shape[1], tuple(features)
         self.token_shape = features["tokens"][0].shape if "tokens" in features else None
         self._find_together(samples)
         if self._changes:
             self._provenance["passes"] = "each by the model as loaded"
         return self
+
+    def check_whole(self) -> None:
+        """Encode a dozen different samples. Raises EncoderError if features are random, or the same for two of them."""
+        samples = [self.prepare(sample) for sample in self.probe_samples()]
+        pooled = [self._encode([sample], ("pooled",))["pooled"] for sample in samples]  # alone: no rounding of a batch
+        self._check_repeats(pooled[0], self._encode(samples[:1], ("pooled",))["pooled"])
+        if len({row.tobytes() for row in pooled}) < len(samples):
+            name = type(self.model).__name__
+            raise EncoderError(f"{name} gives the same features for different {self.modality}s; {self.why_same()}")
 
     def why_same(self) -> str:
         """Return why features of different samples may be the same."""

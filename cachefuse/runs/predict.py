@@ -103,7 +103,8 @@ def predict_samples(
         for features in group:
             by_modality[features.modality].setdefault(features.source, []).append((name, features))
     needed = [source for modality, wanted in by_modality.items() if modality in sources for source in wanted]
-    opened = {source: open_encoder(_beside(run, source), device) for source in dict.fromkeys(needed)}
+    # Their keys are compared with those of the features that the run was trained on.
+    opened = {source: open_encoder(_beside(run, source), device, whole=True) for source in dict.fromkeys(needed)}
     for modality, by_encoder in by_modality.items():
         bad: dict[int, BadSampleError] = {}
         for source, wanted in by_encoder.items():

@@ -100,6 +100,7 @@ def test_a_model_that_gives_every_image_the_same_features_is_refused(tmp_path):
     change_weights(tmp_path, lambda weights: [w.zero_() for name, w in weights.items() if "patch_embeddings" in name])
     with pytest.raises(EncoderError, match=naming("ViTModel same features")):
         open_encoder(f"hf:{tmp_path}")
+    assert open_encoder(f"hf:{tmp_path}", whole=True)  # predict compares its key with that of the run's features
 
 
 def test_a_processor_s_file_may_hold_the_preprocessing(tmp_path):

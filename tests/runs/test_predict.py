@@ -140,7 +140,9 @@ def test_opens_an_encoder_once(run, dataset, monkeypatch):
     import cachefuse.runs.predict as module
 
     opened, real = [], open_encoder
-    monkeypatch.setattr(module, "open_encoder", lambda spec, device: opened.append(str(spec)) or real(spec, device))
+    monkeypatch.setattr(
+        module, "open_encoder", lambda spec, *args, **known: opened.append(str(spec)) or real(spec, *args, **known)
+    )
     predict_samples(run, samples_of(dataset, range(2)))
     assert opened == ["classic"]
 

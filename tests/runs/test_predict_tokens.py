@@ -142,7 +142,7 @@ def encoded(monkeypatch):
         return encode_prepared(tower, window, views, size)
 
     monkeypatch.setattr(module, "encode_prepared", spy)
-    monkeypatch.setattr(module, "open_encoder", lambda spec, device: opened.append(1) or open_encoder(spec, device))
+    monkeypatch.setattr(module, "open_encoder", lambda *args, **known: opened.append(1) or open_encoder(*args, **known))
     return seen, opened
 
 
