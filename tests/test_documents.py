@@ -33,7 +33,7 @@ LINKED = [*DOCUMENTS, *sorted((ROOT / ".github").rglob("*.md")), *sorted({*ROOT.
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 FILE_NAME = re.compile(r"`([\w./-]+\.(?:csv|py|toml))`[^`\n]*:\n\n$")
 REAL_DATA = ("comp5329", "flickr8k", "stsb")
-PART = int(os.environ.get("CACHEFUSE_REAL_PART", "4"))  # one in so many samples is used; 1: the documents' figures
+PART = int(os.environ.get("CACHEFUSE_REAL_PART", "6"))  # one in so many samples is used; 1: the documents' figures
 RECORD = re.compile(r"^(?=\S+\.jpg\b|main-)", flags=re.M)  # where a sample begins in a file of a real dataset
 
 

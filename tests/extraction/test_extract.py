@@ -285,7 +285,8 @@ def test_an_unknown_encoder(shapes, store_path):
 
 
 def test_an_encoder_for_what_the_dataset_lacks(shapes, store_path, toy, monkeypatch):
-    monkeypatch.setattr("toy_encoder.open_toy", lambda spec, device: {"text": None})
+    tower = open_encoder("toy")["text"]
+    monkeypatch.setattr("toy_encoder.open_toy", lambda spec, device: {"text": tower})
     with pytest.raises(EncoderError, match=naming("toy text image")):
         run(with_columns(shapes, texts=None), store_path)
 

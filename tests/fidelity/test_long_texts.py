@@ -56,6 +56,7 @@ def minilm_mean(ids):
         return model(input_ids=torch.tensor([ids])).last_hidden_state[0].double().mean(0).numpy()
 
 
+@pytest.mark.slow
 def test_texts_that_differ_after_the_limit_are_one_row_cut_and_several_in_windows():
     texts = [f"{PLOT} {ending}" for ending in ENDINGS]
     assert len(np.unique(pooled(MINILM, texts), axis=0)) == 1
