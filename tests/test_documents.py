@@ -193,7 +193,7 @@ def check_the_main_job(printed: Mapping[str, str], folder: Path) -> None:
     assert stated is not None
     for value, told in zip(figures[2:], stated.groups(), strict=True):
         # On another processor the last digits differ, and after all epochs the figures do as those of another seed.
-        assert float(value) == pytest.approx(float(told), abs=0.02 if PART == 1 else 0.15)
+        assert float(value) == pytest.approx(float(told), abs=0.02 if PART == 1 else 0.25)
     submission = (folder / "submission.csv").read_text().splitlines()
     assert submission[0] == "ImageID,Labels"
     assert len(submission) == len((folder / "comp5329" / "test.csv").read_text().splitlines())

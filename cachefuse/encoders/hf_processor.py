@@ -17,15 +17,14 @@ from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 
 # The numbers that a step takes. Where the step is done, they must be stated: the library's own may be another model's.
+# Not so the filter that resizes: many files, such as the first ViT's, leave it to the class of their processor, and so
+# they do the steps of a class alone, such as MobileViT's order of channels.
 NUMBERS = {
-    "do_resize": ("size", "resample"),
+    "do_resize": ("size",),
     "do_center_crop": ("crop_size",),
     "do_pad": ("pad_size",),
     "do_normalize": ("image_mean", "image_std"),
 }
-# Steps that files of older libraries leave out, because the class of their processor says them. Any other step that
-# the class does, such as EfficientNet's include_top, must be stated if it changes the pixels.
-USUAL = {"do_convert_rgb", "do_rescale", *NUMBERS}
 USUAL_FACTOR = 1 / 255
 RULES: dict[str, Rule] = {
     "resample": (lambda value: isinstance(value, str) or value in list(Image.Resampling), "Pillow's number, 0 to 5"),
@@ -106,7 +105,10 @@ def _stated(spec: EncoderSpec, folder: Path) -> tuple[Path, JsonObject | None]:
 
 
 def _unstated(stated: JsonObject, processor: ImageProcessor) -> Iterator[str]:
-    """Yield the settings that change the pixels and are not stated: the library fills in those of the class."""
+    """Yield the numbers that change the pixels and are not stated: the library fills in those of the class.
+
+    Which steps are done, older files leave to the class.
+    """
     given = {name for name, value in stated.items() if value is not None}  # null asks for the default
     resolved = processor.to_dict()
     for step, names in NUMBERS.items():
@@ -116,13 +118,10 @@ def _unstated(stated: JsonObject, processor: ImageProcessor) -> Iterator[str]:
             yield step
     if resolved.get("do_rescale") and resolved.get("rescale_factor") not in (None, USUAL_FACTOR):
         yield from {"rescale_factor"} - given
-    for name, value in resolved.items():
-        if name in given or name in USUAL:
-            continue
-        # A part of the image is a number of the step that resizes, but unused for some sizes.
-        other = False if value is True else (value or 1) / 2 if name == "crop_pct" else None
-        if other is not None and _matters(processor, name, other):
-            yield name
+    # The part of the image that stays is a number of the step that resizes, but unused for some sizes.
+    part = resolved.get("crop_pct", 0) if "crop_pct" not in given else 0
+    if part is None or (part and _matters(processor, "crop_pct", part / 2)):
+        yield "crop_pct"
 
 
 def _matters(processor: ImageProcessor, name: str, other: object) -> bool:

@@ -54,8 +54,10 @@ class HFTextTower(TextTower):
             raise EncoderError(
                 f"cannot open {spec}: its folder writes a prompt before texts, which windows would cut off"
             )
+        self.n_embeddings = n_embeddings(part)
         ids = (tokenizer.pad_token_id, getattr(part.config, "pad_token_id", None), 0)
-        self.pad_id = next(i for i in ids if i is not None)
+        # Some tokenizers pad with a token that their model does not know. Where padding is masked, any will do.
+        self.pad_id = next(i for i in ids if i is not None and i < (self.n_embeddings or i + 1))
         # Models often have a few rows more than the tokenizer has tokens, and some tokenizers skip numbers.
         self.vocabulary = max(len(tokenizer), getattr(part.config, "vocab_size", None) or 0)
         self.padded = part.config.model_type.startswith(PADDED)
@@ -67,7 +69,6 @@ class HFTextTower(TextTower):
         untyped = self.types is None and "token_type_ids" in part.accepts and _has_types(tokenizer)
         self.n_excluded = 0 if asked.include_prompt else prompt_length(tokenizer, asked.prompt)
         self.min_tokens = 1
-        self.n_embeddings = n_embeddings(part)
         asked.after.eval().requires_grad_(False).to(device)
         facts = {
             **provenance,

@@ -112,10 +112,12 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         model: Any = timm.create_model(
             spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **{**arguments, "num_classes": n_classes}
         )
-        if pool and pool != getattr(model, "global_pool", pool):
+        pools_by = getattr(model, "global_pool", pool)
+        pools_by = getattr(pools_by, "pool_type", pools_by)  # of CNNs it is a module
+        if pool and isinstance(pools_by, str) and pool != pools_by:
             raise EncoderError(
-                f"cannot open {spec}: {CONFIG} beside it says global_pool {pool}, but the model pools by "
-                f"{model.global_pool}; say it in model_args"
+                f"cannot open {spec}: {CONFIG} beside it says global_pool {pool}, but the model pools by {pools_by}; "
+                f"say it in model_args"
             )
         model.reset_classifier(0)
         if own is not None:
@@ -209,7 +211,8 @@ def _n_classes(path: Path, classifier: str | Sequence[str] | None) -> int:
     """Return the number of classes of a weights file; 0 if it has no classifier."""
     first = classifier if isinstance(classifier, str) else (classifier or ("",))[0]
     with safe_open(path, "pt") as file:
-        return file.get_slice(f"{first}.weight").get_shape()[0] if f"{first}.weight" in set(file.keys()) else 0
+        names = {*file.keys()} & {f"{first}.weight", f"module.{first}.weight"}  # timm takes either
+        return max((file.get_slice(name).get_shape()[0] for name in names), default=0)
 
 
 def _check_weights(spec: EncoderSpec, path: Path, model: Any) -> None:

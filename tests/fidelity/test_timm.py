@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from timm.data.config import resolve_data_config
 from timm.data.transforms import str_to_interp_mode
 from timm.data.transforms_factory import create_transform
+from timm.models import save_for_hf
 
 from cachefuse.encoders import open_encoder
 from cachefuse.encoders.vit import RULES, patch_tokens, published_data
@@ -79,6 +80,25 @@ def test_arguments_of_a_config_build_the_model(tmp_path):
     config = {"architecture": "test_vit", "pretrained_cfg": STATED, "model_args": arguments, "global_pool": "avg"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     expect(f"timm:test_vit@{tmp_path}/w.safetensors", model, STATED)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_vit"])
+def test_a_folder_as_timm_saves_it(tmp_path, name):
+    """It writes global_pool, which is a string or a module of the model."""
+    model = timm.create_model(name, num_classes=3).eval()
+    save_for_hf(model, tmp_path, safe_serialization=True)
+    stated = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    model.reset_classifier(0)
+    expect(f"timm:{name}@{tmp_path}/model.safetensors", model, stated, getattr(model, "num_prefix_tokens", 0))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_file_with_a_classifier_of_its_own(tmp_path, prefix):
+    model = timm.create_model("test_resnet", num_classes=7).eval()
+    save_file({prefix + name: x for name, x in model.state_dict().items()}, tmp_path / "w.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "pretrained_cfg": STATED}))
+    model.reset_classifier(0)
+    expect(f"timm:test_resnet@{tmp_path}/w.safetensors", model, STATED)
 
 
 @pytest.mark.parametrize(
