@@ -33,7 +33,7 @@ LINKED = [*DOCUMENTS, *sorted((ROOT / ".github").rglob("*.md")), *sorted({*ROOT.
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.S | re.M)
 FILE_NAME = re.compile(r"`([\w./-]+\.(?:csv|py|toml))`[^`\n]*:\n\n$")
 REAL_DATA = ("comp5329", "flickr8k", "stsb")
-PART = int(os.environ.get("CACHEFUSE_REAL_PART", "6"))  # one in so many samples is used; 1: the documents' figures
+PART = int(os.environ.get("CACHEFUSE_REAL_PART", "4"))  # one in so many samples is used; 1: the documents' figures
 RECORD = re.compile(r"^(?=\S+\.jpg\b|main-)", flags=re.M)  # where a sample begins in a file of a real dataset
 
 
@@ -193,7 +193,7 @@ def check_the_main_job(printed: Mapping[str, str], folder: Path) -> None:
     assert stated is not None
     for value, told in zip(figures[2:], stated.groups(), strict=True):
         # On another processor the last digits differ, and after all epochs the figures do as those of another seed.
-        assert float(value) == pytest.approx(float(told), abs=0.02 if PART == 1 else 0.25)
+        assert float(value) == pytest.approx(float(told), abs=0.02 if PART == 1 else 0.15)
     submission = (folder / "submission.csv").read_text().splitlines()
     assert submission[0] == "ImageID,Labels"
     assert len(submission) == len((folder / "comp5329" / "test.csv").read_text().splitlines())
