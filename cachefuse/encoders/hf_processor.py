@@ -120,15 +120,15 @@ def _unstated(stated: JsonObject, processor: ImageProcessor) -> Iterator[str]:
         yield from {"rescale_factor"} - given
     # The part of the image that stays is a number of the step that resizes, but unused for some sizes.
     part = resolved.get("crop_pct", 0) if "crop_pct" not in given else 0
-    if part is None or (part and _matters(processor, "crop_pct", part / 2)):
+    if part is None or (part and _crops_by(processor, part / 2)):
         yield "crop_pct"
 
 
-def _matters(processor: ImageProcessor, name: str, other: object) -> bool:
-    """Whether another value of a setting changes the pixels of an image."""
+def _crops_by(processor: ImageProcessor, other: float) -> bool:
+    """Whether another part of the image to keep changes its pixels."""
     image = _probe((200, 37))
     try:
-        one, two = (process(processor, image, **options) for options in ({}, {name: other}))
+        one, two = (process(processor, image, **options) for options in ({}, {"crop_pct": other}))
     except Exception:  # a library may reject the value
         return True
     return one.shape != two.shape or not torch.equal(one, two)

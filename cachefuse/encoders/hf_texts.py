@@ -56,13 +56,18 @@ class HFTextTower(TextTower):
             )
         self.n_embeddings = n_embeddings(part)
         ids = (tokenizer.pad_token_id, getattr(part.config, "pad_token_id", None), 0)
-        # Some tokenizers pad with a token that their model does not know. Where padding is masked, any will do.
-        self.pad_id = next(i for i in ids if i is not None and i < (self.n_embeddings or i + 1))
+        known = [i for i in ids if i is not None and i < (self.n_embeddings or i + 1)]
+        self.pad_id = known[0]  # some tokenizers pad with a token that is unknown; where it is masked, any will do
         # Models often have a few rows more than the tokenizer has tokens, and some tokenizers skip numbers.
         self.vocabulary = max(len(tokenizer), getattr(part.config, "vocab_size", None) or 0)
         self.padded = part.config.model_type.startswith(PADDED)
         given = [name for name in tokenizer.model_input_names if name in part.accepts]
         self.takes_mask = "attention_mask" in (given if self.padded else part.accepts)
+        if self.padded and not self.takes_mask and tokenizer.pad_token_id not in (None, self.pad_id):
+            raise EncoderError(
+                f"cannot open {spec}: its tokenizer pads with token {tokenizer.pad_token_id:,}, which its model "
+                f"reads and does not know; put the tokenizer of the model there"
+            )
         self.types = _token_types(tokenizer) if "token_type_ids" in given else None
         usual = _usual_padding(part, tokenizer)
         padding = unusual_padding(self.pad_id, usual, tokenizer.padding_side, self.takes_mask) if self.padded else ""

@@ -105,6 +105,20 @@ def test_a_padding_token_that_the_model_does_not_know(kind, tmp_path):
         np.testing.assert_allclose(row, hidden.mean(0), atol=1e-5)
 
 
+def test_a_padding_token_that_a_model_reads_and_does_not_know(tmp_path):
+    """SigLIP reads its padding, so no other token will do."""
+    model = save_model("siglip_text_model", tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.model_input_names = ["input_ids"]
+    tokenizer.save_pretrained(tmp_path)
+    assert open_encoder(f"hf:{tmp_path}")
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<{i}>" for i in range(model.config.vocab_size)]})
+    tokenizer.pad_token = f"<{model.config.vocab_size - 1}>"
+    tokenizer.save_pretrained(tmp_path)
+    refused(tmp_path, "pads token")
+
+
 def test_a_text_with_a_special_token_that_the_model_does_not_know(tmp_path):
     tokenizer = save_bert(tmp_path)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>"]})
