@@ -1,9 +1,11 @@
 """Atomic writes, folder names, JSON, readable sizes."""
 
+import errno
 import json
 import math
 import os
 import re
+import stat
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,26 @@ def write_atomically(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_bounded(path: Path | str, limit: int) -> bytes:
+    """Return the bytes of a regular file, or of the one that a link leads to, of at most ``limit`` bytes.
+
+    Raises OSError, with the path, for another kind of file, whose reading may never end, and for a larger file.
+    """
+    # Opening a pipe without this flag waits for its other end.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            data = b"" if status.st_size > limit else file.read(limit + 1)
+    finally:
+        os.close(descriptor)
+    if max(status.st_size, len(data)) > limit:
+        raise OSError(errno.EFBIG, f"is larger than the limit of {limit:,} bytes", str(path))
+    return data
 
 
 def make_folder(path: Path) -> None:

@@ -23,6 +23,8 @@ LAYERS = (
     "feature_spec",
     "settings",
     "files",
+    "printable",
+    "limits",
     "workspace",
     "device",
     "threads",
