@@ -1,6 +1,7 @@
 """Text of data (ids, file names, captions, names of classes), made safe and short for a terminal."""
 
 import re
+from collections.abc import Iterable
 
 MAX_MESSAGE = 500  # characters
 # Controls (C0, DEL, C1), line and paragraph separators, halves of surrogate pairs, and the marks that change the
@@ -23,6 +24,30 @@ def shorten(text: str, limit: int) -> str:
         return text
     tail = (limit - 5) // 3
     return f"{text[: limit - 5 - tail]} ... {text[len(text) - tail :]}"
+
+
+def listed(names: Iterable[object], limit: int = 300) -> str:
+    """Return names for a message, with commas: as many as fit into ``limit`` characters, and how many more there are.
+
+    A long name is cut.
+    """
+    short = [shorten(str(name), 80) for name in names]
+    n, length = 0, 0
+    while n < len(short) and (length := length + len(short[n]) + 2) <= limit:
+        n += 1
+    return ", ".join(short) if n == len(short) else f"{', '.join(short[:n])}, ... and {len(short) - n:,} more"
+
+
+def escape_json(text: str, *, ascii_only: bool = False) -> str:
+    r"""Return JSON text with unsafe characters as ``\u001b``; its own line breaks stay. Other text stays readable."""
+    unsafe = re.compile("[^\\x00-\\x7f]") if ascii_only else _UNSAFE
+    return unsafe.sub(lambda match: match[0] if match[0] == "\n" else _json_escape(match[0]), text)
+
+
+def _json_escape(character: str) -> str:
+    """Return a character as JSON writes it: in one unit of UTF-16, or in two."""
+    units = character.encode("utf-16-be", "surrogatepass").hex()
+    return "".join(f"\\u{units[i : i + 4]}" for i in range(0, len(units), 4))
 
 
 def _escape(character: str) -> str:

@@ -1,6 +1,8 @@
 """The `cachefuse` program: its commands, errors and exit codes."""
 
+import os
 import sys
+import traceback
 from collections.abc import Iterable, Sequence
 from typing import Annotated
 
@@ -8,6 +10,7 @@ import typer
 
 from cachefuse.errors import CachefuseError
 from cachefuse.registry import import_entry
+from cachefuse_cli.shared.console import safe_streams
 from cachefuse_cli.shared.setting_options import Command
 
 # In the order of the help. Each is a function, or a group of functions, in a file of its name in commands/.
@@ -44,7 +47,7 @@ def _version(show: bool) -> None:
     if show:
         from cachefuse import __version__  # imported late: reading the installed version takes time
 
-        print(__version__)
+        sys.stdout.write(f"{__version__}\n")
         raise typer.Exit()
 
 
@@ -60,16 +63,29 @@ def cachefuse(
 def main(args: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0; 1 after an error, with one line; 2 for wrong usage; 130 after Ctrl-C."""
     given = list(sys.argv[1:] if args is None else args)
-    debug = "--debug" in given
-    given = [arg for arg in given if arg != "--debug"]
+    with safe_streams():
+        sys.exit(_run([arg for arg in given if arg != "--debug"], debug="--debug" in given))
+
+
+def _run(given: list[str], *, debug: bool) -> int:
+    """Run a command, print its error, and return the exit code."""
     try:
         app = build_app(given[:1] if given and given[0] in COMMANDS else COMMANDS)
-        app(given, prog_name="cachefuse")
+        code = app(given, prog_name="cachefuse", standalone_mode=False)
+        sys.stdout.flush()  # here, where a full disk is still an error
+        return code or 0
+    except BrokenPipeError:  # the reader of stdout, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
         from cachefuse_cli.shared import render
 
+        if hasattr(error, "format_message"):  # of typer: wrong usage
+            render.usage_error(error)
+            return 2
         expected = isinstance(error, CachefuseError | OSError) or render.out_of_memory(error)
         if debug or not expected:
-            raise
-        render.error(error)
-        sys.exit(1)
+            traceback.print_exc()
+        else:
+            render.error(error)
+        return 1

@@ -180,7 +180,7 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
     reader = manifest.open_reader()
     missing = reader.missing(root)
     if missing:
-        raise MissingDataError(_how_to_get(manifest, root, missing))
+        raise _missing(manifest, root, missing)
     samples = reader.read(root)
     _check_ids(samples, manifest)
     notes = [*samples.notes, *_count_notes(samples, manifest)]
@@ -236,13 +236,16 @@ def _count_notes(samples: Samples, manifest: Manifest) -> list[str]:
     ]
 
 
-def _how_to_get(manifest: Manifest, root: Path, missing: list[str]) -> str:
-    lines = [f"no raw data for {manifest.name} in {root}: missing {', '.join(missing[:3])}"]
+def _missing(manifest: Manifest, root: Path, missing: list[str]) -> MissingDataError:
+    """Return the error for missing raw data, with notes: where to get it, and how to lay it out."""
+    error = MissingDataError(f"no raw data for {manifest.name} in {root}: missing {', '.join(missing[:3])}")
     if manifest.get:
-        lines.append(f"get it: {manifest.get.strip()}")
+        error.add_note(f"get it: {manifest.get.strip()}")
     if manifest.licence:
-        lines.append(f"licence: {manifest.licence.strip()}")
+        error.add_note(f"licence: {manifest.licence.strip()}")
     if manifest.layout:
-        lines.append("expected layout:\n" + "\n".join(f"  {line}" for line in manifest.layout.strip().splitlines()))
-    lines.append("put it there, or name its folder with --data-dir DIR")
-    return "\n".join(lines)
+        error.add_note("expected layout:")
+        for line in manifest.layout.strip().splitlines()[:30]:
+            error.add_note(f"  {line}")
+    error.add_note("put it there, or name its folder with --data-dir DIR")
+    return error

@@ -5,12 +5,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
-
 from cachefuse.files import JsonObject
-from cachefuse_cli.shared.render import MAX_CLASSES, new_table, note, out
+from cachefuse_cli.shared.console import Table, Text, err, new_table, out
+from cachefuse_cli.shared.render import MAX_CLASSES, note
 
 if TYPE_CHECKING:
     from cachefuse.alignment.pairs import Pairs
@@ -48,8 +45,6 @@ def results_dict(results: "Mapping[str, Retrieval]") -> JsonObject:
 
 def alignment_line(run: "Alignment") -> None:
     """Print the alignment in use."""
-    from cachefuse_cli.shared.render import err
-
     sides = " with ".join(f"{side.encoder} ({side.modality})" for side in run.sides)
     err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {run.config.label} of {sides}"), soft_wrap=True)
 
@@ -79,9 +74,7 @@ def results_report(results: "Mapping[str, Retrieval]") -> None:
         for name, ranks in result.directions.items():
             shares = (f"{ranks.recall[k]:.3f}" for k in (1, 5, 10))
             chance = f"{ranks.chance[10]:.3f}"
-            table.add_row(
-                escape(split), escape(name), *shares, chance, f"{ranks.median_rank:g}", f"{ranks.n_gallery:,}"
-            )
+            table.add_row(split, name, *shares, chance, f"{ranks.median_rank:g}", f"{ranks.n_gallery:,}")
             split = ""
     console.print(table)
     console.print(Text("R@k: the share of queries with an item of their own among the first k", style="dim"))
@@ -99,11 +92,11 @@ def alignments_report(summaries: "Sequence[AlignmentSummary]") -> None:
     for summary in summaries:
         recall = " ".join(f"{value:.3f}" for value in summary.recall_at_1.values()) or "-"
         table.add_row(
-            escape(summary.name),
-            escape(" with ".join(summary.encoders)),
-            escape(summary.created[:16].replace("T", " ")),
+            summary.name,
+            " with ".join(summary.encoders),
+            summary.created[:16].replace("T", " "),
             recall,
-            f"{escape(summary.split or '-')}{', which chose the epoch' if summary.caution else ''}",
+            f"{summary.split or '-'}{', which chose the epoch' if summary.caution else ''}",
         )
     out().print(table)
 
@@ -122,8 +115,8 @@ def matches_report(result: "QueryResult", texts: Sequence[str] | None, space: st
     for column in table.columns[:2]:
         column.justify = "right"
     for rank, match in enumerate(result.matches, start=1):
-        shown = [escape(_one_line(texts[rank - 1]))] if texts is not None else []
-        table.add_row(str(rank), f"{match.score:.3f}", escape(_one_line(match.id)), *shown)
+        shown = [_one_line(texts[rank - 1])] if texts is not None else []
+        table.add_row(str(rank), f"{match.score:.3f}", _one_line(match.id), *shown)
     out().print(table)
 
 
@@ -139,7 +132,7 @@ def zero_shot_report(result: "ZeroShot", space: str, store: "FeatureStore") -> N
     console.print(Text(title, style="dim"))
     table = new_table("split", "images", *(f"top-{k}" for k in range(1, n_ranks + 1)), numbers=1 + n_ranks)
     for split, shares in result.accuracy.items():
-        table.add_row(escape(split), f"{result.n_images[split]:,}", *(f"{share:.3f}" for share in shares))
+        table.add_row(split, f"{result.n_images[split]:,}", *(f"{share:.3f}" for share in shares))
     table.add_row(
         Text("by chance", style="dim"),
         "",
@@ -155,7 +148,7 @@ def zero_shot_report(result: "ZeroShot", space: str, store: "FeatureStore") -> N
     classes = new_table("class", "accuracy", numbers=1)
     for c in shown:
         value = result.by_class[c]
-        classes.add_row(escape(result.classes[c]), "-" if value != value else f"{value:.3f}")
+        classes.add_row(result.classes[c], "-" if value != value else f"{value:.3f}")
     console.print(classes)
 
 
@@ -197,7 +190,7 @@ def _correlations(results: "Mapping[str, Mapping[str, Figures]]") -> Table:
             places = [int(abs(TOLERANCES - e).argmin()) for e in SHOWN_TOLERANCES]
             shares = [f"{curve[i]:.3f}" if curve else "-" for i in places]
             table.add_row(
-                escape(name),
+                name,
                 split,
                 f"{figures.n_pairs:,}",
                 f"{figures.pearson:.3f}",
@@ -219,7 +212,7 @@ def _paraphrases(results: "Mapping[str, Mapping[str, Figures]]") -> Table:
             of_split = f"{figures.n_pairs:,}", f"{figures.accuracy:.3f}", f"{figures.average_precision:.3f}"
             for kind, class_figures in figures.by_class.items():
                 values = (f"{class_figures[key]:.3f}" for key in ("precision", "recall", "f1"))
-                table.add_row(escape(name), escape(split), kind, *of_split, *values)
+                table.add_row(name, split, kind, *of_split, *values)
                 name, split, of_split = "", "", ("", "", "")
     return table
 
@@ -239,7 +232,7 @@ def pairs_report(pairs: "Pairs", dataset: "Dataset", manifest: Path) -> None:
         cosines = pairs.cosines[split]
         middle = rows[len(rows) // 2]
         example = " | ".join(_one_line(texts[row]) for row in middle)
-        table.add_row(escape(split), f"{len(rows):,}", f"{cosines.mean():.3f}", escape(example))
+        table.add_row(split, f"{len(rows):,}", f"{cosines.mean():.3f}", example)
     console.print(table)
     console.print(Text.assemble(("wrote ", "dim"), str(manifest)), soft_wrap=True)
     next_step = f"cachefuse extract --dataset {manifest} --encoder ONE --encoder ANOTHER, then cachefuse align"

@@ -4,16 +4,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.text import Text
-
 from cachefuse.files import JsonObject
-from cachefuse_cli.shared.render import new_table, out
+from cachefuse_cli.shared.console import Text, new_table, out
 
 if TYPE_CHECKING:
     from cachefuse.bench.timing import BenchRow
 
 
-MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: ""}
+MARKS = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text()}
 
 
 def bench_dict(machine: JsonObject, rows: "Sequence[BenchRow]") -> JsonObject:

@@ -4,13 +4,10 @@ import math
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
-
 from cachefuse.files import JsonObject
 from cachefuse.metrics import metric_title
-from cachefuse_cli.shared.render import MAX_CLASSES, new_table, out
+from cachefuse_cli.shared.console import Table, Text, lines, new_table, out
+from cachefuse_cli.shared.render import MAX_CLASSES
 
 if TYPE_CHECKING:
     from cachefuse.experiments.verdict import Comparison
@@ -55,17 +52,18 @@ def comparison_report(result: "Comparison") -> None:
 def _standings(result: "Comparison") -> Table:
     best = result.best.config.fusion
     n_pairs = len(result.standings) * (len(result.standings) - 1) // 2
-    title = (
-        f"{metric_title(result.metrics[0])}: how far each fusion is behind {best}, {_rows(result)}, paired\n"
-        f"95%: of the one difference; p: corrected for all {n_pairs} pairs (Holm)"
+    title = lines(
+        f"{metric_title(result.metrics[0])}: how far each fusion is behind {best}, {_rows(result)}, paired",
+        f"95%: of the one difference; p: corrected for all {n_pairs} pairs (Holm)",
+        style="dim",
     )
     columns = "behind", "95%", "p", "p corrected", f"within {_margin(result)} of all"
-    table = new_table("fusion", *columns, numbers=len(columns), title=escape(title))
+    table = new_table("fusion", *columns, numbers=len(columns), title=title)
     for standing in result.standings:
         cells = (
             ["-"] * 4 if standing.method == best else [*difference_cells(standing.behind), p_text(standing.p_corrected)]
         )
-        table.add_row(escape(standing.method), *cells, standing.within)
+        table.add_row(standing.method, *cells, standing.within)
     return table
 
 
@@ -97,10 +95,7 @@ def _margin(result: "Comparison") -> str:
 def against_report(found: "RunComparison") -> None:
     """Print the differences of two runs by metric and by class, and the rows on which they differ most."""
     console = out()
-    title = (
-        f"{found.dataset}, {found.split}: {_rows(found)}{_held_out(found)}\n{found.run} minus {found.against}, paired"
-    )
-    console.print(_by_metric(found, title))
+    console.print(_by_metric(found))
     console.print(_by_class(found))
     if not found.rows:
         console.print(Text("both predict the same labels for all rows"))
@@ -119,9 +114,11 @@ def _held_out(found: "RunComparison") -> str:
     return f" that both held out (of {first:,} and {second:,})"
 
 
-def _by_metric(found: "RunComparison", title: str) -> Table:
+def _by_metric(found: "RunComparison") -> Table:
+    rows = f"{found.dataset}, {found.split}: {_rows(found)}{_held_out(found)}"
+    title = lines(rows, f"{found.run} minus {found.against}, paired", style="dim")
     columns = "run", "against", "difference", "95%", "p"
-    table = new_table("metric", *columns, numbers=len(columns), title=escape(title))
+    table = new_table("metric", *columns, numbers=len(columns), title=title)
     for name, figure in found.metrics.items():
         mark = " (McNemar)" if figure.difference.test == "exact McNemar" else ""
         table.add_row(f"{metric_title(name)}{mark}", *_figures(figure), *difference_cells(figure.difference))
@@ -137,14 +134,14 @@ def _by_class(found: "RunComparison") -> Table:
     for name in order[:MAX_CLASSES]:
         figure = found.per_class[name]
         *cells, _ = difference_cells(figure.difference)
-        table.add_row(escape(name), *_figures(figure), *cells, p_text(figure.p_corrected or 0.0))
+        table.add_row(name, *_figures(figure), *cells, p_text(figure.p_corrected or 0.0))
     return table
 
 
 def _differing(found: "RunComparison") -> Table:
     table = new_table("id", "truth", "run", "against")
     for row in found.rows[:MAX_ROWS]:
-        table.add_row(*(escape(text) for text in (row.id, *map(", ".join, (row.truth, row.run, row.against)))))
+        table.add_row(*(text for text in (row.id, *map(", ".join, (row.truth, row.run, row.against)))))
     return table
 
 

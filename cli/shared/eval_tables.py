@@ -5,16 +5,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
-
 from cachefuse.files import JsonObject
 from cachefuse.metrics import MEAN, headline, lower_is_better, main_metric, metric_title
 from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
-from cachefuse_cli.shared.render import MAX_CLASSES, new_table, note, out
+from cachefuse_cli.shared.console import Console, Table, Text, lines, new_table, out
+from cachefuse_cli.shared.render import MAX_CLASSES, note, title_lines
 
 if TYPE_CHECKING:
     from cachefuse.runs.evaluate import Evaluation
@@ -47,7 +43,8 @@ def evaluation_report(everything: "Evaluation", ablated: "Evaluation | None") ->
     console.print(mean)
     for task in everything.tasks:
         of_task = everything.of_task(task)
-        console.print(f"\n[bold]{escape(task.name)}[/] [dim]({of_task.n_rows:,} rows have its label)[/]")
+        console.print()
+        console.print(Text.assemble((task.name, "bold"), (f" ({of_task.n_rows:,} rows have its label)", "dim")))
         _report(console, of_task, None if ablated is None else ablated.of_task(task))
 
 
@@ -91,7 +88,7 @@ def _kinds(everything: "Evaluation", ablated: "Evaluation | None", name: str) ->
     table = new_table(name.replace("_", " "), "rows", *columns, numbers=1 + len(columns), title=title)
     for value, (n, figure) in shown:
         without = [] if ablated is None else [_figure(ablated.kinds[name][value][1])]
-        table.add_row(escape(value), f"{n:,}", _figure(figure), *without)
+        table.add_row(value, f"{n:,}", _figure(figure), *without)
     return table
 
 
@@ -99,7 +96,7 @@ def _per_class(evaluation: "Evaluation", order: Sequence[int], title: str) -> Ta
     table = new_table("class", "rows", *PER_CLASS.values(), numbers=1 + len(PER_CLASS), title=title)
     for c in order:
         values = (_figure(evaluation.per_class[name][c]) for name in PER_CLASS)
-        table.add_row(escape(evaluation.classes[c]), _support(evaluation, c), *values)
+        table.add_row(evaluation.classes[c], _support(evaluation, c), *values)
     return table
 
 
@@ -108,7 +105,7 @@ def _ablation(everything: "Evaluation", ablated: "Evaluation", names: Sequence[s
     table = new_table("metric", *columns, numbers=3)
     differences = _differences(everything, ablated)
     for name in names:
-        values = (" ".join(_value(evaluation, name)) for evaluation in (everything, ablated))
+        values = (Text(" ").join(_value(evaluation, name)) for evaluation in (everything, ablated))
         table.add_row(metric_title(name), *values, _signed(differences[name]))
     return table
 
@@ -119,17 +116,15 @@ def _ablation_per_class(everything: "Evaluation", ablated: "Evaluation", order: 
         values = (
             _figure(evaluation.per_class[name][c]) for name in ("f1", "ap") for evaluation in (everything, ablated)
         )
-        table.add_row(escape(everything.classes[c]), _support(everything, c), *values)
+        table.add_row(everything.classes[c], _support(everything, c), *values)
     return table
 
 
 def _gates(evaluation: "Evaluation", order: Sequence[int]) -> Table:
-    table = new_table("class", *map(escape, evaluation.gates), numbers=len(evaluation.gates), title="mean gate weights")
-    table.add_row("[bold]all rows[/]", *map(_figure, evaluation.gates.values()))
+    table = new_table("class", *evaluation.gates, numbers=len(evaluation.gates), title="mean gate weights")
+    table.add_row(Text("all rows", "bold"), *map(_figure, evaluation.gates.values()))
     for c in order:
-        table.add_row(
-            escape(evaluation.classes[c]), *(_figure(values[c]) for values in evaluation.gates_per_class.values())
-        )
+        table.add_row(evaluation.classes[c], *(_figure(values[c]) for values in evaluation.gates_per_class.values()))
     return table
 
 
@@ -143,8 +138,8 @@ def runs_report(summaries: "Sequence[RunSummary]") -> None:
     for dataset in dict.fromkeys(run.dataset for run in summaries):
         runs = [run for run in summaries if run.dataset == dataset]
         names = list(dict.fromkeys(name for run in runs for name in headline(run.metrics)))
-        titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
-        title = f"{escape(dataset)}: {len(runs):,} run{'s' * (len(runs) > 1)}, measured on rows held out"
+        titles = map(title_lines, names)
+        title = f"{dataset}: {len(runs):,} run{'s' * (len(runs) > 1)}, measured on rows held out"
         table = new_table("run", "rows", *titles, "MB", numbers=len(names) + 2, title=title)
         for run in runs:
             about = f"{run.created[:16].replace('T', ' ')}, {run.n_models} model{'s' * (run.n_models > 1)}"
@@ -158,7 +153,8 @@ def runs_report(summaries: "Sequence[RunSummary]") -> None:
             about = "; ".join([about, *shown])
             values = (_figure(run.metrics.get(name)) for name in names)
             rows = f"{run.n_rows:,}" if run.split else "-"
-            table.add_row(f"[bold]{escape(run.name)}[/]\n[dim]{escape(about)}[/]", rows, *values, f"{run.size_mb:.2f}")
+            named = lines(Text(run.name, "bold"), Text(about, "dim"))
+            table.add_row(named, rows, *values, f"{run.size_mb:.2f}")
         console.print(table)
 
 
@@ -174,10 +170,10 @@ def ensemble_report(joined: "Run", runs: "Sequence[Run]") -> None:
         held_out = "-" if run.held_out is None else f"{len(run.held_out.rows):,} {run.held_out.split}"
         figures = {name: _figure(run_metrics.get(name)) for name in names}
         cells = (
-            f"[bold green]{figure}[/]" if name in best and run_metrics.get(name) == best[name] else figure
+            Text(figure, "bold green" if name in best and run_metrics.get(name) == best[name] else "")
             for name, figure in figures.items()
         )
-        table.add_row(escape(run.name), held_out, *cells)
+        table.add_row(run.name, held_out, *cells)
     console.print(table)
     console.print(f"{len(joined.members)} models, {joined.n_parameters:,} parameters in total, {joined.size_mb:.2f} MB")
     console.print(Text.assemble(("run   ", "dim"), str(joined.path)), soft_wrap=True)
@@ -195,13 +191,13 @@ def _differences(everything: "Evaluation", ablated: "Evaluation") -> dict[str, f
     return {name: ablated.metrics[name] - value for name, value in everything.metrics.items()}
 
 
-def _value(evaluation: "Evaluation", name: str) -> list[str]:
+def _value(evaluation: "Evaluation", name: str) -> list[Text]:
     """Return the cells of a metric and of its interval, if there is one."""
-    value = _figure(evaluation.metrics[name])
+    value = Text(_figure(evaluation.metrics[name]))
     if not evaluation.intervals:
         return [value]
     low, high = evaluation.intervals[name]
-    return [value, f"[dim]{_figure(low)} - {_figure(high)}[/]"]
+    return [value, Text(f"{_figure(low)} - {_figure(high)}", "dim")]
 
 
 def _without(ablated: "Evaluation") -> str:

@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from rich.markup import escape
-from rich.text import Text
-
 from cachefuse.experiments.recipe import Recipe
 from cachefuse.files import JsonObject
 from cachefuse.settings import as_text
-from cachefuse_cli.shared.render import new_table, out
+from cachefuse_cli.shared.console import Text, new_table, out
 
 
 def recipe_dict(recipe: Recipe, command: str) -> JsonObject:
@@ -20,7 +17,7 @@ def list_recipes(recipes: Mapping[str, Recipe], command_of: Mapping[str, str]) -
     """Print the presets with their commands and papers."""
     table = new_table("preset", "command", "paper", "what", numbers=0)
     for name, recipe in recipes.items():
-        table.add_row(name, command_of[name], escape(recipe.paper), escape(recipe.title))
+        table.add_row(name, command_of[name], recipe.paper, recipe.title)
     out().print(table)
     out().print(Text.assemble(("next  ", "dim"), "cachefuse presets NAME shows its settings and their sources"))
 
@@ -33,21 +30,21 @@ def recipe_report(name: str, recipe: Recipe, command: str) -> None:
     console.print(Text.assemble(("run   ", "dim"), f"cachefuse {command} --preset {name}"))
     table = new_table("setting", "value", "from", numbers=0)
     for stated in recipe.stated:
-        table.add_row(escape(stated.name), _value(stated.value), escape(stated.source))
+        table.add_row(stated.name, _value(stated.value), stated.source)
     for stated in recipe.for_tasks:
-        table.add_row(escape(stated.name), _value(stated.value), escape(f"{stated.source}; with several tasks"))
+        table.add_row(stated.name, _value(stated.value), f"{stated.source}; with several tasks")
     for varied, source in recipe.varies.items():
-        table.add_row(escape(varied), "tried", escape(source))
+        table.add_row(varied, "tried", source)
     for chosen in recipe.chosen:
-        table.add_row(escape(chosen.name), _value(chosen.value), escape(f"chosen: {chosen.reason}"))
+        table.add_row(chosen.name, _value(chosen.value), f"chosen: {chosen.reason}")
     for idle, reason in recipe.idle.items():
-        table.add_row(escape(idle), "-", escape(f"no part of it: {reason}"))
+        table.add_row(idle, "-", f"no part of it: {reason}")
     for feature in recipe.features:
-        table.add_row(escape(feature.name), _value(feature.value), escape(f"{feature.source}; of the features"))
+        table.add_row(feature.name, _value(feature.value), f"{feature.source}; of the features")
     console.print(table)
     for note in recipe.notes:
         console.print(Text.assemble(("note  ", "dim"), note))
 
 
 def _value(value: object) -> str:
-    return escape(as_text(value)) or "none"
+    return as_text(value) or "none"

@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Self
 
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -14,10 +13,11 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.text import Text
 
 from cachefuse.metrics import metric_title
-from cachefuse_cli.shared.render import err, note
+from cachefuse.printable import printable
+from cachefuse_cli.shared.console import Text, err
+from cachefuse_cli.shared.render import note
 
 if TYPE_CHECKING:
     from cachefuse.extraction.extract import ExtractProgress
@@ -58,7 +58,7 @@ class _RowBars:
 
     def __init__(self) -> None:
         self._progress = _progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             _Rows(),
             _Rate(),
@@ -76,7 +76,7 @@ class _RowBars:
 
     def _show(self, name: str, done: int, total: int, begun: int = 0, slowest: str = "") -> None:
         if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(escape(name), total=total, completed=begun, begun=begun)
+            self._tasks[name] = self._progress.add_task(printable(name, 60), total=total, completed=begun, begun=begun)
         self._progress.update(self._tasks[name], completed=done, total=total, slowest=slowest)
 
 
@@ -129,9 +129,9 @@ class TrainProgress:
     def __init__(self, metric: str) -> None:
         self._metric = metric_title(metric)
         self._progress = _progress(
-            TextColumn("training{task.fields[model]}"),
+            TextColumn("training{task.fields[model]}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("epoch {task.fields[epoch]}{task.fields[state]}"),
+            TextColumn("epoch {task.fields[epoch]}{task.fields[state]}", markup=False),
             TimeRemainingColumn(),
         )
         self._task = self._progress.add_task("training", total=None, model="", epoch="", state="")
@@ -161,10 +161,9 @@ class BenchProgress:
     """A bar of measurements, with the name of the current one."""
 
     def __init__(self) -> None:
-        count = TextColumn("{task.completed:.0f}/{task.total:.0f}")
-        self._progress = _progress(
-            TextColumn("measuring {task.description}"), BarColumn(bar_width=None), count, TimeElapsedColumn()
-        )
+        count = TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False)
+        what = TextColumn("measuring {task.description}", markup=False)
+        self._progress = _progress(what, BarColumn(bar_width=None), count, TimeElapsedColumn())
         self._task = self._progress.add_task("", total=1)
 
     def __enter__(self) -> Self:
@@ -175,7 +174,7 @@ class BenchProgress:
         self._progress.stop()
 
     def update(self, what: str, done: int, total: int) -> None:
-        self._progress.update(self._task, description=what, completed=done, total=total)
+        self._progress.update(self._task, description=printable(what, 60), completed=done, total=total)
 
 
 def _shorten(text: str, width: int) -> str:

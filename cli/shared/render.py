@@ -3,21 +3,21 @@
 import errno
 import logging
 import math
-import os
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
+from rich.console import Group
+from rich.text import Text as RichText
 
-from cachefuse.files import JsonObject
+from cachefuse.files import JsonObject, to_json
 from cachefuse.metrics import MEAN, metric_title
+from cachefuse.printable import escape_json, listed
+from cachefuse_cli.shared.console import Console, Table, Text, err, lines, new_table, out
 
 if TYPE_CHECKING:
     from cachefuse.data.dataset import Dataset
@@ -28,18 +28,6 @@ if TYPE_CHECKING:
 
 
 MAX_CLASSES = 30
-PIPED_WIDTH = 200
-
-
-def out() -> Console:
-    """Return the console for results; it is wide for files and pipes, which need no wrapped lines."""
-    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    return Console(highlight=False, width=PIPED_WIDTH if piped else None)
-
-
-def err() -> Console:
-    """Return the console for progress and messages."""
-    return Console(stderr=True, highlight=False)
 
 
 class _NoteHandler(logging.Handler):
@@ -57,7 +45,7 @@ class _NoteHandler(logging.Handler):
 
 
 def error(data: BaseException) -> None:
-    """Print an error: the first line in red, the other lines without color."""
+    """Print an error in one red line, and its notes below it."""
     message = str(data) or type(data).__name__
     if isinstance(data, OSError) and data.strerror and data.filename:
         message = f"{data.filename}: {data.strerror}"
@@ -65,11 +53,19 @@ def error(data: BaseException) -> None:
         message = "the disk is full; free some space and run the same command again: finished work is kept"
     if out_of_memory(data):
         message = "out of memory; try a smaller --batch-size, --layers or --limit"
-    first, _, rest = message.partition("\n")
     console = err()
-    _print_message(console, Text.assemble(("error: ", "bold red"), (first, "red")))
-    for line in (*rest.splitlines(), *getattr(data, "__notes__", ())):
+    _print_message(console, Text.assemble(("error: ", "bold red"), (message, "red")))
+    for line in getattr(data, "__notes__", ()):
         console.print(Text(line), soft_wrap=True)
+
+
+def usage_error(data: Any) -> None:
+    """Print an error of the command line, as typer raises it, below the command's usage."""
+    console = err()
+    if (context := data.ctx) is not None:
+        console.print(" ".join(context.get_usage().split()), soft_wrap=True)
+        console.print(f"Try '{context.command_path} -h' for help.", soft_wrap=True)
+    error(ValueError(data.format_message()))
 
 
 def out_of_memory(data: BaseException) -> bool:
@@ -78,7 +74,7 @@ def out_of_memory(data: BaseException) -> bool:
     return isinstance(data, MemoryError) or type(data).__name__ == "OutOfMemoryError" or torch_cpu
 
 
-def _print_message(console: Console, text: Text) -> None:
+def _print_message(console: Console, text: RichText) -> None:
     """Print text: wrapped between words on a terminal, on one line for other programs."""
     console.print(text, soft_wrap=not console.is_terminal)
 
@@ -89,10 +85,13 @@ def note(message: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print a result for machines."""
-    from cachefuse.files import to_json
-
-    sys.stdout.write(to_json(value) + "\n")
+    """Print a result for machines: text stays readable where the output can hold it."""
+    text = escape_json(to_json(value))
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = escape_json(text, ascii_only=True)
+    sys.stdout.write(text + "\n")
 
 
 @contextmanager
@@ -130,7 +129,7 @@ def dataset_line(dataset: "Dataset") -> None:
     err().print(
         Text.assemble(
             ("dataset ", "dim"), (dataset.name, "bold"),
-            f": {len(dataset):,} samples ({split_counts(dataset.splits.tolist())}); {', '.join(dataset.modalities)}",
+            f": {len(dataset):,} samples ({split_counts(dataset.splits.tolist())}); {listed(dataset.modalities)}",
         ),
         soft_wrap=True,
     )  # fmt: skip
@@ -140,13 +139,14 @@ def split_counts(splits: Sequence[str]) -> str:
     """Return the rows per split, such as "train 2,425, val 632, test 620"."""
     from cachefuse.data.splits import ordered_splits
 
-    return ", ".join(f"{name} {splits.count(name):,}" for name in ordered_splits(splits))
+    counts = Counter(splits)
+    return listed(f"{name} {counts[name]:,}" for name in ordered_splits(splits))
 
 
 def run_line(run: "Run") -> None:
     """Print the run in use."""
-    used = ", ".join(f"{encoder} ({modality})" for encoder, modality in run.encoders)
-    kind = f"ensemble of {', '.join(run.sources)}; reads" if run.sources else f"{run.config.fusion} of"
+    used = listed(f"{encoder} ({modality})" for encoder, modality in run.encoders)
+    kind = f"ensemble of {listed(run.sources)}; reads" if run.sources else f"{run.config.fusion} of"
     err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {kind} {used}"), soft_wrap=True)
 
 
@@ -180,7 +180,7 @@ def extract_report(report: "ExtractReport", task: str) -> None:
     table = new_table("encoder", "modality", "rows", "computed now", numbers=2)
     for (encoder, modality), rows in report.rows.items():
         computed = report.computed[(encoder, modality)]
-        table.add_row(escape(encoder), modality, f"{rows:,}", f"{computed:,}" if computed else "0 (all in the store)")
+        table.add_row(encoder, modality, f"{rows:,}", f"{computed:,}" if computed else "0 (all in the store)")
     console.print(table)
     if not any(report.computed.values()):
         console.print("Nothing to compute: all features were already there.")
@@ -248,13 +248,13 @@ def _by_task(run: "Run") -> Table:
     """Return a table with, for each split, the mean of the tasks' main metrics and a row per task."""
     metrics = next(iter(run.metrics.values()))
     names = list(dict.fromkeys(name.partition(".")[2] for name in metrics if "." in name))
-    titles = (metric_title(name).replace("-", "\n").replace(" ", "\n") for name in names)
+    titles = map(title_lines, names)
     table = new_table("split", "task", MEAN, *titles, numbers=len(names) + 1)
     for split, result in run.results.items():
-        table.add_row(split, f"[dim]{result.n_rows:,} rows[/]", _figure(result.metrics[MEAN]))
+        table.add_row(split, Text(f"{result.n_rows:,} rows", "dim"), _figure(result.metrics[MEAN]))
         for task in run.tasks:
             figures = (result.metrics.get(task.named(name)) for name in names)
-            table.add_row("", escape(task.name), "", *("" if x is None else _figure(x) for x in figures))
+            table.add_row("", task.name, "", *("" if x is None else _figure(x) for x in figures))
     return table
 
 
@@ -275,7 +275,7 @@ def _per_class(console: Console, run: "Run", split: str) -> None:
     table = new_table("class", "rows", "precision", "recall", "F1", "AP", numbers=5, title=title)
     for c in order:
         values = (_figure(figures[name][c]) for name in ("precision", "recall", "f1", "ap"))
-        table.add_row(escape(run.classes[c]), f"{figures['support'][c]:,.0f}", *values)
+        table.add_row(run.classes[c], f"{figures['support'][c]:,.0f}", *values)
     console.print(table)
 
 
@@ -310,7 +310,7 @@ def prediction(predictions: "Predictions", *, as_json: bool) -> None:
     table = new_table("class", "score", "label", numbers=1)
     for group in order:
         for c in group[: max(10 // len(order), int(chosen[group].sum()))]:
-            table.add_row(escape(predictions.classes[c]), f"{scores[c]:.3f}", "[green]yes[/]" if chosen[c] else "")
+            table.add_row(predictions.classes[c], f"{scores[c]:.3f}", Text("yes" if chosen[c] else "", "green"))
     out().print(table)
 
 
@@ -319,9 +319,9 @@ def datasets(rows: Sequence[JsonObject]) -> None:
     table = new_table("dataset", "task", "size", "splits", "data")
     table.columns[2].justify = "right"
     for row in rows:
-        data = "[green]built in[/]" if row["builtin"] else ("[green]yes[/]" if row["data"] else "[dim]no[/]")
+        data = Text("built in" if row["builtin"] else "yes", "green") if row["data"] else Text("no", "dim")
         size = f"{sum(row['rows'].values()):,}"
-        table.add_row(f"[bold]{row['name']}[/]", row["task"], size, ", ".join(row["splits"]), data)
+        table.add_row(Text(row["name"], "bold"), row["task"], size, listed(row["splits"]), data)
     out().print(table)
     out().print("Your own dataset: cachefuse extract --dataset ./mine.toml (the README shows a manifest)")
 
@@ -330,8 +330,8 @@ def encoders(families: "Mapping[str, Family]", default: str) -> None:
     """Print the encoder families, with an example for each."""
     table = new_table("family", "encodes", "example")
     for name, family in families.items():
-        table.add_row(f"[bold]{name}[/]", family.modalities, escape(family.example))
-        table.add_row("", "", f"[dim]{escape(family.about)}[/]")
+        table.add_row(Text(name, "bold"), family.modalities, family.example)
+        table.add_row("", "", Text(family.about, "dim"))
     out().print(table)
     out().print(f"The default is {default}. Weights come from model hubs or local files.")
 
@@ -345,14 +345,11 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
     table = new_table("fusion", *(metric_title(name) for name in names), "seconds", numbers=len(names) + 1, title=title)
     for run in runs:
         values = [(run.metrics["val"][name], top[name]) for name in names]
-        cells = (
-            f"[bold green]{value:.3f}[/]" if value == best_value else f"{value:.3f}" for value, best_value in values
-        )
+        cells = (Text(f"{value:.3f}", "bold green" if value == best_value else "") for value, best_value in values)
         table.add_row(run.config.fusion, *cells, f"{run.seconds:.1f}")
     console.print(table)
-    console.print(
-        "Some classes need only the image, some only the text, and some both:\nfusion can predict all of them."
-    )
+    console.print("Some classes need only the image, some only the text, and some both:")
+    console.print("fusion can predict all of them.")
     console.print(Text.assemble(("store ", "dim"), str(store)), soft_wrap=True)
     console.print(Text.assemble(("runs  ", "dim"), str(best.path.parent if best.path else "")), soft_wrap=True)
     console.print(
@@ -361,12 +358,9 @@ def demo_report(runs: Sequence["Run"], store: Path, best: "Run", predictions: "P
     console.print(Text.assemble(("next  ", "dim"), "cachefuse datasets, cachefuse encoders, cachefuse extract --help"))
 
 
-def new_table(*columns: str, numbers: int = 0, title: str | None = None) -> Table:
-    """Return a table; its last ``numbers`` columns are right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="dim", header_style="bold", box=None, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i >= len(columns) - numbers else "left", overflow="fold")
-    return table
+def title_lines(metric: str) -> Group:
+    """Return a metric's title for a narrow column: a word a line."""
+    return lines(*metric_title(metric).replace("-", " ").split(" "))
 
 
 def _figure(value: float | None) -> str:

@@ -3,12 +3,8 @@
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.text import Text
-
 from cachefuse.files import JsonObject, format_bytes
-from cachefuse_cli.shared.render import err, new_table, out
+from cachefuse_cli.shared.console import Console, Text, err, new_table, out
 
 if TYPE_CHECKING:
     from cachefuse.extraction.plan import Plan
@@ -31,11 +27,12 @@ def inspect_report(inspection: "Inspection") -> None:
     views = new_table("encoder", "modality", "view", "shape", "dtype", "size", "rows", numbers=2)
     for view in inspection.views:
         shape = " x ".join(f"{n:,}" if isinstance(n, int) else n for n in view.shape)
-        names = escape(view.encoder), view.modality, view.view
+        names = view.encoder, view.modality, view.view
         views.add_row(*names, shape, view.dtype, format_bytes(view.n_bytes), _progress(view))
     console.print(views)
     for (encoder, modality), provenance in inspection.provenance.items():
-        console.print(Text.assemble("\n", (encoder, "bold"), f" ({modality}) was made with"))
+        console.print()
+        console.print(Text.assemble((encoder, "bold"), f" ({modality}) was made with"))
         for field, value in provenance.items():
             console.print(Text.assemble((f"  {field:<14}", "dim"), value), soft_wrap=True)
         if (long := inspection.long.get((encoder, modality))) is not None and long.message:
@@ -48,8 +45,8 @@ def inspect_report(inspection: "Inspection") -> None:
     console.print(Text.assemble(("store ", "dim"), str(inspection.path)), soft_wrap=True)
 
 
-def _progress(view: "StoredView") -> str:
-    return "all" if view.done == view.rows else f"[yellow]{view.done / max(1, view.rows):.1%}[/]"
+def _progress(view: "StoredView") -> Text:
+    return Text("all") if view.done == view.rows else Text(f"{view.done / max(1, view.rows):.1%}", "yellow")
 
 
 def inspect_dict(inspection: "Inspection") -> JsonObject:
@@ -84,7 +81,7 @@ def bad_report(inspection: "Inspection") -> None:
         return
     listed = new_table("sample", "modality", "reason", "file")
     for line in inspection.bad:
-        listed.add_row(escape(line.id), line.modality, escape(line.reason), escape(line.source))
+        listed.add_row(line.id, line.modality, line.reason, line.source)
     console.print(listed)
 
 
@@ -98,13 +95,13 @@ def plan_report(plan: "Plan") -> None:
         time = "" if key in timed else _duration(plan.seconds[key])
         timed.add(key)
         sizes = (format_bytes(view.row_bytes), format_bytes(view.n_bytes))
-        names = escape(view.encoder), view.modality, view.view
+        names = view.encoder, view.modality, view.view
         views.add_row(*names, f"{view.rows:,}", f"{view.pending:,}", *sizes, time)
     console.print(views)
     if any(view.pending for view in plan.views):
         total = f"{format_bytes(plan.n_bytes)} to write, {format_bytes(plan.free)} free; "
-        space = "[green]the disk has enough space[/]" if plan.fits else "[bold red]the disk has too little space[/]"
-        console.print(f"{total}{space}; about {_duration(sum(plan.seconds.values()))}")
+        enough = ("the disk has enough space", "green") if plan.fits else ("the disk has too little space", "bold red")
+        console.print(Text.assemble(total, enough, f"; about {_duration(sum(plan.seconds.values()))}"))
         step = "cachefuse extract, with the same options"
     else:
         console.print("Nothing to compute: all features are already there.")
@@ -131,19 +128,19 @@ def verify_report(verification: "Verification") -> None:
     views = new_table("encoder", "modality", "view", "blocks", "read", "NaN", "inf", "zero rows", numbers=5)
     for view in verification.views:
         blocks = f"{view.finished:,}" if view.finished == view.blocks else f"{view.finished:,}/{view.blocks:,}"
-        names = escape(view.encoder), view.modality, view.view
+        names = view.encoder, view.modality, view.view
         views.add_row(*names, blocks, format_bytes(view.n_bytes), f"{view.nan:,}", f"{view.inf:,}", f"{view.zero:,}")
     console.print(views)
     for view in verification.views:
         if view.cosine:
             mean, least = view.cosine
-            name = f"{escape(view.encoder)} ({view.modality}, {view.view})"
+            name = f"{view.encoder} ({view.modality}, {view.view})"
             console.print(f"{name}: int8, cosine to float16 {mean:.5f} on average, at least {least:.5f}")
     if verification.damage:
         _damage(verification, console)
         console.print("To compute only these blocks again: cachefuse verify --repair")
     else:
-        console.print("[green]All finished blocks are undamaged.[/]")
+        console.print(Text("All finished blocks are undamaged.", "green"))
     console.print(Text.assemble(("store ", "dim"), str(verification.path)), soft_wrap=True)
 
 

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Self
 
 from rich.console import Group
 from rich.live import Live
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from rich.text import Text
 
 from cachefuse.files import JsonObject
 from cachefuse.metrics import metric_title
-from cachefuse_cli.shared.render import err, new_table, note, out, run_dict, run_report
+from cachefuse_cli.shared.console import Table, Text, err, lines, new_table, out
+from cachefuse_cli.shared.render import note, run_dict, run_report
 
 if TYPE_CHECKING:
     from cachefuse.experiments.results import SettingResult, SweepResult
@@ -65,9 +63,9 @@ def sweep_table(result: "SweepResult") -> Table:
     shown = [setting for setting in result.settings if setting.trials]
     named = any(setting.label for setting in result.settings)
     seeds = f"mean ± std of {len(result.seeds)} seeds" if len(result.seeds) > 1 else "one seed"
-    title = escape(f"{result.title}\n{seeds}, {result.n_rows:,} rows of {result.split}")
+    title = lines(result.title, f"{seeds}, {result.n_rows:,} rows of {result.split}", style="dim")
     columns = _columns(result, shown)
-    table = new_table("" if named else escape(", ".join(result.fields)), *columns, numbers=len(columns), title=title)
+    table = new_table("" if named else ", ".join(result.fields), *columns, numbers=len(columns), title=title)
     for column in table.columns[1:]:
         column.no_wrap = True
     for setting in shown:

@@ -8,6 +8,7 @@ from cachefuse.fusion.declared import HELP, declared
 from cachefuse.fusion.options import DERIVED_OPTIONS, KINDS
 from cachefuse.registry import Options
 from cachefuse.training.config import TrainConfig
+from cachefuse_cli.shared.console import out
 from cachefuse_cli.shared.setting_options import from_command_line, read, takes
 
 
@@ -26,9 +27,9 @@ def explain_options(fusion: str) -> None:
     helps = {option.name: f": {option.help}" for option in declared(fusion).options}
     options = {name: x for name, x in FUSIONS[fusion].options().items() if name not in DERIVED_OPTIONS}
     for name, default in options.items():
-        typer.echo(f"{name}={default} ({KINDS.get(type(default), 'a value')}){helps.get(name, '')}")
+        out().print(f"{name}={default} ({KINDS.get(type(default), 'a value')}){helps.get(name, '')}", soft_wrap=True)
     if not options:
-        typer.echo(f"fusion {fusion} has no options")
+        out().print(f"fusion {fusion} has no options", soft_wrap=True)
 
 
 def given_options(context: typer.Context) -> list[str]:

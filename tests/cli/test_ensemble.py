@@ -98,4 +98,4 @@ def test_the_best_of_a_column_stands_out_and_a_lower_calibration_error_is_better
     monkeypatch.setattr(eval_tables, "out", lambda: console)
     eval_tables.ensemble_report(everyone[-1], everyone[:-1])
     shown = console.export_text(styles=True)
-    assert re.findall(r"\x1b\[1;32m(\S+?)\x1b", shown) == ["0.700", "0.100", "0.400", "0.700"]
+    assert re.findall(r"\x1b\[1;32m *(\S+?)\x1b", shown) == ["0.700", "0.100", "0.400", "0.700"]

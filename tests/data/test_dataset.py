@@ -157,7 +157,7 @@ def test_published_counts_are_a_warning(tmp_path, caplog):
 def test_absent_raw_data(tmp_path, manifest):
     with pytest.raises(MissingDataError, match=naming(f"{manifest.name}")) as caught:
         load_dataset(manifest, tmp_path)
-    message = str(caught.value)
+    message = "\n".join((str(caught.value), *caught.value.__notes__))
     assert str(tmp_path) in message
     assert f"get it: {manifest.get.strip()}" in message
     assert f"licence: {manifest.licence}" in message
