@@ -20,6 +20,7 @@ from cachefuse.device import resolve_device
 from cachefuse.errors import DataError
 from cachefuse.files import JsonObject
 from cachefuse.metrics.decisions import decide
+from cachefuse.printable import listed
 from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TRAIN, VAL, TrainingData
@@ -66,9 +67,7 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         if unknown:
             renamed = {one.about.old: f" (now {name!r})" for name, one in settings_of(TrainConfig).items()}
             hint = renamed.get(unknown[0], "")
-            raise TypeError(
-                f"FusionClassifier has no parameter {unknown[0]!r}{hint}; choose from: {', '.join(DEFAULTS)}"
-            )
+            raise TypeError(f"FusionClassifier has no parameter {unknown[0]!r}{hint}; choose from: {listed(DEFAULTS)}")
         for name, value in {**DEFAULTS, **settings}.items():
             setattr(self, name, value)
         self.min_labels = min_labels
@@ -163,7 +162,7 @@ vars(FusionClassifier.__init__)["__signature__"] = _signature()
 
 
 def _listed(widths: Mapping[str, int]) -> str:
-    return ", ".join(f"{modality} ({width})" for modality, width in widths.items())
+    return listed(f"{modality} ({width})" for modality, width in widths.items())
 
 
 def _encode(y: Any) -> tuple[np.ndarray, np.ndarray, str]:
@@ -179,7 +178,7 @@ def _encode(y: Any) -> tuple[np.ndarray, np.ndarray, str]:
         )
     classes, numbered = np.unique(column_or_1d(y, warn=True), return_inverse=True)
     if len(classes) < 2:
-        given = f"{len(classes)} class ({', '.join(map(str, classes))})"
+        given = f"{len(classes)} class ({listed(map(str, classes))})"
         raise DataError(f"y must have at least two classes. Got {given} instead")
     return multi_hot(numbered, len(classes)), classes, "multiclass"
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Iterable
 
 MAX_MESSAGE = 500  # characters
-# Controls (C0, DEL, C1), line and paragraph separators, halves of surrogate pairs, and the marks that change the
-# direction of text: a terminal obeys these, or shows other text than the data have.
-_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff]")
+# Controls (C0, DEL, C1), line and paragraph separators, halves of surrogate pairs, non-characters, and the marks that
+# change the direction of text: a terminal obeys these, or shows other text than the data have.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def printable(text: object, limit: int | None = None) -> str:
@@ -16,6 +16,11 @@ def printable(text: object, limit: int | None = None) -> str:
     """
     safe = _UNSAFE.sub(lambda match: _escape(match[0]), str(text))
     return safe if limit is None else shorten(safe, limit)
+
+
+def printable_lines(text: str, limit: int | None = None) -> str:
+    """Return text with each line made ``printable``; its line breaks stay."""
+    return "\n".join(printable(line, limit) for line in text.split("\n"))
 
 
 def shorten(text: str, limit: int) -> str:

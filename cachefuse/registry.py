@@ -12,6 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from cachefuse.errors import PluginError, UnknownNameError
+from cachefuse.printable import listed, shorten
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint, EntryPoints
@@ -143,9 +144,10 @@ def _warn_of_unused(kind: str, group: str, name: str) -> None:
 def unknown(names: Iterable[str], name: str, kind: str) -> UnknownNameError:
     """Return the error for an unknown name: it lists the choices and suggests the closest one."""
     choices = sorted(names)
-    close = difflib.get_close_matches(name, choices, n=1)
+    # Many or long names take minutes to compare.
+    close = difflib.get_close_matches(name, choices, n=1) if len(choices) <= 10_000 and len(name) <= 200 else ()
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    return UnknownNameError(f"unknown {kind} {name!r}{hint}; choose from: {', '.join(choices)}")
+    return UnknownNameError(f"unknown {kind} {shorten(repr(name), 100)}{hint}; choose from: {listed(choices)}")
 
 
 def lookup(table: Mapping[str, object], name: str, kind: str) -> Any:

@@ -16,6 +16,7 @@ from operator import ge, gt, le, lt
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from cachefuse.errors import ConfigError
+from cachefuse.printable import listed
 from cachefuse.registry import Options, Registry, import_entry, unknown
 
 NOTHING = "none"  # a list of no names, in words
@@ -220,7 +221,7 @@ class Setting:
         elif value not in choices:
             if isinstance(choices, Mapping):
                 raise unknown(choices, value, self.name.replace("_", " "))
-            raise ConfigError(f"{self.option} must be one of {', '.join(choices)}. Got {value!r} instead")
+            raise ConfigError(f"{self.option} must be one of {listed(choices)}. Got {value!r} instead")
         if value in self.about.unfit:
             raise ConfigError(f"{self.option} {value!r} {self.about.unfit[value]}")
 
@@ -280,7 +281,7 @@ def from_stored(config: type, values: Options) -> Options:
     names = {name: known for known in settings_of(config).values() for name in (known.name, known.stored)}
     others = sorted(set(values) - names.keys())
     if others:
-        raise ConfigError(f"unknown settings: {', '.join(others)}")
+        raise ConfigError(f"unknown settings: {listed(others)}")
     lists = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
     return {names[name].name: value for name, value in {**values, **lists}.items()}
 

@@ -19,11 +19,12 @@ import cachefuse_cli
 PACKAGE, COMMAND_LINE = Path(cachefuse.__file__).parent, Path(cachefuse_cli.__file__).parent
 LAYERS = (
     "errors",
+    "printable",
     "registry",
     "feature_spec",
     "settings",
     "files",
-    "printable",
+    "csv_writer",
     "limits",
     "workspace",
     "device",

@@ -13,6 +13,7 @@ from cachefuse.alignment.model import Aligner, Side
 from cachefuse.data.manifest import PAIRS
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.nn.scaling import Standardize
+from cachefuse.printable import listed
 from cachefuse.store.features import Features
 from cachefuse.store.rows import RaggedRows, Rows
 from cachefuse.store.store import FeatureStore
@@ -136,7 +137,7 @@ def open_pairs(
         across = [pair for pair in across if pair[0].modality != pair[1].modality]
         chosen = list(across[0]) if len(across) == 1 else chosen
     if len(chosen) != 2 or [features.modality for features in chosen] == ["image", "image"]:
-        names = ", ".join(f"{features.encoder} ({features.modality})" for features in chosen)
+        names = listed(f"{features.encoder} ({features.modality})" for features in chosen)
         raise ConfigError(
             f"align needs two encoders. Got {len(chosen)} instead: {names}; name two with --encoder: one of images "
             f"and one of texts, or two of the same texts"

@@ -11,6 +11,7 @@ from cachefuse.data.column import as_text
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.images import FileImage
 from cachefuse.errors import ConfigError, DataError
+from cachefuse.printable import listed
 from cachefuse.store.samples import StoredSamples
 from cachefuse.store.store import FeatureStore
 
@@ -62,7 +63,7 @@ def retrieve(
     keep = store.present(wanted)
     if split is not None:
         if split not in store.splits:
-            raise DataError(f"{store.dataset} has no split {split!r}; it has: {', '.join(np.unique(store.splits))}")
+            raise DataError(f"{store.dataset} has no split {split!r}; it has: {listed(np.unique(store.splits))}")
         keep = keep & (store.splits == split)
     if not keep.any():
         raise DataError(f"{store.dataset} has no {wanted} to search{f' in split {split!r}' if split else ''}")

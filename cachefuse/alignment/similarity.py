@@ -12,6 +12,7 @@ from cachefuse.data.manifest import PAIRS
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import ConfigError, DataError, RunError
+from cachefuse.printable import listed
 from cachefuse.store.features import Features
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.data import TRAIN, VAL
@@ -79,9 +80,7 @@ def similarity(
     labelled = is_labelled(store.targets) & store.present("text")
     splits = ordered_splits(store.splits[labelled])
     if split is not None and split not in splits:
-        raise DataError(
-            f"{store.dataset} has no scored pairs in split {split!r}; splits with some: {', '.join(splits)}"
-        )
+        raise DataError(f"{store.dataset} has no scored pairs in split {split!r}; splits with some: {listed(splits)}")
     if not splits:
         raise DataError(f"{store.dataset} has no scored pairs")
     shown = [split] if split is not None else splits

@@ -16,6 +16,7 @@ from cachefuse.data.dataset import dataset_options
 from cachefuse.data.splits import ordered_splits
 from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError, DataError, RunError
+from cachefuse.printable import listed
 from cachefuse.runs.run import split_digest
 from cachefuse.store.features import Features
 from cachefuse.store.store import FeatureStore
@@ -102,7 +103,7 @@ def evaluate_alignment(
     splits = [split] if split is not None else evaluated_splits(data) or ordered_splits(data.splits[data.samples])
     for name in splits:
         if len(data.of(name)) < 1:
-            known = ", ".join(ordered_splits(data.splits[data.samples]))
+            known = listed(ordered_splits(data.splits[data.samples]))
             raise DataError(f"{store.dataset} has no usable pairs in split {name!r}; its splits are: {known}")
     seed_everything(run.config.seed)
     untrained = Aligner([side.width for side in run.sides], run.config)

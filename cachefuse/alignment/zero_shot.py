@@ -12,6 +12,7 @@ from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import is_labelled
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.nn.losses import TINY_NORM
+from cachefuse.printable import listed
 from cachefuse.store.store import FeatureStore
 from cachefuse.threads import idle_threads
 
@@ -70,7 +71,7 @@ def zero_shot(
     splits = [split] if split is not None else ordered_splits(store.splits[usable])
     counts = {name: int((usable & (store.splits == name)).sum()) for name in splits}
     if not counts or not all(counts.values()):
-        known = ", ".join(ordered_splits(store.splits[usable])) or "none"
+        known = listed(ordered_splits(store.splits[usable])) or "none"
         which = f" in split {split!r}" if split is not None else ""
         raise DataError(f"{store.dataset} has no labelled images{which}; splits with some: {known}")
     texts = [prompt.replace("{}", name) for name in names for prompt in prompts]

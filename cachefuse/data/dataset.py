@@ -17,6 +17,7 @@ from cachefuse.data.readers.base import Samples
 from cachefuse.data.splits import apply_hash_splits
 from cachefuse.data.targets import encode_targets, is_labelled
 from cachefuse.errors import DataError, MissingDataError
+from cachefuse.printable import listed
 from cachefuse.threads import n_cores
 
 logger = logging.getLogger(__name__)
@@ -222,7 +223,7 @@ def _check_ids(samples: Samples, manifest: Manifest) -> None:
         raise DataError(f"{manifest.name}: row {samples.ids.index('') + 1} has an empty id")
     repeated = [f"{sample} ({n} times)" for sample, n in Counter(samples.ids).most_common(3) if n > 1]
     if repeated:
-        raise DataError(f"{manifest.name}: each id must occur once. Got {', '.join(repeated)} instead")
+        raise DataError(f"{manifest.name}: each id must occur once. Got {listed(repeated)} instead")
 
 
 def _count_notes(samples: Samples, manifest: Manifest) -> list[str]:
@@ -238,7 +239,7 @@ def _count_notes(samples: Samples, manifest: Manifest) -> list[str]:
 
 def _missing(manifest: Manifest, root: Path, missing: list[str]) -> MissingDataError:
     """Return the error for missing raw data, with notes: where to get it, and how to lay it out."""
-    error = MissingDataError(f"no raw data for {manifest.name} in {root}: missing {', '.join(missing[:3])}")
+    error = MissingDataError(f"no raw data for {manifest.name} in {root}: missing {listed(missing[:3])}")
     if manifest.get:
         error.add_note(f"get it: {manifest.get.strip()}")
     if manifest.licence:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import DataError
+from cachefuse.printable import listed
 
 if TYPE_CHECKING:
     from cachefuse.data.manifest import HashSplit
@@ -35,7 +36,7 @@ def apply_hash_splits(rules: "Mapping[str, HashSplit]", samples: Samples) -> lis
     for name, rule in rules.items():
         rows = [i for i, split in enumerate(splits) if split == rule.source]
         if not rows:
-            known = ", ".join(sorted(set(samples.splits)))
+            known = listed(sorted(set(samples.splits)))
             raise DataError(f"splits.{name}: there are no rows in {rule.source!r} to take; the splits are: {known}")
         for i in rows:
             if hash_unit(f"{name}/{keys[i]}") < rule.fraction:

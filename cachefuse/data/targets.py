@@ -11,6 +11,7 @@ from cachefuse.data.column import Column
 from cachefuse.data.manifest import PAIRS, VQA, Manifest
 from cachefuse.data.readers.base import Samples
 from cachefuse.errors import DataError
+from cachefuse.printable import listed
 
 UNLABELLED = -1
 
@@ -97,7 +98,7 @@ def encode_labels(samples: Samples, classes: tuple[str, ...], task: str, min_lab
         if unknown:
             raise DataError(
                 f"row {samples.ids[i]!r} has label {unknown[0]!r}, which is not a class; "
-                f"the classes are: {', '.join(classes[:30])}{' ...' if len(classes) > 30 else ''}"
+                f"the classes are: {listed(classes)}"
             )
         if task == "multilabel":
             targets[i] = 0

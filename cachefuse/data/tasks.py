@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from cachefuse.files import JsonObject
 from cachefuse.metrics.tasks import TaskSlice
+from cachefuse.printable import listed
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # no "=" and no ".": "color=red", "color.accuracy"
 
@@ -47,7 +48,7 @@ def distinct(classes: tuple[str, ...] | None) -> tuple[str, ...] | None:
     names = Counter(name.strip() for name in classes)
     repeated = sorted(name for name, n in names.items() if n > 1)
     if repeated:
-        raise ValueError(f"listed twice: {', '.join(repeated)}")
+        raise ValueError(f"listed twice: {listed(repeated)}")
     if not names:
         raise ValueError("must name at least one class, or be left out")
     if "" in names:
@@ -75,7 +76,7 @@ def slices(tasks: Mapping[str, LabelTask], classes: Sequence[str]) -> tuple[Task
         n = sum(label.startswith(f"{name}=") for label in classes[start:])
         task_slices.append(TaskSlice(name, task.task, slice(start, start + n), task.min_labels))
         if not n or not all(label.startswith(f"{name}=") for label in classes[start : start + n]):
-            raise ValueError(f"classes such as {', '.join(classes[:3])} do not belong to its tasks")
+            raise ValueError(f"classes such as {listed(classes[:3])} do not belong to its tasks")
         start += n
     if start < len(classes):
         raise ValueError(f"class {classes[start]!r} belongs to none of its tasks")

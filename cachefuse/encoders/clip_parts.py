@@ -20,6 +20,7 @@ from cachefuse.encoders.clip_processor import CONFIG, PROCESSOR, RULES, from_tra
 from cachefuse.encoders.frozen import fetch
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
+from cachefuse.printable import listed
 
 Tokenizer: TypeAlias = SimpleTokenizer | HFTokenizer
 
@@ -65,7 +66,7 @@ def settings_of_file(spec: EncoderSpec, name: str, folder: Path) -> tuple[JsonOb
     tags = open_clip.list_pretrained_tags_by_model(name)
     if tag := spec.option("preprocess"):
         if tag not in tags:
-            known = f"choose from: {', '.join(tags)}" if tags else f"open_clip has no tags of {name}"
+            known = f"choose from: {listed(tags)}" if tags else f"open_clip has no tags of {name}"
             raise EncoderError(f"cannot open {spec}: unknown tag {tag!r} for {name}; {known}")
         return published_settings(name, [tag])[tag]
     published = published_settings(name, tags)
@@ -191,7 +192,7 @@ def _common(values: Iterable[Any]) -> Any:
 def _groups(published: Mapping[str, tuple[JsonObject, bool]]) -> str:
     """Name one tag of each group that has the same settings: at most four."""
     firsts = {json.dumps(published[tag]): tag for tag in reversed(list(published))}
-    return ", ".join(sorted(firsts.values(), key=list(published).index)[:4])
+    return listed(sorted(firsts.values(), key=list(published).index)[:4])
 
 
 def _check_model(spec: EncoderSpec, name: str, beside: JsonObject) -> bool:
@@ -208,7 +209,7 @@ def _check_model(spec: EncoderSpec, name: str, beside: JsonObject) -> bool:
     if different:
         raise EncoderError(
             f"cannot open {spec}: the {CONFIG} beside the file is of another model than {name} "
-            f"({', '.join(different[:3])}); open its folder, as in clip:./folder, or move the file"
+            f"({listed(different[:3])}); open its folder, as in clip:./folder, or move the file"
         )
     return quick_gelu
 

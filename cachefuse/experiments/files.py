@@ -8,7 +8,6 @@ sweep.png, sweep.svg   the main metric of each setting
 curves.png, curves.svg  if settings are points of curves: the main metric and steps per second
 """
 
-import csv
 import io
 import json
 import math
@@ -23,6 +22,7 @@ import filelock
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from cachefuse.csv_writer import csv_for_people
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.experiments.costs import Costs
 from cachefuse.experiments.results import SettingResult, SweepResult, Trial
@@ -92,8 +92,8 @@ def _scores_file(folder: Path, key: str) -> Path:
 def write_results(result: SweepResult, folder: Path) -> None:
     """Write the tables and the plot."""
     make_folder(folder)
-    write_atomically(folder / "trials.csv", _as_csv(_trial_rows(result)))
-    write_atomically(folder / "summary.csv", _as_csv(_summary_rows(result)))
+    write_atomically(folder / "trials.csv", csv_for_people(_trial_rows(result)))
+    write_atomically(folder / "summary.csv", csv_for_people(_summary_rows(result)))
     for kind, data in plot(result).items():
         write_atomically(folder / f"sweep.{kind}", data)
     if all(setting.curve for setting in result.settings):
@@ -135,14 +135,6 @@ def _summary_rows(result: SweepResult) -> Iterator[Sequence[object]]:
             *((setting.interval or (math.nan, math.nan)) if costs else ()),
             *(getattr(setting.costs, name, math.nan) for name in cost_names),
         ]
-
-
-def _as_csv(rows: Iterable[Sequence[object]]) -> bytes:
-    """Return rows as CSV; undefined values are empty."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows(["" if isinstance(x, float) and math.isnan(x) else x for x in row] for row in rows)
-    return text.getvalue().encode()
 
 
 def plot(result: SweepResult) -> dict[str, bytes]:

@@ -15,6 +15,7 @@ from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import VQA
 from cachefuse.errors import CacheError
 from cachefuse.files import JsonObject, make_folder, sync_folder
+from cachefuse.printable import listed
 from cachefuse.store.columns import (
     IDENTITY,
     KIND,
@@ -155,7 +156,7 @@ def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: O
     names = new["id"][changed].tolist()
     if names and not refresh:
         raise CacheError(
-            f"{len(names):,} sample{'s' * (len(names) > 1)} changed since {store.path} was made: {', '.join(names[:3])}"
+            f"{len(names):,} sample{'s' * (len(names) > 1)} changed since {store.path} was made: {listed(names[:3])}"
             f"{', ...' if len(names) > 3 else ''}; add --refresh to compute them again, or use another --workspace"
         )
     if names:
@@ -169,7 +170,7 @@ def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: O
 
 
 def _lost(store: FeatureStore, old: Columns) -> CacheError:
-    lost = ", ".join(name for name in IDENTITY if name not in old)
+    lost = listed(name for name in IDENTITY if name not in old)
     return CacheError(
         f"{store.path}/samples is damaged ({lost}): it is unknown now which row belongs to which sample; "
         f"delete the store to extract again"

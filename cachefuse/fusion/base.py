@@ -15,6 +15,7 @@ from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import POOLED, FeatureSpec, feature_name, modalities_of
 from cachefuse.nn.losses import Loss
 from cachefuse.nn.masking import zero_absent
+from cachefuse.printable import listed
 from cachefuse.registry import Options
 
 # (width, classes) -> a head from (B, width) to (B, classes). For T tokens side by side, n_tokens=T is given too.
@@ -62,7 +63,7 @@ class Fusion(Model):
         if missing or not names:
             raise ConfigError(
                 f"fusion {self.name!r} needs {' and '.join(missing) or 'some'} features; "
-                f"this store has: {', '.join(sorted(specs)) or 'none'}"
+                f"this store has: {listed(sorted(specs)) or 'none'}"
             )
         self.specs = {name: specs[name] for name in names}
 

@@ -26,6 +26,7 @@ from cachefuse.nn.named import NamedModules
 from cachefuse.nn.pooling import MeanPool, PoolSpec, build_pools
 from cachefuse.nn.t5 import T5, T5Decoder, T5Encoder, T5Settings, distances, mask_padding
 from cachefuse.nn.t5_weights import load_t5, read_settings
+from cachefuse.printable import listed
 from cachefuse.registry import Options
 
 TEXT = "text"
@@ -277,7 +278,7 @@ def _joins(spec: FusionSpec, available: Sequence[str], depth: int) -> dict[int, 
     layers = read_fusion_spec(spec) if spec else {m: 0 if m == TEXT else later for m in available}
     for modality, layer in layers.items():
         if modality not in available:
-            raise ConfigError(f"fusion_spec names {modality!r}; the features have: {', '.join(available) or 'none'}")
+            raise ConfigError(f"fusion_spec names {modality!r}; the features have: {listed(available) or 'none'}")
         if layer > depth:
             raise ConfigError(f"{modality} cannot join at layer {layer}; layers are 0 to {depth}, the depth")
     if layers and 0 not in layers.values():

@@ -12,6 +12,7 @@ from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import Fusion, HeadBuilder
 from cachefuse.nn.masking import zero_absent
 from cachefuse.nn.named import NamedModules
+from cachefuse.printable import listed
 
 
 class TIRG(nn.Module):
@@ -66,7 +67,7 @@ class TIRGFusion(Fusion):
         super().__init__(specs, classes, head)
         if len(self.specs) != 2 or query not in self.specs:
             raise ConfigError(
-                f"fusion 'tirg' needs the query {query!r} and one other modality. Got {', '.join(self.specs)}"
+                f"fusion 'tirg' needs the query {query!r} and one other modality. Got {listed(self.specs)}"
             )
         if width < 1:
             raise ConfigError(f"width must be at least 1. Got {width} instead")

@@ -18,6 +18,7 @@ from cachefuse.feature_spec import FeatureSpec
 from cachefuse.nn import ATTENTION_HEADS, POOLINGS
 from cachefuse.nn.masking import zero_absent
 from cachefuse.nn.named import NamedModules
+from cachefuse.printable import listed
 
 PoolSpec = str | Mapping[str, Any]  # "image=attention:14", or the same as a table
 Pooled = tuple[Tensor, Tensor]  # tokens (B, K, D) and their mask (B, K)
@@ -137,7 +138,7 @@ def build_pools(pool: PoolSpec, specs: Mapping[str, FeatureSpec]) -> nn.ModuleDi
     pools = {}
     for modality, (kind, n_tokens) in read_pool(pool).items():
         if modality not in specs:
-            raise ConfigError(f"pool names {modality!r}; it can pool: {', '.join(specs) or 'none'}")
+            raise ConfigError(f"pool names {modality!r}; it can pool: {listed(specs) or 'none'}")
         pooling, spec = POOLINGS[kind], specs[modality]
         if spec.n_tokens and n_tokens > spec.n_tokens:
             raise ConfigError(f"cannot pool {modality} to {n_tokens} tokens: a sample has at most {spec.n_tokens}")

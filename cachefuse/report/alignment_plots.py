@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cachefuse.alignment.run import Alignment, shown_split
+from cachefuse.printable import printable
 from cachefuse.report.charts import log_ticks, text
 from cachefuse.report.formatting import cut
-from cachefuse.report.render import printable
 from cachefuse.report.retrieval_page import curves
 
 if TYPE_CHECKING:

@@ -1,17 +1,14 @@
 """Render a page from a template; every value is escaped."""
 
-import re
 from pathlib import Path
 
 from cachefuse.errors import ConfigError
+from cachefuse.printable import printable_lines
 from cachefuse.report import formatting as words
-
-# Characters that HTML or UTF-8 does not allow: control characters, halves of surrogate pairs, non-characters.
-UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
 def render(template: str, context: dict[str, object]) -> str:
-    """Return the page of a template and its values; every value is escaped."""
+    """Return the page of a template and its values; every value is escaped, for HTML and as on a terminal."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -22,12 +19,7 @@ def render(template: str, context: dict[str, object]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(words.FILTERS)
-    return printable(environment.get_template(template).render(context))
-
-
-def printable(text: str) -> str:
-    """Replace each character that a page or plot cannot show by U+FFFD."""
-    return UNPRINTABLE.sub("\ufffd", text)
+    return printable_lines(environment.get_template(template).render(context))
 
 
 def check_target(*paths: Path) -> None:

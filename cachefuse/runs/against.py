@@ -1,7 +1,5 @@
 """Two runs measured on the same rows: paired differences of their figures, and the rows on which they differ."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -10,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cachefuse.csv_writer import csv_for_people
 from cachefuse.errors import RunError
 from cachefuse.files import JsonObject, write_atomically
 from cachefuse.metrics.base import divide
@@ -159,13 +158,11 @@ def evaluate_against(
 
 def write_differences(comparison: RunComparison, path: Path) -> None:
     """Write all rows on which two runs differ to a csv file, the largest difference first."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", "truth", "run", "against", "run_score", "against_score"])
+    rows: list[list[str]] = [["id", "truth", "run", "against", "run_score", "against_score"]]
     for row in comparison.rows:
         labels = ("; ".join(names) for names in (row.truth, row.run, row.against))
-        writer.writerow([row.id, *labels, f"{row.run_score:.4f}", f"{row.against_score:.4f}"])
-    write_atomically(path, text.getvalue().encode("utf-8", "surrogatepass"))
+        rows.append([row.id, *labels, f"{row.run_score:.4f}", f"{row.against_score:.4f}"])
+    write_atomically(path, csv_for_people(rows))
 
 
 def _check_together(run: Run, against: Run, store: FeatureStore) -> None:

@@ -1,7 +1,5 @@
 """Evaluation of a run on labelled rows: metrics with bootstrap intervals, figures per class, missing modalities."""
 
-import csv
-import io
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cachefuse.csv_writer import csv_for_people
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.feature_spec import modalities_of
 from cachefuse.files import JsonObject, write_atomically
@@ -186,13 +185,11 @@ def write_gates(evaluation: Evaluation, store: FeatureStore, path: Path) -> None
     """
     if not evaluation.gates:
         raise _weighs_none(evaluation.run)
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["id", *(task.named(modality) for task in evaluation.tasks for modality in evaluation.gates)])
+    rows = [["id", *(task.named(modality) for task in evaluation.tasks for modality in evaluation.gates)]]
     by_row = evaluation.weights.reshape(len(evaluation.rows), -1)
     for row, weights in zip(evaluation.rows, by_row, strict=True):
-        writer.writerow([store.ids[row], *(f"{weight:.4f}" for weight in weights)])
-    write_atomically(path, text.getvalue().encode("utf-8"))
+        rows.append([store.ids[row], *(f"{weight:.4f}" for weight in weights)])
+    write_atomically(path, csv_for_people(rows))
 
 
 def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:

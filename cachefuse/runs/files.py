@@ -20,6 +20,7 @@ from cachefuse.data.answers import EVALUATION
 from cachefuse.data.manifest import VQA, Manifest
 from cachefuse.errors import RunError
 from cachefuse.files import JsonObject, slug, write_atomically
+from cachefuse.printable import listed
 from cachefuse.runs.features import RunFeaturesByName, add_views
 from cachefuse.training.data import OUT_OF_FOLD, VAL
 from cachefuse.training.held_out import HeldOut
@@ -127,7 +128,7 @@ def find_run(runs: Path, name: str | None = None, kind: str | None = HEAD) -> Pa
                 if kind not in (None, actual) and actual in USES:
                     raise RunError(f"run {path.resolve().name} {USES[actual]}")
                 return path
-        known = ", ".join(sorted(path.parent.name for path in runs.glob("*/run.json"))) or "none yet"
+        known = listed(sorted(path.parent.name for path in runs.glob("*/run.json"))) or "none yet"
         raise RunError(f"no run {name!r} in {runs}; the runs are: {known}")
     candidates = []
     for path in runs.glob("*/run.json"):
@@ -301,7 +302,7 @@ def load_weights(models: Sequence[nn.Module], path: Path) -> None:
             model.load_state_dict({name.partition(".")[2]: x for name, x in state.items()}, assign=True)
             model.float()
         if tensors:
-            raise RuntimeError(f"unexpected weights: {', '.join(sorted(tensors)[:3])}")
+            raise RuntimeError(f"unexpected weights: {listed(sorted(tensors)[:3])}")
     except FileNotFoundError:
         raise RunError(f"{path} is missing: {path.parent} is not a complete run") from None
     except (SafetensorError, RuntimeError, OSError) as error:

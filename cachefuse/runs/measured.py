@@ -9,6 +9,7 @@ from torch import Tensor
 
 from cachefuse.data.splits import ordered_splits
 from cachefuse.errors import DataError, RunError
+from cachefuse.printable import listed
 from cachefuse.runs.run import Run, split_digest
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
@@ -76,7 +77,7 @@ def _held_out(
         raise RunError(
             f"samples or splits of {data.name} changed since run {run.name} was trained (for example by an extract "
             f"with --refresh), so its held-out rows are unknown now; train again, or name a --split: "
-            f"{', '.join(data.splits)}"
+            f"{listed(data.splits)}"
         )
     scores = held_out.scores if tables is None else run.held_out_scores(tables)
     return scores, held_out.predictions(data, run.config, scores)
@@ -85,12 +86,12 @@ def _held_out(
 def _labelled(run: Run, store: FeatureStore, data: TrainingData, split: str | None) -> tuple[str, Tensor]:
     """Return a split with its labelled rows (n,). Raises RunError or DataError if there are none."""
     if split is None:
-        raise RunError(f"run {run.name} has no held-out rows; name a labelled --split: {', '.join(data.splits)}")
+        raise RunError(f"run {run.name} has no held-out rows; name a labelled --split: {listed(data.splits)}")
     if split not in store.splits:
-        known = ", ".join(ordered_splits(store.splits))
+        known = listed(ordered_splits(store.splits))
         raise DataError(f"{store.dataset} has no rows in split {split!r}; its splits are: {known}")
     if split not in data.splits:
-        known = ", ".join(data.splits) or "none"
+        known = listed(data.splits) or "none"
         raise DataError(f"{store.dataset} has no labels in split {split!r}; splits with labels: {known}")
     return split, data.rows(split)
 

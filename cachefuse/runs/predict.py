@@ -21,6 +21,7 @@ from cachefuse.extraction.pipeline import count_long_texts, encode_prepared, is_
 from cachefuse.extraction.request import BATCH_SIZE
 from cachefuse.feature_spec import FLAT, IDS, TOKENS
 from cachefuse.metrics.tasks import TaskSlice
+from cachefuse.printable import listed
 from cachefuse.runs.features import RunFeatures, specs_of
 from cachefuse.runs.run import Member, Run
 from cachefuse.runs.tables import StoreTables
@@ -162,7 +163,7 @@ def read_input(path: Path, run: Run) -> Samples:
     template_of_id = chosen.pop("id", None)
     if not chosen:
         needed = " or ".join(run.modalities)
-        raise DataError(f"{path}: needs a column {needed}; its columns are: {', '.join(columns)}")
+        raise DataError(f"{path}: needs a column {needed}; its columns are: {listed(columns)}")
     return TableReader(files={"input": path.name}, id=template_of_id, modalities=chosen).read(path.parent)
 
 
@@ -185,7 +186,7 @@ def _beside(run: Run, source: str) -> EncoderSpec:
 
 
 def _rows_to_predict(store: FeatureStore, split: str | None) -> np.ndarray:
-    known = ", ".join(np.unique(store.splits).tolist())
+    known = listed(np.unique(store.splits).tolist())
     if split is not None:
         rows = np.flatnonzero(store.splits == split)
         if not len(rows):

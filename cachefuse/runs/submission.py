@@ -1,16 +1,16 @@
 """A competition's submission file, written only if it is valid."""
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from cachefuse.csv_writer import csv_bytes
 from cachefuse.data.manifest import Manifest
 from cachefuse.data.readers.table import read_columns
 from cachefuse.errors import SubmissionError
 from cachefuse.files import write_atomically
+from cachefuse.printable import listed
 from cachefuse.runs.predict import Predictions
 
 
@@ -35,19 +35,17 @@ def write_submission(
     if sample_submission is not None:
         order = _check_sample(sample_submission, (columns.id, *names), rows)
     lines = [(sample, *(columns.separator.join(labels) for labels in rows[sample])) for sample in order]
-    write_atomically(path, _as_text(path, (columns.id, *names), lines).encode("utf-8"))
+    write_atomically(path, _as_bytes(path, (columns.id, *names), lines))
     return path
 
 
-def _as_text(path: Path, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> str:
+def _as_bytes(path: Path, header: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> bytes:
     if path.suffix == ".json":
         whole = all(sample.isdecimal() and len(sample) < 19 and str(int(sample)) == sample for sample, *_ in lines)
         records = [(int(sample) if whole else sample, *labels) for sample, *labels in lines]
-        return json.dumps([dict(zip(header, record, strict=True)) for record in records], ensure_ascii=False) + "\n"
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([header, *lines])
-    return text.getvalue()
+        text = json.dumps([dict(zip(header, record, strict=True)) for record in records], ensure_ascii=False)
+        return f"{text}\n".encode("utf-8", "surrogatepass")
+    return csv_bytes([header, *lines])
 
 
 def check_target(path: Path) -> None:
@@ -84,7 +82,7 @@ def _check_sample(path: Path, columns: tuple[str, ...], rows: Collection[str]) -
     sample = read_columns(path)
     if tuple(sample) != columns:
         raise SubmissionError(
-            f"{path.name} has the columns {', '.join(sample)}; the manifest's [submission] has {', '.join(columns)}"
+            f"{path.name} has the columns {listed(sample)}; the manifest's [submission] has {listed(columns)}"
         )
     ids = [str(value) for value in sample[columns[0]]]
     for problem, wrong in (

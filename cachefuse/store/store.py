@@ -14,6 +14,7 @@ from pathlib import Path
 from cachefuse.errors import CacheError
 from cachefuse.feature_spec import IDS
 from cachefuse.files import slug
+from cachefuse.printable import listed
 from cachefuse.store.features import JOURNAL, Features
 from cachefuse.store.format import differing_fields, provenance_key, read_lines
 from cachefuse.store.samples import StoredSamples
@@ -77,7 +78,7 @@ class FeatureStore(StoredSamples):
         if differing:
             raise CacheError(
                 f"{self.path} holds {features.encoder} {features.modality} features that were made differently: "
-                f"{', '.join(differing)}; use another --workspace, or delete {features.path} to extract them again"
+                f"{listed(differing)}; use another --workspace, or delete {features.path} to extract them again"
             )
 
     def _features_path(self, encoder: str, modality: str) -> Path:

@@ -20,6 +20,7 @@ from cachefuse.fusion.base import Model
 from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics import main_metric
 from cachefuse.metrics.tasks import BoundMetric, TaskSlice, bind_metrics
+from cachefuse.printable import listed
 from cachefuse.store.features import Features
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
@@ -182,7 +183,7 @@ class TrainingData:
         rows = self.rows(TRAIN)
         if not len(rows):
             splits = ordered_splits(self.table.splits)
-            have = ", ".join(f"{split} has {len(self.rows(split)):,} labelled rows" for split in splits)
+            have = listed(f"{split} has {len(self.rows(split)):,} labelled rows" for split in splits)
             raise DataError(f"{self.name} has no labelled rows in split {TRAIN!r} ({have})")
         return rows
 

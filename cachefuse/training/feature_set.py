@@ -15,6 +15,7 @@ from cachefuse.data.targets import is_labelled
 from cachefuse.errors import DataError
 from cachefuse.feature_spec import pooled_specs
 from cachefuse.files import JsonObject
+from cachefuse.printable import listed
 from cachefuse.registry import lookup
 from cachefuse.store.rows import FeatureRows
 from cachefuse.store.store import FeatureStore
@@ -70,7 +71,7 @@ class FeatureView:
         arrays = {modality: _as_array(modality, x) for modality, x in features.items()}
         lengths = {modality: len(x) for modality, x in arrays.items()}
         if len(set(lengths.values())) != 1:
-            got = ", ".join(f"{modality}: {n}" for modality, n in lengths.items()) or "none"
+            got = listed(f"{modality}: {n}" for modality, n in lengths.items()) or "none"
             raise DataError(f"features must be arrays by modality, all with the same number of rows. Got {got} instead")
         n = next(iter(lengths.values()))
         table = FeatureTable(
@@ -118,7 +119,7 @@ class FeatureView:
         return FeatureView.from_arrays, (dict(self),)
 
     def __repr__(self) -> str:
-        widths = ", ".join(f"{modality} ({x.shape[1]})" for modality, x in self.table.features.items())
+        widths = listed(f"{modality} ({x.shape[1]})" for modality, x in self.table.features.items())
         return f"FeatureView of {len(self):,} rows: {widths}"
 
     def to_table(self, targets: Tensor, splits: np.ndarray) -> FeatureTable:
@@ -180,8 +181,8 @@ class FeatureSet:
         return FeatureView(self.table, np.flatnonzero(np.isin(self.store.splits, names)))
 
     def __repr__(self) -> str:
-        widths = ", ".join(f"{modality} ({x.shape[1]})" for modality, x in self.table.features.items())
-        splits = ", ".join(f"{split} ({len(self.rows(split)):,})" for split in self.splits)
+        widths = listed(f"{modality} ({x.shape[1]})" for modality, x in self.table.features.items())
+        splits = listed(f"{split} ({len(self.rows(split)):,})" for split in self.splits)
         return f"FeatureSet of {self.store.dataset}: {widths}; splits {splits}; {len(self.classes)} classes"
 
 

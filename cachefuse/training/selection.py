@@ -12,6 +12,7 @@ from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.feature_spec import FLAT, IDS, POOLED, TOKENS, FeatureSpec
+from cachefuse.printable import listed
 from cachefuse.store.features import Features
 from cachefuse.store.rows import FeatureRows, FlatTokens, JoinedRows
 from cachefuse.store.store import FeatureStore
@@ -85,7 +86,7 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
     matches = sorted(exact) or [full for full in names if short in full]
     if len(matches) != 1:
         problem = "fits several encoders" if matches else "is not in this store"
-        raise ConfigError(f"encoder {name!r} {problem}; choose from: {', '.join(names)}")
+        raise ConfigError(f"encoder {name!r} {problem}; choose from: {listed(names)}")
     return [features for features in stored if features.encoder == matches[0]]
 
 

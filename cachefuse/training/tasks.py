@@ -6,6 +6,7 @@ from dataclasses import replace
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
 from cachefuse.metrics.tasks import TaskSlice
+from cachefuse.printable import listed
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.resolved import TASK_LOSS
 
@@ -31,7 +32,7 @@ def resolve_tasks(config: TrainConfig, tasks: Sequence[TaskSlice]) -> TrainConfi
     kinds = {task.kind for task in tasks}
     loss = config.loss or TASK_LOSS["multilabel" if "multilabel" in kinds else "multiclass"]
     if all(loss_of(task, loss) != loss for task in tasks):
-        names = ", ".join(task.name for task in tasks)
+        names = listed(task.name for task in tasks)
         fit = "multi-class and need ce" if "multiclass" in kinds else "multi-label and need asl, bce or focal"
         raise ConfigError(f"loss {loss!r} fits none of the tasks {names}, which are {fit}")
     if config.sampler == "balanced":

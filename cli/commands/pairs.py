@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from cachefuse.printable import listed
 from cachefuse_cli.shared.options import WORKSPACE, DataDir, Device, Json, StoreName, Threads, Workspace
 
 
@@ -54,7 +55,7 @@ def pairs(
             store = open_store(workspace, dataset)
             texts = select_features(store, [encoder] if encoder else ()).get("text", [])
             if len(texts) != 1:
-                names = ", ".join(features.encoder for features in select_features(store).get("text", []))
+                names = listed(features.encoder for features in select_features(store).get("text", []))
                 choose = f"choose it with --encoder from: {names}" if names else f"{store.path} has none"
                 raise ConfigError(f"pairs needs one text encoder; {choose}")
             raw = reopen_dataset(store, dataset, workspace, data_dir)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from cachefuse.files import JsonObject
 from cachefuse.metrics import metric_title
+from cachefuse.printable import listed
 from cachefuse_cli.shared.console import Table, Text, lines, new_table, out
 from cachefuse_cli.shared.render import MAX_CLASSES
 
@@ -71,7 +72,7 @@ def _verdict(result: "Comparison") -> str:
     title, margin = metric_title(result.metrics[0]), _margin(result)
     basis = f"{_rows(result)}, paired, Holm for {len(result.standings)} fusions"
     best, enough = result.best, result.enough
-    undecided = ", ".join(setting.config.fusion for setting in result.undecided)
+    undecided = listed(setting.config.fusion for setting in result.undecided)
     if enough is None:
         text = f"undecided: no fusion is shown to be within {margin} of all others in {title} ({basis})"
         return f"{text}; use more rows or a larger --margin"

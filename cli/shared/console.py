@@ -17,7 +17,7 @@ import rich.text
 from rich.console import Group, RenderableType
 from rich.segment import Segment
 
-from cachefuse.printable import MAX_MESSAGE, printable
+from cachefuse.printable import MAX_MESSAGE, printable, printable_lines
 
 MAX_CELL = 200  # characters
 PIPED_WIDTH = 200  # files and pipes need no wrapped lines
@@ -110,7 +110,7 @@ class _PlainStream:
         self.wrapped = stream
 
     def write(self, text: str) -> int:
-        self.wrapped.write("\n".join(printable(line, MAX_MESSAGE) for line in text.split("\n")))
+        self.wrapped.write(printable_lines(text, MAX_MESSAGE))
         return len(text)
 
     def isatty(self) -> bool:

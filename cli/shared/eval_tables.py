@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cachefuse.files import JsonObject
 from cachefuse.metrics import MEAN, headline, lower_is_better, main_metric, metric_title
+from cachefuse.printable import listed
 from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
 from cachefuse_cli.shared.console import Console, Table, Text, lines, new_table, out
@@ -201,7 +202,7 @@ def _value(evaluation: "Evaluation", name: str) -> list[Text]:
 
 
 def _without(ablated: "Evaluation") -> str:
-    return f"without {', '.join(ablated.without)}"
+    return f"without {listed(ablated.without)}"
 
 
 def _support(evaluation: "Evaluation", c: int) -> str:

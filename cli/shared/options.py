@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cachefuse.printable import listed
+
 if TYPE_CHECKING:
     from cachefuse.data.dataset import Dataset
     from cachefuse.data.manifest import Manifest
@@ -142,7 +144,7 @@ def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":
     if dataset is not None:
         name = dataset_name(dataset)
         if not paths.store(name).exists():
-            known = ", ".join(path.stem for path in paths.stores) or "no dataset yet"
+            known = listed(path.stem for path in paths.stores) or "no dataset yet"
             raise CacheError(
                 f"no features of {name} in {workspace}; make them with cachefuse extract {dataset_options(dataset)} "
                 f"(it has features of: {known})"

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from cachefuse.files import JsonObject, format_bytes
+from cachefuse.printable import listed
 from cachefuse_cli.shared.console import Console, Text, err, new_table, out
 
 if TYPE_CHECKING:
@@ -15,12 +16,12 @@ if TYPE_CHECKING:
 def inspect_report(inspection: "Inspection") -> None:
     """Print samples, views with their shapes, sizes and progress, and their provenance."""
     console = out()
-    splits = ", ".join(f"{split} {n:,}" for split, n in inspection.splits.items())
+    splits = listed(f"{split} {n:,}" for split, n in inspection.splits.items())
     console.print(
         Text.assemble(("dataset ", "dim"), (inspection.dataset, "bold"), f": {inspection.rows:,} samples ({splits})"),
         soft_wrap=True,
     )
-    present = ", ".join(f"{modality} {n:,}" for modality, n in inspection.present.items())
+    present = listed(f"{modality} {n:,}" for modality, n in inspection.present.items())
     console.print(
         Text(f"{len(inspection.classes):,} classes; present: {present}; last extract {inspection.extracted[:19]} UTC")
     )

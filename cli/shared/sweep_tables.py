@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from cachefuse.files import JsonObject
 from cachefuse.metrics import metric_title
+from cachefuse.printable import listed
 from cachefuse_cli.shared.console import Table, Text, err, lines, new_table, out
 from cachefuse_cli.shared.render import note, run_dict, run_report
 
@@ -107,7 +108,7 @@ def sweeps_report(results: Sequence["SweepResult"], folder: Path, run: "Run | No
         for setting in result.settings:
             failed = [trial for trial in setting.trials if trial.diverged]
             if failed:
-                seeds = ", ".join(str(trial.seed) for trial in failed)
+                seeds = listed(str(trial.seed) for trial in failed)
                 console.print(Text(f"{_label(result, setting)}, seed {seeds}: {failed[0].diverged}"), soft_wrap=True)
         console.print()
     if caution := _caution(results):

@@ -16,6 +16,7 @@ from cachefuse.data.images import FAILURES, file_fingerprint
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, split_names
 from cachefuse.data.readers.hdf5_file import file_name, find_dataset, image_column, open_hdf5, open_shared, read_strings
 from cachefuse.errors import BadSampleError, DataError
+from cachefuse.printable import listed
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,8 @@ class Hdf5Reader(Reader):
         keys = [key for key in (self.image, self.text, self.labels, self.id, self.group) if key]
         counts = {key: len(find_dataset(file, key)) for key in keys}
         if len(set(counts.values())) > 1:
-            listed = ", ".join(f"{key} has {n:,}" for key, n in counts.items())
-            raise DataError(f"{file_name(file)}: its columns must have the same number of rows, but {listed}")
+            lengths = listed(f"{key} has {n:,}" for key, n in counts.items())
+            raise DataError(f"{file_name(file)}: its columns must have the same number of rows, but {lengths}")
         return counts[keys[0]]
 
 

@@ -18,6 +18,7 @@ from cachefuse.data.readers.hdf5 import ArrayImage
 from cachefuse.data.readers.hdf5_file import find_dataset, image_column, open_hdf5, read_strings
 from cachefuse.errors import DataError
 from cachefuse.files import JsonObject
+from cachefuse.printable import listed
 
 SPLITS = {"train": "train", "dev": "val", "val": "val", "test": "test"}
 MAX_JSON_BYTES = 1 << 25
@@ -130,7 +131,7 @@ def _read_split_file(path: Path) -> dict[str, list[str]]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path.name}: not valid JSON: {error}") from error
     if not isinstance(content, dict) or not content or content.keys() - SPLITS.keys():
-        got = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        got = listed(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise DataError(
             f"{path.name}: must map train, dev and test to lists of film ids. Got {got or 'nothing'} instead"
         )
@@ -226,7 +227,7 @@ def _read_split_attribute(file: h5py.File, name: str, n: int) -> list[str]:
     for row in genre_rows if len(genre_rows) else rows:
         split, start, stop = row["split"].decode("ascii", "replace"), row["start"].item(), row["stop"].item()
         if split not in SPLITS:
-            raise DataError(f"{name}: unknown split {split!r}; expected one of: {', '.join(SPLITS)}")
+            raise DataError(f"{name}: unknown split {split!r}; expected one of: {listed(SPLITS)}")
         if not 0 <= start <= stop <= n or ("indices" in kinds and row["indices"]):
             raise DataError(f"{name}: split {split!r} must be a range of {n:,} rows. Got {start:,} to {stop:,} instead")
         splits[start:stop] = [SPLITS[split]] * (stop - start)

@@ -9,6 +9,7 @@ from cachefuse.data.column import Column
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, check_inside
 from cachefuse.data.readers.lines import read_lines
 from cachefuse.errors import DataError
+from cachefuse.printable import listed
 
 FEW_BROKEN, BROKEN_SHARE = 10, 0.01  # a file may have so many incomplete lines, whichever is more
 
@@ -48,7 +49,7 @@ class SentencePairsReader(Reader):
         files = self._existing(root)
         absent = [f"{split} ({' or '.join(paths)})" for split, paths in self.files.items() if split not in files]
         if absent:
-            samples.notes.append(f"some splits have no file: {', '.join(absent)}")
+            samples.notes.append(f"some splits have no file: {listed(absent)}")
         tables = {split: (file, self._columns(root, file)) for split, file in files.items()}
         if tables and not any(self.label in columns for _, columns in tables.values()):
             file, columns = next(iter(tables.values()))
@@ -107,5 +108,5 @@ class SentencePairsReader(Reader):
 
 
 def _no_column(file: str, name: str, key: str, columns: tuple[str, ...]) -> DataError:
-    known = ", ".join(columns[:20])
+    known = listed(columns[:20])
     return DataError(f"{file}: has no column {name!r}, which reader.{key} names; its columns are: {known[:300]}")

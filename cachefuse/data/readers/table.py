@@ -13,6 +13,7 @@ from cachefuse.data.readers.base import InsidePath, Reader, Samples, split_names
 from cachefuse.data.readers.csv_text import read_csv
 from cachefuse.data.readers.lines import TEXT_ERRORS
 from cachefuse.errors import DataError
+from cachefuse.printable import listed
 
 Cell = object  # a text; in parquet and jsonl also a number, a list or null
 TableColumns = dict[str, list[Cell]]
@@ -212,7 +213,7 @@ def _read_parquet(path: Path) -> TableColumns:
 
 def _need(name: str, columns: TableColumns, file: str, key: str) -> list[Cell]:
     if name not in columns:
-        known = ", ".join(column for column in columns)
+        known = listed(column for column in columns)
         raise DataError(f"{file}: has no column {name!r}, which {key} names; its columns are: {known}")
     return columns[name]
 
