@@ -17,9 +17,12 @@ OnRows = Callable[[int, int], None]
 
 
 def base_rows(store: FeatureStore, tower: DerivedTower) -> Rows | None:
-    """Return the rows from which a tower computes its features, or None unless the store has all of them."""
+    """Return the rows from which a tower computes its features, or None if the store does not have them.
+
+    Raises CacheError if some are damaged or not computed yet: encoding raw samples would give other last digits.
+    """
     base = store.open_features(tower.base_encoder, tower.modality)
-    if base is None or base.key != tower.base_key or tower.base_view not in base.views or base.pending(tower.base_view):
+    if base is None or base.key != tower.base_key or tower.base_view not in {*base.views, *base.asked}:
         return None
     return base.rows(tower.base_view)
 

@@ -14,7 +14,7 @@ from cachefuse.data.answers import EVALUATION
 from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import VQA
 from cachefuse.errors import CacheError
-from cachefuse.files import JsonObject, make_folder, sync_folder
+from cachefuse.files import JsonObject, make_folder, read_bounded, sync_folder
 from cachefuse.printable import listed
 from cachefuse.store.columns import (
     IDENTITY,
@@ -28,7 +28,7 @@ from cachefuse.store.columns import (
     strings,
     write_samples,
 )
-from cachefuse.store.format import FORMAT, seal, unseal
+from cachefuse.store.format import FORMAT, MAX_METADATA, seal, unseal
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.views import declare_group
 
@@ -159,12 +159,15 @@ def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: O
             f"{len(names):,} sample{'s' * (len(names) > 1)} changed since {store.path} was made: {listed(names[:3])}"
             f"{', ...' if len(names) > 3 else ''}; add --refresh to compute them again, or use another --workspace"
         )
-    if names:
-        _forget(store, new, changed)
-    fresh = set(names)  # changed samples may be usable now
-    bad_samples = _with_sharers([vars(line) for line in store.bad_samples() if line.id not in fresh], new)
-    _mark_present(bad_samples, old, new, changed)
-    if appended is None or not same_columns(old, new):
+    lost = "id" in old and store.lost_lines() is not None
+    again = np.union1d(changed, _unexplained(store, old, new)) if lost else changed
+    if len(again):
+        _forget(store, new, again)
+    fresh = set(new["id"][again].tolist())  # these may be usable now
+    listed = [vars(line) for line in store.bad_samples(whole=False) if line.id not in fresh]
+    bad_samples = _with_sharers(listed, new)
+    _mark_present(bad_samples, old, new, again)
+    if appended is None or lost or not same_columns(old, new):
         appended = [*(appended or []), *([n] if 0 < n < len(dataset) else [])]
         replace_samples(store.path, new, appended, bad_samples)
 
@@ -175,6 +178,17 @@ def _lost(store: FeatureStore, old: Columns) -> CacheError:
         f"{store.path}/samples is damaged ({lost}): it is unknown now which row belongs to which sample; "
         f"delete the store to extract again"
     )
+
+
+def _unexplained(store: FeatureStore, old: Columns, new: Columns) -> np.ndarray:
+    """Return the samples (n,) that lack a modality without a reason: lines of the list of bad samples are lost."""
+    listed = {(line.modality, line.id) for line in store.bad_samples(whole=False)}
+    unexplained = np.zeros(len(new["id"]), bool)
+    for name in [name for name in new if name.startswith("present/") and name in old]:
+        modality, before = name.removeprefix("present/"), old[name]
+        reason = np.array([(modality, sample) in listed for sample in new["id"][: len(before)]], bool)
+        unexplained[: len(before)] |= new[name][: len(before)] & ~before & ~reason
+    return np.flatnonzero(unexplained)
 
 
 def _forget(store: FeatureStore, new: Columns, changed: np.ndarray) -> None:
@@ -230,10 +244,10 @@ def _write_metadata(path: Path, dataset: Dataset) -> None:
 def _repair_metadata(path: Path, dataset: Dataset) -> None:
     """Write a store's metadata again if it was cut short or changed. Another version's is left alone."""
     try:
-        meta = json.loads((path / "zarr.json").read_bytes())["attributes"]["cachefuse"]
+        meta = json.loads(read_bounded(path / "zarr.json", MAX_METADATA))["attributes"]["cachefuse"]
         if meta["format"] == FORMAT:
             unseal(meta, path)
-    except (FileNotFoundError, ValueError, CacheError):
+    except (OSError, ValueError, RecursionError, CacheError):
         _write_metadata(path, dataset)
     except (KeyError, TypeError):  # not written by cachefuse
         return

@@ -15,10 +15,11 @@ from cachefuse.extraction.extract import OnProgress, extract_into
 from cachefuse.extraction.open_store import open_store
 from cachefuse.extraction.request import open_request
 from cachefuse.feature_spec import IDS
+from cachefuse.files import read_bounded
 from cachefuse.store.blocks import DamagedBlockError
-from cachefuse.store.columns import IDENTITY, read_about, read_columns
-from cachefuse.store.features import Features
-from cachefuse.store.format import FEATURE_DTYPES
+from cachefuse.store.columns import BAD_SAMPLES, IDENTITY, read_about, read_columns
+from cachefuse.store.features import JOURNAL, Features
+from cachefuse.store.format import FEATURE_DTYPES, MAX_METADATA, n_damaged_lines, rewrite_lines
 from cachefuse.store.lock import only_writer
 from cachefuse.store.rows import Rows
 from cachefuse.store.store import FeatureStore
@@ -27,13 +28,17 @@ from cachefuse.store.views import block_name
 
 @dataclass(frozen=True)
 class Damage:
-    """A damaged block. ``block`` is None for an array of the samples, or for metadata."""
+    """A block that is not whole. ``block`` is None for a whole view, an array of the samples, or metadata.
+
+    It is damaged, or ``missing``: rows that were asked for are not computed yet, or must be computed again.
+    """
 
     encoder: str
     modality: str
     view: str
     block: int | None
     reason: str
+    missing: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class VerifiedView:
 
 @dataclass(frozen=True)
 class Verification:
-    """All views of a store, and all damage in it."""
+    """All views of a store, and all that is damaged or missing in it."""
 
     path: Path
     views: tuple[VerifiedView, ...]
@@ -65,18 +70,21 @@ class Verification:
 
 
 def verify(store: FeatureStore, *, on_progress: Callable[[int, int], None] = lambda done, total: None) -> Verification:
-    """Check every finished block: checksums, shard indexes, offsets, NaN and infinite values, rows of zeros.
+    """Check that a store holds, undamaged, all that it ever held or was asked for.
 
-    ``on_progress`` gets the number of blocks done and their total. Unfinished blocks are not damage.
+    This reads every block: checksums, shard indexes, offsets, NaN and infinite values, rows of zeros. ``on_progress``
+    gets the number of blocks done and their total.
     """
     damage = list(_check_samples(store))
-    opened = []
+    opened, missing = [], []
     for path in store.feature_paths():
         try:
-            opened.append(store.open_group(path))
+            if (features := store.open_group(path)) is not None:
+                missing += _check_journal(features)
+                opened.append(features)
         except CacheError as error:
             damage.append(Damage("", "", str(path.relative_to(store.path)), None, str(error)))
-    groups = [(features, view) for features in opened if features is not None for view in features.views]
+    groups = [(features, view) for features in opened for view in features.views]
     total, done, views = sum(features.n_blocks(view) for features, view in groups), 0, []
     for features, view in groups:
         check = _Check(features, view)
@@ -86,7 +94,7 @@ def verify(store: FeatureStore, *, on_progress: Callable[[int, int], None] = lam
             on_progress(done, total)
         views.append(check.result())
         damage += check.damage
-    return Verification(store.path, tuple(views), tuple(damage))
+    return Verification(store.path, tuple(views), (*damage, *missing))
 
 
 def repair(
@@ -97,27 +105,54 @@ def repair(
     device: str = "auto",
     on_progress: OnProgress = lambda progress: None,
 ) -> None:
-    """Compute only the damaged blocks again, from raw data, with the encoders that made them.
+    """Compute only the damaged and missing blocks, from raw data, with the encoders that made the others.
 
     Raises CacheError where this is impossible: the ids of the samples are damaged, or an encoder has changed.
     """
     with only_writer(store.path):
         store = open_store(store.path, dataset)
-        damaged = {(damage.encoder, damage.modality, damage.view) for damage in verification.damage}
-        for name in sorted(damaged, key=lambda name: (is_derived(name[0]), name)):  # derived features come last
-            features = store.open_features(*name[:2]) if name[0] else None
-            if features is None:
-                continue
-            view = features.views[name[2]]
-            dtype = view.dtype if view.dtype in FEATURE_DTYPES else "float16"  # ids ignore it
-            request = open_request(dataset, [features.source], [view.name], device, None, dtype)
-            towers = tuple((spec, tower) for spec, tower in request.towers if tower.modality == features.modality)
-            view.declare(features.path, features.n_rows)
-            for damage in verification.damage:
-                if (damage.encoder, damage.modality, damage.view) == name and damage.block is not None:
-                    features.forget(view.name, features.rows_of(view.name, damage.block))
-            # A limit of 1.0: all bad samples are listed already.
-            extract_into(store, replace(request, towers=towers), 1.0, on_progress)
+        for damage in verification.damage:
+            features = store.open_features(damage.encoder, damage.modality) if damage.encoder else None
+            if features is not None and not damage.missing:
+                _prepare(features, damage)
+        groups = [features for path in store.feature_paths() if (features := _open_or_none(store, path)) is not None]
+        for features in sorted(groups, key=lambda group: is_derived(group.encoder)):  # derived features come last
+            dtypes = {**{name: view.dtype for name, view in features.views.items()}, **features.asked}
+            for view, dtype in dtypes.items():
+                if not features.is_complete(view):
+                    request = open_request(dataset, [features.source], [view], device, None, _feature_dtype(dtype))
+                    towers = [(spec, tower) for spec, tower in request.towers if tower.modality == features.modality]
+                    # A limit of 1.0: all bad samples are listed already.
+                    extract_into(store, replace(request, towers=tuple(towers)), 1.0, on_progress)
+
+
+def _prepare(features: Features, damage: Damage) -> None:
+    """Mark a damaged block as outdated, or write damaged metadata again."""
+    if damage.view == JOURNAL:
+        rewrite_lines(features.path / JOURNAL)
+        return
+    features.views[damage.view].declare(features.path, features.n_rows)
+    if damage.block is not None:
+        features.forget(damage.view, features.rows_of(damage.view, damage.block))
+
+
+def _open_or_none(store: FeatureStore, path: Path) -> Features | None:
+    with suppress(CacheError):  # damaged for good, as the next verification says again
+        return store.open_group(path)
+    return None
+
+
+def _feature_dtype(dtype: str) -> str:
+    return dtype if dtype in FEATURE_DTYPES else "float16"  # ids ignore it
+
+
+def _check_journal(features: Features) -> list[Damage]:
+    """Return the views of which nothing is written yet, and damaged lines of the journal."""
+    names = features.encoder, features.modality
+    found = [Damage(*names, view, None, "it is not computed yet", missing=True) for view in features.asked]
+    if n := n_damaged_lines(features.path / JOURNAL):
+        found.append(Damage(*names, JOURNAL, None, f"damaged lines: {n:,}"))
+    return found
 
 
 class _Check:
@@ -129,33 +164,30 @@ class _Check:
         self.finished = self.n_bytes = self.nan = self.inf = self.zero = 0
         self._cosines: list[tuple[int, float, float]] = []
         self._present = _present_rows(features)
-        self._whole = np.array([features.is_whole(view, block) for block in range(features.n_blocks(view))], bool)
         self._rows: Rows | None = None  # None if an index is damaged: then each block is opened alone
+        whole = [block for block in range(features.n_blocks(view)) if features.is_whole(view, block)]
         with suppress(DamagedBlockError):
-            self._rows = features.open_blocks(view, np.flatnonzero(self._whole).tolist())
+            self._rows = features.open_blocks(view, whole)
         for name in features.views[view].arrays:
             self._check_metadata(name, None)
 
     def add(self, block: int) -> None:
         """Check one block."""
-        written = self.features.written(self.view, block)
-        if written is None or written.stale:
+        if (fault := self.features.fault(self.view, block)) is not None:
+            self._note(block, fault.reason, missing=not fault.is_damage)
             return
         for name in self.features.views[self.view].arrays if self.features.views[self.view].ragged else ():
             self._check_metadata(f"{name}/{block_name(block)}", block)
-        if self._whole[block]:
-            try:
-                values = self._read(block)
-            except DamagedBlockError as error:
-                self._note(block, error.why)
-                return
-            self._count(block, values)
-            self.finished += 1
-        elif self.features.stored(self.view, block) is None:
-            self._note(block, "it is lost, cut short or changed")
+        try:
+            values = self._read(block)
+        except DamagedBlockError as error:
+            self._note(block, error.why)
             return
-        self.n_bytes += sum(size for size, _ in written.files.values())
-        if written.cosine:
+        self._count(block, values)
+        self.finished += 1
+        written = self.features.written(self.view, block)
+        self.n_bytes += sum(size for size, _ in written.files.values()) if written else 0
+        if written and written.cosine:
             self._cosines.append((written.rows, *written.cosine))
 
     def result(self) -> VerifiedView:
@@ -206,18 +238,23 @@ class _Check:
 
     def _check_metadata(self, name: str, block: int | None) -> None:
         try:
-            zarr.open(self.features.path / name, mode="r")
+            read_bounded(self.features.path / name / "zarr.json", MAX_METADATA)  # no pipe, no device
+            zarr.open(self.features.path / name, mode="r", zarr_format=3)
         except Exception as error:  # zarr-python raises many kinds of errors on changed metadata
             self._note(block, f"Zarr cannot read {name}/zarr.json: {str(error) or type(error).__name__}")
 
-    def _note(self, block: int | None, reason: str) -> None:
+    def _note(self, block: int | None, reason: str, *, missing: bool = False) -> None:
         if not any(damage.block == block for damage in self.damage):
-            self.damage.append(Damage(self.features.encoder, self.features.modality, self.view, block, reason))
+            names = self.features.encoder, self.features.modality, self.view
+            self.damage.append(Damage(*names, block, reason, missing))
 
 
 def _check_samples(store: FeatureStore) -> Iterator[Damage]:
     """Check every array of the samples: each chunk has a checksum, and each array needs one row per sample."""
     readable, _ = read_columns(store.path)
+    with suppress(CacheError):
+        if (lost := store.lost_lines()) is not None:
+            yield Damage("", "", f"samples/{BAD_SAMPLES}", None, lost)
     try:
         names = set(read_about(store.path)["columns"])
     except CacheError:

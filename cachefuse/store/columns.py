@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +13,8 @@ import zarr
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cachefuse.errors import CacheError
-from cachefuse.files import JsonObject, sync_folder
-from cachefuse.store.format import append_lines, checksum, seal, unseal
+from cachefuse.files import JsonObject, read_bounded, sync_folder
+from cachefuse.store.format import MAX_METADATA, append_lines, check_regular, checksum, seal, unseal
 
 BAD_SAMPLES = "bad.jsonl"
 CHUNK_ROWS = 1 << 16  # read and written at a time, so that a million ids are never in memory twice
@@ -26,10 +27,14 @@ Columns = dict[str, np.ndarray]
 def read_column(path: Path, name: str) -> np.ndarray:
     """Return an array of the store at ``path``.
 
-    Raises zarr-python's errors if files are cut short or changed, and ValueError if the checksum is wrong: zarr-python
-    reads a missing chunk as zeros.
+    Raises zarr-python's errors if files are cut short or changed, OSError if one is not regular, and ValueError if the
+    checksum is wrong: zarr-python reads a missing chunk as zeros.
     """
-    array = zarr.open_array(path / "samples" / name, mode="r")
+    check_regular(path / "samples" / name)
+    array = zarr.open_array(path / "samples" / name, mode="r", zarr_format=3)
+    with suppress(CacheError):
+        if array.shape[0] > read_about(path)["rows"] + 1:  # before memory is taken for so many
+            raise ValueError(f"it has {array.shape[0]:,} rows")
     values = np.asarray(array[:])
     if array.attrs["checksum"] != column_checksum(values):
         raise ValueError("its checksum does not fit")
@@ -54,8 +59,8 @@ def read_about(path: Path) -> JsonObject:
     """Return what the store at ``path`` notes on its samples: ``rows``, ``appended_at`` (rows), ``columns`` (names)."""
     file = path / "samples" / "zarr.json"
     try:
-        return unseal(json.loads(file.read_bytes())["attributes"], file)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return unseal(json.loads(read_bounded(file, MAX_METADATA))["attributes"], file)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheError(f"{file} is damaged ({error}); run the same cachefuse extract again") from error
 
 
@@ -68,6 +73,14 @@ def column_checksum(values: np.ndarray) -> int:
     return value
 
 
+def n_listed(path: Path, modality: str) -> int:
+    """Return how many samples without a usable ``modality`` the store at ``path`` lists at least."""
+    with suppress(Exception):  # zarr-python raises many kinds of errors on changed metadata
+        array = zarr.open_array(path / "samples" / "present" / modality, mode="r", zarr_format=3)
+        return int(str(array.attrs.get("listed", 0)))
+    return 0
+
+
 def has_column(path: Path, name: str) -> bool:
     """Whether the store at ``path`` has an array, even one that is damaged or lost."""
     with suppress(CacheError):
@@ -75,15 +88,22 @@ def has_column(path: Path, name: str) -> bool:
     return (path / "samples" / name).is_dir()
 
 
-def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Sequence[int] = ()) -> None:
-    """Write a new group and flush it to disk.
+def write_samples(
+    folder: Path,
+    columns: Mapping[str, np.ndarray],
+    appended: Sequence[int] = (),
+    bad_samples: Sequence[JsonObject] = (),
+) -> None:
+    """Write a new group, with its list of bad samples, and flush it to disk.
 
     Every chunk has a checksum that any Zarr reader verifies. Every array has its own too, in case its metadata changes.
     """
     attributes = {"rows": len(columns["id"]), "appended_at": list(appended), "columns": sorted(columns)}
     group = zarr.open_group(folder, mode="w", attributes=seal(attributes))
+    n_bad = Counter(f"present/{line['modality']}" for line in bad_samples)
     with zarr.config.set({"array.write_empty_chunks": True}):
         for name, values in columns.items():
+            listed = {"listed": n_bad[name]} if n_bad[name] else {}
             chunks = (min(max(1, len(values)), CHUNK_ROWS), *values.shape[1:])
             array = group.create_array(
                 name,
@@ -91,9 +111,10 @@ def write_samples(folder: Path, columns: Mapping[str, np.ndarray], appended: Seq
                 chunks=chunks,
                 dtype=values.dtype,
                 compressors=[ZstdCodec(), Crc32cCodec()],
-                attributes={"checksum": column_checksum(values)},
+                attributes={"checksum": column_checksum(values), **listed},
             )
             array[:] = values
+    append_lines(folder / BAD_SAMPLES, bad_samples)
     sync_tree(folder)
 
 
@@ -102,8 +123,7 @@ def replace_samples(
 ) -> None:
     """Replace the samples of the store at ``path``, and its list of bad samples, in one step."""
     folder, new, old = path / "samples", path / ".samples.new", path / ".samples.old"
-    write_samples(new, columns, appended)
-    append_lines(new / BAD_SAMPLES, bad_samples)
+    write_samples(new, columns, appended, bad_samples)
     if folder.exists():
         os.replace(folder, old)
     os.replace(new, folder)

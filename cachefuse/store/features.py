@@ -3,9 +3,10 @@
 import json
 import logging
 import math
+import stat
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -13,8 +14,19 @@ import numpy as np
 
 from cachefuse.data.dataset import dataset_options
 from cachefuse.errors import CacheError
-from cachefuse.files import JsonObject
-from cachefuse.store.format import DTYPES, append_lines, block_rows, checksum, provenance_key, read_lines, seal, unseal
+from cachefuse.files import JsonObject, read_bounded
+from cachefuse.store.format import (
+    DTYPES,
+    MAX_METADATA,
+    append_lines,
+    block_rows,
+    checksum,
+    n_damaged_lines,
+    provenance_key,
+    read_lines,
+    seal,
+    unseal,
+)
 from cachefuse.store.long_texts import LongTexts
 from cachefuse.store.opening import open_rows
 from cachefuse.store.rows import RowKey, Rows
@@ -27,6 +39,14 @@ logger = logging.getLogger(__name__)
 JOURNAL = "journal.jsonl"
 
 
+@dataclass(frozen=True)
+class Fault:
+    """Why a block is not whole: it is damaged, or some of its rows are still to be computed."""
+
+    reason: str
+    is_damage: bool
+
+
 class Features:
     """One encoder's features of one modality: views (pooled, tokens, ids) of N rows, stored in blocks.
 
@@ -37,7 +57,7 @@ class Features:
         self.samples = samples
         self.path = path
         try:
-            declared = json.loads((path / "zarr.json").read_bytes())
+            declared = json.loads(read_bounded(path / "zarr.json", MAX_METADATA))
             self._meta = unseal(declared["attributes"]["cachefuse"], path / "zarr.json")
             self.encoder: str = self._meta["encoder"]
             self.modality: str = self._meta["modality"]
@@ -45,8 +65,12 @@ class Features:
             self.key: str = self._meta["key"]
             self.provenance: dict[str, str] = self._meta["provenance"]
             self.views = {view.name: view for view in map(View.from_dict, self._meta["views"])}
-        except (OSError, ValueError, KeyError, TypeError, CacheError) as error:
-            raise CacheError(f"{path}/zarr.json is damaged; delete {path} to extract these features again") from error
+            # Views that were asked for, of which no row is written yet, with their dtypes.
+            self.asked = {name: dtype for name, dtype in self._meta.get("asked", {}).items() if name not in self.views}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, CacheError) as error:
+            raise CacheError(
+                f"{path}/zarr.json is damaged ({error}); delete {path} to extract these features again"
+            ) from error
         self.n_rows = samples.n_items(self.modality)
 
     @classmethod
@@ -59,6 +83,18 @@ class Features:
         declare_group(path.parent)
         declare_group(path, {"cachefuse": seal({**meta, "provenance": dict(provenance), "views": []})})
         return cls(samples, path)
+
+    def ask(self, dtypes: Mapping[str, str]) -> None:
+        """Note that views, with their dtypes, are to be extracted, so that they count as missing until they are."""
+        asked = {**self.asked, **{view: dtype for view, dtype in dtypes.items() if view not in self.views}}
+        if asked != self.asked:
+            self.asked = asked
+            self._declare()
+
+    def _declare(self) -> None:
+        self._meta.pop("asked", None)
+        meta = {**self._meta, "asked": self.asked} if self.asked else self._meta
+        declare_group(self.path, {"cachefuse": seal(meta)})
 
     @cached_property
     def _written(self) -> dict[tuple[str, int], Written]:
@@ -138,6 +174,22 @@ class Features:
             return False
         return self._sizes_fit(view, block, written) or self.views[view].is_foreign(self.path, block)
 
+    def fault(self, view: str, block: int) -> Fault | None:
+        """Return why a block is not whole; None if it is, as far as the sizes of its files tell."""
+        if self.is_whole(view, block):
+            return None
+        written, n_rows = self.written(view, block), len(self.rows_of(view, block))
+        if written is None or not written.files:
+            lost = n_damaged_lines(self.path / JOURNAL)
+            return Fault(f"{JOURNAL} has damaged lines" if lost else "it is not computed yet", bool(lost))
+        if self.stored(view, block) is None:
+            return Fault("it is lost, cut short or changed", True)
+        return Fault(f"{len(self.missing_rows_of(view, block)):,} of its {n_rows:,} rows are to be computed", False)
+
+    def is_complete(self, view: str) -> bool:
+        """Whether all rows of a view are written."""
+        return view in self.views and not self.pending(view)
+
     def pending(self, view: str) -> list[int]:
         """Return the blocks of a view that are not whole."""
         return [block for block in range(self.n_blocks(view)) if not self.is_whole(view, block)]
@@ -188,7 +240,8 @@ class Features:
         """Add a new view."""
         self.views[view.name] = view
         self._meta["views"] = [view.to_dict() for view in self.views.values()]
-        declare_group(self.path, {"cachefuse": seal(self._meta)})
+        self.asked.pop(view.name, None)
+        self._declare()
 
     def new_view(self, name: str, row_shape: tuple[int, ...], *, ragged: bool, dtype: str, vocabulary: int = 0) -> View:
         """Return the layout of a new view.
@@ -204,14 +257,16 @@ class Features:
         Raises CacheError, with what to do, if any row is missing. If ``whole`` is False, finished blocks are readable
         while others are missing. Rows that were never written are never read.
         """
-        if view not in self.views:
+        if view not in self.views and view not in self.asked:
             raise CacheError(
                 f"{self.samples.path} has no {view} view of {self.encoder} ({self.modality}); make it with "
                 f"cachefuse extract {dataset_options(self.samples.dataset)} --encoder {self.source} --views {view}"
             )
+        if view not in self.views:
+            raise CacheError(self.not_whole(view))
         pending = self.pending(view)
         if pending and whole:
-            raise CacheError(self._not_whole(view, pending))
+            raise CacheError(self.not_whole(view))
         rows = self.open_blocks(view, [block for block in range(self.n_blocks(view)) if block not in set(pending)])
         if not rows.mapped:
             logger.warning("%s is in another layout than cachefuse's; zarr-python reads it, slower", self.path / view)
@@ -233,18 +288,21 @@ class Features:
         """Return a view's name for messages."""
         return f"{self.encoder} ({self.modality}, {view})"
 
-    def _not_whole(self, view: str, pending: list[int]) -> str:
-        n_missing = sum(len(self.missing_rows_of(view, block)) for block in pending)
-        lost = [block for block in pending if self.written(view, block) and self.stored(view, block) is None]
-        damage = f", and block {lost[0]} is damaged (lost, cut short or changed)" if lost else ""
-        return (
-            f"{self.name(view)} has {self.n_rows - n_missing:,} of {self.n_rows:,} rows{damage}; "
-            f"run the same cachefuse extract again to go on"
-        )
+    def not_whole(self, view: str) -> str:
+        """Return a message: how many rows a view has, the first damaged block, and what to do."""
+        pending = self.pending(view) if view in self.views else []
+        n_missing = len(self.missing_rows(view))
+        rows = f"{self.name(view)} has {self.n_rows - n_missing:,} of {self.n_rows:,} rows"
+        for block in pending:
+            fault = self.fault(view, block)
+            if fault is not None and fault.is_damage:
+                return f"{rows}, and block {block} is damaged ({fault.reason}); run cachefuse verify --repair"
+        return f"{rows}; run the same cachefuse extract again to go on"
 
     def _sizes_fit(self, view: str, block: int, written: Written) -> bool:
         try:
-            sizes = {name: file.stat().st_size for name, file in self.files(view, block).items()}
-        except (FileNotFoundError, NotADirectoryError):
+            status = {name: file.stat() for name, file in self.files(view, block).items()}
+        except OSError:  # gone, or behind a link that leads nowhere or round in a circle
             return False
+        sizes = {name: entry.st_size for name, entry in status.items() if stat.S_ISREG(entry.st_mode)}
         return sizes == {name: size for name, (size, _) in written.files.items()}

@@ -1,9 +1,12 @@
 """The layout of a store: names, block sizes, checksums, the provenance key, and journals of JSON lines."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import google_crc32c
@@ -11,20 +14,44 @@ import numpy as np
 
 from cachefuse.errors import CacheError
 from cachefuse.feature_spec import IDS, POOLED, TOKENS
-from cachefuse.files import JsonObject, sync_folder
+from cachefuse.files import JsonObject, read_bounded, sync_folder, write_atomically
+
+MAX_METADATA = 64 << 20  # bytes of a file of metadata: the names of many classes are long
+MAX_JOURNAL = 1 << 30  # bytes
+NOT_A_FILE = {errno.EINVAL, errno.EFBIG, errno.ELOOP, errno.ENXIO}  # of what ``read_bounded`` refuses
+
+
+def check_regular(folder: Path) -> None:
+    """Raise OSError if a file under a folder is not regular, before a library reads it: it might never end."""
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = os.path.join(parent, name)
+            mode = os.stat(path).st_mode
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+                raise OSError(errno.EINVAL, "is not a regular file", path)
 
 
 def append_lines(path: Path, lines: Iterable[JsonObject]) -> None:
-    """Append lines and flush them to disk. A last line that was cut short is ended first."""
-    text = "".join(json.dumps(seal(line), ensure_ascii=False) + "\n" for line in lines)
-    data = text.encode("utf-8", "backslashreplace")
+    """Append lines and flush them to disk. A last line that was cut short, as a kill leaves it, is removed first.
+
+    So every ended line is whole, unless it was damaged later.
+    """
+    data = _to_lines(lines)
     if not data:
         return
     with path.open("ab+") as file:
-        size = file.tell()
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        size = file.seek(0, os.SEEK_END)
         if size:
             file.seek(-1, os.SEEK_END)
-            data = data if file.read(1) == b"\n" else b"\n" + data
+            if file.read(1) != b"\n":
+                file.seek(0)
+                last = file.read().rpartition(b"\n")[2]
+                if _line(last) is None:
+                    file.truncate(size - len(last))
+                else:
+                    data = b"\n" + data
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -33,14 +60,41 @@ def append_lines(path: Path, lines: Iterable[JsonObject]) -> None:
 
 
 def read_lines(path: Path) -> Iterator[JsonObject]:
-    """Yield the lines that are complete."""
-    if not path.is_file():
-        return
-    for line in path.read_bytes().splitlines():
-        try:
-            yield unseal(json.loads(line), path)
-        except (ValueError, AttributeError, CacheError):
-            continue
+    """Yield the lines that are whole. Raises CacheError for a file that is not regular, or too large."""
+    yield from (line for line in map(_line, _read_lines(path)) if line is not None)
+
+
+def n_damaged_lines(path: Path) -> int:
+    """Return how many lines are damaged. A last line that is cut short is not: its writing was interrupted."""
+    return sum(bool(line.strip()) and _line(line) is None for line in _read_lines(path)[:-1])
+
+
+def rewrite_lines(path: Path) -> None:
+    """Write a file of lines again, without the damaged ones."""
+    write_atomically(path, _to_lines(read_lines(path)))
+
+
+def _to_lines(lines: Iterable[JsonObject]) -> bytes:
+    text = "".join(json.dumps(seal(line), ensure_ascii=False) + "\n" for line in lines)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _read_lines(path: Path) -> list[bytes]:
+    try:
+        return read_bounded(path, MAX_JOURNAL).split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        if error.errno not in NOT_A_FILE:
+            raise
+        raise CacheError(f"{path} {error.strerror}; delete it, and run the same cachefuse extract again") from error
+
+
+def _line(data: bytes) -> JsonObject | None:
+    """Return a line's values, or None if it is cut short or damaged."""
+    with suppress(ValueError, AttributeError, CacheError, RecursionError):
+        return unseal(json.loads(data), "a line")
+    return None
 
 
 FORMAT = 2  # version of the store; a reader refuses other versions

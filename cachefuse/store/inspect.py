@@ -13,7 +13,7 @@ from cachefuse.store.store import FeatureStore
 
 @dataclass(frozen=True)
 class StoredView:
-    """One view: shape ("T" if the number of tokens varies), ``done`` of ``rows`` rows, bytes on disk."""
+    """One view: shape ("T" if the number of tokens varies), ``done`` of ``rows`` rows, bytes, damaged blocks."""
 
     encoder: str
     modality: str
@@ -24,6 +24,7 @@ class StoredView:
     rows: int
     blocks: int
     n_bytes: int
+    damaged: int
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def _view(features: Features, name: str) -> StoredView:
     view, n_blocks = features.views[name], features.n_blocks(name)
     row_shape: tuple[int | str, ...] = ("T", *view.token_shape) if view.ragged else view.row_shape
     blocks = [features.written(name, block) for block in range(n_blocks)]
+    faults = [features.fault(name, block) for block in range(n_blocks)]
     return StoredView(
         encoder=features.encoder,
         modality=features.modality,
@@ -78,4 +80,5 @@ def _view(features: Features, name: str) -> StoredView:
         rows=features.n_rows,
         blocks=n_blocks,
         n_bytes=sum(size for block in blocks if block for size, _ in block.files.values()),
+        damaged=sum(fault is not None and fault.is_damage for fault in faults),
     )

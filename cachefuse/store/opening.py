@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import zarr
 
 from cachefuse.store.blocks import BlockFile, Blocks, DamagedBlockError, MappedBlocks, ReadBlock, ZarrBlocks
-from cachefuse.store.format import checksum
+from cachefuse.store.format import check_regular, checksum
 from cachefuse.store.mapped import AVAILABLE
 from cachefuse.store.rows import RaggedRows, Rows
 from cachefuse.store.shard import check_index, shard_bytes
@@ -97,7 +98,7 @@ class _Opening:
 
 
 def _reader(path: Path, block_rows: int) -> ReadBlock:
-    array = cache(partial(zarr.open_array, path, mode="r"))  # opened by the first read
+    array = cache(partial(_open_array, path))  # opened by the first read
 
     def read(block: int, rows: slice | np.ndarray) -> np.ndarray:
         opened = array()
@@ -109,9 +110,14 @@ def _reader(path: Path, block_rows: int) -> ReadBlock:
     return read
 
 
+def _open_array(path: Path) -> "zarr.Array[Any]":
+    check_regular(path)
+    return zarr.open_array(path, mode="r", zarr_format=3)
+
+
 def _ragged_reader(path: Path) -> ReadBlock:
     def read(block: int, rows: slice | np.ndarray) -> np.ndarray:
-        array = zarr.open_array(path / block_name(block), mode="r")
+        array = _open_array(path / block_name(block))
         return np.asarray(array.oindex[rows])
 
     return read

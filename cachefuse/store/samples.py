@@ -1,8 +1,10 @@
 """The samples of a store: ids, splits, targets, the modalities that each sample has, and its rows of features."""
 
 import json
+import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,8 +15,9 @@ import zarr
 from cachefuse.data.answers import EVALUATION
 from cachefuse.data.manifest import VQA, Manifest
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.store.columns import BAD_SAMPLES, KIND, column_checksum, read_about, read_column
-from cachefuse.store.format import FORMAT, append_lines, read_lines, unseal
+from cachefuse.files import JsonObject, read_bounded
+from cachefuse.store.columns import BAD_SAMPLES, KIND, column_checksum, n_listed, read_about, read_column
+from cachefuse.store.format import FORMAT, MAX_METADATA, append_lines, n_damaged_lines, read_lines, unseal
 
 
 @dataclass(frozen=True)
@@ -31,22 +34,24 @@ class StoredSamples:
     """A dataset's samples in a store. Arrays are read on first use."""
 
     def __init__(self, path: Path) -> None:
-        if not (path / "zarr.json").is_file():
+        if not os.path.lexists(path / "zarr.json"):
             raise CacheError(f"no feature store at {path}; run cachefuse extract first")
         self.path = path
         try:
-            declared = json.loads((path / "zarr.json").read_bytes())
+            declared = json.loads(read_bounded(path / "zarr.json", MAX_METADATA))
             meta = declared.get("attributes", {}).get("cachefuse", {})
             version = meta.get("format")
-        except (ValueError, AttributeError) as error:
-            raise CacheError(f"{path} is damaged: its zarr.json cannot be read; run cachefuse extract again") from error
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise CacheError(
+                f"{path} is damaged: its zarr.json cannot be read ({error}); run cachefuse extract again"
+            ) from error
         if version != FORMAT:
             raise CacheError(f"{path} is not a feature store of this version (format {version}, not {FORMAT})")
         self._meta = unseal(meta, path / "zarr.json")
         if not (path / "samples").is_dir():
             raise CacheError(f"an update of {path} was interrupted; run cachefuse extract again to go on")
         self._bad: dict[tuple[str, str], BadSample] = {}
-        for line in read_lines(path / "samples" / BAD_SAMPLES):
+        for line in self._lines():
             bad = BadSample(**{name: str(line.get(name, "")) for name in ("id", "modality", "source", "reason")})
             self._bad[(bad.modality, bad.id)] = bad
         self.n_bad = Counter(modality for modality, _ in self._bad)
@@ -195,15 +200,32 @@ class StoredSamples:
     def update_present(self, modality: str) -> None:
         """Mark a modality absent in the samples that are listed as bad."""
         bad = np.array([(modality, sample) in self._bad for sample in self.ids], bool)
-        present = self.present(modality)
-        if (present & bad).any():
-            array = zarr.open_array(self.path / "samples" / "present" / modality, mode="r+")
+        present, n_bad = self.present(modality), self.n_bad[modality]
+        if (present & bad).any() or n_listed(self.path, modality) < n_bad:
+            array = zarr.open_array(self.path / "samples" / "present" / modality, mode="r+", zarr_format=3)
             array[:] = present & ~bad
-            array.attrs["checksum"] = column_checksum(present & ~bad)
+            array.update_attributes({"checksum": column_checksum(present & ~bad), "listed": n_bad})
 
-    def bad_samples(self) -> list[BadSample]:
-        """Return the samples with an unusable image or text."""
+    def bad_samples(self, *, whole: bool = True) -> list[BadSample]:
+        """Return the samples with an unusable image or text. Raises CacheError if ``whole`` and some lines are lost."""
+        if whole and (lost := self.lost_lines()) is not None:
+            raise CacheError(f"{self.path}/samples/{BAD_SAMPLES}: {lost}; run cachefuse verify --repair")
         return list(self._bad.values())
+
+    def lost_lines(self) -> str | None:
+        """Return what is wrong with the list of bad samples, or None."""
+        try:
+            damaged = n_damaged_lines(self.path / "samples" / BAD_SAMPLES)
+        except CacheError as error:
+            return str(error)
+        if damaged:
+            return f"damaged lines: {damaged:,}"
+        few = [m for m in self.modalities if self.n_bad[m] < n_listed(self.path, m)]
+        return f"lines of {few[0]} are lost" if few else None
+
+    def _lines(self) -> Iterator[JsonObject]:
+        with suppress(CacheError):  # ``bad_samples`` tells
+            yield from read_lines(self.path / "samples" / BAD_SAMPLES)
 
     def _column(self, name: str) -> np.ndarray:
         try:

@@ -7,6 +7,7 @@ A block of rows is the unit of work and of resume, and one file. A row exists if
 missing shard as zeros, so nothing is read that the journal does not list.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,14 +42,9 @@ class FeatureStore(StoredSamples):
 
     def open_group(self, path: Path) -> Features | None:
         """Return the features in a folder, or None if nothing was written there. Raises CacheError for damage."""
-        if not path.is_dir():
+        if not os.path.lexists(path / "zarr.json") and not os.path.lexists(path / JOURNAL):
             return None
-        try:
-            return Features(self, path)
-        except CacheError:
-            if any(True for _ in read_lines(path / JOURNAL)):
-                raise
-            return None  # nothing was written yet
+        return Features(self, path)
 
     def require_features(
         self, encoder: str, modality: str, provenance: Mapping[str, str], source: str, dtypes: Mapping[str, str]
@@ -58,12 +54,19 @@ class FeatureStore(StoredSamples):
         Raises CacheError, listing the fields that differ, if existing features have another provenance, or views in
         other dtypes than ``dtypes`` (by view).
         """
-        features = self.open_features(encoder, modality)
+        path = self._features_path(encoder, modality)
+        try:
+            features = self.open_group(path)
+        except CacheError:
+            if any(True for _ in read_lines(path / JOURNAL)):
+                raise
+            features = None
         if features is None or (features.key != provenance_key(provenance) and not features.n_written):
-            path = self._features_path(encoder, modality)
             shutil.rmtree(path, ignore_errors=True)  # nothing is lost: no block was written
-            return Features.create(self, path, encoder, source, modality, provenance)
-        self.check_same(features, provenance, dtypes)
+            features = Features.create(self, path, encoder, source, modality, provenance)
+        else:
+            self.check_same(features, provenance, dtypes)
+        features.ask(dtypes)
         return features
 
     def check_same(self, features: Features, provenance: Mapping[str, str], dtypes: Mapping[str, str]) -> None:

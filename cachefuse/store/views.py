@@ -12,8 +12,8 @@ from zarr.core.buffer import Buffer
 
 from cachefuse.errors import CacheError
 from cachefuse.feature_spec import IDS
-from cachefuse.files import JsonObject, make_folder, write_atomically
-from cachefuse.store.format import DTYPES, MAX_BLOCK_ROWS, VIEWS
+from cachefuse.files import JsonObject, make_folder, read_bounded, write_atomically
+from cachefuse.store.format import DTYPES, MAX_BLOCK_ROWS, MAX_METADATA, VIEWS
 from cachefuse.store.shard import INDEX_CODECS, chunk_rows, padded_rows
 
 
@@ -148,15 +148,22 @@ def _declare(folder: Path, **array: Any) -> None:
 def _write(folder: Path, files: Mapping[str, Buffer]) -> None:
     """Write the metadata that zarr-python made in memory. If zarr-python wrote it, a power cut might empty the file."""
     data, path = files["zarr.json"].to_bytes(), folder / "zarr.json"
-    if not path.is_file() or path.read_bytes() != data:
+    if not _holds(path, data):
         make_folder(folder)
         write_atomically(path, data)
 
 
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return read_bounded(path, len(data)) == data
+    except OSError:
+        return False
+
+
 def _is_ours(folder: Path, block_rows: int | None) -> bool:
     try:
-        declared = json.loads((folder / "zarr.json").read_bytes())
-    except (OSError, ValueError):
+        declared = json.loads(read_bounded(folder / "zarr.json", MAX_METADATA))
+    except (OSError, ValueError, RecursionError):
         return True
     try:
         shard = declared["chunk_grid"]["configuration"]["chunk_shape"]
@@ -176,7 +183,7 @@ def _is_ours(folder: Path, block_rows: int | None) -> bool:
 
 def _can_be_opened(folder: Path) -> bool:
     try:
-        zarr.open_array(folder, mode="r")
+        zarr.open_array(folder, mode="r", zarr_format=3)
     except Exception:  # zarr-python raises many kinds of errors on changed metadata
         return False
     return True

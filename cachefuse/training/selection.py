@@ -1,6 +1,5 @@
 """Selecting a store's features and views, and opening them as a table."""
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -18,8 +17,6 @@ from cachefuse.store.rows import FeatureRows, FlatTokens, JoinedRows
 from cachefuse.store.store import FeatureStore
 from cachefuse.store.tokens import Tokens
 from cachefuse.training.feature_table import AnswerTargets, FeatureTable, multi_hot
-
-logger = logging.getLogger(__name__)
 
 Views = Callable[[str], Collection[str]]  # modality -> its views to read
 
@@ -46,13 +43,14 @@ def select_features(
 
     Aligned features are derived from others. They are used only by name, or if there are no others. An encoder's name
     may be its spec, its file or folder, or a substring that fits only one encoder. Raises CacheError if there are no
-    features, or a view is missing, ConfigError for a name that fits no encoder or several.
+    features, if a view is missing, or if rows of the default encoders are: none is ever left out by itself.
+    Raises ConfigError for a name that fits no encoder or several.
     """
     candidates = list(store.features())
     if encoders and candidates:
         candidates = [features for name in encoders for features in _find(candidates, name)]
     needed = {features.modality: stored_views(views(features.modality)) for features in candidates}
-    stored = [features for features in candidates if set(needed[features.modality]) <= features.views.keys()]
+    stored = [f for f in candidates if set(needed[f.modality]) <= {*f.views, *f.asked}]
     for modality in needed:
         if not any(features.modality == modality for features in stored) and {TOKENS, IDS} & set(views(modality)):
             of_modality = [features for features in candidates if features.modality == modality]
@@ -63,20 +61,24 @@ def select_features(
         raise CacheError(f"{store.path} has no {view} features; run cachefuse extract{option} first")
     if not encoders:
         stored = [features for features in stored if not is_derived(features.encoder)] or stored
-        complete = [f for f in stored if not any(len(f.missing_rows(view)) for view in needed[f.modality])]
-        for features in stored if complete else ():
-            if features not in complete:
-                logger.warning(
-                    "%s (%s) is ignored: it lacks rows; run the same cachefuse extract again to complete it",
-                    features.encoder,
-                    features.modality,
-                )
-        stored = complete or stored  # if no features are complete, the reader's error tells what to do
+        _check_complete(stored, needed)
     chosen: dict[str, list[Features]] = {}
     for features in stored:
         if features not in chosen.setdefault(features.modality, []):
             chosen[features.modality].append(features)
     return dict(sorted(chosen.items()))
+
+
+def _check_complete(stored: Sequence[Features], needed: Mapping[str, Sequence[str]]) -> None:
+    """Raise CacheError for features that lack rows, with what to do."""
+    complete = {f.encoder for f in stored if all(f.is_complete(view) for view in needed[f.modality])}
+    for features in stored:
+        for view in needed[features.modality]:
+            if not features.is_complete(view):
+                others = sorted(complete - {features.encoder})
+                named = "".join(f" --encoder {name}" for name in others)
+                without = f", or leave it out:{named}" if others else ""
+                raise CacheError(f"{features.not_whole(view)}{without}")
 
 
 def _find(stored: Sequence[Features], name: str) -> list[Features]:

@@ -19,14 +19,16 @@ from cachefuse_cli.shared.options import (
 
 def verify(
     dataset: StoreName = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Compute damaged blocks again, from the raw data.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Compute damaged and missing blocks, from the raw data.")
+    ] = False,
     data_dir: DataDir = None,
     device: Device = "auto",
     threads: Threads = None,
     workspace: Workspace = WORKSPACE,
     json: Json = False,
 ) -> None:
-    """Check a whole store against its checksums, and list damaged blocks. The exit code is 1 if there are any."""
+    """Check that a store holds all that it ever held or was asked for, undamaged. Else the exit code is 1."""
     from cachefuse_cli.shared import render
 
     with render.interruptible("repaired blocks are kept; run the same command again"):

@@ -47,7 +47,8 @@ def inspect_report(inspection: "Inspection") -> None:
 
 
 def _progress(view: "StoredView") -> Text:
-    return Text("all") if view.done == view.rows else Text(f"{view.done / max(1, view.rows):.1%}", "yellow")
+    done = Text("all") if view.done == view.rows else Text(f"{view.done / max(1, view.rows):.1%}", "yellow")
+    return Text.assemble(done, (" damaged", "bold red")) if view.damaged else done
 
 
 def inspect_dict(inspection: "Inspection") -> JsonObject:
@@ -139,9 +140,9 @@ def verify_report(verification: "Verification") -> None:
             console.print(f"{name}: int8, cosine to float16 {mean:.5f} on average, at least {least:.5f}")
     if verification.damage:
         _damage(verification, console)
-        console.print("To compute only these blocks again: cachefuse verify --repair")
+        console.print("To compute only these blocks: cachefuse verify --repair")
     else:
-        console.print(Text("All finished blocks are undamaged.", "green"))
+        console.print(Text("The store holds all that was asked for, undamaged.", "green"))
     console.print(Text.assemble(("store ", "dim"), str(verification.path)), soft_wrap=True)
 
 
@@ -154,7 +155,8 @@ def _damage(verification: "Verification", console: Console) -> None:
     for damage in verification.damage:
         place = f"{damage.encoder} ({damage.modality}, {damage.view})" if damage.encoder else damage.view
         block = "" if damage.block is None else f" block {damage.block}"
-        console.print(Text.assemble(("damaged ", "bold red"), f"{place}{block}: {damage.reason}"), soft_wrap=True)
+        word = "missing " if damage.missing else "damaged "
+        console.print(Text.assemble((word, "bold red"), f"{place}{block}: {damage.reason}"), soft_wrap=True)
 
 
 def verify_dict(verification: "Verification") -> JsonObject:

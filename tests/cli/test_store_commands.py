@@ -67,7 +67,7 @@ def test_inspect_lists_what_is_bad(cachefuse, folder):
 def test_verify_names_damage_and_repairs_it(cachefuse, workspace, folder, fits):
     sound = cachefuse("verify")
     assert sound.code == 0
-    assert "All finished blocks are undamaged." in sound.out
+    assert says(sound.out, "holds all undamaged")
     fits(sound.out)
     spoil(folder)
     spoiled = cachefuse("verify")

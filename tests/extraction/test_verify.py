@@ -1,5 +1,6 @@
 """Verification finds every kind of damage and names its block; repair computes those blocks again and no others."""
 
+import os
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from cachefuse.extraction.extract import extract
 from cachefuse.extraction.open_store import open_store
 from cachefuse.extraction.verify import Damage, repair, verify
 from cachefuse.store.columns import read_column
+from cachefuse.store.features import Features
 from cachefuse.store.format import append_lines, checksum
 from cachefuse.store.store import FeatureStore
 from fixtures.columns import texts_of, with_columns
@@ -193,15 +195,11 @@ def test_a_group_whose_description_is_lost_is_damage_and_is_not_thrown_away(shap
     assert toy.batches == []
 
 
-def test_repair_computes_the_damaged_view_of_the_damaged_modality_alone(shapes, store_path, toy):
-    toy.interrupt_after(10, store_path, n_blocks=2)
-    with pytest.raises(KeyboardInterrupt):
-        extract(shapes, ["toy"], store_path, views=VIEWS, device="cpu", batch_size=8)
-    flip(store_path / "features" / "toy" / "image" / "tokens" / "c" / "0" / "0" / "0", 3)
+def test_repair_computes_the_damaged_view_of_the_damaged_modality_alone(shapes, store, toy):
+    flip(store.path / "features" / "toy" / "image" / "tokens" / "c" / "0" / "0" / "0", 3)
     toy.batches.clear()
-    repair(FeatureStore(store_path), verify(FeatureStore(store_path)), shapes, device="cpu")
+    repair(store, verify(store), shapes, device="cpu")
     assert {(modality, views) for modality, _, views in toy.batches} == {("image", ("tokens",))}
-    assert FeatureStore(store_path).open_features("toy", "text").views == {}
 
 
 def test_a_store_with_many_bad_samples_is_repaired(shapes, store_path, toy, tools):
@@ -225,13 +223,151 @@ def test_the_cosine_of_a_block_is_that_of_all_its_rows_after_some_were_computed_
     assert after[1] <= before[1]
 
 
-def test_blocks_that_were_never_finished_are_no_damage(shapes, store_path, toy):
-    toy.interrupt_after(9, store_path, n_blocks=1)
+def test_all_that_was_asked_for_is_missing_until_it_is_computed(shapes, store_path, toy, tools):
+    undisturbed = store_path.with_name("undisturbed.zarr")
+    extract(shapes, ["toy"], undisturbed, views=VIEWS, device="cpu", batch_size=8)
+    toy.batches.clear()
+    toy.interrupt_after(9, store_path, n_blocks=2)
     with pytest.raises(KeyboardInterrupt):
-        extract(shapes, ["toy"], store_path, device="cpu", batch_size=8)
+        extract(shapes, ["toy"], store_path, views=VIEWS, device="cpu", batch_size=8)
     found = verify(FeatureStore(store_path))
-    assert found.damage == ()
-    assert [(view.finished, view.blocks) for view in found.views] == [(1, 2)]
+    assert places(found) == [
+        ("image", "pooled", 1),
+        ("image", "tokens", 1),
+        ("text", "pooled", None),
+        ("text", "tokens", None),
+    ]
+    assert all(damage.missing for damage in found.damage)
+    assert [(view.finished, view.blocks) for view in found.views] == [(1, 2)] * 2
+    repair(FeatureStore(store_path), found, shapes, device="cpu")
+    assert verify(FeatureStore(store_path)).damage == ()
+    assert features_of(tools, store_path) == features_of(tools, undisturbed)
+
+
+def features_of(tools, path):
+    """Return a store's files but its journals, which may have the blocks in another order."""
+    return {name: data for name, data in tools.files(path).items() if not name.endswith("journal.jsonl")}
+
+
+def test_appended_samples_are_missing_from_the_encoders_that_have_not_seen_them(shapes, store_path, toy, tools):
+    extract(tools.head(shapes, 70), ["toy"], store_path, device="cpu")
+    extract(tools.head(shapes, 70), ["classic"], store_path, device="cpu")
+    extract(shapes, ["classic"], store_path, device="cpu")
+    found = verify(FeatureStore(store_path))
+    assert places(found) == [("image", "pooled", 1), ("text", "pooled", 1)]
+    assert {(damage.encoder, damage.missing) for damage in found.damage} == {("toy", True)}
+    repair(FeatureStore(store_path), found, shapes, device="cpu")
+    assert verify(FeatureStore(store_path)).damage == ()
+
+
+@pytest.mark.parametrize("moment", ["forget", "note_written"])
+def test_an_interrupted_repair_is_not_forgotten(shapes, store, toy, monkeypatch, moment):
+    flip(store.path / "features" / "toy" / "image" / "pooled" / "c" / "0" / "0", 3)
+    expected = FeatureStore(store.path).open_features("toy", "image").read("tokens").tobytes()
+    real = getattr(Features, moment)
+
+    def interrupted(*arguments):
+        if moment == "forget":
+            real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Features, moment, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            repair(store, verify(store), shapes, device="cpu")
+    found = verify(FeatureStore(store.path))
+    assert places(found) == [("image", "pooled", 0)]
+    with pytest.raises(CacheError, match=naming("16 80")):
+        FeatureStore(store.path).open_features("toy", "image").read("pooled")
+    repair(FeatureStore(store.path), found, shapes, device="cpu")
+    assert verify(FeatureStore(store.path)).damage == ()
+    assert FeatureStore(store.path).open_features("toy", "image").read("tokens").tobytes() == expected
+
+
+@pytest.mark.parametrize("line", [0, 1])
+def test_a_damaged_line_of_the_journal_is_damage_and_is_mended(shapes, store, toy, tools, line):
+    before = features_of(tools, store.path)
+    journal = store.path / "features" / "toy" / "image" / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[line] = lines[line].replace(b'"block"', b'"blocc"')
+    journal.write_bytes(b"".join(lines))
+    found = verify(FeatureStore(store.path))
+    (view,) = {damage.view for damage in found.damage} - {"journal.jsonl"}
+    assert ("image", "journal.jsonl", None) in places(found)
+    assert not any(damage.missing for damage in found.damage)
+    with pytest.raises(CacheError, match=naming("damaged journal.jsonl --repair")):
+        FeatureStore(store.path).open_features("toy", "image").read(view)
+    repair(FeatureStore(store.path), found, shapes, device="cpu")
+    assert verify(FeatureStore(store.path)).damage == ()
+    assert features_of(tools, store.path) == before
+
+
+@pytest.mark.parametrize("how", ["gone", "a folder", "a pipe", "a device", "a dangling link"])
+def test_anything_but_a_file_in_place_of_a_block_is_damage(shapes, store, toy, how):
+    shard = store.path / "features" / "toy" / "image" / "pooled" / "c" / "1" / "0"
+    replace_by(shard, how)
+    found = verify(FeatureStore(store.path))
+    assert places(found) == [("image", "pooled", 1)]
+    assert not found.damage[0].missing
+    with pytest.raises(CacheError, match=naming("damaged block 1 --repair")):
+        FeatureStore(store.path).open_features("toy", "image").read()
+
+
+def replace_by(path, how):
+    path.unlink()
+    match how:
+        case "a folder":
+            path.mkdir()
+        case "a pipe":
+            os.mkfifo(path)
+        case "a device":
+            path.symlink_to("/dev/zero")
+        case "a dangling link":
+            path.symlink_to(path.parent / "nowhere")
+
+
+SMALL_FILES = [
+    "zarr.json",
+    "samples/zarr.json",
+    "samples/split/zarr.json",
+    "samples/split/c/0",
+    "samples/bad.jsonl",
+    "features/toy/text/zarr.json",
+    "features/toy/text/journal.jsonl",
+    "features/toy/text/tokens/block-000001/zarr.json",
+    "features/toy/text/offsets/c/1/0",
+]
+
+
+@pytest.mark.parametrize("how", ["a folder", "a pipe", "a device"])
+@pytest.mark.parametrize("name", SMALL_FILES)
+def test_no_special_file_hangs_or_fills_memory(store, name, how):
+    (store.path / "samples" / "bad.jsonl").touch()
+    replace_by(store.path / name, how)
+    if name == "zarr.json":
+        with pytest.raises(CacheError, match=r"zarr\.json"):
+            FeatureStore(store.path)
+    else:
+        assert verify(FeatureStore(store.path)).damage
+
+
+def test_a_lost_list_of_bad_samples_is_damage_and_is_made_again(shapes, store_path, toy, tools):
+    images = [tools.FakeImage(i, "is damaged" if i in (3, 70) else "") for i in range(80)]
+    dataset = tools.make_dataset(shapes, images=images)
+    extract(dataset, ["toy"], store_path, device="cpu")
+    listed = FeatureStore(store_path).bad_samples()
+    ledger = store_path / "samples" / "bad.jsonl"
+    first, second = ledger.read_bytes().splitlines(keepends=True)
+    for data in (None, b"", first, first + second[:-9] + b"\n", b"{}\n" + second):
+        ledger.unlink() if data is None else ledger.write_bytes(data)
+        found = verify(FeatureStore(store_path))
+        assert places(found) == [("", "samples/bad.jsonl", None)]
+        with pytest.raises(CacheError, match=naming("bad.jsonl --repair")):
+            FeatureStore(store_path).bad_samples()
+        repair(FeatureStore(store_path), found, dataset, device="cpu")
+        assert verify(FeatureStore(store_path)).damage == ()
+        assert sorted(FeatureStore(store_path).bad_samples(), key=lambda line: line.id) == listed
+        assert np.flatnonzero(~FeatureStore(store_path).present("image")).tolist() == [3, 70]
 
 
 def test_rows_of_zeros_count_where_their_sample_is_present(shapes, store_path, toy, tools):

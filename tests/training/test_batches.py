@@ -1,4 +1,3 @@
-import logging
 from dataclasses import replace
 
 import numpy as np
@@ -7,10 +6,11 @@ import torch
 
 from cachefuse.errors import CacheError, ConfigError, EncoderError
 from cachefuse.feature_spec import pooled_specs
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.batches import Batches
 from cachefuse.training.feature_table import FeatureTable, multi_hot
 from cachefuse.training.selection import load_table, select_features
-from fixtures.messages import naming, says
+from fixtures.messages import naming
 
 
 def values(store, width, seed=0):
@@ -26,11 +26,39 @@ def test_takes_every_whole_encoder_by_default(store, add_features):
     assert names(select_features(store)) == {"image": ["classic"], "text": ["classic", "hf:bert"]}
 
 
-def test_leaves_out_what_is_not_whole_and_says_so(store, add_features, caplog):
+def test_never_leaves_out_what_is_not_whole_by_itself(store, add_features):
     add_features(store, "hf:bert", "text", values(store, 4), blocks=[0])
-    with caplog.at_level(logging.WARNING, logger="cachefuse"):
-        assert names(select_features(store)) == {"image": ["classic"], "text": ["classic"]}
-    assert says(caplog.text, "hf:bert text extract")
+    with pytest.raises(CacheError, match=naming("hf:bert text 64 300 extract --encoder classic")):
+        select_features(store)
+    assert names(select_features(store, ["classic"])) == {"image": ["classic"], "text": ["classic"]}
+
+
+def test_what_was_asked_for_and_not_begun_is_not_left_out_either(store):
+    store.require_features("hf:bert", "text", {"dtype": "float16"}, "hf:bert", {"pooled": "float16"})
+    with pytest.raises(CacheError, match=naming("hf:bert text 0 300 extract --encoder classic")):
+        select_features(store)
+
+
+@pytest.mark.parametrize("how", ["cut", "gone", "a folder", "a line of the journal", "the journal"])
+def test_damage_names_the_block_and_the_repair(store, add_features, how):
+    add_features(store, "hf:bert", "text", values(store, 4))
+    folder = store.path / "features" / "hf-bert" / "text"
+    shard, journal = folder / "pooled" / "c" / "0" / "0", folder / "journal.jsonl"
+    match how:
+        case "cut":
+            shard.write_bytes(shard.read_bytes()[:-1])
+        case "gone":
+            shard.unlink()
+        case "a folder":
+            shard.unlink()
+            shard.mkdir()
+        case "a line of the journal":
+            journal.write_bytes(journal.read_bytes().replace(b'"block": 0', b'"block": 7', 1))
+        case "the journal":
+            journal.unlink()
+    repair = "extract" if how == "the journal" else "damaged block 0 --repair"
+    with pytest.raises(CacheError, match=naming(f"hf:bert text 300 {repair} --encoder classic")):
+        select_features(FeatureStore(store.path))
 
 
 def test_says_how_to_go_on_where_nothing_is_whole(store, add_features):
