@@ -48,7 +48,9 @@ def inspect_report(inspection: "Inspection") -> None:
 
 def _progress(view: "StoredView") -> Text:
     done = Text("all") if view.done == view.rows else Text(f"{view.done / max(1, view.rows):.1%}", "yellow")
-    return Text.assemble(done, (" damaged", "bold red")) if view.damaged else done
+    if view.damaged:
+        done.append(" damaged", "bold red")
+    return done
 
 
 def inspect_dict(inspection: "Inspection") -> JsonObject:
