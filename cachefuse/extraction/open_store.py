@@ -164,8 +164,8 @@ def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: O
     if len(again):
         _forget(store, new, again)
     fresh = set(new["id"][again].tolist())  # these may be usable now
-    listed = [vars(line) for line in store.bad_samples(whole=False) if line.id not in fresh]
-    bad_samples = _with_sharers(listed, new)
+    kept = [vars(line) for line in store.bad_samples(whole=False) if line.id not in fresh]
+    bad_samples = _with_sharers(kept, new)
     _mark_present(bad_samples, old, new, again)
     if appended is None or lost or not same_columns(old, new):
         appended = [*(appended or []), *([n] if 0 < n < len(dataset) else [])]
@@ -182,11 +182,11 @@ def _lost(store: FeatureStore, old: Columns) -> CacheError:
 
 def _unexplained(store: FeatureStore, old: Columns, new: Columns) -> np.ndarray:
     """Return the samples (n,) that lack a modality without a reason: lines of the list of bad samples are lost."""
-    listed = {(line.modality, line.id) for line in store.bad_samples(whole=False)}
+    known = {(line.modality, line.id) for line in store.bad_samples(whole=False)}
     unexplained = np.zeros(len(new["id"]), bool)
     for name in [name for name in new if name.startswith("present/") and name in old]:
         modality, before = name.removeprefix("present/"), old[name]
-        reason = np.array([(modality, sample) in listed for sample in new["id"][: len(before)]], bool)
+        reason = np.array([(modality, sample) in known for sample in new["id"][: len(before)]], bool)
         unexplained[: len(before)] |= new[name][: len(before)] & ~before & ~reason
     return np.flatnonzero(unexplained)
 
