@@ -26,6 +26,7 @@ LAYERS = (
     "files",
     "csv_writer",
     "limits",
+    "memory",
     "workspace",
     "device",
     "threads",

@@ -8,19 +8,27 @@ import io
 import os
 import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, BinaryIO, cast
 
-import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from cachefuse.data.digests import hash_parts
+from cachefuse import memory
+from cachefuse.data import image_memory
+from cachefuse.data.digests import hash_file, hash_parts
+from cachefuse.data.opened_image import PixelFile, load_lean
+from cachefuse.data.pixels import to_rgb
 from cachefuse.errors import BadSampleError
 
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 1 << 29
 # Failures of the machine, not of the image: a failing disk or mount must stop a run, not mark samples absent for ever.
 FAILURES = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)  # a pipe is not waited for
+AT_ONCE = 1 << 20  # bytes of a file that is read before it is decoded; larger ones are read as the decoder asks
 # Formats whose decoders run no other program, as EPS would run Ghostscript. MPO, of some cameras, opens as JPEG.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 
@@ -41,7 +49,8 @@ class FileImage:
         return str(self.path)
 
     def load(self) -> Image.Image:
-        return decode(read_file(self._locate()[0]))
+        with open_file(self._locate()[0]) as (file, n_bytes):
+            return decode(file.read() if n_bytes <= AT_ONCE else PixelFile(file, n_bytes))
 
     def fingerprint(self) -> str:
         try:
@@ -52,7 +61,8 @@ class FileImage:
 
     def digest(self) -> str:
         try:
-            return hash_parts("file", read_file(self._locate()[0]))
+            with open_file(self._locate()[0]) as (file, n_bytes):
+                return hash_file("file", file, n_bytes)
         except BadSampleError as error:
             return hash_parts("unusable", str(error))
 
@@ -67,26 +77,38 @@ class FileImage:
         return path, path[len(root) :]
 
 
-def read_file(path: str, start: int = 0, n_bytes: int = -1) -> bytes:
-    """Return a file's bytes, or at most ``n_bytes`` of them from ``start`` on.
+@contextmanager
+def open_file(path: str) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file; yield it and its size in bytes.
 
     Raises BadSampleError with the reason if the file is not readable, OSError if the disk failed.
     """
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise BadSampleError("is a folder, not an image")
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
-            raise BadSampleError("is not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise BadSampleError(f"is larger than {MAX_BYTES:,} bytes")
-        with open(path, "rb") as file:
-            file.seek(start)
-            return file.read(n_bytes)
+        _check_kind(os.stat(path))  # opening a device may already change something
+        with open(os.open(path, FLAGS), "rb") as file:
+            status = os.fstat(file.fileno())
+            _check_kind(status)  # the file may be another one by now
+            yield file, status.st_size
     except BadSampleError:
         raise
     except (OSError, ValueError) as error:
         raise BadSampleError(_explain(error)) from error
+
+
+def _check_kind(status: os.stat_result) -> None:
+    if stat.S_ISDIR(status.st_mode):
+        raise BadSampleError("is a folder, not an image")
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device may never end
+        raise BadSampleError("is not a regular file")
+    if status.st_size > MAX_BYTES:
+        raise BadSampleError(f"is larger than {MAX_BYTES:,} bytes")
+
+
+def read_file(path: str, start: int = 0, n_bytes: int = -1) -> bytes:
+    """Return a file's bytes, or at most ``n_bytes`` of them from ``start`` on; errors as of ``open_file``."""
+    with open_file(path) as (file, _):
+        file.seek(start)
+        return file.read(n_bytes)
 
 
 def file_fingerprint(path: str | Path) -> str:
@@ -112,47 +134,84 @@ def _explain(error: OSError | ValueError) -> str:
     return f"can't be read: {words}"
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes | PixelFile) -> Image.Image:
     """Decode an image to RGB: the first frame, transparency over white, 16 bits scaled to 8.
 
-    Raises BadSampleError for data that is empty, truncated, not an image, or over MAX_PIXELS.
+    The memory that it takes is reserved before, for the sample of ``memory.one_sample``; outside of it, until the
+    image is decoded. Raises BadSampleError for data that is empty, truncated, not an image, or over MAX_PIXELS;
+    MemoryError, which is not the image's fault, if this process gets too little memory.
     """
-    if not data:
+    n_bytes = len(data) if isinstance(data, bytes) else data.n_bytes
+    if not n_bytes:
         raise BadSampleError("the file is empty")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be off: it hides truncated images")
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise BadSampleError(f"has {image.width} x {image.height} pixels, over the limit of {MAX_PIXELS:,}")
-            image.load()
-            return to_rgb(image)
-    except BadSampleError:
-        raise
-    except Image.DecompressionBombError:
-        raise BadSampleError(f"is over the limit of {MAX_PIXELS:,} pixels") from None
-    except UnidentifiedImageError:
-        raise BadSampleError("is not an image, or not of a supported format") from None
-    except Exception as error:  # decoders raise many kinds of errors on damaged files
-        raise BadSampleError(f"can't be decoded: {str(error) or type(error).__name__}") from error
+    image = _Undecoded(io.BytesIO(data) if isinstance(data, bytes) else cast(IO[bytes], data), n_bytes)
+    with memory.one_sample():
+        try:
+            return image.decode()
+        except BadSampleError:
+            raise
+        except Exception as error:
+            if not memory.may_be_short(error):
+                raise image.blame(error) from error
+        memory.reserve_all()  # the decoder may have lacked what other samples held
+        try:
+            return image.decode(reserve=False)
+        except BadSampleError:
+            raise
+        except Exception as error:
+            if memory.is_short(image.need):
+                raise MemoryError(f"decoding an image takes about {image.need:,} bytes") from error
+            raise image.blame(error) from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to RGB. 16-bit values are not clipped, and transparent pixels become white."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image.copy()
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+@dataclass
+class _Undecoded:
+    """The bytes of an image, and the memory that its header says it ``needs``, once that is known."""
+
+    file: IO[bytes]
+    n_bytes: int
+    need: int = 0
+
+    def decode(self, reserve: bool = True) -> Image.Image:
+        """Return the image in RGB."""
+        _check_pixels(*image_memory.size_before_open(self.file))
+        self.need, kept = image_memory.opening_bytes(self.file, self.n_bytes)
+        if reserve and self.need > AT_ONCE:
+            memory.reserve(self.need)
+        image = self._open()
+        kept += self.n_bytes if isinstance(self.file, io.BytesIO) else 0
+        decoding = image_memory.decoding_bytes(image, self.file, self.n_bytes)
+        preparing = image_memory.rgb_bytes(*image.size) + memory.bytes_to_prepare(*image.size)
+        self.need = max(self.need, kept + decoding, preparing)
+        if reserve and not memory.reserve_now(self.need):
+            del image  # what an opened image holds must not wait with it
+            memory.reserve(self.need)
+            image = self._open()
+        load_lean(image)
+        return to_rgb(image)
+
+    def _open(self) -> ImageFile.ImageFile:
+        self.file.seek(0)
+        image = Image.open(self.file, formats=FORMATS)
+        _check_pixels(*image.size)
+        return image
+
+    def blame(self, error: Exception) -> Exception:
+        """Return the reason why the image is unusable, or the system's error if the disk failed."""
+        if isinstance(self.file, PixelFile) and self.file.failure is not None:
+            return self.file.failure
+        if isinstance(error, Image.DecompressionBombError):
+            return BadSampleError(f"is over the limit of {MAX_PIXELS:,} pixels")
+        if isinstance(error, UnidentifiedImageError):
+            return BadSampleError("is not an image, or not of a supported format")
+        # Decoders raise many kinds of errors on damaged files.
+        return BadSampleError(f"can't be decoded: {str(error) or type(error).__name__}")
 
 
-def _to_8_bits(values: np.ndarray) -> np.ndarray:
-    """Scale wide grey values to 0..255: floats from 0..1, integers from 16 bits if any value needs them."""
-    largest = np.nan_to_num(values).max(initial=0)
-    white = 1.0 if values.dtype.kind == "f" and largest <= 1 else (65535.0 if largest > 255 else 255.0)
-    scaled = np.round(np.nan_to_num(values).astype(np.float64) * (255.0 / white))
-    clipped: np.ndarray = np.clip(scaled, 0, 255)
-    return clipped.astype(np.uint8)
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > 2 * (Image.MAX_IMAGE_PIXELS or MAX_PIXELS):
+        raise Image.DecompressionBombError
+    if width * height > MAX_PIXELS:
+        raise BadSampleError(f"has {width} x {height} pixels, over the limit of {MAX_PIXELS:,}")

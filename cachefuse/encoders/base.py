@@ -124,6 +124,10 @@ class Tower(ABC):
     def prepare(self, sample: Any) -> Any:
         """Turn what one source loads, such as an RGB image, or one text into an input of ``encode``."""
 
+    def prepare_bytes(self, width: int, height: int) -> int:
+        """The bytes that ``prepare`` takes at its peak, beside an RGB image of this size: one copy, if not known."""
+        return 4 * width * height
+
     def length(self, prepared: Any) -> int:
         """The cost of a prepared sample in tokens. Samples of similar length form a batch."""
         return 0

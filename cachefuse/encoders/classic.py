@@ -39,6 +39,10 @@ class ClassicImageTower(Tower):
             "library": _version("pillow", PIL.__version__),
         }
 
+    def prepare_bytes(self, width: int, height: int) -> int:
+        # Pillow resizes rows first, with 4 bytes a pixel, and holds a float64 weight for each pixel of a side.
+        return (4 * SIDE + 8) * height + 8 * (width + height)
+
     def prepare(self, sample: Image.Image) -> np.ndarray:
         return np.asarray(sample.resize((SIDE, SIDE), Image.Resampling.BOX))  # (SIDE, SIDE, 3) uint8
 

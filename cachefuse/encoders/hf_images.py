@@ -16,6 +16,7 @@ from cachefuse.errors import EncoderError
 
 PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")  # the tokens before the patches
 CLASS_TOKENS = {"cls_token", "class_embedding"}
+COPIES = 10  # bytes a pixel of the copies that a processor makes: an array, a tensor, and one with 4 channels
 SAME = 1e-5  # relative to the largest feature: the same vector, computed in another order
 
 
@@ -30,6 +31,9 @@ class HFImageTower(ImageTower):
         preprocessing = f"{type(processor).__name__} {fingerprint(processor.to_dict())}"
         facts = {**provenance, "preprocessing": preprocessing, "pooling": pooling}
         super().__init__(part.model, device, facts, partial(process, processor), split_processor(processor))
+
+    def prepare_bytes(self, width: int, height: int) -> int:
+        return super().prepare_bytes(width, height) + COPIES * width * height
 
     def forward(self, batch: Sequence[Tensor], tokens: bool) -> tuple[Tensor, Tensor | None]:
         out = self.outputs(pixel_values=self.stack(batch))

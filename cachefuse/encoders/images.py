@@ -17,6 +17,7 @@ Transform = Callable[[Image.Image], Tensor]  # an RGB image to (3, H, W)
 # The same float32 formula in another order differs by less than this, absolute or relative; other formulas by more.
 ROUNDING = 1e-6
 MAX_RESIZED = 100_000_000  # pixels of an image whose shorter side is resized: more take seconds and gigabytes
+WEIGHTS = 48  # bytes
 PROBES = ((640, 427), (37, 91))  # width, height: a wide image to shrink and a tall one to enlarge
 
 
@@ -54,6 +55,14 @@ class ImageTower(FrozenTower):
         self._use(split or Split(whole))
         if split and not all(self._agrees(whole, probe) for probe in _probes()):
             self._use(Split(whole))
+
+    def prepare_bytes(self, width: int, height: int) -> int:
+        if not self.shape:
+            return super().prepare_bytes(width, height)
+        scale = max(self.shape[-2] / height, self.shape[-1] / width)
+        across, down = (scale * width, scale * height) if self.crops else (self.shape[-1], self.shape[-2])
+        # Pillow resizes rows first, and holds up to 6 float64 weights for each pixel of a side.
+        return round(4 * across * (height + down) + WEIGHTS * (width + height))
 
     def prepare(self, sample: Image.Image) -> Tensor:
         # (3, H, W), contiguous: stacking is then a plain copy. NumPy makes it, because torch's copy would start an

@@ -15,6 +15,7 @@ from cachefuse.data.column import TextOrSource
 from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
 from cachefuse.feature_spec import IDS
+from cachefuse.memory import one_sample
 from cachefuse.store.long_texts import LongTexts
 from cachefuse.threads import idle_threads, n_cores
 
@@ -35,9 +36,10 @@ def prepare_source(tower: Tower, source: TextOrSource | None) -> Any:
             raise BadSampleError(f"has no {tower.modality}")
         if isinstance(source, str):
             return tower.prepare(source.encode("utf-8", "replace").decode())  # half a surrogate pair becomes "?"
-        return tower.prepare(source.load())
+        with one_sample(tower.prepare_bytes):
+            return tower.prepare(source.load())
     except BadSampleError as error:
-        return error
+        return BadSampleError(str(error))  # without its traceback, which holds the image
 
 
 @contextmanager

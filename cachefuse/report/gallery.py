@@ -11,6 +11,7 @@ from PIL import Image
 from cachefuse.data.column import Source, as_text
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import BadSampleError
+from cachefuse.memory import one_sample
 from cachefuse.runs.evaluate import Evaluation
 
 N_EXAMPLES = 24
@@ -84,8 +85,9 @@ def worst_examples(
 
 def thumbnail(source: Source) -> str:
     """Return an image of at most 160 by 160 px as a data URI. Raises BadSampleError if it cannot be read."""
-    image = source.load()
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    with one_sample():  # the whole image, until it is small
+        image = source.load()
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     image.save(file, "JPEG", quality=QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -1,0 +1,77 @@
+"""A large image file as Pillow reads it: piece by piece, like one in memory, and without a failure of the disk lost."""
+
+import io
+from typing import Any, BinaryIO
+
+from PIL import ImageFile
+
+OWN_BUFFER = ("WEBP", "AVIF")  # their decoders hold whole images of their own beside Pillow's
+
+
+class PixelFile(io.RawIOBase):
+    """A regular file of ``n_bytes``, with the positions and errors of ``io.BytesIO``.
+
+    It has no file descriptor: libtiff would map the file into memory, where a file that is cut meanwhile ends the
+    process. ``failure`` is the system's error, which decoders may take for the end of the image.
+    """
+
+    def __init__(self, file: BinaryIO, n_bytes: int):
+        self._file, self.n_bytes = file, n_bytes
+        self._at = 0
+        self.failure: OSError | None = None
+
+    def read(self, n_bytes: int | None = -1) -> bytes:
+        most = max(0, self.n_bytes - self._at)
+        wanted = most if n_bytes is None or n_bytes < 0 else min(n_bytes, most)
+        if not wanted:
+            return b""
+        try:
+            self._file.seek(self._at)
+            data = self._file.read(wanted)
+        except OSError as error:
+            self.failure = error
+            raise
+        self._at += len(data)
+        return data
+
+    def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
+        if whence == io.SEEK_SET and position < 0:
+            raise ValueError(f"negative seek value {position}")
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.n_bytes}[whence]
+        self._at = max(0, start + position)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+
+def load_lean(image: ImageFile.ImageFile) -> None:
+    """Load an image's pixels with less of memory and time than Pillow alone takes."""
+    decoder = getattr(image, "_decoder", None)
+    if image.format in OWN_BUFFER and decoder is not None:
+        image._decoder = _Once(decoder)  # type: ignore[attr-defined]
+    if len(image.tile) == 1 and image.width > image.decodermaxblock:
+        # Pillow hands over whole rows, and copies all that it has read of one for each piece that it reads.
+        image.decodermaxblock = min(8 * image.width, 1 << 26)
+    image.load()
+
+
+class _Once:
+    """A decoder of a first frame, freed as soon as its pixels are out: before they become an image."""
+
+    def __init__(self, decoder: Any):
+        self._decoder = decoder
+
+    def get_next(self) -> Any:  # WebP's
+        decoder, self._decoder = self._decoder, None
+        return decoder.get_next()
+
+    def get_frame(self, number: int) -> Any:  # AVIF's
+        decoder, self._decoder = self._decoder, None
+        return decoder.get_frame(number)
