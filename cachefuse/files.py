@@ -6,10 +6,15 @@ import math
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from cachefuse.temporary import replacing
+
+PIECE = 1 << 20  # bytes
 JsonObject = dict[str, Any]  # as a file has it, before anything in it is checked; or to be written
 
 
@@ -20,34 +25,39 @@ def slug(text: str) -> str:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file completely or not at all, even in a power cut."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with replacing(path) as file:
+        file.write(data)
+    sync_folder(path.parent)
+
+
+@contextmanager
+def open_regular(path: Path | str) -> Iterator[BinaryIO]:
+    """Open a regular file, or the one that a link leads to.
+
+    Raises OSError, with the path, for another kind of file, whose reading may never end.
+    """
+    # Opening a pipe without this flag waits for its other end.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        with open(descriptor, "rb", closefd=False) as file:
+            yield file
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def read_bounded(path: Path | str, limit: int) -> bytes:
     """Return the bytes of a regular file, or of the one that a link leads to, of at most ``limit`` bytes.
 
-    Raises OSError, with the path, for another kind of file, whose reading may never end, and for a larger file.
+    Raises OSError, with the path, for another kind of file and for a larger one.
     """
-    # Opening a pipe without this flag waits for its other end.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "is not a regular file", str(path))
-        with open(descriptor, "rb", closefd=False) as file:
-            data = b"" if status.st_size > limit else file.read(limit + 1)
-    finally:
-        os.close(descriptor)
-    if max(status.st_size, len(data)) > limit:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = b"" if size > limit else file.read(size)
+        while size <= limit and len(data) <= limit and (more := file.read(PIECE)):  # it grew meanwhile
+            data += more
+    if max(size, len(data)) > limit:
         raise OSError(errno.EFBIG, f"is larger than the limit of {limit:,} bytes", str(path))
     return data
 

@@ -23,6 +23,7 @@ LAYERS = (
     "registry",
     "feature_spec",
     "settings",
+    "temporary",
     "files",
     "csv_writer",
     "limits",
