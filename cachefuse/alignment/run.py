@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -16,17 +15,15 @@ from cachefuse.alignment.model import Aligner
 from cachefuse.data.dataset import MODALITY
 from cachefuse.data.splits import USUAL, ordered_splits
 from cachefuse.files import JsonObject, to_json
-from cachefuse.runs.files import (
+from cachefuse.runs.files import DatasetName, Figure, load_weights, named_errors, newest_first
+from cachefuse.runs.folder import (
+    ABOUT,
     ALIGNMENT,
     FORMATS,
+    HISTORY,
     WEIGHTS,
-    DatasetName,
-    Figure,
-    load_weights,
-    named_errors,
-    newest_first,
-    read_json,
-    read_whole,
+    RunFolder,
+    time_of_creation,
     write_run,
 )
 from cachefuse.settings import with_older
@@ -124,7 +121,7 @@ class Alignment:
 
     def save(self, runs: Path) -> Path:
         """Write the run to a new directory in ``runs``, atomically, and return its path."""
-        self.created = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self.created = time_of_creation(runs)
         tensors = {f"0.{name}": tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         about = {
             "kind": ALIGNMENT,
@@ -144,27 +141,24 @@ class Alignment:
             "size_mb": round(self.model.size_mb, 6),
             "versions": {name: version(name) for name in VERSIONS},
         }
-        files = {
-            WEIGHTS: save(tensors),
-            "history.json": to_json(asdict(self.history)).encode(),
-            "run.json": to_json(about).encode(),
-        }
-        self.path = write_run(runs, self.name, files)
+        files = {WEIGHTS: save(tensors), HISTORY: to_json(asdict(self.history)).encode()}
+        self.path = write_run(runs, self.name, about, files)
         self.name = self.path.name
         return self.path
 
     @classmethod
     def load(cls, path: Path) -> "Alignment":
-        """Open a run directory. Raises RunError, naming the file, if it is incomplete or invalid."""
-        about = read_description(path)
-        with named_errors(path / "run.json"):
+        """Open a run directory. Raises RunError, naming the file, if it is incomplete, damaged or invalid."""
+        folder = RunFolder.open(path, ALIGNMENT)
+        about = read_description(folder)
+        with named_errors(path / ABOUT):
             config = AlignConfig.from_dict(with_older(AlignConfig, about.config))
             with torch.device("meta"):  # no memory is allocated before the weights' file has shown these shapes
                 model = Aligner([side.width for side in about.sides], config)
-        values = read_json(path / "history.json")
-        with named_errors(path / "history.json"):
+        values = folder.read_json(HISTORY)
+        with named_errors(path / HISTORY):
             history = TypeAdapter(History).validate_python(values)
-        load_weights([model], path / WEIGHTS)
+        load_weights([model], folder)
         return cls(
             name=path.resolve().name,
             dataset=about.dataset,
@@ -219,11 +213,10 @@ def shown_split(splits: Iterable[str]) -> str | None:
     return next((name for name in USUAL[:0:-1] if name in known), known[0] if known else None)
 
 
-def read_description(path: Path) -> Description:
-    """Read an alignment's run.json. Raises RunError, naming the key, for an invalid value."""
-    values = read_whole(path, ALIGNMENT)
-    with named_errors(path / "run.json"):
-        return Description.model_validate(values)
+def read_description(run: RunFolder) -> Description:
+    """Return an alignment's checked run.json. Raises RunError, naming the key, for an invalid value."""
+    with named_errors(run.path / ABOUT):
+        return Description.model_validate(run.values)
 
 
 def list_alignments(runs: Path) -> list[AlignmentSummary]:
@@ -231,9 +224,9 @@ def list_alignments(runs: Path) -> list[AlignmentSummary]:
     return newest_first(runs, ALIGNMENT, _summarize)
 
 
-def _summarize(path: Path) -> AlignmentSummary:
-    about = read_description(path)
-    with named_errors(path / "run.json"):
+def _summarize(run: RunFolder) -> AlignmentSummary:
+    about, path = read_description(run), run.path
+    with named_errors(path / ABOUT):
         config = AlignConfig.from_dict(with_older(AlignConfig, about.config))
     split = shown_split(about.results)
     directions = about.results[split].directions if split else {}

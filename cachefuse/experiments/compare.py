@@ -78,7 +78,7 @@ def compare(
     rows = held_out_rows(data, base)
 
     def scores_of(setting: SettingResult) -> HeldOut:
-        kept = read_scores(folder, setting.trials[0].key, rows.numpy(), len(data.classes))
+        kept = read_scores(folder, setting.trials[0], rows.numpy(), len(data.classes))
         if kept is None:
             raise CacheError(f"the scores of {setting.config.fusion} in {folder} are gone; run compare again")
         return kept

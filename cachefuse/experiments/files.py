@@ -1,6 +1,6 @@
 """The folder of a sweep.
 
-trials.jsonl           a line per finished trial; the sweep resumes from it
+trials.jsonl           a line per finished trial, with its checksum; the sweep resumes from it
 held_out/KEY.safetensors  with kept scores: each trial's scores of the held-out rows
 trials.csv             a row per trial
 summary.csv            a row per setting: means and standard deviations over the seeds, published figures
@@ -8,8 +8,10 @@ sweep.png, sweep.svg   the main metric of each setting
 curves.png, curves.svg  if settings are points of curves: the main metric and steps per second
 """
 
+import hashlib
 import io
 import json
+import logging
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,14 +28,16 @@ from cachefuse.csv_writer import csv_for_people
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.experiments.costs import Costs
 from cachefuse.experiments.results import SettingResult, SweepResult, Trial
-from cachefuse.files import make_folder, to_json, write_atomically
+from cachefuse.files import make_folder, read_bounded, to_json, write_atomically
 from cachefuse.registry import Options
-from cachefuse.runs.files import held_out_bytes, load_held_out
+from cachefuse.runs.files import held_out_bytes, held_out_limit, parse_held_out
 from cachefuse.store.format import append_lines, read_lines
 from cachefuse.training.held_out import HeldOut
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+logger = logging.getLogger(__name__)
 
 JOURNAL, SCORES = "trials.jsonl", "held_out"
 DPI = 150
@@ -70,19 +74,30 @@ def read_trials(folder: Path) -> Iterator[Trial]:
             yield adapter.validate_python(line)
 
 
-def write_scores(folder: Path, key: str, held_out: HeldOut) -> None:
-    """Keep a trial's scores of the held-out rows."""
+def write_scores(folder: Path, key: str, held_out: HeldOut) -> str:
+    """Keep a trial's scores of the held-out rows, and return the file's SHA-256 in hex."""
     make_folder(folder / SCORES)
-    write_atomically(_scores_file(folder, key), held_out_bytes(held_out))
+    data = held_out_bytes(held_out)
+    write_atomically(_scores_file(folder, key), data)
+    return hashlib.sha256(data).hexdigest()
 
 
-def read_scores(folder: Path, key: str, rows: np.ndarray, n_classes: int) -> HeldOut | None:
-    """Return the kept scores (n, C) of a trial's held-out ``rows`` (n,); None if a file of them cannot be read."""
+def read_scores(folder: Path, trial: Trial, rows: np.ndarray, n_classes: int) -> HeldOut | None:
+    """Return the kept scores (n, C) of a trial's held-out ``rows`` (n,); None if they are damaged or gone."""
+    file = _scores_file(folder, trial.key)
     try:
-        held_out = load_held_out(_scores_file(folder, key), n_classes, ())
-    except RunError:
+        data = read_bounded(file, held_out_limit(len(rows), n_classes))
+        held_out = parse_held_out(file, data, n_classes)
+    except (OSError, RunError):
         return None
-    return held_out if held_out is not None and np.array_equal(held_out.rows, rows) else None
+    if not trial.scores:
+        logger.warning(
+            "scores in %s were kept before they had checksums, so damage to them may not be noticed; "
+            "delete the folder to train all again",
+            folder,
+        )
+    fits = trial.scores in ("", hashlib.sha256(data).hexdigest())
+    return held_out if fits and np.array_equal(held_out.rows, rows) else None
 
 
 def _scores_file(folder: Path, key: str) -> Path:

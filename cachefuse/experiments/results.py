@@ -21,7 +21,8 @@ class Trial:
     """One training: the figures of the held-out rows and the epoch of the kept weights, or why it ``diverged``.
 
     ``weights`` are the mean weights of the modalities, if the fusion weighs them. ``interval`` is the 95% interval of
-    the main metric; it and the model's ``costs`` are None if not measured.
+    the main metric; it and the model's ``costs`` are None if not measured. ``scores`` is the SHA-256, in hex, of
+    the file of its kept scores.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Trial:
     interval: tuple[float, float] | None = None
     costs: Costs | None = None
     weights: dict[str, float] = field(default_factory=dict)
+    scores: str = ""
 
 
 @dataclass(frozen=True)

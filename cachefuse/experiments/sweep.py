@@ -143,13 +143,14 @@ def run_sweep(
             done = {
                 key: trial
                 for key, trial in done.items()
-                if trial.diverged or read_scores(folder, key, rows, n_classes) is not None
+                if trial.diverged or read_scores(folder, trial, rows, n_classes) is not None
             }
         on_trial(so_far())
         for batch in _trial_batches(data, {key: config for key, config in config_of.items() if key not in done}):
             trials, held_out = _run_trials(data, batch, metrics, experiment.costs)
-            for key, scores in held_out.items() if experiment.keep_scores else ():
-                write_scores(folder, key, scores)
+            if experiment.keep_scores:
+                digests = {key: write_scores(folder, key, scores) for key, scores in held_out.items()}
+                trials = [replace(trial, scores=digests.get(trial.key, "")) for trial in trials]
             if experiment.costs:
                 trials = [replace(trial, costs=measure_costs(data, batch[trial.key])) for trial in trials]
             append_trials(folder, [(trial, _stored(batch[trial.key])) for trial in trials])

@@ -9,7 +9,7 @@ from cachefuse.alignment.config import AlignConfig
 from cachefuse.alignment.run import Alignment
 from cachefuse.files import JsonObject, format_bytes
 from cachefuse.fusion.options import DERIVED_OPTIONS
-from cachefuse.runs.files import read_json
+from cachefuse.runs.folder import RunFolder
 from cachefuse.runs.run import Run
 from cachefuse.settings import Setting, settings_of
 from cachefuse.store.store import FeatureStore
@@ -144,7 +144,7 @@ def _versions(path: Path | None) -> dict[str, str]:
     """Return the package versions of a saved run."""
     if path is None:
         return {}
-    versions = read_json(path / "run.json").get("versions", {})
+    versions = RunFolder.peek(path).values.get("versions", {})
     return versions if isinstance(versions, dict) else {}
 
 

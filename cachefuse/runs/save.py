@@ -1,14 +1,14 @@
 """Saving and loading a run: a directory of only JSON and safetensors, so that loading runs no code.
 
-run.json              settings, classes, members with their features and keys, thresholds, metrics, versions
+run.json              settings, classes, members with their features and keys, thresholds, metrics, versions; the
+                      checksums of the files that loading reads, and its own
 model.safetensors     each member's weights and the statistics of its training rows
 history.json          loss and score of each epoch
 held_out.safetensors  scores of the held-out rows, by models that have not seen them
-README.md             the model card
+README.md             the model card, which people may edit: nothing reads it, and it has no checksum
 """
 
 from dataclasses import asdict
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,17 +21,16 @@ from cachefuse.data.answers import EVALUATION
 from cachefuse.data.manifest import VQA
 from cachefuse.files import JsonObject, to_json, write_atomically
 from cachefuse.runs.features import specs_of
-from cachefuse.runs.files import (
+from cachefuse.runs.files import held_out_bytes, load_held_out, load_weights, named_errors, read_description
+from cachefuse.runs.folder import (
+    ABOUT,
     FORMATS,
     HEAD,
     HELD_OUT,
+    HISTORY,
     WEIGHTS,
-    held_out_bytes,
-    load_held_out,
-    load_weights,
-    named_errors,
-    read_description,
-    read_json,
+    RunFolder,
+    time_of_creation,
     write_run,
 )
 from cachefuse.runs.model_card import model_card
@@ -46,7 +45,7 @@ VERSIONS = ("cachefuse", "torch", "numpy", "scikit-learn", "zarr")
 
 def save_run(run: Run, runs: Path) -> Path:
     """Write the run to a new directory in ``runs``, which appears only when complete; the model card comes last."""
-    run.created = datetime.now(UTC).isoformat(timespec="milliseconds")
+    run.created = time_of_creation(runs)
     tensors = {
         f"{i}.{name}": tensor.cpu().contiguous()
         for i, member in enumerate(run.members)
@@ -55,18 +54,18 @@ def save_run(run: Run, runs: Path) -> Path:
     files = {WEIGHTS: save(tensors)}
     if run.held_out is not None:
         files[HELD_OUT] = held_out_bytes(run.held_out)
-    files["history.json"] = to_json({"histories": [asdict(history) for history in run.histories]}).encode()
-    files["run.json"] = to_json(_to_dict(run)).encode()
-    run.path = write_run(runs, run.name, files)
+    files[HISTORY] = to_json({"histories": [asdict(history) for history in run.histories]}).encode()
+    run.path = write_run(runs, run.name, _to_dict(run), files)
     run.name = run.path.name
     write_atomically(run.path / "README.md", model_card(run).encode())
     return run.path
 
 
 def load_run(path: Path) -> Run:
-    """Open a run directory. Raises RunError, naming the file, if a file is missing or not valid."""
-    about = read_description(path)
-    with named_errors(path / "run.json"):
+    """Open a run directory. Raises RunError, naming the file, if a file is missing, damaged or not valid."""
+    folder = RunFolder.open(path, HEAD)
+    about = read_description(folder)
+    with named_errors(path / ABOUT):
         config = ResolvedConfig.from_run(about.config, about.manifest.task)
         tasks = about.manifest.task_slices(about.classes)
         members = []
@@ -76,10 +75,10 @@ def load_run(path: Path) -> Run:
             with torch.device("meta"):  # no memory is allocated before the weights' file has shown these shapes
                 model = build_model(settings, specs, len(about.classes), tasks)
             members.append(Member(settings, member.features, model, member.weight, member.fold))
-    values = read_json(path / "history.json")
-    with named_errors(path / "history.json"):
+    values = folder.read_json(HISTORY)
+    with named_errors(path / HISTORY):
         histories = TypeAdapter(list[History]).validate_python(values["histories"])
-    load_weights([member.model for member in members], path / WEIGHTS)
+    load_weights([member.model for member in members], folder)
     return Run(
         name=path.resolve().name,
         dataset=about.dataset,
@@ -89,7 +88,7 @@ def load_run(path: Path) -> Run:
         members=members,
         thresholds=np.array(about.thresholds),
         histories=histories,
-        held_out=load_held_out(path / HELD_OUT, len(about.classes), [member.fold for member in members]),
+        held_out=load_held_out(folder, about),
         split_digest=about.split_digest,
         results={split: Result(**result.model_dump()) for split, result in about.results.items()},
         sources=about.sources,

@@ -49,7 +49,8 @@ def evaluate(
 
     with render.interruptible("nothing was written"):
         with render.status("loading the run"):
-            from cachefuse.runs.files import ALIGNMENT, find_run, kind_of, read_json
+            from cachefuse.runs.files import find_run
+            from cachefuse.runs.folder import ALIGNMENT, RunFolder
             from cachefuse.workspace import WorkspacePaths
 
             if without:
@@ -60,7 +61,7 @@ def evaluate(
             _check_against(against, dropped, intervals, gates)
             other = find_run(WorkspacePaths(workspace).runs, against)
             _evaluate_against(folder, other, split, differences, dataset, device, workspace, json)
-        elif kind_of(read_json(folder / "run.json")) == ALIGNMENT:
+        elif RunFolder.peek(folder).kind == ALIGNMENT:
             _evaluate_alignment(folder, split, dropped, dataset, device, workspace, json)
         else:
             _evaluate_head(folder, split, dropped, intervals, gates, dataset, device, workspace, json)

@@ -38,11 +38,12 @@ def report(
 
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading the run"):
-            from cachefuse.runs.files import ALIGNMENT, find_run, kind_of, read_json
+            from cachefuse.runs.files import find_run
+            from cachefuse.runs.folder import ALIGNMENT, RunFolder
             from cachefuse.workspace import WorkspacePaths
 
             folder = find_run(WorkspacePaths(workspace).runs, run, kind=None)
-        is_alignment = kind_of(read_json(folder / "run.json")) == ALIGNMENT
+        is_alignment = RunFolder.peek(folder).kind == ALIGNMENT
         write = _write_alignment if is_alignment else _write_head
         written = write(folder, output or folder / REPORT, split, data_dir, device, workspace)
     if json:

@@ -33,7 +33,8 @@ SpaceEncoder = Annotated[
 def open_alignment(workspace: Path, name: str | None) -> "Alignment":
     """Open an alignment by its name or folder, by default the latest."""
     from cachefuse.alignment.run import Alignment
-    from cachefuse.runs.files import ALIGNMENT, find_run
+    from cachefuse.runs.files import find_run
+    from cachefuse.runs.folder import ALIGNMENT
     from cachefuse.workspace import WorkspacePaths
 
     return Alignment.load(find_run(WorkspacePaths(workspace).runs, name, ALIGNMENT))

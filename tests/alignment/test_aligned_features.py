@@ -29,7 +29,8 @@ from cachefuse.encoders import open_encoder
 from cachefuse.errors import CacheError, ConfigError, EncoderError, RunError, TrainingError
 from cachefuse.extraction.extract import extract
 from cachefuse.extraction.verify import repair, verify
-from cachefuse.runs.files import ALIGNMENT, find_run
+from cachefuse.runs.files import find_run
+from cachefuse.runs.folder import ALIGNMENT
 from cachefuse.runs.predict import predict_samples
 from cachefuse.runs.save import save_run
 from cachefuse.store.lock import only_writer
@@ -37,6 +38,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.selection import select_features
 from fixtures.columns import columns, images_of, texts_of, with_columns
 from fixtures.messages import naming
+from fixtures.runs import edit
 
 MANIFEST = """
 name = "mine"
@@ -179,11 +181,6 @@ def test_a_store_of_other_features_is_refused(dataset, run, tmp_path):
     assert aligned(store, run) is None
 
 
-def edit(run, **values):
-    path = run.path / "run.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -199,24 +196,24 @@ def edit(run, **values):
     ],
 )
 def test_an_edited_run_is_one_clear_line(run, values, message):
-    edit(run, **values)
+    edit(run.path / "run.json", **values)
     with pytest.raises(RunError, match=naming(message)):
         Alignment.load(run.path)
 
 
 def test_an_edited_run_can_not_claim_a_width_that_takes_all_memory(run):
     sides = json.loads((run.path / "run.json").read_text())["sides"]
-    edit(run, sides=[{**sides[0], "width": 10**12}, sides[1]])
+    edit(run.path / "run.json", sides=[{**sides[0], "width": 10**12}, sides[1]])
     with pytest.raises(RunError, match="width"):
         Alignment.load(run.path)
-    edit(run, sides=[{**sides[0], "width": 10**6}, sides[1]])
+    edit(run.path / "run.json", sides=[{**sides[0], "width": 10**6}, sides[1]])
     with pytest.raises(RunError, match="weights"):
         Alignment.load(run.path)
 
 
 def test_a_run_that_reads_itself_is_refused(run):
     sides = json.loads((run.path / "run.json").read_text())["sides"]
-    edit(run, sides=[{**side, "source": f"aligned:{run.path}"} for side in sides])
+    edit(run.path / "run.json", sides=[{**side, "source": f"aligned:{run.path}"} for side in sides])
     with pytest.raises(EncoderError, match="aligned"):
         open_encoder(f"aligned:{run.path}")
 

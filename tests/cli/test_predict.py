@@ -130,8 +130,8 @@ def test_names_the_broken_file_of_a_run(cachefuse, workspace):
     broken = "workspace/runs/mine-sum-linear-asl-1/run.json"
     assert says(cachefuse("predict", "--run", "mine-sum-linear-asl-1").error, broken)
     latest = cachefuse("predict")
-    assert says(latest.err, f"note {broken}")
-    assert says(latest.error, "workspace/runs train-head")
+    assert (latest.code, latest.out) == (1, "")
+    assert says(latest.error, f"{broken} --run delete")
 
 
 def test_one_sample_is_printed_not_written(cachefuse, workspace, folder):

@@ -8,6 +8,7 @@ import pytest
 from cachefuse.runs.files import list_runs
 from cachefuse.runs.save import load_run
 from fixtures.messages import says
+from fixtures.runs import edit
 
 
 @pytest.fixture
@@ -16,10 +17,6 @@ def several(cachefuse, workspace):
     cachefuse("train-head", "--head", "linear", "--epochs", "2", "--folds", "2", "--json")
     cachefuse("train-head", "--head", "linear", "--epochs", "2", "--fusion", "text", "--json")
     return workspace / "runs"
-
-
-def edit(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 def test_lists_the_latest_first_with_the_metrics_of_rows_held_out(several):
@@ -33,15 +30,6 @@ def test_lists_the_latest_first_with_the_metrics_of_rows_held_out(several):
         assert run.n_rows == len(whole.held_out.rows)
         assert run.size_mb == pytest.approx(whole.size_mb, abs=1e-6)
         assert (run.dataset, run.created) == ("mine", whole.created)
-
-
-def test_reads_no_weights(several):
-    before = list_runs(several)
-    for path in several.glob("*/*.safetensors"):
-        path.write_bytes(b"not read")
-    for path in several.glob("*/history.json"):
-        path.write_text("nor this")
-    assert list_runs(several) == before
 
 
 def test_shows_them_as_a_table(cachefuse, several, fits):

@@ -28,6 +28,7 @@ from cachefuse.training.data import open_training_data
 from cachefuse.training.resolved import resolve
 from cachefuse.training.split import make_splits
 from fixtures.messages import naming, says
+from fixtures.runs import edit, reseal
 
 DOCUMENT = (Path(__file__).parents[2] / "cachefuse" / "data" / "README.md").read_text(encoding="utf-8")
 SPLITS = {"train2014": range(1, 41), "val2014": range(41, 61), "test2015": range(61, 66)}
@@ -175,7 +176,7 @@ def test_an_older_store_and_an_older_run_have_no_figure_of_the_evaluation(cachef
     cachefuse("extract", "--dataset", "vqa2", "--data-dir", extracted, "--encoder", "classic")
     assert cachefuse("evaluate").code == 0
     (path,) = folder.glob("workspace/runs/*/run.json")
-    path.write_text(json.dumps({k: x for k, x in json.loads(path.read_text()).items() if k != "answers"}))
+    edit(path, lambda values: values.pop("answers"))
     (run,) = json.loads(cachefuse("runs", "--json").out)
     assert run["metrics"]["vqa_accuracy"] is None
     assert cachefuse("evaluate").code == 0
@@ -328,6 +329,7 @@ class TestWritten:
             for settings in (whole["config"], *(member["config"] for member in whole["members"])):
                 settings["fusion_options"]["answer_tokens"] = spoilt
             path.write_text(json.dumps(whole))
+            reseal(path.parent)
             result = cachefuse("predict")
             assert result.code == 1
             assert says(result.error, "run.json") or says(result.error, "weights")

@@ -23,12 +23,13 @@ from cachefuse.experiments.sweep import run_sweep, sweep
 from cachefuse.experiments.token_presets import TOKEN_PRESETS
 from cachefuse.fusion import FUSIONS
 from cachefuse.runs.train import train_head
+from cachefuse.store.format import append_lines, read_lines
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import open_training_data
 from cachefuse.training.resolved import resolve
 from cachefuse_cli.shared.sweep_tables import sweep_table
-from fixtures.messages import naming
+from fixtures.messages import naming, says
 from fixtures.specs import specs_of
 
 QUICK = {"folds": 2, "epochs": 1, "batch_size": 16}
@@ -86,6 +87,37 @@ def test_goes_on_where_it_was_stopped(toy_store, folder):
     compare(toy_store(), folder=folder, methods=["image", "text", "sum"], on_trial=seen.append, **QUICK)
     assert [result.n_done for result in seen] == [2, 3]
     assert len((folder / "trials.jsonl").read_bytes().splitlines()) == 3
+
+
+@pytest.mark.parametrize("file", ["trials.jsonl", "scores"])
+def test_a_flipped_bit_in_what_is_kept_changes_no_figure(file, toy_store, folder, monkeypatch):
+    monkeypatch.setattr(costs, "SECONDS", 0)
+    store = toy_store()
+    whole = compare(store, folder=folder, methods=["image", "text"], **QUICK)
+    path = folder / file if file == "trials.jsonl" else min(folder.glob("held_out/*.safetensors"))
+    written = path.read_bytes()
+    for place in np.linspace(0, len(written) - 2, 3).astype(int):  # the last byte of the journal is no part of a line
+        spoilt = bytearray(written)
+        spoilt[place] ^= 2
+        path.write_bytes(spoilt)
+        again = compare(store, folder=folder, methods=["image", "text"], **QUICK)
+        assert again.standings == whole.standings
+        figures = [[setting.trials[0].metrics for setting in result.settings] for result in (again, whole)]
+        assert figures[0] == figures[1]
+
+
+def test_scores_of_before_there_were_checksums_are_used_and_said(toy_store, folder, caplog, monkeypatch):
+    monkeypatch.setattr(costs, "SECONDS", 0)
+    store, seen = toy_store(), []
+    whole = compare(store, folder=folder, methods=["image", "text"], **QUICK)
+    assert all(setting.trials[0].scores for setting in whole.settings)
+    lines = [{**line, "scores": ""} for line in read_lines(folder / "trials.jsonl")]
+    (folder / "trials.jsonl").unlink()
+    append_lines(folder / "trials.jsonl", lines)
+    again = compare(store, folder=folder, methods=["image", "text"], on_trial=seen.append, **QUICK)
+    assert [result.n_done for result in seen] == [2]
+    assert again.standings == whole.standings
+    assert says(caplog.text, f"checksums {folder}")
 
 
 def test_says_what_it_can_not_compare(toy_store, make_store, folder):

@@ -11,6 +11,7 @@ from cachefuse.runs.save import load_run, save_run
 from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
 from fixtures.messages import naming
+from fixtures.runs import reseal, without_checksums
 
 SMALL = {"depth": 1, "width": 8, "heads": 2}
 
@@ -61,6 +62,7 @@ def test_a_run_of_before_there_were_options_loads(toy_store, tmp_path):
     for config in (values["config"], *(member["config"] for member in values["members"])):
         del config["fusion_options"], config["without"]
     (path / "run.json").write_text(json.dumps(values))
+    without_checksums(path)
     run = load_run(path)
     assert (run.config.fusion_options, run.config.ablate) == ({}, ())
 
@@ -78,6 +80,7 @@ def test_options_edited_into_nonsense_are_refused(change, saved):
     values = json.loads((saved / "run.json").read_text())
     values["members"][0]["config"].update(change)
     (saved / "run.json").write_text(json.dumps(values))
+    reseal(saved)
     with pytest.raises(RunError, match=naming("run.json")):
         load_run(saved)
 
@@ -87,5 +90,6 @@ def test_options_that_do_not_fit_the_weights_are_refused(saved):
     for change in ({"fusion_options": {**SMALL, "depth": 2}}, {"without": ["modality-attention"]}):
         values["members"][0]["config"].update(change)
         (saved / "run.json").write_text(json.dumps(values))
+        reseal(saved)
         with pytest.raises(RunError, match=naming("model.safetensors weights")):
             load_run(saved)

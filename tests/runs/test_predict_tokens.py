@@ -24,6 +24,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
+from fixtures.runs import reseal, without_checksums
 
 CMA = TrainConfig(
     fusion="cma", fusion_options={"depth": 2, "width": 16, "heads": 2}, head="linear", epochs=3, batch_size=16, lr=0.01
@@ -249,6 +250,7 @@ def test_tokens_edited_into_nonsense_are_refused(change, message, runs, tmp_path
     values = json.loads((path / "run.json").read_text())
     values["members"][0]["features"]["image_tokens"][0].update(change)
     (path / "run.json").write_text(json.dumps(values))
+    reseal(path)
     with pytest.raises(RunError, match=naming(message)):
         load_run(path)
 
@@ -263,6 +265,7 @@ def test_a_run_that_does_not_say_modality_and_view_is_read_by_its_names(name, ru
             if not one["tokens"]:
                 del one["tokens"]
     (path / "run.json").write_text(json.dumps(values))
+    without_checksums(path)
     old = load_run(path)
     assert old.features == runs[name].features
     expected = predict_split(runs[name], captioned_store, "test").scores

@@ -21,6 +21,7 @@ from cachefuse.runs.train import train_head
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.resolved import ResolvedConfig
 from fixtures.messages import naming
+from fixtures.runs import edit, reseal, without_checksums
 
 QUICK = TrainConfig(head="linear", epochs=2, loss="bce")
 
@@ -39,12 +40,6 @@ def trained(once):
 @pytest.fixture
 def saved(trained, tmp_path):
     return save_run(trained, tmp_path / "runs")
-
-
-def edit(path, change):
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
 
 
 def test_comes_back_as_it_was(trained, saved):
@@ -120,7 +115,7 @@ def test_a_failed_save_leaves_nothing(trained, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("cachefuse.runs.files.write_atomically", fail)
+    monkeypatch.setattr("cachefuse.runs.folder.write_atomically", fail)
     with pytest.raises(OSError, match="disk full"):
         save_run(trained, tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []
@@ -129,7 +124,7 @@ def test_a_failed_save_leaves_nothing(trained, tmp_path, monkeypatch):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from cachefuse.runs import files as module
+from cachefuse.runs import folder as module
 real = module.write_atomically
 def write(path, data):
     real(path, data)
@@ -152,14 +147,14 @@ def test_a_kill_in_save_leaves_no_run(saved, tmp_path):
     assert find_run(runs) == path
 
 
-@pytest.mark.parametrize("file", ["run.json", "history.json", "model.safetensors"])
+@pytest.mark.parametrize("file", ["run.json", "history.json", "model.safetensors", "held_out.safetensors"])
 def test_names_a_file_that_is_missing(saved, file):
     (saved / file).unlink()
     with pytest.raises(RunError, match=naming(file)):
         load_run(saved)
 
 
-@pytest.mark.parametrize("file", ["run.json", "history.json", "model.safetensors"])
+@pytest.mark.parametrize("file", ["run.json", "history.json", "model.safetensors", "held_out.safetensors"])
 @pytest.mark.parametrize("size", [0, 0.5, 0.99])
 def test_names_a_file_that_is_cut_short(saved, file, size):
     path = saved / file
@@ -244,6 +239,7 @@ def test_refuses_a_member_edited_into_nonsense(saved, key, value, message):
 def test_names_held_out_scores_of_other_kinds(saved, name, change):
     arrays = load_file(saved / "held_out.safetensors")
     save_file({**arrays, name: change(arrays[name])}, saved / "held_out.safetensors")
+    reseal(saved)
     with pytest.raises(RunError, match=naming("held_out.safetensors")):
         load_run(saved)
 
@@ -260,12 +256,14 @@ def test_names_held_out_scores_edited_into_nonsense(saved, change):
     for name, n in change.items():
         arrays[name] = arrays[name][:n] if n else arrays.pop(name)[:0]
     save_file({name: x.clone() for name, x in arrays.items() if len(x)}, saved / "held_out.safetensors")
+    reseal(saved)
     with pytest.raises(RunError, match=naming("held_out.safetensors")):
         load_run(saved)
 
 
-def test_without_the_held_out_scores_a_run_still_predicts(saved):
+def test_without_the_held_out_scores_a_run_of_before_there_were_checksums_still_predicts(saved):
     (saved / "held_out.safetensors").unlink()
+    without_checksums(saved)
     run = load_run(saved)
     assert run.held_out is None
     with pytest.raises(RunError, match=naming("--folds --split")):
@@ -312,6 +310,7 @@ def test_refuses_weights_of_another_shape_or_name(saved):
     weights = load_file(saved / "model.safetensors")
     for tensors in ({**weights, "extra": torch.zeros(1)}, {k: v[:-1].clone() for k, v in weights.items()}, {}):
         save_file(tensors, saved / "model.safetensors")
+        reseal(saved)
         with pytest.raises(RunError, match=naming("model.safetensors weights")):
             load_run(saved)
 
@@ -324,6 +323,7 @@ class Bomb:
 def test_never_unpickles(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (saved / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    reseal(saved)
     with pytest.raises(RunError, match=naming("model.safetensors weights")):
         load_run(saved)
     assert not (tmp_path / "bombed").exists()

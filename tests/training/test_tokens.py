@@ -15,6 +15,7 @@ from cachefuse.training.config import TrainConfig
 from cachefuse.training.selection import load_table, one_view, select_features
 from fixtures.columns import columns, images_of, texts_of
 from fixtures.messages import naming
+from fixtures.runs import edit
 
 side_by_side = one_view(FLAT)
 TOKENS = TrainConfig(views="tokens", head="gmlp", layers=(8,), epochs=2, batch_size=16)
@@ -73,11 +74,7 @@ def test_says_what_tokens_need(captioned_store, make_store):
 
 @pytest.mark.parametrize("tokens", [11, -1, 10**9])
 def test_a_number_of_tokens_edited_into_nonsense_is_refused(tokens, captioned_store, tmp_path):
-    import json
-
     path = save_run(train_head(captioned_store, TOKENS), tmp_path / "runs")
-    values = json.loads((path / "run.json").read_text())
-    values["members"][0]["features"]["text"][0]["tokens"] = tokens
-    (path / "run.json").write_text(json.dumps(values))
+    edit(path / "run.json", lambda values: values["members"][0]["features"]["text"][0].update(tokens=tokens))
     with pytest.raises(RunError, match=naming("run.json tokens")):
         load_run(path)
