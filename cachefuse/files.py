@@ -31,16 +31,19 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def open_regular(path: Path | str) -> Iterator[BinaryIO]:
-    """Open a regular file, or the one that a link leads to.
+def open_regular(path: Path | str, limit: int | None = None) -> Iterator[BinaryIO]:
+    """Open a regular file, or the one that a link leads to, of at most ``limit`` bytes.
 
-    Raises OSError, with the path, for another kind of file, whose reading may never end.
+    Raises OSError, with the path, for another kind of file, whose reading may never end, and for a larger one.
     """
     # Opening a pipe without this flag waits for its other end.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        if limit is not None and status.st_size > limit:
+            raise OSError(errno.EFBIG, f"is larger than the limit of {limit:,} bytes", str(path))
         with open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:

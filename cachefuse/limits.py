@@ -22,12 +22,21 @@ class Limits:
     """memory: bytes that all images in work may take together. text_bytes: of one text, in UTF-8.
 
     outside_links: whether links in a data folder may lead out of it.
+    columns, rows: the most of one table. file_bytes: the largest table or annotation file, None for any size.
     """
 
     memory: int = default_memory()
     text_bytes: int = 1 << 20
     outside_links: bool = True
+    columns: int = 1_000_000
+    rows: int = 50_000_000
+    file_bytes: int | None = None
 
+
+# For data of strangers.
+UNTRUSTED = Limits(
+    text_bytes=1 << 16, outside_links=False, columns=10_000, rows=1_000_000, file_bytes=1 << 28
+)  # fmt: skip
 
 _current = Limits()
 

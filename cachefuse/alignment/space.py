@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cachefuse.alignment.run import Alignment
 from cachefuse.alignment.tower import aligned_features, side_spec
+from cachefuse.data.column import NAME_LENGTH
 from cachefuse.device import resolve_device
 from cachefuse.encoders import open_encoder
 from cachefuse.encoders.base import EncoderSpec, Tower
@@ -125,7 +126,7 @@ def encode_samples(tower: Tower, samples: Sequence[Any]) -> Tensor:
     prepared = [prepare_source(tower, sample) for sample in samples]
     for sample, item in zip(samples, prepared, strict=True):
         if is_bad(item):
-            name = getattr(sample, "name", repr(sample))
+            name = repr(sample[:NAME_LENGTH]) if isinstance(sample, str) else sample.name
             raise BadSampleError(f"{name}: {item}")
     long = count_long_texts(tower, prepared)
     if long is not None and long.is_cut:

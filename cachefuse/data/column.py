@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from cachefuse.data.digests import hash_parts
-from cachefuse.errors import DataError
+from cachefuse.errors import BadSampleError, DataError
+from cachefuse.limits import limits
 
 
 class Source(Protocol):
@@ -37,7 +38,7 @@ Entry = TextOrSource | tuple[TextOrSource, ...] | None
 
 def as_text(source: TextOrSource) -> str:
     """Return what shows a source to a reader: a text itself, or the name of another."""
-    return source if isinstance(source, str) else source.name
+    return source if isinstance(source, str) else source.name or str(source)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -69,6 +70,38 @@ class Value:
         return hash(self.digest())
 
 
+@dataclass(frozen=True, slots=True)
+class TooLong:
+    """A text over the limit, or another value in a table. It is a bad sample; its content is not kept."""
+
+    n_bytes: int
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    def load(self) -> Any:
+        raise BadSampleError(str(self))
+
+    def fingerprint(self) -> str:
+        return self.digest()
+
+    def digest(self) -> str:
+        return hash_parts("too long", str(self.n_bytes))
+
+    def __str__(self) -> str:
+        return f"has {self.n_bytes:,} bytes, over the limit of {limits().text_bytes:,} (--max-text-bytes)"
+
+
+def checked_text(text: str) -> str | TooLong:
+    """Return a text, or what stands for it if it is over the limit."""
+    most = limits().text_bytes
+    if 4 * len(text) <= most:  # a character has at most 4 bytes
+        return text
+    n_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+    return text if n_bytes <= most else TooLong(n_bytes)
+
+
 @dataclass(frozen=True)
 class Column:
     """One modality of N samples. An entry is a source, a tuple of several sources (captions), or None or () for none.
@@ -82,7 +115,7 @@ class Column:
     shared: bool = False
 
     @classmethod
-    def texts(cls, texts: Sequence[str | tuple[str, ...]]) -> "Column":
+    def texts(cls, texts: Sequence[str | tuple[TextOrSource, ...]]) -> "Column":
         """Return a column of texts: one text or a tuple of texts per sample, () for none."""
         return cls(texts, is_text=True)
 

@@ -28,6 +28,8 @@ MIN_ROWS_TO_SPLIT = 20
 LIMIT = "-limit"  # in the name of a part of a dataset, before its number of samples
 BATCH = 32  # rows that a thread hashes at a time: handing over single small images takes longer than hashing them
 MODALITY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # it names folders of a store
+MAX_NAME = 4096  # characters of an id, a label or a group
+MAX_KIND = 200  # of a split, or another name that arrays hold as wide as their longest
 WINDOW = 4096  # rows that wait for threads at a time
 
 Hasher = Callable[[TextOrSource], str]
@@ -131,10 +133,10 @@ class Dataset:
             others = [
                 f"{modality}:{hashers[modality](source)}"
                 for modality, column in self.modalities.items()
-                if modality != first_texts
                 for source in column[row]
+                if modality != first_texts or not isinstance(source, str)
             ]
-            hashes.append(hash_parts(*map(str, texts), ",".join(others)))
+            hashes.append(hash_parts(*(text for text in texts if isinstance(text, str)), ",".join(others)))
         return hashes
 
     def limit(self, n: int) -> "Dataset":
@@ -183,6 +185,7 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
     if missing:
         raise _missing(manifest, root, missing)
     samples = reader.read(root)
+    _check_names(samples, manifest)
     _check_ids(samples, manifest)
     notes = [*samples.notes, *_count_notes(samples, manifest)]
     for note in notes:
@@ -214,6 +217,26 @@ def _lacks_validation(manifest: Manifest, samples: Samples, targets: np.ndarray)
     if manifest.task == "retrieval":
         return "val" not in samples.splits
     return not np.any(np.array(samples.splits)[is_labelled(targets)] == "val")
+
+
+def _check_names(samples: Samples, manifest: Manifest) -> None:
+    """Raise DataError for ids and other names that are too long, or hold a zero byte, which arrays of names lose."""
+    labels = (label for rows in (samples.labels, *samples.task_labels.values()) for row in rows for label in row or ())
+    for kind, names, most in (
+        ("id", samples.ids, MAX_NAME),
+        ("split", samples.splits, MAX_KIND),
+        ("group", samples.groups or [], MAX_NAME),
+        ("label", labels, MAX_NAME),
+        *((kind, names, MAX_KIND) for kind, names in samples.kinds.items()),
+    ):
+        for name in names:
+            if len(name) > most:
+                raise DataError(
+                    f"{manifest.name}: a {kind} has {len(name):,} characters, over the limit of {most:,}; it begins "
+                    f"with {name[:40]!r}"
+                )
+            if "\0" in name:
+                raise DataError(f"{manifest.name}: a {kind} may not hold a zero byte. Got {name[:40]!r} instead")
 
 
 def _check_ids(samples: Samples, manifest: Manifest) -> None:

@@ -19,6 +19,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from cachefuse import memory
 from cachefuse.data import image_memory
 from cachefuse.data.digests import hash_file, hash_parts
+from cachefuse.data.inside import is_allowed
 from cachefuse.data.opened_image import PixelFile, load_lean
 from cachefuse.data.pixels import to_rgb
 from cachefuse.errors import BadSampleError
@@ -74,6 +75,8 @@ class FileImage:
         root = os.path.join(os.path.abspath(self.root), "")
         if not os.path.join(path, "").startswith(root):
             raise BadSampleError("lies outside the data folder")
+        if not is_allowed(path, root):
+            raise BadSampleError("a link leads out of the data folder, which --untrusted refuses")
         return path, path[len(root) :]
 
 

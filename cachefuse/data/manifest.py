@@ -15,7 +15,7 @@ from cachefuse.data.readers.base import Reader
 from cachefuse.data.readers.table import TableReader
 from cachefuse.data.tasks import LabelTask, check_tasks, distinct, slices
 from cachefuse.errors import ManifestError, PluginError, UnknownNameError
-from cachefuse.files import JsonObject
+from cachefuse.files import JsonObject, read_bounded
 from cachefuse.metrics import MEAN, METRICS, main_metric
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.registry import lookup
@@ -239,12 +239,12 @@ def load_manifest(name: str) -> tuple[Manifest, Path | None]:
     """
     if name.endswith(".toml") or "/" in name:
         path = Path(name)
-        if not path.is_file():
+        if not path.exists():
             raise ManifestError(f"{name}: no such manifest file")
-        if path.stat().st_size > MAX_BYTES:
-            raise ManifestError(f"{name}: larger than the limit of {MAX_BYTES} bytes")
         try:
-            text = path.read_text(encoding="utf-8-sig")
+            text = read_bounded(path, MAX_BYTES).decode("utf-8-sig")
+        except OSError as error:
+            raise ManifestError(f"{name}: {error.strerror}") from error
         except UnicodeDecodeError as error:
             raise ManifestError(f"{name}: not UTF-8 text: {error}") from error
         return parse_manifest(text, name), path.absolute().parent

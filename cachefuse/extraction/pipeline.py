@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from cachefuse.data.column import TextOrSource
+from cachefuse.data.column import TextOrSource, checked_text
 from cachefuse.encoders.base import DerivedTower, Tower
 from cachefuse.errors import BadSampleError, CachefuseError, EncoderError
 from cachefuse.feature_spec import IDS
@@ -34,6 +34,8 @@ def prepare_source(tower: Tower, source: TextOrSource | None) -> Any:
     try:
         if not source:
             raise BadSampleError(f"has no {tower.modality}")
+        if isinstance(source, str):
+            source = checked_text(source)
         if isinstance(source, str):
             return tower.prepare(source.encode("utf-8", "replace").decode())  # half a surrogate pair becomes "?"
         with one_sample(tower.prepare_bytes):

@@ -151,30 +151,37 @@ def read_input(path: Path, run: Run) -> Samples:
     """
     if not path.is_file():
         raise DataError(f"no such file: {path}")
-    columns = read_columns(path)
     reader = run.manifest.open_reader()
     declared = {"id": reader.id, **reader.columns} if isinstance(reader, TableReader) else {}
+    names = read_columns(path, wanted=()).names
+    known = set(names)
     chosen: dict[str, str] = {}
     for key in ("id", *run.modalities):
         for template in (declared.get(key), key):
-            if template and TableReader.places(template) <= columns.keys():
+            if template and TableReader.places(template) <= known:
                 chosen[key] = template
                 break
     template_of_id = chosen.pop("id", None)
     if not chosen:
         needed = " or ".join(run.modalities)
-        raise DataError(f"{path}: needs a column {needed}; its columns are: {listed(columns)}")
+        raise DataError(f"{path}: needs a column {needed}; its columns are: {listed(names)}")
     return TableReader(files={"input": path.name}, id=template_of_id, modalities=chosen).read(path.parent)
 
 
 def _one_each(modality: str, column: Column, ids: Sequence[str]) -> list[TextOrSource | None]:
     """Return the source of each sample; several texts are joined. Raises DataError for several other sources."""
     if column.is_text:
-        return [" ".join(map(str, column[row])) for row in range(len(column))]
+        return [_one_text(column[row]) for row in range(len(column))]
     if column.offsets is not None:
         row = int(np.diff(column.offsets).argmax())
         raise DataError(f"sample {ids[row]} has {len(column[row])} sources of {modality}; a prediction reads only one")
     return column.feature_sources()
+
+
+def _one_text(texts: tuple[TextOrSource, ...]) -> TextOrSource:
+    """Return several texts joined, or the first one that is unusable."""
+    unusable = next((text for text in texts if not isinstance(text, str)), None)
+    return " ".join(map(str, texts)) if unusable is None else unusable
 
 
 def _beside(run: Run, source: str) -> EncoderSpec:

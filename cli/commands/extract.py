@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from cachefuse_cli.shared.limit_options import reads_raw_data
 from cachefuse_cli.shared.options import (
     WORKSPACE,
     BatchSize,
@@ -27,6 +28,7 @@ from cachefuse_cli.shared.options import (
 )
 
 
+@reads_raw_data
 def extract(
     dataset: DatasetName,
     encoder: Encoders = None,

@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from cachefuse.printable import listed
+from cachefuse_cli.shared.limit_options import reads_raw_data
 from cachefuse_cli.shared.options import WORKSPACE, DataDir, Device, Json, StoreName, Threads, Workspace
 
 
+@reads_raw_data
 def pairs(
     dataset: StoreName = None,
     encoder: Annotated[

@@ -1,5 +1,6 @@
 """`cachefuse plan`."""
 
+from cachefuse_cli.shared.limit_options import reads_raw_data
 from cachefuse_cli.shared.options import (
     WORKSPACE,
     BatchSize,
@@ -23,6 +24,7 @@ from cachefuse_cli.shared.options import (
 )
 
 
+@reads_raw_data
 def plan(
     dataset: DatasetName,
     encoder: Encoders = None,

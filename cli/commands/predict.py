@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cachefuse_cli.shared.limit_options import reads_raw_data
 from cachefuse_cli.shared.options import WORKSPACE, Device, Json, RunName, Threads, Workspace
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 SUBMISSION, PREDICTIONS = Path("submission.csv"), Path("predictions.csv")
 
 
+@reads_raw_data
 def predict(
     run: RunName = None,
     split: Annotated[

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cachefuse_cli.shared.align_options import AlignmentName, SpaceEncoder, open_space
+from cachefuse_cli.shared.limit_options import reads_raw_data
 from cachefuse_cli.shared.options import WORKSPACE, DataDir, Device, Json, Threads, Workspace
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from cachefuse.store.store import FeatureStore
 
 
+@reads_raw_data
 def retrieve(
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="The query as text.")] = None,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="The query as an image.")] = None,

@@ -5,9 +5,11 @@ from typing import Annotated
 import typer
 
 from cachefuse_cli.shared.align_options import AlignmentName, SpaceEncoder, open_space
+from cachefuse_cli.shared.limit_options import reads_raw_data
 from cachefuse_cli.shared.options import WORKSPACE, Device, Json, StoreName, Threads, Workspace, split_list
 
 
+@reads_raw_data
 def zero_shot(
     dataset: StoreName = None,
     classes: Annotated[

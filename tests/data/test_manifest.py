@@ -249,7 +249,7 @@ def test_files_that_are_no_manifest(tmp_path):
     with pytest.raises(ManifestError, match=naming("mine.toml UTF-8 text")):
         load_manifest(str(path))
     path.write_bytes(b"#" * (module.MAX_BYTES + 1))
-    with pytest.raises(ManifestError, match=naming("mine.toml 1048576")):
+    with pytest.raises(ManifestError, match=naming("mine.toml 1,048,576")):
         load_manifest(str(path))
 
 

@@ -1,6 +1,5 @@
 """The interface of readers: options are fields, `read` returns the samples, `missing` the missing files."""
 
-import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -9,7 +8,6 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from cachefuse.data.column import Column
-from cachefuse.errors import DataError
 
 
 def _inside(path: str) -> str:
@@ -57,18 +55,6 @@ def split_names(text: str, separator: str | None) -> list[str]:
 def well_formed(text: str) -> str:
     """Return text that can be encoded: half a surrogate pair, possible in JSON, becomes a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
-
-
-def is_inside(path: Path, root: Path) -> bool:
-    """Whether a path lies below the root after following all links: links of an archive may lead anywhere."""
-    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
-
-
-def check_inside(path: Path, root: Path) -> Path:
-    """Return the path. Raises DataError if it leaves the root through a link."""
-    if not is_inside(path, root):
-        raise DataError(f"{path}: lies outside the data folder {root}")
-    return path
 
 
 class Reader(BaseModel, ABC):

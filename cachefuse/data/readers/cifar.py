@@ -11,7 +11,8 @@ from PIL import Image
 from cachefuse.data.column import Column
 from cachefuse.data.digests import hash_parts
 from cachefuse.data.images import MAX_BYTES, file_fingerprint, read_file
-from cachefuse.data.readers.base import Reader, Samples, check_inside
+from cachefuse.data.inside import check_inside
+from cachefuse.data.readers.base import Reader, Samples
 from cachefuse.data.readers.folder import FolderReader
 from cachefuse.data.readers.lines import read_lines
 from cachefuse.errors import BadSampleError, DataError

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cachefuse.data.column import Column
+from cachefuse.data.column import Column, TextOrSource, TooLong, checked_text
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import Reader, Samples, check_inside, well_formed
+from cachefuse.data.inside import check_inside
+from cachefuse.data.readers.base import Reader, Samples, well_formed
 from cachefuse.data.readers.folder import links_out, note_links
-from cachefuse.data.readers.json_file import list_of_objects, read_json
+from cachefuse.data.readers.json_file import read_objects
 from cachefuse.errors import DataError
 from cachefuse.files import JsonObject
 
@@ -22,7 +23,7 @@ class Photographs:
     """The images of all splits so far, None for a link out of the folder, and the captions of each."""
 
     images: list[FileImage | None] = field(default_factory=list)
-    captions: list[tuple[str, ...]] = field(default_factory=list)
+    captions: list[tuple[TextOrSource, ...]] = field(default_factory=list)
 
 
 class CocoCaptionsReader(Reader):
@@ -94,24 +95,30 @@ def _add(samples: Samples, photographs: Photographs, split: str, path: Path, fol
         samples.notes.append(f"dropped {n:,} captions of images that {path.name} does not list, such as {unknown[0]}")
 
 
-def _read_annotations(path: Path) -> tuple[list[tuple[str, str]], dict[str, list[str]]]:
+def _read_annotations(path: Path) -> tuple[list[tuple[str, str]], dict[str, list[TextOrSource]]]:
     """Return each image's id and file name, and the captions by image. Raises DataError for other content."""
     # Most of the file is addresses and licences: they are dropped.
-    content = read_json(path, MAX_JSON_BYTES, "COCO", lambda entry: {k: entry[k] for k in KEPT & entry.keys()})
-    images = [
-        (_id(image, "id", f"{path.name}: image {i}"), _plain_name(image, f"{path.name}: image {i}"))
-        for i, image in enumerate(list_of_objects(content, "images", path), start=1)
-    ]
-    captions: dict[str, list[str]] = {}
-    for i, annotation in enumerate(list_of_objects(content, "annotations", path), start=1):
+    images: list[tuple[str, str]] = []
+    captions: dict[str, list[TextOrSource]] = {}
+    for key, i, entry in read_objects(path, MAX_JSON_BYTES, "COCO", _keep, ("images", "annotations")):
+        if key == "images":
+            where = f"{path.name}: image {i}"
+            images.append((_id(entry, "id", where), _plain_name(entry, where)))
+            continue
         where = f"{path.name}: annotation {i}"
-        caption = annotation.get("caption")
-        if not isinstance(caption, str):
+        caption = entry.get("caption")
+        if not isinstance(caption, str | TooLong):
             raise DataError(f"{where} must have a caption. Got {str(caption)[:80]!r} instead")
-        texts = captions.setdefault(_id(annotation, "image_id", where), [])
-        if caption.strip():
-            texts.append(well_formed(caption.strip()))
+        texts = captions.setdefault(_id(entry, "image_id", where), [])
+        if isinstance(caption, TooLong):
+            texts.append(caption)
+        elif caption.strip():
+            texts.append(checked_text(well_formed(caption.strip())))
     return images, captions
+
+
+def _keep(entry: JsonObject) -> JsonObject:
+    return {key: entry[key] for key in KEPT & entry.keys()}
 
 
 def _id(entry: JsonObject, key: str, where: str) -> str:

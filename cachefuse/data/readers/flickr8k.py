@@ -1,12 +1,14 @@
 """Flickr8k: photographs with five captions each, and lists of the splits (Hodosh, Young, Hockenmaier, 2013)."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from cachefuse.data.column import Column
+from cachefuse.data.column import Column, TextOrSource
 from cachefuse.data.images import FileImage
+from cachefuse.data.inside import check_inside
 from cachefuse.data.readers.base import Reader, Samples
+from cachefuse.data.readers.folder import links_out, note_links
+from cachefuse.data.readers.lines import read_fields, read_lines
 from cachefuse.errors import DataError
 
 IMAGE_FOLDERS = ("Images", "Flicker8k_Dataset")  # the original archive spells the second one so
@@ -31,9 +33,13 @@ class Flickr8kReader(Reader):
 
     def read(self, root: Path) -> Samples:
         folder = next(root / folder for folder in IMAGE_FOLDERS if (root / folder).is_dir())
-        captions = _read_captions(next(root / file for file in CAPTION_FILES if (root / file).is_file()))
+        captions = _read_captions(
+            check_inside(next(root / file for file in CAPTION_FILES if (root / file).is_file()), root)
+        )
+        links, notes = links_out(folder, root), list[str]()
         files = sorted(path.name for path in folder.iterdir() if path.suffix.lower() == ".jpg" and path.name[0] != ".")
-        notes: list[str] = []
+        files = [file for file in files if file not in links]
+        note_links(notes, sorted(links))
         splits = _read_splits(root, notes) or dict.fromkeys(files, "train")
         kept = [file for file in files if file in splits]
         _note_dropped(notes, "images that are in no split", set(files) - splits.keys())
@@ -51,20 +57,21 @@ class Flickr8kReader(Reader):
         )
 
 
-def _read_captions(path: Path) -> dict[str, list[str]]:
+def _read_captions(path: Path) -> dict[str, list[TextOrSource]]:
     """Return each file name's captions, from `name,caption` with a header, or from `name#number<TAB>caption`."""
     tabs = path.name != CAPTION_FILES[0]
     separator = "\t" if tabs else ","
-    captions: dict[str, list[str]] = {}
-    for number, line in _lines(path):
-        name, separated, caption = line.partition(separator)
-        if not separated:
+    captions: dict[str, list[TextOrSource]] = {}
+    for number, fields in read_fields(path, separator, 1, "replace"):
+        name, caption = fields if len(fields) == 2 else (fields[0], None)
+        if caption is None or not isinstance(name, str):
             expected = "name#number<TAB>caption" if tabs else "name,caption"
-            raise DataError(f"{path.name} line {number}: expected {expected}. Got {line[:80]!r} instead")
-        if number == 1 and line.lower() == "image,caption":
+            raise DataError(f"{path.name} line {number}: expected {expected}. Got {str(name)[:80]!r} instead")
+        if number == 1 and name.lower() == "image" and str(caption).lower() == "caption":
             continue
         name = re.sub(r"#\d+$", "", name.strip()) if tabs else name.strip()
-        caption = caption.strip() if tabs else _unquote(caption.strip())
+        if isinstance(caption, str):
+            caption = caption.strip() if tabs else _unquote(caption.strip())
         texts = captions.setdefault(name, [])
         if caption:
             texts.append(caption)
@@ -86,7 +93,7 @@ def _read_splits(root: Path, notes: list[str]) -> dict[str, str]:
         if path is None:
             absent.append(file)
             continue
-        for number, line in _lines(path):
+        for number, line in read_lines(check_inside(path, root)):
             name = line.strip()
             if splits.setdefault(name, split) != split:
                 raise DataError(f"{file} line {number}: {name} is in the {splits[name]} split too")
@@ -94,14 +101,6 @@ def _read_splits(root: Path, notes: list[str]) -> dict[str, str]:
         rest = "" if splits else "; all rows are in the train split"
         notes.append(f"split lists are missing: {', '.join(absent)}{rest}")
     return splits
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, numbered from 1."""
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line.rstrip("\r\n")
 
 
 def _note_dropped(notes: list[str], reason: str, names: set[str]) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cachefuse.data.column import Column
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import InsidePath, Reader, Samples, check_inside, is_inside
+from cachefuse.data.inside import check_inside, is_allowed, is_inside
+from cachefuse.data.readers.base import InsidePath, Reader, Samples
 from cachefuse.errors import DataError
 
 EXTENSIONS = frozenset(
@@ -45,9 +46,9 @@ class FolderReader(Reader):
 
 
 def links_out(folder: Path, root: Path) -> set[str]:
-    """Return the names of links in a folder that leave the root. Raises DataError if the folder itself is one."""
+    """Return the names of links in a folder that leave the root and may not. Raises DataError if the folder is one."""
     with os.scandir(check_inside(folder, root)) as entries:
-        return {entry.name for entry in entries if entry.is_symlink() and not is_inside(Path(entry.path), root)}
+        return {entry.name for entry in entries if entry.is_symlink() and not is_allowed(entry.path, root)}
 
 
 def note_links(notes: list[str], links: list[str]) -> None:
@@ -59,15 +60,28 @@ def note_links(notes: list[str], links: list[str]) -> None:
 def image_paths(root: Path, folder: str, links: list[str]) -> Iterator[Path]:
     """Yield the images at any depth below a folder, as paths relative to the root.
 
-    Links that leave the root are added to ``links``. Raises DataError if the folder itself is such a link.
+    Links that leave the root and may not are added to ``links``. Raises DataError if the folder itself is such a link.
+    Linked folders inside the root are left out, as they are walked anyway; each one outside of it is walked once.
     """
-    for parent, folders, files in os.walk(check_inside(root / folder, root)):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            path = Path(parent, name)
-            if name.startswith(".") or path.suffix.lower() not in EXTENSIONS:
-                continue
-            if path.is_symlink() and not is_inside(path, root):
-                links.append(str(path.relative_to(root)))
-                continue
-            yield path.relative_to(root)
+    walked: set[str] = set()
+    waiting = [str(check_inside(root / folder, root))]
+    for top in waiting:
+        for parent, folders, files in os.walk(top):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            for name in (name for name in folders if os.path.islink(os.path.join(parent, name))):
+                path = Path(parent, name)
+                if is_inside(path, root):
+                    continue
+                if not is_allowed(path, root):
+                    links.append(str(path.relative_to(root)))
+                elif (real := os.path.realpath(path)) not in walked:
+                    walked.add(real)
+                    waiting.append(str(path))
+            for name in files:
+                path = Path(parent, name)
+                if name.startswith(".") or path.suffix.lower() not in EXTENSIONS:
+                    continue
+                if path.is_symlink() and not is_allowed(path, root):
+                    links.append(str(path.relative_to(root)))
+                    continue
+                yield path.relative_to(root)

@@ -10,11 +10,20 @@ import numpy as np
 from PIL import Image
 from pydantic import Field, field_validator, model_validator
 
-from cachefuse.data.column import Column
+from cachefuse.data.column import Column, TextOrSource
 from cachefuse.data.digests import hash_parts
 from cachefuse.data.images import FAILURES, file_fingerprint
+from cachefuse.data.inside import check_inside
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, split_names
-from cachefuse.data.readers.hdf5_file import file_name, find_dataset, image_column, open_hdf5, open_shared, read_strings
+from cachefuse.data.readers.hdf5_file import (
+    file_name,
+    find_dataset,
+    image_column,
+    open_hdf5,
+    open_shared,
+    read_strings,
+    read_texts,
+)
 from cachefuse.errors import BadSampleError, DataError
 from cachefuse.printable import listed
 
@@ -97,9 +106,9 @@ class Hdf5Reader(Reader):
     def read(self, root: Path) -> Samples:
         samples = Samples(groups=[] if self.group else None)
         images: list[ArrayImage] = []
-        texts: list[tuple[str, ...]] = []
+        texts: list[tuple[TextOrSource, ...]] = []
         for split, file in self.files.items():
-            with open_hdf5(root / file) as opened:
+            with open_hdf5(check_inside(root / file, root)) as opened:
                 self._add(samples, split, opened)
                 images += self._images(opened, root / file)
                 texts += self._texts(opened)
@@ -127,11 +136,11 @@ class Hdf5Reader(Reader):
         n = len(image_column(file, self.image, ArrayImage.DTYPE))
         return [ArrayImage(path, self.image, row) for row in range(n)]
 
-    def _texts(self, file: h5py.File) -> list[tuple[str, ...]]:
+    def _texts(self, file: h5py.File) -> list[tuple[TextOrSource, ...]]:
         """Return each row's text, or () if it is empty."""
-        texts = self._column(file, self.text) if self.text else []
+        texts = read_texts(find_dataset(file, self.text), self.encoding) if self.text else []
         if self.drop_first_sentence:
-            texts = [without_first_sentence(text) for text in texts]
+            texts = [without_first_sentence(text) if isinstance(text, str) else text for text in texts]
         return [(text,) if text else () for text in texts]
 
     def _column(self, file: h5py.File, key: str) -> list[str]:

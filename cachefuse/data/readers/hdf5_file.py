@@ -11,12 +11,15 @@ from pathlib import Path
 
 import h5py
 
+from cachefuse.data.column import TooLong, checked_text
 from cachefuse.data.images import MAX_PIXELS, file_fingerprint
 from cachefuse.errors import DataError
+from cachefuse.files import open_regular
+from cachefuse.limits import limits
 
-MAX_ROWS = 50_000_000
-MAX_TEXT_BYTES = 1 << 20
-MAX_CHUNK_BYTES = 1 << 30  # reading one row decompresses at most this
+MAX_STRING_BYTES = 1 << 28  # of a fixed length
+SMALL_FILE = 1 << 20
+MAX_CHUNK_BYTES = 1 << 29  # reading one row decompresses at most this
 SLICE_BYTES = 1 << 26
 SLICE_ROWS = 1 << 16
 MAX_HOPS = 8
@@ -29,6 +32,8 @@ _HANDLES_LOCK = threading.Lock()
 def open_hdf5(path: Path) -> Iterator[h5py.File]:
     """Open a file for reading. Raises DataError if it is damaged, also for reads inside the block."""
     try:
+        with open_regular(path):
+            pass  # a regular file: the library opens its path
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
@@ -82,8 +87,8 @@ def _check_dataset(dataset: h5py.Dataset, name: str, key: str) -> None:
         raise DataError(f"{name}: {key!r} has its data in other files, which is not allowed")
     if not dataset.shape:
         raise DataError(f"{name}: {key!r} must have one row per sample. Got a single value instead")
-    if dataset.shape[0] > MAX_ROWS:
-        raise DataError(f"{name}: {key!r} has {dataset.shape[0]:,} rows, over the limit of {MAX_ROWS:,}")
+    if dataset.shape[0] > limits().rows:
+        raise DataError(f"{name}: {key!r} has {dataset.shape[0]:,} rows, over the limit of {limits().rows:,}")
     if dataset.chunks and math.prod(dataset.chunks) * dataset.dtype.itemsize > MAX_CHUNK_BYTES:
         raise DataError(f"{name}: {key!r} is stored in chunks of over {MAX_CHUNK_BYTES:,} bytes")
 
@@ -105,6 +110,15 @@ def image_column(file: h5py.File, key: str, dtype: str) -> h5py.Dataset:
 
 
 def read_strings(dataset: h5py.Dataset, encoding: str) -> list[str]:
+    """Read strings as ``read_texts`` does. Raises DataError for one that is over the limit of texts."""
+    texts = read_texts(dataset, encoding)
+    for row, text in enumerate(texts):
+        if isinstance(text, TooLong):
+            raise DataError(f"{file_name(dataset.file)}: {dataset.name.lstrip('/')!r} row {row} {text}")
+    return [text for text in texts if isinstance(text, str)]
+
+
+def read_texts(dataset: h5py.Dataset, encoding: str) -> list[str | TooLong]:
     """Read strings or whole numbers of shape (N,) or (N, 1) as N stripped strings.
 
     A row that is not valid in ``encoding`` is read as latin-1, which has a character for every byte.
@@ -114,17 +128,29 @@ def read_strings(dataset: h5py.Dataset, encoding: str) -> list[str]:
         raise DataError(f"{name} must hold strings or whole numbers. Got {dtype} instead")
     if dataset.shape[1:] not in ((), (1,)):
         raise DataError(f"{name} must have shape (N,) or (N, 1). Got {dataset.shape} instead")
-    if dtype.itemsize > MAX_TEXT_BYTES:
-        raise DataError(f"{name} has strings of {dtype.itemsize:,} bytes; the limit is {MAX_TEXT_BYTES:,}")
-    # Slices limit the memory. They are small for strings of variable length, which may share bytes in the file.
-    step = 256 if dtype.kind == "O" else min(SLICE_ROWS, SLICE_BYTES // dtype.itemsize)
-    strings: list[str] = []
-    for start in range(0, len(dataset), step):
-        for value in dataset[start : start + step].ravel().tolist():
-            if isinstance(value, bytes) and len(value) > MAX_TEXT_BYTES:
-                raise DataError(f"{name} row {len(strings)} has over {MAX_TEXT_BYTES:,} bytes")
-            strings.append(_decode(value, encoding).strip(" \t\r\n\0"))
-    return strings
+    if dtype.itemsize > MAX_STRING_BYTES:
+        raise DataError(f"{name} has strings of {dtype.itemsize:,} bytes; the limit is {MAX_STRING_BYTES:,}")
+    # Slices limit the memory. They are small for strings of variable length, whose sizes are unknown before.
+    few = os.path.getsize(dataset.file.filename) > SMALL_FILE
+    most = (16 if few else 256) if dtype.kind == "O" else max(1, min(SLICE_ROWS, SLICE_BYTES // dtype.itemsize))
+    texts: list[str | TooLong] = []
+    step = most
+    while len(texts) < len(dataset):
+        values = dataset[len(texts) : len(texts) + step].ravel().tolist()
+        read = [_text(value, encoding) for value in values]
+        # After a long one, others may follow.
+        step = 1 if any(isinstance(text, TooLong) for text in read) else min(most, 2 * step)
+        texts += read
+        del values
+    return texts
+
+
+def _text(value: bytes | str | int, encoding: str) -> str | TooLong:
+    if isinstance(value, bytes) and len(value) > 2 * limits().text_bytes:
+        value = value.strip(b" \t\r\n\0")
+        if len(value) > 2 * limits().text_bytes:
+            return TooLong(len(value))
+    return checked_text(_decode(value, encoding).strip(" \t\r\n\0"))
 
 
 def _decode(value: bytes | str | int, encoding: str) -> str:

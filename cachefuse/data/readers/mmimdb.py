@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,17 +11,19 @@ from typing import ClassVar
 import h5py
 import numpy as np
 
-from cachefuse.data.column import Column, Source
+from cachefuse.data.column import Column, Source, TextOrSource, TooLong, checked_text
 from cachefuse.data.images import FileImage
+from cachefuse.data.inside import check_inside
 from cachefuse.data.readers.base import Reader, Samples, well_formed
 from cachefuse.data.readers.hdf5 import ArrayImage
 from cachefuse.data.readers.hdf5_file import find_dataset, image_column, open_hdf5, read_strings
+from cachefuse.data.readers.json_file import read_json
 from cachefuse.errors import DataError
 from cachefuse.files import JsonObject
 from cachefuse.printable import listed
 
 SPLITS = {"train": "train", "dev": "val", "val": "val", "test": "test"}
-MAX_JSON_BYTES = 1 << 25
+MAX_JSON_BYTES = 1 << 30
 MAX_FILMS = 1_000_000
 MAX_GENRES = 100
 HDF5_NAME = "multimodal_imdb.hdf5"
@@ -39,7 +41,7 @@ class Film:
     split: str
     genres: tuple[str, ...]
     image: Source
-    plot: str
+    plot: str | TooLong
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +72,21 @@ class MmImdbReader(Reader):
 
     def read(self, root: Path) -> Samples:
         images: list[Source] = []
-        plots: list[tuple[str, ...]] = []
+        plots: list[tuple[TextOrSource, ...]] = []
         samples = Samples(modalities={"image": Column(images), "text": Column.texts(plots)})
         folder, file = _raw_folder(root), _hdf5_file(root)
         if folder is not None and (file is None or any(islice((folder / "dataset").glob("*.jpeg"), 1))):
             films = list(_read_raw(folder, root, samples.notes))
         elif file is not None:
-            films = _read_hdf5(file, samples)
+            films = _read_hdf5(check_inside(file, root), samples)
         else:
             raise DataError(f"{root}: has neither split.json with dataset/ nor {HDF5_NAME}")
         self._add(samples, films, images, plots)
         return samples
 
-    def _add(self, samples: Samples, films: list[Film], images: list[Source], plots: list[tuple[str, ...]]) -> None:
+    def _add(
+        self, samples: Samples, films: list[Film], images: list[Source], plots: list[tuple[TextOrSource, ...]]
+    ) -> None:
         dropped = 0
         for film in films:
             genres = tuple(dict.fromkeys(genre for genre in film.genres if genre not in self.drop_genres))
@@ -110,9 +114,9 @@ def _hdf5_file(root: Path) -> Path | None:
 
 def _read_raw(folder: Path, root: Path, notes: list[str]) -> Iterator[Film]:
     unreadable: list[str] = []
-    for split, ids in _read_split_file(folder / "split.json").items():
+    for split, ids in _read_split_file(check_inside(folder / "split.json", root)).items():
         for film in ids:
-            path = folder / "dataset" / f"{film}.json"
+            path = check_inside(folder / "dataset" / f"{film}.json", root)
             content = _read_film(path)
             if content is None:
                 unreadable.append(film)
@@ -127,8 +131,8 @@ def _read_raw(folder: Path, root: Path, notes: list[str]) -> Iterator[Film]:
 def _read_split_file(path: Path) -> dict[str, list[str]]:
     """Return film ids by our split names. Raises DataError if the file is not {"train": [ids], ...}."""
     try:
-        content = _read_json(path)
-    except (OSError, ValueError) as error:
+        content = read_json(path, MAX_JSON_BYTES, "MM-IMDb")
+    except OSError as error:
         raise DataError(f"{path.name}: not valid JSON: {error}") from error
     if not isinstance(content, dict) or not content or content.keys() - SPLITS.keys():
         got = listed(map(str, content)) if isinstance(content, dict) else type(content).__name__
@@ -151,19 +155,10 @@ def _check_id(film: object, origin: str) -> None:
         raise DataError(f"{origin}: a film id must be a string of letters and digits. Got {film!r} instead")
 
 
-def _read_json(path: Path) -> object:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES:,} bytes")
-    try:
-        return json.loads(path.read_bytes())
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
 def _read_film(path: Path) -> JsonObject | None:
     try:
-        content = _read_json(path)
-    except (OSError, ValueError):
+        content = read_json(path, MAX_JSON_BYTES, "MM-IMDb")
+    except (OSError, DataError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -173,8 +168,10 @@ def _strings(value: object) -> list[str]:
     return [well_formed(item).strip() for item in values if isinstance(item, str)]
 
 
-def _longest_plot(content: JsonObject) -> str:
-    return max(_strings(content.get("plot")), key=len, default="")
+def _longest_plot(content: JsonObject) -> str | TooLong:
+    plots = content.get("plot")
+    too_long = [plot for plot in (plots if isinstance(plots, list) else [plots]) if isinstance(plot, TooLong)]
+    return max(too_long, key=lambda plot: plot.n_bytes, default=checked_text(max(_strings(plots), key=len, default="")))
 
 
 def _read_hdf5(path: Path, samples: Samples) -> list[Film]:
@@ -234,7 +231,7 @@ def _read_split_attribute(file: h5py.File, name: str, n: int) -> list[str]:
     return splits
 
 
-def _plots_beside(path: Path, ids: list[str], samples: Samples) -> list[str]:
+def _plots_beside(path: Path, ids: list[str], samples: Samples) -> Sequence[str | TooLong]:
     """Return each film's longest plot from `dataset/<id>.json` beside the HDF5 file, or "" without one."""
     folder = path.parent / "dataset"
     plots = [_longest_plot(_read_film(folder / f"{film}.json") or {}) for film in ids] if folder.is_dir() else []

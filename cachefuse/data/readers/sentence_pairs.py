@@ -1,13 +1,15 @@
 """Pairs of sentences in tab-separated files, each with a score or a class: STS benchmark, MRPC, QQP, your own."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BeforeValidator, Field, field_validator
 
-from cachefuse.data.column import Column
-from cachefuse.data.readers.base import InsidePath, Reader, Samples, check_inside
-from cachefuse.data.readers.lines import read_lines
+from cachefuse.data.column import Column, TextOrSource, TooLong
+from cachefuse.data.inside import check_inside
+from cachefuse.data.readers.base import InsidePath, Reader, Samples
+from cachefuse.data.readers.lines import read_fields
 from cachefuse.errors import DataError
 from cachefuse.printable import listed
 
@@ -44,7 +46,7 @@ class SentencePairsReader(Reader):
         return [] if self._existing(root) else [paths[0] for paths in self.files.values()]
 
     def read(self, root: Path) -> Samples:
-        pairs: list[tuple[str, ...]] = []
+        pairs: list[tuple[TextOrSource, ...]] = []
         samples = Samples(modalities={"text": Column.texts(pairs)})
         files = self._existing(root)
         absent = [f"{split} ({' or '.join(paths)})" for split, paths in self.files.items() if split not in files]
@@ -65,36 +67,40 @@ class SentencePairsReader(Reader):
 
     def _columns(self, root: Path, file: str) -> tuple[str, ...]:
         """Return a file's column names. Raises DataError if a needed column is missing, or occurs twice."""
-        first = next(read_lines(check_inside(root / file, root)), None)
+        first = next(read_fields(check_inside(root / file, root), "\t"), None)
         if first is None:
             raise DataError(f"{file}: the file is empty")
-        columns = self.header or tuple(name.strip() for name in first[1].split("\t"))
+        columns = self.header or tuple(str(name).strip() for name in first[1])
         for key, names in (("texts", self.texts), ("id", (self.id,) if self.id else ())):
             for name in names:
                 if name not in columns:
                     raise _no_column(file, name, key, columns)
-        repeated = [name for name in (*self.texts, self.label, self.id) if name and columns.count(name) > 1]
+        counts = Counter(columns)
+        repeated = [name for name in (*self.texts, self.label, self.id) if name and counts[name] > 1]
         if repeated:
             raise DataError(f"{file}: column {repeated[0]!r} occurs twice")
         return columns
 
     def _add(
-        self, samples: Samples, pairs: list[tuple[str, ...]], split: str, path: Path, columns: tuple[str, ...]
+        self, samples: Samples, pairs: list[tuple[TextOrSource, ...]], split: str, path: Path, columns: tuple[str, ...]
     ) -> None:
         """Add the rows of a file, without incomplete lines. Raises DataError if there are many of those."""
         index = {name: i for i, name in enumerate(columns)}
         broken: list[int] = []
-        lines = read_lines(path)
+        lines = read_fields(path, "\t")
         if not self.header:
             next(lines)
         n_lines = 0
-        for n_lines, (number, line) in enumerate(lines, start=1):
-            values = [value.strip() for value in line.split("\t")]
+        for n_lines, (number, fields) in enumerate(lines, start=1):
+            values = [field.strip() if isinstance(field, str) else field for field in fields]
             if len(values) < len(columns):
                 broken.append(number)
                 continue
             label = values[index[self.label]] if self.label in index else ""
-            samples.ids.append(values[index[self.id]] if self.id else f"{split}-{n_lines}")
+            sample = values[index[self.id]] if self.id else f"{split}-{n_lines}"
+            if isinstance(label, TooLong) or isinstance(sample, TooLong):
+                raise DataError(f"{path.name} line {number}: its id or {self.label} is too long for a name")
+            samples.ids.append(sample)
             samples.splits.append(split)
             samples.labels.append((label,) if label else None)
             pairs.append((values[index[self.texts[0]]], values[index[self.texts[1]]]))

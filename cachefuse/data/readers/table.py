@@ -1,22 +1,26 @@
 """Tables: csv, tsv, jsonl and parquet files with one row per sample."""
 
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
-from cachefuse.data.column import Column, Entry, Value
+from cachefuse.data.column import Column, Entry, TextOrSource, TooLong, Value, checked_text
 from cachefuse.data.images import FileImage
+from cachefuse.data.inside import check_inside
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, split_names, well_formed
 from cachefuse.data.readers.csv_text import read_csv
-from cachefuse.data.readers.lines import TEXT_ERRORS
+from cachefuse.data.readers.jsonl import read_jsonl
+from cachefuse.data.readers.parquet import read_parquet
+from cachefuse.data.readers.table_columns import Cell, TableColumns
 from cachefuse.errors import DataError
+from cachefuse.files import open_regular
+from cachefuse.limits import limits
 from cachefuse.printable import listed
 
-Cell = object  # a text; in parquet and jsonl also a number, a list or null
-TableColumns = dict[str, list[Cell]]
 _PLACE = re.compile(r"\{([^{}]*)\}")
 
 
@@ -68,7 +72,11 @@ class TableReader(Reader):
         return [file for file in self.files.values() if not (root / file).is_file()]
 
     def read(self, root: Path) -> Samples:
-        tables = {split: read_columns(root / file, self.header) for split, file in self.files.items()}
+        wanted = self._wanted()
+        tables = {
+            split: read_columns(check_inside(root / file, root), self.header, wanted)
+            for split, file in self.files.items()
+        }
         labels = {"reader.labels": self.labels} if self.labels else {}
         labels |= {f"tasks.{name}.column": column for name, (column, _) in self._tasks.items()}
         for key, column in labels.items():
@@ -83,24 +91,30 @@ class TableReader(Reader):
         samples.modalities = {modality: _column(modality, column) for modality, column in entries.items()}
         return samples
 
+    def _wanted(self) -> set[str]:
+        """Return the names of all columns that may be read."""
+        templates = [self.id, *self.columns.values()]
+        names = {self.labels, self.split, self.group, *(column for column, _ in self._tasks.values())}
+        for template in filter(None, templates):
+            names |= {template, *self.places(template)}
+        return {name for name in names if name}
+
     def _add(self, samples: Samples, split: str, columns: TableColumns) -> TableColumns:
         """Add a file's rows, and return its columns, with a column of splits."""
-        file = self.files[split]
-        n = len(next(iter(columns.values()), []))
-        named = _strings(_need(self.split, columns, file, "reader.split")) if self.split else [""] * n
+        file, n = self.files[split], columns.n_rows
+        named = _names(_need(self.split, columns, file, "reader.split"), file, "split") if self.split else [""] * n
         splits = [name.strip() or split for name in named]
-        if "split" not in columns:
-            columns = {**columns, "split": list(splits)}
+        if "split" not in columns.names:
+            columns = columns.with_column("split", list(splits))
         first = len(samples.ids)
         samples.splits += splits
-        samples.ids += (
-            self._fill(self.id, columns, file, "reader.id") if self.id else [str(first + i) for i in range(n)]
-        )
-        samples.labels += self._labels(columns, self.labels, True, n)
+        ids = self._fill(self.id, columns, file, "reader.id") if self.id else [str(first + i) for i in range(n)]
+        samples.ids += _names(ids, file, "id")
+        samples.labels += self._labels(columns, self.labels, True, file)
         for task, (column, several) in self._tasks.items():
-            samples.task_labels[task] += self._labels(columns, column, several, n)
+            samples.task_labels[task] += self._labels(columns, column, several, file)
         if samples.groups is not None and self.group:
-            samples.groups += _strings(_need(self.group, columns, file, "reader.group"))
+            samples.groups += _names(_need(self.group, columns, file, "reader.group"), file, "group")
         return columns
 
     def _entries(self, modality: str, columns: TableColumns, file: str, root: Path) -> list[Entry]:
@@ -109,8 +123,11 @@ class TableReader(Reader):
         key = f"reader.{modality}" if modality in ("image", "text") else f"reader.modalities.{modality}"
         if modality == "image":
             paths = self._fill(template, columns, file, key)
-            return [FileImage(root / path, root) if path.strip() else None for path in paths]
-        values = columns.get(template) or self._fill(template, columns, file, key)
+            return [
+                path if isinstance(path, TooLong) else FileImage(root / path, root) if path.strip() else None
+                for path in paths
+            ]
+        values: Sequence[Cell] = columns.get(template) or self._fill(template, columns, file, key)
         return [_texts(value) if modality == "text" or _is_text(value) else Value(value) for value in values]
 
     @staticmethod
@@ -118,9 +135,14 @@ class TableReader(Reader):
         """Return the columns in a column name or template."""
         return set(_PLACE.findall(template)) or {template}
 
-    def _labels(self, columns: TableColumns, column: str | None, several: bool, n: int) -> list[tuple[str, ...] | None]:
+    def _labels(
+        self, columns: TableColumns, column: str | None, several: bool, file: str
+    ) -> list[tuple[str, ...] | None]:
         if column is None or column not in columns:
-            return [None] * n
+            return [None] * columns.n_rows
+        for row, value in enumerate(columns[column], start=1):
+            if any(isinstance(item, TooLong) for item in _as_list(value)):
+                raise DataError(f"{file} row {row}: {column} holds labels of over {limits().text_bytes:,} bytes")
         return [self._split_labels(value, several) for value in columns[column]]
 
     def _split_labels(self, value: Cell, several: bool) -> tuple[str, ...] | None:
@@ -131,89 +153,71 @@ class TableReader(Reader):
         names = split_names(_string(value), self.separator if several else None)
         return tuple(names) if any(names) else ()
 
-    def _fill(self, template: str, columns: TableColumns, file: str, key: str) -> list[str]:
+    def _fill(self, template: str, columns: TableColumns, file: str, key: str) -> list[str | TooLong]:
         """Return a column's values, or a template's with each ``{column}`` replaced (and nothing else)."""
         if template in columns or not _PLACE.search(template):
-            return _strings(_need(template, columns, file, key))
+            return [_string_or_long(value) for value in _need(template, columns, file, key)]
         pieces = _PLACE.split(template)  # literal, column, literal, column, ..., literal
-        values = [_strings(_need(name, columns, file, key)) for name in pieces[1::2]]
-        return [
-            pieces[0] + "".join(value + literal for value, literal in zip(row, pieces[2::2], strict=True))
-            for row in zip(*values, strict=True)
-        ]
+        values = [[_string_or_long(value) for value in _need(name, columns, file, key)] for name in pieces[1::2]]
+        return [_joined(pieces[0::2], row) for row in zip(*values, strict=True)]
 
 
-def read_columns(path: Path, header: tuple[str, ...] | None = None) -> TableColumns:
-    """Read a csv, tsv, jsonl or parquet file as columns. Raises DataError, naming the place, if it is not readable."""
+def _joined(literals: Sequence[str], values: tuple[str | TooLong, ...]) -> str | TooLong:
+    """Return literals with values between them, or the first value that is too long."""
+    texts = [value for value in values if isinstance(value, str)]
+    if len(texts) < len(values):
+        return next(value for value in values if isinstance(value, TooLong))
+    return literals[0] + "".join(text + literal for text, literal in zip(texts, literals[1:], strict=True))
+
+
+def read_columns(
+    path: Path, header: tuple[str, ...] | None = None, wanted: Collection[str] | None = None
+) -> TableColumns:
+    """Read a csv, tsv, jsonl or parquet file as columns: all, or the ``wanted`` ones that it has.
+
+    Raises DataError, naming the place, if it is not readable.
+    """
     suffix = path.suffix.lower()
-    if suffix in (".csv", ".tsv", ".txt"):
-        delimiter = "," if suffix == ".csv" else "\t"
-        return _read_delimited(path, delimiter, header)
-    if suffix in (".jsonl", ".ndjson"):
-        return _read_jsonl(path)
     if suffix in (".parquet", ".pq"):
-        return _read_parquet(path)
-    raise DataError(f"{path.name}: unknown kind of table {suffix!r}; choose from: .csv, .tsv, .jsonl, .parquet")
+        with open_regular(path, limits().file_bytes):
+            pass  # a regular file: the library opens its path
+        return read_parquet(path, wanted)
+    if suffix not in (".csv", ".tsv", ".txt", ".jsonl", ".ndjson"):
+        raise DataError(f"{path.name}: unknown kind of table {suffix!r}; choose from: .csv, .tsv, .jsonl, .parquet")
+    with open_regular(path, limits().file_bytes) as file:
+        if suffix in (".jsonl", ".ndjson"):
+            return read_jsonl(file, path.name, wanted)
+        return _read_delimited(file, path.name, "," if suffix == ".csv" else "\t", header, wanted)
 
 
-def _read_delimited(path: Path, delimiter: str, header: tuple[str, ...] | None) -> TableColumns:
-    text = _decode(path)
-    rows = read_csv(text, delimiter, path.name, len(header) if header else None)
+def _read_delimited(
+    file: BinaryIO, name: str, delimiter: str, header: tuple[str, ...] | None, wanted: Collection[str] | None
+) -> TableColumns:
+    if b"\0" in file.read(1 << 16):
+        raise DataError(f"{name}: is not a text file")
+    names: list[str] = []
+    kept: list[int] = []
+
+    def keep(first: list[str]) -> list[int]:
+        names[:] = [column.strip() for column in header or first]
+        repeated = next((column for column, n in Counter(names).items() if n > 1), None)
+        if repeated is not None:
+            raise DataError(f"{name}: column {repeated!r} occurs twice")
+        kept[:] = [i for i, column in enumerate(names) if wanted is None or column in wanted]
+        return kept
+
+    rows = read_csv(file, delimiter, name, len(header) if header else None, keep)
     if not rows:
-        raise DataError(f"{path.name}: the file is empty")
-    names = [name.strip() for name in header or rows.pop(0)]
-    repeated = {name for name in names if names.count(name) > 1}
-    if repeated:
-        raise DataError(f"{path.name}: column {sorted(repeated)[0]!r} occurs twice")
-    values = list(zip(*rows, strict=True)) or [()] * len(names)
-    return {name: list(column) for name, column in zip(names, values, strict=True)}
-
-
-def _decode(path: Path) -> str:
-    data = path.read_bytes()
-    if b"\0" in data[: 1 << 16]:
-        raise DataError(f"{path.name}: is not a text file")
-    return data.decode("utf-8-sig", errors=TEXT_ERRORS)
-
-
-def _read_jsonl(path: Path) -> TableColumns:
-    columns: TableColumns = {}
-    n = 0
-    with path.open(encoding="utf-8-sig", errors=TEXT_ERRORS) as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path.name} line {number}: not valid JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path.name} line {number}: must be a JSON object. Got {type(row).__name__} instead")
-            for name in row:
-                if name not in columns:
-                    columns[name] = [None] * n
-            for name, column in columns.items():
-                column.append(row.get(name))
-            n += 1
-    if not n:
-        raise DataError(f"{path.name}: the file is empty")
-    return columns
-
-
-def _read_parquet(path: Path) -> TableColumns:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        columns: TableColumns = pyarrow.parquet.read_table(path).to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path.name}: not a readable parquet file: {error}") from error
-    return columns
+        raise DataError(f"{name}: the file is empty")
+    if not header:
+        del rows[0]
+    columns: dict[str, list[Cell]] = {names[i]: [row[k] for row in rows] for k, i in enumerate(kept)}
+    return TableColumns(columns, names, len(rows))
 
 
 def _need(name: str, columns: TableColumns, file: str, key: str) -> list[Cell]:
     if name not in columns:
-        known = listed(column for column in columns)
+        known = listed(columns.names)
         raise DataError(f"{file}: has no column {name!r}, which {key} names; its columns are: {known}")
     return columns[name]
 
@@ -222,20 +226,31 @@ def _strings(values: Iterable[Cell]) -> list[str]:
     return [_string(value) for value in values]
 
 
+def _names(values: Iterable[Cell], file: str, key: str) -> list[str]:
+    """Return cells that are ids, labels or other names. Raises DataError, naming the row, for one that is too long."""
+    names = []
+    for row, value in enumerate(values, start=1):
+        if isinstance(value, TooLong):
+            raise DataError(f"{file} row {row}: {key} {value}")
+        names.append(_string(value))
+    return names
+
+
 def _column(modality: str, entries: list[Entry]) -> Column:
     """Return a column. It is a text column if all its entries are texts."""
     is_text = modality == "text" or all(isinstance(entry, tuple) for entry in entries)
     return Column(entries, is_text=is_text and modality != "image")
 
 
-def _texts(value: Cell) -> tuple[str, ...]:
+def _texts(value: Cell) -> tuple[TextOrSource, ...]:
     """Return the texts of a cell that are not blank."""
-    return tuple(text for text in _strings(_as_list(value)) if text.strip())
+    texts = [item if isinstance(item, TooLong) else checked_text(_string(item)) for item in _as_list(value)]
+    return tuple(text for text in texts if isinstance(text, TooLong) or text.strip())
 
 
 def _is_text(value: Cell) -> bool:
     """Whether a cell is empty, a text, or a list of texts."""
-    return _is_null(value) or all(isinstance(item, str) for item in _as_list(value))
+    return _is_null(value) or all(isinstance(item, str | TooLong) for item in _as_list(value))
 
 
 def _as_list(value: Cell) -> list[Cell]:
@@ -244,6 +259,10 @@ def _as_list(value: Cell) -> list[Cell]:
 
 def _is_null(value: Cell) -> bool:
     return value is None or value != value  # an empty cell of a numeric parquet column is NaN
+
+
+def _string_or_long(value: Cell) -> str | TooLong:
+    return value if isinstance(value, TooLong) else _string(value)
 
 
 def _string(value: Cell) -> str:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from cachefuse.data.column import Column
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import Reader, Samples, check_inside
+from cachefuse.data.inside import check_inside
+from cachefuse.data.readers.base import Reader, Samples
 from cachefuse.data.readers.folder import image_paths, note_links
 from cachefuse.data.readers.lines import read_lines
 from cachefuse.errors import DataError

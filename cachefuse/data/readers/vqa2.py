@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cachefuse.data.answers import N_ANSWERS
-from cachefuse.data.column import Column
+from cachefuse.data.column import Column, TextOrSource, TooLong, checked_text
 from cachefuse.data.images import FileImage
-from cachefuse.data.readers.base import Reader, Samples, check_inside, well_formed
+from cachefuse.data.inside import check_inside
+from cachefuse.data.readers.base import Reader, Samples, well_formed
 from cachefuse.data.readers.folder import links_out, note_links
-from cachefuse.data.readers.json_file import list_of_objects, read_json
+from cachefuse.data.readers.json_file import read_objects
 from cachefuse.errors import DataError
 from cachefuse.files import JsonObject
 
@@ -41,7 +42,7 @@ class Question:
     split: str
     answers: tuple[str, ...] | None
     image: FileImage | None
-    text: str
+    text: TextOrSource
     group: str
     types: tuple[str, ...]
 
@@ -124,30 +125,29 @@ def _read_split(split: str, files: SplitFiles, root: Path, notes: list[str]) -> 
     note_links(notes, skipped)
 
 
-def _read_questions(path: Path) -> dict[int, tuple[int, str]]:
+def _read_questions(path: Path) -> dict[int, tuple[int, TextOrSource]]:
     """Return each question's image and text, by its number. Raises DataError for other content."""
-    questions: dict[int, tuple[int, str]] = {}
-    content = read_json(path, MAX_JSON_BYTES, "VQA", _keep)
-    for i, question in enumerate(list_of_objects(content, "questions", path), start=1):
+    questions: dict[int, tuple[int, TextOrSource]] = {}
+    for _, i, question in read_objects(path, MAX_JSON_BYTES, "VQA", _keep, ("questions",)):
         where = f"{path.name}: question {i}"
         number, text = _number(question, "question_id", where), question.get("question")
         if number in questions:
             raise DataError(f"{where} has the question_id {number} of an earlier question")
-        if not isinstance(text, str):
+        if not isinstance(text, str | TooLong):
             raise DataError(f"{where} must have a text. Got {str(text)[:80]!r} instead")
-        questions[number] = _number(question, "image_id", where), well_formed(text.strip())
+        kept = text if isinstance(text, TooLong) else checked_text(well_formed(text.strip()))
+        questions[number] = _number(question, "image_id", where), kept
     return questions
 
 
 def _read_answers(
-    path: Path, questions: dict[int, tuple[int, str]], notes: list[str]
+    path: Path, questions: dict[int, tuple[int, TextOrSource]], notes: list[str]
 ) -> dict[int, tuple[tuple[str, ...], tuple[str, ...]]]:
     """Return the ten answers to each question, and its types. Raises DataError for other content."""
     answers: dict[int, tuple[tuple[str, ...], tuple[str, ...]]] = {}
     interned: dict[str, str] = {}  # few answers are distinct: each is kept once
     unknown = []
-    content = read_json(path, MAX_JSON_BYTES, "VQA", _keep)
-    for i, annotation in enumerate(list_of_objects(content, "annotations", path), start=1):
+    for _, i, annotation in read_objects(path, MAX_JSON_BYTES, "VQA", _keep, ("annotations",)):
         where = f"{path.name}: annotation {i}"
         number, image = _number(annotation, "question_id", where), _number(annotation, "image_id", where)
         texts = _answers(annotation, where)

@@ -1,6 +1,9 @@
 import os
+from dataclasses import replace
 
 import pytest
+
+from cachefuse.limits import limited, limits
 
 DESCRIPTORS = "/proc/self/fd"
 
@@ -13,6 +16,13 @@ def move_out(tmp_path):
         path.symlink_to(path.rename(tmp_path / "outside"))
 
     return move
+
+
+@pytest.fixture
+def no_links_out():
+    """Refuse links that lead out of the data folder, as --untrusted does."""
+    with limited(replace(limits(), outside_links=False)):
+        yield
 
 
 @pytest.fixture

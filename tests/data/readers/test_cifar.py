@@ -148,6 +148,7 @@ def test_beside_the_binary_version_pickles_do_no_harm(tmp_path):
     assert len(load(tmp_path)) == 11
 
 
+@pytest.mark.usefixtures("no_links_out")
 @pytest.mark.parametrize("name", ["data_batch_2.bin", "batches.meta.txt", "cifar-10-batches-bin"])
 def test_links_out_of_the_data_folder(tmp_path, name, move_out):
     root = tmp_path / "root"

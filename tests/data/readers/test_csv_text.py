@@ -17,7 +17,7 @@ HEADER = "ImageID,Labels,Caption\n"
 
 
 def read(text, delimiter=",", n_fields=None):
-    return read_csv(text, delimiter, "train.csv", n_fields)
+    return read_csv(io.BytesIO(text.encode()), delimiter, "train.csv", n_fields)
 
 
 def read_captions(*captions):
@@ -168,7 +168,6 @@ def test_field_beyond_the_limit_of_the_csv_module():
         assert read(f'id,plot\n1,"{"long " * 30}"\n')[1] == ["1", "long " * 30]
     finally:
         csv.field_size_limit(limit)
-    assert limit > 1 << 20
 
 
 @pytest.mark.real

@@ -4,11 +4,12 @@ import h5py
 import numpy as np
 import pytest
 
+from cachefuse.data.column import TooLong
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest, parse_manifest
-from cachefuse.data.readers import hdf5_file
 from cachefuse.data.readers.hdf5 import ArrayImage, without_first_sentence
 from cachefuse.errors import BadSampleError, DataError, ManifestError, MissingDataError
+from cachefuse.limits import limits
 from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming, says
 
@@ -222,7 +223,7 @@ def virtual(file, key):
         (lambda f, key: f.create_dataset(key, (2,), "S5", external=[("other.bin", 0, 10)]), "files"),
         (lambda f, key: f.create_dataset(key, (2,), h5py.vlen_dtype(np.int32)), "strings"),
         (lambda f, key: f.create_dataset(key, (2,), h5py.ref_dtype), "strings"),
-        (lambda f, key: f.create_dataset(key, (2,), "S2000000", chunks=(1,)), "2,000,000"),
+        (lambda f, key: f.create_dataset(key, (2,), "S300000000", chunks=(1,)), "300,000,000"),
         (lambda f, key: f.create_dataset(key, (60_000_000,), "S1", chunks=(9,)), "60,000,000"),
         (lambda f, key: f.create_dataset(key, (2**31,), "S1", chunks=(2**31,)), "2,147,483,648"),
         (lambda f, key: f.create_dataset(key, (2,), "S1000000", chunks=(2000,), maxshape=(None,)), "chunks"),
@@ -253,10 +254,11 @@ def test_images_over_the_pixel_limit_are_refused_unread(tmp_path):
         load(tmp_path)
 
 
-def test_long_string_of_variable_length_is_refused(tmp_path):
-    write_mini(tmp_path, caption=np.array(["a", "b" * (hdf5_file.MAX_TEXT_BYTES + 1)], object))
-    with pytest.raises(DataError, match=naming("caption 1 1,048,576")):
-        load(tmp_path)
+@pytest.mark.parametrize("dtype", [object, "S"])
+def test_text_over_the_limit_is_a_bad_sample(tmp_path, dtype):
+    texts = ["a", "b" * (limits().text_bytes + 1)]
+    write_mini(tmp_path, caption=np.array(texts, dtype))
+    assert list(load(tmp_path).modalities["text"].sources) == [("a",), (TooLong(len(texts[1])),)]
 
 
 def test_damaged_row_is_a_bad_sample_and_the_others_are_not(tmp_path):

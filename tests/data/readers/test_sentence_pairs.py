@@ -250,6 +250,7 @@ def test_files_that_are_otherwise(tmp_path, data, options, message):
         load_own(tmp_path, options)
 
 
+@pytest.mark.usefixtures("no_links_out")
 def test_a_link_out_of_the_data_folder_is_not_read(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
