@@ -136,8 +136,14 @@ def left(folder: Path) -> dict:
             continue
         found[name] = canonical(path)
     runs = [{file.name: canonical(file) for file in sorted(run.iterdir())} for run in sorted(run_folders(folder))]
-    found["runs"] = sorted({repr(run): run for run in runs}.items())
+    runs = [run for run in runs if not interrupted(run)]  # Ctrl-C keeps the best epoch so far
+    found["runs"] = [run for _, run in sorted({repr(run): run for run in runs}.items())]
     return found
+
+
+def interrupted(run: dict) -> bool:
+    about = run.get("run.json")
+    return isinstance(about, dict) and about.get("interrupted") is True
 
 
 def run_folders(folder: Path):
@@ -169,9 +175,11 @@ def canonical(path: Path):
 
 
 def without_checksum(value):
-    """Drop the checksum of a description that holds a time."""
+    """Drop the checksum of a description that holds a time: of a store's and of a run's."""
     about = value.get("attributes", {}).get("cachefuse", {}) if isinstance(value, dict) else {}
     about.pop("checksum", None)
+    if isinstance(value, dict):
+        value.pop("checksum", None)
     return value
 
 
