@@ -25,13 +25,13 @@ import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from cachefuse.csv_writer import csv_for_people
-from cachefuse.errors import ConfigError, RunError
+from cachefuse.errors import CacheError, ConfigError, RunError
 from cachefuse.experiments.costs import Costs
 from cachefuse.experiments.results import SettingResult, SweepResult, Trial
 from cachefuse.files import make_folder, read_bounded, to_json, write_atomically
 from cachefuse.registry import Options
 from cachefuse.runs.files import held_out_bytes, held_out_limit, parse_held_out
-from cachefuse.store.format import append_lines, read_lines
+from cachefuse.store.format import append_lines, n_damaged_lines, read_lines
 from cachefuse.training.held_out import HeldOut
 
 if TYPE_CHECKING:
@@ -67,9 +67,20 @@ def append_trials(folder: Path, trials: Iterable[tuple[Trial, Options]]) -> None
 
 
 def read_trials(folder: Path) -> Iterator[Trial]:
-    """Yield the kept trials; incomplete or invalid lines are skipped."""
-    adapter = TypeAdapter(Trial)
-    for line in read_lines(folder / JOURNAL):
+    """Yield the kept trials; incomplete or invalid lines are skipped, with a warning if they were whole once.
+
+    Raises ConfigError, with the path, if their file is not a regular one.
+    """
+    adapter, path = TypeAdapter(Trial), folder / JOURNAL
+    try:
+        n_damaged, lines = n_damaged_lines(path), list(read_lines(path))
+    except CacheError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.__cause__}; delete it, and run the same command again"
+        ) from error
+    if n_damaged:
+        logger.warning("%s has %d damaged lines: their trials are trained again", path, n_damaged)
+    for line in lines:
         with suppress(ValidationError):
             yield adapter.validate_python(line)
 

@@ -165,7 +165,7 @@ def run_folders(runs: Path) -> list[Path]:
     """Return the folders in a directory that are, or were, runs, by name; also those that lack files or are closed."""
     try:
         entries = sorted(os.scandir(runs), key=lambda entry: entry.name)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a name with a zero byte
         return []
     return [Path(entry.path) for entry in entries if not entry.name.startswith(".") and _like_run(Path(entry.path))]
 

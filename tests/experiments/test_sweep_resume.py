@@ -200,3 +200,39 @@ def test_other_content_or_labels_are_other_trials(toy_store, folder):
     assert trained(targets=unlabelled)
     assert trained(targets=none)
     assert not trained(targets=unlabelled)
+
+
+@pytest.mark.parametrize("special", ["pipe", "device", "folder"])
+@pytest.mark.parametrize("name", ["trials.jsonl", "trials.csv", "summary.csv"])
+def test_special_files_are_replaced_or_named_at_once(special, name, toy_store, folder):
+    store, path = toy_store(), folder / name
+    folder.mkdir(parents=True)
+    if special == "pipe":
+        os.mkfifo(path)
+    elif special == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    before, _ = signal.signal(signal.SIGALRM, signal.default_int_handler), signal.alarm(60)
+    try:
+        if name == JOURNAL or special == "folder":
+            with pytest.raises((OSError, ConfigError), match=naming(name)):
+                sweep(store, MLP, [{}], folder=folder, seeds=(0,))
+        else:
+            sweep(store, MLP, [{}], folder=folder, seeds=(0,))
+            assert path.is_file()
+            assert not path.is_symlink()
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_damaged_line_is_said(toy_store, folder, caplog):
+    store = toy_store()
+    first = sweep(store, MLP, [{}], folder=folder, seeds=(0, 1))
+    journal = bytearray((folder / JOURNAL).read_bytes())
+    journal[50] ^= 1
+    (folder / JOURNAL).write_bytes(journal)
+    again = sweep(store, MLP, [{}], folder=folder, seeds=(0, 1))
+    assert figures(again) == figures(first)
+    assert str(folder / JOURNAL) in caplog.text

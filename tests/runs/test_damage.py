@@ -317,6 +317,13 @@ def test_a_run_of_before_there_were_checksums_opens_and_says_so_once(made, copy,
     assert RunFolder.open(again).digests is not None
 
 
+@pytest.mark.parametrize("name", ["a\0/b", "a\0b", "x" * 5000, "model.safetensors/x", "..", "~", "\n"])
+def test_a_name_of_nothing_is_one_error(name, copy):
+    path = copy("head")
+    with pytest.raises((RunError, OSError), match=r"\S"):
+        find_run(path, name)
+
+
 def test_checksums_are_of_the_files_that_are_read(made):
     import hashlib
 
