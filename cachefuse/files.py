@@ -23,9 +23,20 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-.") or "unnamed"
 
 
+@contextmanager
+def named(path: Path | str) -> Iterator[None]:
+    """Give a system error within the block, as of a full or failing disk, the name of the file, if it has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file completely or not at all, even in a power cut."""
-    with replacing(path) as file:
+    with named(path), replacing(path) as file:
         file.write(data)
     sync_folder(path.parent)
 
@@ -44,7 +55,7 @@ def open_regular(path: Path | str, limit: int | None = None) -> Iterator[BinaryI
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
         if limit is not None and status.st_size > limit:
             raise OSError(errno.EFBIG, f"is larger than the limit of {limit:,} bytes", str(path))
-        with open(descriptor, "rb", closefd=False) as file:
+        with named(path), open(descriptor, "rb", closefd=False) as file:
             yield file
     finally:
         os.close(descriptor)

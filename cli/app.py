@@ -83,7 +83,8 @@ def _run(given: list[str], *, debug: bool) -> int:
         if hasattr(error, "format_message"):  # of typer: wrong usage
             render.usage_error(error)
             return 2
-        expected = isinstance(error, CachefuseError | OSError) or render.out_of_memory(error)
+        scarce = render.out_of_memory(error) or render.out_of_threads(error)
+        expected = isinstance(error, CachefuseError | OSError) or scarce
         if debug or not expected:
             traceback.print_exc()
         else:

@@ -20,7 +20,7 @@ from cachefuse import memory
 from cachefuse.data import image_memory
 from cachefuse.data.digests import hash_file, hash_parts
 from cachefuse.data.inside import is_allowed
-from cachefuse.data.opened_image import PixelFile, load_lean
+from cachefuse.data.opened_image import PixelFile, load_lean, silence_decoders
 from cachefuse.data.pixels import to_rgb
 from cachefuse.errors import BadSampleError
 
@@ -36,6 +36,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF
 # The user cannot act on Pillow's warnings on odd metadata and on sizes between its limit and ours. This is set once:
 # warnings.catch_warnings around each image would not be thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+silence_decoders()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,8 @@ def open_file(path: str) -> Iterator[tuple[BinaryIO, int]]:
     except BadSampleError:
         raise
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = path
         raise BadSampleError(_explain(error)) from error
 
 

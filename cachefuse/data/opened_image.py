@@ -1,9 +1,12 @@
 """A large image file as Pillow reads it: piece by piece, like one in memory, and without a failure of the disk lost."""
 
+import ctypes
 import io
+import logging
+from contextlib import suppress
 from typing import Any, BinaryIO
 
-from PIL import ImageFile
+from PIL import ImageFile, _imaging
 
 OWN_BUFFER = ("WEBP", "AVIF")  # their decoders hold whole images of their own beside Pillow's
 
@@ -75,3 +78,13 @@ class _Once:
     def get_frame(self, number: int) -> Any:  # AVIF's
         decoder, self._decoder = self._decoder, None
         return decoder.get_frame(number)
+
+
+def silence_decoders() -> None:
+    """Stop decoders from printing their own words on damaged images to stderr, between the lines of the progress bar.
+
+    Of Pillow's decoders, only libtiff prints, and Pillow logs. The error that Pillow raises says what is wrong.
+    """
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, Python prints what is logged
+    with suppress(AttributeError, OSError):  # a Pillow that does not have libtiff as a library of its own
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)

@@ -64,6 +64,8 @@ def prepare_in_order(
             error.add_note(f"while preparing the {tower.modality} of {row_name(row)}")
             raise
         except Exception as error:
+            if "allocate memory" in str(error):  # of torch: no fault of the sample or the encoder
+                raise MemoryError(f"while preparing the {tower.modality} of {row_name(row)}") from error
             cause = f"{type(error).__name__}: {error}"
             raise EncoderError(f"cannot prepare the {tower.modality} of {row_name(row)}: {cause}") from error
 

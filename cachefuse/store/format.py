@@ -14,7 +14,7 @@ import numpy as np
 
 from cachefuse.errors import CacheError
 from cachefuse.feature_spec import IDS, POOLED, TOKENS
-from cachefuse.files import JsonObject, read_bounded, sync_folder, write_atomically
+from cachefuse.files import JsonObject, named, read_bounded, sync_folder, write_atomically
 
 MAX_METADATA = 64 << 20  # bytes of a file of metadata: the names of many classes are long
 MAX_JOURNAL = 1 << 30  # bytes
@@ -39,7 +39,7 @@ def append_lines(path: Path, lines: Iterable[JsonObject]) -> None:
     data = _to_lines(lines)
     if not data:
         return
-    with path.open("ab+") as file:
+    with named(path), path.open("ab+") as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
         size = file.seek(0, os.SEEK_END)

@@ -17,7 +17,7 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from cachefuse.files import make_folder, sync_folder
+from cachefuse.files import make_folder, named, sync_folder
 from cachefuse.store.format import CHUNKS_PER_BLOCK, checksum
 
 INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
@@ -82,7 +82,8 @@ class ShardWriter:
         """Append rows (n, ...), little-endian and contiguous."""
         self.crc = checksum(rows, self.crc)
         self.n_rows += len(rows)
-        self._file.write(rows.data if rows.size else b"")
+        with named(self._temporary):
+            self._file.write(rows.data if rows.size else b"")
         self._unsynced += rows.nbytes
         if self._unsynced >= SYNC_BYTES:
             self._unsynced = 0
@@ -90,12 +91,13 @@ class ShardWriter:
 
     def finish(self, path: Path, shard_rows: int, row_bytes: int) -> int:
         """Pad to ``shard_rows``, flush to disk and rename to ``path``. Return the size in bytes."""
-        self._file.truncate(self._file.seek(padded_rows(shard_rows) * row_bytes))
-        self._file.write(shard_index(shard_rows, row_bytes))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        size = self._file.tell()
-        self._file.close()
+        with named(path):
+            self._file.truncate(self._file.seek(padded_rows(shard_rows) * row_bytes))
+            self._file.write(shard_index(shard_rows, row_bytes))
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            size = self._file.tell()
+            self._file.close()
         make_folder(path.parent)
         os.replace(self._temporary, path)
         sync_folder(path.parent)

@@ -3,6 +3,7 @@
 import errno
 import logging
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,13 +47,7 @@ class _NoteHandler(logging.Handler):
 
 def error(data: BaseException) -> None:
     """Print an error in one red line, and its notes below it."""
-    message = str(data) or type(data).__name__
-    if isinstance(data, OSError) and data.strerror and data.filename:
-        message = f"{data.filename}: {data.strerror}"
-    if isinstance(data, OSError) and data.errno in (errno.ENOSPC, errno.EDQUOT):
-        message = "the disk is full; free some space and run the same command again: finished work is kept"
-    if out_of_memory(data):
-        message = "out of memory; try a smaller --batch-size, --layers or --limit"
+    message = _message(data)
     console = err()
     _print_message(console, Text.assemble(("error: ", "bold red"), (message, "red")))
     for line in getattr(data, "__notes__", ()):
@@ -68,10 +63,41 @@ def usage_error(data: Any) -> None:
     error(ValueError(data.format_message()))
 
 
+def _message(data: BaseException) -> str:
+    """Return what is wrong, in which file, and what to do."""
+    if out_of_memory(data):
+        return (
+            "out of memory; try a smaller --batch-size, --memory, --layers or --limit, or allow this process more "
+            "(ulimit -v)"
+        )
+    if out_of_threads(data):
+        return "the system allows no more threads; allow this user more of them, or more memory (ulimit -u, ulimit -v)"
+    if not isinstance(data, OSError) or not data.strerror:
+        return str(data) or type(data).__name__
+    where = f"{data.filename}: " if data.filename else ""
+    if data.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{where}the disk is full; free some space and run the same command again: finished work is kept"
+    if data.errno == errno.EFBIG and data.strerror == os.strerror(errno.EFBIG):  # of the system, not of our limits
+        return f"{where}{data.strerror}; allow larger files here (ulimit -f, or another file system)"
+    if data.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT):
+        return f"{where}{data.strerror}; the disk or mount fails: mend it and run the same command again"
+    return f"{where}{data.strerror}" if where else str(data)
+
+
 def out_of_memory(data: BaseException) -> bool:
-    """Whether an error means out of memory, in Python, or in torch on CUDA or the CPU."""
-    torch_cpu = isinstance(data, RuntimeError) and "allocate memory" in str(data)
-    return isinstance(data, MemoryError) or type(data).__name__ == "OutOfMemoryError" or torch_cpu
+    """Whether an error means out of memory: in Python, in torch on CUDA or the CPU, or of the system."""
+    if isinstance(data, OSError):
+        return data.errno == errno.ENOMEM
+    words = str(data).lower() if isinstance(data, RuntimeError | ImportError) else ""
+    named = isinstance(data, MemoryError) or type(data).__name__ == "OutOfMemoryError"
+    return named or any(sign in words for sign in ("allocate memory", "failed to map segment"))
+
+
+def out_of_threads(data: BaseException) -> bool:
+    """Whether an error means that the system gives no more threads or processes."""
+    if isinstance(data, OSError):
+        return data.errno == errno.EAGAIN
+    return isinstance(data, RuntimeError) and "can't start new thread" in str(data)
 
 
 def _print_message(console: Console, text: RichText) -> None:
