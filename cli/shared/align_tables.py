@@ -115,8 +115,8 @@ def matches_report(result: "QueryResult", texts: Sequence[str] | None, space: st
     for column in table.columns[:2]:
         column.justify = "right"
     for rank, match in enumerate(result.matches, start=1):
-        shown = [_one_line(texts[rank - 1])] if texts is not None else []
-        table.add_row(str(rank), f"{match.score:.3f}", _one_line(match.id), *shown)
+        shown = [texts[rank - 1]] if texts is not None else []
+        table.add_row(str(rank), f"{match.score:.3f}", match.id, *shown)
     out().print(table)
 
 
@@ -231,13 +231,9 @@ def pairs_report(pairs: "Pairs", dataset: "Dataset", manifest: Path) -> None:
     for split, rows in pairs.rows.items():
         cosines = pairs.cosines[split]
         middle = rows[len(rows) // 2]
-        example = " | ".join(_one_line(texts[row]) for row in middle)
+        example = " | ".join(texts[row] for row in middle)
         table.add_row(split, f"{len(rows):,}", f"{cosines.mean():.3f}", example)
     console.print(table)
     console.print(Text.assemble(("wrote ", "dim"), str(manifest)), soft_wrap=True)
     next_step = f"cachefuse extract --dataset {manifest} --encoder ONE --encoder ANOTHER, then cachefuse align"
     console.print(Text.assemble(("next  ", "dim"), next_step), soft_wrap=True)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

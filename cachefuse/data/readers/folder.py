@@ -8,6 +8,7 @@ from cachefuse.data.column import Column
 from cachefuse.data.images import FileImage
 from cachefuse.data.inside import check_inside, is_allowed, is_inside
 from cachefuse.data.readers.base import InsidePath, Reader, Samples
+from cachefuse.data.readers.lines import TEXT_ERRORS
 from cachefuse.errors import DataError
 
 EXTENSIONS = frozenset(
@@ -37,12 +38,17 @@ class FolderReader(Reader):
                 raise DataError(f"{root / folder}: has no images ({', '.join(sorted(EXTENSIONS))})")
             for path in paths:
                 parents = path.relative_to(folder).parts[:-1]
-                samples.ids.append(path.as_posix())
+                samples.ids.append(_as_text(path.as_posix()))
                 samples.splits.append(split)
-                samples.labels.append(parents[:1] or None)
+                samples.labels.append(tuple(map(_as_text, parents[:1])) or None)
                 images.append(FileImage(root / path, root))
         note_links(samples.notes, links)
         return samples
+
+
+def _as_text(name: str) -> str:
+    """Return a file name that may not be UTF-8 as text, read as texts are."""
+    return os.fsencode(name).decode("utf-8", TEXT_ERRORS)
 
 
 def links_out(folder: Path, root: Path) -> set[str]:
