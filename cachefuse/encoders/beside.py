@@ -1,20 +1,17 @@
 """Files beside weights, checked against what their library knows, and the sizes of the weights against the model's."""
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from safetensors import safe_open
 from torch import nn
 
 from cachefuse.encoders.base import EncoderSpec
+from cachefuse.encoders.model_files import Shape
 from cachefuse.errors import EncoderError
-from cachefuse.files import JsonObject
 
 Rule: TypeAlias = tuple[Callable[[Any], bool], str]  # whether a value is known, and which are
-Shape: TypeAlias = tuple[int, ...]
 
 
 def one_of(*values: str) -> Rule:
@@ -42,24 +39,6 @@ def check_values(spec: EncoderSpec, path: Path, stated: Mapping[str, Any], rules
     for name, (known, words) in rules.items():
         if stated.get(name) is not None and not known(stated[name]):
             raise EncoderError(f"cannot open {spec}: {name} in {path} is {stated[name]!r}; it must be: {words}")
-
-
-def read_json(spec: EncoderSpec, path: Path) -> JsonObject:
-    """Read a file's object. Raises EncoderError, with the file, for another content."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EncoderError(f"cannot open {spec}: {path} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise EncoderError(f"cannot open {spec}: {path} is not a JSON object")
-    return content
-
-
-def stored_shapes(path: Path) -> dict[str, Shape]:
-    """Return the shapes of a .safetensors file's tensors by name."""
-    with safe_open(path, "pt") as file:
-        names = file.keys()
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
 
 
 def check_sizes(

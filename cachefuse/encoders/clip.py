@@ -16,8 +16,10 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower, is_path
+from cachefuse.encoders.building import no_larger_than
 from cachefuse.encoders.clip_parts import (
     Tokenizer,
+    check_model,
     check_tokenizer,
     check_weights,
     end_token,
@@ -39,6 +41,7 @@ from cachefuse.encoders.frozen import (
     weights_digest,
 )
 from cachefuse.encoders.images import ImageTower, split_compose
+from cachefuse.encoders.model_files import read_weights
 from cachefuse.encoders.texts import Ids, Text, TextTower
 from cachefuse.encoders.vit import patch_tokens
 from cachefuse.errors import EncoderError
@@ -194,8 +197,11 @@ def _from_folder(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module, Path | 
     if "model_cfg" not in config:
         raise EncoderError(f"cannot open {spec}: there is no {CONFIG} with a model_cfg in {folder}")
     # open_clip prefers a pickle to a .safetensors file of another name.
-    if not any((folder / file).is_file() for file in WEIGHTS):
+    path = next((folder / file for file in WEIGHTS if (folder / file).is_file()), None)  # in open_clip's order
+    if path is None:
         raise EncoderError(f"cannot open {spec}: there is no open_clip_model.safetensors in {folder}")
+    weights = read_weights(spec, [path], folder)
+    check_model(spec, folder / CONFIG, config["model_cfg"], weights)
     preprocessing = folder_preprocessing(spec, folder, config, config["model_cfg"])
     if preprocessing is None:
         raise EncoderError(
@@ -203,9 +209,9 @@ def _from_folder(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module, Path | 
             f"model's {PROCESSOR} beside it"
         )
     name = f"local-dir:{folder}"
-    model = open_clip.create_model(name, require_pretrained=True, force_preprocess_cfg=preprocessing)
-    path = next(folder / file for file in WEIGHTS if (folder / file).is_file())  # in open_clip's order
-    check_weights(spec, path, model, f"state their own sizes in model_cfg of {folder / CONFIG}")
+    with no_larger_than(spec, weights):
+        model = open_clip.create_model(name, require_pretrained=True, force_preprocess_cfg=preprocessing)
+    check_weights(spec, weights, model, f"state their own sizes in model_cfg of {folder / CONFIG}")
     return name, config["model_cfg"], model, folder
 
 
@@ -228,7 +234,7 @@ def _from_name(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module, Path | No
     )
     if folder is not None:
         advice = f"name the model of that size, or open a folder, clip:./folder, whose {CONFIG} states it in model_cfg"
-        check_weights(spec, path, model, advice)
+        check_weights(spec, read_weights(spec, [path]), model, advice)
     return name, {**open_clip.get_model_config(name), "quick_gelu": quick_gelu}, model, folder
 
 

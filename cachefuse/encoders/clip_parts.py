@@ -1,12 +1,14 @@
 """What an open_clip model needs beside its weights, each read or refused: preprocessing, activation, tokenizer."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import open_clip
+import timm
 import torch
 from open_clip.convert import convert_state_dict
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg, convert_to_custom_text_state_dict
@@ -15,9 +17,11 @@ from open_clip.transform import PreprocessCfg
 from torch import nn
 
 from cachefuse.encoders.base import EncoderSpec
-from cachefuse.encoders.beside import Shape, check_sizes, check_values, pixels, read_json, stored_shapes
+from cachefuse.encoders.beside import check_sizes, check_values, pixels
 from cachefuse.encoders.clip_processor import CONFIG, PROCESSOR, RULES, from_transformers
 from cachefuse.encoders.frozen import fetch
+from cachefuse.encoders.model_files import Shape, Weights, check_file, check_files, read_json
+from cachefuse.encoders.model_settings import check_model_settings, check_sides, check_tokenizer_settings, own_tokenizer
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 from cachefuse.printable import listed
@@ -114,11 +118,35 @@ def folder_preprocessing(spec: EncoderSpec, folder: Path, config: JsonObject, mo
 def read_config(spec: EncoderSpec, folder: Path) -> JsonObject:
     """Read a folder's open_clip_config.json; empty if there is none. Raises EncoderError if it is not an object."""
     path = folder / CONFIG
+    if path.is_file():
+        check_file(spec, path, folder)
     config = read_json(spec, path) if path.is_file() else {}
     parts = [config.get(key, {}) for key in ("model_cfg", "preprocess_cfg")]
     if not all(isinstance(part, dict) for part in parts):
         raise EncoderError(f"cannot open {spec}: {path} is not a configuration of open_clip")
     return config
+
+
+def check_model(spec: EncoderSpec, path: Path, model: JsonObject, weights: Weights) -> None:
+    """Raise EncoderError for a folder's model that asks for other files, or is much larger than the weights."""
+    check_model_settings(spec, path, model, weights)
+    check_sides(spec, path, {"image_size": (model.get("vision_cfg") or {}).get("image_size")})
+    for part, key in (("vision_cfg", "timm_model_name"), ("text_cfg", "hf_model_name")):
+        text = (model.get(part) or {}).get(key)
+        if text is None:
+            continue
+        known = timm.is_model(str(text).partition(".")[0]) if key == "timm_model_name" else _is_repository(text)
+        if not known:
+            raise EncoderError(
+                f"cannot open {spec}: {key} in {path} is {text!r}; it must be the name of a published model"
+            )
+
+
+def _is_repository(text: object) -> bool:
+    """Whether text names a repository of the hub, and no folder, which the library would prefer."""
+    return (
+        isinstance(text, str) and bool(re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", text)) and not Path(text).exists()
+    )
 
 
 def open_tokenizer(spec: EncoderSpec, name: str, config: JsonObject, folder: Path | None, hub: bool) -> Tokenizer:
@@ -145,8 +173,11 @@ def open_tokenizer(spec: EncoderSpec, name: str, config: JsonObject, folder: Pat
             raise EncoderError(
                 f"cannot open {spec}: its tokenizer, {source}, is not here, and the hub does not give it; {advice}"
             ) from error
+    check_files(spec, folder)
+    check_tokenizer_settings(spec, folder)
     mode = {"tokenizer_mode": text["tokenizer_mode"]} if text.get("tokenizer_mode") else {}
-    options = {**(text.get("tokenizer_kwargs") or {}), **mode, "trust_remote_code": False, "local_files_only": True}
+    options = {**(text.get("tokenizer_kwargs") or {}), **mode, **own_tokenizer(folder)}
+    options |= {"trust_remote_code": False, "local_files_only": True}
     return HFTokenizer(str(folder), context_length=text.get("context_length", 77), **options)
 
 
@@ -226,10 +257,10 @@ def _resolved(config: JsonObject) -> JsonObject:
     return flat
 
 
-def check_weights(spec: EncoderSpec, path: Path, model: nn.Module, advice: str) -> None:
+def check_weights(spec: EncoderSpec, weights: Weights, model: nn.Module, advice: str) -> None:
     """Raise EncoderError if a file's weights are for images or texts of other sizes: open_clip resamples them."""
     stored: Any = {
-        name.removeprefix("module."): torch.empty(shape, device="meta") for name, shape in stored_shapes(path).items()
+        name.removeprefix("module."): torch.empty(shape, device="meta") for name, shape in weights.shapes.items()
     }
     stored = convert_state_dict(model, stored)  # names of other libraries
     if "positional_embedding" in stored and not hasattr(model, "positional_embedding"):

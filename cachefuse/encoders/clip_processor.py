@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from cachefuse.encoders.base import EncoderSpec
-from cachefuse.encoders.beside import is_number, numbers, one_of, read_json
+from cachefuse.encoders.beside import is_number, numbers, one_of
+from cachefuse.encoders.model_files import check_file, read_json
+from cachefuse.encoders.model_settings import check_sides
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 
@@ -29,7 +31,9 @@ def from_transformers(spec: EncoderSpec, path: Path, side: object) -> JsonObject
 
     ``side`` is the model's image size in px: open_clip prepares images for it, whatever a file says.
     """
+    check_file(spec, path, path.parent)
     stated = read_json(spec, path)
+    check_sides(spec, path, stated)
     size, crop = stated.get("size"), stated.get("crop_size")
     short = size.get("shortest_edge") if isinstance(size, dict) else size
     sides = {size.get("height"), size.get("width")} if isinstance(size, dict) else {None}

@@ -268,9 +268,13 @@ def opening(spec: EncoderSpec) -> Iterator[None]:
         raise
     except Exception as error:
         raise EncoderError(f"cannot open {spec}: {brief(error)}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a library in Rust, on a broken tokenizer.json
+            raise
+        raise EncoderError(f"cannot open {spec}: {brief(error)}") from error
 
 
-def brief(error: Exception) -> str:
+def brief(error: BaseException) -> str:
     """Return an error's message on one line, at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300] + " ..."

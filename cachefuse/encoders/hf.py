@@ -4,13 +4,15 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as library_logging
 
-from cachefuse.encoders.base import PICKLES, EncoderSpec, Tower, is_path
+from cachefuse.encoders.base import EncoderSpec, Tower, is_path
+from cachefuse.encoders.building import no_larger_than
 from cachefuse.encoders.frozen import (
     FrozenTower,
     brief,
@@ -25,6 +27,8 @@ from cachefuse.encoders.hf_images import HFImageTower, choose_pooling
 from cachefuse.encoders.hf_models import Part, load_parts
 from cachefuse.encoders.hf_processor import open_processor
 from cachefuse.encoders.hf_texts import HFTextTower, choose_poolings, lower_case, n_embeddings
+from cachefuse.encoders.model_files import Weights, check_files, find_weights
+from cachefuse.encoders.model_settings import check_settings, own_tokenizer
 from cachefuse.encoders.sentence_folder import read_sentence_folder, transformer_folder
 from cachefuse.errors import EncoderError
 
@@ -41,9 +45,11 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
     """
     root = _root(spec)
     with opening(spec), quiet():
-        folder = _check(spec, transformer_folder(root))
+        folder = transformer_folder(spec, root)
+        weights = _check(spec, folder, root)
         config = AutoConfig.from_pretrained(folder, **OFFLINE)
-        parts = load_parts(spec, folder, config, OFFLINE)
+        with no_larger_than(spec, weights):
+            parts = load_parts(spec, folder, config, OFFLINE)
         towers: dict[str, Tower] = {}
         for modality, part in parts.items():
             build = _image_tower if modality == "image" else _text_tower
@@ -59,9 +65,21 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
 def model_folder(spec: EncoderSpec) -> Path:
     """Return the folder of a model's files: a local one, or a download from the hub.
 
-    Raises EncoderError if it is not available, or has no safetensors.
+    Raises EncoderError if it is not available, has no safetensors, or would let a library read other files.
     """
-    return _check(spec, transformer_folder(_root(spec)))
+    return model_and_weights(spec)[0]
+
+
+def model_and_weights(spec: EncoderSpec) -> tuple[Path, Weights]:
+    """Return what ``model_folder`` does, and the weights that are there."""
+    root = _root(spec)
+    folder = transformer_folder(spec, root)
+    return folder, _check(spec, folder, root)
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """Open the tokenizer of a folder that ``model_folder`` gave."""
+    return AutoTokenizer.from_pretrained(folder, **own_tokenizer(folder), **OFFLINE)
 
 
 def _root(spec: EncoderSpec) -> Path:
@@ -78,14 +96,14 @@ def _root(spec: EncoderSpec) -> Path:
     return folder
 
 
-def _check(spec: EncoderSpec, folder: Path) -> Path:
+def _check(spec: EncoderSpec, folder: Path, root: Path) -> Weights:
+    """Check all files of a folder that the library will read, and return its weights."""
+    check_files(spec, folder, root)
     if not (folder / "config.json").is_file():
         raise EncoderError(f"cannot open {spec}: there is no config.json in {folder}")
-    if not list(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-        advice = f", only {pickles[0]}, a pickle, which can run code; convert it to safetensors" if pickles else ""
-        raise EncoderError(f"cannot open {spec}: it has no .safetensors weights{advice}")
-    return folder
+    weights = find_weights(spec, folder, root)
+    check_settings(spec, folder, weights)
+    return weights
 
 
 def _image_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device: str) -> FrozenTower:
@@ -99,7 +117,7 @@ def _image_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device
 def _text_tower(spec: EncoderSpec, root: Path, folder: Path, part: Part, device: str) -> FrozenTower:
     asked = read_sentence_folder(spec, root)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
+        tokenizer = open_tokenizer(folder)
     except Exception as error:
         raise EncoderError(f"cannot open {spec}: its tokenizer is missing or broken: {brief(error)}") from error
     _check_tokenizer(spec, folder, tokenizer)

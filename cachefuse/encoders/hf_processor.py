@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import AutoImageProcessor, PretrainedConfig
 
 from cachefuse.encoders.base import EncoderSpec
-from cachefuse.encoders.beside import Rule, check_values, is_number, numbers, read_json
+from cachefuse.encoders.beside import Rule, check_values, is_number, numbers
 from cachefuse.encoders.images import Split
+from cachefuse.encoders.model_files import read_json
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 

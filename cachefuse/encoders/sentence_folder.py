@@ -4,18 +4,19 @@
 refused: vectors of half a model would look right.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cachefuse.encoders.base import EncoderSpec
 from cachefuse.encoders.frozen import weights_digest
+from cachefuse.encoders.model_files import check_file, is_inside, read_any_json, read_weights
 from cachefuse.encoders.pooling import POOLINGS
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
@@ -110,41 +111,45 @@ class Truncate(nn.Module):
         return x[:, : self.width]
 
 
-def transformer_folder(folder: Path) -> Path:
-    """Return the folder of the weights: the folder, or the subfolder that modules.json names first."""
-    modules = _read(folder / "modules.json")
+def transformer_folder(spec: EncoderSpec, folder: Path) -> Path:
+    """Return the folder of the weights: the folder, or the subfolder that modules.json names first.
+
+    Raises EncoderError for a folder elsewhere.
+    """
+    modules = _read(spec, folder, folder / "modules.json")
     path = str(modules[0].get("path", "")) if _is_list_of_modules(modules) else ""
     inside = folder / path
-    return (
-        inside
-        if path and (inside / "config.json").is_file() and inside.resolve().is_relative_to(folder.resolve())
-        else folder
-    )
+    if not is_inside(inside, folder):
+        raise EncoderError(f"cannot open {spec}: path in its modules.json is {path!r}, which is not in the folder")
+    return inside if path and (inside / "config.json").is_file() else folder
 
 
 def read_sentence_folder(spec: EncoderSpec, folder: Path) -> SentenceFolder:
     """Read a folder's modules. Raises EncoderError for a module or a setting that is not done here, by its name."""
-    modules = _read(folder / "modules.json")
+    modules = _read(spec, folder, folder / "modules.json")
     if (folder / "modules.json").is_file() and not _is_list_of_modules(modules):
         raise EncoderError(f"cannot open {spec}: its modules.json must list a Transformer, a Pooling, and what follows")
     if not modules:  # older folders, and copies of them, have the pooling alone
-        pooling = _read(folder / "1_Pooling" / "config.json")
+        pooling = _read(spec, folder, folder / "1_Pooling" / "config.json")
         modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
         modules += [{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}] if pooling else []
-    asked = SentenceFolder(transformer_folder(folder))
+    asked = SentenceFolder(transformer_folder(spec, folder))
     names: list[str] = []
     for i, module in enumerate(modules):
         package, _, kind = str(module.get("type", "")).rpartition(".")
         path = folder / str(module.get("path", ""))
-        if not package.startswith("sentence_transformers") or not path.resolve().is_relative_to(folder.resolve()):
+        if not is_inside(path, folder):
+            where = module.get("path")
+            raise EncoderError(f"cannot open {spec}: path in its modules.json is {where!r}, which is not in the folder")
+        if not package.startswith("sentence_transformers"):
             raise EncoderError(f"cannot open {spec}: its modules.json asks for {kind or module}, code of its own")
         match kind:
             case "Transformer" if i == 0:
-                _read_transformer(spec, path, asked)
+                _read_transformer(spec, folder, path, asked)
             case "Pooling" if i == 1:
-                _read_pooling(spec, path, asked)
+                _read_pooling(spec, folder, path, asked)
             case "Dense" | "Normalize" | "LayerNorm" if i > 1:
-                layer, name = _layer(spec, kind, path)
+                layer, name = _layer(spec, folder, kind, path)
                 asked.after.append(layer)
                 names.append(name)
             case "Dropout":  # it changes nothing outside training
@@ -158,8 +163,8 @@ def read_sentence_folder(spec: EncoderSpec, folder: Path) -> SentenceFolder:
     return asked
 
 
-def _read_transformer(spec: EncoderSpec, path: Path, asked: SentenceFolder) -> None:
-    config: JsonObject = next((found for name in TRANSFORMER_CONFIGS if (found := _read(path / name))), {})
+def _read_transformer(spec: EncoderSpec, root: Path, path: Path, asked: SentenceFolder) -> None:
+    config: JsonObject = next((found for name in TRANSFORMER_CONFIGS if (found := _read(spec, root, path / name))), {})
     asked.max_length = config.pop("max_seq_length", None)
     if asked.max_length is not None and type(asked.max_length) is not int:
         raise EncoderError(f"cannot open {spec}: its max_seq_length must be a number. Got {asked.max_length!r} instead")
@@ -182,8 +187,8 @@ def _read_transformer(spec: EncoderSpec, path: Path, asked: SentenceFolder) -> N
             raise EncoderError(f"cannot open {spec}: its Transformer module asks for {name} {value}, which hf lacks")
 
 
-def _read_pooling(spec: EncoderSpec, path: Path, asked: SentenceFolder) -> None:
-    config = _config(spec, path)
+def _read_pooling(spec: EncoderSpec, root: Path, path: Path, asked: SentenceFolder) -> None:
+    config = _config(spec, root, path)
     modes = config.get("pooling_mode", "") or ()
     if "pooling_mode" not in config:
         unknown = [key for key, on in config.items() if key.startswith("pooling_mode_") and on]
@@ -199,25 +204,28 @@ def _read_pooling(spec: EncoderSpec, path: Path, asked: SentenceFolder) -> None:
     asked.include_prompt = bool(config.get("include_prompt", True))
 
 
-def _layer(spec: EncoderSpec, kind: str, path: Path) -> tuple[nn.Module, str]:
+def _layer(spec: EncoderSpec, root: Path, kind: str, path: Path) -> tuple[nn.Module, str]:
     """Return a module after the pooling, with its weights, and what a key calls it."""
-    config = _config(spec, path) if kind != "Normalize" else _read(path / "config.json")
+    config = _config(spec, root, path) if kind != "Normalize" else _read(spec, root, path / "config.json")
     for name in ("module_input_name", "module_output_name"):
         if config.get(name) not in (None, "sentence_embedding"):
             raise EncoderError(f"cannot open {spec}: its {kind} module is for {config[name]}, which hf lacks")
     if kind == "Normalize":
         return Normalize(), "normalize"
-    weights = _weights(spec, path)
+    weights = _weights(spec, root, path)
     layer: nn.Module
     if kind == "LayerNorm":
-        layer, name = nn.LayerNorm(int(config["dimension"])), "layer norm"
+        with torch.device("meta"):
+            layer, name = nn.LayerNorm(int(config["dimension"])), "layer norm"
         weights = {key.removeprefix("norm."): value for key, value in weights.items()}
     else:
         sizes = int(config["in_features"]), int(config["out_features"])
         activation = _activation(spec, config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-        layer = Dense(*sizes, bool(config.get("bias", True)), activation, bool(config.get("use_residual")))
+        with torch.device("meta"):  # shapes only: the values come from the file
+            layer = Dense(*sizes, bool(config.get("bias", True)), activation, bool(config.get("use_residual")))
         name = f"dense {sizes[0]} to {sizes[1]} {type(activation).__name__}"
-    layer.load_state_dict({key: value.float() for key, value in weights.items()})  # strict: none missing, none left
+    # Strict: none is missing, and none is left.
+    layer.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
     return layer, name
 
 
@@ -230,10 +238,11 @@ def _activation(spec: EncoderSpec, name: str) -> nn.Module:
     return activation
 
 
-def _weights(spec: EncoderSpec, path: Path) -> Mapping[str, Tensor]:
+def _weights(spec: EncoderSpec, root: Path, path: Path) -> Mapping[str, Tensor]:
     file = path / "model.safetensors"
     if not file.is_file():
         raise EncoderError(f"cannot open {spec}: there is no model.safetensors in {path.name}; a pickle can run code")
+    read_weights(spec, [file], root)
     return load_file(file)
 
 
@@ -243,7 +252,7 @@ def _is_list_of_modules(modules: Any) -> bool:
 
 def _read_settings(spec: EncoderSpec, folder: Path, asked: SentenceFolder) -> tuple[str, ...]:
     """Read what holds for the whole folder: a prompt, and how many features to keep. Return the name of the latter."""
-    config = _read(folder / "config_sentence_transformers.json")
+    config = _read(spec, folder, folder / "config_sentence_transformers.json")
     kind = config.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise EncoderError(f"cannot open {spec}: it is a {kind}; expected a SentenceTransformer")
@@ -256,20 +265,25 @@ def _read_settings(spec: EncoderSpec, folder: Path, asked: SentenceFolder) -> tu
     width = config.get("truncate_dim")
     if width is None:
         return ()
-    asked.after.append(Truncate(int(width)))
+    if type(width) is not int or width < 1:
+        raise EncoderError(f"cannot open {spec}: its truncate_dim must be a number, at least 1. Got {width!r} instead")
+    asked.after.append(Truncate(width))
     return (f"first {width}",)
 
 
-def _config(spec: EncoderSpec, path: Path) -> JsonObject:
-    config: JsonObject = _read(path / "config.json")
+def _config(spec: EncoderSpec, root: Path, path: Path) -> JsonObject:
+    config: JsonObject = _read(spec, root, path / "config.json")
     if not config:
         raise EncoderError(f"cannot open {spec}: there is no config.json in {path.name}, which modules.json names")
     return config
 
 
-def _read(path: Path) -> Any:
-    """Return the content of a JSON file, nothing if it is missing. Raises ValueError, naming a damaged file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not valid JSON ({error})") from error
+def _read(spec: EncoderSpec, root: Path, path: Path) -> Any:
+    """Return the content of a JSON file in a folder, nothing if it is missing.
+
+    Raises EncoderError for a file that is damaged, too large, or elsewhere.
+    """
+    if not path.is_file():
+        return {}
+    check_file(spec, path, root)
+    return read_any_json(spec, path)

@@ -7,27 +7,18 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import timm
-from safetensors import safe_open
 from timm.data.config import resolve_model_data_config
 from timm.data.transforms_factory import create_transform
 from timm.models import PretrainedCfg
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower
-from cachefuse.encoders.beside import (
-    Rule,
-    Shape,
-    check_sizes,
-    check_values,
-    is_number,
-    numbers,
-    one_of,
-    pixels,
-    read_json,
-    stored_shapes,
-)
+from cachefuse.encoders.beside import Rule, check_sizes, check_values, is_number, numbers, one_of, pixels
+from cachefuse.encoders.building import no_larger_than
 from cachefuse.encoders.frozen import fetch, fingerprint, flatten_map, library, local_weights, opening, weights_digest
 from cachefuse.encoders.images import ImageTower, split_compose
+from cachefuse.encoders.model_files import Shape, Weights, check_file, read_json, read_weights
+from cachefuse.encoders.model_settings import check_model_settings, check_sides
 from cachefuse.errors import EncoderError
 from cachefuse.files import JsonObject
 
@@ -103,15 +94,17 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         default = timm.get_pretrained_cfg(spec.model)
         assert default is not None, "the name is known"
         path = local_weights(spec)
-        data, arguments, pool = NOTHING_STATED if path is None else _settings_of_file(spec, path.parent)
-        own = path  # a file of the user's
-        n_classes = default.num_classes if path is None else _n_classes(path, default.classifier)
+        own = path is not None  # a file of the user's
         path = path or _from_hub(spec, default)
+        weights = read_weights(spec, [path])
+        data, arguments, pool = _settings_of_file(spec, path.parent, weights) if own else NOTHING_STATED
+        n_classes = _n_classes(weights, default.classifier) if own else default.num_classes
         # Strict loading needs the right number of classes; the classifier is removed afterwards.
         overlay = {**data, "file": str(path), "custom_load": False, "num_classes": n_classes}
-        model: Any = timm.create_model(
-            spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **{**arguments, "num_classes": n_classes}
-        )
+        with no_larger_than(spec, weights):
+            model: Any = timm.create_model(
+                spec.model, pretrained=True, pretrained_cfg_overlay=overlay, **{**arguments, "num_classes": n_classes}
+            )
         pools_by = getattr(model, "global_pool", pool)
         pools_by = getattr(pools_by, "pool_type", pools_by)  # of CNNs it is a module
         if pool and isinstance(pools_by, str) and pool != pools_by:
@@ -120,8 +113,8 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
                 f"say it in model_args"
             )
         model.reset_classifier(0)
-        if own is not None:
-            _check_weights(spec, own, model)
+        if own:
+            _check_weights(spec, weights, model)
         provenance = {
             "family": "timm",
             "architecture": " ".join([default.architecture or "", *([fingerprint(arguments)] if arguments else [])]),
@@ -157,7 +150,7 @@ def _from_hub(spec: EncoderSpec, default: PretrainedCfg) -> Path:
     return path
 
 
-def _settings_of_file(spec: EncoderSpec, folder: Path) -> Settings:
+def _settings_of_file(spec: EncoderSpec, folder: Path, weights: Weights) -> Settings:
     """Return what a weights file's model needs: a pretrained configuration's data, arguments, the pooling if stated.
 
     The tag in the spec's name says them, else a config.json of timm beside the file, else the tags of the name, where
@@ -166,7 +159,7 @@ def _settings_of_file(spec: EncoderSpec, folder: Path) -> Settings:
     name, _, tag = spec.model.partition(".")
     if tag:
         return NOTHING_STATED
-    if (stated := _config_beside(spec, name, folder)) is not None:
+    if (stated := _config_beside(spec, name, folder, weights)) is not None:
         pool = stated.get("global_pool")
         data = {key: stated["pretrained_cfg"][key] for key in DATA if key in stated["pretrained_cfg"]}
         return data, stated.get("model_args") or {}, pool if isinstance(pool, str) else None
@@ -193,9 +186,11 @@ def published_data(name: str) -> dict[str, list[str]]:
     return groups
 
 
-def _config_beside(spec: EncoderSpec, name: str, folder: Path) -> JsonObject | None:
+def _config_beside(spec: EncoderSpec, name: str, folder: Path, weights: Weights) -> JsonObject | None:
     """Read a folder's config.json if it is timm's. Raises EncoderError if it is another model's, or lacks something."""
     path = folder / CONFIG
+    if path.is_file():
+        check_file(spec, path, folder)
     stated = read_json(spec, path) if path.is_file() else {}
     if not isinstance(stated.get("pretrained_cfg"), dict):
         return None
@@ -204,20 +199,21 @@ def _config_beside(spec: EncoderSpec, name: str, folder: Path) -> JsonObject | N
     if missing := [key for key in STATED if not stated["pretrained_cfg"].get(key)]:
         raise EncoderError(f"cannot open {spec}: pretrained_cfg in {path} has no {' and '.join(missing)}")
     check_values(spec, path, stated["pretrained_cfg"], RULES)
+    check_sides(spec, path, {key: stated["pretrained_cfg"].get(key) for key in DATA})
+    check_model_settings(spec, path, stated.get("model_args") or {}, weights)
     return stated
 
 
-def _n_classes(path: Path, classifier: str | Sequence[str] | None) -> int:
+def _n_classes(weights: Weights, classifier: str | Sequence[str] | None) -> int:
     """Return the number of classes of a weights file; 0 if it has no classifier."""
     first = classifier if isinstance(classifier, str) else (classifier or ("",))[0]
-    with safe_open(path, "pt") as file:
-        names = {*file.keys()} & {f"{first}.weight", f"module.{first}.weight"}  # timm takes either
-        return max((file.get_slice(name).get_shape()[0] for name in names), default=0)
+    names = (f"{first}.weight", f"module.{first}.weight")  # timm takes either
+    return max((shape[0] for name in names if (shape := weights.shapes.get(name))), default=0)
 
 
-def _check_weights(spec: EncoderSpec, path: Path, model: Any) -> None:
+def _check_weights(spec: EncoderSpec, weights: Weights, model: Any) -> None:
     """Raise EncoderError if a file's weights are for images, patches or windows of other sizes: timm resamples them."""
-    stored = _by_the_names_of(model, stored_shapes(path))
+    stored = _by_the_names_of(model, weights.shapes)
     patch, n_prefix = getattr(model, "patch_embed", None), getattr(model, "num_prefix_tokens", 0)
     n_patches, side = getattr(patch, "num_patches", 0), (getattr(patch, "patch_size", None) or (0,))[0]
 

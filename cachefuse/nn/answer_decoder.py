@@ -184,13 +184,11 @@ def words_of(classes: Sequence[str]) -> Answers:
 
 def pieces_of(classes: Sequence[str], spec: EncoderSpec) -> Answers:
     """Return the answers as tokens of a pretrained T5's tokenizer. Raises EncoderError if it cannot be opened."""
-    from transformers import AutoTokenizer
-
     from cachefuse.encoders.frozen import opening
-    from cachefuse.encoders.hf import model_folder, quiet
+    from cachefuse.encoders.hf import model_folder, open_tokenizer, quiet
 
     folder = model_folder(spec)
     with opening(spec), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = open_tokenizer(folder)
     end = tokenizer.eos_token_id
     return [[*tokenizer(name, add_special_tokens=False)["input_ids"], end] for name in classes]

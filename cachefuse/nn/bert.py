@@ -48,14 +48,12 @@ def open_config(options: Options, origin: Origin | None) -> JsonObject:
 
 def check_tokenizer(spec: EncoderSpec, origin: Origin) -> None:
     """Raise ConfigError if a model's tokenizer is not the one of the cached ids."""
-    from transformers import AutoTokenizer
-
     from cachefuse.encoders.frozen import opening, tokenizer_fingerprint
-    from cachefuse.encoders.hf import model_folder, quiet
+    from cachefuse.encoders.hf import model_folder, open_tokenizer, quiet
 
     folder = model_folder(spec)
     with opening(spec), quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = open_tokenizer(folder)
     if tokenizer_fingerprint(tokenizer) != origin.provenance.get("tokenizer"):
         raise ConfigError(
             f"{spec} makes other tokens than {origin.source}, which made the cached ids; cache its ids by "
@@ -86,13 +84,13 @@ def load_weights(model: Any, text: str) -> None:
     from safetensors.torch import load_file
 
     from cachefuse.encoders.frozen import opening
-    from cachefuse.encoders.hf import model_folder
+    from cachefuse.encoders.hf import model_and_weights
 
     spec = EncoderSpec.parse(text)
-    folder = model_folder(spec)
+    _, weights = model_and_weights(spec)
     with opening(spec):
         stored: dict[str, torch.Tensor] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weights.files:
             stored |= load_file(file)
         state = model.state_dict()
         prefix = next((p for p in ("", f"{model.base_model_prefix}.") if p + next(iter(state)) in stored), "")

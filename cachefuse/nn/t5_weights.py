@@ -1,15 +1,15 @@
 """Load the weights of a T5 saved by transformers, from a local folder or the hub: safetensors only."""
 
-import json
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from cachefuse.encoders.base import EncoderSpec
+from cachefuse.encoders.building import no_larger_than
 from cachefuse.encoders.frozen import opening
+from cachefuse.encoders.model_files import Weights, read_json
 from cachefuse.errors import ConfigError, EncoderError
 from cachefuse.nn.t5 import T5, T5Settings
 
@@ -28,17 +28,15 @@ def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
     weight is missing or has another shape than in config.json.
     """
     parsed = EncoderSpec.parse(spec)
-    folder, settings = _find(parsed)
+    stored_in, settings = _find(parsed)
     n_layers = settings.num_decoder_layers if decoder_layers is None else decoder_layers
     if not 0 <= n_layers <= settings.num_decoder_layers:
         raise EncoderError(f"cannot take {n_layers} layers of {spec}'s decoder: it has {settings.num_decoder_layers}")
-    with torch.device("meta"):  # shapes only: the values come from the files
+    with torch.device("meta"), no_larger_than(parsed, stored_in):  # shapes only: the values come from the files
         model = T5(replace(settings, num_decoder_layers=n_layers))
     with opening(parsed), ExitStack() as stack:
-        paths = [path for path in [folder / "model.safetensors"] if path.is_file()]
-        paths = paths or sorted(folder.glob("model-*.safetensors"))
         stored: dict[str, safe_open] = {}
-        for path in paths:
+        for path in stored_in.files:
             file = stack.enter_context(safe_open(path, "pt"))
             stored |= dict.fromkeys(file.keys(), file)
         weights = model.state_dict()
@@ -56,16 +54,16 @@ def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
     return model
 
 
-def _find(spec: EncoderSpec) -> tuple[Path, T5Settings]:
-    from cachefuse.encoders.hf import model_folder  # which imports transformers
+def _find(spec: EncoderSpec) -> tuple[Weights, T5Settings]:
+    from cachefuse.encoders.hf import model_and_weights  # which imports transformers
 
     if spec.family != "hf":
         raise EncoderError(f"a T5 needs a spec such as hf:google/t5-v1_1-base or hf:./folder. Got {spec}")
-    folder = model_folder(spec)
+    folder, weights = model_and_weights(spec)
     with opening(spec):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(spec, folder / "config.json")
         try:
-            return folder, T5Settings.from_config(config)
+            return weights, T5Settings.from_config(config)
         except ConfigError as error:
             raise EncoderError(f"cannot open {spec}: {error}") from error
 
