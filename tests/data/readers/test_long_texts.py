@@ -16,9 +16,16 @@ from cachefuse.data.column import TooLong
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.data.readers import csv_text
+from cachefuse.data.readers.coco_captions import CocoCaptionsReader
+from cachefuse.data.readers.flickr8k import Flickr8kReader
 from cachefuse.data.readers.json_stream import JsonStream
+from cachefuse.data.readers.mmimdb import MmImdbReader
+from cachefuse.data.readers.sentence_pairs import SentencePairsReader
 from cachefuse.data.readers.table import read_columns
+from cachefuse.data.readers.vqa2 import Vqa2Reader
+from cachefuse.encoders import open_encoder
 from cachefuse.errors import DataError
+from cachefuse.extraction.pipeline import is_bad, prepare_source
 from cachefuse.limits import limited, limits
 from fixtures.messages import naming
 
@@ -188,7 +195,9 @@ import resource
 from pathlib import Path
 import pyarrow.parquet
 from cachefuse.data.readers.table import read_columns
+from cachefuse.encoders import open_encoder
 from cachefuse.errors import DataError
+from cachefuse.extraction.pipeline import is_bad, prepare_source
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 before = peak()
@@ -221,3 +230,53 @@ def test_long_hdf5_strings(tmp_path):
         assert read_texts(data, "utf-8") == ["a", LONG_SIZE, "b"]
         with pytest.raises(DataError, match=naming("a.h5 t 1")):
             read_strings(data, "utf-8")
+
+
+def test_long_sentences_of_pairs(tmp_path):
+    (tmp_path / "a.tsv").write_text(
+        f"sentence1\tsentence2\tscore\nx\t{LONG}\t1\n{LONG * 2000}\ty\t2\nx\ty\t3\n", "utf-8"
+    )
+    pairs = SentencePairsReader(files={"train": "a.tsv"}).read(tmp_path).modalities["text"].sources
+    assert list(pairs) == [("x", LONG_SIZE), (TooLong(2000 * 1400), "y"), ("x", "y")]
+
+
+def test_long_captions_of_flickr8k(tmp_path):
+    (tmp_path / "Images").mkdir()
+    (tmp_path / "Images/a.jpg").touch()
+    (tmp_path / "captions.txt").write_text(f"image,caption\na.jpg,x, y\na.jpg,{LONG}\na.jpg,{LONG * 2000}\n", "utf-8")
+    texts = Flickr8kReader().read(tmp_path).modalities["text"][0]
+    assert texts == ("x, y", LONG_SIZE, TooLong(2000 * 1400))
+
+
+def test_long_captions_of_coco(tmp_path):
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    captions = [{"image_id": 1, "caption": text} for text in ("fine", LONG, "x" * 100_000)]
+    content = {"info": {"a": []}, "annotations": captions, "images": [{"id": 1, "file_name": "a.jpg"}]}
+    (tmp_path / "annotations/captions_train2017.json").write_text(json.dumps(content))
+    assert CocoCaptionsReader().read(tmp_path).modalities["text"][0] == ("fine", LONG_SIZE, TooLong(100_000))
+
+
+def test_long_questions_of_vqa(tmp_path):
+    (tmp_path / "test2015").mkdir()
+    questions = [{"question_id": i, "image_id": 1, "question": text} for i, text in enumerate(("fine", LONG))]
+    path = tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json"
+    path.write_text(json.dumps({"questions": questions}))
+    assert list(Vqa2Reader().read(tmp_path).modalities["text"].sources) == [("fine",), (LONG_SIZE,)]
+
+
+def test_long_plots_of_mmimdb(tmp_path):
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "split.json").write_text('{"train": ["1", "2"]}')
+    for film, plot in (("1", "fine"), ("2", LONG)):
+        content = json.dumps({"genres": ["Drama"], "plot": [plot, "short"]})
+        (tmp_path / f"dataset/{film}.json").write_text(content)
+    assert list(MmImdbReader().read(tmp_path).modalities["text"].sources) == [("short",), (LONG_SIZE,)]
+
+
+def test_any_text_over_the_limit_is_a_bad_sample():
+    """Also one that comes from Python, or from the command line."""
+    tower = open_encoder("classic", "cpu")["text"]
+    assert not is_bad(prepare_source(tower, "fine"))
+    assert is_bad(prepare_source(tower, LONG))
+    assert "1,400" in str(prepare_source(tower, LONG))
