@@ -75,14 +75,12 @@ def attack(forks, folder, n, extracted=True):
     return counts.report("images")
 
 
-@pytest.mark.xfail(strict=True, reason="the words of libtiff reach stderr")
 def test_some_hostile_images_are_used_or_named(data_forks, tmp_path):
     wrong = attack(data_forks, tmp_path, 60, extracted=False)
     assert not wrong, wrong
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the words of libtiff and libjpeg reach stderr")
 def test_hostile_images_are_used_or_named(forks, tmp_path):
     wrong = attack(forks, tmp_path, size(8000, 300))
     assert not wrong, wrong

@@ -89,7 +89,6 @@ class Attack:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="a killed save leaves runs/.new-*")
 def test_no_interruption_of_a_command_changes_what_it_ends_with(forks, whole, states, tmp_path):
     counts, n = Counts(), size(1000, 30)
     shares = [writer.weight for writer in WRITERS.values()]
