@@ -78,7 +78,7 @@ def _decoder_bytes(image: ImageFile.ImageFile, file: IO[bytes], n_file: int) -> 
         case "JPEG" | "MPO":
             return _jpeg_coefficients(image, file)
         case "WEBP":
-            return 8 * n + n_file  # two canvases and a frame; then the frame and the image
+            return 12 * n + n_file  # two canvases, the pixels being decoded, and a frame
         case "AVIF":
             return _avif_planes(file, n) + 4 * n + n_file
         case "JPEG2000":
