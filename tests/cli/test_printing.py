@@ -172,7 +172,7 @@ LONG = {
     "compare": ["--dataset", "hostile", "--methods", "image,text", "--epochs", "1", "--folds", "2"],
     "ensemble": [SUM, GATED],
     "align": ["--epochs", "1"],
-    "pairs": ["--dataset", "hostile", "--threshold", "-1", "--data-dir", ".", "--output", f"pairs{NAME}"],
+    "pairs": ["--dataset", "hostile", "--threshold", "0.01", "--data-dir", ".", "--output", f"pairs{NAME}"],
     "fine-tune": ["--dataset", "hostile", "--run", "hostile-dfe-add-1", "--epochs", "1"],
 }
 OTHERS = {"similarity", "bench"}  # of other data; of minutes
