@@ -5,6 +5,7 @@ The need is an estimate from the image's header. ``limits().memory`` bounds the 
 
 import mmap
 import os
+import re
 import sys
 import threading
 from collections import deque
@@ -15,6 +16,7 @@ from cachefuse.errors import BadSampleError
 from cachefuse.files import format_bytes
 from cachefuse.limits import limits
 
+TAKES = "takes about "  # the beginning of the reason, which stores keep
 LEAST = 1 << 25  # bytes that any decoder may ask for
 # Shared memory, which is the default, is not counted by all of a system's limits.
 PRIVATE = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
@@ -131,7 +133,16 @@ def _check(n_bytes: int) -> None:
     if not _sample.depth:
         raise RuntimeError("memory must be reserved within one_sample")
     if n_bytes > limits().memory:
-        raise BadSampleError(f"takes about {format_bytes(n_bytes)} of memory, over the limit (--memory allows more)")
+        raise BadSampleError(f"{TAKES}{format_bytes(n_bytes)} of memory, over the limit (--memory allows more)")
+
+
+def fits_now(reason: str) -> bool:
+    """Whether an image that was refused for this reason fits in the budget of this process."""
+    found = re.match(rf"{TAKES}([0-9.e+]+) (B|kB|MB|GB|TB) of memory", reason)
+    if found is None:
+        return False
+    n_bytes = float(found[1]) * 1000 ** ("B", "kB", "MB", "GB", "TB").index(found[2])
+    return 1.01 * n_bytes <= limits().memory  # 1%: the figure is rounded
 
 
 def reserve_all() -> None:

@@ -15,6 +15,7 @@ from cachefuse.data.dataset import Dataset
 from cachefuse.data.manifest import VQA
 from cachefuse.errors import CacheError
 from cachefuse.files import JsonObject, make_folder, read_bounded, sync_folder
+from cachefuse.memory import fits_now
 from cachefuse.printable import listed
 from cachefuse.store.columns import (
     IDENTITY,
@@ -160,7 +161,8 @@ def _update(store: FeatureStore, dataset: Dataset, refresh: bool, on_progress: O
             f"{', ...' if len(names) > 3 else ''}; add --refresh to compute them again, or use another --workspace"
         )
     lost = "id" in old and store.lost_lines() is not None
-    again = np.union1d(changed, _unexplained(store, old, new)) if lost else changed
+    again = np.union1d(changed, _now_in_memory(store, new))
+    again = np.union1d(again, _unexplained(store, old, new)) if lost else again
     if len(again):
         _forget(store, new, again)
     fresh = set(new["id"][again].tolist())  # these may be usable now
@@ -178,6 +180,12 @@ def _lost(store: FeatureStore, old: Columns) -> CacheError:
         f"{store.path}/samples is damaged ({lost}): it is unknown now which row belongs to which sample; "
         f"delete the store to extract again"
     )
+
+
+def _now_in_memory(store: FeatureStore, new: Columns) -> np.ndarray:
+    """Return the samples (n,) with an image that took too much memory and now fits: an earlier call had less."""
+    fit = [line.id for line in store.bad_samples(whole=False) if fits_now(line.reason)]
+    return np.flatnonzero(np.isin(new["id"], strings(fit))) if fit else np.empty(0, np.int64)
 
 
 def _unexplained(store: FeatureStore, old: Columns, new: Columns) -> np.ndarray:

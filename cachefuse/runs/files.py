@@ -131,7 +131,7 @@ def _latest(runs: Path, kind: str | None) -> Path:
     for path in run_folders(runs):
         try:
             run = RunFolder.peek(path)
-            if run.digests is None and run.kind not in FORMATS:
+            if run.files is None and run.kind not in FORMATS:
                 raise RunError(f"{path / ABOUT}: has a wrong value: kind: {run.kind!r}")
         except RunError as error:
             raise RunError(f"{error}; {_unknown(path)}") from error

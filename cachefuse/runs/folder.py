@@ -36,21 +36,22 @@ RESTORE = "restore it from a copy, or train again"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run: the ``values`` of its run.json, and the SHA-256 of each other file that is read, in hex.
+    """The folder of a run: the ``values`` of its run.json, and what it says of each other file that is read.
 
-    ``digests`` is None for runs that were made before runs had checksums.
+    ``files`` has the size ("bytes") and the SHA-256 ("sha256", in hex) of each. It is None for runs that were made
+    before runs had checksums.
     """
 
     path: Path
     values: JsonObject
-    digests: Mapping[str, str] | None
+    files: Mapping[str, JsonObject] | None
 
     @classmethod
     def open(cls, path: Path, kind: str | None = None) -> "RunFolder":
         """Read run.json. Raises RunError if it is missing or damaged, or of another version or kind."""
         folder = cls.peek(path)
         folder._check_kind(kind)
-        if folder.digests is None:
+        if folder.files is None:
             logger.warning(
                 "a run was made before runs had checksums, so damage to its files may not be noticed; "
                 "a run that is trained now has them"
@@ -66,10 +67,10 @@ class RunFolder:
             return cls(path, sealed, None)
         with _damage(file):
             values = unseal(sealed, file)
-            digests = values.get("files")
-            if not isinstance(digests, dict) or not {HISTORY, WEIGHTS} <= digests.keys():
+            files = values.get("files")
+            if not isinstance(files, dict) or not {HISTORY, WEIGHTS} <= files.keys():
                 raise CacheError(f"{file} is damaged: it lacks checksums")
-        return cls(path, values, digests)
+        return cls(path, values, files)
 
     @property
     def kind(self) -> str:
@@ -93,16 +94,16 @@ class RunFolder:
     def has(self, name: str) -> bool:
         """Whether the run has a file. Raises RunError for one that was added later."""
         there = os.path.lexists(self.path / name)
-        if self.digests is None:
+        if self.files is None:
             return there
-        if there and name not in self.digests:
+        if there and name not in self.files:
             raise RunError(f"{self.path / name} is not a file of this run: {ABOUT} does not list it; move it away")
-        return name in self.digests
+        return name in self.files
 
     def read(self, name: str, limit: int) -> bytes:
         """Return a file's bytes, of which there are at most ``limit``. Raises RunError if they are not as written."""
         data = _read(self.path / name, limit)
-        self._check(name, hashlib.sha256(data).hexdigest())
+        self._check(name, describe(data))
         return data
 
     def read_json(self, name: str) -> JsonObject:
@@ -112,15 +113,17 @@ class RunFolder:
     def check(self) -> None:
         """Check that the run is complete and its files are as written, without keeping them. Raises RunError."""
         self.has(HELD_OUT)
-        for name in FILES[1:] if self.digests is None else self.digests:
-            digest = hashlib.sha256()
+        for name in FILES[1:] if self.files is None else self.files:
+            digest, n_bytes = hashlib.sha256(), 0
             with _named_reads(self.path / name), open_regular(self.path / name) as file:
-                while self.digests is not None and (piece := file.read(PIECE)):
-                    digest.update(piece)
-            self._check(name, digest.hexdigest())
+                n_bytes = os.fstat(file.fileno()).st_size
+                if self.files is not None and n_bytes == self.files[name].get("bytes"):  # another size needs no reading
+                    while piece := file.read(PIECE):
+                        digest.update(piece)
+            self._check(name, {"bytes": n_bytes, "sha256": digest.hexdigest()})
 
-    def _check(self, name: str, digest: str) -> None:
-        if self.digests is not None and digest != self.digests.get(name):
+    def _check(self, name: str, found: JsonObject) -> None:
+        if self.files is not None and found != self.files.get(name):
             raise RunError(f"{self.path / name} is damaged: its checksum does not fit {ABOUT}; {RESTORE}")
 
 
@@ -199,8 +202,13 @@ def write_run(runs: Path, name: str, about: JsonObject, files: Mapping[str, byte
 
 def sealed_about(about: JsonObject, files: Mapping[str, bytes]) -> JsonObject:
     """Return the values of run.json with the checksums of the other files, and their own."""
-    digests = {file: hashlib.sha256(data).hexdigest() for file, data in files.items()}
-    return seal(json.loads(to_json({**about, "files": digests})))  # as they are read back: keys as text, NaN as null
+    described = {file: describe(data) for file, data in files.items()}
+    return seal(json.loads(to_json({**about, "files": described})))  # as they are read back: keys as text, NaN as null
+
+
+def describe(data: bytes) -> JsonObject:
+    """Return what run.json says of a file's bytes."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _move_to_free(folder: Path, name: Path) -> Path:

@@ -8,6 +8,7 @@ import pytest
 
 from cachefuse.errors import CacheError
 from cachefuse.extraction.extract import extract
+from cachefuse.limits import Limits, limited
 from cachefuse.store.format import unseal
 from cachefuse.store.store import FeatureStore
 from fixtures.messages import naming
@@ -23,6 +24,24 @@ def open_toy(store_path, modality="image"):
 
 def bad_at(tools, n, bad):
     return [None if bad.get(i) == "none" else tools.FakeImage(i, bad.get(i, "")) for i in range(n)]
+
+
+def test_an_image_that_took_too_much_memory_is_computed_where_there_is_more(shapes, store_path, toy, tools):
+    reason = "takes about 1.2 GB of memory, over the limit (--memory allows more)"
+    images = bad_at(tools, 80, {3: reason, 70: "is damaged"})
+    with limited(Limits(memory=1_000_000_000)):
+        run(tools.make_dataset(shapes, images=images), store_path)
+        toy.batches.clear()
+        run(tools.make_dataset(shapes, images=images), store_path)
+        assert toy.batches == []
+    assert [line.id for line in FeatureStore(store_path).bad_samples()] == ["row-3", "row-70"]
+    images[3] = tools.FakeImage(3)
+    with limited(Limits(memory=2_000_000_000)):
+        run(tools.make_dataset(shapes, images=images), store_path)
+    store = FeatureStore(store_path)
+    assert [line.id for line in store.bad_samples()] == ["row-70"]
+    assert np.flatnonzero(~store.present("image")).tolist() == [70]
+    assert open_toy(store_path).read()[3].any()
 
 
 def test_each_bad_sample_keeps_its_row_and_is_listed(shapes, store_path, toy, tools):

@@ -314,7 +314,7 @@ def test_a_run_of_before_there_were_checksums_opens_and_says_so_once(made, copy,
     assert says(caplog.text, "checksums")
     assert [run.name for run in list_runs(path.parent)] == [path.name]
     again = save_run(load_run(path), path.parent)
-    assert RunFolder.open(again).digests is not None
+    assert RunFolder.open(again).files is not None
 
 
 @pytest.mark.parametrize("name", ["a\0/b", "a\0b", "x" * 5000, "model.safetensors/x", "..", "~", "\n"])
@@ -331,8 +331,9 @@ def test_checksums_are_of_the_files_that_are_read(made):
         values = json.loads((path / "run.json").read_text())
         there = {file.name for file in path.iterdir()} - {"run.json", "README.md"}
         assert values["files"].keys() == there
-        for name, digest in values["files"].items():
-            assert digest == hashlib.sha256((path / name).read_bytes()).hexdigest()
+        for name, described in values["files"].items():
+            data = (path / name).read_bytes()
+            assert described == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def test_undefined_figures_and_odd_names_keep_their_checksum(made, copy, tmp_path):
