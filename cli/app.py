@@ -64,7 +64,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0; 1 after an error, with one line; 2 for wrong usage; 130 after Ctrl-C."""
     given = list(sys.argv[1:] if args is None else args)
     with safe_streams():
-        sys.exit(_run([arg for arg in given if arg != "--debug"], debug="--debug" in given))
+        try:
+            code = _run([arg for arg in given if arg != "--debug"], debug="--debug" in given)
+        except KeyboardInterrupt:  # before or after the part that says how to go on
+            from cachefuse_cli.shared import render
+
+            code = render.interrupted("run the same command again").exit_code
+        sys.exit(code)
 
 
 def _run(given: list[str], *, debug: bool) -> int:
