@@ -142,7 +142,7 @@ def fits_now(reason: str) -> bool:
     if found is None:
         return False
     n_bytes = float(found[1]) * 1000 ** ("B", "kB", "MB", "GB", "TB").index(found[2])
-    return 1.01 * n_bytes <= limits().memory  # 1%: the figure is rounded
+    return bool(1.01 * n_bytes <= limits().memory)  # 1%: the figure is rounded
 
 
 def reserve_all() -> None:
