@@ -81,6 +81,15 @@ def temporary_folder(parent: Path, prefix: str) -> Iterator[Path]:
             os.close(descriptor)
 
 
+def hold(path: Path) -> int | None:
+    """Lock a file or folder until this process ends, or closes the descriptor that this returns; None without locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(path, os.O_RDONLY)
+    _lock(descriptor, wait=True)
+    return descriptor
+
+
 def sweep_files(folder: Path, prefix: str = ".") -> None:
     """Remove the temporary files in a folder that no living process holds."""
     with suppress(OSError):

@@ -14,7 +14,7 @@ from torch import Tensor
 from cachefuse.alignment.config import TUNING_RATE
 from cachefuse.alignment.model import Aligner
 from cachefuse.alignment.run import Alignment, chose_epoch
-from cachefuse.alignment.tower import aligned_features
+from cachefuse.alignment.tower import aligned_features, side_spec
 from cachefuse.alignment.train import find_side
 from cachefuse.device import own_randomness, resolve_device, seed_everything
 from cachefuse.errors import ConfigError
@@ -80,10 +80,11 @@ def fine_tune(
 ) -> tuple[Alignment, Run]:
     """Train one side of an alignment, from its aligned weights, together with a linear head on a labelled dataset.
 
-    The paper's fine-tuning protocol (CBMF, section IV-C). The tuned alignment is saved as a new run in ``runs``, and
-    its features are added to the store. The head is a second run that reads these features, so that ``predict`` works
-    on it; it is evaluated but not yet saved. Raises ConfigError for a dataset without classes or a modality that the
-    alignment lacks, RunError if the store lacks the features that the alignment reads.
+    The paper's fine-tuning protocol (CBMF, section IV-C). The tuned alignment is written to a new folder in ``runs``,
+    and its features are added to the store. The head is a second run that reads these features, so that ``predict``
+    works on it; it is evaluated but not yet saved. The alignment counts as a run once the head is saved there. Raises
+    ConfigError for a dataset without classes or a modality that the alignment lacks, RunError if the store lacks the
+    features that the alignment reads.
     """
     begun = time.perf_counter()
     sides = [i for i, side in enumerate(run.sides) if side.modality == modality]
@@ -129,7 +130,7 @@ def fine_tune(
     tuned.model.log_temperature.requires_grad_(True)
     tuned.history, tuned.seconds = history, time.perf_counter() - begun
     tuned.val_chose = run.val_chose or (run.dataset == store.dataset and chose_epoch(history))
-    folder = tuned.save(runs)
+    folder = tuned.save(runs, unfinished=True)
     try:
         return tuned, _head_run(tuned, side, store, config, head, history, device, begun)
     except BaseException:
@@ -148,8 +149,10 @@ def _head_run(
     begun: float,
 ) -> Run:
     """Write the tuned features to the store; return the head as a run that reads them, evaluated."""
+    modality = tuned.sides[side].modality
+    with only_writer(store.path):
+        store.remove_features(side_spec(tuned, side).short, modality)  # of a killed call: the name was free
     features = aligned_features(tuned, side, store, device=device)
-    modality = features.modality
     table = load_table(store, {modality: [features]}).to(resolve_device(device))
     data = TrainingData.of(store, table, {modality: [features]})
     rows = data.rows(VAL)

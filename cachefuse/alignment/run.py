@@ -119,8 +119,11 @@ class Alignment:
         """The sides' names in tables: their modalities, or "first" and "second" if both encode the same texts."""
         return ("first", "second") if self.same_texts else (self.sides[0].modality, self.sides[1].modality)
 
-    def save(self, runs: Path) -> Path:
-        """Write the run to a new directory in ``runs``, atomically, and return its path."""
+    def save(self, runs: Path, *, unfinished: bool = False) -> Path:
+        """Write the run to a new directory in ``runs``, atomically, and return its path.
+
+        An ``unfinished`` one counts as a run once a head that reads it is saved.
+        """
         self.created = time_of_creation(runs)
         tensors = {f"0.{name}": tensor.cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         about = {
@@ -142,7 +145,7 @@ class Alignment:
             "versions": {name: version(name) for name in VERSIONS},
         }
         files = {WEIGHTS: save(tensors), HISTORY: to_json(asdict(self.history)).encode()}
-        self.path = write_run(runs, self.name, about, files)
+        self.path = write_run(runs, self.name, about, files, unfinished=unfinished)
         self.name = self.path.name
         return self.path
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -17,7 +17,7 @@ from pathlib import Path
 from cachefuse.errors import CacheError, RunError
 from cachefuse.files import JsonObject, open_regular, read_bounded, slug, to_json, write_atomically
 from cachefuse.store.format import PIECE, seal, unseal
-from cachefuse.temporary import sweep_files, temporary_folder
+from cachefuse.temporary import hold, sweep, sweep_files, temporary_folder
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,11 @@ USES = {
     ALIGNMENT: "is an alignment, without classes; use cachefuse retrieve, zero-shot, similarity, evaluate or report",
 }
 ABOUT, HISTORY, WEIGHTS, HELD_OUT = "run.json", "history.json", "model.safetensors", "held_out.safetensors"
+CARD = "README.md"
 FILES = (ABOUT, HISTORY, WEIGHTS)  # every run has these
 JSON_BYTES = 64 << 20  # the maximum of a JSON file of a run
 NEW = ".new-"
+UNFINISHED = ".unfinished"  # in the folder of a run that is of no use before another one is written
 RESTORE = "restore it from a copy, or train again"
 
 
@@ -180,24 +182,47 @@ def _like_run(path: Path) -> bool:
         names = os.listdir(path)
     except OSError:
         return True  # a link that leads nowhere, or a folder that may not be read: nobody knows what it holds
-    return not {*FILES, HELD_OUT}.isdisjoint(names)
+    return UNFINISHED not in names and not {*FILES, HELD_OUT}.isdisjoint(names)
 
 
-def write_run(runs: Path, name: str, about: JsonObject, files: Mapping[str, bytes]) -> Path:
+def write_run(
+    runs: Path,
+    name: str,
+    about: JsonObject,
+    files: Mapping[str, bytes],
+    card: Callable[[str], bytes] | None = None,
+    unfinished: bool = False,
+) -> Path:
     """Write a run to a new directory name-1, name-2, ..., which appears only when all files are written.
 
-    Its run.json has the values of ``about``, the checksums of ``files``, and its own. Removes what killed writers left.
+    Its run.json has the values of ``about``, the checksums of ``files``, and its own. ``card`` gives the model card for
+    the name of the run. An ``unfinished`` run is in no list until ``finish_run``; if this process ends before, the next
+    writer removes it, with what other killed writers left.
     """
     runs.mkdir(parents=True, exist_ok=True)
-    for other in run_folders(runs):
-        sweep_files(other)
+    _sweep(runs)
     with temporary_folder(runs, NEW) as temporary:
         folder = temporary / "run"
         folder.mkdir()
         for file, data in files.items():
             write_atomically(folder / file, data)
         write_atomically(folder / ABOUT, to_json(sealed_about(about, files)).encode())
-        return _move_to_free(folder, runs / slug(name))
+        if unfinished:
+            write_atomically(folder / UNFINISHED, b"")
+            hold(folder)  # the lock goes with the folder
+        return _move_to_free(folder, runs / slug(name), card)
+
+
+def finish_run(path: Path) -> None:
+    """Let a run that was written as unfinished count as a run."""
+    (path / UNFINISHED).unlink(missing_ok=True)
+
+
+def _sweep(runs: Path) -> None:
+    """Remove what killed writers left in a directory of runs."""
+    for other in run_folders(runs):
+        sweep_files(other)
+    sweep(path.parent for path in runs.glob(f"*/{UNFINISHED}"))
 
 
 def sealed_about(about: JsonObject, files: Mapping[str, bytes]) -> JsonObject:
@@ -211,13 +236,15 @@ def describe(data: bytes) -> JsonObject:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _move_to_free(folder: Path, name: Path) -> Path:
+def _move_to_free(folder: Path, name: Path, card: Callable[[str], bytes] | None) -> Path:
     """Move a folder to the first free name of name-1, name-2, ...; another process may take one at any moment."""
     number = 1
     while True:
         path = name.with_name(f"{name.name}-{number}")
         try:
             if not path.exists():
+                if card is not None:
+                    write_atomically(folder / CARD, card(path.name))
                 return folder.rename(path)
         except OSError:
             if not path.exists():

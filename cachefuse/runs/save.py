@@ -19,7 +19,8 @@ from safetensors.torch import save
 
 from cachefuse.data.answers import EVALUATION
 from cachefuse.data.manifest import VQA
-from cachefuse.files import JsonObject, to_json, write_atomically
+from cachefuse.encoders.base import is_derived
+from cachefuse.files import JsonObject, to_json
 from cachefuse.runs.features import specs_of
 from cachefuse.runs.files import held_out_bytes, load_held_out, load_weights, named_errors, read_description
 from cachefuse.runs.folder import (
@@ -30,6 +31,7 @@ from cachefuse.runs.folder import (
     HISTORY,
     WEIGHTS,
     RunFolder,
+    finish_run,
     time_of_creation,
     write_run,
 )
@@ -44,7 +46,7 @@ VERSIONS = ("cachefuse", "torch", "numpy", "scikit-learn", "zarr")
 
 
 def save_run(run: Run, runs: Path) -> Path:
-    """Write the run to a new directory in ``runs``, which appears only when complete; the model card comes last."""
+    """Write the run to a new directory in ``runs``, which appears only when complete."""
     run.created = time_of_creation(runs)
     tensors = {
         f"{i}.{name}": tensor.cpu().contiguous()
@@ -55,9 +57,15 @@ def save_run(run: Run, runs: Path) -> Path:
     if run.held_out is not None:
         files[HELD_OUT] = held_out_bytes(run.held_out)
     files[HISTORY] = to_json({"histories": [asdict(history) for history in run.histories]}).encode()
-    run.path = write_run(runs, run.name, _to_dict(run), files)
-    run.name = run.path.name
-    write_atomically(run.path / "README.md", model_card(run).encode())
+
+    def card(name: str) -> bytes:
+        run.name = name
+        return model_card(run).encode()
+
+    run.path = write_run(runs, run.name, _to_dict(run), files, card)
+    for encoder, _ in run.encoders:
+        if is_derived(encoder):  # of an alignment that was tuned for this run
+            finish_run(runs / encoder.partition(":")[2])
     return run.path
 
 

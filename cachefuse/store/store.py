@@ -69,6 +69,10 @@ class FeatureStore(StoredSamples):
         features.ask(dtypes)
         return features
 
+    def remove_features(self, encoder: str, modality: str) -> None:
+        """Remove one encoder's features of one modality, if there are any. The caller holds the store's lock."""
+        shutil.rmtree(self._features_path(encoder, modality), ignore_errors=True)
+
     def check_same(self, features: Features, provenance: Mapping[str, str], dtypes: Mapping[str, str]) -> None:
         """Raise CacheError, listing the fields that differ, if features have another provenance or dtype."""
         stored = {name: view.dtype for name, view in features.views.items()}
