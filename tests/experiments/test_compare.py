@@ -208,7 +208,7 @@ class TestPresets:
         result = run_sweep(*opened, replace(experiment, settings=settings), folder, [0])
         labels = [setting.label for setting in result.settings]
         assert labels == ["text", "image", "as MMBT", "without TIRG", "full"]
-        header = [column.header for column in sweep_table(result).columns]
+        header = [str(column.header) for column in sweep_table(result).columns]
         assert header == ["", "micro-F1", "macro-F1", "macro-AP", "params", "MB", "ms/item"]
         published = tuple(replace(setting, published=(0.638, math.nan)) for setting in result.settings)
         assert Console(width=80).measure(sweep_table(replace(result, settings=published))).maximum <= 80
