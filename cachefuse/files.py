@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,12 @@ def read_bounded(path: Path | str, limit: int) -> bytes:
     if max(size, len(data)) > limit:
         raise OSError(errno.EFBIG, f"is larger than the limit of {limit:,} bytes", str(path))
     return data
+
+
+def clear_place(path: Path) -> None:
+    """Remove a folder that stands where a file belongs."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
 
 
 def make_folder(path: Path) -> None:

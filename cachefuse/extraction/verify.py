@@ -23,7 +23,7 @@ from cachefuse.store.format import FEATURE_DTYPES, MAX_METADATA, n_damaged_lines
 from cachefuse.store.lock import only_writer
 from cachefuse.store.rows import Rows
 from cachefuse.store.store import FeatureStore
-from cachefuse.store.views import block_name
+from cachefuse.store.views import block_name, declare_group
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def verify(store: FeatureStore, *, on_progress: Callable[[int, int], None] = lam
     This reads every block: checksums, shard indexes, offsets, NaN and infinite values, rows of zeros. ``on_progress``
     gets the number of blocks done and their total.
     """
-    damage = list(_check_samples(store))
+    damage = [*_check_samples(store), *_check_groups(store)]
     opened, missing = [], []
     for path in store.feature_paths():
         try:
@@ -111,6 +111,8 @@ def repair(
     """
     with only_writer(store.path):
         store = open_store(store.path, dataset)
+        for damage in _check_groups(store):
+            declare_group(store.path / damage.view)
         for damage in verification.damage:
             features = store.open_features(damage.encoder, damage.modality) if damage.encoder else None
             if features is not None and not damage.missing:
@@ -247,6 +249,20 @@ class _Check:
         if not any(damage.block == block for damage in self.damage):
             names = self.features.encoder, self.features.modality, self.view
             self.damage.append(Damage(*names, block, reason, missing))
+
+
+def _check_groups(store: FeatureStore) -> Iterator[Damage]:
+    """Check the groups that only hold others; cachefuse does not read them, but other programs do."""
+    features = store.path / "features"
+    folders = {features, *(path.parent for path in store.feature_paths())} if features.is_dir() else set()
+    samples = {path.parents[1] for path in store.path.glob("samples/*/*/zarr.json") if path.parent.name != "c"}
+    for folder in sorted(folders | samples):
+        try:
+            read_bounded(folder / "zarr.json", MAX_METADATA)  # no pipe, no device
+            zarr.open_group(folder, mode="r", zarr_format=3)
+        except Exception as error:  # zarr-python raises many kinds of errors on changed metadata
+            reason = str(error) or type(error).__name__
+            yield Damage("", "", str(folder.relative_to(store.path)), None, f"Zarr cannot read its zarr.json: {reason}")
 
 
 def _check_samples(store: FeatureStore) -> Iterator[Damage]:

@@ -158,7 +158,7 @@ def _damage(file: Path) -> Iterator[None]:
 def parse_object(file: Path, data: bytes) -> JsonObject:
     """Return a JSON object. Raises RunError, naming the file, if the bytes are something else."""
     try:
-        values = json.loads(data)
+        values = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise RunError(f"{file}: cannot be read: {error}; {RESTORE}") from error
     if not isinstance(values, dict):

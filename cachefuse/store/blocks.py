@@ -135,6 +135,9 @@ class ZarrBlocks(Blocks):
         if file is None:
             return np.empty((0, *self.row_shape), self.dtype)
         try:
-            return self._read(block, slice(0, file.n_rows))
+            rows = self._read(block, slice(0, file.n_rows))
         except Exception as error:  # codecs raise many kinds of errors on changed bytes
             raise DamagedBlockError(self.name, block, file.path, str(error)) from error
+        if rows.dtype != self.dtype or rows.shape != (file.n_rows, *self.row_shape):
+            raise DamagedBlockError(self.name, block, file.path, f"its metadata says {rows.dtype} {rows.shape}")
+        return rows

@@ -36,7 +36,7 @@ def read_column(path: Path, name: str) -> np.ndarray:
         if array.shape[0] > read_about(path)["rows"] + 1:  # before memory is taken for so many
             raise ValueError(f"it has {array.shape[0]:,} rows")
     values = np.asarray(array[:])
-    if array.attrs["checksum"] != column_checksum(values):
+    if array.attrs.get("checksum") != column_checksum(values):
         raise ValueError("its checksum does not fit")
     return values
 

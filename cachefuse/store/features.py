@@ -305,4 +305,4 @@ class Features:
         except OSError:  # gone, or behind a link that leads nowhere or round in a circle
             return False
         sizes = {name: entry.st_size for name, entry in status.items() if stat.S_ISREG(entry.st_mode)}
-        return sizes == {name: size for name, (size, _) in written.files.items()}
+        return bool(sizes) and sizes == {name: size for name, (size, _) in written.files.items()}

@@ -12,7 +12,7 @@ from zarr.core.buffer import Buffer
 
 from cachefuse.errors import CacheError
 from cachefuse.feature_spec import IDS
-from cachefuse.files import JsonObject, make_folder, read_bounded, write_atomically
+from cachefuse.files import JsonObject, clear_place, make_folder, read_bounded, write_atomically
 from cachefuse.store.format import DTYPES, MAX_BLOCK_ROWS, MAX_METADATA, VIEWS
 from cachefuse.store.shard import INDEX_CODECS, chunk_rows, padded_rows
 
@@ -150,6 +150,7 @@ def _write(folder: Path, files: Mapping[str, Buffer]) -> None:
     data, path = files["zarr.json"].to_bytes(), folder / "zarr.json"
     if not _holds(path, data):
         make_folder(folder)
+        clear_place(path)
         write_atomically(path, data)
 
 

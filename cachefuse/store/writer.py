@@ -10,7 +10,7 @@ import numpy as np
 
 from cachefuse.errors import CacheError
 from cachefuse.feature_spec import IDS
-from cachefuse.files import make_folder, write_atomically
+from cachefuse.files import clear_place, make_folder, write_atomically
 from cachefuse.store.features import Features
 from cachefuse.store.format import DTYPES, checksum
 from cachefuse.store.rows import quantise
@@ -145,6 +145,8 @@ class _BlockWriter:
             long = None if kept is None else {row: n for row, n in kept.items() if row not in new} | dict(long)
         self._keep(self._rows.stop)
         files, paths = {}, self.features.files(self.view.name, self.block)
+        for path in paths.values():
+            clear_place(path)
         for name, (shape, dtype) in self.view.arrays.items():
             shard, row_bytes = self._shards[name], math.prod(shape) * dtype.itemsize
             if self.view.ragged:

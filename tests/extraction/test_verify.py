@@ -313,6 +313,55 @@ def test_anything_but_a_file_in_place_of_a_block_is_damage(shapes, store, toy, h
         FeatureStore(store.path).open_features("toy", "image").read()
 
 
+@pytest.mark.parametrize("name", ["pooled/c/1/0", "zarr.json", "pooled/zarr.json"])
+def test_a_folder_in_place_of_a_file_is_mended(shapes, store, toy, tools, name):
+    before = features_of(tools, store.path)
+    replace_by(store.path / "features" / "toy" / "image" / name, "a folder")
+    (store.path / "features" / "toy" / "image" / name / "file").touch()
+    found = verify(FeatureStore(store.path))
+    assert found.damage
+    if name == "zarr.json":
+        assert places(found) == [("", "features/toy/image", None)]
+        return
+    repair(FeatureStore(store.path), found, shapes, device="cpu")
+    assert verify(FeatureStore(store.path)).damage == ()
+    assert features_of(tools, store.path) == before
+
+
+def test_a_folder_in_place_of_a_block_and_a_lost_line_of_its_journal(shapes, store, toy, tools):
+    before = features_of(tools, store.path)
+    folder = store.path / "features" / "toy" / "image"
+    replace_by(folder / "pooled" / "c" / "0" / "0", "a folder")
+    journal = folder / "journal.jsonl"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:1]).replace(b"\n", b"\x0e") + b"".join(lines[1:]))
+    repair(FeatureStore(store.path), verify(FeatureStore(store.path)), shapes, device="cpu")
+    assert verify(FeatureStore(store.path)).damage == ()
+    assert features_of(tools, store.path) == before
+
+
+def test_the_metadata_of_another_array_is_damage(store):
+    other = store.path / "samples" / "stamp" / "zarr.json"
+    shutil.copy(other, store.path / "features" / "toy" / "image" / "pooled" / "zarr.json")
+    assert {place[:2] for place in places(verify(FeatureStore(store.path)))} == {("image", "pooled")}
+    with pytest.raises(CacheError, match=naming("damaged --repair")):
+        FeatureStore(store.path).open_features("toy", "image").read()
+
+
+@pytest.mark.parametrize("name", ["features", "features/toy", "samples/present"])
+def test_damaged_metadata_of_a_group_is_found_and_mended(shapes, store, toy, name):
+    file = store.path / name / "zarr.json"
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b"3", b"4", 1))
+    found = verify(FeatureStore(store.path))
+    assert places(found) == [("", name, None)]
+    toy.batches.clear()
+    repair(FeatureStore(store.path), found, shapes, device="cpu")
+    assert toy.batches == []
+    assert verify(FeatureStore(store.path)).damage == ()
+    assert file.read_bytes() == data
+
+
 def replace_by(path, how):
     path.unlink()
     match how:
