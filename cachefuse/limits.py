@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-MIN_MEMORY = 900_000_000  # the largest image that is allowed fits, so that no machine calls it bad
+MIN_MEMORY = 900_000_000  # nearly every image that is allowed fits, so that machines seldom differ
 
 
 def default_memory() -> int:

@@ -212,6 +212,8 @@ class _Undecoded:
             return BadSampleError(f"is over the limit of {MAX_PIXELS:,} pixels")
         if isinstance(error, UnidentifiedImageError):
             return BadSampleError("is not an image, or not of a supported format")
+        if isinstance(error, MemoryError):  # there was enough: Pillow says this of rows that it cannot count
+            return BadSampleError("can't be decoded: it is too wide or too high")
         # Decoders raise many kinds of errors on damaged files.
         return BadSampleError(f"can't be decoded: {str(error) or type(error).__name__}")
 
