@@ -1,6 +1,6 @@
 """Histograms and hashed n-grams: a baseline without weights or downloads, which works everywhere."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import PIL
@@ -16,6 +16,7 @@ HUES, GREYS, COLOUR_GRID = 8, 4, 4
 ORIENTATIONS, GRADIENT_GRID = 8, 8
 CHUNK = 4
 HASHED = 512  # columns per type of n-gram
+TOGETHER = 1 << 20  # characters of texts whose n-grams are in memory at a time
 
 
 class ClassicImageTower(Tower):
@@ -80,7 +81,21 @@ class ClassicTextTower(Tower):
         return len(prepared)
 
     def encode(self, batch: Sequence[str], views: Collection[str]) -> Features:
-        return {"pooled": np.hstack([vectorizer.transform(batch).toarray() for vectorizer in self._vectorizers])}
+        rows = []
+        for texts in _pieces(batch):
+            rows.append(np.hstack([vectorizer.transform(texts).toarray() for vectorizer in self._vectorizers]))
+        return {"pooled": np.concatenate(rows)}
+
+
+def _pieces(batch: Sequence[str]) -> Iterator[Sequence[str]]:
+    """Yield texts of at most ``TOGETHER`` characters at a time, or a longer one alone: each has many n-grams."""
+    start, n = 0, 0
+    for i, text in enumerate(batch):
+        if i > start and n + len(text) > TOGETHER:
+            yield batch[start:i]
+            start, n = i, 0
+        n += len(text)
+    yield batch[start:]
 
 
 def open_classic(spec: EncoderSpec, device: str) -> dict[str, Tower]:

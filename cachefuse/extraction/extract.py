@@ -17,11 +17,13 @@ from cachefuse.errors import CacheError, ConfigError
 from cachefuse.extraction.derive import base_rows, derive
 from cachefuse.extraction.open_store import open_store
 from cachefuse.extraction.pipeline import (
+    TEXT_IN_WORK,
     Clock,
     encode_prepared,
     in_background,
     is_bad,
     prepare_in_order,
+    text_size,
     views_to_encode,
 )
 from cachefuse.extraction.plan import check_room, row_bytes
@@ -254,11 +256,23 @@ class Job:
         """
         starts = [0, *self.store.appended_at(self.tower.modality), len(self.pending)]
         windows = (
-            range(start, min(start + self._window, end))
+            window
             for first, end in pairwise(starts)
             for start in range(first, end, self._window)
+            for window in self._with_less_text(range(start, min(start + self._window, end)))
         )
         return [window for window in windows if self.pending[window.start : window.stop].any()]
+
+    def _with_less_text(self, window: range) -> list[range]:
+        """Return a window, in parts if its texts are so long that together they would take much memory."""
+        parts, first, total = [], window.start, 0
+        for row in window if self.tower.by_length else ():
+            n = text_size(self.sources[row])
+            if row > first and total + n > TEXT_IN_WORK:
+                parts.append(range(first, row))
+                first, total = row, 0
+            total += n
+        return [*parts, range(first, window.stop)]
 
     @cached_property
     def _owners(self) -> np.ndarray:

@@ -6,7 +6,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from cachefuse.threads import idle_threads, n_cores
 
 WRITES_AHEAD = 2  # encoded windows that wait for the writer
 T = TypeVar("T")
+TEXT_IN_WORK = 1 << 24  # characters of the texts that are prepared in advance, and of those that are encoded together
 STAGES = ("reading", "encoding", "writing")
 
 
@@ -52,7 +52,7 @@ def prepare_in_order(
     ahead: int,
     row_name: Callable[[int], str] = lambda row: f"row {row}",
 ) -> Iterator[Iterator[Any]]:
-    """Prepare the sources of ``rows`` in threads, in order, at most ``ahead`` of them in advance.
+    """Prepare the sources of ``rows`` in threads, in order, at most ``ahead`` in advance, fewer of long texts.
 
     An error that is not the sample's fault stops everything. It is raised with a note that names the sample.
     """
@@ -71,20 +71,35 @@ def prepare_in_order(
 
     with ThreadPoolExecutor(n_cores(), thread_name_prefix="prepare") as pool:
         try:
-            yield in_order(pool, prepare, rows, ahead)
+            yield in_order(pool, prepare, rows, ahead, lambda row: text_size(sources[row]))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def in_order(pool: ThreadPoolExecutor, function: Callable[[int], T], items: Iterable[int], ahead: int) -> Iterator[T]:
-    """Yield ``function(item)`` in order. The pool computes at most ``ahead`` items in advance."""
-    waiting: deque[Future[T]] = deque()
-    items = iter(items)
-    while True:
-        waiting.extend(pool.submit(function, item) for item in islice(items, ahead - len(waiting)))
-        if not waiting:
-            return
-        yield waiting.popleft().result()
+def in_order(
+    pool: ThreadPoolExecutor,
+    function: Callable[[int], T],
+    items: Iterable[int],
+    ahead: int,
+    size: Callable[[int], int] = lambda item: 0,
+) -> Iterator[T]:
+    """Yield ``function(item)`` in order. The pool computes at most ``ahead`` items in advance, of ``TEXT_IN_WORK``."""
+    waiting: deque[tuple[Future[T], int]] = deque()
+    total = 0
+    for item in items:
+        while len(waiting) >= ahead or (waiting and total + size(item) > TEXT_IN_WORK):
+            future, n = waiting.popleft()
+            total -= n
+            yield future.result()
+        waiting.append((pool.submit(function, item), size(item)))
+        total += size(item)
+    while waiting:
+        yield waiting.popleft()[0].result()
+
+
+def text_size(source: TextOrSource | None) -> int:
+    """Return the characters of a text, 0 for another source."""
+    return len(source) if isinstance(source, str) else 0
 
 
 def views_to_encode(needed: Mapping[str, np.ndarray]) -> tuple[str, ...]:
