@@ -87,9 +87,9 @@ def _decoder_bytes(image: ImageFile.ImageFile, file: IO[bytes], n_file: int) -> 
             return _tiff_strip(image, n) + n_file * (image.tile[0].codec_name == "libtiff")
         case "PPM":
             return 9 * n if image.tile[0].codec_name != "raw" else _rows(image, 3)
-        case "BMP" | "TGA":
+        case "BMP":
             return 6 * n if image.tile[0].codec_name.endswith("rle") else _rows(image, 3)
-        case "PNG":
+        case "PNG" | "TGA":
             return _rows(image, 3)
     return n  # GIF
 
@@ -201,18 +201,18 @@ def _avif_planes(file: IO[bytes], n: int) -> int:
     flags = [start[i + 2] for i in _places(start, b"av1C") if len(start) > i + 2]
     deep = not flags or any(flag & 0x40 for flag in flags)
     halved = bool(flags) and all(flag & 0x10 or flag & 0x0C == 0x0C for flag in flags)  # 4:2:0, or grey
-    return int(n * (2.5 if halved else 4) * (2 if deep else 1))
+    return int(n * (2.5 if halved else 5.2) * (2 if deep else 1))
 
 
 def _jpeg2000_tile(file: IO[bytes], n: int) -> int:
-    """Return the bytes of a tile's values: 32 bits each in the decoder, and once more as bytes."""
+    """Return the bytes of a tile's values: 32 bits each in the decoder, and once more in one or two bytes."""
     start = _read(file, 0, SEARCHED)
     tile, n_values = n, 4
     for i in (place - 4 for place in _places(start, b"\xff\x4f\xff\x51")):
         if len(start) >= i + 42:
             width, height = struct.unpack(">II", start[i + 24 : i + 32])
             tile, n_values = min(n, width * height), int.from_bytes(start[i + 40 : i + 42], "big")
-    return tile * n_values * 10
+    return tile * n_values * 6
 
 
 def _places(data: bytes, word: bytes) -> list[int]:
