@@ -79,7 +79,6 @@ def open_to_all(folder):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="inspect takes rows of a damaged journal line for rows to compute")
 def test_no_fault_of_a_file_is_served_as_right(forks, whole, older, tmp_path):
     attack, counts = Attack(forks, whole, older, tmp_path / "work"), Counts()
     files = files_of(whole)
