@@ -99,9 +99,10 @@ def verdict(ended, result, expected, known_notes=()) -> str:
 
 
 def names_damage(result) -> bool:
-    """Whether a listing, as of ``inspect --json``, names damaged blocks itself."""
+    """Whether a listing, as of ``inspect --json``, names damaged blocks or missing rows itself."""
     views = result.get("views", []) if isinstance(result, dict) else []
-    return any(view.get("damaged") for view in views if isinstance(view, dict))
+    views = [view for view in views if isinstance(view, dict)]
+    return any(view.get("damaged") or view.get("done", 0) < view.get("rows", 0) for view in views)
 
 
 def difference(found, expected, where="") -> str:

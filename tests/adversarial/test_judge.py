@@ -17,6 +17,7 @@ def ended(code=0, err="", stopped=""):
         (ended(1, "error: run.json is damaged\n"), None, CLEAR),
         (ended(0, "note: left out\n"), {"f1": 0.4}, NOTED),
         (ended(), {"views": [{"damaged": 1}]}, NOTED),
+        (ended(), {"views": [{"damaged": 0, "done": 64, "rows": 112}]}, NOTED),
     ],
 )
 def test_what_is_right(of, result, expected):
