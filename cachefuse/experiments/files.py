@@ -32,6 +32,7 @@ from cachefuse.files import make_folder, read_bounded, to_json, write_atomically
 from cachefuse.registry import Options
 from cachefuse.runs.files import held_out_bytes, held_out_limit, parse_held_out
 from cachefuse.store.format import append_lines, n_damaged_lines, read_lines
+from cachefuse.store.lock import take_lock
 from cachefuse.training.held_out import HeldOut
 
 if TYPE_CHECKING:
@@ -49,9 +50,8 @@ ROW_INCHES, MAX_INCHES = 0.32, 60.0  # the height per setting in a plot, and of 
 def only_sweep(folder: Path) -> Iterator[None]:
     """Lock a sweep's folder, and create it if needed. Raises ConfigError if another process holds the lock."""
     make_folder(folder)
-    lock = filelock.FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire()
+        lock = take_lock(folder / ".lock")
     except filelock.Timeout:
         raise ConfigError(f"another sweep is running in {folder}; wait until it ends") from None
     try:

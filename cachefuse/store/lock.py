@@ -25,7 +25,7 @@ def only_writer(store_path: Path) -> Iterator[None]:
     lock_file = store_path.with_name(f".{store_path.name}.lock")
     holder_file = store_path.with_name(f".{store_path.name}.writer")
     try:
-        lock = _lock(lock_file)
+        lock = take_lock(lock_file)
     except filelock.Timeout as error:
         left = Path(error.lock_file)
         soft = f", or delete {left} if it is gone" if left.is_file() and left.stat().st_size else ""
@@ -42,8 +42,11 @@ def only_writer(store_path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _lock(path: Path) -> filelock.BaseFileLock:
-    """Take a lock that the system frees when the process ends, or where files have none, a lock that is a file."""
+def take_lock(path: Path) -> filelock.BaseFileLock:
+    """Take a lock that the system frees when the process ends, or where files have none, a lock that is a file.
+
+    Raises filelock.Timeout at once if another process holds it.
+    """
     lock: filelock.BaseFileLock = filelock.FileLock(path, timeout=0)
     try:
         with warnings.catch_warnings():

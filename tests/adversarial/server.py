@@ -3,6 +3,7 @@
 It reads requests, one JSON object a line, and answers each with one line. ``forks.py`` is the other side.
 """
 
+import codecs
 import contextlib
 import gc
 import importlib
@@ -77,6 +78,8 @@ def import_all(names):
         if name not in sys.modules and name.partition(".")[0] in WARM:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+    for encoding in ("utf-8-sig", "utf-16", "cp1252", "ascii", "unicode_escape"):
+        codecs.lookup(encoding)  # another user may not read Python's own folder
     gc.freeze()  # a child's collector would write to every page, and so copy it
     return sorted(set(sys.modules) - before)
 
