@@ -220,8 +220,10 @@ class StoredSamples:
             return str(error)
         if damaged:
             return f"damaged lines: {damaged:,}"
-        few = [m for m in self.modalities if self.n_bad[m] < n_listed(self.path, m)]
-        return f"lines of {few[0]} are lost" if few else None
+        with suppress(CacheError):  # where the modalities are lost, they are said to be
+            few = [m for m in self.modalities if self.n_bad[m] < n_listed(self.path, m)]
+            return f"lines of {few[0]} are lost" if few else None
+        return None
 
     def _lines(self) -> Iterator[JsonObject]:
         with suppress(CacheError):  # ``bad_samples`` tells

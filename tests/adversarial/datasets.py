@@ -130,9 +130,9 @@ def write_hdf5(folder, rng):
         file["label"] = np.arange(n)
         if rng.random() < 0.3:
             del file[rng.choice(("pixels", "caption", "label"))]
-            file[rng.choice(("pixels", "caption", "label", "more"))] = rng.choice(
-                (np.zeros((n, 2)), np.zeros(0), np.array([b"x" * 9] * n))
-            )
+            name = rng.choice(("pixels", "caption", "label", "more"))
+            file.pop(name, None)
+            file[name] = rng.choice((np.zeros((n, 2)), np.zeros(0), np.array([b"x" * 9] * n)))
     return "train.h5", buffer.getvalue(), HDF5.format(name="hostile")
 
 

@@ -137,6 +137,7 @@ def left(folder: Path) -> dict:
             not path.is_file()
             or path.name.endswith((".lock", ".writer", ".png", ".svg", ".html", ".md"))
             or "/data/" in name
+            or "/samples/stamp/" in name  # the times of files
         ):
             continue
         if name.startswith(("workspace/runs/", "images", "bert", "vit")):

@@ -54,8 +54,8 @@ WRITERS = {
     **{name: Writer(args, name) for name, args in STEPS.items() if name != "train-head int8"},
     "extract appended": Writer(STEPS["extract tokens"], "align", append_rows),
     "extract refresh": Writer((*STEPS["extract tokens"], "--refresh"), "align", change_images),
-    "extract both": Writer((*STEPS["extract tokens"], "--encoder", "classic"), "extract"),
-    "verify repair": Writer(("verify", "--dataset", "mine", "--repair"), "align", damage, 8),
+    "extract both": Writer((*STEPS["extract"], "--encoder", "hf:./bert"), "extract"),
+    "verify repair": Writer(("verify", "--dataset", "mine", "--repair", "--data-dir", "."), "align", damage, 8),
     "train-head all folds": Writer(
         ("train-head", "--dataset", "mine", *QUICK, "--folds", "3", "--members", "2", "--encoder", "classic")
     ),

@@ -16,6 +16,7 @@ from cachefuse.data.images import MAX_PIXELS, file_fingerprint
 from cachefuse.errors import DataError
 from cachefuse.files import open_regular
 from cachefuse.limits import limits
+from cachefuse.printable import printable
 
 MAX_STRING_BYTES = 1 << 28  # of a fixed length
 SMALL_FILE = 1 << 20
@@ -37,7 +38,7 @@ def open_hdf5(path: Path) -> Iterator[h5py.File]:
         with h5py.File(path, "r") as file:
             yield file
     except (OSError, RuntimeError, KeyError) as error:
-        raise DataError(f"{path.name}: not a readable HDF5 file: {error}") from error
+        raise DataError(f"{path.name}: not a readable HDF5 file: {printable(error)}") from error
 
 
 def open_shared(path: Path) -> h5py.File:

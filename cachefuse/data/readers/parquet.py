@@ -8,6 +8,7 @@ from cachefuse.data.column import TooLong
 from cachefuse.data.readers.table_columns import Cell, TableColumns
 from cachefuse.errors import DataError
 from cachefuse.limits import limits
+from cachefuse.printable import printable
 
 if TYPE_CHECKING:
     import pyarrow
@@ -42,7 +43,7 @@ def read_parquet(path: Path, wanted: Collection[str] | None) -> TableColumns:
             reader = _Reader(path)
             columns = {name: reader.column(name) for name in names if wanted is None or name in wanted}
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path.name}: not a readable parquet file: {error}") from error
+        raise DataError(f"{path.name}: not a readable parquet file: {printable(str(error).strip())}") from error
     return TableColumns(columns, names, n_rows)
 
 
