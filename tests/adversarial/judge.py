@@ -1,5 +1,6 @@
 """Whether what a command did is right: the same result as undamaged, or a clear line. Anything else is wrong."""
 
+import csv
 import json
 import os
 import re
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LONGEST = 520  # characters of a line of an error
+TIMES = ("seconds", "ms_per_item", "steps_per_second")  # columns of a sweep's tables
 # What differs between two undisturbed runs.
 VOLATILE = {
     "seconds",
@@ -181,7 +183,8 @@ def canonical(path: Path):
         if value is not None:
             return without_checksum(plain(value))
     if path.suffix == ".csv" and "sweeps" in path.parts:
-        return [re.sub(r"(,|^)\d+\.\d{1,3}(?=,|$)", r"\1", line) for line in data.decode().splitlines()]
+        rows = list(csv.DictReader(data.decode().splitlines()))
+        return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
     return data
 
 
