@@ -10,8 +10,11 @@ from pathlib import Path
 
 LONGEST = 520  # characters of a line of an error
 TIMES = ("seconds", "ms_per_item", "steps_per_second")  # columns of a sweep's tables
+TUNED = re.compile(rb"(aligned:[\w-]+-mine)-\d+")  # the number of a tuned alignment: a call made again counts on
+AGAIN = re.compile(r"/aligned-[\w-]+-mine-[2-9]/")
 # What differs between two undisturbed runs.
 VOLATILE = {
+    *TIMES,
     "seconds",
     "created",
     "extracted",
@@ -142,7 +145,7 @@ def left(folder: Path) -> dict:
             or "/samples/stamp/" in name  # the times of files
         ):
             continue
-        if name.startswith(("workspace/runs/", "images", "bert", "vit")):
+        if name.startswith(("workspace/runs/", "images", "bert", "vit")) or AGAIN.search(name):
             continue
         found[name] = canonical(path)
     runs = [
@@ -179,7 +182,7 @@ def canonical(path: Path):
         lines = [plain(json_or_none(text)) for text in data.decode().splitlines()]
         return sorted(repr({**line, "checksum": 0}) for line in lines if isinstance(line, dict))
     if path.suffix == ".json" and path.name != "bad.jsonl":
-        value = json_or_none(data)
+        value = json_or_none(TUNED.sub(rb"\1", data))
         if value is not None:
             return without_checksum(plain(value))
     if path.suffix == ".csv" and "sweeps" in path.parts:
