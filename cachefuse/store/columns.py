@@ -76,7 +76,9 @@ def column_checksum(values: np.ndarray) -> int:
 def n_listed(path: Path, modality: str) -> int:
     """Return how many samples without a usable ``modality`` the store at ``path`` lists at least."""
     with suppress(Exception):  # zarr-python raises many kinds of errors on changed metadata
-        array = zarr.open_array(path / "samples" / "present" / modality, mode="r", zarr_format=3)
+        folder = path / "samples" / "present" / modality
+        check_regular(folder)
+        array = zarr.open_array(folder, mode="r", zarr_format=3)
         return int(str(array.attrs.get("listed", 0)))
     return 0
 

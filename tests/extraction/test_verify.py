@@ -379,6 +379,8 @@ SMALL_FILES = [
     "zarr.json",
     "samples/zarr.json",
     "samples/split/zarr.json",
+    "samples/present/text/zarr.json",
+    "samples/present/zarr.json",
     "samples/split/c/0",
     "samples/bad.jsonl",
     "features/toy/text/zarr.json",
