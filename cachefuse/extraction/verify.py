@@ -19,7 +19,7 @@ from cachefuse.files import read_bounded
 from cachefuse.store.blocks import DamagedBlockError
 from cachefuse.store.columns import BAD_SAMPLES, IDENTITY, read_about, read_columns
 from cachefuse.store.features import JOURNAL, Features
-from cachefuse.store.format import FEATURE_DTYPES, MAX_METADATA, n_damaged_lines, rewrite_lines
+from cachefuse.store.format import FEATURE_DTYPES, MAX_METADATA, rewrite_lines
 from cachefuse.store.lock import only_writer
 from cachefuse.store.rows import Rows
 from cachefuse.store.store import FeatureStore
@@ -152,8 +152,8 @@ def _check_journal(features: Features) -> list[Damage]:
     """Return the views of which nothing is written yet, and damaged lines of the journal."""
     names = features.encoder, features.modality
     found = [Damage(*names, view, None, "it is not computed yet", missing=True) for view in features.asked]
-    if n := n_damaged_lines(features.path / JOURNAL):
-        found.append(Damage(*names, JOURNAL, None, f"damaged lines: {n:,}"))
+    if features.n_damaged_lines:
+        found.append(Damage(*names, JOURNAL, None, f"damaged lines: {features.n_damaged_lines:,}"))
     return found
 
 

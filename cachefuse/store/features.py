@@ -112,6 +112,11 @@ class Features:
                     blocks[key] = Written(line["rows"], files, frozenset(), cosine and (cosine[0], cosine[1]), long)
         return blocks
 
+    @cached_property
+    def n_damaged_lines(self) -> int:
+        """The number of damaged lines in the journal, as it was first read."""
+        return n_damaged_lines(self.path / JOURNAL)
+
     @property
     def n_written(self) -> int:
         """The number of blocks in the journal, over all views."""
@@ -180,8 +185,8 @@ class Features:
             return None
         written, n_rows = self.written(view, block), len(self.rows_of(view, block))
         if written is None or not written.files:
-            lost = n_damaged_lines(self.path / JOURNAL)
-            return Fault(f"{JOURNAL} has damaged lines" if lost else "it is not computed yet", bool(lost))
+            lost = self.n_damaged_lines > 0
+            return Fault(f"{JOURNAL} has damaged lines" if lost else "it is not computed yet", lost)
         if self.stored(view, block) is None:
             return Fault("it is lost, cut short or changed", True)
         return Fault(f"{len(self.missing_rows_of(view, block)):,} of its {n_rows:,} rows are to be computed", False)

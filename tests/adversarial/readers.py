@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from adversarial.judge import canonical, plain, run_folders
-from adversarial.workspaces import QUICK
+from adversarial.workspaces import QUICK, STEPS
 
 READERS = {
     "verify": ("verify", "--dataset", "mine", "--json"),
@@ -19,24 +19,10 @@ READERS = {
     "predict int8": ("predict", "--run", "quant-sum-linear-asl-1", "--output", "out.csv"),
     "train-head": ("train-head", "--dataset", "mine", *QUICK),
     "train-head int8": ("train-head", "--dataset", "quant", *QUICK),
-    "retrieve": ("retrieve", "--text", "a red circle", "-k", "3", "--json"),
+    "retrieve": (*STEPS["retrieve"], "--json"),
     "inspect": ("inspect", "--dataset", "mine", "--json"),
     "runs": ("runs", "--json"),
-    "sweep": (
-        "sweep",
-        "--dataset",
-        "mine",
-        *QUICK,
-        "--encoder",
-        "classic",
-        "--grid",
-        "lr=0.01,0.02",
-        "--seeds",
-        "2",
-        "--name",
-        "swept",
-        "--json",
-    ),
+    "sweep": (*STEPS["sweep"], "--json"),
 }
 
 
