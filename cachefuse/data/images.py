@@ -87,17 +87,21 @@ def open_file(path: str) -> Iterator[tuple[BinaryIO, int]]:
 
     Raises BadSampleError with the reason if the file is not readable, OSError if the disk failed.
     """
+    n_bytes = None
     try:
         _check_kind(os.stat(path))  # opening a device may already change something
         with open(os.open(path, FLAGS), "rb") as file:
             status = os.fstat(file.fileno())
             _check_kind(status)  # the file may be another one by now
-            yield file, status.st_size
+            n_bytes = status.st_size
+            yield file, n_bytes
     except BadSampleError:
         raise
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = path
+        if isinstance(error, OSError) and n_bytes == 0:  # no disk holds it: a link into /proc
+            raise BadSampleError(f"can't be read: {error.strerror}") from error
         raise BadSampleError(_explain(error)) from error
 
 

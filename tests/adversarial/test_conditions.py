@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from adversarial import workspaces
-from adversarial.forks import Forks
+from adversarial.forks import TESTS, Forks
 from adversarial.judge import SAME, fault_of, left, leftovers, verdict
 from adversarial.kills import append_rows
 from adversarial.readers import result
@@ -142,7 +144,8 @@ def test_a_run_deleted_while_it_predicts_is_named(forks, work):
 
 def test_another_user_reads_a_workspace_that_may_not_be_written(forks, work):
     expected = {
-        name: result(forks, work, name)[1] for name in ("verify", "evaluate", "predict int8", "inspect", "runs")
+        name: result(forks, work, name, warm=True)[1]
+        for name in ("verify", "evaluate", "predict int8", "inspect", "runs")
     }
     before = left(work)
     open_to_all(work)
@@ -153,7 +156,7 @@ def test_another_user_reads_a_workspace_that_may_not_be_written(forks, work):
         for name, value in expected.items():
             ended, found = result(forks, work, name, conditions={"user": NOBODY})
             assert verdict(ended, found, [value]) == SAME, (name, ended)
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 and open_to_others(sys.prefix) and open_to_others(TESTS):  # they import late
             for args in ((*STEPS["extract"][:-1], "hf:./bert"), ("train-head", "--dataset", "mine", *QUICK)):
                 ended = forks.run(*args, cwd=work, conditions={"user": NOBODY})
                 assert not fault_of(ended), ended
@@ -162,6 +165,11 @@ def test_another_user_reads_a_workspace_that_may_not_be_written(forks, work):
         for path in (work / "workspace", *(work / "workspace").rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
     assert left(work) == before
+
+
+def open_to_others(folder):
+    """Whether another user may look into a folder."""
+    return all(path.stat().st_mode & 0o005 == 0o005 for path in (Path(folder), *Path(folder).parents))
 
 
 def test_many_encoders_need_few_file_descriptors(forks, states, tmp_path):

@@ -2,6 +2,7 @@ import contextlib
 import io
 import os
 import struct
+import sys
 import threading
 import warnings
 import zlib
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from cachefuse.data import images
+from cachefuse.data.digests import hash_parts
 from cachefuse.data.images import FileImage, decode, read_file
 from cachefuse.errors import BadSampleError
 from fixtures.messages import naming
@@ -256,6 +258,16 @@ def test_pipes_and_devices_are_not_waited_for(root):
         thread.join(timeout=60)
         assert not thread.is_alive()
     assert errors == ["is not a regular file"] * 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="links into /proc")
+def test_a_link_into_the_system_is_the_fault_of_the_sample(root):
+    """It says that it is a regular file of no bytes, and its reading fails as a disk's would."""
+    (root / "data/memory.png").symlink_to("/proc/self/mem")
+    image = FileImage(root / "data/memory.png", root)
+    with pytest.raises(BadSampleError, match=r"can't be read: Input/output error"):
+        image.load()
+    assert image.digest() == hash_parts("unusable", "can't be read: Input/output error")
 
 
 def test_giant_file(root, monkeypatch):
