@@ -80,7 +80,7 @@ WRITERS = {
     ),
     "report": Writer(("report", "--run", HEAD, "--output", "page.html")),
     "report alignment": Writer(("report", "--run", "mine-dfe-add-1", "--output", "page.html")),
-    "pairs": Writer(("pairs", "--dataset", "mine", "--encoder", "classic", "--threshold", "0.5")),
+    "pairs": Writer(("pairs", "--dataset", "mine", "--encoder", "classic", "--threshold", "0.5", "--data-dir", ".")),
     "gates": Writer(
         ("evaluate", "--run", "mine-cma-mlp-asl-1", "--split", "val", "--no-intervals", "--gates", "gates.csv")
     ),

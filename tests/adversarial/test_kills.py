@@ -90,16 +90,12 @@ class Attack:
 
 
 @pytest.mark.slow
-def test_no_interruption_of_a_command_changes_what_it_ends_with(forks, whole, states, tmp_path):
-    counts, n = Counts(), size(1000, 30)
-    shares = [writer.weight for writer in WRITERS.values()]
-    rng = random.Random(SEED)
-    chosen = rng.choices(list(WRITERS), shares, k=n)
-    for name in WRITERS:
-        seeds = [i for i, other in enumerate(chosen) if other == name]
-        if seeds:
-            attack = Attack(forks, whole, states, tmp_path / "work", name)
-            for i in seeds:
-                attack.one(counts, SEED * 100_000 + i)
-    wrong = counts.report("kills")
+@pytest.mark.parametrize("name", WRITERS)
+def test_no_interruption_of_a_command_changes_what_it_ends_with(forks, whole, states, tmp_path, name):
+    counts, share = Counts(), WRITERS[name].weight / sum(writer.weight for writer in WRITERS.values())
+    attack = Attack(forks, whole, states, tmp_path / "work", name)
+    first = SEED * 100_000 + 1000 * list(WRITERS).index(name)
+    for i in range(size(round(1000 * share), 1)):
+        attack.one(counts, first + i)
+    wrong = counts.report(f"kills of {name}")
     assert not wrong, wrong
