@@ -20,7 +20,7 @@ from cachefuse import memory
 from cachefuse.data import image_memory
 from cachefuse.data.digests import hash_file, hash_parts
 from cachefuse.data.inside import is_allowed
-from cachefuse.data.opened_image import PixelFile, load_lean, silence_decoders
+from cachefuse.data.opened_image import PixelFile, decoders_words, forget_words, hear_decoders, load_lean
 from cachefuse.data.pixels import to_rgb
 from cachefuse.errors import BadSampleError
 
@@ -36,7 +36,7 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "JPEG2000", "AVIF
 # The user cannot act on Pillow's warnings on odd metadata and on sizes between its limit and ours. This is set once:
 # warnings.catch_warnings around each image would not be thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-silence_decoders()
+hear_decoders()
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +156,7 @@ def decode(data: bytes | PixelFile) -> Image.Image:
         raise BadSampleError("the file is empty")
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise RuntimeError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES must be off: it hides truncated images")
+    forget_words()
     image = _Undecoded(io.BytesIO(data) if isinstance(data, bytes) else cast(IO[bytes], data), n_bytes)
     with memory.one_sample():
         try:
@@ -219,7 +220,7 @@ class _Undecoded:
         if isinstance(error, MemoryError):  # there was enough: Pillow says this of rows that it cannot count
             return BadSampleError("can't be decoded: it is too wide or too high")
         # Decoders raise many kinds of errors on damaged files.
-        return BadSampleError(f"can't be decoded: {str(error) or type(error).__name__}")
+        return BadSampleError(f"can't be decoded: {decoders_words() or str(error) or type(error).__name__}")
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -3,11 +3,14 @@
 import ctypes
 import io
 import logging
+import sys
+import threading
 from contextlib import suppress
 from typing import Any, BinaryIO
 
 from PIL import ImageFile, _imaging
 
+OWN_NAME = b"tempfile.tif"  # Pillow's for the data that it hands to libtiff
 OWN_BUFFER = ("WEBP", "AVIF")  # their decoders hold whole images of their own beside Pillow's
 
 
@@ -80,11 +83,43 @@ class _Once:
         return decoder.get_frame(number)
 
 
-def silence_decoders() -> None:
-    """Stop decoders from printing their own words on damaged images to stderr, between the lines of the progress bar.
+class _Said(threading.local):
+    """What libtiff said last of a damaged image, in this thread."""
 
-    Of Pillow's decoders, only libtiff prints, and Pillow logs. The error that Pillow raises says what is wrong.
+    words = ""
+
+
+_said = _Said()
+
+
+def _keep(module: bytes | None, words: bytes | None, values: int | None) -> None:
+    """Be libtiff's error handler: ``words`` is a format of C, and ``values`` its va_list, a pointer on each system."""
+    if _said.words or not words:
+        return
+    text = ctypes.create_string_buffer(300)
+    if sys.platform == "win32" or ctypes.CDLL(None).vsnprintf(text, len(text), words, ctypes.c_void_p(values)) < 0:
+        text.value = words
+    parts = (b"" if module == OWN_NAME else module, text.value)
+    _said.words = b": ".join(part for part in parts if part).decode("utf-8", "replace")
+
+
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_void_p)(_keep)
+
+
+def decoders_words() -> str:
+    """Return what decoders said first in this thread since ``forget_words``, or ""."""
+    return _said.words
+
+
+def forget_words() -> None:
+    _said.words = ""
+
+
+def hear_decoders() -> None:
+    """Keep what decoders say of damaged images, instead of printing it to stderr between the lines of a progress bar.
+
+    Of Pillow's decoders, only libtiff prints; Pillow logs.
     """
     logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, Python prints what is logged
     with suppress(AttributeError, OSError):  # a Pillow that does not have libtiff as a library of its own
-        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(_HANDLER)
