@@ -34,9 +34,9 @@ def shorten(text: str, limit: int) -> str:
 def listed(names: Iterable[object], limit: int = 300) -> str:
     """Return names for a message, with commas: as many as fit into ``limit`` characters, and how many more there are.
 
-    A long name is cut.
+    Each is ``printable``, and a long one is cut.
     """
-    short = [shorten(str(name), 80) for name in names]
+    short = [printable(name, 80) for name in names]
     n, length = 0, 0
     while n < len(short) and (length := length + len(short[n]) + 2) <= limit:
         n += 1

@@ -1,6 +1,6 @@
 import unicodedata
 
-from cachefuse.printable import printable
+from cachefuse.printable import listed, printable
 
 
 def test_what_a_terminal_obeys_is_escaped():
@@ -22,6 +22,11 @@ def test_no_control_and_no_bidirectional_mark_is_left():
 def test_other_text_stays_as_it_is():
     text = "Füße, 猫, עברית, العربية, 👩‍🚀, a\u00a0b \\x1b"
     assert printable(text) == text
+
+
+def test_listed_names_are_one_safe_line():
+    assert listed(["a", "b\n", "\x1b[1m"]) == r"a, b\n, \x1b[1m"
+    assert listed(["x" * 200]) == printable("x" * 200, 80)
 
 
 def test_a_long_text_is_cut_in_its_middle():

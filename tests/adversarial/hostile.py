@@ -2,7 +2,7 @@
 
 import json
 
-from adversarial.judge import CLEAR, SAME, Counts, fault_of
+from adversarial.judge import CLEAR, SAME, UNSAFE, Counts, fault_of
 
 PEAK = 1_000_000_000  # bytes above the process
 PATIENCE = 60  # seconds for a batch
@@ -46,6 +46,6 @@ def judge(line: dict) -> str:
     if line["found"] == "usable":
         return SAME
     if line["found"].startswith("bad: "):
-        one_line = len(line["found"]) <= 525 and line["found"].isprintable()
+        one_line = len(line["found"]) <= 525 and not UNSAFE.search(line["found"])
         return CLEAR if one_line else f"a reason that is no line: {line['found'][:200]!r}"
     return line["found"][:300]

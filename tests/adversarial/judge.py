@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LONGEST = 520  # characters of a line of an error
+UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # what a terminal obeys
 TIMES = ("seconds", "ms_per_item", "steps_per_second")  # columns of a sweep's tables
 TUNED = re.compile(rb"(aligned:[\w-]+-mine)-\d+")  # the number of a tuned alignment: a call made again counts on
 AGAIN = re.compile(r"/aligned-[\w-]+-mine-[2-9]/")
@@ -19,6 +20,7 @@ VOLATILE = {
     "created",
     "extracted",
     "path",
+    "source",  # of an encoder: its folder
     "run",
     "output",
     "size_mb",
@@ -31,6 +33,7 @@ VOLATILE = {
 LEFTOVERS = re.compile(r"\.new-|\.tmp$|\.partial$|\.old-|^tmp")
 
 SAME, CLEAR, NOTED = "same result", "clear line", "same but for what a note says"
+RIGHT = SAME, CLEAR, NOTED
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Counts:
     def add(self, verdict: str, case: str) -> None:
         if sum(self.verdicts.values()) % 50 == 49:
             log(f"... {dict(self.verdicts)}")
-        if verdict in (SAME, CLEAR, NOTED):
+        if verdict in RIGHT:
             self.verdicts[verdict] += 1
         else:
             self.verdicts["anything else"] += 1
@@ -52,7 +55,7 @@ class Counts:
 
     def report(self, title: str) -> str:
         """Print the counts, and return the first of those that are wrong."""
-        counts = ", ".join(f"{name} {n:,}" for name, n in sorted(self.verdicts.items()))
+        counts = ", ".join(f"{name} {n:,}" for name, n in sorted(self.verdicts.items()) if name in RIGHT)
         text = "\n".join([f"{title}: {counts or 'nothing tried'}; anything else {len(self.wrong):,}", *self.wrong])
         print("\n" + text.encode("utf-8", "backslashreplace").decode())
         log(text.partition("\n")[0])
@@ -77,7 +80,7 @@ def fault_of(ended) -> str:
     long = [line for line in ended.err.splitlines() if len(line) > LONGEST]
     if long:
         return f"a line of {len(long[0])} characters: {long[0][:200]}"
-    if unsafe := re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", ended.err):
+    if unsafe := UNSAFE.search(ended.err.replace("\n", "")):
         return f"{unsafe[0]!r} reaches the terminal"
     return ""
 

@@ -16,7 +16,7 @@ from cachefuse.data.images import MAX_PIXELS, file_fingerprint
 from cachefuse.errors import DataError
 from cachefuse.files import open_regular
 from cachefuse.limits import limits
-from cachefuse.printable import printable
+from cachefuse.printable import listed, printable
 
 MAX_STRING_BYTES = 1 << 28  # of a fixed length
 SMALL_FILE = 1 << 20
@@ -80,7 +80,7 @@ def find_dataset(file: h5py.File, key: str, hops: int = MAX_HOPS) -> h5py.Datase
 
 
 def _contents(node: object) -> str:
-    return (", ".join(islice(node, 20)) if isinstance(node, h5py.Group) else "") or "nothing"
+    return (listed(islice(node, 20)) if isinstance(node, h5py.Group) else "") or "nothing"
 
 
 def _check_dataset(dataset: h5py.Dataset, name: str, key: str) -> None:

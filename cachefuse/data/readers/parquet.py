@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from cachefuse.data.column import TooLong
+from cachefuse.data.readers.lines import TEXT_ERRORS
 from cachefuse.data.readers.table_columns import Cell, TableColumns
 from cachefuse.errors import DataError
 from cachefuse.limits import limits
@@ -42,6 +43,8 @@ def read_parquet(path: Path, wanted: Collection[str] | None) -> TableColumns:
                 raise DataError(f"{path.name}: a column occurs twice")
             reader = _Reader(path)
             columns = {name: reader.column(name) for name in names if wanted is None or name in wanted}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name}: not a readable parquet file: it has text that is not UTF-8") from error
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path.name}: not a readable parquet file: {printable(str(error).strip())}") from error
     return TableColumns(columns, names, n_rows)
@@ -141,15 +144,14 @@ class _Reader:
         total = int(pa.compute.sum(lengths).as_py() or 0)
         if int(pa.compute.max(lengths).as_py() or 0) <= limits().text_bytes:
             self._count(total)
-            texts: list[Cell] = values.to_pylist()
-            return texts
+            return _strings(values)
         cells: list[Cell] = []
         for i, n in enumerate(lengths.to_pylist()):
             if n is not None and n > limits().text_bytes:
                 cells.append(TooLong(n))  # not even taken from the array: that copies it
             else:
                 self._count(n or 0)
-                cells.append(values[i].as_py())
+                cells += _strings(values[i : i + 1])
         return cells
 
     def _count(self, n_bytes: int) -> None:
@@ -159,6 +161,18 @@ class _Reader:
             raise DataError(
                 f"{self._path.name}: its cells take more than {MOST_EXPANSION} times its size and {FREE_BYTES:,} bytes"
             )
+
+
+def _strings(values: "pyarrow.Array") -> list[Cell]:
+    """Return strings or bytes as Python values; bytes that are not UTF-8 are read as in csv files."""
+    import pyarrow as pa
+
+    try:
+        texts: list[Cell] = values.to_pylist()
+    except UnicodeDecodeError:
+        raw = values.cast(pa.large_binary()).to_pylist()
+        texts = [None if data is None else data.decode("utf-8", errors=TEXT_ERRORS) for data in raw]
+    return texts
 
 
 def _is_text(kind: "pyarrow.DataType") -> bool:

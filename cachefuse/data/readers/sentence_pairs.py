@@ -115,4 +115,4 @@ class SentencePairsReader(Reader):
 
 def _no_column(file: str, name: str, key: str, columns: tuple[str, ...]) -> DataError:
     known = listed(columns[:20])
-    return DataError(f"{file}: has no column {name!r}, which reader.{key} names; its columns are: {known[:300]}")
+    return DataError(f"{file}: has no column {name!r}, which reader.{key} names; its columns are: {known}")

@@ -49,6 +49,11 @@ def test_one_wrong_byte_spoils_no_other(tmp_path):
     assert read_columns(path)["text"] == ["crème brûlée", "café \ufffd"]
     path = write(tmp_path / "a.jsonl", '{"text": "crème '.encode() + b'caf\xe9"}')
     assert read_columns(path)["text"] == ["crème café"]
+    spoiled = pyarrow.array(["crème".encode(), None, b"caf\xe9"]).view(pyarrow.string())  # as some writers leave them
+    for values in (spoiled, spoiled.dictionary_encode()):
+        path = tmp_path / "a.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
+        assert read_columns(path)["text"] == ["crème", None, "café"]
 
 
 def test_tabs(tmp_path):
