@@ -87,14 +87,15 @@ def test_a_second_writer_is_told_of_the_first(states, tmp_path, forks):
 
 @contextlib.contextmanager
 def stopped_writer(forks, work):
-    """A writer that stands still in its work, and then is killed."""
-    options = {"conditions": {"slow": 0.2}, "signals": [(20, signal.SIGKILL)], "timeout": 60}
+    """A writer that hardly moves in its work, and then is killed."""
+    options = {"conditions": {"slow": 1}, "timeout": 60}
     thread = threading.Thread(target=forks.run, args=STEPS["extract tokens"], kwargs={"cwd": work, **options})
     thread.start()
     writer = work / "workspace" / "cache" / ".mine.zarr.writer"
     while thread.is_alive() and not writer.exists():
         thread.join(0.01)
     yield
+    os.kill(json.loads(writer.read_text())["pid"], signal.SIGKILL)
     thread.join()
 
 
