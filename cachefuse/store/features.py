@@ -153,7 +153,7 @@ class Features:
             if written.files and written.long is not None:
                 counted = True
                 lengths |= written.long
-        if not counted:
+        if not counted or "max_length" not in self.provenance:  # a journal may be another encoder's
             return None
         n_texts = int(self.samples.present_rows(self.modality).sum())
         limit, windows = int(self.provenance["max_length"]), self.provenance.get("long_texts") == "windows"

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
@@ -202,6 +203,18 @@ def test_metadata_that_is_gone_or_cut_short_is_never_read_as_something_else(shap
     else:
         make(shapes, store_path)
         assert read() == expected
+
+
+def test_the_journal_of_other_features_is_not_believed(shapes, store_path, toy):
+    make(shapes, store_path)
+    text = FeatureStore(store_path).open_features("toy", "text")
+    line = text.written("pooled", 0)
+    text.note_written("pooled", 0, replace(line, long={}))
+    shutil.copyfile(text.path / "journal.jsonl", store_path / "features" / "toy" / "image" / "journal.jsonl")
+    image = FeatureStore(store_path).open_features("toy", "image")
+    assert image.long_texts() is None
+    with pytest.raises(CacheError):
+        image.read()
 
 
 # A folder that may not be written
