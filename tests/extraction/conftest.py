@@ -1,6 +1,10 @@
+import shutil
 import threading
 
 import pytest
+
+from cachefuse.extraction.extract import extract
+from cachefuse.store.store import FeatureStore
 
 
 @pytest.fixture
@@ -24,3 +28,11 @@ def same_when_interrupted(store_path, toy, tools):
         return n_undisturbed
 
     return check
+
+
+@pytest.fixture
+def store(shapes, store_path, toy, made_once):
+    """A small store with two views of each modality, of two blocks each; a test may damage it."""
+    options = {"views": ("pooled", "tokens"), "device": "cpu", "batch_size": 8}
+    made = made_once("small.zarr", lambda path: extract(shapes, ["toy"], path, **options))
+    return FeatureStore(shutil.copytree(made, store_path))

@@ -1,6 +1,5 @@
 """Verification finds every kind of damage and names its block; repair computes those blocks again and no others."""
 
-import os
 import shutil
 
 import numpy as np
@@ -9,32 +8,14 @@ import zarr
 
 from cachefuse.errors import CacheError
 from cachefuse.extraction.extract import extract
-from cachefuse.extraction.open_store import open_store
-from cachefuse.extraction.verify import Damage, repair, verify
-from cachefuse.store.columns import read_column
+from cachefuse.extraction.verify import repair, verify
 from cachefuse.store.features import Features
-from cachefuse.store.format import append_lines, checksum
+from cachefuse.store.format import checksum
 from cachefuse.store.store import FeatureStore
-from fixtures.columns import texts_of, with_columns
+from fixtures.damage import features_of, flip, places
 from fixtures.messages import naming
 
 VIEWS = ("pooled", "tokens")
-
-
-@pytest.fixture
-def store(shapes, store_path, toy, made_once):
-    made = made_once("small.zarr", lambda path: extract(shapes, ["toy"], path, views=VIEWS, device="cpu", batch_size=8))
-    return FeatureStore(shutil.copytree(made, store_path))
-
-
-def flip(path, place):
-    data = bytearray(path.read_bytes())
-    data[place] ^= 4
-    path.write_bytes(data)
-
-
-def places(found):
-    return [(damage.modality, damage.view, damage.block) for damage in found.damage]
 
 
 def test_a_whole_store_is_sound(store):
@@ -107,81 +88,6 @@ def test_an_array_without_metadata_is_found_and_mended(shapes, store, toy):
     np.testing.assert_array_equal(zarr.open_array(file.parent, mode="r")[:], values)
 
 
-@pytest.mark.parametrize("name", ["target", "split", "present/image", "id", "digest", "stamp"])
-@pytest.mark.one_in(3)
-def test_damaged_samples_are_found_and_mended(shapes, store, name):
-    expected = read_column(store.path, name)
-    (chunk,) = [path for path in (store.path / "samples" / name / "c").rglob("*") if path.is_file()]
-    flip(chunk, 12)
-    found = verify(FeatureStore(store.path))
-    assert found.damage == (Damage("", "", f"samples/{name}", None, "it cannot be read, or its checksum does not fit"),)
-    repair(FeatureStore(store.path), found, shapes, device="cpu")
-    assert verify(FeatureStore(store.path)).damage == ()
-    np.testing.assert_array_equal(read_column(store.path, name), expected)
-
-
-@pytest.mark.parametrize("lost", [("digest", "stamp"), ("id", "digest")])
-def test_samples_that_nothing_identifies_any_more_can_t_be_mended_and_say_so(shapes, store, lost):
-    for name in lost:
-        (chunk,) = [path for path in (store.path / "samples" / name / "c").rglob("*") if path.is_file()]
-        flip(chunk, 12)
-    found = verify(FeatureStore(store.path))
-    assert places(found) == [("", f"samples/{name}", None) for name in sorted(lost)]
-    with pytest.raises(CacheError, match="damaged"):
-        repair(FeatureStore(store.path), found, shapes, device="cpu")
-
-
-def test_without_ids_samples_that_are_gone_are_refused(shapes, store, tools):
-    (chunk,) = [path for path in (store.path / "samples" / "id" / "c").rglob("*") if path.is_file()]
-    flip(chunk, 12)
-    with pytest.raises(CacheError, match=naming("damaged id")):
-        open_store(store.path, tools.head(shapes, 70))
-
-
-def test_lines_of_another_shape_in_the_journal_and_the_ledger_say_nothing(shapes, store):
-    folder = store.path / "features" / "toy" / "image"
-    lines = [
-        {"view": "pooled"},
-        {"view": "pooled", "block": 0, "files": 3},
-        {"block": [1], "view": "pooled", "stale": [1]},
-    ]
-    append_lines(folder / "journal.jsonl", lines)
-    append_lines(store.path / "samples" / "bad.jsonl", [{"id": 7}])
-    assert verify(FeatureStore(store.path)).damage == ()
-    assert [(line.id, line.reason) for line in FeatureStore(store.path).bad_samples()] == [("7", "")]
-
-
-def test_without_ids_a_sample_that_changed_can_t_be_told_from_one_that_moved(shapes, store):
-    (chunk,) = [path for path in (store.path / "samples" / "id" / "c").rglob("*") if path.is_file()]
-    flip(chunk, 12)
-    changed = with_columns(shapes, texts=[("another text",), *texts_of(shapes)[1:]])
-    with pytest.raises(CacheError, match=naming("damaged id")):
-        open_store(store.path, changed, refresh=True)
-
-
-def test_a_column_of_samples_that_is_gone_is_damage_and_is_never_read_as_none(shapes, store):
-    shutil.rmtree(store.path / "samples" / "present" / "image")
-    found = verify(FeatureStore(store.path))
-    assert places(found) == [("", "samples/present/image", None)]
-    with pytest.raises(CacheError, match="samples/present/image"):
-        FeatureStore(store.path).present("image")
-    repair(FeatureStore(store.path), found, shapes, device="cpu")
-    assert FeatureStore(store.path).present("image").all()
-
-
-def test_damaged_numbers_of_captions_are_mended(shapes, store_path, toy, tools):
-    dataset = tools.make_dataset(shapes, texts=[("a b", "c")[: 1 + i % 2] for i in range(80)])
-    extract(dataset, ["toy"], store_path, device="cpu")
-    before = FeatureStore(store_path).open_features("toy", "text").read()
-    (chunk,) = [path for path in (store_path / "samples" / "items" / "text" / "c").rglob("*") if path.is_file()]
-    flip(chunk, 12)
-    found = verify(FeatureStore(store_path))
-    assert ("", "samples/items/text", None) in places(found)
-    repair(FeatureStore(store_path), found, dataset, device="cpu")
-    assert verify(FeatureStore(store_path)).damage == ()
-    np.testing.assert_array_equal(FeatureStore(store_path).open_features("toy", "text").read(), before)
-
-
 @pytest.mark.parametrize("data", [None, b"{}"])
 def test_a_group_whose_description_is_lost_is_damage_and_is_not_thrown_away(shapes, store, toy, data):
     file = store.path / "features" / "toy" / "image" / "zarr.json"
@@ -200,15 +106,6 @@ def test_repair_computes_the_damaged_view_of_the_damaged_modality_alone(shapes, 
     toy.batches.clear()
     repair(store, verify(store), shapes, device="cpu")
     assert {(modality, views) for modality, _, views in toy.batches} == {("image", ("tokens",))}
-
-
-def test_a_store_with_many_bad_samples_is_repaired(shapes, store_path, toy, tools):
-    images = [tools.FakeImage(i, "is damaged" if i % 4 == 0 else "") for i in range(80)]
-    dataset = tools.make_dataset(shapes, images=images)
-    extract(dataset, ["toy"], store_path, device="cpu", max_bad=0.5)
-    flip(store_path / "features" / "toy" / "image" / "pooled" / "c" / "0" / "0", 9)
-    repair(FeatureStore(store_path), verify(FeatureStore(store_path)), dataset, device="cpu")
-    assert verify(FeatureStore(store_path)).damage == ()
 
 
 def test_the_cosine_of_a_block_is_that_of_all_its_rows_after_some_were_computed_again(shapes, store_path, toy):
@@ -242,11 +139,6 @@ def test_all_that_was_asked_for_is_missing_until_it_is_computed(shapes, store_pa
     repair(FeatureStore(store_path), found, shapes, device="cpu")
     assert verify(FeatureStore(store_path)).damage == ()
     assert features_of(tools, store_path) == features_of(tools, undisturbed)
-
-
-def features_of(tools, path):
-    """Return a store's files but its journals, which may have the blocks in another order."""
-    return {name: data for name, data in tools.files(path).items() if not name.endswith("journal.jsonl")}
 
 
 def test_appended_samples_are_missing_from_the_encoders_that_have_not_seen_them(shapes, store_path, toy, tools):
@@ -302,44 +194,6 @@ def test_a_damaged_line_of_the_journal_is_damage_and_is_mended(shapes, store, to
     assert features_of(tools, store.path) == before
 
 
-@pytest.mark.parametrize("how", ["gone", "a folder", "a pipe", "a device", "a dangling link"])
-def test_anything_but_a_file_in_place_of_a_block_is_damage(shapes, store, toy, how):
-    shard = store.path / "features" / "toy" / "image" / "pooled" / "c" / "1" / "0"
-    replace_by(shard, how)
-    found = verify(FeatureStore(store.path))
-    assert places(found) == [("image", "pooled", 1)]
-    assert not found.damage[0].missing
-    with pytest.raises(CacheError, match=naming("damaged block 1 --repair")):
-        FeatureStore(store.path).open_features("toy", "image").read()
-
-
-@pytest.mark.parametrize("name", ["pooled/c/1/0", "zarr.json", "pooled/zarr.json"])
-def test_a_folder_in_place_of_a_file_is_mended(shapes, store, toy, tools, name):
-    before = features_of(tools, store.path)
-    replace_by(store.path / "features" / "toy" / "image" / name, "a folder")
-    (store.path / "features" / "toy" / "image" / name / "file").touch()
-    found = verify(FeatureStore(store.path))
-    assert found.damage
-    if name == "zarr.json":
-        assert places(found) == [("", "features/toy/image", None)]
-        return
-    repair(FeatureStore(store.path), found, shapes, device="cpu")
-    assert verify(FeatureStore(store.path)).damage == ()
-    assert features_of(tools, store.path) == before
-
-
-def test_a_folder_in_place_of_a_block_and_a_lost_line_of_its_journal(shapes, store, toy, tools):
-    before = features_of(tools, store.path)
-    folder = store.path / "features" / "toy" / "image"
-    replace_by(folder / "pooled" / "c" / "0" / "0", "a folder")
-    journal = folder / "journal.jsonl"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:1]).replace(b"\n", b"\x0e") + b"".join(lines[1:]))
-    repair(FeatureStore(store.path), verify(FeatureStore(store.path)), shapes, device="cpu")
-    assert verify(FeatureStore(store.path)).damage == ()
-    assert features_of(tools, store.path) == before
-
-
 def test_the_metadata_of_another_array_is_damage(store):
     other = store.path / "samples" / "stamp" / "zarr.json"
     shutil.copy(other, store.path / "features" / "toy" / "image" / "pooled" / "zarr.json")
@@ -360,65 +214,6 @@ def test_damaged_metadata_of_a_group_is_found_and_mended(shapes, store, toy, nam
     assert toy.batches == []
     assert verify(FeatureStore(store.path)).damage == ()
     assert file.read_bytes() == data
-
-
-def replace_by(path, how):
-    path.unlink()
-    match how:
-        case "a folder":
-            path.mkdir()
-        case "a pipe":
-            os.mkfifo(path)
-        case "a device":
-            path.symlink_to("/dev/zero")
-        case "a dangling link":
-            path.symlink_to(path.parent / "nowhere")
-
-
-SMALL_FILES = [
-    "zarr.json",
-    "samples/zarr.json",
-    "samples/split/zarr.json",
-    "samples/present/text/zarr.json",
-    "samples/present/zarr.json",
-    "samples/split/c/0",
-    "samples/bad.jsonl",
-    "features/toy/text/zarr.json",
-    "features/toy/text/journal.jsonl",
-    "features/toy/text/tokens/block-000001/zarr.json",
-    "features/toy/text/offsets/c/1/0",
-]
-
-
-@pytest.mark.parametrize("how", ["a folder", "a pipe", "a device"])
-@pytest.mark.parametrize("name", SMALL_FILES)
-def test_no_special_file_hangs_or_fills_memory(store, name, how):
-    (store.path / "samples" / "bad.jsonl").touch()
-    replace_by(store.path / name, how)
-    if name == "zarr.json":
-        with pytest.raises(CacheError, match=r"zarr\.json"):
-            FeatureStore(store.path)
-    else:
-        assert verify(FeatureStore(store.path)).damage
-
-
-def test_a_lost_list_of_bad_samples_is_damage_and_is_made_again(shapes, store_path, toy, tools):
-    images = [tools.FakeImage(i, "is damaged" if i in (3, 70) else "") for i in range(80)]
-    dataset = tools.make_dataset(shapes, images=images)
-    extract(dataset, ["toy"], store_path, device="cpu")
-    listed = FeatureStore(store_path).bad_samples()
-    ledger = store_path / "samples" / "bad.jsonl"
-    first, second = ledger.read_bytes().splitlines(keepends=True)
-    for data in (None, b"", first, first + second[:-9] + b"\n", b"{}\n" + second):
-        ledger.unlink() if data is None else ledger.write_bytes(data)
-        found = verify(FeatureStore(store_path))
-        assert places(found) == [("", "samples/bad.jsonl", None)]
-        with pytest.raises(CacheError, match=naming("bad.jsonl --repair")):
-            FeatureStore(store_path).bad_samples()
-        repair(FeatureStore(store_path), found, dataset, device="cpu")
-        assert verify(FeatureStore(store_path)).damage == ()
-        assert sorted(FeatureStore(store_path).bad_samples(), key=lambda line: line.id) == listed
-        assert np.flatnonzero(~FeatureStore(store_path).present("image")).tolist() == [3, 70]
 
 
 def test_rows_of_zeros_count_where_their_sample_is_present(shapes, store_path, toy, tools):
