@@ -12,6 +12,7 @@ from PIL import ImageFile, _imaging
 
 OWN_NAME = b"tempfile.tif"  # Pillow's for the data that it hands to libtiff
 OWN_BUFFER = ("WEBP", "AVIF")  # their decoders hold whole images of their own beside Pillow's
+GREY_STEP = {"L;2": 85, "L;4": 17}  # of 2 and 4 bits a pixel, to reach 255
 
 
 class PixelFile(io.RawIOBase):
@@ -65,7 +66,19 @@ def load_lean(image: ImageFile.ImageFile) -> None:
     if len(image.tile) == 1 and image.width > image.decodermaxblock:
         # Pillow hands over whole rows, and copies all that it has read of one for each piece that it reads.
         image.decodermaxblock = min(8 * image.width, 1 << 26)
+    _scale_key(image)
     image.load()
+
+
+def _scale_key(image: ImageFile.ImageFile) -> None:
+    """Give a PNG's transparent colour the scale that its pixels will have: Pillow leaves it as the file has it."""
+    key, raw = image.info.get("transparency"), image.tile[0].args if image.tile else None
+    if image.format != "PNG" or key is None:
+        return
+    if raw in GREY_STEP:
+        image.info["transparency"] = key * GREY_STEP[raw]
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in key)
 
 
 class _Once:

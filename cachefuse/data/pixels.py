@@ -17,13 +17,14 @@ def is_rgb(image: Image.Image) -> bool:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB. 16-bit values are not clipped, and transparent pixels become white.
 
-    An RGB image is not copied. The result has no metadata, which may be large.
+    ``info["transparency"]`` has the scale of the image's pixels. An RGB image is not copied. The result has no
+    metadata, which may be large.
     """
     if is_rgb(image):
         return Image.Image()._new(image.im)  # the plain class, without the file and the metadata of ``image``
     if image.mode.startswith("I") or image.mode == "F":
-        white = _white(image)
-        return _by_block(image, lambda block: Image.fromarray(_to_8_bits(np.asarray(block), white)).convert("RGB"))
+        white, key = _white(image), image.info.get("transparency")
+        return _by_block(image, lambda block: Image.fromarray(_to_8_bits(np.asarray(block), white, key)).convert("RGB"))
     if image.mode in ALPHA or "transparency" in image.info:
         return _by_block(image, _over_white)
     return _by_block(image, lambda block: block.convert("RGB"))
@@ -61,7 +62,10 @@ def _white(image: Image.Image) -> float:
     return 65535.0 if largest > 255 else 255.0
 
 
-def _to_8_bits(values: np.ndarray, white: float) -> np.ndarray:
+def _to_8_bits(values: np.ndarray, white: float, key: int | None) -> np.ndarray:
+    """Return values scaled to 255 for white. Those that equal ``key`` are transparent, and become white."""
     scaled = np.round(np.nan_to_num(values).astype(np.float64) * (255.0 / white))
+    if key is not None:
+        scaled[values == key] = 255
     clipped: np.ndarray = np.clip(scaled, 0, 255)
     return clipped.astype(np.uint8)

@@ -1,4 +1,6 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -82,3 +84,31 @@ def test_a_large_file_is_read_like_bytes(monkeypatch, tmp_path, kind):
     monkeypatch.setattr("cachefuse.data.images.AT_ONCE", 0)
     loaded = FileImage(tmp_path / "image").load()
     assert loaded.tobytes() == decode(data.getvalue()).tobytes()
+
+
+def png(kind, bits, rows, key):
+    """A PNG of N rows of bytes, with the transparent colour ``key``; kind 0 is grey, 2 is RGB."""
+    width = 8 * len(rows[0]) // (bits * (3 if kind else 1))
+    header = struct.pack(">IIBBBBB", width, len(rows), bits, kind, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = [(b"IHDR", header), (b"tRNS", struct.pack(f">{len(key)}H", *key)), (b"IDAT", pixels), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "row", "key", "expected"),
+    [
+        (0, 1, b"\x40", (0,), [255] * 8),
+        (0, 2, b"\x1b", (1,), [0, 255, 170, 255]),
+        (0, 4, b"\x57", (5,), [255, 119]),
+        (0, 8, b"\x05\x07", (5,), [255, 7]),
+        (0, 16, struct.pack(">3H", 1000, 1001, 2570), (1000,), [255, 4, 10]),
+        (2, 8, bytes([1, 2, 3, 1, 2, 4]), (1, 2, 3), [255, 255, 255, 1, 2, 4]),
+        (2, 16, struct.pack(">6H", 257, 514, 771, 257, 514, 1028), (257, 514, 771), [255, 255, 255, 1, 2, 4]),
+    ],
+)
+def test_the_transparent_colour_of_a_png_becomes_white(kind, bits, row, key, expected):
+    pixels = np.asarray(decode(png(kind, bits, [row], key)))
+    assert pixels.reshape(-1)[:: 1 if kind else 3].tolist() == expected
