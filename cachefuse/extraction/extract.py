@@ -105,7 +105,11 @@ def extract(
         def on_digest(done: int, total: int) -> None:
             on_progress(ExtractProgress("", "", done, total, 0))
 
-        store = open_store(store_path, dataset, refresh=refresh, on_progress=on_digest)
+        asked: dict[str, dict[str, str]] = {}
+        for spec, tower in request.towers:
+            if not isinstance(tower, DerivedTower):  # made anew whenever they are read
+                asked.setdefault(spec.short, {})[tower.modality] = str(spec)
+        store = open_store(store_path, dataset, refresh=refresh, on_progress=on_digest, asked=asked)
         return extract_into(store, request, max_bad, on_progress)
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -42,8 +42,12 @@ def open_store(
     *,
     refresh: bool = False,
     on_progress: OnProgress = lambda done, total: None,
+    asked: Mapping[str, Mapping[str, str]] | None = None,
 ) -> FeatureStore:
     """Open or create the store of a dataset, and update its samples, splits and targets.
+
+    ``asked``: the encoders to extract, each with the spec that opens it by modality. The store notes them, so that
+    features that are gone, or were never begun, are missed.
 
     Rows may only be appended. Raises CacheError, naming rows, if stored rows are gone or have moved, or if the content
     of some has changed. With ``refresh``, changed rows are marked outdated, and extract computes them again. Content is
@@ -52,11 +56,15 @@ def open_store(
     _remove_leftovers(path)
     finish_replacing(path)
     if not (path / "zarr.json").is_file() and not (path / "samples").is_dir():
-        _create(path, dataset, on_progress)
+        _create(path, dataset, on_progress, asked or {})
         return FeatureStore(path)
     _repair_metadata(path, dataset)
-    _update(FeatureStore(path), dataset, refresh, on_progress)
-    _write_metadata(path, dataset)
+    store = FeatureStore(path)
+    _update(store, dataset, refresh, on_progress)
+    known = store.asked
+    for encoder, sources in (asked or {}).items():
+        known[encoder] = {**known.get(encoder, {}), **sources}
+    _write_metadata(path, dataset, known)
     return FeatureStore(path)
 
 
@@ -115,14 +123,14 @@ def _differs(name: str, old: Columns, new: Columns) -> bool:
     return name in old and name in new and not np.array_equal(new[name][: len(old[name])], old[name])
 
 
-def _create(path: Path, dataset: Dataset, on_progress: OnProgress) -> None:
+def _create(path: Path, dataset: Dataset, on_progress: OnProgress, asked: Mapping[str, Mapping[str, str]]) -> None:
     """Create a store beside ``path`` and move it there, so that it is never incomplete."""
     columns = sample_columns(dataset)
     columns["digest"] = strings(dataset.digests(on_progress=on_progress))
     make_folder(path.parent)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         new = Path(temporary) / path.name
-        _write_metadata(new, dataset)
+        _write_metadata(new, dataset, asked)
         write_samples(new / "samples", columns)
         os.replace(new, path)
         sync_folder(path.parent)
@@ -235,13 +243,14 @@ def _mark_present(bad_samples: Sequence[JsonObject], old: Columns, new: Columns,
         new[name] &= usable
 
 
-def _write_metadata(path: Path, dataset: Dataset) -> None:
-    """Write a store's metadata: its dataset, manifest, classes, and the time."""
+def _write_metadata(path: Path, dataset: Dataset, asked: Mapping[str, Mapping[str, str]]) -> None:
+    """Write a store's metadata: its dataset, manifest, classes, the encoders asked for, and the time."""
     meta: JsonObject = {
         "format": FORMAT,
         "dataset": dataset.name,
         "manifest": dataset.manifest.model_dump(mode="json", by_alias=True, exclude_defaults=True),
         "classes": list(dataset.classes),
+        "asked": {encoder: dict(sources) for encoder, sources in sorted(asked.items())},
         "extracted": datetime.now(UTC).isoformat(timespec="milliseconds"),
     }
     if dataset.manifest.task == VQA:
@@ -256,7 +265,7 @@ def _repair_metadata(path: Path, dataset: Dataset) -> None:
         if meta["format"] == FORMAT:
             unseal(meta, path)
     except (OSError, ValueError, RecursionError, CacheError):
-        _write_metadata(path, dataset)
+        _write_metadata(path, dataset, {})
     except (KeyError, TypeError):  # not written by cachefuse
         return
 

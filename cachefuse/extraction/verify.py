@@ -76,7 +76,7 @@ def verify(store: FeatureStore, *, on_progress: Callable[[int, int], None] = lam
     gets the number of blocks done and their total.
     """
     damage = [*_check_samples(store), *_check_groups(store)]
-    opened, missing = [], []
+    opened, missing = [], [Damage(*names, "", None, why, missing=True) for names, why in store.lost_features().items()]
     for path in store.feature_paths():
         try:
             if (features := store.open_group(path)) is not None:

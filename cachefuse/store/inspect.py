@@ -29,7 +29,10 @@ class StoredView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A store's summary: ``provenance`` and ``long`` texts by (encoder, modality), ``present`` samples by modality."""
+    """A store's summary. By (encoder, modality): ``provenance``, ``long`` texts, and what to do where all is ``lost``.
+
+    ``present`` are the numbers of samples by modality.
+    """
 
     path: Path
     dataset: str
@@ -39,6 +42,7 @@ class Inspection:
     classes: tuple[str, ...]
     present: dict[str, int]
     views: tuple[StoredView, ...]
+    lost: dict[tuple[str, str], str]
     sources: dict[tuple[str, str], str]
     provenance: dict[tuple[str, str], dict[str, str]]
     long: dict[tuple[str, str], LongTexts]
@@ -58,6 +62,7 @@ def inspect_store(store: FeatureStore) -> Inspection:
         classes=store.classes,
         present={modality: int(store.present(modality).sum()) for modality in store.modalities},
         views=tuple(_view(group, name) for group in features for name in group.views),
+        lost=store.lost_features(),
         sources={(group.encoder, group.modality): group.source for group in features},
         provenance={(group.encoder, group.modality): {**group.provenance, "key": group.key} for group in features},
         long={(group.encoder, group.modality): long for group in features if (long := group.long_texts()) is not None},

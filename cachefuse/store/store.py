@@ -17,8 +17,9 @@ from cachefuse.feature_spec import IDS
 from cachefuse.files import slug
 from cachefuse.printable import listed
 from cachefuse.store.features import JOURNAL, Features
-from cachefuse.store.format import differing_fields, provenance_key, read_lines
+from cachefuse.store.format import differing_fields, provenance_key, read_lines, seal
 from cachefuse.store.samples import StoredSamples
+from cachefuse.store.views import declare_group
 
 
 class FeatureStore(StoredSamples):
@@ -36,15 +37,40 @@ class FeatureStore(StoredSamples):
         """Return the folders of all extracted features, sorted, damaged ones included."""
         return sorted(path for path in self.path.glob("features/*/*") if path.is_dir())
 
+    @property
+    def asked(self) -> dict[str, dict[str, str]]:
+        """The encoders that extract was asked for, each with the spec that opens it by modality."""
+        return {encoder: dict(sources) for encoder, sources in self._meta.get("asked", {}).items()}
+
+    def lost_features(self) -> dict[tuple[str, str], str]:
+        """Return what to do, by (encoder, modality), of features that were asked for and are not there at all."""
+        return {
+            (encoder, modality): f"it is not there; extract it again (--encoder {source}), or leave it out for good: "
+            f"cachefuse verify --dataset {self.dataset} --forget {encoder}"
+            for encoder, sources in self.asked.items()
+            for modality, source in sources.items()
+            if not _is_begun(self._features_path(encoder, modality))
+        }
+
+    def forget_encoder(self, encoder: str) -> None:
+        """Remove an encoder's features, and the note that they were asked for. The caller holds the store's lock.
+
+        Raises CacheError for an encoder that the store does not know.
+        """
+        folder, asked = self.path / "features" / slug(encoder), self.asked
+        if asked.pop(encoder, None) is None and not folder.is_dir():
+            raise CacheError(f"{self.path} has no encoder {encoder}")
+        self._meta["asked"] = asked
+        declare_group(self.path, {"cachefuse": seal(self._meta)})
+        shutil.rmtree(folder, ignore_errors=True)
+
     def open_features(self, encoder: str, modality: str) -> Features | None:
         """Return one encoder's features of one modality, or None. ``encoder`` is a spec's short form."""
         return self.open_group(self._features_path(encoder, modality))
 
     def open_group(self, path: Path) -> Features | None:
         """Return the features in a folder, or None if nothing was written there. Raises CacheError for damage."""
-        if not os.path.lexists(path / "zarr.json") and not os.path.lexists(path / JOURNAL):
-            return None
-        return Features(self, path)
+        return Features(self, path) if _is_begun(path) else None
 
     def require_features(
         self, encoder: str, modality: str, provenance: Mapping[str, str], source: str, dtypes: Mapping[str, str]
@@ -90,3 +116,7 @@ class FeatureStore(StoredSamples):
 
     def _features_path(self, encoder: str, modality: str) -> Path:
         return self.path / "features" / slug(encoder) / modality
+
+
+def _is_begun(folder: Path) -> bool:
+    return os.path.lexists(folder / "zarr.json") or os.path.lexists(folder / JOURNAL)

@@ -43,12 +43,15 @@ def select_features(
 
     Aligned features are derived from others. They are used only by name, or if there are no others. An encoder's name
     may be its spec, its file or folder, or a substring that fits only one encoder. Raises CacheError if there are no
-    features, if a view is missing, or if rows of the default encoders are: none is ever left out by itself.
-    Raises ConfigError for a name that fits no encoder or several.
+    features, if a view or a modality is missing, or if rows of the default encoders are: none is ever left out by
+    itself. Raises ConfigError for a name that fits no encoder or several.
     """
     candidates = list(store.features())
     if encoders and candidates:
         candidates = [features for name in encoders for features in _find(candidates, name)]
+    for (encoder, modality), reason in store.lost_features().items():
+        if not encoders or any(features.encoder == encoder for features in candidates):
+            raise CacheError(f"{encoder} ({modality}) was asked for, and {reason}")
     needed = {features.modality: stored_views(views(features.modality)) for features in candidates}
     stored = [f for f in candidates if set(needed[f.modality]) <= {*f.views, *f.asked}]
     for modality in needed:

@@ -24,6 +24,9 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Compute damaged and missing blocks, from the raw data.")
     ] = False,
+    forget: Annotated[
+        str | None, typer.Option("--forget", metavar="ENCODER", help="Remove an encoder's features from the store.")
+    ] = None,
     data_dir: DataDir = None,
     device: Device = "auto",
     threads: Threads = None,
@@ -37,10 +40,14 @@ def verify(
         with render.status("reading the store"):
             from cachefuse.extraction.verify import repair as run_repair
             from cachefuse.extraction.verify import verify as run_verify
+            from cachefuse.store.lock import only_writer
             from cachefuse_cli.shared import store_tables
             from cachefuse_cli.shared.progress import ExtractBar, VerifyProgress
 
             store = open_store(workspace, dataset)
+            if forget is not None:
+                with only_writer(store.path):
+                    store.forget_encoder(forget)
         with VerifyProgress() as progress:
             verification = run_verify(store, on_progress=progress.update)
         if repair and verification.damage:

@@ -4,10 +4,11 @@ import errno
 import logging
 import math
 import os
+import signal
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -145,7 +146,9 @@ def interruptible(how_to_go_on: str) -> Iterator[None]:
 
 
 def interrupted(how_to_go_on: str) -> typer.Exit:
-    """Print what to do after Ctrl-C, and return the exception that ends the command."""
+    """Print what to do after Ctrl-C, and return the exception that ends the command; another Ctrl-C changes nothing."""
+    with suppress(ValueError):  # not of the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     note(f"interrupted; {how_to_go_on}")
     return typer.Exit(130)
 

@@ -31,6 +31,8 @@ def inspect_report(inspection: "Inspection") -> None:
         names = view.encoder, view.modality, view.view
         views.add_row(*names, shape, view.dtype, format_bytes(view.n_bytes), _progress(view))
     console.print(views)
+    for (encoder, modality), reason in inspection.lost.items():
+        console.print(Text.assemble(("missing ", "bold red"), f"{encoder} ({modality}): {reason}"), soft_wrap=True)
     for (encoder, modality), provenance in inspection.provenance.items():
         console.print()
         console.print(Text.assemble((encoder, "bold"), f" ({modality}) was made with"))
@@ -63,6 +65,7 @@ def inspect_dict(inspection: "Inspection") -> JsonObject:
         "classes": list(inspection.classes),
         "present": inspection.present,
         "views": [asdict(view) for view in inspection.views],
+        "missing": [{"encoder": e, "modality": m, "reason": why} for (e, m), why in inspection.lost.items()],
         "encoders": [
             {
                 "encoder": encoder,
@@ -142,7 +145,8 @@ def verify_report(verification: "Verification") -> None:
             console.print(f"{name}: int8, cosine to float16 {mean:.5f} on average, at least {least:.5f}")
     if verification.damage:
         _damage(verification, console)
-        console.print("To compute only these blocks: cachefuse verify --repair")
+        if any(damage.view for damage in verification.damage):
+            console.print("To compute only these blocks: cachefuse verify --repair")
     else:
         console.print(Text("The store holds all that was asked for, undamaged.", "green"))
     console.print(Text.assemble(("store ", "dim"), str(verification.path)), soft_wrap=True)
@@ -155,7 +159,8 @@ def damage_report(verification: "Verification") -> None:
 
 def _damage(verification: "Verification", console: Console) -> None:
     for damage in verification.damage:
-        place = f"{damage.encoder} ({damage.modality}, {damage.view})" if damage.encoder else damage.view
+        names = ", ".join(name for name in (damage.modality, damage.view) if name)
+        place = f"{damage.encoder} ({names})" if damage.encoder else damage.view
         block = "" if damage.block is None else f" block {damage.block}"
         word = "missing " if damage.missing else "damaged "
         console.print(Text.assemble((word, "bold red"), f"{place}{block}: {damage.reason}"), soft_wrap=True)

@@ -2,6 +2,7 @@ import contextlib
 import json
 import logging
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +27,14 @@ class Result:
 
 
 @contextlib.contextmanager
-def keep_logging():
-    """Undo what a command does to the logger, so that later tests find their messages where they look."""
+def keep_process():
+    """Undo what a command does to the logger, where later tests look for messages, and to Ctrl-C."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
     logger = logging.getLogger("cachefuse")
     handlers, propagate = list(logger.handlers), logger.propagate
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
+    signal.signal(signal.SIGINT, on_interrupt)
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def folder(tmp_path, monkeypatch, mine):
 @pytest.fixture
 def cachefuse(folder, capsys):
     def run(*args):
-        with keep_logging(), pytest.raises(SystemExit) as exit:
+        with keep_process(), pytest.raises(SystemExit) as exit:
             main([str(arg) for arg in args])
         captured = capsys.readouterr()
         assert "Traceback" not in captured.err
@@ -61,7 +64,7 @@ def run_in():
     """Run a command in a folder, for what is made once."""
 
     def run(folder, *args):
-        with contextlib.chdir(folder), keep_logging(), pytest.raises(SystemExit) as exit:
+        with contextlib.chdir(folder), keep_process(), pytest.raises(SystemExit) as exit:
             main([str(arg) for arg in args])
         assert not exit.value.code
 

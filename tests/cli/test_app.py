@@ -41,6 +41,25 @@ def test_an_error_is_one_line_on_stderr(cachefuse):
     assert result.err.count("\n") == 1
 
 
+def test_a_second_ctrl_c_changes_nothing():
+    """It may come while the first is told of, or while the process ends."""
+    script = """
+import atexit, os, signal, typer
+from cachefuse_cli.shared import render
+
+interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)
+atexit.register(interrupt)
+try:
+    with render.interruptible("go on"):
+        interrupt()
+except typer.Exit as ended:
+    interrupt()
+    raise SystemExit(ended.exit_code)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (130, "note: interrupted; go on\n")
+
+
 @pytest.mark.slow
 def test_debug_shows_the_traceback(folder):
     script = "import sys; from cachefuse_cli.app import main; main(sys.argv[1:])"

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import zarr
 
-from cachefuse.errors import CacheError
+from cachefuse.errors import CacheError, ConfigError
 from cachefuse.extraction.extract import extract
 from cachefuse.extraction.verify import repair, verify
 from cachefuse.store.features import Features
 from cachefuse.store.format import checksum
 from cachefuse.store.store import FeatureStore
+from cachefuse.training.selection import select_features
 from fixtures.damage import features_of, flip, places
 from fixtures.messages import naming
 
@@ -99,6 +100,54 @@ def test_a_group_whose_description_is_lost_is_damage_and_is_not_thrown_away(shap
     with pytest.raises(CacheError, match=naming("image/zarr.json")):
         extract(shapes, ["toy"], store.path, views=VIEWS, device="cpu", batch_size=8)
     assert toy.batches == []
+
+
+@pytest.mark.parametrize("folder", ["toy/text", "toy", ""])
+def test_features_that_were_asked_for_and_are_gone_are_missing(shapes, store, toy, tools, folder):
+    before = tools.files(store.path)
+    shutil.rmtree(store.path / "features" / folder)
+    lost = FeatureStore(store.path)
+    modalities = ["text"] if folder == "toy/text" else ["image", "text"]
+    found = verify(lost)
+    assert [(damage.encoder, damage.modality, damage.missing) for damage in found.damage] == [
+        ("toy", modality, True) for modality in modalities
+    ]
+    for encoders in ([], ["toy"]):
+        with pytest.raises(CacheError if folder == "toy/text" or not encoders else (CacheError, ConfigError)):
+            select_features(lost, encoders)
+    extract(shapes, ["toy"], store.path, views=VIEWS, device="cpu", batch_size=8)
+    assert verify(FeatureStore(store.path)).damage == ()
+    after = tools.files(store.path)
+    assert {name: data for name, data in after.items() if "journal" not in name and name != "zarr.json"} == {
+        name: data for name, data in before.items() if "journal" not in name and name != "zarr.json"
+    }
+
+
+def test_an_extract_that_ended_before_its_first_block_is_missed(shapes, store_path, toy, monkeypatch):
+    def ended(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStore, "require_features", ended)
+        with pytest.raises(KeyboardInterrupt):
+            extract(shapes, ["toy"], store_path, device="cpu")
+    assert [(d.encoder, d.modality) for d in verify(FeatureStore(store_path)).damage] == [
+        ("toy", "image"),
+        ("toy", "text"),
+    ]
+
+
+def test_an_encoder_that_is_forgotten_is_not_missed(shapes, store, toy):
+    extract(shapes, ["classic"], store.path, device="cpu")
+    shutil.rmtree(store.path / "features" / "classic" / "text")
+    with pytest.raises(CacheError, match=naming("classic text --forget")):
+        select_features(FeatureStore(store.path))
+    FeatureStore(store.path).forget_encoder("classic")
+    assert verify(FeatureStore(store.path)).damage == ()
+    assert {features.encoder for features in FeatureStore(store.path).features()} == {"toy"}
+    assert sorted(select_features(FeatureStore(store.path))) == ["image", "text"]
+    with pytest.raises(CacheError, match="no encoder classic"):
+        FeatureStore(store.path).forget_encoder("classic")
 
 
 def test_repair_computes_the_damaged_view_of_the_damaged_modality_alone(shapes, store, toy):
