@@ -25,6 +25,7 @@ LAYERS = (
     "settings",
     "temporary",
     "files",
+    "output",
     "csv_writer",
     "limits",
     "memory",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cachefuse.alignment.similarity import TOLERANCES, Figures, ScoredPairs
 from cachefuse.errors import ConfigError
-from cachefuse.files import write_atomically
+from cachefuse.output import check_output, write_output
 
 KINDS = (".png", ".svg", ".pdf")
 WIDTH, HEIGHT, DPI = 3.4, 2.9, 120
@@ -24,8 +24,7 @@ def write_tolerance(results: Mapping[str, Mapping[str, Figures]], path: Path) ->
 
     if path.suffix.lower() not in KINDS:
         raise ConfigError(f"a plot must be a file of {', '.join(KINDS)}. Got {path.name!r} instead")
-    if not path.parent.is_dir():
-        raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")
+    check_output(path)
     last = {name: list(by_split.values())[-1] for name, by_split in results.items()}
     lines = {name: figures.tolerance for name, figures in last.items() if isinstance(figures, ScoredPairs)}
     if not lines:
@@ -52,5 +51,5 @@ def write_tolerance(results: Mapping[str, Mapping[str, Figures]], path: Path) ->
     with matplotlib.rc_context({"svg.hashsalt": "cachefuse", "text.parse_math": False}):
         undated = {".png": None, ".svg": {"Date": None}, ".pdf": {"CreationDate": None}}[path.suffix.lower()]
         figure.savefig(file, format=path.suffix.lower()[1:], dpi=DPI, metadata=undated)
-    write_atomically(path, file.getvalue())
+    write_output(path, file.getvalue())
     return path

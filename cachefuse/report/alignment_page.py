@@ -6,6 +6,7 @@ from cachefuse.alignment.model import TEMPERATURE
 from cachefuse.alignment.run import Alignment, shown_split
 from cachefuse.data.dataset import Dataset
 from cachefuse.files import write_atomically
+from cachefuse.output import check_output, write_output
 from cachefuse.report import alignment_plots
 from cachefuse.report import provenance as about
 from cachefuse.report import retrieval_page as retrieval
@@ -13,7 +14,7 @@ from cachefuse.report.charts import Chart
 from cachefuse.report.curves import epochs_chart
 from cachefuse.report.formatting import cut
 from cachefuse.report.neighbours import examples
-from cachefuse.report.render import check_target, render
+from cachefuse.report.render import render
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.data import VAL
 
@@ -28,18 +29,20 @@ def write_alignment_report(
     *,
     device: str = "auto",
 ) -> list[Path]:
-    """Write the page of ``alignment_html`` and the plots to one folder, each atomically, and return their paths.
+    """Write the page of ``alignment_html`` and the plots to one folder, and return their paths.
 
     The plots are retrieval.png and training.png; an empty plot is not written. Raises ConfigError if a path is a folder
     or its folder is missing.
     """
     plots = {path.with_name(name): draw for name, draw in alignment_plots.PLOTS.items()}
-    check_target(path, *plots)
-    files = {path: alignment_html(run, store, dataset, device=device).encode()}
-    files |= {plot: data for plot, draw in plots.items() if (data := draw(run)) is not None}
-    for file, data in files.items():
-        write_atomically(file, data)
-    return list(files)
+    for file in (path, *plots):
+        check_output(file)
+    page = alignment_html(run, store, dataset, device=device).encode()
+    drawn = {plot: data for plot, draw in plots.items() if (data := draw(run)) is not None}
+    write_output(path, page, own=run.path)
+    for plot, data in drawn.items():
+        write_atomically(plot, data)
+    return [path, *drawn]
 
 
 def alignment_html(

@@ -7,9 +7,9 @@ from cachefuse.alignment.retrieve import QueryResult
 from cachefuse.data.column import Source, as_text
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import BadSampleError
-from cachefuse.files import write_atomically
+from cachefuse.output import check_output, write_output
 from cachefuse.report.gallery import PICTURED, lines_of, picture_of, thumbnail
-from cachefuse.report.render import check_target, render
+from cachefuse.report.render import render
 
 TEMPLATE = "matches.html.j2"
 MAX_CAPTIONS = 2  # shown with a matched image
@@ -29,12 +29,12 @@ class Hit:
 def write_matches(
     result: QueryResult, path: Path, space_name: str, dataset: Dataset, query_image: Source | None = None
 ) -> Path:
-    """Write the page of ``matches_html`` to a file, atomically, and return its path.
+    """Write the page of ``matches_html`` to a file, and return its path.
 
     Raises ConfigError if the path is a folder or its folder is missing.
     """
-    check_target(path)
-    write_atomically(path, matches_html(result, space_name, dataset, query_image).encode())
+    check_output(path)
+    write_output(path, matches_html(result, space_name, dataset, query_image).encode())
     return path
 
 

@@ -1,8 +1,5 @@
 """Render a page from a template; every value is escaped."""
 
-from pathlib import Path
-
-from cachefuse.errors import ConfigError
 from cachefuse.printable import printable_lines
 from cachefuse.report import formatting as words
 
@@ -20,12 +17,3 @@ def render(template: str, context: dict[str, object]) -> str:
     )
     environment.filters.update(words.FILTERS)
     return printable_lines(environment.get_template(template).render(context))
-
-
-def check_target(*paths: Path) -> None:
-    """Raise ConfigError if a path is a folder or its folder is missing."""
-    for path in paths:
-        if path.is_dir():
-            raise ConfigError(f"cannot write {path}: it is a folder")
-        if not path.parent.is_dir():
-            raise ConfigError(f"cannot write {path}: there is no folder {path.parent}")

@@ -5,16 +5,16 @@ from pathlib import Path
 import numpy as np
 
 from cachefuse.data.dataset import Dataset
-from cachefuse.files import write_atomically
 from cachefuse.metrics import headline
 from cachefuse.metrics.tasks import TaskSlice
+from cachefuse.output import check_output, write_output
 from cachefuse.report import formatting as words
 from cachefuse.report import provenance as about
 from cachefuse.report import tables
 from cachefuse.report.curves import MAX_MODELS, precision_recall_chart, training_charts
 from cachefuse.report.evaluations import OnProgress, evaluate_for_report
 from cachefuse.report.gallery import N_EXAMPLES, worst_examples
-from cachefuse.report.render import check_target, render
+from cachefuse.report.render import render
 from cachefuse.runs.evaluate import Evaluation
 from cachefuse.runs.run import Run
 from cachefuse.store.store import FeatureStore
@@ -32,13 +32,13 @@ def write_report(
     device: str = "auto",
     on_progress: OnProgress = lambda what, done, total: None,
 ) -> Path:
-    """Write the page of ``report_html`` to a file, atomically, and return its path.
+    """Write the page of ``report_html`` to a file, and return its path.
 
     Raises ConfigError if the path is a folder or its folder is missing.
     """
-    check_target(path)
+    check_output(path)
     page = report_html(run, store, dataset, split=split, device=device, on_progress=on_progress)
-    write_atomically(path, page.encode())
+    write_output(path, page.encode(), own=run.path)
     return path
 
 

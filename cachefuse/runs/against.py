@@ -10,13 +10,14 @@ import torch
 
 from cachefuse.csv_writer import csv_for_people
 from cachefuse.errors import RunError
-from cachefuse.files import JsonObject, write_atomically
+from cachefuse.files import JsonObject
 from cachefuse.metrics.base import divide
 from cachefuse.metrics.bootstrap import at_once, check_level, counted_from, resample
 from cachefuse.metrics.decisions import answer_accuracy
 from cachefuse.metrics.paired import LEVEL, MCNEMAR, Difference, difference, holm, mcnemar, right_rows
 from cachefuse.metrics.per_class import class_f1
 from cachefuse.metrics.tasks import TaskSlice
+from cachefuse.output import write_output
 from cachefuse.runs.evaluate import with_evaluation_metrics
 from cachefuse.runs.measured import Measured, measure
 from cachefuse.runs.run import Run
@@ -162,7 +163,7 @@ def write_differences(comparison: RunComparison, path: Path) -> None:
     for row in comparison.rows:
         labels = ("; ".join(names) for names in (row.truth, row.run, row.against))
         rows.append([row.id, *labels, f"{row.run_score:.4f}", f"{row.against_score:.4f}"])
-    write_atomically(path, csv_for_people(rows))
+    write_output(path, csv_for_people(rows))
 
 
 def _check_together(run: Run, against: Run, store: FeatureStore) -> None:

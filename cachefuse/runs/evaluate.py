@@ -12,11 +12,12 @@ from torch import Tensor
 from cachefuse.csv_writer import csv_for_people
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.feature_spec import modalities_of
-from cachefuse.files import JsonObject, write_atomically
+from cachefuse.files import JsonObject
 from cachefuse.metrics import evaluation_metrics
 from cachefuse.metrics.base import RIGHT
 from cachefuse.metrics.bootstrap import bootstrap_intervals
 from cachefuse.metrics.tasks import TaskSlice
+from cachefuse.output import write_output
 from cachefuse.runs.measured import measure
 from cachefuse.runs.run import Run
 from cachefuse.runs.tables import StoreTables
@@ -189,7 +190,7 @@ def write_gates(evaluation: Evaluation, store: FeatureStore, path: Path) -> None
     by_row = evaluation.weights.reshape(len(evaluation.rows), -1)
     for row, weights in zip(evaluation.rows, by_row, strict=True):
         rows.append([store.ids[row], *(f"{weight:.4f}" for weight in weights)])
-    write_atomically(path, csv_for_people(rows))
+    write_output(path, csv_for_people(rows))
 
 
 def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ from cachefuse.csv_writer import csv_bytes
 from cachefuse.data.manifest import Manifest
 from cachefuse.data.readers.table import read_columns
 from cachefuse.errors import SubmissionError
-from cachefuse.files import write_atomically
+from cachefuse.output import check_output, write_output
 from cachefuse.printable import listed
 from cachefuse.runs.predict import Predictions
 
@@ -21,9 +21,10 @@ def write_submission(
 
     A .json file is a list of objects with these columns as keys, as the VQA evaluation reads it; its ids are numbers if
     all are whole numbers. Rows have the order of the test file, or of ``sample_submission``. Raises SubmissionError,
-    and writes nothing, if an id occurs twice, a row has too few labels, or ``sample_submission`` has other rows.
+    and writes nothing, if an id occurs twice, a row has too few labels, or ``sample_submission`` has other rows;
+    ConfigError if nothing can be written to ``path``.
     """
-    check_target(path)
+    check_output(path)
     columns = manifest.submission
     names = tuple(task.name for task in predictions.tasks) or (columns.labels,)
     rows = {
@@ -35,7 +36,7 @@ def write_submission(
     if sample_submission is not None:
         order = _check_sample(sample_submission, (columns.id, *names), rows)
     lines = [(sample, *(columns.separator.join(labels) for labels in rows[sample])) for sample in order]
-    write_atomically(path, _as_bytes(path, (columns.id, *names), lines))
+    write_output(path, _as_bytes(path, (columns.id, *names), lines))
     return path
 
 
@@ -46,14 +47,6 @@ def _as_bytes(path: Path, header: tuple[str, ...], lines: Sequence[tuple[str, ..
         text = json.dumps([dict(zip(header, record, strict=True)) for record in records], ensure_ascii=False)
         return f"{text}\n".encode("utf-8", "surrogatepass")
     return csv_bytes([header, *lines])
-
-
-def check_target(path: Path) -> None:
-    """Raise SubmissionError if no file can be written to ``path``; for a check before hours of encoding."""
-    if path.is_dir():
-        raise SubmissionError(f"cannot write {path}: it is a folder; name a file")
-    if not path.parent.is_dir():
-        raise SubmissionError(f"cannot write {path}: there is no folder {path.parent}; make it first")
 
 
 def _check(predictions: Predictions, manifest: Manifest) -> None:

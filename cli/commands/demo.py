@@ -28,6 +28,7 @@ def demo(
             from cachefuse.data.dataset import load_dataset
             from cachefuse.data.manifest import load_manifest
             from cachefuse.extraction.extract import extract
+            from cachefuse.output import check_output
             from cachefuse.runs.predict import predict_split
             from cachefuse.runs.save import save_run
             from cachefuse.runs.submission import write_submission
@@ -37,6 +38,7 @@ def demo(
             from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared.progress import ExtractBar, TrainProgress
 
+            check_output(output)
             paths = WorkspacePaths(workspace)
             manifest, _ = load_manifest("shapes")
             dataset = load_dataset(manifest, paths.data("shapes"))

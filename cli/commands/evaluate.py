@@ -81,10 +81,10 @@ def _evaluate_head(
     from cachefuse_cli.shared import render
 
     with render.status("loading the run"):
+        from cachefuse.output import check_output
         from cachefuse.runs.evaluate import check_weighs, write_gates
         from cachefuse.runs.evaluate import evaluate as run_evaluate
         from cachefuse.runs.save import load_run
-        from cachefuse.runs.submission import check_target
         from cachefuse_cli.shared import eval_tables
         from cachefuse_cli.shared.options import open_store
         from cachefuse_cli.shared.progress import BenchProgress
@@ -94,7 +94,7 @@ def _evaluate_head(
     render.run_line(opened)
     if gates is not None:
         check_weighs(opened)
-        check_target(gates)
+        check_output(gates)
     with BenchProgress() as progress:
         evaluate_run = partial(
             run_evaluate,
@@ -143,9 +143,9 @@ def _evaluate_against(
     from cachefuse_cli.shared import render
 
     with render.status("loading the runs"):
+        from cachefuse.output import check_output
         from cachefuse.runs.against import evaluate_against, write_differences
         from cachefuse.runs.save import load_run
-        from cachefuse.runs.submission import check_target
         from cachefuse_cli.shared import compare_tables
         from cachefuse_cli.shared.options import open_store
         from cachefuse_cli.shared.progress import BenchProgress
@@ -155,7 +155,7 @@ def _evaluate_against(
     render.run_line(run)
     render.run_line(against)
     if differences is not None:
-        check_target(differences)
+        check_output(differences)
     with BenchProgress() as progress:
         update = partial(progress.update, "differences")
         found = evaluate_against(run, against, store, split, device=device, on_progress=update)

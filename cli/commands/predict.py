@@ -59,9 +59,10 @@ def predict(
         raise typer.BadParameter("--split is for rows of the store; leave it out with --input, --image or --text")
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading the run"):
+            from cachefuse.output import check_output
             from cachefuse.runs.files import find_run
             from cachefuse.runs.save import load_run
-            from cachefuse.runs.submission import check_target, write_submission
+            from cachefuse.runs.submission import write_submission
             from cachefuse.workspace import WorkspacePaths
 
             paths = WorkspacePaths(workspace)
@@ -72,7 +73,7 @@ def predict(
             render.prediction(predictions, as_json=json)
             return
         target = output or (SUBMISSION if input is None else PREDICTIONS)
-        check_target(target)
+        check_output(target, input, sample_submission)
         predictions = _predict_many(opened, paths.store(opened.dataset), input, split, device)
         written = write_submission(predictions, opened.manifest, target, sample_submission)
     if json:

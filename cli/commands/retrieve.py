@@ -49,10 +49,13 @@ def retrieve(
         with render.status("loading the encoders"):
             from cachefuse.alignment.retrieve import matched_texts
             from cachefuse.alignment.retrieve import retrieve as run_retrieve
+            from cachefuse.output import check_output
             from cachefuse_cli.shared import align_tables
             from cachefuse_cli.shared.options import open_store
             from cachefuse_cli.shared.progress import RowsProgress
 
+            if html is not None:
+                check_output(html, image)
             space, space_dataset = open_space(workspace, run, encoder, device)
             store = open_store(workspace, dataset or space_dataset)
         with RowsProgress("aligning and comparing rows") as progress:

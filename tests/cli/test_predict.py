@@ -117,6 +117,17 @@ def test_new_rows_from_a_table(cachefuse, workspace, photo, folder):
     assert all(row[1] for row in rows)
 
 
+@pytest.mark.parametrize("default", [False, True])
+def test_the_input_is_not_overwritten(default, cachefuse, workspace, folder):
+    table = folder / "predictions.csv"
+    table.write_text("id,text\na,an oak thing\n")
+    (folder / "link.csv").symlink_to(table)
+    result = cachefuse("predict", "--input", "predictions.csv", *([] if default else ["--output", "link.csv"]))
+    assert (result.code, result.out) == (1, "")
+    assert says(result.error, "cannot write predictions.csv input" if default else "cannot write link.csv input")
+    assert table.read_text() == "id,text\na,an oak thing\n"
+
+
 def test_says_that_there_are_no_runs_or_no_store(cachefuse, workspace):
     shutil.move(workspace / "cache", workspace / "elsewhere")
     assert says(cachefuse("predict").error, "workspace/cache/mine.zarr extract")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from cachefuse.data.manifest import parse_manifest
-from cachefuse.errors import DataError, SubmissionError
+from cachefuse.errors import ConfigError, DataError, SubmissionError
 from cachefuse.runs.predict import Predictions
 from cachefuse.runs.submission import write_submission
 from fixtures.messages import naming
@@ -108,9 +108,9 @@ def test_refuses_a_sample_that_is_not_there_or_no_table(three, tmp_path):
 
 
 def test_refuses_a_place_it_can_not_write(three, tmp_path):
-    with pytest.raises(SubmissionError, match="folder"):
+    with pytest.raises(ConfigError, match="folder"):
         write_submission(three, manifest(), tmp_path / "nowhere" / "s.csv")
-    with pytest.raises(SubmissionError, match="folder"):
+    with pytest.raises(ConfigError, match="folder"):
         write_submission(three, manifest(), tmp_path)
 
 

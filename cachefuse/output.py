@@ -1,0 +1,45 @@
+"""Files that a person names for results, such as a submission; a store or a run writes its own with ``files``."""
+
+import os
+from pathlib import Path
+
+from cachefuse.errors import ConfigError
+from cachefuse.files import named, write_atomically
+
+
+def check_output(path: Path, *inputs: Path | None) -> None:
+    """Raise ConfigError if nothing can be written to ``path``, or if it is one of the ``inputs``.
+
+    For a check before hours of work.
+    """
+    folder = _followed(path).parent
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a folder; name a file")
+    if not folder.is_dir():
+        raise ConfigError(f"cannot write {path}: there is no folder {folder}; make it first")
+    for file in inputs:
+        if file is not None and path.exists() and file.exists() and path.samefile(file):
+            raise ConfigError(f"cannot write {path}: it is the input {file}; name another file")
+
+
+def write_output(path: Path, data: bytes, *, own: Path | None = None) -> None:
+    """Write a file as its user expects: a link is followed, and what is no regular file, such as a pipe, is written to.
+
+    A regular file is replaced, completely or not at all. So is all in ``own``, the folder of a run, where another one
+    may have left a link. Raises ConfigError as ``check_output`` does, and for a pipe whose reader stops early.
+    """
+    check_output(path)
+    is_own = own is not None and own.exists() and path.parent.samefile(own)
+    target = path if is_own else _followed(path)
+    if is_own or not path.exists() or (path.is_file() and target.exists() and target.samefile(path)):
+        write_atomically(target, data)
+    else:
+        try:
+            with named(path), path.open("wb") as file:
+                file.write(data)
+        except BrokenPipeError as error:  # the command line takes it for one of stdout
+            raise ConfigError(f"cannot write all of {path}: its reader has stopped") from error
+
+
+def _followed(path: Path) -> Path:
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
