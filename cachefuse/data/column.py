@@ -1,6 +1,7 @@
 """One modality of a dataset: the sources of each sample, and which samples share a source."""
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -70,11 +71,10 @@ class Value:
         return hash(self.digest())
 
 
-@dataclass(frozen=True, slots=True)
-class TooLong:
-    """A text over the limit, or another value in a table. It is a bad sample; its content is not kept."""
+class BadText(ABC):
+    """What stands for an unusable text, or another value in a table. It is a bad sample; the reason is its ``str``."""
 
-    n_bytes: int
+    __slots__ = ()
 
     @property
     def name(self) -> str:
@@ -86,11 +86,32 @@ class TooLong:
     def fingerprint(self) -> str:
         return self.digest()
 
+    @abstractmethod
+    def digest(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class TooLong(BadText):
+    """A text over the limit, or another value in a table. Its content is not kept."""
+
+    n_bytes: int
+
     def digest(self) -> str:
         return hash_parts("too long", str(self.n_bytes))
 
     def __str__(self) -> str:
         return f"has {self.n_bytes:,} bytes, over the limit of {limits().text_bytes:,} (--max-text-bytes)"
+
+
+@dataclass(frozen=True, slots=True)
+class NotText(BadText):
+    """An object of JSON where a text belongs."""
+
+    def digest(self) -> str:
+        return hash_parts("not a text")
+
+    def __str__(self) -> str:
+        return "is an object, not a text"
 
 
 def checked_text(text: str) -> str | TooLong:

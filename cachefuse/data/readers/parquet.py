@@ -133,8 +133,7 @@ class _Reader:
                 return [*self._cells(values[: n // 2]), *self._cells(values[n // 2 :])]
             return [TooLong(values.nbytes)]
         self._count(values.nbytes)
-        listed: list[Cell] = values.to_pylist()
-        return listed
+        return _listed(values)
 
     def _texts(self, values: "pyarrow.Array") -> list[Cell]:
         import pyarrow as pa
@@ -144,14 +143,14 @@ class _Reader:
         total = int(pa.compute.sum(lengths).as_py() or 0)
         if int(pa.compute.max(lengths).as_py() or 0) <= limits().text_bytes:
             self._count(total)
-            return _strings(values)
+            return _listed(values)
         cells: list[Cell] = []
         for i, n in enumerate(lengths.to_pylist()):
             if n is not None and n > limits().text_bytes:
                 cells.append(TooLong(n))  # not even taken from the array: that copies it
             else:
                 self._count(n or 0)
-                cells += _strings(values[i : i + 1])
+                cells += _listed(values[i : i + 1])
         return cells
 
     def _count(self, n_bytes: int) -> None:
@@ -163,16 +162,29 @@ class _Reader:
             )
 
 
-def _strings(values: "pyarrow.Array") -> list[Cell]:
-    """Return strings or bytes as Python values; bytes that are not UTF-8 are read as in csv files."""
+def _listed(values: "pyarrow.Array") -> list[Cell]:
+    """Return an array as Python values, bytes as text."""
     import pyarrow as pa
 
     try:
-        texts: list[Cell] = values.to_pylist()
+        cells: list[Cell] = values.to_pylist()
     except UnicodeDecodeError:
-        raw = values.cast(pa.large_binary()).to_pylist()
-        texts = [None if data is None else data.decode("utf-8", errors=TEXT_ERRORS) for data in raw]
-    return texts
+        if not _is_text(values.type):
+            raise
+        values = values.cast(pa.large_binary())
+        cells = values.to_pylist()
+    return [_decoded(cell) for cell in cells] if "binary" in str(values.type) else cells
+
+
+def _decoded(cell: Cell) -> Cell:
+    """Return a cell with text in place of bytes; those that are not UTF-8 are read as in csv files."""
+    if isinstance(cell, bytes):
+        return cell.decode("utf-8", errors=TEXT_ERRORS)
+    if isinstance(cell, list):
+        return [_decoded(item) for item in cell]
+    if isinstance(cell, dict):
+        return {key: _decoded(value) for key, value in cell.items()}
+    return cell
 
 
 def _is_text(kind: "pyarrow.DataType") -> bool:

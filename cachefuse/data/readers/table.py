@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator
 
-from cachefuse.data.column import Column, Entry, TextOrSource, TooLong, Value, checked_text
+from cachefuse.data.column import BadText, Column, Entry, NotText, TextOrSource, TooLong, Value, checked_text
 from cachefuse.data.images import FileImage
 from cachefuse.data.inside import check_inside
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, split_names, well_formed
@@ -124,7 +124,7 @@ class TableReader(Reader):
         if modality == "image":
             paths = self._fill(template, columns, file, key)
             return [
-                path if isinstance(path, TooLong) else FileImage(root / path, root) if path.strip() else None
+                path if isinstance(path, BadText) else FileImage(root / path, root) if path.strip() else None
                 for path in paths
             ]
         values: Sequence[Cell] = columns.get(template) or self._fill(template, columns, file, key)
@@ -141,8 +141,9 @@ class TableReader(Reader):
         if column is None or column not in columns:
             return [None] * columns.n_rows
         for row, value in enumerate(columns[column], start=1):
-            if any(isinstance(item, TooLong) for item in _as_list(value)):
-                raise DataError(f"{file} row {row}: {column} holds labels of over {limits().text_bytes:,} bytes")
+            bad = next((item for item in _as_list(value) if isinstance(item, BadText | dict | tuple)), None)
+            if bad is not None:
+                raise DataError(f"{file} row {row}: {column} {_text(bad)}")
         return [self._split_labels(value, several) for value in columns[column]]
 
     def _split_labels(self, value: Cell, several: bool) -> tuple[str, ...] | None:
@@ -153,20 +154,20 @@ class TableReader(Reader):
         names = split_names(_string(value), self.separator if several else None)
         return tuple(names) if any(names) else ()
 
-    def _fill(self, template: str, columns: TableColumns, file: str, key: str) -> list[str | TooLong]:
+    def _fill(self, template: str, columns: TableColumns, file: str, key: str) -> list[str | BadText]:
         """Return a column's values, or a template's with each ``{column}`` replaced (and nothing else)."""
         if template in columns or not _PLACE.search(template):
-            return [_string_or_long(value) for value in _need(template, columns, file, key)]
+            return [_text(value) for value in _need(template, columns, file, key)]
         pieces = _PLACE.split(template)  # literal, column, literal, column, ..., literal
-        values = [[_string_or_long(value) for value in _need(name, columns, file, key)] for name in pieces[1::2]]
+        values = [[_text(value) for value in _need(name, columns, file, key)] for name in pieces[1::2]]
         return [_joined(pieces[0::2], row) for row in zip(*values, strict=True)]
 
 
-def _joined(literals: Sequence[str], values: tuple[str | TooLong, ...]) -> str | TooLong:
-    """Return literals with values between them, or the first value that is too long."""
+def _joined(literals: Sequence[str], values: tuple[str | BadText, ...]) -> str | BadText:
+    """Return literals with values between them, or the first value that is no text."""
     texts = [value for value in values if isinstance(value, str)]
     if len(texts) < len(values):
-        return next(value for value in values if isinstance(value, TooLong))
+        return next(value for value in values if isinstance(value, BadText))
     return literals[0] + "".join(text + literal for text, literal in zip(texts, literals[1:], strict=True))
 
 
@@ -227,12 +228,12 @@ def _strings(values: Iterable[Cell]) -> list[str]:
 
 
 def _names(values: Iterable[Cell], file: str, key: str) -> list[str]:
-    """Return cells that are ids, labels or other names. Raises DataError, naming the row, for one that is too long."""
+    """Return cells that are ids or other names. Raises DataError, naming the row, for one that is no usable text."""
     names = []
-    for row, value in enumerate(values, start=1):
-        if isinstance(value, TooLong):
-            raise DataError(f"{file} row {row}: {key} {value}")
-        names.append(_string(value))
+    for row, name in enumerate(map(_text, values), start=1):
+        if isinstance(name, BadText):
+            raise DataError(f"{file} row {row}: {key} {name}")
+        names.append(name)
     return names
 
 
@@ -244,8 +245,8 @@ def _column(modality: str, entries: list[Entry]) -> Column:
 
 def _texts(value: Cell) -> tuple[TextOrSource, ...]:
     """Return the texts of a cell that are not blank."""
-    texts = [item if isinstance(item, TooLong) else checked_text(_string(item)) for item in _as_list(value)]
-    return tuple(text for text in texts if isinstance(text, TooLong) or text.strip())
+    texts = [text if isinstance(text, BadText) else checked_text(text) for text in map(_text, _as_list(value))]
+    return tuple(text for text in texts if isinstance(text, BadText) or text.strip())
 
 
 def _is_text(value: Cell) -> bool:
@@ -261,8 +262,11 @@ def _is_null(value: Cell) -> bool:
     return value is None or value != value  # an empty cell of a numeric parquet column is NaN
 
 
-def _string_or_long(value: Cell) -> str | TooLong:
-    return value if isinstance(value, TooLong) else _string(value)
+def _text(value: Cell) -> str | BadText:
+    """Return a cell as text, or what stands for it. A list becomes one text; an object, and a map of parquet, none."""
+    if isinstance(value, BadText):
+        return value
+    return NotText() if isinstance(value, dict | tuple) else _string(value)
 
 
 def _string(value: Cell) -> str:

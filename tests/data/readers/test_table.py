@@ -5,9 +5,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from cachefuse.data.column import Value
+from cachefuse.data.column import NotText, Value
 from cachefuse.data.readers.table import TableReader, read_columns
-from cachefuse.errors import DataError
+from cachefuse.errors import BadSampleError, DataError
 from fixtures.columns import images_of, texts_of
 from fixtures.messages import naming
 
@@ -54,6 +54,44 @@ def test_one_wrong_byte_spoils_no_other(tmp_path):
         path = tmp_path / "a.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
         assert read_columns(path)["text"] == ["crème", None, "café"]
+
+
+def test_bytes_of_parquet_are_texts(tmp_path):
+    texts = ["café".encode(), b"caf\xe9", b"", None]
+    path = tmp_path / "a.parquet"
+    write_parquet(
+        path,
+        plain=pyarrow.array(texts, pyarrow.binary()),
+        known=pyarrow.array(texts, pyarrow.binary()).dictionary_encode(),
+        fixed=pyarrow.array([b"ab", b"cd", b"\xe9e", None], pyarrow.binary(2)),
+        listed=pyarrow.array([texts, [], None, [b"x"]], pyarrow.list_(pyarrow.binary())),
+    )
+    columns = read_columns(path)
+    assert columns["plain"] == columns["known"] == ["café", "café", "", None]
+    assert columns["fixed"] == ["ab", "cd", "ée", None]
+    assert columns["listed"] == [["café", "café", "", None], [], None, ["x"]]
+    assert texts_of(read(tmp_path, text="plain")) == [("café",), ("café",), (), ()]
+
+
+def test_an_object_is_no_text(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", {"id": "1", "text": {"k": "v"}}, {"id": "2", "text": ["x", {}, 3]})
+    assert texts_of(read(tmp_path, text="text")) == [(NotText(),), ("x", NotText(), "3")]
+    assert texts_of(read(tmp_path, text="{id} {text}"))[0] == (NotText(),)
+    assert images_of(read(tmp_path, image="text"))[0] == NotText()
+    assert read(tmp_path, modalities={"report": "text"}).modalities["report"][0] == (Value({"k": "v"}),)
+    with pytest.raises(BadSampleError, match=r"^is an object, not a text$"):
+        NotText().load()
+    path.unlink()
+    pairs = pyarrow.array([[("k", "v")]], pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    write_parquet(tmp_path / "a.parquet", text=pyarrow.array([{"k": "v"}]), pairs=pairs)
+    assert texts_of(read(tmp_path, text="text")) == texts_of(read(tmp_path, text="pairs")) == [(NotText(),)]
+
+
+@pytest.mark.parametrize("key", ["id", "labels", "split", "group"])
+def test_an_object_is_no_name(tmp_path, key):
+    write_jsonl(tmp_path / "a.jsonl", {"x": "a"}, {"x": {"k": "v"}})
+    with pytest.raises(DataError, match=naming("a.jsonl row 2 object")):
+        read(tmp_path, **{key: "x"})
 
 
 def test_tabs(tmp_path):
