@@ -186,7 +186,8 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
         raise _missing(manifest, root, missing)
     samples = reader.read(root)
     _check_names(samples, manifest)
-    _check_ids(samples, manifest)
+    check_ids(samples.ids, manifest.name)
+    _check_once(samples.ids, manifest)
     notes = [*samples.notes, *_count_notes(samples, manifest)]
     for note in notes:
         logger.warning("%s: %s", manifest.name, note)
@@ -239,12 +240,16 @@ def _check_names(samples: Samples, manifest: Manifest) -> None:
                 raise DataError(f"{manifest.name}: a {kind} may not hold a zero byte. Got {name[:40]!r} instead")
 
 
-def _check_ids(samples: Samples, manifest: Manifest) -> None:
-    if not samples.ids:
-        raise DataError(f"{manifest.name}: the raw data has no rows")
-    if "" in samples.ids:
-        raise DataError(f"{manifest.name}: row {samples.ids.index('') + 1} has an empty id")
-    repeated = [f"{sample} ({n} times)" for sample, n in Counter(samples.ids).most_common(3) if n > 1]
+def check_ids(ids: list[str], name: str) -> None:
+    """Raise DataError if there are no rows, or one has no id. ``name`` is that of the dataset or the table."""
+    if not ids:
+        raise DataError(f"{name}: the raw data has no rows")
+    if "" in ids:
+        raise DataError(f"{name}: row {ids.index('') + 1} has an empty id")
+
+
+def _check_once(ids: list[str], manifest: Manifest) -> None:
+    repeated = [f"{sample} ({n} times)" for sample, n in Counter(ids).most_common(3) if n > 1]
     if repeated:
         raise DataError(f"{manifest.name}: each id must occur once. Got {listed(repeated)} instead")
 

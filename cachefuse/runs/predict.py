@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cachefuse.data.column import Column, TextOrSource
+from cachefuse.data.dataset import check_ids
 from cachefuse.data.readers.base import Samples
 from cachefuse.data.readers.table import TableReader, read_columns
 from cachefuse.data.targets import is_labelled
@@ -146,8 +147,8 @@ def predict_samples(
 def read_input(path: Path, run: Run) -> Samples:
     """Read new samples from a table, with the dataset's columns or with columns "id", "image", "text" and so on.
 
-    Image paths are relative to the table's folder. Raises DataError if the file is missing, or has no column of a
-    modality that the run reads.
+    Image paths are relative to the table's folder. Raises DataError if the file is missing, has no column of a modality
+    that the run reads, has no rows, or has a row with an empty id.
     """
     if not path.is_file():
         raise DataError(f"no such file: {path}")
@@ -165,7 +166,9 @@ def read_input(path: Path, run: Run) -> Samples:
     if not chosen:
         needed = " or ".join(run.modalities)
         raise DataError(f"{path}: needs a column {needed}; its columns are: {listed(names)}")
-    return TableReader(files={"input": path.name}, id=template_of_id, modalities=chosen).read(path.parent)
+    samples = TableReader(files={"input": path.name}, id=template_of_id, modalities=chosen).read(path.parent)
+    check_ids(samples.ids, path.name)
+    return samples
 
 
 def _one_each(modality: str, column: Column, ids: Sequence[str]) -> list[TextOrSource | None]:

@@ -218,6 +218,20 @@ def test_refuses_a_table_without_image_or_text(run, tmp_path):
         read_input(tmp_path / "new.csv", run)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("new.csv", "id,text\na,one\n,two\n", "new.csv: row 2 has an empty id"),
+        ("new.jsonl", '{"id": null, "text": "one"}', "new.jsonl: row 1 has an empty id"),
+        ("new.csv", "id,text\n", "new.csv: the raw data has no rows"),
+    ],
+)
+def test_refuses_rows_without_an_id_as_extract_does(run, tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"^{message}$"):
+        read_input(tmp_path / name, run)
+
+
 def test_refuses_a_table_that_is_not_there(run, tmp_path):
     with pytest.raises(DataError, match=naming("new.csv")):
         read_input(tmp_path / "new.csv", run)
