@@ -5,8 +5,10 @@ import math
 from collections.abc import Iterable, Sequence
 from types import SimpleNamespace
 
+from cachefuse.printable import printable
+
 # A spreadsheet takes a cell that begins so as a formula; some take the wide forms too.
-_BEGINS_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+_BEGINS_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
@@ -18,13 +20,17 @@ def csv_bytes(rows: Iterable[Sequence[object]]) -> bytes:
 
 
 def csv_for_people(rows: Iterable[Sequence[object]]) -> bytes:
-    """Return rows as csv. Undefined numbers are empty; an apostrophe stands before a text that would be a formula."""
+    """Return rows as csv. Undefined numbers are empty; an apostrophe stands before a text that would be a formula.
+
+    Texts are ``printable``.
+    """
     return csv_bytes([_cell(value) for value in row] for row in rows)
 
 
 def _cell(value: object) -> object:
     if isinstance(value, str):
-        return f"'{value}" if value.startswith(_BEGINS_FORMULA) and not _is_number(value) else value
+        text = printable(value)
+        return f"'{text}" if text.startswith(_BEGINS_FORMULA) and not _is_number(text) else text
     return "" if isinstance(value, float) and math.isnan(value) else value
 
 

@@ -5,6 +5,7 @@ import re
 from typing import TYPE_CHECKING
 
 from cachefuse.metrics.tasks import TaskSlice
+from cachefuse.printable import printable_lines
 from cachefuse.settings import settings_of
 from cachefuse.training.tasks import loss_of
 
@@ -21,7 +22,7 @@ KINDS = {
 
 
 def model_card(run: "Run") -> str:
-    """Return the text of a run's README.md; names from data cannot break its tables or add HTML."""
+    """Return the text of a run's README.md; names from data cannot break its tables, add HTML or move a terminal."""
     config, n_models = run.config, len(run.members)
     heads = "a decoder" if config.is_generative else f"{config.head} heads"
     what = f"A {config.fusion} fusion of {' and '.join(run.modalities)} features with {heads}"
@@ -101,7 +102,7 @@ def model_card(run: "Run") -> str:
         f"{meaning} Figures of a class with few rows are uncertain (`cachefuse evaluate` shows intervals).",
         "",
     ]
-    return "\n".join(lines)
+    return printable_lines("\n".join(lines))
 
 
 def _task(run: "Run") -> str:

@@ -61,6 +61,17 @@ def test_names_from_data_cannot_break_out(toy_store):
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows)
 
 
+def test_a_terminal_shows_names_as_they_are(toy_store):
+    run = train_head(toy_store(), TrainConfig(**QUICK))
+    run.classes, run.name = ("\x1b]0;title\x07", "a\u202eb", "\x9b2J"), "name\x1b"
+    card = model_card(run)
+    assert "| \\x1b\\]0;title\\x07 |" in card
+    assert "| a\\u202eb |" in card
+    assert "| \\x9b2J |" in card
+    assert "cachefuse predict --run name\\x1b\n" in card
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", card)
+
+
 def test_many_classes_are_cut(toy_store):
     run = train_head(toy_store(), TrainConfig(**QUICK))
     run.classes, run.thresholds = tuple(f"class {c}" for c in range(1000)), np.full(1000, 0.5)
