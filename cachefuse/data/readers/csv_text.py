@@ -211,7 +211,7 @@ def _field(field: bytes) -> str | TooLong:
 def _read_unescaped(data: bytes, delimiter: bytes, origin: str, n_fields: int) -> list[Row]:
     """Parse records with a known number of fields. A quote ends a field only where a field can end.
 
-    A last field without quotes is the rest of its line, delimiters included.
+    A last field with quotes that are not the standard's may hold delimiters: it is the rest of its line.
     """
     comma = re.escape(delimiter)
     # In prose a space follows the comma after a quote; between fields it does not.
@@ -237,6 +237,8 @@ def _read_unescaped(data: bytes, delimiter: bytes, origin: str, n_fields: int) -
             quoted = data.startswith(b'"', position)
             closed = (closing_last if last else closing_field).after(position + 1) if quoted else None
             if closed and closed.start() < limit:
+                if last:
+                    _check_surplus(data, position, closed.end(), delimiter, origin, n_fields)
                 row.append(_undouble(data[position + 1 : closed.start()]))
                 position = closed.end()
                 continue
@@ -248,10 +250,29 @@ def _read_unescaped(data: bytes, delimiter: bytes, origin: str, n_fields: int) -
                 if end < 0:
                     n = len(row) + 1
                     raise DataError(f"{origin} line {_line(data, position)}: has {n} fields instead of {n_fields}")
+            if last:
+                _check_surplus(data, position, end, delimiter, origin, n_fields)
             row.append(_text(data[position:end]))
             position = end + 1
         rows.append(row)
     return rows
+
+
+def _check_surplus(data: bytes, start: int, end: int, delimiter: bytes, origin: str, n_fields: int) -> None:
+    """Raise DataError if the last field of a record is several ones by the standard."""
+    field = data[start:end]
+    if delimiter not in field:
+        return
+    text = io.StringIO(field.decode("latin-1"), newline="")
+    try:
+        surplus = len(next(csv.reader(text, delimiter=delimiter.decode(), strict=True))) - 1
+    except csv.Error:  # its quotes are not the standard's, and explain the delimiters
+        return
+    if surplus:
+        raise DataError(
+            f"{origin} line {_line(data, start)}: has {n_fields + surplus} fields instead of {n_fields}; put quotes "
+            f"around a field that holds {delimiter.decode()!r}"
+        )
 
 
 class _Search:

@@ -91,10 +91,19 @@ def test_doubled_quotes_are_undone_beside_unescaped_ones():
     assert read_captions('a ""stop"" sign', 'a "go" sign') == ['a "stop" sign', 'a "go" sign']
 
 
-def test_unquoted_last_field_is_the_rest_of_its_line():
-    assert read("image,caption\n1.jpg,a man, a dog\n2.jpg,a cat\n")[1:] == [
-        ["1.jpg", "a man, a dog"],
-        ["2.jpg", "a cat"],
+@pytest.mark.parametrize(
+    ("record", "last"),
+    [
+        ('2.jpg,"Go" says a man, a dog', '"Go" says a man, a dog'),
+        ('2.jpg,"A man, a dog', '"A man, a dog'),
+        ('2.jpg,"a "man", a dog"', 'a "man", a dog'),
+    ],
+)
+def test_odd_quotes_explain_commas_in_a_last_field(record, last):
+    assert read(f'image,caption\n1.jpg,"x"\n{record}\n3.jpg,"y"\n')[1:] == [
+        ["1.jpg", "x"],
+        ["2.jpg", last],
+        ["3.jpg", "y"],
     ]
 
 
@@ -109,7 +118,7 @@ def test_tabs_beside_empty_fields_and_texts_over_lines():
 
 
 def test_number_of_fields_without_a_header():
-    assert read('1,"x "y" z"\n2,a,b\n', n_fields=2) == [["1", 'x "y" z'], ["2", "a,b"]]
+    assert read('1,"x "y" z"\n2,a\n', n_fields=2) == [["1", 'x "y" z'], ["2", "a"]]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,12 @@ def test_number_of_fields_without_a_header():
     [
         ('a,b,c\n1,2,3\n4,5\n6,7,"x "y" z"\n', "train.csv 3 2"),
         ("a,b\n1\n", "train.csv 2 1"),
+        ("a,b\n1,2\n3,4,5\n", "train.csv line 3 3 2 quotes"),
+        ("a,b\n1,2,\n", "train.csv line 2 3 2 quotes"),
+        ('a,b,c\n1,2,3\n4,5, 6,"7"\n', "train.csv line 3 4 3 quotes"),
+        ('a,b,c\n1,2,3\n4,"5","6","7"\n', "train.csv line 3 4 3 quotes"),
+        ('a,b,c\n1,"x "y" z",3\n4,5,6,7\n', "train.csv line 3 4 3 quotes"),
+        ('a,b,c\n1,"x "y" z",3,4\n', "train.csv line 2 4 3 quotes"),
         ('a,b\n1,"x "y" z\n', "train.csv 2"),
         ("a,b\n" + '"' * 100_001, "train.csv 2"),
     ],
