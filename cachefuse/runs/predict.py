@@ -168,6 +168,8 @@ def read_input(path: Path, run: Run) -> Samples:
         raise DataError(f"{path}: needs a column {needed}; its columns are: {listed(names)}")
     samples = TableReader(files={"input": path.name}, id=template_of_id, modalities=chosen).read(path.parent)
     check_ids(samples.ids, path.name)
+    for note in samples.notes:
+        logger.warning("%s", note)
     return samples
 
 

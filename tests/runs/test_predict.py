@@ -212,6 +212,12 @@ def test_rows_without_an_id_are_numbered(run, tmp_path):
     assert (samples.ids, images_of(samples)) == (["0", "1"], None)
 
 
+def test_notes_on_the_table_of_new_rows_are_logged(run, tmp_path, caplog):
+    (tmp_path / "new.csv").write_bytes(b"text\ncaf\xe9\n")
+    read_input(tmp_path / "new.csv", run)
+    assert says(caplog.text, "new.csv 1 bytes UTF-8")
+
+
 def test_refuses_a_table_without_image_or_text(run, tmp_path):
     (tmp_path / "new.csv").write_text("id,caption\na,b\n")
     with pytest.raises(DataError, match=naming("new.csv image text id caption")):

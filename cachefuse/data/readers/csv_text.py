@@ -12,7 +12,7 @@ from itertools import chain
 from typing import BinaryIO
 
 from cachefuse.data.column import TooLong, checked_text
-from cachefuse.data.readers.lines import TEXT_ERRORS
+from cachefuse.data.readers.lines import TEXT_ERRORS, guesses
 from cachefuse.errors import DataError
 from cachefuse.limits import limits
 
@@ -41,10 +41,12 @@ def read_csv(
 
     ``keep`` gets the first record, and returns the numbers of the fields to return of every record; all by default.
     Quotes in quoted fields need not be doubled (``"a "stop" sign"``); they are kept.
-    Raises DataError, naming the line, if no reading gives every record that number of fields.
+    Raises DataError, naming the line, if no reading gives every record that number of fields; naming the row, if a
+    record repeats the header.
     """
     for read in (_read_fast, _read_standard):
         file.seek(0)
+        guesses.n_bytes = 0
         try:
             return _rows(read(file, delimiter, origin), n_fields, keep, origin)
         except _LongLineError:
@@ -52,12 +54,12 @@ def read_csv(
         except _NotStandardError:
             break
     data = _whole(file, origin)
-    if n_fields is None:
-        first_line = data.lstrip(b"\n").partition(b"\n")[0]
-        n_fields = len(next(csv.reader([_decode(first_line)], delimiter=delimiter)))
-    mark = delimiter.encode()
-    rows = _read_lines(data, n_fields) if delimiter == "\t" else None
-    return _rows(rows if rows is not None else _read_unescaped(data, mark, origin, n_fields), n_fields, keep, origin)
+    first_line = data.lstrip(b"\n").partition(b"\n")[0].decode("latin-1")
+    n = n_fields or len(next(csv.reader([first_line], delimiter=delimiter)))
+    rows = _read_lines(data, n) if delimiter == "\t" else None
+    if rows is None:
+        rows = _read_unescaped(data, delimiter.encode(), origin, n)
+    return _rows(rows, n_fields, keep, origin)
 
 
 def _rows(
@@ -65,9 +67,11 @@ def _rows(
 ) -> list[Row]:
     """Return the kept fields of all records. Raises _NotStandardError if a record has another number of fields."""
     rows: list[Row] = []
+    header: Row | None = None
     most, kept, whole = limits().rows + 1, [0], True
     for record in records:
         if not rows:
+            header = record if n_fields is None and len(record) > 1 else None
             n_fields = n_fields or len(record)
             if n_fields > limits().columns:
                 raise DataError(f"{origin}: has {n_fields:,} columns, over the limit of {limits().columns:,}")
@@ -75,6 +79,8 @@ def _rows(
             whole = len(kept) == n_fields
         if len(record) != n_fields:
             raise _NotStandardError
+        if rows and record == header:
+            raise DataError(f"{origin} row {len(rows)}: repeats the header; delete it")
         rows.append(record if whole else [record[i] for i in kept])
         if len(rows) > most:
             raise DataError(f"{origin}: has over {limits().rows:,} rows, the limit")
@@ -182,6 +188,7 @@ def _read_standard(file: BinaryIO, delimiter: str, origin: str) -> Iterator[Row]
 def _whole(file: BinaryIO, origin: str) -> bytes:
     """Return the bytes of a file, with the line ends of Unix. Raises DataError for a large one."""
     file.seek(0)
+    guesses.n_bytes = 0
     data = file.read(MOST_UNESCAPED + 1)
     if len(data) > MOST_UNESCAPED:
         raise DataError(

@@ -1,6 +1,7 @@
 """Lines of text files: with or without a byte-order mark, with either line end, in UTF-8 or cp1252."""
 
 import codecs
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +13,15 @@ from cachefuse.limits import limits
 
 TEXT_ERRORS = "cachefuse-cp1252"
 MAX_LINE_BYTES = 1 << 20
+
+
+class _Guesses(threading.local):
+    """How many bytes of texts were not UTF-8 since someone set this to zero, in this thread."""
+
+    n_bytes = 0
+
+
+guesses = _Guesses()
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -95,6 +105,7 @@ def _decode_as_cp1252(error: UnicodeError) -> tuple[str, int]:
     """Decode only the bytes that are not UTF-8 as the old Windows encoding: some files mix both."""
     if not isinstance(error, UnicodeDecodeError):
         raise error
+    guesses.n_bytes += error.end - error.start
     return error.object[error.start : error.end].decode("cp1252", errors="replace"), error.end
 
 

@@ -14,6 +14,7 @@ from cachefuse.data.inside import check_inside
 from cachefuse.data.readers.base import InsidePath, Reader, Samples, split_names, well_formed
 from cachefuse.data.readers.csv_text import read_csv
 from cachefuse.data.readers.jsonl import read_jsonl
+from cachefuse.data.readers.lines import guesses
 from cachefuse.data.readers.parquet import read_parquet
 from cachefuse.data.readers.table_columns import Cell, TableColumns
 from cachefuse.errors import DataError
@@ -22,6 +23,7 @@ from cachefuse.limits import limits
 from cachefuse.printable import listed
 
 _PLACE = re.compile(r"\{([^{}]*)\}")
+_BREAK = re.compile(r"[\r\n]")
 
 
 class TableReader(Reader):
@@ -85,6 +87,7 @@ class TableReader(Reader):
         samples = Samples(groups=[] if self.group else None, task_labels={name: [] for name in self._tasks})
         entries: dict[str, list[Entry]] = {modality: [] for modality in self.columns}
         for split, columns in tables.items():
+            samples.notes += columns.notes
             columns = self._add(samples, split, columns)
             for modality in entries:
                 entries[modality] += self._entries(modality, columns, self.files[split], root)
@@ -113,6 +116,11 @@ class TableReader(Reader):
         samples.labels += self._labels(columns, self.labels, True, file)
         for task, (column, several) in self._tasks.items():
             samples.task_labels[task] += self._labels(columns, column, several, file)
+        names: dict[str, Sequence[Cell]] = {"id": ids, "split": named}
+        if "\n" not in (self.separator or ""):
+            tasks = [column for column, _ in self._tasks.values()]
+            names |= {column: columns.get(column, []) for column in (self.labels, *tasks) if column}
+        samples.notes += _notes_of_breaks(file, names)
         if samples.groups is not None and self.group:
             samples.groups += _names(_need(self.group, columns, file, "reader.group"), file, "group")
         return columns
@@ -178,6 +186,14 @@ def read_columns(
 
     Raises DataError, naming the place, if it is not readable.
     """
+    guesses.n_bytes = 0
+    columns = _read_columns(path, header, wanted)
+    if guesses.n_bytes:
+        columns.notes.append(f"{path.name} has {guesses.n_bytes:,} bytes that are not UTF-8; they are read as cp1252")
+    return columns
+
+
+def _read_columns(path: Path, header: tuple[str, ...] | None, wanted: Collection[str] | None) -> TableColumns:
     suffix = path.suffix.lower()
     if suffix in (".parquet", ".pq"):
         with open_regular(path, limits().file_bytes):
@@ -235,6 +251,17 @@ def _names(values: Iterable[Cell], file: str, key: str) -> list[str]:
             raise DataError(f"{file} row {row}: {key} {name}")
         names.append(name)
     return names
+
+
+def _notes_of_breaks(file: str, columns: Mapping[str, Sequence[Cell]]) -> list[str]:
+    """Return a note for each column of names that has one over several lines, and so may have swallowed rows."""
+    notes = []
+    for key, values in columns.items():
+        cells = enumerate(values, start=1)
+        row = next((row for row, value in cells if isinstance(value, str) and _BREAK.search(value.strip())), None)
+        if row is not None:
+            notes.append(f"{file} row {row}: {key} holds a line break; a closing quote may be missing")
+    return notes
 
 
 def _column(modality: str, entries: list[Entry]) -> Column:

@@ -9,7 +9,7 @@ from cachefuse.data.column import NotText, Value
 from cachefuse.data.readers.table import TableReader, read_columns
 from cachefuse.errors import BadSampleError, DataError
 from fixtures.columns import images_of, texts_of
-from fixtures.messages import naming
+from fixtures.messages import naming, says
 
 
 def write(path, text):
@@ -54,6 +54,44 @@ def test_one_wrong_byte_spoils_no_other(tmp_path):
         path = tmp_path / "a.parquet"
         pyarrow.parquet.write_table(pyarrow.table({"text": values}), path)
         assert read_columns(path)["text"] == ["crème", None, "café"]
+
+
+def test_wrong_bytes_are_noted_once_a_file(tmp_path):
+    write(tmp_path / "a.csv", b"id,text\n1,caf\xe9\n2,\xff\xfe\n")
+    write(tmp_path / "b.csv", 'id,text\n3,"a "café" \n'.encode() + b'\xe9"\n')  # read three times
+    write(tmp_path / "c.jsonl", b'{"id": "4", "text": "\xe9"}')
+    write(tmp_path / "d.csv", "id,text\n5,café\n")
+    spoiled = pyarrow.array([b"caf\xe9", None]).view(pyarrow.string())
+    write_parquet(tmp_path / "e.parquet", id=pyarrow.array(["6", "7"]), text=spoiled)
+    files = {path.stem: path.name for path in sorted(tmp_path.iterdir())}
+    assert TableReader(files=files, id="id", text="text").read(tmp_path).notes == [
+        "a.csv has 3 bytes that are not UTF-8; they are read as cp1252",
+        "b.csv has 1 bytes that are not UTF-8; they are read as cp1252",
+        "c.jsonl has 1 bytes that are not UTF-8; they are read as cp1252",
+        "e.parquet has 1 bytes that are not UTF-8; they are read as cp1252",
+    ]
+
+
+def test_a_quoted_field_that_may_have_taken_rows_is_noted(tmp_path):
+    write(tmp_path / "a.csv", 'id,part,label,text\n1,,"x\n","two\nlines"\n2,,"y\n3,,z,t\n4,,w",t\n"5\n6",,x,t\n')
+    options = {"id": "id", "split": "part", "text": "text"}
+    notes = read(tmp_path, labels="label", **options).notes
+    assert notes == [
+        "a.csv row 3: id holds a line break; a closing quote may be missing",
+        "a.csv row 2: label holds a line break; a closing quote may be missing",
+    ]
+    assert read(tmp_path, labels="label", separator="\n", **options).notes == notes[:1]
+    write(tmp_path / "a.csv", 'part,text\n"val\ntest",t\n')
+    assert says(*read(tmp_path, split="part").notes, "a.csv row 1 split line break")
+
+
+def test_a_repeated_header_is_no_row(tmp_path):
+    for name, tail in (("a.csv", ""), ("b.csv", '3,"x "y" z"\n')):
+        path = write(tmp_path / name, "id,text\n1,x\nid,text\n2,y\n" + tail)
+        with pytest.raises(DataError, match=naming(f"{name} row 2 header")):
+            read_columns(path, wanted=["id"])
+        assert read_columns(path, ("id", "text"))["id"][2] == "id"  # a file without a header
+    assert read_columns(write(tmp_path / "c.csv", "text\nx\ntext\n"))["text"] == ["x", "text"]
 
 
 def test_bytes_of_parquet_are_texts(tmp_path):
