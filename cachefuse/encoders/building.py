@@ -1,4 +1,4 @@
-"""Build a model that a configuration describes, but no larger one than its weights can fill.
+"""Build a model that a configuration describes, but only one that its weights can fill.
 
 A configuration of 200,000 layers, or of 10^12 tokens, would take minutes or all memory before any weight is compared.
 """
@@ -88,3 +88,24 @@ def no_larger_than(spec: EncoderSpec, weights: Weights) -> Iterator[None]:
             stack.callback(register(hook).remove)
         stack.enter_context(_Sizes(counter))
         yield
+
+
+def check_floats(spec: EncoderSpec, weights: Weights, model: nn.Module) -> None:
+    """Raise EncoderError if integers are stored where a model has floats: libraries cast them, without any scale.
+
+    Names are compared from their ends, since files and models may have prefixes.
+    """
+    floats = {name for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    ends = {end for name in floats for end in _ends(name)}
+    for name, dtype in weights.integers.items():
+        if name in ends or not floats.isdisjoint(_ends(name)):
+            raise EncoderError(
+                f"cannot open {spec}: {name} is stored as integers ({dtype}), and the model has floats there; "
+                f"quantised weights are not read: put the weights in float16 or float32 there"
+            )
+
+
+def _ends(name: str) -> list[str]:
+    """Return a name without its first 0, 1, 2, ... parts."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]

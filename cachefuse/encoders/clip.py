@@ -16,7 +16,7 @@ from open_clip.transformer import text_global_pool
 from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower, is_path
-from cachefuse.encoders.building import no_larger_than
+from cachefuse.encoders.building import check_floats, no_larger_than
 from cachefuse.encoders.clip_parts import (
     Tokenizer,
     check_model,
@@ -211,6 +211,7 @@ def _from_folder(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module, Path | 
     name = f"local-dir:{folder}"
     with no_larger_than(spec, weights):
         model = open_clip.create_model(name, require_pretrained=True, force_preprocess_cfg=preprocessing)
+    check_floats(spec, weights, model)
     check_weights(spec, weights, model, f"state their own sizes in model_cfg of {folder / CONFIG}")
     return name, config["model_cfg"], model, folder
 
@@ -234,7 +235,9 @@ def _from_name(spec: EncoderSpec) -> tuple[str, JsonObject, nn.Module, Path | No
     )
     if folder is not None:
         advice = f"name the model of that size, or open a folder, clip:./folder, whose {CONFIG} states it in model_cfg"
-        check_weights(spec, read_weights(spec, [path]), model, advice)
+        weights = read_weights(spec, [path])
+        check_floats(spec, weights, model)
+        check_weights(spec, weights, model, advice)
     return name, {**open_clip.get_model_config(name), "quick_gelu": quick_gelu}, model, folder
 
 

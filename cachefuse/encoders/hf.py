@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from transformers.utils import logging as library_logging
 
 from cachefuse.encoders.base import EncoderSpec, Tower, is_path
-from cachefuse.encoders.building import no_larger_than
+from cachefuse.encoders.building import check_floats, no_larger_than
 from cachefuse.encoders.frozen import (
     FrozenTower,
     brief,
@@ -50,6 +50,8 @@ def open_hf(spec: EncoderSpec, device: str) -> dict[str, Tower]:
         config = AutoConfig.from_pretrained(folder, **OFFLINE)
         with no_larger_than(spec, weights):
             parts = load_parts(spec, folder, config, OFFLINE)
+        for part in parts.values():
+            check_floats(spec, weights, part.model)
         towers: dict[str, Tower] = {}
         for modality, part in parts.items():
             build = _image_tower if modality == "image" else _text_tower

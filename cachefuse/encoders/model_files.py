@@ -64,11 +64,17 @@ ADAPTER = "adapter_config.json"  # of PEFT, whose weights belong to a model that
 
 @dataclass(frozen=True)
 class Weights:
-    """The files of a model's weights, in the library's order, and what they hold: shapes by name."""
+    """The files of a model's weights, in the library's order, and what they hold: shapes and types by name."""
 
     files: tuple[Path, ...]
     shapes: dict[str, Shape]
+    dtypes: dict[str, str]  # as safetensors calls them: "F32", "I8"
     n_elements: int
+
+    @property
+    def integers(self) -> dict[str, str]:
+        """The types of those tensors that are not floats."""
+        return {name: dtype for name, dtype in self.dtypes.items() if not dtype.startswith(("F", "BF"))}
 
     @property
     def longest(self) -> int:
@@ -169,12 +175,16 @@ def read_weights(spec: EncoderSpec, files: list[Path], root: Path | None = None)
     Raises EncoderError for a file that is damaged or of another kind, and for more than fits into memory.
     """
     shapes: dict[str, Shape] = {}
+    dtypes: dict[str, str] = {}
     for path in files:
         check_file(spec, path, root or path.resolve().parent)
         if not path.stat().st_size:  # a placeholder: the model may be refused by its kind, and the library refuses it
             continue
         try:
-            shapes |= stored_shapes(path)
+            with safe_open(path, "pt") as file:  # the library checks the header and all offsets
+                for name in file.keys():  # noqa: SIM118 (not a dictionary)
+                    stored = file.get_slice(name)
+                    shapes[name], dtypes[name] = tuple(stored.get_shape()), stored.get_dtype()
         except Exception as error:  # the library's error is an Exception without a class of its own in some versions
             raise EncoderError(f"cannot open {spec}: {path} is not a whole safetensors file: {error}") from error
     n_elements = sum(math.prod(shape) for shape in shapes.values())
@@ -183,14 +193,7 @@ def read_weights(spec: EncoderSpec, files: list[Path], root: Path | None = None)
             f"cannot open {spec}: its weights take {format_bytes(4 * n_elements)} in float32; this machine has "
             f"{format_bytes(total_memory())} of memory"
         )
-    return Weights(tuple(files), shapes, n_elements)
-
-
-def stored_shapes(path: Path) -> dict[str, Shape]:
-    """Return the shapes of a .safetensors file's tensors by name. The library checks the header and all offsets."""
-    with safe_open(path, "pt") as file:
-        names = file.keys()
-        return {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    return Weights(tuple(files), shapes, dtypes, n_elements)
 
 
 def is_bare(name: str) -> bool:

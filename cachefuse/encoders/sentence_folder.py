@@ -242,7 +242,8 @@ def _weights(spec: EncoderSpec, root: Path, path: Path) -> Mapping[str, Tensor]:
     file = path / "model.safetensors"
     if not file.is_file():
         raise EncoderError(f"cannot open {spec}: there is no model.safetensors in {path.name}; a pickle can run code")
-    read_weights(spec, [file], root)
+    for name, dtype in read_weights(spec, [file], root).integers.items():
+        raise EncoderError(f"cannot open {spec}: {name} in {file} is stored as integers ({dtype}); expected floats")
     return load_file(file)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cachefuse.encoders.base import EncoderSpec, Tower
 from cachefuse.encoders.beside import Rule, check_sizes, check_values, is_number, numbers, one_of, pixels
-from cachefuse.encoders.building import no_larger_than
+from cachefuse.encoders.building import check_floats, no_larger_than
 from cachefuse.encoders.frozen import fetch, fingerprint, flatten_map, library, local_weights, opening, weights_digest
 from cachefuse.encoders.images import ImageTower, split_compose
 from cachefuse.encoders.model_files import Shape, Weights, check_file, read_json, read_weights
@@ -113,6 +113,7 @@ def open_timm(spec: EncoderSpec, device: str) -> dict[str, Tower]:
                 f"say it in model_args"
             )
         model.reset_classifier(0)
+        check_floats(spec, weights, model)
         if own:
             _check_weights(spec, weights, model)
         provenance = {

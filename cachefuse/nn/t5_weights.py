@@ -44,11 +44,16 @@ def load_t5(spec: str, decoder_layers: int | None = None) -> T5:
         if missing:
             lacks = f"its weights lack {len(missing)} of the model's, such as {_keys(missing[0])[0]}"
             raise EncoderError(f"cannot open {spec}: {lacks}")
+        integers = stored_in.integers
         for name, expected in weights.items():
             key = next(key for key in _keys(name) if key in stored)
             shape = tuple(stored[key].get_slice(key).get_shape())
             if shape != tuple(expected.shape):
                 raise EncoderError(f"cannot open {spec}: {key} is {shape}; config.json needs {tuple(expected.shape)}")
+            if key in integers:
+                raise EncoderError(
+                    f"cannot open {spec}: {key} is stored as integers ({integers[key]}); expected floats"
+                )
             weights[name] = stored[key].get_tensor(key).to(torch.float32, copy=True)
     model.load_state_dict(weights, assign=True)
     return model

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from cachefuse.encoders import open_encoder
 from cachefuse.errors import CachefuseError, EncoderError
@@ -160,6 +160,9 @@ def test_a_dense_module_is_as_large_as_its_weights(makers, tmp_path, marker):
     assert "model.safetensors" in refusal(spec)
     save_file({"linear.weight": torch.ones(4, 32), "linear.bias": torch.ones(4)}, dense / "model.safetensors")
     open_encoder(spec)
+    restore(dense, lambda tensors: tensors.update({"linear.bias": torch.ones(4, dtype=torch.int8)}))
+    assert "linear.bias" in refusal(spec)
+    restore(dense, lambda tensors: tensors.update({"linear.bias": torch.ones(4)}))
     edit(dense / "config.json", out_features=10**12)
     refusal(spec)
     edit(dense / "config.json", out_features=4)
@@ -176,6 +179,59 @@ def header(path: Path, change: Callable[[dict], object]) -> None:
     change(stated)
     text = json.dumps(stated).encode()
     path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + n :])
+
+
+def restore(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change the tensors of a folder's weights."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("hf-bert", "encoder.layer.1.output.dense.weight"),
+        ("hf-t5", "encoder.block.0.layer.0.SelfAttention.q.weight"),
+        ("hf-resnet", "embedder.embedder.convolution.weight"),
+        ("clip", "visual.class_embedding"),
+        ("timm-vit", "pos_embed"),
+    ],
+)
+def test_integers_are_no_weights(family, name, makers, tmp_path):
+    spec = makers[family](tmp_path)
+    restore(tmp_path, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    assert f"{name} is stored as integers (I8)" in refusal(spec)
+    if family == "hf-t5":
+        with pytest.raises(EncoderError, match=f"{name} is stored as integers .I8"):
+            load_t5(spec)
+
+
+def test_integers_under_the_names_of_a_larger_model_are_no_weights(makers, tmp_path):
+    spec, name = makers["hf-bert"](tmp_path), "bert.encoder.layer.0.output.dense.bias"
+
+    def change(tensors):
+        own = dict(tensors)
+        tensors.clear()
+        tensors.update({f"bert.{name}": tensor for name, tensor in own.items()})
+        tensors[name] = tensors[name].to(torch.int32)
+
+    restore(tmp_path, change)
+    assert f"{name} is stored as integers (I32)" in refusal(spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_floats_of_another_width_are_weights_and_a_buffer_may_be_of_integers(dtype, makers, tmp_path):
+    spec, name = makers["hf-bert"](tmp_path), "encoder.layer.1.output.dense.weight"
+
+    def change(tensors):
+        tensors[name] = tensors[name].to(dtype)
+        tensors["embeddings.position_ids"] = torch.arange(40)[None]
+        tensors["encoder.layer.0.attention.mask"] = torch.ones(4, 4, dtype=torch.bool)
+
+    restore(tmp_path, change)
+    assert open_encoder(spec)["text"].width == 32
 
 
 def _dtype(stated):
