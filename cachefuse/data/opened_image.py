@@ -3,16 +3,18 @@
 import ctypes
 import io
 import logging
+import re
 import sys
 import threading
 from contextlib import suppress
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 from PIL import ImageFile, _imaging
 
 OWN_NAME = b"tempfile.tif"  # Pillow's for the data that it hands to libtiff
 OWN_BUFFER = ("WEBP", "AVIF")  # their decoders hold whole images of their own beside Pillow's
 GREY_STEP = {"L;2": 85, "L;4": 17}  # of 2 and 4 bits a pixel, to reach 255
+COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")  # of a plain PPM, as Pillow reads it
 
 
 class PixelFile(io.RawIOBase):
@@ -66,6 +68,8 @@ def load_lean(image: ImageFile.ImageFile) -> None:
     if len(image.tile) == 1 and image.width > image.decodermaxblock:
         # Pillow hands over whole rows, and copies all that it has read of one for each piece that it reads.
         image.decodermaxblock = min(8 * image.width, 1 << 26)
+    if len(image.tile) == 1 and image.tile[0].codec_name == "ppm_plain":
+        image.fp = cast(IO[bytes], _WithoutComments(image.fp))
     _scale_key(image)
     image.load()
 
@@ -79,6 +83,26 @@ def _scale_key(image: ImageFile.ImageFile) -> None:
         image.info["transparency"] = key * GREY_STEP[raw]
     elif raw == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
+class _WithoutComments:
+    """A plain PPM as its decoder reads it. The decoder's time grows with the square of the number of comments."""
+
+    def __init__(self, file: Any):
+        self._file, self._in_comment = file, False
+
+    def seek(self, position: int) -> None:
+        self._file.seek(position)
+        self._in_comment = False
+
+    def read(self, n_bytes: int) -> bytes:
+        while data := self._file.read(n_bytes):
+            data = b"#" + data if self._in_comment else data
+            last_line = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+            self._in_comment = data.find(b"#", last_line) >= 0
+            if data := COMMENT.sub(b"", data):
+                return data
+        return b""
 
 
 class _Once:

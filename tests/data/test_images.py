@@ -16,6 +16,7 @@ from PIL import Image, ImageFile
 from cachefuse.data import images
 from cachefuse.data.digests import hash_parts
 from cachefuse.data.images import FileImage, decode, read_file
+from cachefuse.data.pixels import to_rgb
 from cachefuse.errors import BadSampleError
 from fixtures.messages import naming
 
@@ -282,3 +283,27 @@ def test_giant_file(root, monkeypatch):
 def test_part_of_a_file(tmp_path, start, n_bytes, expected):
     (tmp_path / "a").write_bytes(b"012345")
     assert read_file(str(tmp_path / "a"), start, n_bytes) == expected
+
+
+COMMENTS = [
+    b"P3 # one\n2 1\n255\n1 2 3# two\n 4 5 6 # three",
+    b"P3\n2 1\n255\n#\n##\n1 2# # x\r\n3\r#\r4\n#5\n5 6",
+    b"P3\n2 1\n255\n1#\n2 3 4 5 6 7\n",
+    b"P2\n3 2\n65535\n1 2 3 #" + b"c" * 40 + b"\n400 500 6000\n",
+    b"P1\n3 2\n1#\n01 #\r 1#1\n01",
+]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
+@pytest.mark.parametrize("data", COMMENTS)
+def test_comments_of_plain_ppm_files_are_read_as_by_pillow(monkeypatch, data, block):
+    expected = Image.open(io.BytesIO(data))
+    expected.load()
+    monkeypatch.setattr(ImageFile, "SAFEBLOCK", block)
+    np.testing.assert_array_equal(pixels(data), np.asarray(to_rgb(expected)))
+
+
+@pytest.mark.slow
+def test_comments_take_time_with_their_length(growth):
+    """Not with its square, 16 times, as in Pillow's decoder."""
+    assert growth(lambda n: decode(b"P3\n3 3\n255\n" + b"#\n" * n + b"1 " * 27), 100_000) < 9
