@@ -61,6 +61,7 @@ def test_wrong_bytes_are_noted_once_a_file(tmp_path):
     write(tmp_path / "b.csv", 'id,text\n3,"a "café" \n'.encode() + b'\xe9"\n')  # read three times
     write(tmp_path / "c.jsonl", b'{"id": "4", "text": "\xe9"}')
     write(tmp_path / "d.csv", "id,text\n5,café\n")
+    write(tmp_path / "f.tsv", b'id\ttext\n8\t\xe9\n9\t"a "b"\nc"\n')
     spoiled = pyarrow.array([b"caf\xe9", None]).view(pyarrow.string())
     write_parquet(tmp_path / "e.parquet", id=pyarrow.array(["6", "7"]), text=spoiled)
     files = {path.stem: path.name for path in sorted(tmp_path.iterdir())}
@@ -69,6 +70,7 @@ def test_wrong_bytes_are_noted_once_a_file(tmp_path):
         "b.csv has 1 bytes that are not UTF-8; they are read as cp1252",
         "c.jsonl has 1 bytes that are not UTF-8; they are read as cp1252",
         "e.parquet has 1 bytes that are not UTF-8; they are read as cp1252",
+        "f.tsv has 1 bytes that are not UTF-8; they are read as cp1252",
     ]
 
 
