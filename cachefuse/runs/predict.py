@@ -24,7 +24,7 @@ from cachefuse.feature_spec import FLAT, IDS, TOKENS
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.printable import listed
 from cachefuse.runs.features import RunFeatures, specs_of
-from cachefuse.runs.run import Member, Run
+from cachefuse.runs.run import Member, Run, begins_as
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.format import DTYPES, provenance_key
 from cachefuse.store.long_texts import LongTexts
@@ -69,9 +69,15 @@ def predict_split(run: Run, store: FeatureStore, split: str | None = None, *, de
     """Predict the rows of a split, in the store's order.
 
     The default is the rows of all splits without labels; if there are none, the rows without labels; else the test
-    split. Raises RunError if the run was trained on another store, DataError if there are no such rows.
+    split. Warns if rows have changed since the training, other than by new ones after them. Raises RunError if the run
+    was trained on another store, DataError if there are no such rows.
     """
     tables = StoreTables([run], store, device)
+    if not begins_as(store, run.split_digest):
+        logger.warning(
+            "samples or splits of %s changed since run %s was trained; train again if training samples did",
+            store.dataset, run.name,
+        )  # fmt: skip
     rows = _rows_to_predict(store, split)
     return _predict(run, tables, rows, [store.ids[row] for row in rows])
 

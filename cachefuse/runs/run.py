@@ -1,7 +1,7 @@
 """A run: one trained model, or several with averaged scores, with its features and figures."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -170,6 +170,21 @@ class Run:
 def split_digest(store: FeatureStore) -> str:
     """Hash the id, split and content of each sample; runs with equal hashes were evaluated on the same rows."""
     digest = hashlib.blake2b(digest_size=8)
-    for row in zip(store.ids, store.splits, store.digests, strict=True):
-        digest.update(("\0".join(row) + "\n").encode("utf-8", "surrogatepass"))
+    for row in _digested(store):
+        digest.update(row)
     return digest.hexdigest()
+
+
+def begins_as(store: FeatureStore, digest: str) -> bool:
+    """Whether the first rows of a store, or all of them, have this ``split_digest``: later ones were appended."""
+    running = hashlib.blake2b(digest_size=8)
+    for row in _digested(store):
+        running.update(row)
+        if running.hexdigest() == digest:
+            return True
+    return False
+
+
+def _digested(store: FeatureStore) -> Iterator[bytes]:
+    for row in zip(store.ids, store.splits, store.digests, strict=True):
+        yield ("\0".join(row) + "\n").encode("utf-8", "surrogatepass")

@@ -70,7 +70,16 @@ class FeatureStore(StoredSamples):
 
     def open_group(self, path: Path) -> Features | None:
         """Return the features in a folder, or None if nothing was written there. Raises CacheError for damage."""
-        return Features(self, path) if _is_begun(path) else None
+        if not _is_begun(path):
+            return None
+        features = Features(self, path)
+        place = self._features_path(features.encoder, features.modality)
+        if path != place:
+            raise CacheError(
+                f"{path} holds features of {features.encoder} ({features.modality}), whose place is {place}; delete a "
+                f"copy, or give the folder its own name again"
+            )
+        return features
 
     def require_features(
         self, encoder: str, modality: str, provenance: Mapping[str, str], source: str, dtypes: Mapping[str, str]

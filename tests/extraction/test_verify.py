@@ -102,6 +102,22 @@ def test_a_group_whose_description_is_lost_is_damage_and_is_not_thrown_away(shap
     assert toy.batches == []
 
 
+@pytest.mark.parametrize("how", [shutil.copytree, shutil.move])
+def test_features_in_the_folder_of_another_name_are_damage(shapes, store, toy, how):
+    folder = store.path / "features"
+    how(folder / "toy" / "text", folder / "toy" / "image2")
+    found = verify(FeatureStore(store.path))
+    assert ("", "features/toy/image2", None) in places(found)
+    assert any("toy (text), whose place is" in damage.reason for damage in found.damage)
+    with pytest.raises(CacheError, match=naming("toy/image2 toy/text")):
+        select_features(FeatureStore(store.path), [])
+    shutil.rmtree(folder / "toy" / "image2")
+    how(folder / "toy", folder / "other")
+    moved = {("", f"features/other/{path.name}", None) for path in (folder / "other").iterdir() if path.is_dir()}
+    assert moved
+    assert moved <= {*places(verify(FeatureStore(store.path)))}
+
+
 @pytest.mark.parametrize("folder", ["toy/text", "toy", ""])
 def test_features_that_were_asked_for_and_are_gone_are_missing(shapes, store, toy, tools, folder):
     before = tools.files(store.path)

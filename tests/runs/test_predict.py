@@ -2,6 +2,7 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from cachefuse.encoders import open_encoder
 from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.extraction.extract import extract
 from cachefuse.runs.predict import predict_samples, predict_split, read_input
+from cachefuse.runs.run import split_digest
 from cachefuse.runs.train import train_head
 from cachefuse.store.columns import column_checksum
 from cachefuse.store.store import FeatureStore
@@ -85,6 +87,17 @@ def test_predicts_a_split_by_name(run, store):
     assert predict_split(run, store, "val").ids == [store.ids[row] for row in np.flatnonzero(store.splits == "val")]
     with pytest.raises(DataError, match=naming("mine dev test train val")):
         predict_split(run, store, "dev")
+
+
+def test_says_that_samples_changed_but_not_that_some_were_appended(run, store, caplog):
+    first = SimpleNamespace(ids=store.ids[:100], splits=store.splits[:100], digests=store.digests[:100])
+    for digest in (run.split_digest, split_digest(first)):
+        predict_split(replace(run, split_digest=digest), store)
+    assert not caplog.messages
+    changed = SimpleNamespace(ids=store.ids, splits=store.splits, digests=[*store.digests[:-1], "another"])
+    predict_split(replace(run, split_digest=split_digest(changed)), store)
+    (message,) = caplog.messages
+    assert says(message, f"{store.dataset} changed {run.name} train again")
 
 
 def relabel(store, targets):
