@@ -123,7 +123,18 @@ def difference(found, expected, where="") -> str:
         for i, pair in enumerate(zip(found, expected, strict=True)):
             if pair[0] != pair[1]:
                 return difference(*pair, f"{where}/{i}")
+    if isinstance(found, list) and isinstance(expected, list) and len(found) > len(expected) > 0:
+        (more, *_) = [item for item in found if item not in expected] or found[-1:]
+        nearest = max(expected, key=lambda item: alike(item, more))
+        return f"{len(found)} for {len(expected)}; one more, nearly: {difference(more, nearest, where)}"
     return f"{where}: {str(found)[:120]!r} for {str(expected)[:120]!r}"
+
+
+def alike(one, other) -> int:
+    """Return how many values two dictionaries share."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return 0
+    return sum(one.get(key) == value for key, value in other.items())
 
 
 def plain(value):
