@@ -28,6 +28,8 @@ TOGETHER = {"equal lengths": "texts of equal length are encoded together", "one"
 # The largest effect of a batch that may be the order of sums, relative to the largest feature. Convolutions, and
 # CUDA's products, round more: they take another algorithm for another shape.
 ROUNDING, CONVOLUTION_ROUNDING = 1e-5, 1e-3
+# What Python raises where a library uses a value that it has not checked; the message does not say which.
+UNCHECKED = (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError)
 
 
 class FrozenTower(Tower):
@@ -266,6 +268,9 @@ def opening(spec: EncoderSpec) -> Iterator[None]:
         raise EncoderError(f"cannot open {spec}: it cannot prepare a plain sample: {error}") from error
     except CachefuseError:
         raise
+    except UNCHECKED as error:
+        why = f"a value in its configuration files does not fit the library ({type(error).__name__}: {brief(error)})"
+        raise EncoderError(f"cannot open {spec}: {why}") from error
     except Exception as error:
         raise EncoderError(f"cannot open {spec}: {brief(error)}") from error
     except BaseException as error:

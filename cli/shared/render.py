@@ -80,6 +80,8 @@ def _message(data: BaseException) -> str:
         return f"{where}the disk is full; free some space and run the same command again: finished work is kept"
     if data.errno == errno.EFBIG and data.strerror == os.strerror(errno.EFBIG):  # of the system, not of our limits
         return f"{where}{data.strerror}; allow larger files here (ulimit -f, or another file system)"
+    if data.strerror.startswith("No usable temporary directory"):
+        return f"{data.strerror}; free space there, allow larger files (ulimit -f), or name another folder in TMPDIR"
     if data.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT):
         return f"{where}{data.strerror}; the disk or mount fails: mend it and run the same command again"
     return f"{where}{data.strerror}" if where else str(data)

@@ -1,8 +1,10 @@
 """Errors of the system end a command with one line that names the file and says what to do."""
 
 import errno
+import gc
 import os
 import sys
+import warnings
 
 import pytest
 
@@ -10,6 +12,7 @@ from cachefuse.errors import CacheError
 from cachefuse.extraction.extract import extract
 from cachefuse.files import write_atomically
 from cachefuse_cli.shared import render
+from cachefuse_cli.shared.console import safe_streams
 
 if sys.platform != "win32":
     import resource
@@ -48,6 +51,7 @@ def test_a_file_that_may_not_grow_is_named(shapes, store_path, toy, tools, small
         (OSError(errno.EIO, os.strerror(errno.EIO), "/data/a.png"), ["/data/a.png", "Input/output error"]),
         (OSError(errno.EFBIG, os.strerror(errno.EFBIG), "/w/shard"), ["/w/shard", "ulimit -f"]),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/w/shard"), ["/w/shard", "free some space"]),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), ["/tmp", "TMPDIR"]),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), ["memory", "--memory"]),
         (MemoryError(), ["memory", "--batch-size"]),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), ["memory", "--batch-size"]),
@@ -63,6 +67,20 @@ def test_the_line_says_where_and_what_to_do(capsys, error, words):
     first, second = capsys.readouterr().err.splitlines()
     assert all(word in first for word in words)
     assert "sample 7" in second
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_an_error_left_unfinished_has_no_line(capsys):
+    async def unfinished():
+        pass
+
+    with safe_streams():
+        waiting = unfinished()
+        del waiting
+        gc.collect()
+        warnings.warn("another warning", stacklevel=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("UserWarning: another warning")
 
 
 @pytest.mark.parametrize(

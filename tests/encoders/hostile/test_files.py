@@ -245,6 +245,20 @@ def test_a_repository_with_an_index_of_several_files_opens(makers, tmp_path):
     assert len(find_weights(EncoderSpec.parse(spec), tmp_path).files) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "kind"),
+    [
+        ("config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
+        ("config.json", {"hidden_act": "no such one"}, "KeyError"),
+        ("tokenizer_config.json", {"model_max_length": "many"}, "TypeError"),
+    ],
+)
+def test_a_value_that_a_library_cannot_use_is_said_to_be_one(name, values, kind, makers, tmp_path):
+    spec = makers["hf-bert"](tmp_path)
+    edit(tmp_path / name, **values)
+    assert f"a value in its configuration files does not fit the library ({kind}: " in refusal(spec)
+
+
 def test_names_of_files_in_the_same_folder():
     assert is_bare("model-1.safetensors")
     assert not any(map(is_bare, ("", ".", "..", "a/b", "a\\b", "c:a", "a\0b", "/a")))
