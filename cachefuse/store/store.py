@@ -45,7 +45,7 @@ class FeatureStore(StoredSamples):
     def lost_features(self) -> dict[tuple[str, str], str]:
         """Return what to do, by (encoder, modality), of features that were asked for and are not there at all."""
         return {
-            (encoder, modality): f"it is not there; extract it again (--encoder {source}), or leave it out for good: "
+            (encoder, modality): f"it is not there; extract it again (--encoder {source}), or remove the encoder: "
             f"cachefuse verify --dataset {self.dataset} --forget {encoder}"
             for encoder, sources in self.asked.items()
             for modality, source in sources.items()
