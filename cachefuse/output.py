@@ -1,6 +1,7 @@
 """Files that a person names for results, such as a submission; a store or a run writes its own with ``files``."""
 
 import os
+import sys
 from pathlib import Path
 
 from cachefuse.errors import ConfigError
@@ -31,14 +32,24 @@ def write_output(path: Path, data: bytes, *, own: Path | None = None) -> None:
     check_output(path)
     is_own = own is not None and own.exists() and path.parent.samefile(own)
     target = path if is_own else _followed(path)
-    if is_own or not path.exists() or (path.is_file() and target.exists() and target.samefile(path)):
+    is_plain = path.is_file() and target.exists() and target.samefile(path) and not _is_stdout(path)
+    if is_own or is_plain or not path.exists():
         write_atomically(target, data)
     else:
         try:
-            with named(path), path.open("wb") as file:
+            sys.stdout.flush()
+            with named(path), open(1, "wb", closefd=False) if _is_stdout(path) else path.open("wb") as file:
                 file.write(data)
         except BrokenPipeError as error:  # the command line takes it for one of stdout
             raise ConfigError(f"cannot write all of {path}: its reader has stopped") from error
+
+
+def _is_stdout(path: Path) -> bool:
+    """Whether a path is that of this process's output, such as /dev/stdout: another opening would write over it."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(1))
+    except OSError:
+        return False
 
 
 def _followed(path: Path) -> Path:

@@ -94,3 +94,16 @@ def test_an_input_is_no_output(tmp_path):
             check_output(path, None, table)
     check_output(other, None, table)
     check_output(table, None, other)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="has no such file")
+def test_stdout_is_written_to_even_if_it_is_a_file(tmp_path):
+    script = (
+        "from pathlib import Path; from cachefuse.output import write_output; write_output(Path('/dev/stdout'), b'x')"
+    )
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"before, ")
+    with kept.open("ab") as file:
+        subprocess.run([sys.executable, "-c", script], stdout=file, check=True)
+        file.write(b" after")
+    assert kept.read_bytes() == b"before, x after"

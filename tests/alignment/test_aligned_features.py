@@ -352,12 +352,12 @@ class TestEncoderSpace:
         with pytest.raises(EncoderError, match="space"):
             EncoderSpace("classic", "cpu")
 
-    def test_clip_with_another_encoder_takes_the_one_pair_that_makes_sense(self, clip, dataset, tmp_path):
+    def test_clip_with_another_encoder_takes_the_one_pair_that_makes_sense(self, clip, dataset, tmp_path, add_features):
         extract(dataset, [clip, "classic"], tmp_path / "c.zarr", device="cpu")
         store = FeatureStore(tmp_path / "c.zarr")
         with pytest.raises(ConfigError, match=naming("4")):
             open_pairs(store, [clip, "classic"])
-        shutil.rmtree(store.open_features("classic", "image").path)
-        _, (image, text) = open_pairs(FeatureStore(tmp_path / "c.zarr"), [clip, "classic"])
+        add_features(store, "words", "text", np.eye(len(store), 4, dtype=np.float16))
+        _, (image, text) = open_pairs(FeatureStore(tmp_path / "c.zarr"), [clip, "words"])
         assert (image.encoder, image.modality) == ("clip:tiny_clip", "image")
-        assert (text.encoder, text.modality) == ("classic", "text")
+        assert (text.encoder, text.modality) == ("words", "text")
