@@ -62,7 +62,7 @@ class RunFolder:
 
     @classmethod
     def peek(cls, path: Path) -> "RunFolder":
-        """Read a run.json of any version and kind. Raises RunError if it is missing or damaged."""
+        """Read a run.json of any version and kind. Raises RunError if it is missing, damaged or of another run."""
         file = path / ABOUT
         sealed = parse_object(file, _read(file, JSON_BYTES))
         if "files" not in sealed and "checksum" not in sealed:
@@ -72,7 +72,9 @@ class RunFolder:
             files = values.get("files")
             if not isinstance(files, dict) or not {HISTORY, WEIGHTS} <= files.keys():
                 raise CacheError(f"{file} is damaged: it lacks checksums")
-        return cls(path, values, files)
+        run = cls(path, values, files)
+        run.read(HISTORY, JSON_BYTES)  # each run has its own, with its times: another run's file would hide this run
+        return run
 
     @property
     def kind(self) -> str:

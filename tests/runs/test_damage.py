@@ -231,6 +231,17 @@ def test_special_files_are_named_at_once(kind, special, name, copy, in_time, mon
                 find_run(path.parent, asked, kind)
 
 
+@pytest.mark.parametrize("other", ["alignment", "head", "tuned"])
+def test_the_description_of_another_run_hides_no_run(made, copy, other):
+    """It may be of another kind, or older, and so another run would be the latest."""
+    latest, older = copy("ensemble"), copy("head")
+    assert find_run(latest.parent) == latest
+    shutil.copyfile(made.paths[other] / "run.json", latest / "run.json")
+    with pytest.raises(RunError, match=naming(f"{latest.name} history.json --run")):
+        find_run(latest.parent)
+    assert [run.name for run in list_runs(latest.parent)] == [older.name]
+
+
 class TestTheLatest:
     @pytest.fixture
     def runs(self, copy):
