@@ -55,12 +55,15 @@ class FeatureStore(StoredSamples):
     def forget_encoder(self, encoder: str) -> None:
         """Remove an encoder's features, and the note that they were asked for. The caller holds the store's lock.
 
+        ``encoder`` is its name, or that of its folder.
         Raises CacheError for an encoder that the store does not know.
         """
-        folder, asked = self.path / "features" / slug(encoder), self.asked
-        if asked.pop(encoder, None) is None and not folder.is_dir():
-            raise CacheError(f"{self.path} has no encoder {encoder}")
-        self._meta["asked"] = asked
+        folder = self.path / "features" / slug(encoder)
+        kept = {name: sources for name, sources in self.asked.items() if slug(name) != slug(encoder)}
+        if len(kept) == len(self.asked) and not folder.is_dir():
+            known = {path.parent.name for path in self.feature_paths()} - {slug(name) for name in self.asked}
+            raise CacheError(f"{self.path} has no encoder {encoder!r}; it has: {listed([*self.asked, *sorted(known)])}")
+        self._meta["asked"] = kept
         declare_group(self.path, {"cachefuse": seal(self._meta)})
         shutil.rmtree(folder, ignore_errors=True)
 

@@ -8,6 +8,7 @@ import zarr
 
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.extraction.extract import extract
+from cachefuse.extraction.open_store import open_store
 from cachefuse.extraction.verify import repair, verify
 from cachefuse.store.features import Features
 from cachefuse.store.format import checksum
@@ -162,8 +163,16 @@ def test_an_encoder_that_is_forgotten_is_not_missed(shapes, store, toy):
     assert verify(FeatureStore(store.path)).damage == ()
     assert {features.encoder for features in FeatureStore(store.path).features()} == {"toy"}
     assert sorted(select_features(FeatureStore(store.path))) == ["image", "text"]
-    with pytest.raises(CacheError, match="no encoder classic"):
-        FeatureStore(store.path).forget_encoder("classic")
+    for unknown in ("classic", "", "..", "toy/image"):
+        with pytest.raises(CacheError, match=naming("no encoder it has: toy")):
+            FeatureStore(store.path).forget_encoder(unknown)
+
+
+def test_an_encoder_is_forgotten_by_the_name_of_its_folder_too(shapes, store_path):
+    open_store(store_path, shapes, asked={"hf:toy": {"text": "hf:./toy"}})
+    assert [damage.encoder for damage in verify(FeatureStore(store_path)).damage] == ["hf:toy"]
+    FeatureStore(store_path).forget_encoder("hf-toy")
+    assert verify(FeatureStore(store_path)).damage == ()
 
 
 def test_repair_computes_the_damaged_view_of_the_damaged_modality_alone(shapes, store, toy):
