@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from cachefuse.runs.predict import Predictions, predict_samples, predict_split, read_input
     from cachefuse.runs.run import Run
     from cachefuse.runs.save import load_run, save_run
+    from cachefuse.runs.scores import write_scores
     from cachefuse.runs.submission import write_submission
     from cachefuse.runs.train import train_head
     from cachefuse.store.features import Features
@@ -112,6 +113,7 @@ _API = {
     "write_gates": "cachefuse.runs.evaluate:write_gates",
     "write_pairs": "cachefuse.alignment.pairs:write_pairs",
     "write_report": "cachefuse.report.run_page:write_report",
+    "write_scores": "cachefuse.runs.scores:write_scores",
     "write_submission": "cachefuse.runs.submission:write_submission",
     "zero_shot": "cachefuse.alignment.zero_shot:zero_shot",
 }
@@ -173,6 +175,7 @@ __all__ = [
     "write_gates",
     "write_pairs",
     "write_report",
+    "write_scores",
     "write_submission",
     "zero_shot",
 ]

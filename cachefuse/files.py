@@ -37,8 +37,15 @@ def named(path: Path | str) -> Iterator[None]:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file completely or not at all, even in a power cut."""
-    with named(path), replacing(path) as file:
+    with opened_atomically(path) as file:
         file.write(data)
+
+
+@contextmanager
+def opened_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that appears completely or not at all, even in a power cut."""
+    with named(path), replacing(path) as file:
+        yield file
     sync_folder(path.parent)
 
 

@@ -67,6 +67,14 @@ class Evaluation:
         """Whether the dataset declares tasks, each with its own figures."""
         return any(task.name for task in self.tasks)
 
+    @property
+    def known_targets(self) -> np.ndarray:
+        """The targets (n, C) int8: 1 or 0, and -1 where a row lacks the label of the class's task."""
+        known = np.zeros(self.targets.shape, bool)
+        for k, task in enumerate(self.tasks):
+            known[:, task.columns] = self.labelled[:, k : k + 1]
+        return np.where(known, self.targets, -1).astype(np.int8)
+
     def of_task(self, task: TaskSlice) -> "Evaluation":
         """Return the evaluation of one task alone, on the rows that have its label."""
         k, columns = self.tasks.index(task), task.columns

@@ -24,6 +24,10 @@ def evaluate(
         Path | None,
         typer.Option(metavar="FILE", help="Write the weight of each modality in each row (gated, cma) to a csv file."),
     ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write each row's score of each class: a .csv, .parquet or .npz file."),
+    ] = None,
     against: Annotated[
         str | None, typer.Option(metavar="RUN", help="Another run: the difference, paired on rows both have not seen.")
     ] = None,
@@ -58,13 +62,13 @@ def evaluate(
             dropped = [*(drop_modality or ()), *(without or ())]
             folder = find_run(WorkspacePaths(workspace).runs, run, kind=None)
         if against is not None or differences is not None:
-            _check_against(against, dropped, intervals, gates)
+            _check_against(against, dropped, intervals, gates, scores)
             other = find_run(WorkspacePaths(workspace).runs, against)
             _evaluate_against(folder, other, split, differences, dataset, device, workspace, json)
         elif RunFolder.peek(folder).kind == ALIGNMENT:
-            _evaluate_alignment(folder, split, dropped, dataset, device, workspace, json)
+            _evaluate_alignment(folder, split, dropped, scores, dataset, device, workspace, json)
         else:
-            _evaluate_head(folder, split, dropped, intervals, gates, dataset, device, workspace, json)
+            _evaluate_head(folder, split, dropped, intervals, gates, scores, dataset, device, workspace, json)
 
 
 def _evaluate_head(
@@ -73,6 +77,7 @@ def _evaluate_head(
     dropped: list[str],
     intervals: bool,
     gates: Path | None,
+    scores: Path | None,
     dataset: str | None,
     device: str,
     workspace: Path,
@@ -81,20 +86,25 @@ def _evaluate_head(
     from cachefuse_cli.shared import render
 
     with render.status("loading the run"):
-        from cachefuse.output import check_output
+        from cachefuse.output import check_different, check_output
         from cachefuse.runs.evaluate import check_weighs, write_gates
         from cachefuse.runs.evaluate import evaluate as run_evaluate
         from cachefuse.runs.save import load_run
+        from cachefuse.runs.scores import check_scores_file, write_scores
         from cachefuse_cli.shared import eval_tables
         from cachefuse_cli.shared.options import open_store
         from cachefuse_cli.shared.progress import BenchProgress
 
+        if scores is not None:
+            check_scores_file(scores)
         opened = load_run(path)
         store = open_store(workspace, dataset or opened.dataset)
     render.run_line(opened)
     if gates is not None:
         check_weighs(opened)
         check_output(gates)
+        if scores is not None:
+            check_different(scores, gates)
     with BenchProgress() as progress:
         evaluate_run = partial(
             run_evaluate,
@@ -107,24 +117,36 @@ def _evaluate_head(
         )
         ablated = evaluate_run(without=dropped) if dropped else None
         everything = evaluate_run()
+    measured = ablated or everything
     if everything.caution:
         render.note(everything.caution)
     if gates is not None:
-        write_gates(ablated or everything, store, gates)
+        write_gates(measured, store, gates)
         render.note(f"wrote {gates}")
+    if scores is not None:
+        ids = store.ids[measured.rows]
+        write_scores(ids, measured.classes, measured.scores, scores, measured.known_targets)
+        render.note(f"wrote {scores}")
     if json:
         render.print_json(eval_tables.evaluation_dict(everything, ablated))
     else:
         eval_tables.evaluation_report(everything, ablated)
 
 
-def _check_against(against: str | None, dropped: list[str], intervals: bool, gates: Path | None) -> None:
+def _check_against(
+    against: str | None, dropped: list[str], intervals: bool, gates: Path | None, scores: Path | None
+) -> None:
     """Raise ConfigError for options that do not go together with --against."""
     from cachefuse.errors import ConfigError
 
     if against is None:
         raise ConfigError("--differences needs another run to compare with; name it with --against")
-    given = {"--drop-modality": bool(dropped), "--gates": gates is not None, "--no-intervals": not intervals}
+    given = {
+        "--drop-modality": bool(dropped),
+        "--gates": gates is not None,
+        "--scores": scores is not None,
+        "--no-intervals": not intervals,
+    }
     for option, is_given in given.items():
         if is_given:
             raise ConfigError(f"{option} is not for a comparison with --against; leave one of them out")
@@ -174,6 +196,7 @@ def _evaluate_alignment(
     path: Path,
     split: str | None,
     dropped: list[str],
+    scores: Path | None,
     dataset: str | None,
     device: str,
     workspace: Path,
@@ -182,8 +205,9 @@ def _evaluate_alignment(
     from cachefuse.errors import ConfigError
     from cachefuse_cli.shared import render
 
-    if dropped:
-        raise ConfigError("--drop-modality is only for heads, and this run is an alignment; leave it out")
+    for option, given in {"--drop-modality": bool(dropped), "--scores": scores is not None}.items():
+        if given:
+            raise ConfigError(f"{option} is only for heads, and this run is an alignment; leave it out")
     with render.status("measuring"):
         from cachefuse.alignment.run import Alignment
         from cachefuse.alignment.train import evaluate_alignment

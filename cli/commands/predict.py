@@ -36,6 +36,10 @@ def predict(
         Path | None,
         typer.Option(metavar="FILE", help="The competition's sample: check the rows against it, and use its order."),
     ] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also write the score of each class: a .csv, .parquet or .npz file."),
+    ] = None,
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="One new sample's image.")] = None,
     text: Annotated[str | None, typer.Option(metavar="TEXT", help="One new sample's text.")] = None,
     input: Annotated[
@@ -51,20 +55,24 @@ def predict(
 
     if input is not None and (image is not None or text is not None):
         raise typer.BadParameter("give either --input, or --image and --text, not both")
-    if (image is not None or text is not None) and (output is not None or sample_submission is not None):
-        raise typer.BadParameter(
-            "--image and --text print labels and write no file; leave out --output and --sample-submission"
-        )
+    files = {"--output": output, "--sample-submission": sample_submission, "--scores": scores}
+    if (image is not None or text is not None) and any(file is not None for file in files.values()):
+        raise typer.BadParameter(f"--image and --text print labels and write no file; leave out {', '.join(files)}")
     if (input is not None or image is not None or text is not None) and split is not None:
         raise typer.BadParameter("--split is for rows of the store; leave it out with --input, --image or --text")
     with render.interruptible("nothing was written; run the same command again"):
         with render.status("loading the run"):
-            from cachefuse.output import check_output
+            from cachefuse.output import check_different, check_output
             from cachefuse.runs.files import find_run
             from cachefuse.runs.save import load_run
+            from cachefuse.runs.scores import check_scores_file, write_scores
             from cachefuse.runs.submission import write_submission
             from cachefuse.workspace import WorkspacePaths
 
+            target = output or (SUBMISSION if input is None else PREDICTIONS)
+            if scores is not None:
+                check_scores_file(scores, input, sample_submission)
+                check_different(scores, target)
             paths = WorkspacePaths(workspace)
             opened = load_run(find_run(paths.runs, run))
         render.run_line(opened)
@@ -72,14 +80,16 @@ def predict(
             predictions = _predict_one(opened, image, text, device)
             render.prediction(predictions, as_json=json)
             return
-        target = output or (SUBMISSION if input is None else PREDICTIONS)
         check_output(target, input, sample_submission)
         predictions = _predict_many(opened, paths.store(opened.dataset), input, split, device)
         written = write_submission(predictions, opened.manifest, target, sample_submission)
+        if scores is not None:
+            write_scores(predictions.ids, predictions.classes, predictions.scores, scores)
     if json:
-        render.print_json({"run": opened.name, "rows": len(predictions.ids), "output": str(written)})
+        also = {} if scores is None else {"scores": str(scores)}
+        render.print_json({"run": opened.name, "rows": len(predictions.ids), "output": str(written), **also})
     else:
-        render.submission_report(predictions, written, checked=sample_submission)
+        render.submission_report(predictions, written, scores, checked=sample_submission)
 
 
 def _predict_one(run: "Run", image: Path | None, text: str | None, device: str) -> "Predictions":

@@ -310,14 +310,18 @@ def _per_class(console: Console, run: "Run", split: str) -> None:
     console.print(table)
 
 
-def submission_report(predictions: "Predictions", path: Path, *, checked: Path | None) -> None:
-    """Print the number of rows, the number of labels, and the file."""
+def submission_report(
+    predictions: "Predictions", path: Path, scores: Path | None = None, *, checked: Path | None
+) -> None:
+    """Print the number of rows, the number of labels, and the files."""
     n = predictions.labels.sum()
     against = f", checked against {checked.name}" if checked else ""
     out().print(
         Text(f"{len(predictions.ids):,} rows, {n:,} labels ({n / max(1, len(predictions.ids)):.2f} per row){against}")
     )
-    out().print(Text.assemble(("wrote ", "dim"), str(path)), soft_wrap=True)
+    for written in (path, scores):
+        if written is not None:
+            out().print(Text.assemble(("wrote ", "dim"), str(written)), soft_wrap=True)
 
 
 def page_written(path: Path) -> None:

@@ -130,6 +130,7 @@ def test_evaluate_runs_and_predict_know_alignments(cachefuse, space, run, fits):
     assert found["results"]["train"]["directions"]["image to text"]["recall"] == {
         str(k): x for k, x in expected.items()
     }
+    assert says(cachefuse("evaluate", "--scores", "s.csv").error, "--scores alignment")
     listed = cachefuse("runs")
     assert "mine-dfe-add-1" in listed.out
     assert "mine-sum-linear-asl-1" in listed.out

@@ -3,6 +3,7 @@ import math
 import re
 import shutil
 
+import numpy as np
 import pytest
 import zarr
 
@@ -221,3 +222,28 @@ def test_what_goes_with_no_comparison(args, message, cachefuse, workspace, folde
     assert result.code == 1
     assert says(result.error, message)
     assert not (folder / "x.csv").exists()
+
+
+def test_scores_of_the_measured_rows(cachefuse, workspace, figures):
+    result = cachefuse("evaluate", "--no-intervals", "--scores", "scores.npz")
+    arrays, store = np.load("scores.npz"), FeatureStore(workspace / "cache" / "mine.zarr")
+    assert says(result.err, "scores.npz")
+    assert arrays["ids"].tolist() == store.ids[figures.rows].tolist()
+    assert tuple(arrays["classes"]) == figures.classes
+    np.testing.assert_array_equal(arrays["scores"], figures.scores)
+    np.testing.assert_array_equal(arrays["targets"], store.targets[figures.rows])
+    cachefuse("evaluate", "--no-intervals", "--drop-modality", "image", "--scores", "without.npz")
+    without = evaluate(load_run(find_run(workspace / "runs")), store, without=["image"], n_resamples=0)
+    np.testing.assert_array_equal(np.load("without.npz")["scores"], without.scores)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--scores", "s.txt"], "s.txt .csv .parquet .npz"),
+        (["--scores", "s.csv", "--against", "mine-sum-linear-asl-1"], "--scores --against"),
+    ],
+)
+def test_scores_that_cannot_be_written_are_refused(args, message, cachefuse, workspace):
+    result = cachefuse("evaluate", *args)
+    assert (result.code, says(result.error, message)) == (1, True)

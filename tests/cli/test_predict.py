@@ -8,6 +8,10 @@ import pytest
 
 from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import load_manifest
+from cachefuse.runs.files import find_run
+from cachefuse.runs.predict import predict_split
+from cachefuse.runs.save import load_run
+from cachefuse.store.store import FeatureStore
 from fixtures.columns import images_of, texts_of
 from fixtures.messages import says
 
@@ -178,3 +182,46 @@ def test_long_class_names_and_many_classes_fit_the_terminal(fits, capsys, monkey
     scores = np.linspace(0, 1, 40)[None]
     render.prediction(Predictions(["x"], names, scores, scores > 0.9), as_json=False)
     fits(capsys.readouterr().out)
+
+
+def test_scores_beside_a_submission(cachefuse, workspace, folder, fits):
+    result = cachefuse("predict", "--scores", "scores.csv")
+    header, *rows = read("scores.csv")
+    run = load_run(find_run(workspace / "runs"))
+    predicted = predict_split(run, FeatureStore(workspace / "cache" / "mine.zarr"))
+    assert header == ["id", *run.classes]
+    assert [row[0] for row in rows] == predicted.ids == [row[0] for row in read("submission.csv")[1:]]
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows], np.float32), predicted.scores)
+    assert says(result.out, "submission.csv scores.csv")
+    fits(result.out)
+    named = json.loads(cachefuse("predict", "--scores", "scores.npz", "--json").out)
+    assert (named["output"], named["scores"]) == ("submission.csv", "scores.npz")
+    assert sorted(np.load("scores.npz")) == ["classes", "ids", "scores"]
+
+
+def test_scores_of_new_rows_do_not_replace_them(cachefuse, workspace, photo, folder):
+    (folder / "new.csv").write_text(f"id,image,text\n=a,photo.png,{photo[1]}\n")
+    table = (folder / "new.csv").read_bytes()
+    assert says(cachefuse("predict", "--input", "new.csv", "--scores", "new.csv").error, "new.csv input")
+    assert cachefuse("predict", "--input", "new.csv", "--scores", "scores.csv").code == 0
+    assert [row[0] for row in read("scores.csv")] == ["id", "=a"]
+    assert (folder / "new.csv").read_bytes() == table
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--scores", "scores.xlsx"], "scores.xlsx .csv .parquet .npz"),
+        (["--scores", "gone/s.csv"], "gone/s.csv folder"),
+        (["--scores", "submission.csv"], "submission.csv"),
+        (["--scores", "./a.csv", "-o", "a.csv"], "a.csv"),
+    ],
+)
+def test_scores_that_cannot_be_written_are_refused_before_the_run_is_read(args, message, cachefuse, folder):
+    result = cachefuse("predict", *args)
+    assert (result.code, says(result.error, message)) == (1, True)
+    assert not (folder / "submission.csv").exists()
+
+
+def test_one_sample_has_no_file_of_scores(cachefuse, workspace):
+    assert cachefuse("predict", "--text", "a", "--scores", "s.csv").code == 2
