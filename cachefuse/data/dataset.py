@@ -52,6 +52,8 @@ class Dataset:
     A sample of similarity or paraphrase is a pair: its two texts are the two sentences, even if one is empty. A sample
     of visual question answering is a question. Its targets are (N, 10) int32: see ``encode_answers``. Questions about
     one image share its features. ``kinds`` (N,) are texts by name, such as the type of each question.
+
+    ``groups`` (N,) name each row's group, which no split or fold parts; "" is a row of its own. None without groups.
     """
 
     manifest: Manifest
@@ -63,6 +65,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     name: str = ""
     kinds: Mapping[str, np.ndarray] = field(default_factory=dict)
+    groups: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for modality, column in self.modalities.items():
@@ -160,6 +163,7 @@ class Dataset:
             targets=self.targets[rows],
             modalities={modality: column.take(rows) for modality, column in self.modalities.items()},
             kinds={name: values[rows] for name, values in self.kinds.items()},
+            groups=None if self.groups is None else self.groups[rows],
         )
 
 
@@ -208,6 +212,7 @@ def load_dataset(manifest: Manifest, root: Path) -> Dataset:
         notes=tuple(notes),
         name=manifest.name,
         kinds={name: np.array(values) for name, values in samples.kinds.items()},
+        groups=None if samples.groups is None else np.array(samples.groups, np.dtypes.StringDType()),
     )
 
 

@@ -1,4 +1,6 @@
-"""Folds for cross-validation with every label spread evenly."""
+"""Folds for cross-validation with every label spread evenly, and the groups of rows that they keep together."""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,3 +39,21 @@ def stratified_folds(targets: np.ndarray, k: int, seed: int | np.random.Generato
         remaining -= targets[rows].sum(axis=0)
     distribute(np.flatnonzero(folds < 0), sizes)
     return folds
+
+
+def join_groups(partitions: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the group number of each row (N,) int64: rows that share a number in any of the partitions are together.
+
+    Each partition (N,) has a number per row. Groups are numbered in the order of their first rows.
+    """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n, firsts = len(partitions[0]), []
+    for partition in partitions:
+        _, first, number = np.unique(partition, return_index=True, return_inverse=True)
+        firsts.append(first[number])  # each row is linked to the first one with its number
+    rows = np.tile(np.arange(n), len(partitions))
+    graph = coo_array((np.ones(len(rows), bool), (rows, np.concatenate(firsts))), shape=(n, n))
+    groups: np.ndarray = connected_components(graph, directed=False)[1].astype(np.int64)
+    return groups

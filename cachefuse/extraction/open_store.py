@@ -77,6 +77,8 @@ def sample_columns(dataset: Dataset) -> Columns:
         "stamp": strings(dataset.fingerprints()),
     }
     columns |= {f"{KIND}{name}": strings(values) for name, values in dataset.kinds.items()}
+    if dataset.groups is not None:
+        columns["group"] = strings(dataset.groups)
     for modality, column in dataset.modalities.items():
         columns[f"present/{modality}"] = column.present
         if column.offsets is not None:

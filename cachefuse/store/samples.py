@@ -83,6 +83,11 @@ class StoredSamples:
         known = "digest" in read_about(self.path)["columns"]
         return self._column("digest") if known else np.full(len(self), "")
 
+    @cached_property
+    def groups(self) -> np.ndarray | None:
+        """(N,) strings: the name of each sample's group, "" for a sample of its own; None without groups."""
+        return self._column("group") if "group" in read_about(self.path)["columns"] else None
+
     @property
     def dataset(self) -> str:
         return str(self._meta["dataset"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cachefuse.data.dataset import dataset_options
-from cachefuse.data.folds import stratified_folds
+from cachefuse.data.folds import join_groups, stratified_folds
 from cachefuse.data.splits import ordered_splits
 from cachefuse.device import resolve_device
 from cachefuse.encoders.base import Origin
@@ -41,7 +41,8 @@ class TrainingData:
     """A table of features and targets (N, C) on a device, with the metrics to report.
 
     ``stored`` are the features in the store, by modality. Each of the ``tasks`` has its columns of the targets.
-    ``groups`` (N,) are group numbers: rows of one group, such as questions about one image, are in the same fold.
+    ``groups`` (N,) are group numbers: rows of one group, such as questions about one image, are in the same fold, and
+    are drawn together for intervals.
     ``measures_answers`` is False for answers to questions in a store that lacks what their accuracy needs.
     """
 
@@ -189,13 +190,17 @@ class TrainingData:
 
 
 def groups_of(store: FeatureStore) -> np.ndarray | None:
-    """Return the group number of each row (N,), if rows share an input, such as an image; a row without it is alone."""
-    groups = None
+    """Return the group number of each row (N,): rows that share an input, such as an image, or the name of their group.
+
+    A row with neither is alone. None if the store has no such rows.
+    """
+    alone, partitions = len(store) + np.arange(len(store)), []
     for modality in store.modalities:
-        shared = store.shared_rows(modality)
-        if shared is not None:
-            groups = np.where(store.present(modality), shared, len(store) + np.arange(len(store)))
-    return groups
+        if (shared := store.shared_rows(modality)) is not None:
+            partitions.append(np.where(store.present(modality), shared, alone))
+    if (names := store.groups) is not None:
+        partitions.append(np.where(names == "", alone, np.unique(names, return_inverse=True)[1]))
+    return join_groups(partitions) if len(partitions) > 1 else next(iter(partitions), None)
 
 
 def old_answers(dataset: str) -> CacheError:

@@ -123,6 +123,18 @@ def test_held_out_groups_stay_together(tmp_path):
     assert len(set(zip(dataset.targets.tolist(), dataset.splits.tolist(), strict=True))) == 2
 
 
+def test_groups_are_kept_and_a_blank_cell_is_none(tmp_path):
+    write(tmp_path, n=30)
+    text = (tmp_path / "train.csv").read_text()
+    (tmp_path / "train.csv").write_text(text.replace("text 3", "").replace("text 4", "  "))
+    dataset = load(tmp_path, reader='group = "text"')
+    assert dataset.groups.tolist()[2:6] == ["text 2", "", "", "text 5"]
+    kept = [int(name) for name in dataset.limit(10).ids]
+    assert dataset.limit(10).groups.tolist() == dataset.groups[kept].tolist()
+    assert load(tmp_path).groups is None
+    assert load(tmp_path).limit(10).groups is None
+
+
 @pytest.mark.parametrize("case", ["few", "labelled val", "other splits"])
 def test_nothing_is_held_out(tmp_path, case):
     write(tmp_path, n=19 if case == "few" else 100)

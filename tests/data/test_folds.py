@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.model_selection import KFold, StratifiedKFold
 
-from cachefuse.data.folds import stratified_folds
+from cachefuse.data.folds import join_groups, stratified_folds
 from cachefuse.errors import ConfigError
 from fixtures.messages import naming
 
@@ -141,3 +141,38 @@ def test_the_targets_stay_as_they_are():
 def test_number_of_folds(n, k):
     with pytest.raises(ConfigError, match=naming(f"folds 2 {n} {k}")):
         stratified_folds(np.ones((n, 3)), k, seed=0)
+
+
+def union_find(partitions):
+    """The number of each row's group, by merging rows two at a time."""
+    n = len(partitions[0])
+    parent = list(range(n))
+
+    def root(i):
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    for partition in partitions:
+        for i in range(n):
+            for j in range(i):
+                if partition[i] == partition[j]:
+                    first, last = sorted((root(i), root(j)))
+                    parent[last] = first
+    numbers = {}
+    return [numbers.setdefault(root(i), len(numbers)) for i in range(n)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("n_partitions", [1, 2, 3])
+def test_groups_that_share_a_row_are_one(seed, n_partitions):
+    rng = np.random.default_rng(seed)
+    partitions = [rng.integers(0, 40, 50) for _ in range(n_partitions)]
+    groups = join_groups(partitions)
+    assert groups.dtype == np.int64
+    assert groups.tolist() == union_find(partitions)
+
+
+def test_a_chain_of_groups_is_one():
+    assert join_groups([np.array([0, 0, 1, 1, 2]), np.array([9, 8, 8, 7, 6])]).tolist() == [0, 0, 0, 0, 1]
+    assert join_groups([np.empty(0, int), np.empty(0, int)]).tolist() == []

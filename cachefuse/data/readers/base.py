@@ -27,7 +27,7 @@ class Samples:
     labels: a sample's class names (one for multi-class) or people's raw answers to its question; None if unlabelled.
         A name may be empty: it is no class, but an answer of a person who said nothing.
     task_labels: with several tasks, each task's labels by name; then all ``labels`` are None.
-    groups: a hash split never separates rows of one group (several images of one product).
+    groups: no hash split or fold separates rows of one group (several images of one product); "" is a row of its own.
     kinds: a text per sample by name, such as the type of its question; figures are also measured by these.
     notes: facts on this copy of the data for the user, one sentence each.
     """

@@ -122,7 +122,8 @@ class TableReader(Reader):
             names |= {column: columns.get(column, []) for column in (self.labels, *tasks) if column}
         samples.notes += _notes_of_breaks(file, names)
         if samples.groups is not None and self.group:
-            samples.groups += _names(_need(self.group, columns, file, "reader.group"), file, "group")
+            groups = _names(_need(self.group, columns, file, "reader.group"), file, "group")
+            samples.groups += [group if group.strip() else "" for group in groups]
         return columns
 
     def _entries(self, modality: str, columns: TableColumns, file: str, root: Path) -> list[Entry]:
