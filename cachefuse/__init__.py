@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from cachefuse.store.store import FeatureStore
     from cachefuse.threads import set_threads
     from cachefuse.training.config import TrainConfig
+    from cachefuse.training.duplicates import Duplicates, find_duplicates
     from cachefuse.training.feature_set import FeatureSet, FeatureView, open_features
 
 __version__: str  # of the installed package, read when it is asked for: see __getattr__
@@ -61,6 +62,7 @@ _API = {
     "Alignment": "cachefuse.alignment.run:Alignment",
     "Column": "cachefuse.data.column:Column",
     "Dataset": "cachefuse.data.dataset:Dataset",
+    "Duplicates": "cachefuse.training.duplicates:Duplicates",
     "EncoderSpace": "cachefuse.alignment.space:EncoderSpace",
     "Evaluation": "cachefuse.runs.evaluate:Evaluation",
     "FeatureSet": "cachefuse.training.feature_set:FeatureSet",
@@ -83,6 +85,7 @@ _API = {
     "evaluate_against": "cachefuse.runs.against:evaluate_against",
     "evaluate_alignment": "cachefuse.alignment.train:evaluate_alignment",
     "extract": "cachefuse.extraction.extract:extract",
+    "find_duplicates": "cachefuse.training.duplicates:find_duplicates",
     "find_run": "cachefuse.runs.files:find_run",
     "fine_tune": "cachefuse.alignment.finetune:fine_tune",
     "grid": "cachefuse.experiments.settings:grid",
@@ -123,6 +126,7 @@ __all__ = [
     "Alignment",
     "Column",
     "Dataset",
+    "Duplicates",
     "EncoderSpace",
     "Evaluation",
     "FeatureSet",
@@ -145,6 +149,7 @@ __all__ = [
     "evaluate_against",
     "evaluate_alignment",
     "extract",
+    "find_duplicates",
     "find_run",
     "fine_tune",
     "grid",

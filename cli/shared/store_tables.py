@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from cachefuse.extraction.plan import Plan
     from cachefuse.extraction.verify import Verification
     from cachefuse.store.inspect import Inspection, StoredView
+    from cachefuse.training.duplicates import Duplicates
 
 
 def inspect_report(inspection: "Inspection") -> None:
@@ -90,6 +91,37 @@ def bad_report(inspection: "Inspection") -> None:
     for line in inspection.bad:
         listed.add_row(line.id, line.modality, line.reason, line.source)
     console.print(listed)
+
+
+def duplicates_report(found: "Duplicates") -> None:
+    """Print how many rows of each split have copies in the same and in other splits; between splits first."""
+    console = out()
+    features = listed(f"{encoder} ({modality})" for modality, encoder in found.encoders.items())
+    console.print(
+        Text.assemble(("dataset ", "dim"), (found.dataset, "bold"), f": {found.n_rows:,} samples"), soft_wrap=True
+    )
+    console.print(f"near: cosine of at least {found.limit:g} by {features}, less the mean", soft_wrap=True)
+    table = new_table("split", "copies in", "kind", "rows", "of", "share", "pairs", "other labels", numbers=5)
+    for line in sorted(found.splits, key=lambda line: line.split == line.among):
+        for kind, copies in (("exact", line.exact), ("near", line.near)):
+            if copies.pairs:
+                share = f"{copies.rows / line.n_rows:.1%}"
+                counts = f"{copies.rows:,}", f"{line.n_rows:,}", share, f"{copies.pairs:,}", f"{copies.other_labels:,}"
+                table.add_row(line.split, line.among, kind, *counts)
+    if table.row_count:
+        console.print(table)
+    else:
+        console.print(Text("There are no duplicates.", "green"))
+
+
+def duplicates_dict(found: "Duplicates") -> JsonObject:
+    return {
+        "dataset": found.dataset,
+        "rows": found.n_rows,
+        "near": found.limit,
+        "encoders": dict(found.encoders),
+        "splits": [asdict(line) for line in found.splits],
+    }
 
 
 def plan_report(plan: "Plan") -> None:
