@@ -47,12 +47,13 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
     Cross-validation cannot select rows of a dictionary: use ``FeatureView.from_arrays`` there. A row of only NaN means
     that the sample lacks the modality. y is labels (n,) of any type, or 0 and 1 (n, C) for multi-label.
 
-    A stratified tenth of the rows is held out to choose an epoch (with ``patience``) and multi-label thresholds (unless
-    "none"); with ``folds``, each fold is held out in turn. ``refit`` then trains on all rows. ``min_labels`` is the
-    minimum number of labels per multi-label row.
+    A stratified tenth of the rows is held out to choose an epoch (with ``patience``), multi-label thresholds (unless
+    "none") and a calibration (with ``calibrate``); with ``folds``, each fold is held out in turn. ``refit`` then trains
+    on all rows. ``min_labels`` is the minimum number of labels per multi-label row.
 
     Attributes: ``classes_`` (C,), or (C, 2) for multi-label, with 0 and 1 for each label; ``thresholds_`` (C,);
-    ``models_`` and ``histories_``, one per fold and member; ``config_``, all settings; ``n_features_in_``.
+    ``calibration_``, or None; ``models_`` and ``histories_``, one per fold and member; ``config_``, all settings;
+    ``n_features_in_``.
     """
 
     def __init__(
@@ -80,7 +81,8 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         targets, self.classes_, self._task = _encode(y)
         check_consistent_length(X, targets)
         config = self._config()
-        chooses = config.patience or (self._task == "multilabel" and config.thresholds != "none")
+        chooses = config.patience or config.calibrate != "none"
+        chooses = chooses or (self._task == "multilabel" and config.thresholds != "none")
         splits = _hold_out(targets, config.seed) if chooses else np.full(len(targets), TRAIN)
         data = TrainingData.of_one_task(
             name="X",
@@ -94,7 +96,8 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
         self.config_ = trained.members[0].config
         self.models_ = [member.model.cpu() for member in trained.members]
         self.histories_ = trained.histories
-        self.thresholds_ = trained.thresholds
+        self.thresholds_, self.calibration_ = trained.thresholds, trained.calibration
+        self._tasks = data.tasks
         return self
 
     def predict_proba(self, X: Any) -> np.ndarray:
@@ -108,7 +111,8 @@ class FusionClassifier(ClassifierMixin, BaseEstimator):
             predict_scores(copy.deepcopy(model).to(device), table, torch.arange(len(X)), loss) for model in self.models_
         ]
         mean: np.ndarray = np.stack(scores).mean(axis=0, dtype=np.float64)
-        return mean.astype(np.float32)
+        mean = mean.astype(np.float32)
+        return mean if self.calibration_ is None else self.calibration_(mean, self._tasks)
 
     def predict(self, X: Any) -> np.ndarray:
         """Return labels (n,); for multi-label 0 and 1 (n, C), with 1 if the probability reaches the threshold."""

@@ -37,7 +37,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData, open_training_data
-from cachefuse.training.held_out import HeldOut, chooses_thresholds
+from cachefuse.training.held_out import HeldOut, check_calibrates, chooses_thresholds
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.selection import Views
@@ -210,6 +210,7 @@ def _check(data: TrainingData, configs: Sequence[ResolvedConfig]) -> None:
         if not n_held_out:
             raise ConfigError(f"{data.name} has no labelled validation rows to evaluate trials on; use --folds 5")
         chooses_thresholds(data, config, n_held_out)
+        check_calibrates(data, config, n_held_out)
     for config in {config.folds: config for config in configs}.values():
         make_splits(data, config)
 
@@ -256,15 +257,14 @@ def _run_trials(
 
 def _interval(data: TrainingData, config: ResolvedConfig, held_out: HeldOut, metric: str) -> tuple[float, float]:
     """Return the 95% interval of a metric on the held-out rows."""
-    predictions = held_out.predictions(data, config)
     rows = torch.from_numpy(held_out.rows)
-    arrays = data.targets(rows), held_out.scores, predictions
+    arrays = data.targets(rows), *held_out.decided(data, config)
     return bootstrap_intervals(*arrays, data.bind([metric]), RESAMPLES, groups=data.groups_of(rows))[metric]
 
 
 def _figures(data: TrainingData, config: ResolvedConfig, held_out: HeldOut, metrics: Sequence[str]) -> dict[str, float]:
-    targets, predictions = data.targets(torch.from_numpy(held_out.rows)), held_out.predictions(data, config)
-    return {name: metric(targets, held_out.scores, predictions) for name, metric in data.bind(metrics).items()}
+    arrays = data.targets(torch.from_numpy(held_out.rows)), *held_out.decided(data, config)
+    return {name: metric(*arrays) for name, metric in data.bind(metrics).items()}
 
 
 def _train_alone(data: TrainingData, config: ResolvedConfig) -> list[Outcome]:

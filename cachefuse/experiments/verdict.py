@@ -89,8 +89,7 @@ def judge(
     figures: list[np.ndarray] = []
     right: list[np.ndarray | None] = []
     for setting in settings:
-        held_out = scores_of(setting)
-        arrays = targets, held_out.scores, held_out.predictions(data, setting.config)
+        arrays = targets, *scores_of(setting).decided(data, setting.config)
         weighted = metric.weighted(*arrays)
         figures.append(resample(weighted, len(rows), RESAMPLES, seed, at_once(targets), groups))
         right.append(right_rows(metric, *arrays) if groups is None else None)

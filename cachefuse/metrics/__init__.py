@@ -37,6 +37,7 @@ METRICS: "Registry[Metric]" = Registry(
     has=("weighted", "title", "lower_is_better"),
     probe="cachefuse.metrics.base:probe_metric",
 )
+CALIBRATION_ERROR = {"multiclass": "top_calibration_error", "multilabel": "calibration_error"}  # by kind of task
 MEAN = "mean"  # of the main metrics of several tasks
 TOP = 5  # scores per sample that top5_accuracy counts
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cachefuse.metrics import CALIBRATION_ERROR
+from cachefuse.metrics.calibration import reliability
 from cachefuse.report.charts import MAIN, SECOND, THIN, Chart, Line, line_chart, path
 from cachefuse.report.formatting import cut, long_title
 from cachefuse.runs.evaluate import Evaluation
@@ -13,6 +15,7 @@ from cachefuse.training.loop import History
 MAX_MODELS = 50
 MAX_CLASSES = 12  # with a precision-recall curve
 MAX_STEPS = 200  # points of a precision-recall curve
+FEWEST_SCORES = 10  # in a bin, for a point of a reliability curve
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,32 @@ def precision_recall_chart(evaluation: Evaluation, classes: tuple[str, ...]) -> 
     ap = evaluation.per_class["ap"]
     each = [ClassCurve(classes[c], path(100 * by_class[c][0], 100 - 100 * by_class[c][1]), ap[c]) for c in shown]
     return chart, each
+
+
+def reliability_chart(evaluation: Evaluation, kind: str) -> Chart | None:
+    """Return the share of right labels over their score, in bins, after and before calibration.
+
+    It is None for answers to questions, which may be right in part, and without rows.
+    """
+    if kind not in CALIBRATION_ERROR or not len(evaluation.rows):
+        return None
+    before = {"before calibration": evaluation.raw_scores} if len(evaluation.raw_scores) else {}
+    lines, even = [], np.array([0.0, 1.0])
+    after = "after calibration" if before else "scores"
+    for name, scores in {**before, after: evaluation.scores}.items():
+        x, y, counts = reliability(evaluation.targets, scores, kind)
+        some = counts >= FEWEST_SCORES
+        lines.append(Line(SECOND if name in before else MAIN, x[some], y[some], name))
+    lines = [line for line in lines if len(line.x)]
+    return line_chart(
+        [Line(THIN, even, even, "as it should be"), *lines],
+        title="The highest score of each row" if kind == "multiclass" else "All scores",
+        about="The share of labels that are right, over their score.",
+        x_label="score",
+        y_label="share that is right",
+        legend=[(THIN, "as it should be"), *((line.kind, line.title) for line in lines)],
+        unit=True,
+    )
 
 
 def precision_recall(targets: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

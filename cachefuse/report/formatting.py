@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from cachefuse.metrics import metric_title
+from cachefuse.metrics import CALIBRATION_ERROR, metric_title
 from cachefuse.metrics.thresholds import HALF
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL
 
@@ -121,6 +121,17 @@ def thresholds_note(run: "Run", least: int) -> str:
     others = "; held-out rows use one chosen on other rows" if run.held_out and (run.thresholds != HALF).any() else ""
     fewest = f" Each row gets at least {least} label{'s' * (least > 1)}." if least else ""
     return f"A label is predicted if its score reaches the threshold{others}.{fewest}"
+
+
+def calibration_note(evaluation: "Evaluation", kind: str) -> str:
+    """Tell how well scores agree with probabilities, and what calibration changed."""
+    name = CALIBRATION_ERROR[kind]
+    errors = evaluation.calibration_errors.get(name)
+    before = f"; before calibration it was {figure(errors[0])}" if errors else ""
+    return (
+        f"Of labels with a score of 0.7, 70% should be right. The mean difference, the calibration error, is "
+        f"{figure(evaluation.metrics[name])}{before}."
+    )
 
 
 def nothing_held_out(run: "Run") -> str:

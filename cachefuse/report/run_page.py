@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from cachefuse.data.dataset import Dataset
-from cachefuse.metrics import headline
+from cachefuse.metrics import CALIBRATION_ERROR, headline
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.output import check_output, write_output
 from cachefuse.report import formatting as words
 from cachefuse.report import provenance as about
 from cachefuse.report import tables
-from cachefuse.report.curves import MAX_MODELS, precision_recall_chart, training_charts
+from cachefuse.report.curves import MAX_MODELS, precision_recall_chart, reliability_chart, training_charts
 from cachefuse.report.evaluations import OnProgress, evaluate_for_report
 from cachefuse.report.gallery import N_EXAMPLES, worst_examples
 from cachefuse.report.render import render
@@ -59,7 +59,9 @@ def report_html(
     Raises as ``evaluate`` does.
     """
     evaluation, without, why_not = evaluate_for_report(run, store, split, device, on_progress)
+    calibrates = evaluation is not None and any(task.kind in CALIBRATION_ERROR for task in run.tasks)
     context: dict[str, object] = {
+        "has_reliability": calibrates,
         "run": run,
         "evaluation": evaluation,
         "ablations": without,
@@ -102,6 +104,8 @@ def _task_context(
         "thresholds_note": "" if task.one_label else words.thresholds_note(run, task.min_labels),
         "precision_recall": chart,
         "class_curves": class_curves,
+        "reliability": reliability_chart(evaluation, task.kind),
+        "calibration_note": words.calibration_note(evaluation, task.kind) if task.kind in CALIBRATION_ERROR else "",
         "confused": (tables.confusion if multiclass else tables.mistakes)(evaluation, classes),
         "pairs": tables.frequent_mistakes(evaluation, classes),
         "gates": tables.gates_by_class(evaluation),

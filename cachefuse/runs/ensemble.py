@@ -8,12 +8,12 @@ import numpy as np
 
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.metrics.thresholds import HALF
-from cachefuse.runs.results import compute_results
+from cachefuse.runs.results import compute_results, held_out_calibration_errors
 from cachefuse.runs.run import Run, split_digest
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.data import TrainingData
-from cachefuse.training.held_out import HeldOut, final_thresholds
+from cachefuse.training.held_out import HeldOut, final_decision
 
 logger = logging.getLogger(__name__)
 
@@ -24,10 +24,11 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
     The runs may differ in all settings and in their encoders. If all held out the same rows, thresholds are chosen on
     the mean scores of these rows, and evaluated there. Else they are the means of the runs' thresholds, with a warning,
     and only other labelled splits are evaluated. ``thresholds`` is "global", "class", "none" or "auto", by default as
-    in the first run.
+    in the first run. Scores are averaged as they are before calibration; the mean is calibrated as in the first run.
 
     Raises RunError for fewer than two runs, for a run given twice, if dataset, classes or task differ, or if a run was
-    trained on another store; ConfigError for thresholds that cannot be chosen.
+    trained on another store; ConfigError for thresholds that cannot be chosen, and for calibrated runs if there
+    are no rows that all held out.
     """
     _check_together(runs, store)
     table_of, digest = StoreTables(runs, store, device), split_digest(store)
@@ -45,8 +46,14 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         refit=any(run.config.refit for run in runs),
     )
     held_out = _mean_held_out(runs, digest)
+    calibration = None
     if held_out is not None:
-        chosen = final_thresholds(data, config, held_out)
+        calibration, chosen = final_decision(data, config, held_out)
+    elif any(run.calibration is not None for run in runs):
+        raise ConfigError(
+            "calibrated runs are joined on rows that all runs held out, but there are none; train them on the same "
+            "splits, or without --calibrate"
+        )
     elif thresholds in ("global", "class"):
         raise ConfigError(
             f"thresholds {thresholds!r} are chosen on rows that all runs held out, but there are none; "
@@ -65,6 +72,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         config=config,
         members=members,
         thresholds=chosen,
+        calibration=calibration,
         histories=[history for run in runs for history in run.histories],
         held_out=held_out,
         # If a run was trained on other splits, the ensemble may have seen rows that are held out now.
@@ -73,6 +81,7 @@ def ensemble(runs: Sequence[Run], store: FeatureStore, *, thresholds: str | None
         seconds=sum(run.seconds for run in runs),
     )
     joined.results = compute_results(data, joined, table_of)
+    joined.calibration_errors = held_out_calibration_errors(data, joined)
     return joined
 
 

@@ -13,12 +13,14 @@ from cachefuse.csv_writer import csv_for_people
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.feature_spec import modalities_of
 from cachefuse.files import JsonObject
-from cachefuse.metrics import evaluation_metrics
+from cachefuse.metrics import CALIBRATION_ERROR, evaluation_metrics
 from cachefuse.metrics.base import RIGHT
 from cachefuse.metrics.bootstrap import bootstrap_intervals
+from cachefuse.metrics.calibration import class_calibration_error
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.output import write_output
 from cachefuse.runs.measured import measure
+from cachefuse.runs.results import calibration_errors
 from cachefuse.runs.run import Run
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
@@ -39,6 +41,9 @@ class Evaluation:
 
     There are K ``tasks``. ``labelled`` (n, K) bool marks the rows that have each task's label. ``weights`` (n, K, M)
     are the weights of the modalities in ``gates``, by row and task.
+
+    If the run is calibrated, ``calibration_errors`` are (before, after), by metric, and ``raw_scores`` (n, C) are the
+    scores before.
     """
 
     run: str
@@ -61,6 +66,8 @@ class Evaluation:
     tasks: tuple[TaskSlice, ...] = field(default=(), repr=False)
     labelled: np.ndarray = field(default_factory=lambda: np.empty((0, 0), bool), compare=False, repr=False)
     weights: np.ndarray = field(default_factory=lambda: np.empty((0, 0, 0)), compare=False, repr=False)
+    calibration_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
+    raw_scores: np.ndarray = field(default_factory=lambda: np.empty((0, 0)), compare=False, repr=False)
 
     @property
     def several(self) -> bool:
@@ -101,6 +108,8 @@ class Evaluation:
             tasks=(replace(task, name="", columns=slice(0, task.n_classes)),),
             labelled=np.ones((int(rows.sum()), 1), bool),
             weights=weights,
+            calibration_errors=of_this_task(self.calibration_errors),
+            raw_scores=self.raw_scores[rows, columns] if len(self.raw_scores) else self.raw_scores,
         )
 
     def as_dict(self) -> JsonObject:
@@ -156,7 +165,7 @@ def evaluate(
         classes=run.classes,
         metrics=result.metrics,
         intervals=intervals,
-        per_class=result.per_class,
+        per_class={**result.per_class, **_calibration_by_class(targets, scores, run.tasks)},
         gates={modality: float(values.mean()) for modality, values in weights.items()},
         gates_per_class={modality: _mean_by_class(targets, values, run.tasks) for modality, values in weights.items()},
         caution=measured.caution or (run.caution if measured.held_out else None),
@@ -167,6 +176,8 @@ def evaluate(
         predictions=predictions,
         tasks=run.tasks,
         labelled=np.stack([task.labelled(targets) for task in run.tasks], axis=1),
+        calibration_errors=calibration_errors(data, rows, measured.raw_scores, scores) if run.calibration else {},
+        raw_scores=measured.raw_scores if run.calibration else np.empty((0, 0)),
         weights=np.stack([*weights.values()], axis=-1) if weights else np.empty((len(rows), len(run.tasks), 0)),
     )
 
@@ -199,6 +210,16 @@ def write_gates(evaluation: Evaluation, store: FeatureStore, path: Path) -> None
     for row, weights in zip(evaluation.rows, by_row, strict=True):
         rows.append([store.ids[row], *(f"{weight:.4f}" for weight in weights)])
     write_output(path, csv_for_people(rows))
+
+
+def _calibration_by_class(
+    targets: np.ndarray, scores: np.ndarray, tasks: Sequence[TaskSlice]
+) -> dict[str, list[float]]:
+    """Return the calibration error of each class, (C,); nothing for answers to questions, which are right in part."""
+    if not all(task.kind in CALIBRATION_ERROR for task in tasks):
+        return {}
+    errors = [class_calibration_error(*task.own(targets, scores)) for task in tasks]
+    return {"calibration_error": np.concatenate(errors).tolist()}
 
 
 def _weights(run: Run, tables: StoreTables, rows: Tensor) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from cachefuse.data.answers import EVALUATION
 from cachefuse.data.manifest import VQA, Manifest
 from cachefuse.errors import RunError
 from cachefuse.files import JsonObject, slug
+from cachefuse.metrics.calibrators import Calibration
 from cachefuse.printable import listed
 from cachefuse.runs.features import RunFeaturesByName, add_views
 from cachefuse.runs.folder import ABOUT, ALIGNMENT, FORMATS, HEAD, HELD_OUT, USES, WEIGHTS, RunFolder, run_folders
@@ -59,6 +60,28 @@ class _Member(BaseModel):
     fold: int | None
 
 
+Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class _Calibration(BaseModel):
+    slopes: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    biases: list[FiniteFloat]
+    steps: dict[int, tuple[list[Probability], list[Probability]]]
+
+    def open(self) -> Calibration:
+        steps = {c: (np.array(before), np.array(after)) for c, (before, after) in self.steps.items()}
+        return Calibration(np.array(self.slopes), np.array(self.biases), steps)
+
+    def check(self, n_classes: int) -> None:
+        """Raise RunError unless it fits the classes, and each class's steps ascend."""
+        if not len(self.slopes) == len(self.biases) == n_classes or not self.steps.keys() <= set(range(n_classes)):
+            raise RunError(f"calibration must have a slope and a bias for each of {n_classes} classes")
+        for c, (before, after) in self.steps.items():
+            ascends = all(np.diff(before) > 0) and all(np.diff(after) >= 0)
+            if not before or len(before) != len(after) or not ascends:
+                raise RunError(f"calibration.steps.{c} must be two ascending lists of one length")
+
+
 def _check_dataset(name: str) -> str:
     if slug(name) != name or name.endswith(".toml"):
         raise ValueError(f"not a dataset's name: {name!r}")
@@ -80,6 +103,8 @@ class Description(BaseModel):
     members: list[_Member]
     sources: tuple[str, ...]
     thresholds: list[FiniteFloat]
+    calibration: _Calibration | None = None
+    calibration_errors: dict[str, tuple[Figure, Figure]] = {}
     results: dict[str, _Result]
     caution: str | None = None
     split_digest: str
@@ -225,6 +250,8 @@ def named_errors(path: Path) -> Iterator[None]:
 def _check_shapes(about: Description) -> None:
     if len(about.thresholds) != len(about.classes):
         raise RunError(f"{len(about.thresholds)} thresholds for {len(about.classes)} classes")
+    if about.calibration is not None:
+        about.calibration.check(len(about.classes))
     if not about.members:
         raise RunError("members must not be empty")
     for split, result in about.results.items():

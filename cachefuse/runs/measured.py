@@ -21,7 +21,8 @@ from cachefuse.training.held_out import HeldOut
 class Measured:
     """Scores and predictions (n, C) of ``rows`` (n,) of a split, and the data and tables they come from.
 
-    ``held_out``: whether they are the rows that the run held out. ``caution`` says why new rows may give other figures.
+    ``raw_scores`` (n, C) are those before calibration. ``held_out``: whether these are the rows that the run held out.
+    ``caution`` says why new rows may give other figures.
     """
 
     data: TrainingData
@@ -30,6 +31,7 @@ class Measured:
     rows: Tensor
     scores: np.ndarray
     predictions: np.ndarray
+    raw_scores: np.ndarray
     caution: str | None
     held_out: bool = False
 
@@ -57,11 +59,13 @@ def measure(
     changed = split_digest(store) != run.split_digest
     if run.held_out is not None and _means_held_out(run.held_out, split, changed):
         rows = torch.from_numpy(run.held_out.rows)
-        scores, predictions = _held_out(run, run.held_out, data, tables if absent else None, changed)
-        return Measured(data, tables, run.held_out.split, rows, scores, predictions, None, held_out=True)
+        raw = _held_out(run, run.held_out, data, tables if absent else None, changed)
+        scores, predictions = run.held_out.decided(data, run.config, raw)
+        return Measured(data, tables, run.held_out.split, rows, scores, predictions, raw, None, held_out=True)
     split, rows = _labelled(run, store, data, split)
-    scores = run.scores(tables, rows)
-    return Measured(data, tables, split, rows, scores, run.decide(scores), _caution(run, split, changed))
+    raw = run.raw_scores(tables, rows)
+    scores = run.calibrated(raw)
+    return Measured(data, tables, split, rows, scores, run.decide(scores), raw, _caution(run, split, changed))
 
 
 def _means_held_out(held_out: HeldOut, split: str | None, changed: bool) -> bool:
@@ -69,18 +73,15 @@ def _means_held_out(held_out: HeldOut, split: str | None, changed: bool) -> bool
     return split is None or (split == held_out.split and (split != VAL or not changed))
 
 
-def _held_out(
-    run: Run, held_out: HeldOut, data: TrainingData, tables: StoreTables | None, changed: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return scores and predictions (n, C) of the held-out rows: the kept scores, or new ones from ``tables``."""
+def _held_out(run: Run, held_out: HeldOut, data: TrainingData, tables: StoreTables | None, changed: bool) -> np.ndarray:
+    """Return scores (n, C) of the held-out rows before calibration: the kept ones, or new ones from ``tables``."""
     if changed:
         raise RunError(
             f"samples or splits of {data.name} changed since run {run.name} was trained (for example by an extract "
             f"with --refresh), so its held-out rows are unknown now; train again, or name a --split: "
             f"{listed(data.splits)}"
         )
-    scores = held_out.scores if tables is None else run.held_out_scores(tables)
-    return scores, held_out.predictions(data, run.config, scores)
+    return held_out.scores if tables is None else run.held_out_scores(tables)
 
 
 def _labelled(run: Run, store: FeatureStore, data: TrainingData, split: str | None) -> tuple[str, Tensor]:

@@ -88,7 +88,12 @@ def model_card(run: "Run") -> str:
         rows = [[name, _plain(known[name].text(value))] for name, value in given.items()]
         lines += _table(["setting", "value"], rows)
     meaning = "Scores rank labels; with this loss they are not probabilities."
-    if all(loss_of(task, config.loss) in ("bce", "ce") for task in run.tasks):
+    if run.calibration is not None:
+        meaning = (
+            "Scores are probabilities, calibrated on rows held out, for rows like these; on other rows they may be "
+            "wrong."
+        )
+    elif all(loss_of(task, config.loss) in ("bce", "ce") for task in run.tasks):
         meaning = "Scores are probabilities for rows like the training rows; on other rows they may be wrong."
     lines += [
         "",

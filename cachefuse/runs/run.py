@@ -12,6 +12,7 @@ from torch import Tensor
 from cachefuse.data.manifest import Manifest
 from cachefuse.errors import RunError
 from cachefuse.fusion.model import FusionModel
+from cachefuse.metrics.calibrators import Calibration
 from cachefuse.metrics.tasks import TaskSlice, decide_tasks
 from cachefuse.runs.features import RunFeatures, RunFeaturesByName
 from cachefuse.store.store import FeatureStore
@@ -45,9 +46,10 @@ class Member:
 class Run:
     """A trained model, or several with averaged scores, with its training and its figures.
 
-    A label is predicted if its score reaches its threshold in ``thresholds`` (C,). ``results`` are by split; "oof" is
+    A label is predicted if its score, after ``calibration`` if there is one, reaches its threshold in ``thresholds``
+    (C,). ``results`` are by split; "oof" is
     train and val out of fold. ``histories`` belong to the models that scored ``held_out``. ``sources`` are the names of
-    an ensemble's runs.
+    an ensemble's runs. ``calibration_errors`` of the held-out rows are (before, after) calibration, by metric.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Run:
     held_out: HeldOut | None
     split_digest: str
     results: dict[str, Result] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    calibration_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
     seconds: float = 0.0
     created: str = ""
@@ -125,11 +129,19 @@ class Run:
         return sum(member.model.size_mb for member in self.members)
 
     def scores(self, table_of: Callable[[Member], FeatureTable], rows: Tensor) -> np.ndarray:
-        """Return the members' mean probabilities (n, C) float32 for rows (n,) of their tables."""
+        """Return the members' mean probabilities (n, C) float32, calibrated, for rows (n,) of their tables."""
+        return self.calibrated(self.raw_scores(table_of, rows))
+
+    def raw_scores(self, table_of: Callable[[Member], FeatureTable], rows: Tensor) -> np.ndarray:
+        """Return the members' mean probabilities (n, C) float32 before calibration."""
         return self._mean(self.members, table_of, rows)
 
+    def calibrated(self, scores: np.ndarray) -> np.ndarray:
+        """Return scores (n, C) after calibration: the same if the run has none."""
+        return scores if self.calibration is None else self.calibration(scores, self.tasks)
+
     def held_out_scores(self, table_of: Callable[[Member], FeatureTable]) -> np.ndarray:
-        """Return scores (n, C) of the held-out rows, each by members that have not seen it.
+        """Return scores (n, C), before calibration, of the held-out rows, each by members that have not seen it.
 
         Raises RunError if there are no such rows, or if the members were trained on them afterwards.
         """
@@ -140,7 +152,7 @@ class Run:
             raise RunError(f"the models of run {self.name} have seen the held-out rows; name another labelled --split")
         rows = torch.from_numpy(held_out.rows)
         if None in folds:
-            return self.scores(table_of, rows)
+            return self.raw_scores(table_of, rows)
         scores = np.zeros((len(rows), len(self.classes)), np.float32)
         for fold in set(folds):
             unseen = held_out.parts == fold

@@ -1,7 +1,7 @@
 """Saving and loading a run: a directory of only JSON and safetensors, so that loading runs no code.
 
-run.json              settings, classes, members with their features and keys, thresholds, metrics, versions; the
-                      checksums of the files that loading reads, and its own
+run.json              settings, classes, members with their features and keys, thresholds, calibration, metrics,
+                      versions; the checksums of the files that loading reads, and its own
 model.safetensors     each member's weights and the statistics of its training rows
 history.json          loss and score of each epoch
 held_out.safetensors  scores of the held-out rows, by models that have not seen them
@@ -95,9 +95,11 @@ def load_run(path: Path) -> Run:
         config=config,
         members=members,
         thresholds=np.array(about.thresholds),
+        calibration=about.calibration.open() if about.calibration else None,
         histories=histories,
         held_out=load_held_out(folder, about),
         split_digest=about.split_digest,
+        calibration_errors=about.calibration_errors,
         results={split: Result(**result.model_dump()) for split, result in about.results.items()},
         sources=about.sources,
         seconds=about.seconds,
@@ -127,6 +129,8 @@ def _to_dict(run: Run) -> JsonObject:
         ],
         "sources": list(run.sources),
         "thresholds": run.thresholds.tolist(),
+        "calibration": run.calibration.as_dict() if run.calibration else None,
+        "calibration_errors": run.calibration_errors,
         "split_digest": run.split_digest,
         "interrupted": run.interrupted,
         "results": {split: asdict(result) for split, result in run.results.items()},

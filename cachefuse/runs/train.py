@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from cachefuse.runs.features import record_features
-from cachefuse.runs.results import compute_results
+from cachefuse.runs.results import compute_results, held_out_calibration_errors
 from cachefuse.runs.run import Member, Run, split_digest
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import resolve_for
@@ -60,10 +60,12 @@ def train_run(
             for member in trained.members
         ],
         thresholds=trained.thresholds,
+        calibration=trained.calibration,
         histories=trained.histories,
         held_out=trained.held_out,
         split_digest=split_digest(store),
     )
     run.results = compute_results(data, run, lambda member: data.table)
+    run.calibration_errors = held_out_calibration_errors(data, run)
     run.seconds = time.perf_counter() - begun
     return run

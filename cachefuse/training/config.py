@@ -59,7 +59,8 @@ class TrainConfig:
     ``ema`` is the decay of averaged weights, which are then validated and kept; 0 means none.
 
     ``thresholds`` are one for all classes ("global"), one per class ("class") or 0.5 ("none"). They are chosen for
-    ``threshold_metric`` on rows held out; "auto" means "global" if rows are held out. ``folds`` K trains K models, each
+    ``threshold_metric`` on rows held out; "auto" means "global" if rows are held out. Before that, ``calibrate`` turns
+    scores into probabilities, as ``fit_calibration`` learns it on the same rows. ``folds`` K trains K models, each
     measured on its fold of train and val; 0 holds out the dataset's val. ``members`` models with different seeds are
     averaged. ``refit`` trains them again at the end on all of train and val, with the chosen epochs and thresholds.
     """
@@ -165,6 +166,10 @@ class TrainConfig:
         None, "Choose thresholds for micro_f1, macro_f1 or samples_f1.",
         panel=CHOOSING, metavar="METRIC", choices="cachefuse.metrics.thresholds:THRESHOLD_METRICS",
         shown="the dataset's first of them",
+    )
+    calibrate: str = setting(
+        "none", "Make scores probabilities, learnt on rows held out: temperature, isotonic, or none.",
+        panel=CHOOSING, metavar="KIND", choices=("none", "temperature", "isotonic"),
     )
     folds: int = setting(
         0, "Train K models on train and val, each measured on its held-out fold.",

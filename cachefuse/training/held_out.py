@@ -1,12 +1,13 @@
 """Scores, thresholds and figures of rows held out."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cachefuse.errors import ConfigError
+from cachefuse.metrics.calibrators import Calibration, fit_calibration
 from cachefuse.metrics.per_class import per_task_class
 from cachefuse.metrics.tasks import TaskSlice, decide_tasks
 from cachefuse.metrics.thresholds import HALF, THRESHOLD_METRICS, choose_thresholds, crossfit_decisions
@@ -16,6 +17,7 @@ from cachefuse.training.feature_table import LOAD_ROWS
 from cachefuse.training.inference import to_scores
 
 CROSSFIT_PARTS = 5  # of a validation split; each uses thresholds chosen on the others
+FEWEST_ROWS = 4  # to calibrate: half of them choose for the others
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class HeldOut:
     """Scores (n, C) float32 of rows (n,), by models that have not seen them.
 
     ``split`` is "val", or "oof" for train and val out of fold. ``parts`` (n,) int64 is the part of each row. Each part
-    uses thresholds chosen on the other parts: no row helps to choose its own thresholds.
+    uses thresholds chosen on the other parts: no row helps to choose its own thresholds. The scores are as the models
+    give them, before calibration.
     """
 
     split: str
@@ -51,10 +54,41 @@ class HeldOut:
             all_scores[place] = values
         return cls(split, all_rows[order], parts[order], all_scores)
 
+    def decided(
+        self, data: TrainingData, config: TrainConfig, scores: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return calibrated scores and predictions (n, C) of ``scores`` (n, C), by default of ``self.scores``.
+
+        Each part is calibrated and decided as new rows would be if the other parts were all that is held out. If there
+        is only one part, its scores stay as they are.
+        """
+        scores = self.scores if scores is None else scores
+        if config.calibrate == "none":
+            return scores, self.predictions(data, config, scores)
+        calibrated, predictions = scores.copy(), decide_tasks(scores, data.tasks)
+        parts = self._parts_to_calibrate(data)
+        for part in np.unique(parts):
+            own, rest = parts == part, parts != part
+            if rest.sum() >= 2:
+                others = replace(self, rows=self.rows[rest], parts=parts[rest], scores=self.scores[rest])
+                calibration, thresholds = final_decision(data, config, others)
+                calibrated[own] = calibration(scores[own], data.tasks) if calibration else scores[own]
+                predictions[own] = decide_tasks(calibrated[own], data.tasks, thresholds)
+        return calibrated, predictions
+
+    def _parts_to_calibrate(self, data: TrainingData) -> np.ndarray:
+        """Return the parts (n,); rows without thresholds to choose have no parts of their own yet."""
+        rows = torch.from_numpy(self.rows)
+        n_parts = min(CROSSFIT_PARTS, data.n_groups(rows))
+        if n_parts < 2 or len(np.unique(self.parts)) > 1:
+            return self.parts
+        return data.folds(rows, n_parts, 0).numpy()
+
     def predictions(self, data: TrainingData, config: TrainConfig, scores: np.ndarray | None = None) -> np.ndarray:
         """Return the predicted labels (n, C) bool; each part uses thresholds chosen on the other parts.
 
-        The thresholds are always chosen on ``self.scores``; they may be applied to other ``scores`` (n, C).
+        The thresholds are always chosen on ``self.scores``, without calibration; they may be applied to other
+        ``scores`` (n, C).
         """
         scores = self.scores if scores is None else scores
         predictions = decide_tasks(scores, data.tasks)
@@ -100,6 +134,35 @@ def chooses_thresholds(data: TrainingData, config: TrainConfig, n_held_out: int)
         f"{data.name} has {n_held_out} labelled validation rows, too few to choose thresholds; use --folds 5 or "
         f"--thresholds none"
     )
+
+
+def check_calibrates(data: TrainingData, config: TrainConfig, n_held_out: int) -> None:
+    """Raise ConfigError if scores must be calibrated on ``n_held_out`` rows, but cannot be."""
+    if config.calibrate == "none":
+        return
+    if any(task.kind == "vqa" for task in data.tasks):
+        raise ConfigError(
+            "calibrate is not for answers to questions, of which several may be right in part; leave it out"
+        )
+    if n_held_out < FEWEST_ROWS:
+        raise ConfigError(
+            f"{data.name} has {n_held_out} labelled validation rows, too few to calibrate scores; use --folds 5"
+        )
+
+
+def final_decision(
+    data: TrainingData, config: TrainConfig, held_out: HeldOut | None
+) -> tuple[Calibration | None, np.ndarray]:
+    """Return what turns scores into predictions, from all rows held out: a calibration, and thresholds (C,) after it.
+
+    The calibration is None if the settings have none, or no rows are held out.
+    """
+    if held_out is None or config.calibrate == "none":
+        return None, final_thresholds(data, config, held_out)
+    targets = data.targets(torch.from_numpy(held_out.rows))
+    calibration = fit_calibration(config.calibrate, targets, held_out.scores, data.tasks)
+    calibrated = replace(held_out, scores=calibration(held_out.scores, data.tasks))
+    return calibration, final_thresholds(data, config, calibrated)
 
 
 def final_thresholds(data: TrainingData, config: TrainConfig, held_out: HeldOut | None) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor
 from cachefuse.errors import ConfigError
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TRAIN, VAL, TrainingData
-from cachefuse.training.held_out import chooses_thresholds
+from cachefuse.training.held_out import check_calibrates, chooses_thresholds
 from cachefuse.training.inference import CHECKED_ROWS
 
 logger = logging.getLogger(__name__)
@@ -31,10 +31,13 @@ def make_splits(data: TrainingData, config: TrainConfig) -> list[Split]:
     """Return the splits to train on: the dataset's train and val, or one per fold of both joined.
 
     With folds and patience, a tenth of the training rows is set aside for early stopping: the rows held out must not
-    affect it. Raises ConfigError if there are too few rows for early stopping or thresholds.
+    affect it. Raises ConfigError if there are too few rows for early stopping, thresholds
+    or calibration.
     """
     splits = _fold_splits(data, config) if config.folds else [_dataset_split(data, config)]
-    chooses_thresholds(data, config, sum(len(split.held_out) for split in splits))  # raise before training, not after
+    n_held_out = sum(len(split.held_out) for split in splits)
+    chooses_thresholds(data, config, n_held_out)  # raise before training, not after
+    check_calibrates(data, config, n_held_out)
     return splits
 
 

@@ -131,7 +131,7 @@ def shared_settings(config: ResolvedConfig, device: torch.device) -> JsonObject 
         return None
     free = {
         "loss", "loss_options", "class_weights", "lr", "weight_decay", "decay", "monitor", "thresholds",
-        "threshold_metric", "refit",
+        "threshold_metric", "calibrate", "refit",
     }  # fmt: skip
     if config.head == "linear":
         free |= {"layers", "activation", "dropout"}

@@ -8,10 +8,11 @@ import numpy as np
 
 from cachefuse.device import own_randomness
 from cachefuse.fusion.model import FusionModel
+from cachefuse.metrics.calibrators import Calibration
 from cachefuse.training import DECAY_ALL, LBFGS
 from cachefuse.training.build import Stage, build_stage, build_training, build_validation, training_stages
 from cachefuse.training.data import OUT_OF_FOLD, VAL, TrainingData
-from cachefuse.training.held_out import HeldOut, final_thresholds
+from cachefuse.training.held_out import HeldOut, final_decision
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.loop import Epoch, History, fit
 from cachefuse.training.optim import float64
@@ -43,12 +44,16 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class TrainedModels:
-    """Models to average, scores of rows held out, the histories of the models that scored them, and thresholds (C,)."""
+    """Models to average, scores of rows held out, the histories of the models that scored them, and thresholds (C,).
+
+    ``calibration`` comes before the thresholds, if the settings have one.
+    """
 
     members: list[TrainedModel]
     histories: list[History]
     held_out: HeldOut | None
     thresholds: np.ndarray
+    calibration: Calibration | None = None
 
 
 def train_models(
@@ -88,7 +93,7 @@ def train_models(
         scores.append(mean / config.members)
     name = OUT_OF_FOLD if config.folds else VAL
     held_out = HeldOut.join(name, data, [split.held_out for split in splits], scores)
-    thresholds = final_thresholds(data, config, held_out)
+    calibration, thresholds = final_decision(data, config, held_out)
     if config.refit:
         epochs, split = mean_best_epochs(histories), split_of_all(data)
         n_done, members = len(members), []
@@ -96,7 +101,7 @@ def train_models(
             settings, place = member_settings(config, i), (n_done + i + 1, n_models)
             model, _ = train_model(data, settings, split, epochs=epochs, place=place, on_progress=on_progress)
             members.append(TrainedModel(settings, model, None))
-    return TrainedModels(members, histories, held_out, thresholds)
+    return TrainedModels(members, histories, held_out, thresholds, calibration)
 
 
 def member_settings(config: ResolvedConfig, i: int) -> ResolvedConfig:

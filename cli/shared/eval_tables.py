@@ -11,7 +11,7 @@ from cachefuse.printable import listed
 from cachefuse.settings import settings_of
 from cachefuse.training.config import TrainConfig
 from cachefuse_cli.shared.console import Console, Table, Text, lines, new_table, out
-from cachefuse_cli.shared.render import MAX_CLASSES, note, title_lines
+from cachefuse_cli.shared.render import MAX_CLASSES, calibrated, note, title_lines
 
 if TYPE_CHECKING:
     from cachefuse.runs.evaluate import Evaluation
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 IN_NAME = ("fusion", "head", "loss")  # settings in a run's name
 PER_CLASS = {"precision": "precision", "recall": "recall", "f1": "F1", "ap": "AP", "recall_at_p90": "R@P90"}
+CALIBRATION = {"calibration_error": "ECE"}
 
 
 def evaluation_dict(everything: "Evaluation", ablated: "Evaluation | None") -> JsonObject:
@@ -53,6 +54,8 @@ def _report(console: Console, everything: "Evaluation", ablated: "Evaluation | N
     order, title = _order(everything)
     if ablated is None:
         console.print(_metrics(everything, list(everything.metrics)))
+        if everything.calibration_errors:
+            console.print(f"calibrated: {calibrated(everything.calibration_errors)}")
         console.print(_per_class(everything, order, title))
     else:
         console.print(_ablation(everything, ablated, list(everything.metrics)))
@@ -94,9 +97,10 @@ def _kinds(everything: "Evaluation", ablated: "Evaluation | None", name: str) ->
 
 
 def _per_class(evaluation: "Evaluation", order: Sequence[int], title: str) -> Table:
-    table = new_table("class", "rows", *PER_CLASS.values(), numbers=1 + len(PER_CLASS), title=title)
+    figures = {**PER_CLASS, **(CALIBRATION if CALIBRATION.keys() <= evaluation.per_class.keys() else {})}
+    table = new_table("class", "rows", *figures.values(), numbers=1 + len(figures), title=title)
     for c in order:
-        values = (_figure(evaluation.per_class[name][c]) for name in PER_CLASS)
+        values = (_figure(evaluation.per_class[name][c]) for name in figures)
         table.add_row(evaluation.classes[c], _support(evaluation, c), *values)
     return table
 

@@ -240,6 +240,7 @@ def run_dict(run: "Run") -> JsonObject:
         "caution": run.caution,
         "per_class": {split: result.per_class for split, result in run.results.items()},
         "thresholds": run.thresholds.tolist(),
+        "calibration_errors": run.calibration_errors,
         "best_epochs": [history.best_epoch for history in run.histories],
         "models": len(run.members),
         "parameters": run.n_parameters,
@@ -263,8 +264,16 @@ def run_report(run: "Run") -> None:
         low, high = min(chosen), max(chosen)
         thresholds = f"thresholds {low:.3f} to {high:.3f}, by class" if low < high else f"threshold {low:.3f}"
         console.print(f"{thresholds}: a label is predicted if its score reaches it")
+    if run.calibration_errors:
+        console.print(f"calibrated ({run.config.calibrate}): {calibrated(run.calibration_errors)}")
     console.print(Text.assemble(("run   ", "dim"), str(run.path)), soft_wrap=True)
     console.print(Text.assemble(("next  ", "dim"), "cachefuse predict"), soft_wrap=True)
+
+
+def calibrated(errors: Mapping[str, tuple[float, float]]) -> str:
+    """Return the calibration errors before and after calibration, in words."""
+    named = (f"{metric_title(name)} {_figure(x)} before, {_figure(y)} after" for name, (x, y) in errors.items())
+    return "; ".join(named)
 
 
 def _by_split(run: "Run") -> Table:

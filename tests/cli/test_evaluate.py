@@ -44,7 +44,8 @@ def test_json_has_all_of_it(cachefuse, workspace, figures):
     assert found["metrics"] == figures.metrics
     assert {name: tuple(ends) for name, ends in found["intervals"].items()} == figures.intervals
     assert (found["run"], found["split"], found["without"]) == ("mine-sum-linear-asl-1", "val", [])
-    assert found["per_class"].keys() == {"precision", "recall", "f1", "ap", "recall_at_p90", "support"}
+    shown = {"precision", "recall", "f1", "ap", "recall_at_p90", "support", "calibration_error"}
+    assert found["per_class"].keys() == shown
     assert found["caution"] is None
     assert json.loads(cachefuse("evaluate", "--json", "--no-intervals").out)["intervals"] == {}
 

@@ -175,3 +175,22 @@ def test_no_number_of_threads(cachefuse, value, monkeypatch):
     result = cachefuse("train-head")
     assert result.code == 2
     assert "CACHEFUSE" in result.err
+
+
+def test_calibration_is_reported_before_and_after(cachefuse, workspace, fits):
+    args = "train-head", "--head", "linear", "--epochs", "2", "--calibrate", "temperature"
+    result = cachefuse(*args)
+    run = json.loads(cachefuse(*args, "--json").out)
+    before, after = run["calibration_errors"]["calibration_error"]
+    assert before > after
+    line = f"calibrated (temperature): ECE {before:.3f} before, {after:.3f} after"
+    assert line in result.out.splitlines()
+    fits(result.out)
+    evaluated = cachefuse("evaluate", "--no-intervals")
+    assert f"calibrated: ECE {before:.3f} before, {after:.3f} after" in evaluated.out.splitlines()
+    assert "ECE" in next(line for line in evaluated.out.splitlines() if line.startswith("class "))
+    fits(evaluated.out)
+    found = json.loads(cachefuse("evaluate", "--no-intervals", "--json").out)
+    assert found["calibration_errors"] == run["calibration_errors"]
+    assert found["metrics"]["calibration_error"] == after
+    assert "calibrated on rows held out" in (workspace / "runs" / run["run"] / "README.md").read_text()

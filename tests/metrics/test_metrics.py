@@ -7,6 +7,7 @@ from sklearn import metrics as sk
 
 from cachefuse.errors import ConfigError, DataError
 from cachefuse.metrics import METRICS, evaluation_metrics, lower_is_better, main_metric
+from cachefuse.metrics.calibration import class_calibration_error, reliability
 from cachefuse.metrics.decisions import decide
 from cachefuse.metrics.per_class import per_class
 from fixtures.messages import naming
@@ -190,6 +191,23 @@ class TestCalibration:
         targets = rng.random(scores.shape) < scores
         assert METRICS["calibration_error"](targets, scores, targets) < 0.005
         assert METRICS["calibration_error"](targets, scores**3, targets) > 0.2
+
+    def test_by_class_it_is_that_of_the_class_alone(self):
+        targets, scores, predictions = awkward(0, "multiclass")
+        columns = [slice(c, c + 1) for c in range(targets.shape[1])]
+        alone = [METRICS["calibration_error"](targets[:, c], scores[:, c], predictions[:, c]) for c in columns]
+        np.testing.assert_allclose(class_calibration_error(targets, scores), alone, atol=1e-12)
+
+    def test_points_of_a_reliability_curve_by_hand(self):
+        targets = np.array([[1, 0], [0, 0], [0, 1]])
+        scores = np.array([[0.81, 0.19], [0.83, 0.17], [0.3, 0.7]])
+        x, y, counts = reliability(targets, scores, "multilabel")
+        np.testing.assert_allclose(x, [0.18, 0.3, 0.7, 0.82])
+        np.testing.assert_allclose((y, counts), ([0, 0, 1, 0.5], [2, 1, 1, 2]))
+        x, y, counts = reliability(targets, scores, "multiclass")  # the highest of each row
+        np.testing.assert_allclose((x, y, counts), ([0.7, 0.82], [1, 0.5], [1, 2]))
+        error = METRICS["top_calibration_error"](targets, scores, scores > 0.5)
+        assert error == pytest.approx((np.abs(x - y) * counts).sum() / counts.sum())
 
     @pytest.mark.parametrize("name", ["calibration_error", "top_calibration_error"])
     @pytest.mark.parametrize("scores", [[[0.5, -1e-6]], [[1.5, 0.5]], [[np.inf, 0.5]]])

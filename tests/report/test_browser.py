@@ -32,7 +32,7 @@ def test_the_console_is_clean_and_no_script_runs(browse, tmp_path, page, hostile
         assert console == []
         assert "<script" not in dom
         assert dom.rstrip().endswith("</html>")
-        assert len(parse(dom).sections) == 9
+        assert len(parse(dom).sections) == 10
 
 
 @pytest.mark.slow

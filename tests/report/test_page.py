@@ -10,11 +10,15 @@ from sklearn.metrics import log_loss
 import cachefuse
 from cachefuse.errors import CachefuseError, ConfigError, DataError
 from cachefuse.extraction.open_store import open_store
+from cachefuse.metrics.calibration import reliability
 from cachefuse.printable import printable_lines
+from cachefuse.report.curves import reliability_chart
 from cachefuse.report.formatting import cut
 from cachefuse.report.gallery import N_EXAMPLES
 from cachefuse.report.run_page import report_html, write_report
+from cachefuse.runs.evaluate import evaluate
 from cachefuse.runs.save import load_run
+from cachefuse.runs.train import train_head
 from cachefuse.store.store import FeatureStore
 from fixtures.columns import texts_of
 from fixtures.messages import naming
@@ -23,8 +27,8 @@ from fixtures.messages import naming
 def test_the_page_has_every_section(page, parse):
     found = parse(page)
     assert found.sections == [
-        "classes", "precision-recall", "confusion", "together", "modalities", "errors", "training", "figures",
-        "settings",
+        "classes", "precision-recall", "calibration", "confusion", "together", "modalities", "errors", "training",
+        "figures", "settings",
     ]  # fmt: skip
     links = [attributes["href"] for tag, attributes in found.tags if tag == "a"]
     assert links == [f"#{section}" for section in found.sections]
@@ -42,7 +46,7 @@ def test_every_picture_and_chart_says_what_it_is(page, parse):
     assert len(pictures) == N_EXAMPLES
     assert all(picture["alt"].startswith("Picture of 00") for picture in pictures)
     charts = [attributes for tag, attributes in tags if tag == "svg" and "aria-hidden" not in attributes]
-    assert len(charts) == 3 + 11
+    assert len(charts) == 4 + 11
     assert all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
 
 
@@ -211,3 +215,21 @@ def test_a_store_that_has_changed_since_is_refused(saved, store, dataset, tmp_pa
 def test_the_public_names_are_there():
     assert cachefuse.write_report is write_report
     assert cachefuse.report_html is report_html
+
+
+@pytest.mark.parametrize("kind", ["none", "temperature"])
+def test_a_reliability_curve_has_the_scores_before_and_after(kind, store, quick, parse):
+    run = train_head(store, replace(quick, calibrate=kind))
+    evaluation = evaluate(run, store, n_resamples=0)
+    chart = reliability_chart(evaluation, "multilabel")
+    x, y, counts = reliability(evaluation.targets, evaluation.scores, "multilabel")
+    drawn = np.array(re.findall(r"[ML]([\d.]+) ([\d.]+)", chart.paths[-1][1]), float)
+    left, bottom = chart.left, chart.bottom
+    expected = left + x * (chart.right - left), bottom - y * (bottom - chart.top)
+    np.testing.assert_allclose(drawn, np.stack(expected, axis=1)[counts >= 10], atol=0.06)
+    lines = {"none": ["scores"], "temperature": ["before calibration", "after calibration"]}
+    assert [title for _, _, title in chart.paths] == ["as it should be", *lines[kind]]
+    text = parse(report_html(run, store)).text
+    assert f"the calibration error, is {evaluation.metrics['calibration_error']:.3f}" in text
+    assert ("before calibration" in text) == (kind != "none")
+    assert reliability_chart(evaluation, "vqa") is None
