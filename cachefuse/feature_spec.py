@@ -3,18 +3,23 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-# The views of a modality: one vector per sample, token vectors, token ids. A training may also read tokens as one
-# concatenated vector (flat).
-POOLED, TOKENS, IDS, FLAT = "pooled", "tokens", "ids", "flat"
-VIEWS = (POOLED, TOKENS, IDS, FLAT)
+# The views of a modality: one vector per sample, token vectors, token ids, counts of hashed n-grams. A training may
+# also read tokens as one concatenated vector (flat).
+POOLED, TOKENS, IDS, NGRAMS, FLAT = "pooled", "tokens", "ids", "ngrams", "flat"
+VIEWS = (POOLED, TOKENS, IDS, NGRAMS, FLAT)
+NUMBERED = (
+    IDS,
+    NGRAMS,
+)  # views of whole numbers below a vocabulary, ragged and int32; only some text encoders have them
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
     """Features of a modality in a view, and their sizes. A size is 0 if it does not apply or is unknown.
 
-    Pooled features are (N, D), tokens (N, T, D), flat tokens (N, T * D), ids (N, T). ``width`` is the last dimension;
-    ids have a ``vocabulary`` instead. ``n_tokens`` is T, the maximum of a sample.
+    Pooled features are (N, D), tokens (N, T, D), flat tokens (N, T * D), ids (N, T), n-grams (N, T, 2). ``width`` is
+    the last dimension, 0 of ids. Ids, and the columns of n-grams, are less than ``vocabulary``. ``n_tokens`` is T, the
+    maximum of a sample.
     """
 
     modality: str

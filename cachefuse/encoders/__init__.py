@@ -56,6 +56,12 @@ FAMILIES: Registry[Family] = Registry(
             "transformers models by hub name or local folder; after @ a revision",
             options=("pooling", "max_tokens", "long_texts"),
         ),
+        "lexical": Family(
+            "cachefuse.encoders.lexical:open_lexical",
+            "lexical",
+            "text",
+            "counts of words and n-grams of characters: sparse, no weights, for heads that read ngrams",
+        ),
         "timm": Family(
             "cachefuse.encoders.vit:open_timm",
             "timm:vit_base_patch16_224",

@@ -18,7 +18,8 @@ OPTION = re.compile(r",(?P<name>[a-z_-]+)=(?P<value>[^,=]+)$")  # at the end of 
 DEFAULTS = {"long_texts": "cut"}  # options with a value that is the same as none
 PICKLES = {".bin", ".ckpt", ".pkl", ".pt", ".pth"}  # loading such weights can run code
 
-# view -> (B, D) or (B, T, D) float32 array; ragged tokens are a list of B (T_i, D) arrays, ids of B (T_i,) int32
+# view -> (B, D) or (B, T, D) float32 array; ragged tokens are a list of B (T_i, D) arrays, ids of B (T_i,) int32,
+# n-grams of B (T_i, 2) int32
 Features = JsonObject
 
 
@@ -103,14 +104,14 @@ class Tower(ABC):
     """
 
     modality: str  # the name of the column of the dataset that it reads
-    width: int  # D of the pooled view
+    width: int  # D of the pooled view, 0 without one
     token_shape: tuple[int, int] | None = None  # (T, D) of the token view; if ragged, T of one short text
     views: tuple[str, ...] = ("pooled", "tokens")
     by_length: bool = False  # whether samples vary in length, so that many are sorted by it before they are batched
     ragged: bool = False  # whether the number of tokens varies
     options: tuple[str, ...] = ()  # of its spec's options, those that change its features
     max_tokens: int = 0  # of a text: longer ones are cut or read in windows; 0 if there is no limit
-    vocabulary: int = 0  # of the view ids, if the tower has it: every id is less
+    vocabulary: int = 0  # of the view ids or ngrams, if the tower has it: every id or column is less
 
     def check_whole(self) -> None:  # noqa: B027
         """Raise EncoderError if the features of different samples are the same, as of a model without its weights."""
@@ -141,7 +142,8 @@ class Tower(ABC):
         """Encode B prepared samples and return the given views only.
 
         ``pooled`` is (B, D); ``tokens`` is (B, T, D), or a list of B (T_i, D) if ragged; ``ids``, a text's token ids
-        with special tokens, is a list of B (T_i,) int32. Ids alone need no run of the model.
+        with special tokens, is a list of B (T_i,) int32. Ids alone need no run of the model. ``ngrams``, a text's
+        columns in ascending order with their counts, at least 1, is a list of B (T_i, 2) int32.
         """
 
 

@@ -28,7 +28,7 @@ from cachefuse.extraction.pipeline import (
 )
 from cachefuse.extraction.plan import check_room, row_bytes
 from cachefuse.extraction.request import Request, check_options, open_request
-from cachefuse.feature_spec import IDS
+from cachefuse.feature_spec import IDS, NGRAMS, NUMBERED
 from cachefuse.store.features import Features
 from cachefuse.store.lock import only_writer
 from cachefuse.store.long_texts import LongTexts
@@ -37,7 +37,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.store.writer import ViewWriter
 from cachefuse.threads import adapt_threads, idle_threads
 
-WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16}  # of texts; tokens of long texts take much memory
+WINDOW_BATCHES = {"pooled": 16, "tokens": 4, IDS: 16, NGRAMS: 16}  # of texts; tokens of long texts take much memory
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ def extract(
     zeros), and is marked absent and listed. Raises CacheError if their share exceeds ``max_bad``, if the disk has too
     little room, or if the content of samples has changed. With ``refresh`` those are computed again instead.
 
-    With dtype int8, tokens are quantised (with a float16 scale per row) and pooled features are float16. The view ids,
-    a text's token ids, is always int32; only some text encoders have it.
+    With dtype int8, tokens are quantised (with a float16 scale per row) and pooled features are float16. The views
+    ids, a text's token ids, and ngrams are always int32; only some text encoders have them. An encoder with ngrams
+    alone, such as lexical, stores these whatever the views.
 
     An encoder's own options are part of its spec, as in "hf:bert-base-uncased,pooling=cls". ``options`` gives them to
     all encoders that have them.
@@ -227,8 +228,8 @@ class Job:
         return n_pending
 
     def _writer(self, view: str) -> ViewWriter:
-        ragged = view == IDS or (self.tower.ragged and view == "tokens")
-        vocabulary = self.tower.vocabulary if view == IDS else 0
+        ragged = view in NUMBERED or (self.tower.ragged and view == "tokens")
+        vocabulary = self.tower.vocabulary if view in NUMBERED else 0
         return ViewWriter(
             self.features,
             view,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from cachefuse.extraction.pipeline import (
     views_to_encode,
 )
 from cachefuse.extraction.request import Request, open_request
-from cachefuse.feature_spec import IDS
+from cachefuse.feature_spec import IDS, NGRAMS
 from cachefuse.files import format_bytes
 from cachefuse.store.format import DTYPES
 from cachefuse.store.rows import Rows
@@ -115,6 +116,8 @@ def row_bytes(tower: Tower, sources: Sequence[TextOrSource | None], view: str, d
         return float(tower.width * np.dtype(DTYPES[dtype]).itemsize)
     if view == IDS:
         return _mean_length(tower, sources) * np.dtype(DTYPES[dtype]).itemsize
+    if view == NGRAMS:
+        return _mean_ngrams(tower, sources) * 2 * np.dtype(DTYPES[dtype]).itemsize
     if tower.token_shape is None:
         return 0.0  # unknown before the first sample
     n_tokens, width = tower.token_shape
@@ -124,10 +127,21 @@ def row_bytes(tower: Tower, sources: Sequence[TextOrSource | None], view: str, d
 
 def _mean_length(tower: Tower, sources: Sequence[TextOrSource | None]) -> float:
     """Return the mean number of tokens of some texts."""
-    step = max(1, len(sources) // MEASURED_TEXTS)
-    prepared = [prepare_source(tower, source) for source in sources[::step][:MEASURED_TEXTS]]
-    lengths = [0 if is_bad(item) else tower.length(item) for item in prepared]
+    lengths = [0 if is_bad(item) else tower.length(item) for item in _some(tower, sources)]
     return float(np.mean(lengths)) if lengths else 0.0
+
+
+def _mean_ngrams(tower: Tower, sources: Sequence[TextOrSource | None]) -> float:
+    """Return the mean number of different n-grams of some texts."""
+    prepared = _some(tower, sources)
+    encoded = tower.encode([item for item in prepared if not is_bad(item)], (NGRAMS,))[NGRAMS]
+    return sum(map(len, encoded)) / max(1, len(prepared))
+
+
+def _some(tower: Tower, sources: Sequence[TextOrSource | None]) -> list[Any]:
+    """Return some texts, spread over the dataset, prepared."""
+    step = max(1, len(sources) // MEASURED_TEXTS)
+    return [prepare_source(tower, source) for source in sources[::step][:MEASURED_TEXTS]]
 
 
 def check_room(store_path: Path, n_bytes: int) -> None:

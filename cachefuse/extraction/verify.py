@@ -14,7 +14,7 @@ from cachefuse.errors import CacheError
 from cachefuse.extraction.extract import OnProgress, extract_into
 from cachefuse.extraction.open_store import open_store
 from cachefuse.extraction.request import open_request
-from cachefuse.feature_spec import IDS
+from cachefuse.feature_spec import NUMBERED
 from cachefuse.files import read_bounded
 from cachefuse.store.blocks import DamagedBlockError
 from cachefuse.store.columns import BAD_SAMPLES, IDENTITY, read_about, read_columns
@@ -145,7 +145,7 @@ def _open_or_none(store: FeatureStore, path: Path) -> Features | None:
 
 
 def _feature_dtype(dtype: str) -> str:
-    return dtype if dtype in FEATURE_DTYPES else "float16"  # ids ignore it
+    return dtype if dtype in FEATURE_DTYPES else "float16"  # whole numbers ignore it
 
 
 def _check_journal(features: Features) -> list[Damage]:
@@ -222,10 +222,10 @@ class _Check:
 
     def _count(self, block: int, values: np.ndarray | list[np.ndarray]) -> None:
         flat = np.concatenate(values) if isinstance(values, list) else values
-        if self.view == IDS:
-            unknown = (flat < 0) | (flat >= self.features.views[self.view].vocabulary)
-            if unknown.any():
-                self._note(block, f"it holds {int(unknown.sum()):,} token ids outside the vocabulary")
+        if self.view in NUMBERED:
+            n_unknown = int(self.features.views[self.view].unknown(flat).sum())
+            if n_unknown:
+                self._note(block, f"it holds {n_unknown:,} {self.view} outside the vocabulary")
         else:
             nan, inf = int(np.isnan(flat).sum()), int(np.isinf(flat).sum())
             self.nan, self.inf = self.nan + nan, self.inf + inf
@@ -233,7 +233,7 @@ class _Check:
                 self._note(block, f"it holds {nan:,} NaN and {inf:,} infinite values")
         rows = self.features.rows_of(self.view, block)
         if isinstance(values, list):  # 0 is a valid id
-            empty = np.array([not len(row) if self.view == IDS else not row.any() for row in values])
+            empty = np.array([not len(row) if self.view in NUMBERED else not row.any() for row in values])
         else:
             empty = np.asarray(~values.reshape(len(values), -1).any(axis=1))
         self.zero += int((empty & self._present[rows.start : rows.stop]).sum())

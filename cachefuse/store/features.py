@@ -48,7 +48,7 @@ class Fault:
 
 
 class Features:
-    """One encoder's features of one modality: views (pooled, tokens, ids) of N rows, stored in blocks.
+    """One encoder's features of one modality: views (pooled, tokens, ids, ngrams) of N rows, stored in blocks.
 
     A row exists if the journal lists it. A block is valid only if its checksum equals the journal's.
     """
@@ -251,7 +251,8 @@ class Features:
     def new_view(self, name: str, row_shape: tuple[int, ...], *, ragged: bool, dtype: str, vocabulary: int = 0) -> View:
         """Return the layout of a new view.
 
-        Its rows are (D,), (T, D), or if ragged (T_i, D), or (T_i,) of ids. Of ragged rows, T is a typical T_i.
+        Its rows are (D,), (T, D), or if ragged (T_i, D), (T_i,) of ids, or (T_i, 2) of n-grams. Of ragged rows, T is a
+        typical T_i.
         """
         row_bytes = math.prod(row_shape) * np.dtype(DTYPES[dtype]).itemsize
         return View(name, row_shape, block_rows(self.n_rows, row_bytes), ragged, dtype, vocabulary)

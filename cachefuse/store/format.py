@@ -13,7 +13,7 @@ import google_crc32c
 import numpy as np
 
 from cachefuse.errors import CacheError
-from cachefuse.feature_spec import IDS, POOLED, TOKENS
+from cachefuse.feature_spec import IDS, NGRAMS, POOLED, TOKENS
 from cachefuse.files import JsonObject, named, read_bounded, sync_folder, write_atomically
 
 MAX_METADATA = 64 << 20  # bytes of a file of metadata: the names of many classes are long
@@ -101,9 +101,9 @@ FORMAT = 2  # version of the store; a reader refuses other versions
 BLOCK_BYTES = 32 << 20  # the maximum of one block of a view
 MIN_BLOCK_ROWS, MAX_BLOCK_ROWS = 64, 4096
 CHUNKS_PER_BLOCK = 16
-VIEWS = (POOLED, TOKENS, IDS)
+VIEWS = (POOLED, TOKENS, IDS, NGRAMS)
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "|i1", "int32": "<i4"}
-FEATURE_DTYPES = ("float16", "float32", "int8")  # the user's choices; ids are always int32
+FEATURE_DTYPES = ("float16", "float32", "int8")  # the user's choices; ids and n-grams are always int32
 PIECE = 1 << 18  # bytes per step of a checksum: they stay in the processor's cache
 
 

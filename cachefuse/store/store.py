@@ -1,7 +1,8 @@
 """The feature store: one Zarr v3 group per dataset, with rows aligned across encoders and modalities.
 
     samples/{id, split, target, digest, stamp, present/<modality>, items/<modality>, rows/<modality>}
-    features/<encoder>/<modality>/{pooled, tokens, scales, offsets, ids, ids_offsets, journal.jsonl}
+    features/<encoder>/<modality>/{pooled, tokens, scales, offsets, ids, ids_offsets, ngrams, ngrams_offsets,
+                                   journal.jsonl}
 
 A block of rows is the unit of work and of resume, and one file. A row exists if the journal lists it. Zarr reads a
 missing shard as zeros, so nothing is read that the journal does not list.
@@ -13,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from cachefuse.errors import CacheError
-from cachefuse.feature_spec import IDS
+from cachefuse.feature_spec import NUMBERED
 from cachefuse.files import slug
 from cachefuse.printable import listed
 from cachefuse.store.features import JOURNAL, Features
@@ -117,8 +118,8 @@ class FeatureStore(StoredSamples):
         mixed = [name for name in stored if "int8" in (stored[name], dtypes.get(name)) and name in dtypes]
         old = {**features.provenance, **{f"dtype of {name}": stored[name] for name in mixed}}
         new = {**provenance, **{f"dtype of {name}": dtypes[name] for name in mixed}}
-        # Ids do not depend on the dtype of the other features.
-        fields = [field for field in differing_fields(old, new) if field != "dtype" or set(dtypes) != {IDS}]
+        # Ids and n-grams do not depend on the dtype of the other features.
+        fields = [field for field in differing_fields(old, new) if field != "dtype" or not set(dtypes) <= {*NUMBERED}]
         differing = [f"{field} ({old.get(field)} there, {new.get(field)} here)" for field in fields]
         if differing:
             raise CacheError(

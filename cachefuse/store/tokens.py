@@ -14,10 +14,10 @@ WINDOW = 32  # batches whose rows are sorted by length together
 
 
 class Tokens:
-    """N samples of (T_i, D) tokens, or of (T_i,) token ids: stored rows, or N tensors in memory.
+    """N samples of (T_i, D) tokens, (T_i,) token ids, or (T_i, 2) n-grams: stored rows, or N tensors in memory.
 
-    ``shape`` is (N, D), of ids (N,); ``n_tokens`` is the most tokens that a sample has, at least 1. Ids have a
-    ``vocabulary``, of tokens it is 0.
+    ``shape`` is (N, D), of ids (N,), of n-grams (N, 2); ``n_tokens`` is the most tokens that a sample has, at least 1.
+    Ids and n-grams have a ``vocabulary``, of tokens it is 0.
     """
 
     device = torch.device("cpu")
@@ -25,23 +25,22 @@ class Tokens:
     def __init__(self, rows: Rows | Sequence[Tensor], vocabulary: int = 0) -> None:
         self._rows = rows
         if isinstance(rows, RaggedRows):
-            self.lengths = rows.lengths
+            self.lengths, token_shape = rows.lengths, rows.shape[1:]
         elif isinstance(rows, Rows):
-            self.lengths = np.full(len(rows), rows.shape[1], np.int64)
+            self.lengths, token_shape = np.full(len(rows), rows.shape[1], np.int64), rows.shape[2:]
         else:
-            self.lengths = np.array([len(row) for row in rows], np.int64)
+            self.lengths, token_shape = np.array([len(row) for row in rows], np.int64), rows[0].shape[1:]
         self.n_tokens = int(self.lengths.max(initial=1))
         self.vocabulary = vocabulary
-        width = (rows if isinstance(rows, Rows) else rows[0]).shape[-1]
-        self.shape: tuple[int, ...] = (len(rows),) if vocabulary else (len(rows), width)
+        self.shape: tuple[int, ...] = (len(rows), *token_shape)
         self.ragged = bool((self.lengths != self.n_tokens).any())
         self.block_rows = rows.block_rows if isinstance(rows, Rows) else 1
         self.nbytes = rows.nbytes if isinstance(rows, Rows) else sum(row.nbytes for row in rows)
 
     def read(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the tokens (B, T, D), or ids (B, T) int64, of rows ``index`` (B,), and the mask (B, T) of real tokens.
+        """Return the tokens (B, T, D) of rows ``index`` (B,), and the mask (B, T) of real tokens.
 
-        T is the length of the longest of these rows, and at least 1.
+        Ids are (B, T) int64, n-grams (B, T, 2) int64. T is the length of the longest of these rows, and at least 1.
         """
         x, mask = padded(self._rows, index)
         if not x.shape[1]:

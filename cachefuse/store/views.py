@@ -11,7 +11,7 @@ import zarr
 from zarr.core.buffer import Buffer
 
 from cachefuse.errors import CacheError
-from cachefuse.feature_spec import IDS
+from cachefuse.feature_spec import IDS, NGRAMS, NUMBERED
 from cachefuse.files import JsonObject, clear_place, make_folder, read_bounded, write_atomically
 from cachefuse.store.format import DTYPES, MAX_BLOCK_ROWS, MAX_METADATA, VIEWS
 from cachefuse.store.shard import INDEX_CODECS, chunk_rows, padded_rows
@@ -36,8 +36,8 @@ class Written:
 class View:
     """The layout of one view: the shape of a row, rows per block, whether the number of tokens varies, the dtype.
 
-    ``row_shape`` is (D,), (T, D), or (T,) of ids. If ragged, T is only an estimate. Rows of dtype int8 have a float16
-    scale for each vector of D. Every id is less than ``vocabulary``.
+    ``row_shape`` is (D,), (T, D), (T,) of ids, or (T, 2) of n-grams. If ragged, T is only an estimate. Rows of dtype
+    int8 have a float16 scale for each vector of D. Every id or column of n-grams is less than ``vocabulary``.
     """
 
     name: str
@@ -56,9 +56,12 @@ class View:
             valid = view.name in VIEWS and view.dtype in DTYPES and 1 <= len(view.row_shape) <= 2
             valid = valid and all(type(n) is int and n >= 1 for n in sizes)
             valid = valid and view.block_rows <= MAX_BLOCK_ROWS and view.block_rows.bit_count() == 1
-            valid = valid and type(view.vocabulary) is int and (view.name == IDS) == (view.vocabulary > 0)
-            valid = valid and (view.name == IDS) == (view.dtype == "int32")
-            valid = valid and (view.name != IDS or (view.ragged and len(view.row_shape) == 1))
+            numbered = view.name in NUMBERED
+            valid = valid and type(view.vocabulary) is int and numbered == (view.vocabulary > 0)
+            valid = valid and numbered == (view.dtype == "int32")
+            valid = valid and (not numbered or view.ragged)
+            valid = valid and (view.name == IDS) == (len(view.row_shape) == 1 and view.ragged)
+            valid = valid and (view.name != NGRAMS or view.token_shape == (2,))
         except (TypeError, KeyError):
             valid = False
         if not valid:
@@ -71,19 +74,25 @@ class View:
 
     @property
     def token_shape(self) -> tuple[int, ...]:
-        """The shape of one token of a ragged view: (D,), or () of ids."""
+        """The shape of one token of a ragged view: (D,), () of ids, or (2,) of n-grams."""
         return self.row_shape[1:]
 
     @property
     def offsets(self) -> str:
         """The name of the array that says where each ragged row begins."""
-        return "ids_offsets" if self.name == IDS else "offsets"
+        return f"{self.name}_offsets" if self.name in NUMBERED else "offsets"
 
     @property
     def empty(self) -> np.ndarray:
         """The row of a sample without this modality: zeros, or no tokens."""
         shape = (0, *self.token_shape) if self.ragged else self.row_shape
-        return np.zeros(shape, np.int32 if self.name == IDS else np.float32)
+        return np.zeros(shape, np.int32 if self.name in NUMBERED else np.float32)
+
+    def unknown(self, values: np.ndarray) -> np.ndarray:
+        """Return which tokens of a view with a vocabulary, (n,) or (n, 2), it cannot have, (n,) bool."""
+        numbers = values[:, 0] if values.ndim == 2 else values
+        unknown: np.ndarray = (numbers < 0) | (numbers >= self.vocabulary)
+        return unknown | (values[:, 1] < 1) if values.ndim == 2 else unknown
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 
 from cachefuse.errors import CacheError
-from cachefuse.feature_spec import IDS
+from cachefuse.feature_spec import NUMBERED
 from cachefuse.files import clear_place, make_folder, write_atomically
 from cachefuse.store.features import Features
 from cachefuse.store.format import DTYPES, checksum
@@ -24,7 +24,8 @@ class ViewWriter:
     """Takes the missing rows of one view, in order, and finishes each block after its last missing row.
 
     Existing rows of a block are copied, with the new rows between or after them. Use it as a context manager: an
-    unfinished block leaves no file. ``vocabulary`` is the number of ids. ``count_long`` notes texts over the limit.
+    unfinished block leaves no file. ``vocabulary`` is the number of ids or columns. ``count_long`` notes texts over the
+    limit.
     """
 
     def __init__(
@@ -50,11 +51,12 @@ class ViewWriter:
             features.views[view].declare(features.path, features.n_rows)
 
     def add(self, rows: np.ndarray, values: Values, long: Mapping[int, int] = MappingProxyType({})) -> None:
-        """Take ``rows``, ascending, with values (D,), (T, D), or (T,) of ids each; None, for a bad sample, means zeros.
+        """Take ``rows``, ascending, with values (D,), (T, D), (T,) of ids or (T, 2) of n-grams each.
 
-        ``long`` has the tokens of texts that are longer than the encoder's limit, by row.
-        Raises CacheError, naming the sample, for values that are not finite in the view's dtype and for ids outside the
-        vocabulary.
+        None, for a bad sample, means zeros. ``long`` has the tokens of texts that are longer than the encoder's limit,
+        by row.
+        Raises CacheError, naming the sample, for values that are not finite in the view's dtype, and for ids or n-grams
+        outside the vocabulary.
         """
         self._long |= long
         pairs = [*self._unshaped, *zip(rows.tolist(), values, strict=True)]
@@ -187,12 +189,13 @@ class _BlockWriter:
             return
         arrays = [self.view.empty if value is None else value for value in values]
         flat = np.concatenate(arrays) if self.view.ragged else np.stack(arrays)
-        if self.view.name == IDS:
-            self._check_ids(rows, arrays)
+        numbered = self.view.name in NUMBERED
+        if numbered:
+            self._check_numbers(rows, arrays)
         dtype = "float16" if self.view.dtype == "int8" else self.view.dtype
         with np.errstate(over="ignore"):
             data = np.ascontiguousarray(flat, dtype=DTYPES[dtype])
-        if self.view.name != IDS and not np.isfinite(data).all():
+        if not numbered and not np.isfinite(data).all():
             raise CacheError(self._not_finite(rows, arrays, dtype))
         self._lengths += [len(array) for array in arrays] if self.view.ragged else []
         self._next = rows[-1] + 1
@@ -227,14 +230,14 @@ class _BlockWriter:
         sample = self.features.samples.sample_of(self.features.modality, row)
         return f"{self.features.encoder}: {self.features.modality} {self.view.name} features of sample {sample} {cause}"
 
-    def _check_ids(self, rows: list[int], values: list[np.ndarray]) -> None:
-        """Raise CacheError, naming the sample, for ids outside the vocabulary."""
-        for row, ids in zip(rows, values, strict=True):
-            unknown = ids[(ids < 0) | (ids >= self.view.vocabulary)]
+    def _check_numbers(self, rows: list[int], values: list[np.ndarray]) -> None:
+        """Raise CacheError, naming the sample, for ids or n-grams outside the vocabulary."""
+        for row, value in zip(rows, values, strict=True):
+            unknown = value[self.view.unknown(value)]
             if len(unknown):
                 sample = self.features.samples.sample_of(self.features.modality, row)
                 raise CacheError(
-                    f"{self.features.encoder}: sample {sample} has the token id {unknown[0]}; "
+                    f"{self.features.encoder}: sample {sample} has {unknown[0]} among its {self.view.name}; "
                     f"the vocabulary has {self.view.vocabulary:,}"
                 )
 

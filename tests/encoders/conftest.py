@@ -131,6 +131,7 @@ MAKERS: dict[str, Callable[[Path], str]] = {
     "classic": lambda folder: "classic",
     "clip": save_clip,
     "clip-custom-text": save_custom_clip,
+    "lexical": lambda folder: "lexical",
     "hf-bert": save_bert,
     "hf-t5": save_t5,
     "hf-vit": save_vit,

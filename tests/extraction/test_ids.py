@@ -262,7 +262,7 @@ def test_ids_that_are_not_of_the_vocabulary_are_damage(shapes, store_path, toy):
     features.begin(replace(features.views["ids"], vocabulary=1))
     reasons = [damage.reason for damage in verify(FeatureStore(store_path)).damage]
     n_wrong = [sum(int((ids >= 1).sum()) for ids in expected_ids(shapes)[rows]) for rows in (slice(64), slice(64, 80))]
-    assert reasons == [f"it holds {n:,} token ids outside the vocabulary" for n in n_wrong]
+    assert reasons == [f"it holds {n:,} ids outside the vocabulary" for n in n_wrong]
 
 
 IDS = {"name": "ids", "row_shape": [5], "block_rows": 64, "ragged": True, "dtype": "int32", "vocabulary": 50}
