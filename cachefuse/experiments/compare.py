@@ -117,8 +117,10 @@ def default_pool(store: FeatureStore, encoders: Sequence[str], views: Callable[[
     chosen = select_features(store, encoders, views)
     many = []
     for modality, group in chosen.items():
-        shape = group[0].views[TOKENS].row_shape if TOKENS in views(modality) else (0,)
-        if shape[0] > MAX_TOKENS and not group[0].views[TOKENS].ragged:
+        layouts = [
+            features.views[TOKENS] for features in group if TOKENS in views(modality) and TOKENS in features.views
+        ]
+        if layouts and layouts[0].row_shape[0] > MAX_TOKENS and not layouts[0].ragged:
             many.append(f"{modality}=mean:{POOLED_TO}")
     return ",".join(many)
 

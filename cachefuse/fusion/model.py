@@ -6,7 +6,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from cachefuse.errors import ConfigError
-from cachefuse.feature_spec import IDS
+from cachefuse.feature_spec import NUMBERED
 from cachefuse.fusion.base import Fusion, Model
 from cachefuse.fusion.late import UnimodalHead
 from cachefuse.nn.losses import Loss
@@ -21,14 +21,14 @@ class FusionModel(Model):
 
     ``specs`` holds the features in use, by name. ``standardize`` is one of ``SCALINGS``, or another model's scalings
     to share. Call ``fit_statistics`` before training. The state dict contains the statistics, so a saved model reads
-    stored features. Token ids are not scaled. With statistics, absent rows get the training mean.
+    stored features. Token ids and n-grams are not scaled. With statistics, absent rows get the training mean.
     """
 
     def __init__(self, fusion: Fusion | UnimodalHead, standardize: str | nn.ModuleDict = "features"):
         super().__init__()
         self.specs = fusion.specs
         if isinstance(standardize, str):
-            numbers = {name: spec for name, spec in self.specs.items() if spec.view != IDS}
+            numbers = {name: spec for name, spec in self.specs.items() if spec.view not in NUMBERED}
             scaling = SCALINGS[standardize]
             standardize = NamedModules({name: scaling(spec.width) for name, spec in numbers.items()})
         self.standardize = standardize
@@ -55,7 +55,7 @@ class FusionModel(Model):
         return self.fusion.weights(self.standardized(features), present)
 
     def standardized(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the fusion's inputs: scaled features, and token ids unchanged."""
+        """Return the fusion's inputs: scaled features, and token ids and n-grams unchanged."""
         scalers = self.standardize
         return {name: scalers[name](features[name]) if name in scalers else features[name] for name in self.specs}
 

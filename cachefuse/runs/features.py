@@ -4,16 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cachefuse.errors import RunError
-from cachefuse.feature_spec import FLAT, IDS, POOLED, TOKENS, VIEWS, FeatureSpec
+from cachefuse.feature_spec import FLAT, IDS, NGRAMS, NUMBERED, POOLED, TOKENS, VIEWS, FeatureSpec
 from cachefuse.store.features import Features
+from cachefuse.training.selection import with_view
 
 
 @dataclass(frozen=True)
 class RunFeatures:
     """One encoder's features that a run was trained on; ``source`` opens the encoder again.
 
-    ``width`` is the width of a pooled feature, of one token or of all flat tokens side by side; for ids it is the
-    vocabulary. ``tokens`` is the maximum of tokens per sample, for flat features their number, for pooled ones 0.
+    ``width`` is the width of a pooled feature, of one token or of all flat tokens side by side; for ids and n-grams
+    it is the vocabulary. ``tokens`` is the maximum of tokens per sample, for flat features their number, for pooled
+    ones 0.
     """
 
     encoder: str
@@ -44,7 +46,10 @@ def record_features(stored: Mapping[str, Sequence[Features]], specs: Mapping[str
             view=spec.view,
         )
 
-    return {name: tuple(to_run_features(f, spec) for f in stored[spec.modality]) for name, spec in specs.items()}
+    return {
+        name: tuple(to_run_features(f, spec) for f in with_view(stored[spec.modality], spec.view))
+        for name, spec in specs.items()
+    }
 
 
 def specs_of(features: RunFeaturesByName) -> dict[str, FeatureSpec]:
@@ -57,13 +62,14 @@ def _spec_of(name: str, group: Sequence[RunFeatures]) -> FeatureSpec:
         raise RunError(f"{name} must have one modality and one view of: {', '.join(VIEWS)}")
     first, n_tokens, width = group[0], group[0].tokens, sum(features.width for features in group)
     spec = FeatureSpec(first.modality, first.view, width, n_tokens)
-    if first.view == IDS:
-        spec = FeatureSpec(first.modality, first.view, n_tokens=n_tokens, vocabulary=width)
+    if first.view in NUMBERED:
+        columns = 2 if first.view == NGRAMS else 0
+        spec = FeatureSpec(first.modality, first.view, columns, n_tokens, vocabulary=width)
     if spec.name != name:
         raise RunError(f"the {first.view} of {first.modality} must be called {spec.name}. Got {name} instead")
     if first.view == FLAT and (len(group) > 1 or n_tokens < 1 or width % n_tokens):
         raise RunError(f"{name}: {width} numbers per sample cannot be {n_tokens} tokens of one encoder")
-    if first.view in (TOKENS, IDS) and (len(group) > 1 or n_tokens < 1):
+    if first.view in (TOKENS, *NUMBERED) and (len(group) > 1 or n_tokens < 1):
         raise RunError(f"{name} must be of one encoder, with at least 1 token per sample")
     return spec
 

@@ -20,7 +20,7 @@ from cachefuse.encoders.base import EncoderSpec, Tower, is_derived
 from cachefuse.errors import BadSampleError, DataError, RunError
 from cachefuse.extraction.pipeline import count_long_texts, encode_prepared, is_bad, prepare_in_order
 from cachefuse.extraction.request import BATCH_SIZE
-from cachefuse.feature_spec import FLAT, IDS, TOKENS
+from cachefuse.feature_spec import FLAT, IDS, NGRAMS, NUMBERED, TOKENS
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.printable import listed
 from cachefuse.runs.features import RunFeatures, specs_of
@@ -244,8 +244,8 @@ class Encoded:
     @classmethod
     def empty(cls, features: RunFeatures, n: int) -> "Encoded":
         """Return the features of samples without the modality: zeros, or no tokens."""
-        dtype = np.dtype("<i8") if features.view == IDS else DTYPES[features.dtype]
-        shape = {TOKENS: (0, features.width), IDS: (0,)}.get(features.view, (features.width,))
+        dtype = np.dtype("<i8") if features.view in NUMBERED else DTYPES[features.dtype]
+        shape = {TOKENS: (0, features.width), IDS: (0,), NGRAMS: (0, 2)}.get(features.view, (features.width,))
         return cls(features, [np.zeros(shape, dtype)] * n)
 
     def put(self, row: int, value: np.ndarray) -> bool:
@@ -267,9 +267,9 @@ class Encoded:
     def columns(group: "Sequence[Encoded]") -> Tensor | Tokens:
         """Return a model's input: concatenated pooled features of one or more encoders, or tokens of one encoder."""
         first = group[0].features
-        if first.view in (TOKENS, IDS):
+        if first.view in (TOKENS, *NUMBERED):
             rows = [torch.from_numpy(row) for row in group[0].rows]
-            return Tokens(rows, first.width if first.view == IDS else 0)
+            return Tokens(rows, first.width if first.view in NUMBERED else 0)
         return torch.from_numpy(np.concatenate([np.stack(encoded.rows) for encoded in group], axis=1))
 
 

@@ -10,7 +10,7 @@ from cachefuse.data.manifest import MULTITASK, VQA
 from cachefuse.data.targets import is_labelled
 from cachefuse.encoders.base import EncoderSpec, is_derived, is_path
 from cachefuse.errors import CacheError, ConfigError
-from cachefuse.feature_spec import FLAT, IDS, POOLED, TOKENS, FeatureSpec
+from cachefuse.feature_spec import FLAT, IDS, NGRAMS, POOLED, TOKENS, FeatureSpec
 from cachefuse.printable import listed
 from cachefuse.store.features import Features
 from cachefuse.store.rows import FeatureRows, FlatTokens, JoinedRows
@@ -36,15 +36,26 @@ def stored_views(views: Iterable[str]) -> list[str]:
     return [TOKENS if view == FLAT else view for view in views]
 
 
+def with_view(group: Iterable[Features], view: str) -> list[Features]:
+    """Return the features that have a view to read, or were asked for it."""
+    (stored,) = stored_views([view])
+    return [features for features in group if stored in _has(features)]
+
+
+def _has(features: Features) -> set[str]:
+    return {*features.views, *features.asked}
+
+
 def select_features(
     store: FeatureStore, encoders: Sequence[str] = (), views: Views = pooled
 ) -> dict[str, list[Features]]:
     """Return the features to use, by modality: of the named encoders, or of all with complete views.
 
-    Aligned features are derived from others. They are used only by name, or if there are no others. An encoder's name
-    may be its spec, its file or folder, or a substring that fits only one encoder. Raises CacheError if there are no
-    features, if a view or a modality is missing, or if rows of the default encoders are: none is ever left out by
-    itself. Raises ConfigError for a name that fits no encoder or several.
+    An encoder needs all views but n-grams, which are read from those that have them; no error if none has. Aligned
+    features are derived from others. They are used only by name, or if there are no others. An encoder's name may be
+    its spec, its file or folder, or a substring that fits only one encoder. Raises CacheError if there are no features,
+    if a view or a modality is missing, or if rows of the default encoders are: none is ever left out by itself. Raises
+    ConfigError for a name that fits no encoder or several.
     """
     candidates = list(store.features())
     if encoders and candidates:
@@ -53,13 +64,19 @@ def select_features(
         if not encoders or any(features.encoder == encoder for features in candidates):
             raise CacheError(f"{encoder} ({modality}) was asked for, and {reason}")
     needed = {features.modality: stored_views(views(features.modality)) for features in candidates}
-    stored = [f for f in candidates if set(needed[f.modality]) <= {*f.views, *f.asked}]
+    stored = [f for f in candidates if _reads(f, needed[f.modality]) or not needed[f.modality]]
     for modality in needed:
         if not any(features.modality == modality for features in stored) and {TOKENS, IDS} & set(views(modality)):
             of_modality = [features for features in candidates if features.modality == modality]
-            raise _missing_views(store, of_modality, needed[modality])
+            raise _missing_views(store, modality, of_modality, needed[modality])
     if not stored:
         view = next((name for names in needed.values() for name in names), POOLED)
+        if candidates and all(_has(features) == {NGRAMS} for features in candidates):
+            raise CacheError(
+                f"{store.path} has only the n-grams of {listed(features.encoder for features in candidates)}, not the "
+                f"{view} features that this reads; add them: "
+                f"cachefuse extract {dataset_options(store.dataset)} --encoder classic"
+            )
         option = "" if view == POOLED else f" --views pooled,{view}"
         raise CacheError(f"{store.path} has no {view} features; run cachefuse extract{option} first")
     if not encoders:
@@ -72,11 +89,19 @@ def select_features(
     return dict(sorted(chosen.items()))
 
 
+def _reads(features: Features, views: Sequence[str]) -> list[str]:
+    """Return the views, of those needed, to read from an encoder: all of them, or the n-grams that it has."""
+    has = _has(features)
+    needed = set(views) - {NGRAMS}
+    return [view for view in views if view in has and (view == NGRAMS or needed <= has)]
+
+
 def _check_complete(stored: Sequence[Features], needed: Mapping[str, Sequence[str]]) -> None:
     """Raise CacheError for features that lack rows, with what to do."""
-    complete = {f.encoder for f in stored if all(f.is_complete(view) for view in needed[f.modality])}
+    read = {id(features): _reads(features, needed[features.modality]) for features in stored}
+    complete = {f.encoder for f in stored if all(f.is_complete(view) for view in read[id(f)])}
     for features in stored:
-        for view in needed[features.modality]:
+        for view in read[id(features)]:
             if not features.is_complete(view):
                 others = sorted(complete - {features.encoder})
                 named = "".join(f" --encoder {name}" for name in others)
@@ -95,16 +120,18 @@ def _find(stored: Sequence[Features], name: str) -> list[Features]:
     return [features for features in stored if features.encoder == matches[0]]
 
 
-def _missing_views(store: FeatureStore, stored: Sequence[Features], views: Sequence[str]) -> CacheError:
-    """Return the error for features without the views to read."""
+def _missing_views(store: FeatureStore, modality: str, stored: Sequence[Features], views: Sequence[str]) -> CacheError:
+    """Return the error for features of a modality without the views to read."""
+    stored = [features for features in stored if _has(features) != {NGRAMS}]
     has_tokens = [features for features in stored if not is_derived(features.encoder) and features.encoder != "classic"]
     encoders = " ".join(f"--encoder {features.source}" for features in has_tokens) or "--encoder clip:ViT-B-32"
-    missing = sorted({view for features in stored for view in views if view not in features.views})
-    all_views = dict.fromkeys([*(has_tokens or stored)[0].views, *views])
+    views = [view for view in views if view != NGRAMS]
+    missing = sorted(view for view in views if not stored or any(view not in features.views for features in stored))
+    all_views = dict.fromkeys([*(view for features in (has_tokens or stored)[:1] for view in features.views), *views])
     float32 = any(features.provenance.get("dtype") == "float32" for features in has_tokens)
     dtype = " --dtype float32" if float32 else ""
     return CacheError(
-        f"{store.path} has no {' and '.join(missing)} of {stored[0].modality}; make them with cachefuse extract "
+        f"{store.path} has no {' and '.join(missing)} of {modality}; make them with cachefuse extract "
         f"{dataset_options(store.dataset)} {encoders} --views {','.join(all_views)}{dtype}"
     )
 
@@ -129,7 +156,10 @@ def load_table(
         if store.has_several(modality):
             raise ConfigError(f"{store.dataset} has several {modality}s per sample; a head reads one: leave them out")
         for view in views(modality):
-            x = _open_view(store, modality, view, group, (n_tokens or {}).get(modality, 0))
+            readers = with_view(group, view)
+            if not readers and NGRAMS in views(modality):  # n-grams, or the others, may be alone
+                continue
+            x = _open_view(store, modality, view, readers or group, (n_tokens or {}).get(modality, 0))
             spec = _spec_of(modality, view, x)
             if spec.name in specs:
                 raise ConfigError(_same_name(store, specs[spec.name], spec))
@@ -161,9 +191,10 @@ def _open_view(
 
 
 def _spec_of(modality: str, view: str, x: FeatureRows | Tokens) -> FeatureSpec:
-    if view == IDS and isinstance(x, Tokens):
-        return FeatureSpec(modality, view, n_tokens=x.n_tokens, vocabulary=x.vocabulary)
-    return FeatureSpec(modality, view, x.shape[1], x.n_tokens if isinstance(x, FlatTokens | Tokens) else 0)
+    width = x.shape[1] if len(x.shape) == 2 else 0  # ids have none
+    if isinstance(x, Tokens):
+        return FeatureSpec(modality, view, width, x.n_tokens, x.vocabulary)
+    return FeatureSpec(modality, view, width, x.n_tokens if isinstance(x, FlatTokens) else 0)
 
 
 def _same_name(store: FeatureStore, *specs: FeatureSpec) -> str:
