@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cachefuse.alignment.train import align, evaluate_alignment
     from cachefuse.alignment.zero_shot import zero_shot
     from cachefuse.bench.align import bench_align
+    from cachefuse.bench.quality import bench_quality
     from cachefuse.bench.store import bench_store
     from cachefuse.bench.train import bench_train
     from cachefuse.classifier import FusionClassifier
@@ -77,6 +78,7 @@ _API = {
     "TrainConfig": "cachefuse.training.config:TrainConfig",
     "align": "cachefuse.alignment.train:align",
     "bench_align": "cachefuse.bench.align:bench_align",
+    "bench_quality": "cachefuse.bench.quality:bench_quality",
     "bench_store": "cachefuse.bench.store:bench_store",
     "bench_train": "cachefuse.bench.train:bench_train",
     "builtin_manifests": "cachefuse.data.manifest:builtin_manifests",
@@ -141,6 +143,7 @@ __all__ = [
     "TrainConfig",
     "align",
     "bench_align",
+    "bench_quality",
     "bench_store",
     "bench_train",
     "builtin_manifests",

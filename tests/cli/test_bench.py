@@ -43,6 +43,44 @@ def test_measures_training(cachefuse, monkeypatch, folder):
     assert not (folder / "workspace").exists()
 
 
+def test_measures_quality(cachefuse, workspace, fits):
+    args = ("bench", "quality", "--folds", "2", "--only", "knn", "--only", "tfidf+lr")
+    result = cachefuse(*args)
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0].strip() == "mine: 120 rows, 11 classes, out of fold (2 folds)"
+    heads = ["classifier", "thresholds", "micro-F1", "macro-F1", "samples-F1", "macro-AP", "seconds"]
+    assert lines[1].split() == heads
+    assert [line[:10].strip() for line in lines[2:]] == ["knn", "tfidf+lr"]
+    fits(result.out)
+    both = cachefuse(*args, "--dataset", "mine", "--dataset", "./mine.toml", "--json")
+    one, other = json.loads(both.out)["datasets"]
+    assert list(one) == ["dataset", "n_rows", "n_classes", "folds", "metrics", "rows", "left_out"]
+    assert [row["metrics"] for row in one["rows"]] == [row["metrics"] for row in other["rows"]]
+    figures = [[row["metrics"][name] for row in one["rows"]] for name in one["metrics"]]
+    for i, line in enumerate(lines[2:]):
+        shown = [f"{values[i]:.3f}{'*' * (values[i] == max(values))}" for values in figures]
+        assert line.split()[-5:-1] == shown
+
+
+def test_quality_without_the_raw_data(cachefuse, folder):
+    (folder / "notes.csv").write_text("id,text,labels\n" + "".join(f"{i},note {i % 2},{i % 2}\n" for i in range(40)))
+    (folder / "notes.toml").write_text(
+        'name = "notes"\ntask = "multiclass"\n[reader]\nkind = "table"\nfiles = { train = "notes.csv" }\n'
+        'id = "id"\ntext = "text"\nlabels = "labels"\n'
+    )
+    assert cachefuse("extract", "--dataset", "./notes.toml", "--encoder", "classic").code == 0
+    (folder / "notes.csv").rename(folder / "elsewhere.csv")
+    result = cachefuse("bench", "quality", "--folds", "2", "--only", "knn", "--only", "tfidf+lr")
+    assert result.code == 0
+    assert "knn" in result.out
+    assert "tfidf" not in result.out
+    assert says(result.err, "notes tfidf+lr raw data --data-dir notes.csv")
+    refused = cachefuse("bench", "quality", "--dataset", "notes", "--dataset", "notes", "--data-dir", ".")
+    assert refused.code == 1
+    assert says(refused.error, "--data-dir --dataset")
+
+
 def test_an_interrupted_measurement_leaves_nothing(cachefuse, tiny, folder, monkeypatch):
     def interrupt(bench):
         assert bench.features.n_rows
@@ -76,7 +114,7 @@ def test_the_table_fits(folder, capsys, fits):
 
 
 def test_help_fits(cachefuse, fits):
-    for args in (("bench", "--help"), ("bench", "store", "--help"), ("bench", "train", "--help")):
-        result = cachefuse(*args)
+    for command in ((), ("store",), ("train",), ("quality",)):
+        result = cachefuse("bench", *command, "--help")
         assert result.code == 0
         fits(result.out)
