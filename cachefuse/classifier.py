@@ -32,7 +32,7 @@ from cachefuse.training.train import train_models
 HELD_PARTS = 10  # one in so many rows is held out, if epochs or thresholds are chosen
 
 
-ELSEWHERE = ("views", "seed")  # settings that X decides on, and ``random_state``
+ELSEWHERE = ("views", "seed", "duplicates")  # settings that X decides on, ``random_state``, and one that needs a store
 DEFAULTS: JsonObject = {
     name: None if one.kind is Mapping else one.default
     for name, one in settings_of(TrainConfig).items()

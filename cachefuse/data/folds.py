@@ -46,14 +46,27 @@ def join_groups(partitions: Sequence[np.ndarray]) -> np.ndarray:
 
     Each partition (N,) has a number per row. Groups are numbered in the order of their first rows.
     """
+    rows = np.arange(len(partitions[0]))
+    groups = rows
+    for partition in partitions:
+        _, first, number = np.unique(partition, return_index=True, return_inverse=True)
+        groups = link_groups(groups, rows, first[number])
+    return groups
+
+
+def link_groups(groups: np.ndarray, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return groups (N,) int64 in which each pair's rows, ``first`` (P,) and ``second`` (P,), are in one group.
+
+    The given ``groups`` (N,) are numbered in the order of their first rows, and so is the result.
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    n, firsts = len(partitions[0]), []
-    for partition in partitions:
-        _, first, number = np.unique(partition, return_index=True, return_inverse=True)
-        firsts.append(first[number])  # each row is linked to the first one with its number
-    rows = np.tile(np.arange(n), len(partitions))
-    graph = coo_array((np.ones(len(rows), bool), (rows, np.concatenate(firsts))), shape=(n, n))
-    groups: np.ndarray = connected_components(graph, directed=False)[1].astype(np.int64)
-    return groups
+    ends = groups[first], groups[second]
+    apart = ends[0] != ends[1]
+    if not apart.any():
+        return groups
+    n = int(groups.max()) + 1
+    graph = coo_array((np.ones(apart.sum(), bool), (ends[0][apart], ends[1][apart])), shape=(n, n))
+    linked: np.ndarray = connected_components(graph, directed=False)[1].astype(np.int64)[groups]
+    return linked

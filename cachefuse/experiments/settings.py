@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 FIXED = {
     "seed": "use --seeds",
     "folds": "all trials must be evaluated on the same rows",
+    "duplicates": "all trials must be evaluated on the same folds",
     "refit": "models trained on every row have no held-out rows",
     "views": "a sweep reads its features once",
 }

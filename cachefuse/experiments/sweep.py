@@ -35,8 +35,9 @@ from cachefuse.runs.run import split_digest
 from cachefuse.settings import as_stored
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
-from cachefuse.training.config import TrainConfig
+from cachefuse.training.config import TOGETHER, TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData, open_training_data
+from cachefuse.training.duplicates import keep_together
 from cachefuse.training.held_out import HeldOut, check_calibrates, chooses_thresholds
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.resolved import ResolvedConfig
@@ -108,6 +109,26 @@ def views_of(base: TrainConfig, settings: Sequence[Options]) -> Views:
     return lambda modality: dict.fromkeys(view for config in configs for view in config.reads(modality))
 
 
+@contextmanager
+def _each_warning_once() -> Iterator[None]:
+    """Show each warning of a training only once, because every trial would repeat it."""
+    seen: set[str] = set()
+
+    def is_new(record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in seen
+        seen.add(message)
+        return new
+
+    logger = logging.getLogger("cachefuse.training.split")
+    logger.addFilter(is_new)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_new)
+
+
+@_each_warning_once()
 def run_sweep(
     store: FeatureStore,
     data: TrainingData,
@@ -124,10 +145,11 @@ def run_sweep(
         raise ConfigError(f"a sweep needs at least one setting and one seed, each seed once. Got {given} instead")
     if base.refit:
         raise ConfigError(f"a sweep cannot refit: {FIXED['refit']}; leave out --refit")
+    data = keep_together(data, base)
     configs = [[data.resolve(_with_setting(base, {**setting, "seed": seed})) for seed in seeds] for setting in settings]
     _check(data, [of_setting[0] for of_setting in configs])
     metrics = tuple(dict.fromkeys((base.monitored_metric or data.metric, *data.metrics)))
-    digest = _digest(store, data, metrics)
+    digest = _digest(store, data, metrics, base)
     keys = [[_key(digest, config) for config in of_setting] for of_setting in configs]
     config_of = dict(zip(itertools.chain(*keys), itertools.chain(*configs), strict=True))
     done: dict[str, Trial] = {}
@@ -136,7 +158,7 @@ def run_sweep(
         trials = [tuple(done[key] for key in of_setting if key in done) for of_setting in keys]
         return _result(data, experiment, seeds, metrics, [of_setting[0] for of_setting in configs], trials)
 
-    with only_sweep(folder), _each_warning_once():
+    with only_sweep(folder):
         done |= {trial.key: trial for trial in read_trials(folder) if trial.key in config_of}
         if experiment.keep_scores:
             rows, n_classes = held_out_rows(data, base).numpy(), len(data.classes)
@@ -326,12 +348,13 @@ def _stored(config: ResolvedConfig) -> JsonObject:
 
 def _key(digest: str, config: ResolvedConfig) -> str:
     """Hash everything that a trial depends on."""
-    text = to_json({"data": digest, "settings": _stored(config)})
+    settings = {name: value for name, value in _stored(config).items() if name != "duplicates"}  # the digest has it
+    text = to_json({"data": digest, "settings": settings})
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str]) -> str:
-    """Hash what all trials share: keys of the features, samples and splits, targets, and metrics."""
+def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str], base: TrainConfig) -> str:
+    """Hash what all trials share: keys of the features, samples and splits, groups, targets, and metrics."""
     features = record_features(data.stored, data.specs)
     shared = {
         "features": {
@@ -347,23 +370,6 @@ def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str]) -> 
     present = (mask.cpu().numpy() for mask in data.table.present.values())
     for x in (store.targets, data.table.labelled, *present):
         digest.update(x.tobytes())
+    if data.groups is not None and (store.groups is not None or base.duplicates == TOGETHER):
+        digest.update(data.groups.tobytes())  # those of shared inputs follow from the samples
     return digest.hexdigest()
-
-
-@contextmanager
-def _each_warning_once() -> Iterator[None]:
-    """Show each warning of a training only once, because every trial would repeat it."""
-    seen: set[str] = set()
-
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        new = message not in seen
-        seen.add(message)
-        return new
-
-    logger = logging.getLogger("cachefuse.training.split")
-    logger.addFilter(is_new)
-    try:
-        yield
-    finally:
-        logger.removeFilter(is_new)

@@ -156,6 +156,7 @@ def evaluate(
             targets, scores, predictions, metrics, n_resamples, seed, on_progress=on_progress, groups=groups
         )
     weights = _weights(run, measured.tables, rows)
+    caution = measured.caution or (run.caution if measured.held_out else None)
     return Evaluation(
         run=run.name,
         dataset=store.dataset,
@@ -168,7 +169,7 @@ def evaluate(
         per_class={**result.per_class, **_calibration_by_class(targets, scores, run.tasks)},
         gates={modality: float(values.mean()) for modality, values in weights.items()},
         gates_per_class={modality: _mean_by_class(targets, values, run.tasks) for modality, values in weights.items()},
-        caution=measured.caution or (run.caution if measured.held_out else None),
+        caution="; ".join(filter(None, (caution, measured.copies))) or None,
         kinds=_by_kind(store, data, rows, scores, predictions),
         rows=rows.cpu().numpy(),
         targets=targets >= RIGHT,

@@ -13,8 +13,9 @@ from cachefuse.printable import listed
 from cachefuse.runs.run import Run, split_digest
 from cachefuse.runs.tables import StoreTables
 from cachefuse.store.store import FeatureStore
-from cachefuse.training.data import TRAIN, VAL, TrainingData, groups_of
+from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData, groups_of
 from cachefuse.training.held_out import HeldOut
+from cachefuse.training.split import copies_message, count_copies
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Measured:
     """Scores and predictions (n, C) of ``rows`` (n,) of a split, and the data and tables they come from.
 
     ``raw_scores`` (n, C) are those before calibration. ``held_out``: whether these are the rows that the run held out.
-    ``caution`` says why new rows may give other figures.
+    ``caution`` says why new rows may give other figures, and ``copies`` that some are copies of training rows.
     """
 
     data: TrainingData
@@ -34,6 +35,7 @@ class Measured:
     raw_scores: np.ndarray
     caution: str | None
     held_out: bool = False
+    copies: str | None = None
 
 
 def measure(
@@ -61,11 +63,15 @@ def measure(
         rows = torch.from_numpy(run.held_out.rows)
         raw = _held_out(run, run.held_out, data, tables if absent else None, changed)
         scores, predictions = run.held_out.decided(data, run.config, raw)
-        return Measured(data, tables, run.held_out.split, rows, scores, predictions, raw, None, held_out=True)
+        name, copies = run.held_out.split, _copies_held_out(run.held_out, store, data)
+        return Measured(data, tables, name, rows, scores, predictions, raw, None, held_out=True, copies=copies)
     split, rows = _labelled(run, store, data, split)
     raw = run.raw_scores(tables, rows)
     scores = run.calibrated(raw)
-    return Measured(data, tables, split, rows, scores, run.decide(scores), raw, _caution(run, split, changed))
+    trained = [TRAIN, VAL] if _trained_on_val(run) else [TRAIN]
+    n = 0 if split in trained else count_copies(store.content, rows, data.rows(*trained))
+    copies, caution = copies_message(n, len(rows), False, split) if n else None, _caution(run, split, changed)
+    return Measured(data, tables, split, rows, scores, run.decide(scores), raw, caution, copies=copies)
 
 
 def _means_held_out(held_out: HeldOut, split: str | None, changed: bool) -> bool:
@@ -97,9 +103,23 @@ def _labelled(run: Run, store: FeatureStore, data: TrainingData, split: str | No
     return split, data.rows(split)
 
 
+def _copies_held_out(held_out: HeldOut, store: FeatureStore, data: TrainingData) -> str | None:
+    """Return the sentence on rows held out that are copies of rows which their models were trained on, or None."""
+    rows, folds = torch.from_numpy(held_out.rows), held_out.split == OUT_OF_FOLD
+    if folds:
+        parts = [torch.from_numpy(held_out.parts == part) for part in np.unique(held_out.parts)]
+        n = sum(count_copies(store.content, rows[part], rows[~part]) for part in parts)
+    else:
+        n = count_copies(store.content, rows, data.rows(TRAIN))
+    return copies_message(n, len(rows), folds) if n else None
+
+
+def _trained_on_val(run: Run) -> bool:
+    return any(member.config.folds or member.config.refit for member in run.members)
+
+
 def _caution(run: Run, split: str, changed: bool) -> str | None:
-    with_val = any(member.config.folds or member.config.refit for member in run.members)
-    if split == TRAIN or (split == VAL and with_val):
+    if split == TRAIN or (split == VAL and _trained_on_val(run)):
         return f"run {run.name} was trained on {split} rows: on new rows its figures may be lower"
     if changed:
         return f"samples or splits changed since run {run.name} was trained: it may have seen some of these rows"

@@ -10,6 +10,7 @@ from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import resolve_for
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, open_training_data
+from cachefuse.training.duplicates import keep_together
 from cachefuse.training.train import TrainingProgress, train_models
 
 
@@ -47,6 +48,7 @@ def train_run(
     """Do what ``train_head`` does, with opened data."""
     begun = time.perf_counter()
     data, config = resolve_for(data, config, max_size_mb)
+    data = keep_together(data, config)
     trained = train_models(data, config, on_progress, keep_interrupted=True)
     features = record_features(data.stored, data.specs)
     run = Run(

@@ -84,6 +84,16 @@ class StoredSamples:
         return self._column("digest") if known else np.full(len(self), "")
 
     @cached_property
+    def content(self) -> np.ndarray:
+        """(N,) numbers that samples of equal content share, by their digests; -1 for one without content or digest."""
+        has_any = np.zeros(len(self), bool)
+        for modality in self.modalities:
+            has_any |= self.present(modality)
+        numbers: dict[str, int] = {"": -1}
+        content = [numbers.setdefault(digest, len(numbers) - 1) for digest in self.digests.tolist()]
+        return np.where(has_any, np.array(content, np.int64), -1)
+
+    @cached_property
     def groups(self) -> np.ndarray | None:
         """(N,) strings: the name of each sample's group, "" for a sample of its own; None without groups."""
         return self._column("group") if "group" in read_about(self.path)["columns"] else None

@@ -28,6 +28,7 @@ DROPOUT, BATCH_SIZE = 0.8, 256  # for fusions without their own defaults
 LOSS = "loss"  # to monitor, in place of a metric
 LBFGS_EPOCHS = 20  # of up to 100 iterations each
 HEAD_SETTINGS = ("head", "layers", "activation")
+TOGETHER = "together"
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"  # groups of settings
 
 
@@ -61,8 +62,9 @@ class TrainConfig:
     ``thresholds`` are one for all classes ("global"), one per class ("class") or 0.5 ("none"). They are chosen for
     ``threshold_metric`` on rows held out; "auto" means "global" if rows are held out. Before that, ``calibrate`` turns
     scores into probabilities, as ``fit_calibration`` learns it on the same rows. ``folds`` K trains K models, each
-    measured on its fold of train and val; 0 holds out the dataset's val. ``members`` models with different seeds are
-    averaged. ``refit`` trains them again at the end on all of train and val, with the chosen epochs and thresholds.
+    measured on its fold of train and val; 0 holds out the dataset's val. ``duplicates`` "together" keeps rows with the
+    same content, or nearly the same features, in one fold. ``members`` models with different seeds are averaged.
+    ``refit`` trains them again at the end on all of train and val, with the chosen epochs and thresholds.
     """
 
     # fmt: off
@@ -175,6 +177,10 @@ class TrainConfig:
         0, "Train K models on train and val, each measured on its held-out fold.",
         panel=CHOOSING, metavar="K", least=0, most=1000,
     )
+    duplicates: str = setting(
+        "anywhere", "In folds: anywhere, or together: copies and near copies of a row are in the same fold.",
+        panel=CHOOSING, choices=("anywhere", TOGETHER),
+    )
     members: int = setting(1, "Average S models with different seeds.", panel=CHOOSING, metavar="S", least=1, most=1000)
     refit: bool = setting(False, "Train again on all of train and val at the end.", panel=CHOOSING)
     seed: int = setting(
@@ -195,6 +201,8 @@ class TrainConfig:
             raise ConfigError("accumulate needs a mean loss; leave out loss option reduction=sum")
         if self.folds == 1:
             raise ConfigError("folds must be 0 for none, or at least 2. Got 1 instead")
+        if self.duplicates == TOGETHER and not self.folds:
+            raise ConfigError("duplicates 'together' is for folds; add --folds 5")
         if self.monitored_metric is not None:
             METRICS.check(self.monitored_metric)
         if self.monitor is not None and lower_is_better(self.monitor):

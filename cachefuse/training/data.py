@@ -22,6 +22,7 @@ from cachefuse.metrics import main_metric
 from cachefuse.metrics.tasks import BoundMetric, TaskSlice, bind_metrics
 from cachefuse.printable import listed
 from cachefuse.store.features import Features
+from cachefuse.store.samples import StoredSamples
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.feature_table import LOAD_ROWS, FeatureTable
@@ -99,6 +100,11 @@ class TrainingData:
     def origins(self) -> dict[str, Origin]:
         """The encoder of the first features of each modality."""
         return {modality: Origin(group[0].source, group[0].provenance) for modality, group in self.stored.items()}
+
+    @property
+    def samples(self) -> list[StoredSamples]:
+        """The samples of the store; none if the data has no store."""
+        return [group[0].samples for group in self.stored.values()][:1]
 
     @property
     def metric(self) -> str:

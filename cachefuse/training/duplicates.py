@@ -1,7 +1,7 @@
 """Duplicates: rows with the same content, by digest, and with nearly the same, by the cosine of stored features."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from cachefuse.csv_writer import csv_for_people
+from cachefuse.data.folds import join_groups, link_groups
 from cachefuse.data.manifest import VQA
 from cachefuse.data.splits import ordered_splits
 from cachefuse.data.targets import UNLABELLED, is_labelled
@@ -20,6 +21,8 @@ from cachefuse.store.features import Features
 from cachefuse.store.samples import StoredSamples
 from cachefuse.store.store import FeatureStore
 from cachefuse.threads import idle_threads
+from cachefuse.training.config import TOGETHER, TrainConfig
+from cachefuse.training.data import TrainingData
 from cachefuse.training.selection import select_features
 
 NEAR = 0.95  # of centred features: different images have at most 0.92, see cachefuse/data/README.md
@@ -90,11 +93,11 @@ def find_duplicates(
     """
     features = first_features(select_features(store, encoders))
     exact, near = _Tally(store), _Tally(store)
-    codes = content_codes(store)
-    for pairs in equal_pairs(codes):
+    content = store.content
+    for pairs in equal_pairs(content):
         exact.add(pairs)
     for (first, second), cosines in near_pairs(store, features, limit, device, on_progress):
-        other = (codes[first] != codes[second]) | (codes[first] < 0)
+        other = (content[first] != content[second]) | (content[first] < 0)
         near.add((first[other], second[other]), cosines[other])
     names = exact.names
     return Duplicates(
@@ -140,14 +143,22 @@ def first_features(chosen: Mapping[str, Sequence[Features]]) -> dict[str, Featur
     return features
 
 
-def content_codes(samples: StoredSamples) -> np.ndarray:
-    """Return numbers (N,) that are equal for samples with equal digests; -1 for a sample without content or digest."""
-    has_any = np.zeros(len(samples), bool)
-    for modality in samples.modalities:
-        has_any |= samples.present(modality)
-    numbers: dict[str, int] = {"": -1}
-    codes = np.array([numbers.setdefault(digest, len(numbers)) for digest in samples.digests.tolist()], np.int64)
-    return np.where(has_any, codes, -1)
+def keep_together(data: TrainingData, config: TrainConfig) -> TrainingData:
+    """Return the same data, with exact and near duplicates in one group if ``config.duplicates`` is "together".
+
+    The features are the first ones that the data has of each modality. Raises as ``find_duplicates`` does.
+    """
+    if config.duplicates != TOGETHER:
+        return data
+    features = first_features(data.stored)
+    samples = next(iter(features.values())).samples
+    alone = len(samples) + np.arange(len(samples))
+    partitions = [np.where(samples.content < 0, alone, samples.content)]
+    groups = join_groups([*partitions, data.groups] if data.groups is not None else partitions)
+    with idle_threads():
+        for pairs, _ in near_pairs(samples, features, device=str(data.device)):
+            groups = link_groups(groups, *pairs)
+    return replace(data, groups=groups)
 
 
 def equal_pairs(codes: np.ndarray) -> Iterator[Pairs]:

@@ -31,13 +31,14 @@ def make_splits(data: TrainingData, config: TrainConfig) -> list[Split]:
     """Return the splits to train on: the dataset's train and val, or one per fold of both joined.
 
     With folds and patience, a tenth of the training rows is set aside for early stopping: the rows held out must not
-    affect it. Raises ConfigError if there are too few rows for early stopping, thresholds
-    or calibration.
+    affect it. A warning tells if rows held out are copies of rows to train on. Raises ConfigError if there are too few
+    rows for early stopping, thresholds or calibration.
     """
     splits = _fold_splits(data, config) if config.folds else [_dataset_split(data, config)]
     n_held_out = sum(len(split.held_out) for split in splits)
     chooses_thresholds(data, config, n_held_out)  # raise before training, not after
     check_calibrates(data, config, n_held_out)
+    _warn_of_copies(data, config, splits)
     return splits
 
 
@@ -77,6 +78,35 @@ def warn_of_rare_classes(data: TrainingData, splits: Sequence[Split]) -> None:
         where = "the training rows" if len(splits) == 1 else "the training rows of a fold"
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         logger.warning("class %r%s never occurs in %s: the model cannot learn it", absent[0], more, where)
+
+
+def _warn_of_copies(data: TrainingData, config: TrainConfig, splits: Sequence[Split]) -> None:
+    """Log a warning if rows held out have the content of rows that their model is trained on."""
+    for samples in data.samples:
+        n = sum(count_copies(samples.content, split.held_out, split.train) for split in splits)
+        if n:
+            logger.warning("%s", copies_message(n, sum(len(split.held_out) for split in splits), bool(config.folds)))
+
+
+def count_copies(content: np.ndarray, rows: Tensor, others: Tensor) -> int:
+    """Return how many rows (n,) have the content of any of the others (m,): ``content`` is a store's, (N,)."""
+    known = np.zeros(int(content.max(initial=-1)) + 2, bool)
+    known[content[others.cpu().numpy()]] = True
+    known[-1] = False  # where a row has no content
+    return int(known[content[rows.cpu().numpy()]].sum())
+
+
+def copies_message(n: int, n_rows: int, folds: bool, split: str = VAL) -> str:
+    """Return the sentence on ``n`` of ``n_rows`` measured rows that are copies of training rows."""
+    if folds:
+        return (
+            f"{n:,} of {n_rows:,} rows have copies in other folds: figures may be too high; train-head --duplicates "
+            f"together keeps them in one fold, and cachefuse inspect --duplicates counts them"
+        )
+    return (
+        f"{n:,} of {n_rows:,} {split} rows are copies of training rows: their figures may be too high; see cachefuse "
+        f"inspect --duplicates"
+    )
 
 
 def _positives(data: TrainingData, rows: Tensor) -> np.ndarray:

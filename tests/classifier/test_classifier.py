@@ -119,7 +119,7 @@ def test_its_parameters_are_the_settings_of_a_training():
     assert ours.pop("loss_options") is ours.pop("fusion_options") is ours.pop("shuffle") is None
     ours["seed"] = ours.pop("random_state")
     settings = {field.name: field.default for field in fields(TrainConfig)}
-    apart = ("views", "loss_options", "fusion_options", "shuffle")
+    apart = ("views", "duplicates", "loss_options", "fusion_options", "shuffle")
     assert ours == {name: value for name, value in settings.items() if name not in apart}
 
 

@@ -15,6 +15,8 @@ from cachefuse.errors import ConfigError
 from cachefuse.experiments.files import JOURNAL, only_sweep, read_trials
 from cachefuse.experiments.settings import grid
 from cachefuse.experiments.sweep import sweep
+from cachefuse.store.columns import read_columns, replace_samples
+from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
 from fixtures.messages import naming
 from fixtures.sweeps import LINEAR, MLP, figures, lines
@@ -40,6 +42,18 @@ def test_only_what_is_new_is_trained(toy_store, folder):
     # What is left open and what it comes to are the same.
     sweep(store, replace(MLP, lr=None), [{"loss": "bce", "lr": 0.1}], folder=folder, seeds=(0, 1, 2))
     assert len(lines(folder)) == 6
+
+
+def test_trials_with_other_groups_are_trained_again(toy_store, folder):
+    store, base = toy_store(), replace(MLP, folds=2)
+    sweep(store, base, [{"lr": 0.1}], folder=folder, seeds=(0,))
+    for n, names in ((2, [f"group {i // 2}" for i in range(60)]), (3, [f"group {i // 3}" for i in range(60)])):
+        columns, appended = read_columns(store.path)
+        columns["group"] = np.array(names, np.dtypes.StringDType())
+        replace_samples(store.path, columns, appended, [])
+        for _ in range(2):
+            sweep(FeatureStore(store.path), base, [{"lr": 0.1}], folder=folder, seeds=(0,))
+            assert len(lines(folder)) == n
 
 
 def relabel(store):

@@ -4,6 +4,7 @@ import csv
 import itertools
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,16 @@ from cachefuse.data.dataset import load_dataset
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import ConfigError, UnknownNameError
 from cachefuse.extraction.extract import extract
+from cachefuse.runs.evaluate import evaluate
+from cachefuse.runs.train import train_head
 from cachefuse.store.columns import column_checksum
 from cachefuse.store.store import FeatureStore
 from cachefuse.training import duplicates
-from cachefuse.training.duplicates import content_codes, equal_pairs, find_duplicates, near_pairs, write_pairs
+from cachefuse.training.config import TrainConfig
+from cachefuse.training.data import open_training_data
+from cachefuse.training.duplicates import equal_pairs, find_duplicates, keep_together, near_pairs, write_pairs
 from cachefuse.training.selection import select_features
-from fixtures.messages import naming
+from fixtures.messages import naming, says
 
 N = 60
 ABSENT = {"image": {3, 7, 20, 41, 59}, "text": {3, 8, 9, 20, 30}}
@@ -148,7 +153,7 @@ def test_pairs_of_equal_codes(seed):
 
 def test_a_store_without_digests_has_no_exact_pairs(copied):
     store = set_digests(copied, [""] * N)
-    assert (content_codes(store) == -1).all()
+    assert (store.content == -1).all()
     assert not len(find_duplicates(store, device="cpu").exact)
 
 
@@ -205,6 +210,89 @@ def test_samples_with_several_texts_each(shapes, store_path, toy, tools):
     texts = {"text": select_features(store)["text"]}
     with pytest.raises(ConfigError, match=naming("several texts")):
         duplicates.first_features(texts)
+
+
+TOGETHER = TrainConfig(head="linear", epochs=2, folds=4, duplicates="together", thresholds="none")
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_duplicates_and_groups_are_kept_together(copied, named):
+    data = open_training_data(copied, device="cpu")
+    data = replace(data, groups=np.arange(N) // 2 + 7) if named else data
+    exact, near = one_by_one(copied, 0.95)
+    links = [*exact, *near, *([(i, i + 1) for i in range(0, N, 2)] if named else [])]
+    expected = list(range(N))
+    for _ in range(N):  # each row takes the least number of those that it is linked to, until nothing changes
+        for i, j in links:
+            expected[i] = expected[j] = min(expected[i], expected[j])
+    groups = keep_together(data, TOGETHER).groups
+    numbers = {}
+    assert groups.tolist() == [numbers.setdefault(row, len(numbers)) for row in expected]
+    assert keep_together(data, replace(TOGETHER, duplicates="anywhere")) is data
+
+
+def test_folds_never_part_duplicates(copied, caplog):
+    exact, near = one_by_one(copied, 0.95)
+    parted = {}
+    for duplicates_are in ("anywhere", "together"):
+        caplog.clear()
+        held_out = train_head(copied, replace(TOGETHER, duplicates=duplicates_are), device="cpu").held_out
+        part_of = dict(zip(held_out.rows.tolist(), held_out.parts.tolist(), strict=True))
+        parted[duplicates_are] = [
+            pair for pair in (*exact, *near) if {*pair} <= part_of.keys() and len({part_of[row] for row in pair}) > 1
+        ]
+        copies = {row for pair in parted[duplicates_are] if pair in exact for row in pair}
+        notes = [record.getMessage() for record in caplog.records if "copies" in record.getMessage()]
+        assert len(notes) == bool(copies)
+        assert not copies or says(notes[0], f"{len(copies)} of 48 rows other folds --duplicates together")
+    assert parted["anywhere"]
+    assert not parted["together"]
+
+
+def test_copies_in_val_are_said_once(copied, caplog):
+    """Of val, rows 30 to 47, none is a copy of train; then three are, and one has no content."""
+    quick = replace(TOGETHER, folds=0, duplicates="anywhere")
+    train_head(copied, quick, device="cpu")
+    assert "copies" not in caplog.text
+    digests = copied.digests.copy()
+    digests[[31, 32, 41, 59]] = digests[[0, 1, 2, 0]]
+    digests[20] = digests[33]  # row 20 has no image and no text
+    store = set_digests(copied, digests)
+    run = train_head(store, quick, device="cpu")
+    (note,) = [record.getMessage() for record in caplog.records if "copies" in record.getMessage()]
+    assert says(note, "3 of 18 val rows copies training rows inspect --duplicates")
+    assert evaluate(run, store, n_resamples=0).caution == note
+    assert "copies" not in evaluate(run, store, "train", n_resamples=0).caution
+
+
+def test_copies_in_folds_are_said_by_evaluate(copied):
+    run = train_head(copied, replace(TOGETHER, duplicates="anywhere"), device="cpu")
+    parts, rows = run.held_out.parts, run.held_out.rows
+    content = copied.content[rows]
+    n = sum(
+        any(content[j] == content[i] >= 0 and parts[j] != parts[i] for j in range(len(rows))) for i in range(len(rows))
+    )
+    assert n
+    assert says(evaluate(run, copied, n_resamples=0).caution, f"{n} of 48 rows")
+    run = train_head(copied, TOGETHER, device="cpu")
+    assert evaluate(run, copied, n_resamples=0).caution is None
+
+
+def test_copies_in_another_split(copied):
+    """Test rows are labelled now: row 50 is a copy of row 1, rows 54 and 55 of row 6."""
+    targets = copied.targets.copy()
+    targets[52:] = 1
+    array = zarr.open_array(copied.path / "samples/target", mode="r+", zarr_format=3)
+    array[:] = targets
+    array.update_attributes({"checksum": column_checksum(targets)})
+    store = FeatureStore(copied.path)
+    run = train_head(store, replace(TOGETHER, folds=0, duplicates="anywhere"), device="cpu")
+    assert says(evaluate(run, store, "test", n_resamples=0).caution, "3 of 12 test rows copies training rows")
+
+
+def test_together_is_for_folds():
+    with pytest.raises(ConfigError, match=naming("duplicates together folds 5")):
+        replace(TOGETHER, folds=0)
 
 
 @pytest.mark.skipif("CACHEFUSE_REAL_DATA" not in os.environ, reason="needs CACHEFUSE_REAL_DATA")
