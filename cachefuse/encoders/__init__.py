@@ -71,6 +71,7 @@ FAMILIES: Registry[Family] = Registry(
     },
     has=("opener", "example", "modalities", "about"),
 )
+LEXICAL = "lexical"
 DEFAULT_ENCODER = FAMILIES["clip"].example
 
 

@@ -17,12 +17,13 @@ from cachefuse_cli.shared.options import (
     Limit,
     LongTexts,
     MaxTokens,
+    NoLexical,
     Pooling,
     Threads,
     Views,
     Workspace,
+    chosen_encoders,
     encoder_options,
-    encoder_spec,
     open_dataset,
     split_list,
 )
@@ -32,6 +33,7 @@ from cachefuse_cli.shared.options import (
 def extract(
     dataset: DatasetName,
     encoder: Encoders = None,
+    no_lexical: NoLexical = False,
     data_dir: DataDir = None,
     views: Views = "pooled",
     pooling: Pooling = None,
@@ -55,14 +57,14 @@ def extract(
     with render.interruptible("finished blocks are kept; run the same command again to resume"):
         loaded = open_dataset(dataset, workspace, data_dir, limit)
         with render.status("loading torch and the encoders"):
-            from cachefuse.encoders import DEFAULT_ENCODER
+            from cachefuse.encoders import LEXICAL
             from cachefuse.extraction.extract import extract as run_extract
             from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared.progress import ExtractBar
         with ExtractBar() as progress:
             report = run_extract(
                 loaded,
-                [encoder_spec(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
+                chosen_encoders(encoder, loaded, workspace, no_lexical),
                 WorkspacePaths(workspace).store(loaded.name),
                 views=split_list(views),
                 device=device,
@@ -73,6 +75,12 @@ def extract(
                 refresh=refresh,
                 on_progress=progress.update,
             )
+    lexical = (LEXICAL, "text")
+    if report.computed.get(lexical) and LEXICAL not in (encoder or []):
+        render.note(
+            f"added the n-grams of {report.computed[lexical]:,} texts (encoder lexical) in "
+            f"{progress.seconds[lexical]:.1f} s; --no-lexical leaves them out"
+        )
     if json:
         render.print_json(render.extract_dict(report))
     else:

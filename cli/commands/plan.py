@@ -13,12 +13,13 @@ from cachefuse_cli.shared.options import (
     Limit,
     LongTexts,
     MaxTokens,
+    NoLexical,
     Pooling,
     Threads,
     Views,
     Workspace,
+    chosen_encoders,
     encoder_options,
-    encoder_spec,
     open_dataset,
     split_list,
 )
@@ -28,6 +29,7 @@ from cachefuse_cli.shared.options import (
 def plan(
     dataset: DatasetName,
     encoder: Encoders = None,
+    no_lexical: NoLexical = False,
     data_dir: DataDir = None,
     views: Views = "pooled",
     pooling: Pooling = None,
@@ -47,14 +49,13 @@ def plan(
     with render.interruptible("nothing was written"):
         loaded = open_dataset(dataset, workspace, data_dir, limit)
         with render.status("opening the encoders and encoding a few batches"):
-            from cachefuse.encoders import DEFAULT_ENCODER
             from cachefuse.extraction.plan import plan as make_plan
             from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared import store_tables
 
             estimate = make_plan(
                 loaded,
-                [encoder_spec(spec, workspace) for spec in encoder or [DEFAULT_ENCODER]],
+                chosen_encoders(encoder, loaded, workspace, no_lexical),
                 WorkspacePaths(workspace).store(loaded.name),
                 views=split_list(views),
                 device=device,

@@ -48,7 +48,7 @@ Views = Annotated[
     typer.Option(
         "--views",
         metavar="LIST",
-        help="pooled, tokens, ids (the numbers of a text's tokens), or several: pooled,tokens.",
+        help="pooled, tokens, ids (the numbers of a text's tokens), or several: pooled,tokens. lexical has its own.",
     ),
 ]
 BatchSize = Annotated[
@@ -63,6 +63,12 @@ Limit = Annotated[
 Encoders = Annotated[
     list[str] | None,
     typer.Option("--encoder", metavar="SPEC", help=r"family:model\[@weights]\[,option=value ...]; repeatable."),
+]
+NoLexical = Annotated[
+    bool,
+    typer.Option(
+        "--no-lexical", help="Leave out the n-grams of texts (encoder lexical), added where a head reads them."
+    ),
 ]
 Pooling = Annotated[
     str | None,
@@ -131,6 +137,17 @@ def encoder_spec(spec: str, workspace: Path) -> str:
     family, _, name = spec.partition(":")
     run = workspace / "runs" / name.partition("@")[0]
     return f"{family}:{workspace / 'runs' / name}" if family == "aligned" and (run / "run.json").is_file() else spec
+
+
+def chosen_encoders(given: list[str] | None, dataset: "Dataset", workspace: Path, no_lexical: bool) -> list[str]:
+    """Return the specs to extract: those given, or the default. Datasets with a text for a head get lexical too."""
+    from cachefuse.encoders import DEFAULT_ENCODER, LEXICAL
+
+    encoders = [encoder_spec(spec, workspace) for spec in given or [DEFAULT_ENCODER]]
+    texts = dataset.modalities.get("text")
+    has_head = dataset.manifest.task in ("multilabel", "multiclass", "multitask")
+    wanted = has_head and texts is not None and texts.is_text and texts.offsets is None
+    return [*encoders, LEXICAL] if wanted and not no_lexical else encoders
 
 
 def open_store(workspace: Path, dataset: str | None) -> "FeatureStore":

