@@ -15,6 +15,7 @@ FUSIONS: "Registry[type[Fusion]]" = Registry(
         "concat": "cachefuse.fusion.late:ConcatFusion",
         "gated": "cachefuse.fusion.gated:GatedFusion",
         "image": "cachefuse.fusion.late:ImageOnly",
+        "kernel": "cachefuse.fusion.kernel:KernelFusion",
         "lit": "cachefuse.fusion.lit:LiTFusion",
         "midfusion": "cachefuse.fusion.midfusion:MidFusion",
         "mixed": "cachefuse.fusion.late:MixedFusion",

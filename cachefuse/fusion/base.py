@@ -49,6 +49,8 @@ class Fusion(Model):
     linear: ClassVar[bool] = False  # whether all weights outside the heads are in linear layers
     mixed_precision: ClassVar[bool] = False  # whether bfloat16 on CUDA makes it faster, as for transformers
     stages: ClassVar[tuple[str, ...]] = ()  # the stages of its training, in order
+    optional_views: ClassVar[tuple[str, ...]] = ()  # views that are read only where there are any
+    closed_form: ClassVar[bool] = False  # whether ``solve`` computes the weights, without a head and a gradient
     per_task: ClassVar[bool] = False  # whether it takes ``tasks``, {name: classes}, and has parts for each task
     defaults: ClassVar[Options] = {}  # training settings of its own
 
@@ -58,8 +60,10 @@ class Fusion(Model):
         """``options`` holds the options that decide which views are read."""
         super().__init__()
         used = modalities_of(specs.values()) if self.modalities is None else self.modalities
-        names = {feature_name(m, view): m for m in used for view in self.views(m, options or {})}
-        missing = [name for name, m in names.items() if name not in specs or specs[name].modality != m]
+        views = {(feature_name(m, view), m): view for m in used for view in self.views(m, options or {})}
+        there = [(name, m) for name, m in views if name in specs and specs[name].modality == m]
+        missing = [name for (name, m), v in views.items() if (name, m) not in there and v not in self.optional_views]
+        names = [name for name, _ in there]
         if missing or not names:
             raise ConfigError(
                 f"fusion {self.name!r} needs {' and '.join(missing) or 'some'} features; "

@@ -10,7 +10,8 @@ from cachefuse.registry import Options
 if TYPE_CHECKING:
     from cachefuse.fusion.base import Fusion
 
-DERIVED_OPTIONS = ("architecture", "answer_tokens")  # they come from files or classes, not from the user
+# They come from files, classes or training rows, not from the user.
+DERIVED_OPTIONS = ("architecture", "answer_tokens", "n_landmarks", "n_columns")
 KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}
 NUMBERS: dict[type, tuple[type, ...]] = {int: (Integral,), float: (Real,)}  # of Python and NumPy
 

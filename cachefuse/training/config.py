@@ -1,7 +1,7 @@
 """The settings of one training."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Self
@@ -15,7 +15,7 @@ from cachefuse.fusion.options import DERIVED_OPTIONS, changed_options
 from cachefuse.metrics import METRICS, lower_is_better
 from cachefuse.nn import ACTIVATIONS, HEADS, LOSSES
 from cachefuse.registry import Options
-from cachefuse.settings import as_stored, check_settings, from_stored, setting
+from cachefuse.settings import as_stored, check_settings, from_stored, setting, settings_of
 from cachefuse.training import DECAY_ALL, DECAY_WEIGHTS, OPTIMIZERS, SCHEDULES
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ LOSS = "loss"  # to monitor, in place of a metric
 LBFGS_EPOCHS = 20  # of up to 100 iterations each
 HEAD_SETTINGS = ("head", "layers", "activation")
 TOGETHER = "together"
+# Settings of heads and gradients, without effect on a fusion that is solved in closed form.
+FITTED = (
+    *HEAD_SETTINGS, "views", "ablate", "scheme", "stages", "dropout", "modality_dropout", "loss", "loss_options",
+    "class_weights", "sampler", "optimizer", "lr", "schedule", "weight_decay", "decay", "clip_norm", "ema", "epochs",
+    "batch_size", "accumulate", "patience", "monitor",
+)  # fmt: skip
 MODEL, TRAINING, CHOOSING = "Model", "Training", "Choosing and measuring"  # groups of settings
 
 
@@ -269,13 +275,28 @@ class TrainConfig:
     def shown(self) -> JsonObject:
         """Return the settings to show, without options read from files and settings without effect."""
         options = {name: value for name, value in self.fusion_options.items() if name not in DERIVED_OPTIONS}
-        unused = HEAD_SETTINGS if self.is_generative else ()
+        unused = FITTED if self.closed_form else HEAD_SETTINGS if self.is_generative else ()
         return {k: v for k, v in {**asdict(self), "fusion_options": options}.items() if k not in unused}
+
+    def given(self, names: Iterable[str]) -> list[str]:
+        """Return those of the named settings that differ from their defaults."""
+        known = settings_of(type(self))
+        return [name for name in names if getattr(self, name) != known[name].default]
+
+    @property
+    def n_trainings(self) -> int:
+        """The number of models that are trained."""
+        return self.members * (max(1, self.folds) + self.refit)
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the fusion's weights are solved in closed form: settings of heads and gradients have no effect."""
+        return bool(self._fusion.closed_form)
 
     @property
     def head_name(self) -> str:
-        """The head's name; "decoder" for a generative fusion."""
-        return "decoder" if self.is_generative else self.head
+        """The head's name; "decoder" for a generative fusion, "ridge" for one that is solved in closed form."""
+        return "ridge" if self.closed_form else "decoder" if self.is_generative else self.head
 
     def with_seed(self, seed: int) -> Self:
         return replace(self, seed=seed)

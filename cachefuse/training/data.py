@@ -273,6 +273,14 @@ class TrainingSet:
         table = self.table.only(names)
         return replace(self, table=table, rows=self.rows[table.any_present(self.rows)])
 
+    def read(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a feature of rows (B,), standardised, and its presence: see ``FeatureTable.batch``."""
+        features, present = self.table.only([name]).batch(rows)
+        x = features[name]
+        if self.standardize is not None and name in self.standardize:
+            x = self.standardize[name](x)
+        return x, present[name]
+
     def reading(self, module: Any) -> Model:
         """Return a fusion, or one of its heads, as a model of the table's features."""
         return module if self.standardize is None else FusionModel(module, self.standardize)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Self
 
 from cachefuse.encoders.base import Origin
 from cachefuse.errors import ConfigError
@@ -13,7 +13,7 @@ from cachefuse.nn import HEADS
 from cachefuse.registry import Options
 from cachefuse.settings import with_older
 from cachefuse.training import DECAY_WEIGHTS
-from cachefuse.training.config import BATCH_SIZE, DROPOUT, EPOCHS, LBFGS_EPOCHS, MIN_STEPS, TrainConfig
+from cachefuse.training.config import BATCH_SIZE, DROPOUT, EPOCHS, FITTED, LBFGS_EPOCHS, MIN_STEPS, TrainConfig
 
 TASK_LOSS = {"multiclass": "ce", "multilabel": "asl", "multitask": "asl", "vqa": "bce"}
 # Best in cross-validation ("Defaults" in README.md): ASL with less weight on easy negatives, and without a clip.
@@ -44,6 +44,12 @@ class ResolvedConfig(TrainConfig):
         """Return the keyword arguments of the head."""
         layers = self.layers if self.layers is not None else HEADS[self.head].default_layers
         return {"layers": layers, "activation": self.activation, "dropout": self.dropout}
+
+    def solved(self, fusion: Any) -> Self:
+        """Return the settings with the sizes of a fusion that was solved in closed form."""
+        if not self.closed_form:
+            return self
+        return replace(self, fusion_options={**self.fusion_options, **fusion.sizes()})
 
     def differences(self, task: str) -> JsonObject:
         """Return the settings that differ from the defaults of this fusion, head, loss and optimizer.
@@ -79,6 +85,11 @@ def resolve(
     ``origins`` are the encoders of the features, by modality. Raises ConfigError as ``resolve_loss`` does, and for
     options that the fusion does not have.
     """
+    if config.closed_form and (unused := config.given(name for name in FITTED if name != "loss")):
+        raise ConfigError(
+            f"fusion {config.fusion!r} is solved in closed form: {unused[0]} has no effect; leave it out, or choose "
+            f"another fusion"
+        )
     fusion, filled = FUSIONS[config.fusion], _filled(config, task, n_rows)
     return replace(
         filled,
@@ -123,6 +134,8 @@ def resolve_loss(config: TrainConfig, task: str) -> str:
     if config.is_generative:
         _check_writing(config, task)
         return "ce"
+    if config.closed_form:
+        return _check_closed(config, task)
     if config.loss == "ce" and task == "multilabel":
         raise ConfigError("loss 'ce' is for one label per row; for a multi-label task use asl, bce or focal")
     return config.loss or TASK_LOSS[task]
@@ -135,6 +148,19 @@ def _check_writing(config: TrainConfig, task: str) -> None:
         raise ConfigError(f"answers=text is trained with loss ce. Got {config.loss!r} instead")
     if config.class_weights != "none" or config.loss_options:
         raise ConfigError("answers=text has no class weights and no loss options; leave them out")
+
+
+def _check_closed(config: TrainConfig, task: str) -> str:
+    """Return the loss by which scores of a fusion in closed form are probabilities."""
+    if task == "vqa":
+        raise ConfigError(f"fusion {config.fusion!r} does not fit questions with answers; choose another fusion")
+    loss = "ce" if task == "multiclass" else "bce"
+    if config.loss not in (None, loss) and (task != "multitask" or config.loss != "ce"):
+        raise ConfigError(
+            f"fusion {config.fusion!r} is solved in closed form, without loss {config.loss!r}; leave it out, or choose "
+            f"another fusion"
+        )
+    return config.loss or loss
 
 
 def why_no_head(task: str) -> str:

@@ -30,7 +30,8 @@ def resolve_tasks(config: TrainConfig, tasks: Sequence[TaskSlice]) -> TrainConfi
     if not tasks[0].name:
         return config
     kinds = {task.kind for task in tasks}
-    loss = config.loss or TASK_LOSS["multilabel" if "multilabel" in kinds else "multiclass"]
+    several = "bce" if config.closed_form else TASK_LOSS["multilabel"]
+    loss = config.loss or (several if "multilabel" in kinds else TASK_LOSS["multiclass"])
     if all(loss_of(task, loss) != loss for task in tasks):
         names = listed(task.name for task in tasks)
         fit = "multi-class and need ce" if "multiclass" in kinds else "multi-label and need asl, bce or focal"
