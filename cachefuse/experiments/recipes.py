@@ -19,7 +19,8 @@ IDLE = {
     "accumulate": "the gradient is the same; it saves memory",
     "loss_options": "a cross-entropy has none of interest",
     "threshold_metric": "no threshold is chosen",
-    **dict.fromkeys(("folds", "members", "refit", "seed"), YOURS),
+    "calibrate": "no threshold is chosen",
+    **dict.fromkeys(("folds", "duplicates", "members", "refit", "seed"), YOURS),
 }
 CONSTANT = Chosen("schedule", "constant", "no schedule is stated")
 HALF = Chosen("thresholds", "none", "no threshold is stated: 0.5")

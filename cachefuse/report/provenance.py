@@ -1,7 +1,7 @@
 """The provenance of a run: its settings, features and versions, and the commands to make and use it."""
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from cachefuse.runs.run import Run
 from cachefuse.settings import Setting, settings_of
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.config import TrainConfig
+from cachefuse.training.recommended import KEEPS
 
 
 def train_command(run: Run) -> str:
@@ -23,7 +24,7 @@ def train_command(run: Run) -> str:
     words = ["cachefuse", "train-head", "--dataset", run.dataset]
     for encoder in dict.fromkeys(features.encoder for group in run.features.values() for features in group):
         words += ["--encoder", encoder]
-    return shlex.join(words + _changed(run.config))
+    return shlex.join(words + _changed(run.config, KEEPS if len(run.models) > 1 else ()))
 
 
 def align_command(run: Alignment) -> str:
@@ -113,7 +114,9 @@ def alignment_provenance(run: Alignment) -> list[tuple[str, str]]:
 
 def settings(run: Run) -> list[tuple[str, str]]:
     """Return the settings as (name, value)."""
-    heads = {} if run.config.is_generative else run.config.head_options()
+    if len(run.models) > 1:
+        return [(name, f"weight {weight:.2f}") for name, weight in run.models.items()]
+    heads = {} if run.config.is_generative or run.config.closed_form else run.config.head_options()
     return _named({**run.config.shown(), **heads})
 
 
@@ -130,12 +133,12 @@ def _created(created: str) -> str:
     return created.partition(".")[0].replace("T", " ") + " UTC" if created else "not saved"
 
 
-def _changed(config: TrainConfig | AlignConfig) -> list[str]:
-    """Return the options of settings that differ from the defaults."""
+def _changed(config: TrainConfig | AlignConfig, only: Collection[str] = ()) -> list[str]:
+    """Return the options of settings, or of some of them, that differ from the defaults."""
     words = []
     for setting in settings_of(type(config)).values():
         value = getattr(config, setting.name)
-        if value not in (None, {}, setting.default):
+        if (not only or setting.name in only) and value not in (None, {}, setting.default):
             words += _option(setting, value)
     return words
 

@@ -111,6 +111,11 @@ class Description(BaseModel):
     seconds: float
     size_mb: float
 
+    @property
+    def is_mean_of_several(self) -> bool:
+        """Whether it is an ensemble of runs, or a blend of models of several kinds."""
+        return bool(self.sources) or len({member.config.get("fusion") for member in self.members}) > 1
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -206,7 +211,7 @@ def _summarize(run: RunFolder) -> RunSummary:
     about, path = read_description(run), run.path
     with named_errors(path / ABOUT):
         task = about.manifest.task
-        settings = {} if about.sources else ResolvedConfig.from_run(about.config, task).differences(task)
+        settings = {} if about.is_mean_of_several else ResolvedConfig.from_run(about.config, task).differences(task)
     split = next((split for split in (OUT_OF_FOLD, VAL) if split in about.results), None)
     return RunSummary(
         name=path.name,

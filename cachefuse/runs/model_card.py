@@ -26,6 +26,8 @@ def model_card(run: "Run") -> str:
     config, n_models = run.config, len(run.members)
     heads = "a decoder" if config.is_generative else f"{config.head} heads"
     what = f"A {config.fusion} fusion of {' and '.join(run.modalities)} features with {heads}"
+    if len(run.models) > 1:
+        what = f"A blend of {' and '.join(f'{name} ({weight:.2f})' for name, weight in run.models.items())}"
     if run.sources:
         what = f"An ensemble of the runs {', '.join(_plain(name) for name in run.sources)}"
     kind = f"mean of {n_models} models" if n_models > 1 else "one model"
@@ -81,7 +83,7 @@ def model_card(run: "Run") -> str:
     )
     if len(run.classes) > MOST_CLASSES:
         lines += ["", f"and {len(run.classes) - MOST_CLASSES:,} more, in `run.json`"]
-    if not run.sources:
+    if not run.sources and len(run.models) == 1:
         given = {name: value for name, value in config.shown().items() if value not in (None, {}, ())}
         lines += ["", "## Settings", ""]
         known = settings_of(type(config))

@@ -42,6 +42,11 @@ class Member:
     fold: int | None = None
 
 
+def named(config: ResolvedConfig) -> str:
+    """Return the name of a model: its fusion, head and loss."""
+    return f"{config.fusion}-{config.head_name}-{config.loss}"
+
+
 @dataclass
 class Run:
     """A trained model, or several with averaged scores, with its training and its figures.
@@ -103,6 +108,14 @@ class Run:
         """The (encoder, modality) pairs of the features, without repeats."""
         every = (features for group in self.features.values() for features in group)
         return tuple(dict.fromkeys((features.encoder, features.modality) for features in every))
+
+    @property
+    def models(self) -> dict[str, float]:
+        """The weights of the kinds of models in the mean, by name, of sum 1; a blend has several kinds."""
+        weights: dict[str, float] = {}
+        for member in self.members:
+            weights[named(member.config)] = weights.get(named(member.config), 0) + member.weight
+        return {name: weight / sum(weights.values()) for name, weight in weights.items()}
 
     @property
     def metrics(self) -> dict[str, dict[str, float]]:

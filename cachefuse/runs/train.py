@@ -2,21 +2,29 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
+
+from cachefuse.errors import ConfigError
 from cachefuse.runs.features import record_features
 from cachefuse.runs.results import compute_results, held_out_calibration_errors
-from cachefuse.runs.run import Member, Run, split_digest
+from cachefuse.runs.run import Member, Run, named, split_digest
 from cachefuse.store.store import FeatureStore
+from cachefuse.training.blend import blend
 from cachefuse.training.build import resolve_for
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, open_training_data
 from cachefuse.training.duplicates import keep_together
-from cachefuse.training.train import TrainingProgress, train_models
+from cachefuse.training.held_out import final_decision
+from cachefuse.training.recommended import KEEPS, recommended
+from cachefuse.training.train import TrainedModels, TrainingProgress, train_models, warned_splits
 
 
 def train_head(
     store: FeatureStore,
-    config: TrainConfig,
+    config: TrainConfig | Sequence[TrainConfig] | None = None,
     *,
     encoders: Sequence[str] = (),
     device: str = "auto",
@@ -29,12 +37,16 @@ def train_head(
     ("oof"). Figures on ``train`` are of at most 100,000 evenly spread rows. Ctrl-C ends the training of a single model
     at its best epoch so far, and the run is then ``interrupted``; with several models, KeyboardInterrupt is raised.
 
+    Several settings train a blend: their scores are averaged, with weights chosen on the rows held out. Folds, seed and
+    other settings of choosing and measuring must be equal. Without settings, they are those of ``recommended``.
+
     ``encoders`` names the features to use, by default all in the store. ``max_size_mb`` is the maximum size of the
     model in 10^6 bytes. Raises ConfigError for settings that do not fit the dataset, a model that is too large, or a
     modality that no training row has, DataError without training rows, TrainingError if training diverges.
     """
-    data = open_training_data(store, encoders, device, config.reads)
-    return train_run(store, data, config, max_size_mb=max_size_mb, on_progress=on_progress)
+    configs = recommended(store) if config is None else (config,) if isinstance(config, TrainConfig) else config
+    opened = [(open_training_data(store, encoders, device, each.reads), each) for each in configs]
+    return train_blend(store, opened, max_size_mb=max_size_mb, on_progress=on_progress)
 
 
 def train_run(
@@ -45,29 +57,79 @@ def train_run(
     max_size_mb: float | None = None,
     on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
 ) -> Run:
-    """Do what ``train_head`` does, with opened data."""
+    """Do what ``train_head`` does for one config, with opened data."""
+    return train_blend(store, [(data, config)], max_size_mb=max_size_mb, on_progress=on_progress)
+
+
+def train_blend(
+    store: FeatureStore,
+    opened: Sequence[tuple[TrainingData, TrainConfig]],
+    *,
+    max_size_mb: float | None = None,
+    on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
+) -> Run:
+    """Do what ``train_head`` does for one or several configs, each with its opened data."""
     begun = time.perf_counter()
-    data, config = resolve_for(data, config, max_size_mb)
+    resolved = [resolve_for(data, config, max_size_mb) for data, config in opened]
+    data, config = resolved[0]
+    _check_shared([config for _, config in resolved])
     data = keep_together(data, config)
-    trained = train_models(data, config, on_progress, keep_interrupted=True)
-    features = record_features(data.stored, data.specs)
+    splits = warned_splits(data, config)  # the same for all
+    if len(resolved) > 1 and not sum(len(split.held_out) for split in splits):
+        raise ConfigError(f"{data.name} has no labelled val rows, on which weights are chosen; use --folds 5")
+    n_models = [config.n_trainings for _, config in resolved]
+    trained: list[TrainedModels] = []
+    for i, (its_data, its_config) in enumerate(resolved):
+        place, alone = partial(_placed, on_progress, sum(n_models[:i]), sum(n_models)), len(resolved) == 1
+        its_data = replace(its_data, groups=data.groups)
+        trained.append(train_models(its_data, its_config, place, splits=splits, keep_interrupted=alone))
+    weights, held_out = np.ones(1), trained[0].held_out
+    if len(trained) > 1:
+        weights, held_out = blend(data, [each.held_out for each in trained if each.held_out is not None])
+    used = [each for each in zip(resolved, trained, weights.tolist(), strict=True) if each[2] > 0]
+    config = used[0][0][1]
+    calibration, thresholds = final_decision(data, config, held_out)
+    members, tables = [], {}
+    for (its_data, _), models, weight in used:
+        features = record_features(its_data.stored, its_data.specs)
+        tables[tuple(features.items())] = its_data.table
+        members += [
+            Member(member.config, features, member.model, weight / len(models.members), member.fold)
+            for member in models.members
+        ]
     run = Run(
-        name=f"{store.dataset}-{config.fusion}-{config.head_name}-{config.loss}",
+        name=f"{store.dataset}-{named(config) if len(used) == 1 else 'blend'}",
         dataset=store.dataset,
         manifest=store.manifest,
         classes=data.classes,
         config=config,
-        members=[
-            Member(member.config, features, member.model, 1 / len(trained.members), member.fold)
-            for member in trained.members
-        ],
-        thresholds=trained.thresholds,
-        calibration=trained.calibration,
-        histories=trained.histories,
-        held_out=trained.held_out,
+        members=members,
+        thresholds=thresholds,
+        calibration=calibration,
+        histories=[history for _, models, _ in used for history in models.histories],
+        held_out=held_out,
         split_digest=split_digest(store),
     )
-    run.results = compute_results(data, run, lambda member: data.table)
+    run.results = compute_results(data, run, lambda member: tables[tuple(member.features.items())])
     run.calibration_errors = held_out_calibration_errors(data, run)
     run.seconds = time.perf_counter() - begun
+    if max_size_mb is not None and run.size_mb > max_size_mb:
+        raise ConfigError(
+            f"the models take {run.size_mb:.2f} MB, and max-size-mb is {max_size_mb:g}; use --fusion sum, or fewer "
+            f"landmarks: --fusion kernel --fusion-options landmarks=500"
+        )
     return run
+
+
+def _check_shared(configs: Sequence[TrainConfig]) -> None:
+    """Raise ConfigError if the settings of a blend differ where they must not."""
+    for name in (*KEEPS, "patience"):
+        if len({getattr(config, name) for config in configs}) > 1:
+            raise ConfigError(f"the settings of a blend must have the same {name}")
+
+
+def _placed(
+    on_progress: Callable[[TrainingProgress], None], before: int, n_models: int, progress: TrainingProgress
+) -> None:
+    """Report a model's progress with its number among the models of a blend."""
+    on_progress(replace(progress, model=before + progress.model, n_models=n_models))

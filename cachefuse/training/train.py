@@ -11,12 +11,14 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics.calibrators import Calibration
 from cachefuse.training import DECAY_ALL, LBFGS
 from cachefuse.training.build import Stage, build_stage, build_training, build_validation, training_stages
+from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, VAL, TrainingData
 from cachefuse.training.held_out import HeldOut, final_decision
 from cachefuse.training.inference import predict_scores
 from cachefuse.training.loop import Epoch, History, fit
 from cachefuse.training.optim import float64
 from cachefuse.training.resolved import ResolvedConfig
+from cachefuse.training.solve import solve_model
 from cachefuse.training.split import Split, make_splits, split_of_all, warn_of_rare_classes
 
 MEMBER_STRIDE = 1000  # between the seeds of members: runs with seeds 0 and 1 must share no member
@@ -61,17 +63,18 @@ def train_models(
     config: ResolvedConfig,
     on_progress: Callable[[TrainingProgress], None] = lambda progress: None,
     *,
+    splits: Sequence[Split] | None = None,
     keep_interrupted: bool = False,
 ) -> TrainedModels:
     """Train a model for each split (one, or one per fold) and seed of resolved settings, then refit if set.
 
+    The splits are those of ``warned_splits`` if they are not given.
     With ``keep_interrupted``, Ctrl-C ends the training of a single model at its best epoch so far. With several models,
     which are useful only together, KeyboardInterrupt is raised. Raises ConfigError, DataError or TrainingError as
     ``train_head`` does.
     """
-    splits = make_splits(data, config)
-    warn_of_rare_classes(data, splits)
-    n_models = config.members * (len(splits) + config.refit)
+    splits = warned_splits(data, config) if splits is None else splits
+    n_models = config.n_trainings
     members: list[TrainedModel] = []
     histories, scores = [], []
     for fold, split in enumerate(splits):
@@ -86,7 +89,7 @@ def train_models(
                 on_progress=on_progress,
                 keep_interrupted=keep_interrupted and n_models == 1,
             )
-            members.append(TrainedModel(settings, model, fold if config.folds else None))
+            members.append(TrainedModel(settings.solved(model.fusion), model, fold if config.folds else None))
             histories.append(history)
             table = data.table.only(model.specs)
             mean += predict_scores(model, table, split.held_out, settings.loss, data.tasks)
@@ -100,8 +103,15 @@ def train_models(
         for i in range(config.members):
             settings, place = member_settings(config, i), (n_done + i + 1, n_models)
             model, _ = train_model(data, settings, split, epochs=epochs, place=place, on_progress=on_progress)
-            members.append(TrainedModel(settings, model, None))
+            members.append(TrainedModel(settings.solved(model.fusion), model, None))
     return TrainedModels(members, histories, held_out, thresholds, calibration)
+
+
+def warned_splits(data: TrainingData, config: TrainConfig) -> list[Split]:
+    """Return ``make_splits``, after a warning of classes that the training rows lack."""
+    splits = make_splits(data, config)
+    warn_of_rare_classes(data, splits)
+    return splits
 
 
 def member_settings(config: ResolvedConfig, i: int) -> ResolvedConfig:
@@ -127,6 +137,10 @@ def train_model(
     best epoch so far. Raises TrainingError if training diverges.
     """
     model, training_set, loss = build_training(data, config, split.train)
+    if config.closed_form:
+        history = solve_model(data, config, model, training_set, loss, split)
+        on_progress(TrainingProgress(*place, "", 1, history.epochs[0]))
+        return model, history
     histories: dict[str, History] = {}
     for stage in training_stages(config, model.fusion, training_set, epochs):
         head_set = None if stage.module is model.fusion else stage.training_set

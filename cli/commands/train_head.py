@@ -40,23 +40,25 @@ def train_head(
         with render.status("loading features"):
             from cachefuse.runs.save import save_run
             from cachefuse.runs.train import train_head as run_train_head
+            from cachefuse.training.recommended import recommended
             from cachefuse.workspace import WorkspacePaths
             from cachefuse_cli.shared.options import open_store
             from cachefuse_cli.shared.progress import TrainProgress
 
             names = given_options(context)
             if preset is None:
-                settings, store = config(), open_store(workspace, dataset)
+                given, store = config(), open_store(workspace, dataset)
+                settings = recommended(store, {name: getattr(given, name) for name in names})
             else:
                 from cachefuse.experiments.recipes import TRAININGS
                 from cachefuse.registry import lookup
 
                 recipe = lookup(TRAININGS, preset, "preset")
-                settings = config() if "fusion" in names else config(fusion=recipe.values()["fusion"])
+                given = config() if "fusion" in names else config(fusion=recipe.values()["fusion"])
                 store = open_store(workspace, dataset)
                 task, kinds = store.manifest.task, [each.task for each in store.manifest.tasks.values()]
-                settings = recipe.train_config(task, kinds, {name: getattr(settings, name) for name in names})
-        with TrainProgress(settings.monitored_metric or store.manifest.main_metric) as progress:
+                settings = (recipe.train_config(task, kinds, {name: getattr(given, name) for name in names}),)
+        with TrainProgress(settings[0].monitored_metric or store.manifest.main_metric) as progress:
             run = run_train_head(
                 store,
                 settings,

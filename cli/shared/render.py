@@ -177,7 +177,11 @@ def split_counts(splits: Sequence[str]) -> str:
 def run_line(run: "Run") -> None:
     """Print the run in use."""
     used = listed(f"{encoder} ({modality})" for encoder, modality in run.encoders)
-    kind = f"ensemble of {listed(run.sources)}; reads" if run.sources else f"{run.config.fusion} of"
+    kind = f"{run.config.fusion} of"
+    if len(run.models) > 1:
+        kind = f"blend of {listed(f'{name} ({weight:.2f})' for name, weight in run.models.items())}; reads"
+    if run.sources:
+        kind = f"ensemble of {listed(run.sources)}; reads"
     err().print(Text.assemble(("run ", "dim"), (run.name, "bold"), f": {kind} {used}"), soft_wrap=True)
 
 

@@ -10,7 +10,6 @@ import torch
 
 from cachefuse.data.column import Column
 from cachefuse.data.dataset import Dataset
-from cachefuse.data.images import FileImage
 from cachefuse.data.manifest import parse_manifest
 from cachefuse.errors import ConfigError, RunError
 from cachefuse.experiments.sweep import sweep
@@ -33,6 +32,7 @@ from cachefuse.training.resolved import LOSS_OPTIONS
 from cachefuse.training.split import make_splits
 from cachefuse.training.train import train_model, train_models
 from fixtures.messages import naming
+from fixtures.toy_stores import MadeUpImage
 
 MANIFEST = """
 name = "apa"
@@ -67,7 +67,7 @@ def tasks_store(tmp_path, add_features):
             targets[rng.random(N) < 1 / 3, columns_of_task] = -1
         targets[TRAIN + VAL :] = -1
         parsed = parse_manifest(manifest, "apa.toml")
-        images = [None if row % 8 == 0 else FileImage(Path(f"{row}.png")) for row in range(N)]
+        images = [None if row % 8 == 0 else MadeUpImage(Path(f"{row}.png")) for row in range(N)]
         texts = [() if row % 8 == 4 else (f"text {row}",) for row in range(N)]
         dataset = Dataset(
             manifest=parsed,
