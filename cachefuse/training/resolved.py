@@ -62,7 +62,8 @@ class ResolvedConfig(TrainConfig):
         default = replace(resolve(chosen, task, 10**9), **common, loss=TASK_LOSS[task], fusion_options={})
         changed = replace(self, fusion_options=self.changed_options())
         named = ((known.name, getattr(changed, known.name)) for known in fields(self))
-        return {name: value for name, value in named if value != getattr(default, name)}
+        unused = FITTED if self.closed_form else ()
+        return {name: value for name, value in named if name not in unused and value != getattr(default, name)}
 
     @classmethod
     def from_run(cls, values: Options, task: str) -> "ResolvedConfig":

@@ -82,6 +82,12 @@ def test_it_says_what_it_is(run):
     ]  # fmt: skip
 
 
+def test_settings_without_effect_are_not_listed(data, tmp_path):
+    save_run(train_head(data.store, TrainConfig(fusion="kernel", folds=3, standardize="rows"), device="cpu"), tmp_path)
+    [listed] = list_runs(tmp_path)
+    assert listed.settings == {"fusion": "kernel", "folds": 3, "standardize": "rows"}
+
+
 def test_the_same_seed_gives_the_same_bytes(run, data, tmp_path):
     again = train_head(data.store, BLEND, device="cpu")
     files = [save_run(each, tmp_path / name) / "model.safetensors" for name, each in (("a", run), ("b", again))]
