@@ -47,7 +47,7 @@ def start(tmp_path):
         options = options or ("--encoder", "classic")
         process = subprocess.Popen(
             [PROGRAM, "extract", "--dataset", "./crash.toml", *options, "--workspace", workspace,
-             "--device", "cpu", "--batch-size", "8"],
+             "--no-lexical", "--device", "cpu", "--batch-size", "8"],
             cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
         )  # fmt: skip
