@@ -1,6 +1,6 @@
 """Histograms and hashed n-grams: a baseline without weights or downloads, which works everywhere."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import PIL
@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.feature_extraction.text import HashingVectorizer
 
 from cachefuse.encoders.base import EncoderSpec, Features, Tower
+from cachefuse.encoders.pieces import pieces
 from cachefuse.errors import EncoderError
 
 SIDE = 64  # pixels; every image is resized to SIDE x SIDE
@@ -82,20 +83,9 @@ class ClassicTextTower(Tower):
 
     def encode(self, batch: Sequence[str], views: Collection[str]) -> Features:
         rows = []
-        for texts in _pieces(batch):
+        for texts in pieces(batch, TOGETHER):
             rows.append(np.hstack([vectorizer.transform(texts).toarray() for vectorizer in self._vectorizers]))
         return {"pooled": np.concatenate(rows)}
-
-
-def _pieces(batch: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield texts of at most ``TOGETHER`` characters at a time, or a longer one alone: each has many n-grams."""
-    start, n = 0, 0
-    for i, text in enumerate(batch):
-        if i > start and n + len(text) > TOGETHER:
-            yield batch[start:i]
-            start, n = i, 0
-        n += len(text)
-    yield batch[start:]
 
 
 def open_classic(spec: EncoderSpec, device: str) -> dict[str, Tower]:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 import numpy as np
 
 from cachefuse.encoders.base import EncoderSpec, Features, Tower
+from cachefuse.encoders.pieces import pieces
 from cachefuse.errors import EncoderError
 from cachefuse.feature_spec import NGRAMS
 
@@ -62,7 +63,7 @@ class LexicalTextTower(Tower):
 
     def encode(self, batch: Sequence[str], views: Collection[str]) -> Features:
         """Return ``ngrams``: of each text (T_i, 2) int32, columns in ascending order and their counts."""
-        return {NGRAMS: [row for texts in _pieces(batch) for row in self._count(texts)]}
+        return {NGRAMS: [row for texts in pieces(batch, TOGETHER) for row in self._count(texts)]}
 
     def _count(self, texts: Sequence[str]) -> list[np.ndarray]:
         codes = np.frombuffer(f" {' '.join(texts)} ".encode("utf-32-le", "surrogatepass"), "<u4")
@@ -145,18 +146,6 @@ def _mix(x: np.ndarray) -> np.ndarray:
     x *= np.uint64(0x94D049BB133111EB)
     x ^= x >> np.uint64(31)
     return x
-
-
-def _pieces(batch: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Yield texts of at most ``TOGETHER`` characters at a time, or a longer one alone: each has many n-grams."""
-    start, n = 0, 0
-    for i, text in enumerate(batch):
-        if i > start and n + len(text) > TOGETHER:
-            yield batch[start:i]
-            start, n = i, 0
-        n += len(text)
-    if len(batch):
-        yield batch[start:]
 
 
 def open_lexical(spec: EncoderSpec, device: str) -> dict[str, Tower]:
