@@ -10,7 +10,7 @@ import typer
 
 from cachefuse.errors import CachefuseError
 from cachefuse.registry import import_entry
-from cachefuse_cli.shared.console import safe_streams
+from cachefuse_cli.shared.console import on_unraisable, safe_streams
 from cachefuse_cli.shared.setting_options import Command
 
 # In the order of the help. Each is a function, or a group of functions, in a file of its name in commands/.
@@ -63,6 +63,7 @@ def cachefuse(
 def main(args: Sequence[str] | None = None) -> None:
     """Run the program and exit: 0; 1 after an error, with one line; 2 for wrong usage; 130 after Ctrl-C."""
     given = list(sys.argv[1:] if args is None else args)
+    sys.unraisablehook = on_unraisable
     with safe_streams():
         try:
             code = _run([arg for arg in given if arg != "--debug"], debug="--debug" in given)

@@ -5,8 +5,11 @@ widths are computed; long text is cut. Line breaks of our own are several prints
 """
 
 import os
+import signal
 import sys
+import threading
 import warnings
+from _thread import interrupt_main
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO, cast
@@ -149,6 +152,21 @@ def safe_streams() -> Iterator[None]:
         yield
     finally:
         sys.stderr, warnings.showwarning = before, show
+
+
+def on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Give a Ctrl-C again that fell into a destructor or an extension, which would lose it; after it, print nothing.
+
+    Objects that it left half built fail to be destroyed. Use it as ``sys.unraisablehook``.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the program is ending: render.interrupted
+        return
+    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    again = threading.Timer(0.01, interrupt_main)  # not here, where it would be lost again
+    again.daemon = True
+    again.start()
 
 
 def _show_warning(

@@ -3,6 +3,7 @@ import json
 import logging
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,13 +29,14 @@ class Result:
 
 @contextlib.contextmanager
 def keep_process():
-    """Undo what a command does to the logger, where later tests look for messages, and to Ctrl-C."""
-    on_interrupt = signal.getsignal(signal.SIGINT)
+    """Undo what a command does to the logger, where later tests look for messages, to Ctrl-C and to lost errors."""
+    on_interrupt, on_unraisable = signal.getsignal(signal.SIGINT), sys.unraisablehook
     logger = logging.getLogger("cachefuse")
     handlers, propagate = list(logger.handlers), logger.propagate
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
     signal.signal(signal.SIGINT, on_interrupt)
+    sys.unraisablehook = on_unraisable
 
 
 @pytest.fixture

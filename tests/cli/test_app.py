@@ -60,6 +60,34 @@ except typer.Exit as ended:
     assert (result.returncode, result.stderr) == (130, "note: interrupted; go on\n")
 
 
+def test_a_ctrl_c_in_a_destructor_is_not_lost():
+    """Python prints and forgets what is raised there."""
+    script = """
+import os, signal, sys, time, typer
+from cachefuse_cli.shared import render
+from cachefuse_cli.shared.console import on_unraisable
+
+class Dies:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+class Breaks:
+    def __del__(self):
+        raise AttributeError("half built")
+
+sys.unraisablehook = on_unraisable
+try:
+    with render.interruptible("go on"):
+        Dies()
+        time.sleep(30)
+except typer.Exit as ended:
+    Breaks()
+    raise SystemExit(ended.exit_code)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    assert (result.returncode, result.stderr) == (130, "note: interrupted; go on\n")
+
+
 @pytest.mark.slow
 def test_debug_shows_the_traceback(folder):
     script = "import sys; from cachefuse_cli.app import main; main(sys.argv[1:])"
