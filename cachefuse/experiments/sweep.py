@@ -149,8 +149,8 @@ def run_sweep(
     configs = [[data.resolve(_with_setting(base, {**setting, "seed": seed})) for seed in seeds] for setting in settings]
     _check(data, [of_setting[0] for of_setting in configs])
     metrics = tuple(dict.fromkeys((base.monitored_metric or data.metric, *data.metrics)))
-    digest = _digest(store, data, metrics, base)
-    keys = [[_key(digest, config) for config in of_setting] for of_setting in configs]
+    digest = data_digest(store, data, metrics, base)
+    keys = [[trial_key(digest, config) for config in of_setting] for of_setting in configs]
     config_of = dict(zip(itertools.chain(*keys), itertools.chain(*configs), strict=True))
     done: dict[str, Trial] = {}
 
@@ -346,14 +346,14 @@ def _stored(config: ResolvedConfig) -> JsonObject:
     return as_stored(TrainConfig, _values(config))
 
 
-def _key(digest: str, config: ResolvedConfig) -> str:
+def trial_key(digest: str, config: ResolvedConfig) -> str:
     """Hash everything that a trial depends on."""
     settings = {name: value for name, value in _stored(config).items() if name != "duplicates"}  # the digest has it
     text = to_json({"data": digest, "settings": settings})
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str], base: TrainConfig) -> str:
+def data_digest(store: FeatureStore, data: TrainingData, metrics: Sequence[str], base: TrainConfig) -> str:
     """Hash what all trials share: keys of the features, samples and splits, groups, targets, and metrics."""
     features = record_features(data.stored, data.specs)
     shared = {

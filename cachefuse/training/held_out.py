@@ -66,7 +66,7 @@ class HeldOut:
         if config.calibrate == "none":
             return scores, self.predictions(data, config, scores)
         calibrated, predictions = scores.copy(), decide_tasks(scores, data.tasks)
-        parts = self._parts_to_calibrate(data)
+        parts = self.parts_to_calibrate(data)
         for part in np.unique(parts):
             own, rest = parts == part, parts != part
             if rest.sum() >= 2:
@@ -76,8 +76,8 @@ class HeldOut:
                 predictions[own] = decide_tasks(calibrated[own], data.tasks, thresholds)
         return calibrated, predictions
 
-    def _parts_to_calibrate(self, data: TrainingData) -> np.ndarray:
-        """Return the parts (n,); rows without thresholds to choose have no parts of their own yet."""
+    def parts_to_calibrate(self, data: TrainingData) -> np.ndarray:
+        """Return the parts (n,) to fit calibrations apart; rows without thresholds to choose have no parts yet."""
         rows = torch.from_numpy(self.rows)
         n_parts = min(CROSSFIT_PARTS, data.n_groups(rows))
         if n_parts < 2 or len(np.unique(self.parts)) > 1:

@@ -8,7 +8,7 @@ import pytest
 from sklearn.metrics import log_loss as reference
 
 from cachefuse.metrics.tasks import TaskSlice
-from cachefuse.training.blend import blend, log_loss, select
+from cachefuse.training.blend import blend, join, log_loss, select
 from cachefuse.training.held_out import HeldOut
 
 N, C = 400, 3
@@ -68,8 +68,21 @@ def test_no_row_helps_to_choose_its_own_weights(targets):
     rows = np.arange(N)
     held_out = [HeldOut("oof", rows, parts, x.astype(np.float32)) for x in (a, b)]
     data = SimpleNamespace(targets=lambda rows: targets, tasks=[TASK])
-    weights, joint = blend(data, held_out)
+    weights, joint = join(data, held_out)
     assert weights.tolist() == [0.5, 0.5]
     assert (joint.scores[targets > 0] < 0.5).all()  # by weights of the rows themselves they would be above
     assert joint.split == "oof"
     assert (joint.parts == parts).all()
+
+
+def test_a_model_that_is_better_alone_gets_all_the_weight(targets):
+    """Weights from few rows may be worse than none."""
+    parts = np.arange(N) % 2
+    a, b = (np.where((parts == part)[:, None], targets, 1 - targets) * 0.8 + 0.1 for part in (0, 1))
+    held_out = [HeldOut("oof", np.arange(N), parts, x.astype(np.float32)) for x in (a, b)]
+    data = SimpleNamespace(targets=lambda rows: targets, tasks=[TASK])
+    weights, scores = blend(data, held_out)
+    assert sorted(weights) == [0, 1]
+    assert (scores.scores == held_out[int(weights.argmax())].scores).all()
+    only_b = blend(data, held_out, lambda counts: not counts[0])
+    assert only_b[0].tolist() == [0, 1]
