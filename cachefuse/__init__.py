@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from cachefuse.data.dataset import Dataset, load_dataset
     from cachefuse.data.manifest import Manifest, builtin_manifests, load_manifest
     from cachefuse.encoders import open_encoder
+    from cachefuse.experiments.auto import auto
     from cachefuse.experiments.settings import grid
     from cachefuse.experiments.sweep import sweep
     from cachefuse.extraction.extract import extract
@@ -77,6 +78,7 @@ _API = {
     "RunComparison": "cachefuse.runs.against:RunComparison",
     "TrainConfig": "cachefuse.training.config:TrainConfig",
     "align": "cachefuse.alignment.train:align",
+    "auto": "cachefuse.experiments.auto:auto",
     "bench_align": "cachefuse.bench.align:bench_align",
     "bench_quality": "cachefuse.bench.quality:bench_quality",
     "bench_store": "cachefuse.bench.store:bench_store",
@@ -142,6 +144,7 @@ __all__ = [
     "RunComparison",
     "TrainConfig",
     "align",
+    "auto",
     "bench_align",
     "bench_quality",
     "bench_store",

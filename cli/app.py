@@ -15,7 +15,7 @@ from cachefuse_cli.shared.setting_options import Command
 
 # In the order of the help. Each is a function, or a group of functions, in a file of its name in commands/.
 COMMANDS = (
-    "demo", "extract", "train-head", "sweep", "compare", "predict", "evaluate", "runs", "ensemble", "report",
+    "demo", "extract", "train-head", "auto", "sweep", "compare", "predict", "evaluate", "runs", "ensemble", "report",
     "align", "retrieve", "zero-shot", "similarity", "pairs", "fine-tune", "plan", "inspect", "verify",
     "datasets", "encoders", "presets", "bench",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from cachefuse.bench.base import OnProgress
 from cachefuse.bench.simple_pipelines import PIPELINES, Fold, Inputs, Pipeline
 from cachefuse.data.dataset import Dataset
 from cachefuse.errors import ConfigError
+from cachefuse.experiments.auto import auto
 from cachefuse.feature_spec import POOLED
 from cachefuse.registry import lookup
 from cachefuse.runs.run import Run
@@ -70,8 +71,13 @@ def default(store: FeatureStore, config: TrainConfig, encoders: Sequence[str], d
     return train_head(store, config, encoders=encoders, device=device)
 
 
+def search(store: FeatureStore, config: TrainConfig, encoders: Sequence[str], device: str) -> Run:
+    """Train what ``cachefuse auto`` finds in its default time."""
+    return auto(store, base=config, encoders=encoders, device=device)
+
+
 # What cachefuse offers, by name: functions that return a run with held-out rows of ``config.folds`` folds.
-OWN: dict[str, Callable[[FeatureStore, TrainConfig, Sequence[str], str], Run]] = {"default": default}
+OWN: dict[str, Callable[[FeatureStore, TrainConfig, Sequence[str], str], Run]] = {"default": default, "auto": search}
 
 
 @same_threads()

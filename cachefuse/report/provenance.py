@@ -21,9 +21,13 @@ def train_command(run: Run) -> str:
     """Return the command that trains the same run again; for an ensemble, the command that joins its runs."""
     if run.sources:
         return shlex.join(["cachefuse", "ensemble", *run.sources, "--thresholds", run.config.thresholds])
-    words = ["cachefuse", "train-head", "--dataset", run.dataset]
+    words = ["cachefuse", "auto" if run.leaderboard else "train-head", "--dataset", run.dataset]
     for encoder in dict.fromkeys(features.encoder for group in run.features.values() for features in group):
         words += ["--encoder", encoder]
+    if run.leaderboard:
+        board = run.leaderboard
+        words += ["--minutes", f"{board.minutes:g}"] if board.trials is None else ["--trials", str(board.trials)]
+        return shlex.join(words + _changed(run.config, [name for name in KEEPS if name != "refit"]))
     return shlex.join(words + _changed(run.config, KEEPS if len(run.models) > 1 else ()))
 
 
@@ -114,6 +118,8 @@ def alignment_provenance(run: Alignment) -> list[tuple[str, str]]:
 
 def settings(run: Run) -> list[tuple[str, str]]:
     """Return the settings as (name, value)."""
+    if run.leaderboard:
+        return [(entry.name, f"weight {entry.weight:.2f}") for entry in run.leaderboard.chosen]
     if len(run.models) > 1:
         return [(name, f"weight {weight:.2f}") for name, weight in run.models.items()]
     heads = {} if run.config.is_generative or run.config.closed_form else run.config.head_options()

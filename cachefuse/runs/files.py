@@ -53,13 +53,6 @@ class _Result(BaseModel):
     per_class: dict[str, list[Figure]]
 
 
-class _Member(BaseModel):
-    config: JsonObject
-    features: Annotated[RunFeaturesByName, BeforeValidator(add_views)]
-    weight: float = Field(gt=0, allow_inf_nan=False)
-    fold: int | None
-
-
 Probability = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -80,6 +73,14 @@ class _Calibration(BaseModel):
             ascends = all(np.diff(before) > 0) and all(np.diff(after) >= 0)
             if not before or len(before) != len(after) or not ascends:
                 raise RunError(f"calibration.steps.{c} must be two ascending lists of one length")
+
+
+class _Member(BaseModel):
+    config: JsonObject
+    features: Annotated[RunFeaturesByName, BeforeValidator(add_views)]
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    fold: int | None
+    calibration: _Calibration | None = None
 
 
 def _check_dataset(name: str) -> str:
@@ -107,6 +108,7 @@ class Description(BaseModel):
     calibration_errors: dict[str, tuple[Figure, Figure]] = {}
     results: dict[str, _Result]
     caution: str | None = None
+    leaderboard: JsonObject | None = None
     split_digest: str
     seconds: float
     size_mb: float
@@ -114,7 +116,8 @@ class Description(BaseModel):
     @property
     def is_mean_of_several(self) -> bool:
         """Whether it is an ensemble of runs, or a blend of models of several kinds."""
-        return bool(self.sources) or len({member.config.get("fusion") for member in self.members}) > 1
+        several = len({member.config.get("fusion") for member in self.members}) > 1
+        return bool(self.sources or self.leaderboard) or several
 
 
 @dataclass(frozen=True)
@@ -255,8 +258,9 @@ def named_errors(path: Path) -> Iterator[None]:
 def _check_shapes(about: Description) -> None:
     if len(about.thresholds) != len(about.classes):
         raise RunError(f"{len(about.thresholds)} thresholds for {len(about.classes)} classes")
-    if about.calibration is not None:
-        about.calibration.check(len(about.classes))
+    for calibration in (about.calibration, *(member.calibration for member in about.members)):
+        if calibration is not None:
+            calibration.check(len(about.classes))
     if not about.members:
         raise RunError("members must not be empty")
     for split, result in about.results.items():

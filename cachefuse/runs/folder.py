@@ -28,7 +28,7 @@ USES = {
     ALIGNMENT: "is an alignment, without classes; use cachefuse retrieve, zero-shot, similarity, evaluate or report",
 }
 ABOUT, HISTORY, WEIGHTS, HELD_OUT = "run.json", "history.json", "model.safetensors", "held_out.safetensors"
-CARD = "README.md"
+CARD, LEADERBOARD = "README.md", "leaderboard.csv"
 FILES = (ABOUT, HISTORY, WEIGHTS)  # every run has these
 JSON_BYTES = 64 << 20  # the maximum of a JSON file of a run
 NEW = ".new-"

@@ -44,6 +44,8 @@ def model_card(run: "Run") -> str:
         f"{run.n_parameters:,} parameters, {run.size_mb:.2f} MB; trained in {run.seconds:.0f} s.",
         "",
     ]
+    if run.leaderboard:
+        lines += ["## How it was found", "", *map(_plain, run.leaderboard.reasons), ""]
     if run.results:
         lines += ["## Figures", ""]
         names = list(next(iter(run.results.values())).metrics)
@@ -83,7 +85,7 @@ def model_card(run: "Run") -> str:
     )
     if len(run.classes) > MOST_CLASSES:
         lines += ["", f"and {len(run.classes) - MOST_CLASSES:,} more, in `run.json`"]
-    if not run.sources and len(run.models) == 1:
+    if not run.sources and not run.leaderboard and len(run.models) == 1:
         given = {name: value for name, value in config.shown().items() if value not in (None, {}, ())}
         lines += ["", "## Settings", ""]
         known = settings_of(type(config))
@@ -95,7 +97,7 @@ def model_card(run: "Run") -> str:
             "Scores are probabilities, calibrated on rows held out, for rows like these; on other rows they may be "
             "wrong."
         )
-    elif all(loss_of(task, config.loss) in ("bce", "ce") for task in run.tasks):
+    elif run.leaderboard or all(loss_of(task, config.loss) in ("bce", "ce") for task in run.tasks):
         meaning = "Scores are probabilities for rows like the training rows; on other rows they may be wrong."
     lines += [
         "",

@@ -15,6 +15,7 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics.calibrators import Calibration
 from cachefuse.metrics.tasks import TaskSlice, decide_tasks
 from cachefuse.runs.features import RunFeatures, RunFeaturesByName
+from cachefuse.runs.leaderboard import Leaderboard
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.feature_table import FeatureTable
 from cachefuse.training.held_out import HeldOut, Result
@@ -33,6 +34,7 @@ class Member:
     """One model of a run: its settings, its features, and the weight of its scores in the run's mean.
 
     ``fold`` is the part of the held-out rows that it has not seen; None if all models held out the same rows.
+    ``calibration`` makes its scores probabilities before they are averaged; None if they stay as they are.
     """
 
     config: ResolvedConfig
@@ -40,6 +42,7 @@ class Member:
     model: FusionModel
     weight: float
     fold: int | None = None
+    calibration: Calibration | None = None
 
 
 def named(config: ResolvedConfig) -> str:
@@ -55,6 +58,7 @@ class Run:
     (C,). ``results`` are by split; "oof" is
     train and val out of fold. ``histories`` belong to the models that scored ``held_out``. ``sources`` are the names of
     an ensemble's runs. ``calibration_errors`` of the held-out rows are (before, after) calibration, by metric.
+    ``leaderboard`` is of the search that found the models.
     """
 
     name: str
@@ -71,6 +75,7 @@ class Run:
     calibration: Calibration | None = None
     calibration_errors: dict[str, tuple[float, float]] = field(default_factory=dict)
     sources: tuple[str, ...] = ()
+    leaderboard: Leaderboard | None = None
     seconds: float = 0.0
     created: str = ""
     path: Path | None = None
@@ -177,7 +182,8 @@ class Run:
         def scores(member: Member) -> np.ndarray:
             table = table_of(member)
             model = member.model.to(table.targets.device)
-            return predict_scores(model, table, rows, member.config.loss, self.tasks)
+            found = predict_scores(model, table, rows, member.config.loss, self.tasks)
+            return found if member.calibration is None else member.calibration(found, self.tasks)
 
         if len(members) == 1:
             return scores(members[0])

@@ -5,6 +5,7 @@ run.json              settings, classes, members with their features and keys, t
 model.safetensors     each member's weights and the statistics of its training rows
 history.json          loss and score of each epoch
 held_out.safetensors  scores of the held-out rows, by models that have not seen them
+leaderboard.csv       what a search has tried
 README.md             the model card, which people may edit: nothing reads it, and it has no checksum
 """
 
@@ -29,12 +30,14 @@ from cachefuse.runs.folder import (
     HEAD,
     HELD_OUT,
     HISTORY,
+    LEADERBOARD,
     WEIGHTS,
     RunFolder,
     finish_run,
     time_of_creation,
     write_run,
 )
+from cachefuse.runs.leaderboard import Leaderboard
 from cachefuse.runs.model_card import model_card
 from cachefuse.runs.run import Member, Run
 from cachefuse.training.build import build_model
@@ -56,6 +59,8 @@ def save_run(run: Run, runs: Path) -> Path:
     files = {WEIGHTS: save(tensors)}
     if run.held_out is not None:
         files[HELD_OUT] = held_out_bytes(run.held_out)
+    if run.leaderboard is not None:
+        files[LEADERBOARD] = run.leaderboard.as_csv()
     files[HISTORY] = to_json({"histories": [asdict(history) for history in run.histories]}).encode()
 
     def card(name: str) -> bytes:
@@ -82,7 +87,9 @@ def load_run(path: Path) -> Run:
             specs = specs_of(member.features)
             with torch.device("meta"):  # no memory is allocated before the weights' file has shown these shapes
                 model = build_model(settings, specs, len(about.classes), tasks)
-            members.append(Member(settings, member.features, model, member.weight, member.fold))
+            calibration = member.calibration.open() if member.calibration else None
+            members.append(Member(settings, member.features, model, member.weight, member.fold, calibration))
+        leaderboard = TypeAdapter(Leaderboard | None).validate_python(about.leaderboard)
     values = folder.read_json(HISTORY)
     with named_errors(path / HISTORY):
         histories = TypeAdapter(list[History]).validate_python(values["histories"])
@@ -102,6 +109,7 @@ def load_run(path: Path) -> Run:
         calibration_errors=about.calibration_errors,
         results={split: Result(**result.model_dump()) for split, result in about.results.items()},
         sources=about.sources,
+        leaderboard=leaderboard,
         seconds=about.seconds,
         created=about.created,
         path=path,
@@ -124,6 +132,7 @@ def _to_dict(run: Run) -> JsonObject:
                 "features": {name: list(map(asdict, group)) for name, group in member.features.items()},
                 "weight": member.weight,
                 "fold": member.fold,
+                **({"calibration": member.calibration.as_dict()} if member.calibration else {}),
             }
             for member in run.members
         ],
@@ -135,6 +144,7 @@ def _to_dict(run: Run) -> JsonObject:
         "interrupted": run.interrupted,
         "results": {split: asdict(result) for split, result in run.results.items()},
         "caution": run.caution,
+        "leaderboard": asdict(run.leaderboard) if run.leaderboard else None,
         "seconds": round(run.seconds, 3),
         "parameters": run.n_parameters,
         "size_mb": round(run.size_mb, 6),

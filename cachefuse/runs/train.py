@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from cachefuse.errors import ConfigError
+from cachefuse.metrics.calibrators import Calibration
 from cachefuse.runs.features import record_features
 from cachefuse.runs.results import compute_results, held_out_calibration_errors
 from cachefuse.runs.run import Member, Run, named, split_digest
@@ -17,9 +18,11 @@ from cachefuse.training.build import resolve_for
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TrainingData, open_training_data
 from cachefuse.training.duplicates import keep_together
-from cachefuse.training.held_out import final_decision
+from cachefuse.training.held_out import HeldOut, final_decision
+from cachefuse.training.loop import History
 from cachefuse.training.recommended import KEEPS, recommended
-from cachefuse.training.train import TrainedModels, TrainingProgress, train_models, warned_splits
+from cachefuse.training.resolved import ResolvedConfig
+from cachefuse.training.train import TrainedModel, TrainedModels, TrainingProgress, train_models, warned_splits
 
 
 def train_head(
@@ -86,19 +89,52 @@ def train_blend(
     weights, held_out = np.ones(1), trained[0].held_out
     if len(trained) > 1:
         weights, held_out = blend(data, [each.held_out for each in trained if each.held_out is not None])
-    used = [each for each in zip(resolved, trained, weights.tolist(), strict=True) if each[2] > 0]
-    config = used[0][0][1]
+    parts = [
+        BlendPart(its_data, its_config, models.members, weight, models.histories)
+        for (its_data, its_config), models, weight in zip(resolved, trained, weights.tolist(), strict=True)
+    ]
+    run = build_run(store, parts, held_out)
+    run.seconds = time.perf_counter() - begun
+    if max_size_mb is not None and run.size_mb > max_size_mb:
+        raise ConfigError(
+            f"the models take {run.size_mb:.2f} MB, and max-size-mb is {max_size_mb:g}; use --fusion sum, or fewer "
+            f"landmarks: --fusion kernel --fusion-options landmarks=500"
+        )
+    return run
+
+
+@dataclass(frozen=True)
+class BlendPart:
+    """Trained models of one kind, to average with a ``weight`` in all; ``calibration`` comes before the mean."""
+
+    data: TrainingData
+    config: ResolvedConfig
+    members: Sequence[TrainedModel]
+    weight: float
+    histories: Sequence[History] = ()
+    calibration: Calibration | None = None
+
+
+def build_run(store: FeatureStore, parts: Sequence[BlendPart], held_out: HeldOut | None, name: str = "") -> Run:
+    """Return the run of models, with its figures; parts without a weight are left out. Its seconds are not set.
+
+    ``held_out`` are the joint scores of the rows held out. ``name`` is its name after the dataset's, by default the
+    model's, or "blend" of several.
+    """
+    parts = [part for part in parts if part.weight > 0]
+    data, config = parts[0].data, parts[0].config
     calibration, thresholds = final_decision(data, config, held_out)
     members, tables = [], {}
-    for (its_data, _), models, weight in used:
-        features = record_features(its_data.stored, its_data.specs)
-        tables[tuple(features.items())] = its_data.table
+    for part in parts:
+        features = record_features(part.data.stored, part.data.specs)
+        tables[tuple(features.items())] = part.data.table
+        share = part.weight / len(part.members)
         members += [
-            Member(member.config, features, member.model, weight / len(models.members), member.fold)
-            for member in models.members
+            Member(member.config, features, member.model, share, member.fold, part.calibration)
+            for member in part.members
         ]
     run = Run(
-        name=f"{store.dataset}-{named(config) if len(used) == 1 else 'blend'}",
+        name=f"{store.dataset}-{name or (named(config) if len(parts) == 1 else 'blend')}",
         dataset=store.dataset,
         manifest=store.manifest,
         classes=data.classes,
@@ -106,18 +142,12 @@ def train_blend(
         members=members,
         thresholds=thresholds,
         calibration=calibration,
-        histories=[history for _, models, _ in used for history in models.histories],
+        histories=[history for part in parts for history in part.histories],
         held_out=held_out,
         split_digest=split_digest(store),
     )
     run.results = compute_results(data, run, lambda member: tables[tuple(member.features.items())])
     run.calibration_errors = held_out_calibration_errors(data, run)
-    run.seconds = time.perf_counter() - begun
-    if max_size_mb is not None and run.size_mb > max_size_mb:
-        raise ConfigError(
-            f"the models take {run.size_mb:.2f} MB, and max-size-mb is {max_size_mb:g}; use --fusion sum, or fewer "
-            f"landmarks: --fusion kernel --fusion-options landmarks=500"
-        )
     return run
 
 

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -250,6 +251,7 @@ def run_dict(run: "Run") -> JsonObject:
         "parameters": run.n_parameters,
         "size_mb": run.size_mb,
         "seconds": run.seconds,
+        **({"leaderboard": asdict(run.leaderboard)} if run.leaderboard else {}),
     }
 
 

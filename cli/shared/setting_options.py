@@ -1,7 +1,7 @@
 """Settings as options of a command: names, types, defaults and help come from the fields of a dataclass."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any
 
 import typer
@@ -25,13 +25,16 @@ class Command(TyperCommand):
         super().format_help(ctx, formatter)
 
 
-def takes(config: type, parse: Callable[[Options], object]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(
+    config: type, parse: Callable[[Options], object], names: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator that replaces a command's parameter ``config`` by an option for each field of a dataclass.
 
     The command gets a function as ``config``; it parses the options, with the fields that it is given in their place. A
-    field's old name is a hidden option.
+    field's old name is a hidden option. ``names`` are the fields, by default all.
     """
-    options = [option for setting in settings_of(config).values() for option in _options(setting)]
+    known = settings_of(config)
+    options = [option for name in names or known for option in _options(known[name])]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         others = [
@@ -96,6 +99,8 @@ def read(config: type, given: Options) -> Options:
     """
     values = {}
     for setting in settings_of(config).values():
+        if setting.name not in given:  # the command has no option for it
+            continue
         value, old = given[setting.name], setting.about.old
         if old and given.get(old) is not None:
             note_old(f"--{old}", f"--{setting.option}")
