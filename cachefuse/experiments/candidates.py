@@ -66,23 +66,23 @@ def candidates(store: FeatureStore, base: TrainConfig, encoders: Sequence[str] =
 
     def of(fusion: str, **settings: object) -> Candidate:
         options: Options = settings.pop("options", {})  # type: ignore[assignment]
-        loss = None if FUSIONS[fusion].closed_form else settings.pop("loss", likelihood)
+        loss = None if FUSIONS[fusion].solved else settings.pop("loss", likelihood)
         return Candidate(
             replace(base, fusion=fusion, loss=loss, fusion_options=options, **settings),  # type: ignore[arg-type]
             tuple(encoders),
         )
 
     found = [of("kernel"), of("sum")]
-    found += [of("logistic")] if "logistic" in FUSIONS else []
-    found += [of("sum", loss=other), of("kernel", options={"bandwidth": 2.0}), of("concat"), of("mixed")]
+    found += [of("logistic", standardize="none"), of("sum", loss=other), of("kernel", options={"bandwidth": 2.0})]
+    found += [of("concat"), of("logistic"), of("mixed")]
     modalities, names = _features(store, encoders)
     alone = [
         replace(each, modality=modality, note=f"{modality} alone")
         for modality in (modalities if len(modalities) > 1 else ())
-        for each in (found[0], found[2])
+        for each in (found[0], found[2], found[3])
     ]
     found += alone
-    found += [of(name) for name in ("neighbours", "prototype") if name in FUSIONS]
+    found += [of("neighbours"), of("prototype")]
     found += [of("concat", loss=other, members=3), of("sum", head="gmlp"), of("sum", head="linear")]
     for name in names if 1 < len(names) <= MOST_ENCODERS else ():
         rest = tuple(x for x in names if x != name)

@@ -80,7 +80,7 @@ class Tried:
         for i in range(self.config.members):
             settings = member_settings(self.config, i)
             model, _ = train_model(self.data, settings, split)
-            members.append(TrainedModel(settings.solved(model.fusion), model, None))
+            members.append(TrainedModel(settings.with_sizes(model.fusion), model, None))
         return members
 
 

@@ -50,7 +50,8 @@ class Fusion(Model):
     mixed_precision: ClassVar[bool] = False  # whether bfloat16 on CUDA makes it faster, as for transformers
     stages: ClassVar[tuple[str, ...]] = ()  # the stages of its training, in order
     optional_views: ClassVar[tuple[str, ...]] = ()  # views that are read only where there are any
-    closed_form: ClassVar[bool] = False  # whether ``solve`` computes the weights, without a head and a gradient
+    solved: ClassVar[bool] = False  # whether ``solve`` computes the weights, without a head and an optimizer
+    solver: ClassVar[str] = ""  # if so: what stands for the head in names
     per_task: ClassVar[bool] = False  # whether it takes ``tasks``, {name: classes}, and has parts for each task
     defaults: ClassVar[Options] = {}  # training settings of its own
 

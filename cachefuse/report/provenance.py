@@ -122,7 +122,7 @@ def settings(run: Run) -> list[tuple[str, str]]:
         return [(entry.name, f"weight {entry.weight:.2f}") for entry in run.leaderboard.chosen]
     if len(run.models) > 1:
         return [(name, f"weight {weight:.2f}") for name, weight in run.models.items()]
-    heads = {} if run.config.is_generative or run.config.closed_form else run.config.head_options()
+    heads = {} if run.config.is_generative or run.config.is_solved else run.config.head_options()
     return _named({**run.config.shown(), **heads})
 
 

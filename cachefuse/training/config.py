@@ -29,7 +29,7 @@ LOSS = "loss"  # to monitor, in place of a metric
 LBFGS_EPOCHS = 20  # of up to 100 iterations each
 HEAD_SETTINGS = ("head", "layers", "activation")
 TOGETHER = "together"
-# Settings of heads and gradients, without effect on a fusion that is solved in closed form.
+# Settings of heads and gradients, without effect on a fusion that is solved directly.
 FITTED = (
     *HEAD_SETTINGS, "views", "ablate", "scheme", "stages", "dropout", "modality_dropout", "loss", "loss_options",
     "class_weights", "sampler", "optimizer", "lr", "schedule", "weight_decay", "decay", "clip_norm", "ema", "epochs",
@@ -275,7 +275,7 @@ class TrainConfig:
     def shown(self) -> JsonObject:
         """Return the settings to show, without options read from files and settings without effect."""
         options = {name: value for name, value in self.fusion_options.items() if name not in DERIVED_OPTIONS}
-        unused = FITTED if self.closed_form else HEAD_SETTINGS if self.is_generative else ()
+        unused = FITTED if self.is_solved else HEAD_SETTINGS if self.is_generative else ()
         return {k: v for k, v in {**asdict(self), "fusion_options": options}.items() if k not in unused}
 
     def given(self, names: Iterable[str]) -> list[str]:
@@ -289,14 +289,14 @@ class TrainConfig:
         return self.members * (max(1, self.folds) + self.refit)
 
     @property
-    def closed_form(self) -> bool:
-        """Whether the fusion's weights are solved in closed form: settings of heads and gradients have no effect."""
-        return bool(self._fusion.closed_form)
+    def is_solved(self) -> bool:
+        """Whether the fusion's weights are solved directly: settings of heads and gradients have no effect."""
+        return bool(self._fusion.solved)
 
     @property
     def head_name(self) -> str:
-        """The head's name; "decoder" for a generative fusion, "ridge" for one that is solved in closed form."""
-        return "ridge" if self.closed_form else "decoder" if self.is_generative else self.head
+        """The head's name; "decoder" for a generative fusion, the solver's for one that is solved directly."""
+        return str(self._fusion.solver) if self.is_solved else "decoder" if self.is_generative else self.head
 
     def with_seed(self, seed: int) -> Self:
         return replace(self, seed=seed)

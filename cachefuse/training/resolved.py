@@ -45,9 +45,9 @@ class ResolvedConfig(TrainConfig):
         layers = self.layers if self.layers is not None else HEADS[self.head].default_layers
         return {"layers": layers, "activation": self.activation, "dropout": self.dropout}
 
-    def solved(self, fusion: Any) -> Self:
-        """Return the settings with the sizes of a fusion that was solved in closed form."""
-        if not self.closed_form:
+    def with_sizes(self, fusion: Any) -> Self:
+        """Return the settings with the sizes of a fusion that was solved directly."""
+        if not self.is_solved:
             return self
         return replace(self, fusion_options={**self.fusion_options, **fusion.sizes()})
 
@@ -62,7 +62,7 @@ class ResolvedConfig(TrainConfig):
         default = replace(resolve(chosen, task, 10**9), **common, loss=TASK_LOSS[task], fusion_options={})
         changed = replace(self, fusion_options=self.changed_options())
         named = ((known.name, getattr(changed, known.name)) for known in fields(self))
-        unused = FITTED if self.closed_form else ()
+        unused = FITTED if self.is_solved else ()
         return {name: value for name, value in named if name not in unused and value != getattr(default, name)}
 
     @classmethod
@@ -86,9 +86,9 @@ def resolve(
     ``origins`` are the encoders of the features, by modality. Raises ConfigError as ``resolve_loss`` does, and for
     options that the fusion does not have.
     """
-    if config.closed_form and (unused := config.given(name for name in FITTED if name != "loss")):
+    if config.is_solved and (unused := config.given(name for name in FITTED if name != "loss")):
         raise ConfigError(
-            f"fusion {config.fusion!r} is solved in closed form: {unused[0]} has no effect; leave it out, or choose "
+            f"fusion {config.fusion!r} is solved directly: {unused[0]} has no effect; leave it out, or choose "
             f"another fusion"
         )
     fusion, filled = FUSIONS[config.fusion], _filled(config, task, n_rows)
@@ -135,7 +135,7 @@ def resolve_loss(config: TrainConfig, task: str) -> str:
     if config.is_generative:
         _check_writing(config, task)
         return "ce"
-    if config.closed_form:
+    if config.is_solved:
         return _check_closed(config, task)
     if config.loss == "ce" and task == "multilabel":
         raise ConfigError("loss 'ce' is for one label per row; for a multi-label task use asl, bce or focal")
@@ -152,13 +152,13 @@ def _check_writing(config: TrainConfig, task: str) -> None:
 
 
 def _check_closed(config: TrainConfig, task: str) -> str:
-    """Return the loss by which scores of a fusion in closed form are probabilities."""
+    """Return the loss by which scores of such a fusion are probabilities."""
     if task == "vqa":
         raise ConfigError(f"fusion {config.fusion!r} does not fit questions with answers; choose another fusion")
     loss = "ce" if task == "multiclass" else "bce"
     if config.loss not in (None, loss) and (task != "multitask" or config.loss != "ce"):
         raise ConfigError(
-            f"fusion {config.fusion!r} is solved in closed form, without loss {config.loss!r}; leave it out, or choose "
+            f"fusion {config.fusion!r} is solved directly, without loss {config.loss!r}; leave it out, or choose "
             f"another fusion"
         )
     return config.loss or loss

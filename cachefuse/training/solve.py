@@ -1,4 +1,4 @@
-"""Training in closed form, for fusions whose weights ``solve`` computes without a gradient."""
+"""Training without an optimizer, of fusions whose weights ``solve`` computes without a gradient."""
 
 import torch
 

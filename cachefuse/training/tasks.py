@@ -30,7 +30,7 @@ def resolve_tasks(config: TrainConfig, tasks: Sequence[TaskSlice]) -> TrainConfi
     if not tasks[0].name:
         return config
     kinds = {task.kind for task in tasks}
-    several = "bce" if config.closed_form else TASK_LOSS["multilabel"]
+    several = "bce" if config.is_solved else TASK_LOSS["multilabel"]
     loss = config.loss or (several if "multilabel" in kinds else TASK_LOSS["multiclass"])
     if all(loss_of(task, loss) != loss for task in tasks):
         names = listed(task.name for task in tasks)

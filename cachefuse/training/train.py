@@ -89,7 +89,7 @@ def train_models(
                 on_progress=on_progress,
                 keep_interrupted=keep_interrupted and n_models == 1,
             )
-            members.append(TrainedModel(settings.solved(model.fusion), model, fold if config.folds else None))
+            members.append(TrainedModel(settings.with_sizes(model.fusion), model, fold if config.folds else None))
             histories.append(history)
             table = data.table.only(model.specs)
             mean += predict_scores(model, table, split.held_out, settings.loss, data.tasks)
@@ -103,7 +103,7 @@ def train_models(
         for i in range(config.members):
             settings, place = member_settings(config, i), (n_done + i + 1, n_models)
             model, _ = train_model(data, settings, split, epochs=epochs, place=place, on_progress=on_progress)
-            members.append(TrainedModel(settings.solved(model.fusion), model, None))
+            members.append(TrainedModel(settings.with_sizes(model.fusion), model, None))
     return TrainedModels(members, histories, held_out, thresholds, calibration)
 
 
@@ -137,7 +137,7 @@ def train_model(
     best epoch so far. Raises TrainingError if training diverges.
     """
     model, training_set, loss = build_training(data, config, split.train)
-    if config.closed_form:
+    if config.is_solved:
         history = solve_model(data, config, model, training_set, loss, split)
         on_progress(TrainingProgress(*place, "", 1, history.epochs[0]))
         return model, history

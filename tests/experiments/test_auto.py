@@ -36,7 +36,7 @@ def hurried(monkeypatch):
     def quick(*args):
         for each in candidates(*args):
             fits = (
-                {} if each.config.closed_form else {"epochs": 2, "layers": () if each.config.head == "linear" else (8,)}
+                {} if each.config.is_solved else {"epochs": 2, "layers": () if each.config.head == "linear" else (8,)}
             )
             yield replace(each, config=replace(each.config, **fits))
 

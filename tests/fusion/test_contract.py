@@ -28,7 +28,7 @@ def build(small_options):
         layers = {} if head == "linear" else {"layers": (8, 4)}
         make_head = partial(HEADS[head], **layers)
         model = FUSIONS[fusion](SPECS, C, make_head, **small_options.get(fusion, {}))
-        return solved(model) if model.closed_form else model
+        return solved(model) if model.solved else model
 
     return build
 
@@ -103,7 +103,7 @@ def test_goes_by_its_name_in_the_table(fusion, head, build):
 
 def test_gradients_reach_every_parameter(fusion, head, build):
     model = build(fusion, head)
-    if model.closed_form:
+    if model.solved:
         assert all(parameter.any() and not parameter.requires_grad for parameter in model.parameters())
         return
     model(*inputs()).square().sum().backward()
@@ -126,7 +126,7 @@ def test_absent_rows_have_no_influence(fusion, head, value, build):
     for x in (features, spoil_absent(features, present, value)):
         model = build(fusion, head)
         logits = model(x, present)
-        if not model.closed_form:
+        if not model.solved:
             logits.square().sum().backward()
         outcomes.append([logits, *(x.grad for x in model.parameters() if x.requires_grad)])
     assert all(torch.equal(clean, spoilt) for clean, spoilt in zip(*outcomes, strict=True))

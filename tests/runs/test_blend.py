@@ -119,12 +119,12 @@ def test_a_limit_of_size_is_kept(data):
 
 
 @pytest.mark.parametrize("name", ["lr", "epochs", "head", "dropout", "patience", "optimizer", "class_weights"])
-def test_settings_of_gradients_are_refused_for_a_closed_form(data, name):
+def test_settings_of_gradients_are_refused_for_a_solved_fusion(data, name):
     value = {
         "lr": 0.1, "epochs": 3, "head": "linear", "dropout": 0.1, "patience": 3, "optimizer": "sgd",
         "class_weights": "balanced",
     }[name]  # fmt: skip
-    with pytest.raises(ConfigError, match=naming(f"kernel closed form {name}")):
+    with pytest.raises(ConfigError, match=naming(f"kernel solved directly {name}")):
         train_head(data.store, TrainConfig(fusion="kernel", **{name: value}), device="cpu")
 
 
