@@ -174,7 +174,7 @@ def test_is_listed_in_help(run):
     code, out, _ = run("train-head", "--help")
     listed = " ".join(out.replace("│", " ").split())
     assert code == 0
-    assert "gone, headless, heir, image, kernel, lit, midfusion, mine, mixed, odd" in listed
+    assert "gone, headless, heir, image, kernel, lit, logistic, midfusion, mine, mixed, neighbours, odd" in listed
     assert "gmlp, linear, lossy, mine, mlp" in listed
     assert "bad, bce, ce, focal, matrix, mine" in listed
 
