@@ -26,6 +26,7 @@ from cachefuse.threads import same_threads
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData, open_training_data
 from cachefuse.training.held_out import HeldOut
+from cachefuse.training.recommended import recommended
 
 METRICS = {
     "multilabel": ("micro_f1", "macro_f1", "samples_f1", "macro_ap"),
@@ -68,7 +69,8 @@ class Quality:
 
 def default(store: FeatureStore, config: TrainConfig, encoders: Sequence[str], device: str) -> Run:
     """Train what ``cachefuse train-head`` trains by default."""
-    return train_head(store, config, encoders=encoders, device=device)
+    given = {"folds": config.folds, "seed": config.seed}
+    return train_head(store, recommended(store, given), encoders=encoders, device=device)
 
 
 def search(store: FeatureStore, config: TrainConfig, encoders: Sequence[str], device: str) -> Run:
@@ -78,6 +80,19 @@ def search(store: FeatureStore, config: TrainConfig, encoders: Sequence[str], de
 
 # What cachefuse offers, by name: functions that return a run with held-out rows of ``config.folds`` folds.
 OWN: dict[str, Callable[[FeatureStore, TrainConfig, Sequence[str], str], Run]] = {"default": default, "auto": search}
+
+
+def classifiers(only: Sequence[str], folds: int) -> list[str]:
+    """Return the names of the classifiers to measure, by default all.
+
+    Raises UnknownNameError for an unknown one, ConfigError for fewer than 2 folds.
+    """
+    names = list(dict.fromkeys(only)) or [*OWN, *PIPELINES]
+    for name in names:
+        lookup({**OWN, **PIPELINES}, name, "classifier")
+    if folds < 2:
+        raise ConfigError(f"folds must be at least 2. Got {folds} instead")
+    return names
 
 
 @same_threads()
@@ -101,11 +116,7 @@ def bench_quality(
     Raises UnknownNameError for an unknown classifier, ConfigError for a task other than multi-label and multi-class or
     for fewer than 2 folds, and as ``train_head`` does.
     """
-    names = list(dict.fromkeys(only)) or [*OWN, *PIPELINES]
-    for name in names:
-        lookup({**OWN, **PIPELINES}, name, "classifier")
-    if folds < 2:
-        raise ConfigError(f"folds must be at least 2. Got {folds} instead")
+    names = classifiers(only, folds)
     config = TrainConfig(folds=folds, seed=seed)
     data = open_training_data(store, encoders, "cpu", config.reads)
     if data.task not in METRICS:

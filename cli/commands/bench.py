@@ -1,8 +1,9 @@
 """`cachefuse bench`: speed and memory beside plain baselines, quality beside simple pipelines."""
 
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,9 +16,17 @@ from cachefuse_cli.shared.options import (
     Threads,
     UsedEncoders,
     Workspace,
+    find_dataset,
+    open_dataset,
     open_store,
     reopen_dataset,
 )
+
+if TYPE_CHECKING:
+    from cachefuse.data.dataset import Dataset
+    from cachefuse.store.store import FeatureStore
+
+    Measured = tuple[FeatureStore, Dataset | None, list[str]]  # with the encoders to read, by default all
 
 bench = typer.Typer(
     name="bench",
@@ -90,6 +99,14 @@ def quality(
             show_default="the one extracted last",
         ),
     ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data",
+            metavar="PATH",
+            help="A manifest, or a folder with one: missing features are extracted first; repeatable.",
+        ),
+    ] = None,
     data_dir: DataDir = None,
     encoder: UsedEncoders = None,
     folds: Annotated[int, typer.Option(metavar="K", help="Folds of train and val.")] = 5,
@@ -110,42 +127,81 @@ def quality(
     """
     from cachefuse_cli.shared import render
 
-    names: list[str | None] = [*dataset] if dataset else [None]
-    with render.interruptible("no results were kept; run the same command again"):
+    with render.interruptible("extracted features are kept; run the same command again"):
         with render.status("loading features"):
-            from cachefuse.bench.quality import bench_quality
-            from cachefuse.errors import ConfigError, MissingDataError
+            from cachefuse.bench.quality import bench_quality, classifiers
+            from cachefuse.errors import CachefuseError, ConfigError
             from cachefuse_cli.shared import quality_tables
             from cachefuse_cli.shared.progress import BenchProgress
 
-            if data_dir is not None and len(names) > 1:
+            if dataset and data:
+                raise ConfigError("--dataset and --data name datasets in two ways; give one of them")
+            if data_dir is not None and len(data or dataset or ()) > 1:
                 raise ConfigError("--data-dir is the folder of one dataset; name one --dataset")
-            stores = [open_store(workspace, name) for name in names]
-        found = []
-        for name, opened in zip(names, stores, strict=True):
-            with render.status(f"reading the texts of {opened.dataset}"):
-                try:
-                    raw = reopen_dataset(opened, name, workspace, data_dir)
-                except MissingDataError as error:
-                    render.note(f"{error}; name its folder with --data-dir DIR")
-                    raw = None
-            with BenchProgress() as progress:
-                found.append(
-                    bench_quality(
-                        opened,
+            classifiers(only or (), folds)  # raises before any work begins
+            used = encoder or []
+            if data:
+                jobs = [
+                    partial(_with_features, *find_dataset(path), data_dir, used, workspace, device) for path in data
+                ]
+            else:
+                names: list[str | None] = [*dataset] if dataset else [None]
+                opened = [(open_store(workspace, name), name) for name in names]
+                jobs = [partial(_with_texts, *pair, data_dir, used, workspace) for pair in opened]
+        found, failed = [], False
+        for job in jobs:
+            try:
+                store, raw, encoders = job()
+                with BenchProgress() as progress:
+                    measured = bench_quality(
+                        store,
                         raw,
-                        encoders=encoder or (),
+                        encoders=encoders,
                         folds=folds,
                         seed=seed,
                         only=only or (),
                         device=device,
                         on_progress=progress.update,
                     )
-                )
+            except CachefuseError as error:
+                if len(jobs) == 1:
+                    raise
+                render.error(error)
+                failed = True
+                continue
+            found.append(measured)
+            if not json:
+                quality_tables.quality_report([measured])
     if json:
         render.print_json(quality_tables.quality_dict(found))
-    else:
-        quality_tables.quality_report(found)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _with_features(
+    name: str, folder: Path | None, data_dir: Path | None, encoder: list[str], workspace: Path, device: str
+) -> "Measured":
+    """Read a dataset, and extract the features that its store lacks."""
+    from cachefuse_cli.shared.extraction import ensure_features
+
+    raw = open_dataset(name, workspace, data_dir or folder)
+    store, encoders = ensure_features(raw, encoder, workspace, device)
+    return store, raw, encoders
+
+
+def _with_texts(
+    store: "FeatureStore", name: str | None, data_dir: Path | None, encoder: list[str], workspace: Path
+) -> "Measured":
+    """Read the dataset of a store; None with a note if it is not there."""
+    from cachefuse.errors import MissingDataError
+    from cachefuse_cli.shared import render
+
+    with render.status(f"reading the texts of {store.dataset}"):
+        try:
+            return store, reopen_dataset(store, name, workspace, data_dir), encoder
+        except MissingDataError as error:
+            render.note(f"{error}; name its folder with --data-dir DIR")
+            return store, None, encoder
 
 
 def _run_bench(name: str, workspace: Path, device: str, json: bool, **options: object) -> None:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from cachefuse_cli.shared.extraction import extract_features
 from cachefuse_cli.shared.limit_options import reads_raw_data
 from cachefuse_cli.shared.options import (
     WORKSPACE,
@@ -22,7 +23,6 @@ from cachefuse_cli.shared.options import (
     Threads,
     Views,
     Workspace,
-    chosen_encoders,
     encoder_options,
     open_dataset,
     split_list,
@@ -56,30 +56,18 @@ def extract(
 
     with render.interruptible("finished blocks are kept; run the same command again to resume"):
         loaded = open_dataset(dataset, workspace, data_dir, limit)
-        with render.status("loading torch and the encoders"):
-            from cachefuse.encoders import LEXICAL
-            from cachefuse.extraction.extract import extract as run_extract
-            from cachefuse.workspace import WorkspacePaths
-            from cachefuse_cli.shared.progress import ExtractBar
-        with ExtractBar() as progress:
-            report = run_extract(
-                loaded,
-                chosen_encoders(encoder, loaded, workspace, no_lexical),
-                WorkspacePaths(workspace).store(loaded.name),
-                views=split_list(views),
-                device=device,
-                batch_size=batch_size,
-                dtype=dtype,
-                options=encoder_options(pooling, max_tokens, long_texts),
-                max_bad=max_bad,
-                refresh=refresh,
-                on_progress=progress.update,
-            )
-    lexical = (LEXICAL, "text")
-    if report.computed.get(lexical) and LEXICAL not in (encoder or []):
-        render.note(
-            f"added the n-grams of {report.computed[lexical]:,} texts (encoder lexical) in "
-            f"{progress.seconds[lexical]:.1f} s; --no-lexical leaves them out"
+        report = extract_features(
+            loaded,
+            encoder,
+            workspace,
+            no_lexical=no_lexical,
+            views=split_list(views),
+            device=device,
+            batch_size=batch_size,
+            dtype=dtype,
+            options=encoder_options(pooling, max_tokens, long_texts),
+            max_bad=max_bad,
+            refresh=refresh,
         )
     if json:
         render.print_json(render.extract_dict(report))

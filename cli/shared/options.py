@@ -195,6 +195,34 @@ def open_dataset(name: str, workspace: Path, data_dir: Path | None, limit: int |
     return dataset
 
 
+def find_dataset(path: str) -> tuple[str, Path | None]:
+    """Return the name or manifest of the dataset at a path, and the folder of its data if that is known.
+
+    The path is a manifest, a folder with one, or a built-in dataset's folder of the dataset's name. Raises
+    ManifestError for another one.
+    """
+    from cachefuse.data.manifest import load_manifest
+    from cachefuse.errors import ManifestError, UnknownNameError
+
+    folder = Path(path)
+    if not folder.is_dir():
+        load_manifest(path if path.endswith(".toml") else f"./{path}")
+        return path, None
+    match sorted(folder.glob("*.toml")):
+        case [manifest]:
+            load_manifest(str(manifest))
+            return str(manifest), None
+        case []:
+            name = folder.resolve().name
+            try:
+                load_manifest(name)
+            except UnknownNameError:
+                raise ManifestError(f"{path}: has no manifest (*.toml); write one, or name its file") from None
+            return name, folder
+        case several:
+            raise ManifestError(f"{path}: has {listed(file.name for file in several)}; name the file of one manifest")
+
+
 def reopen_dataset(store: "FeatureStore", name: str | None, workspace: Path, data_dir: Path | None) -> "Dataset":
     """Read the dataset of a store; the raw data may be beside a manifest's file."""
     from cachefuse.data.dataset import load_dataset

@@ -81,6 +81,73 @@ def test_quality_without_the_raw_data(cachefuse, folder):
     assert says(refused.error, "--data-dir --dataset")
 
 
+@pytest.fixture
+def notes(folder):
+    """Write a folder with a manifest and 40 texts in two classes."""
+
+    def write(name, manifest="data.toml"):
+        (folder / name).mkdir()
+        rows = "".join(f"{i},note {'ab'[i % 2]} {i},{i % 2}\n" for i in range(40))
+        (folder / name / "notes.csv").write_text("id,text,labels\n" + rows)
+        (folder / name / manifest).write_text(
+            f'name = "{name}"\ntask = "multiclass"\n[reader]\nkind = "table"\nfiles = {{ train = "notes.csv" }}\n'
+            'id = "id"\ntext = "text"\nlabels = "labels"\n'
+        )
+        return folder / name
+
+    return write
+
+
+def test_quality_of_folders_extracts_what_is_missing(cachefuse, folder, notes, fits):
+    one, two = notes("one"), notes("two", "mine.toml")
+    args = ("bench", "quality", "--folds", "2", "--only", "knn", "--only", "tfidf+lr")
+    result = cachefuse(*args, "--data", one, "--data", two / "mine.toml", "--encoder", "classic")
+    assert result.code == 0
+    assert [line.split(":")[0].strip() for line in result.out.splitlines() if "out of fold" in line] == ["one", "two"]
+    assert "left out" not in result.err
+    assert says(result.err, "added n-grams 40 texts")
+    stamps = {path: path.stat().st_mtime_ns for path in (folder / "workspace").rglob("*") if path.is_file()}
+    again = cachefuse(*args, "--data", one, "--encoder", "classic", "--json")
+    stored = cachefuse(*args, "--dataset", "one", "--data-dir", one, "--json")
+    all_of_it = cachefuse(*args, "--data", one, "--json")
+    assert "added" not in again.err
+    assert {path: path.stat().st_mtime_ns for path in (folder / "workspace").rglob("*") if path.is_file()} == stamps
+    figures = [[row["metrics"] for row in json.loads(x.out)["datasets"][0]["rows"]] for x in (again, stored, all_of_it)]
+    assert figures[0] == figures[1] == figures[2]
+
+
+def test_quality_extracts_again_what_has_changed_its_rows(cachefuse, notes):
+    one = notes("one")
+    args = ("bench", "quality", "--folds", "2", "--only", "knn", "--json", "--encoder", "classic", "--data", one)
+    assert json.loads(cachefuse(*args).out)["datasets"][0]["n_rows"] == 40
+    with open(one / "notes.csv", "a") as file:
+        file.write("40,one more,0\n41,another,1\n")
+    assert json.loads(cachefuse(*args).out)["datasets"][0]["n_rows"] == 42
+
+
+def test_a_bad_dataset_keeps_the_results_of_others(cachefuse, folder, notes):
+    one, bad, last = notes("one"), notes("bad"), notes("last")
+    (bad / "notes.csv").unlink()
+    args = ("bench", "quality", "--folds", "2", "--only", "knn", "--encoder", "classic", "--json")
+    result = cachefuse(*args, "--data", one, "--data", bad, "--data", last)
+    assert result.code == 1
+    assert says(result.error, "raw data bad notes.csv")
+    assert [quality["dataset"] for quality in json.loads(result.out)["datasets"]] == ["one", "last"]
+
+
+def test_a_folder_must_have_one_manifest(cachefuse, folder, notes):
+    one = notes("one")
+    (folder / "empty").mkdir()
+    refused = cachefuse("bench", "quality", "--data", one, "--data", folder / "empty")
+    assert (refused.code, refused.out) == (1, "")
+    assert says(refused.error, "empty manifest *.toml")
+    (one / "other.toml").write_text("")
+    assert says(cachefuse("bench", "quality", "--data", one).error, "data.toml other.toml")
+    assert says(cachefuse("bench", "quality", "--data", folder / "none").error, "none manifest file")
+    assert says(cachefuse("bench", "quality", "--data", "empty", "--dataset", "x").error, "--data --dataset")
+    assert not (folder / "workspace").exists()
+
+
 def test_an_interrupted_measurement_leaves_nothing(cachefuse, tiny, folder, monkeypatch):
     def interrupt(bench):
         assert bench.features.n_rows
