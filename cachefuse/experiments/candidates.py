@@ -72,14 +72,14 @@ def candidates(store: FeatureStore, base: TrainConfig, encoders: Sequence[str] =
             tuple(encoders),
         )
 
-    found = [of("kernel"), of("sum")]
+    found = [of("sum"), of("kernel")]
     found += [of("logistic", standardize="none"), of("sum", loss=other), of("kernel", options={"bandwidth": 2.0})]
     found += [of("concat"), of("logistic"), of("mixed")]
     modalities, names = _features(store, encoders)
     alone = [
         replace(each, modality=modality, note=f"{modality} alone")
         for modality in (modalities if len(modalities) > 1 else ())
-        for each in (found[0], found[2], found[3])
+        for each in found[1:4]
     ]
     found += alone
     found += [of("neighbours"), of("prototype")]

@@ -7,7 +7,7 @@ hold out, each row scored by a model that has not seen it.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from cachefuse.training.resolved import ResolvedConfig
 from cachefuse.training.split import Split
 from cachefuse.training.train import TrainedModel, member_settings, train_model, warned_splits
 
-DEFAULT = 2  # candidates: the first ones, which train-head trains by itself, are trained whatever the time
+DEFAULT = 2  # candidates: the first ones, which train-head trains by itself, are trained on all folds if there is time
 MEASURED_ROWS = 512  # to measure the time of a prediction
 
 
@@ -135,10 +135,14 @@ class Halving:
         return [tried for tried in self.all if len(tried.trials) == len(self.splits) and not tried.problem]
 
     def run(self, budget: float = math.inf) -> None:
-        """Try the candidates in ``budget`` seconds of trials. Time that is left goes to those that stopped."""
+        """Try the candidates in ``budget`` seconds of trials. Time that is left goes to those that stopped.
+
+        The first candidate is trained whatever the time, so that there is a result.
+        """
         n_folds = len(self.splits)
-        for tried in self.all[:DEFAULT]:
-            self.train(tried, n_folds)
+        self.train(self.all[0], n_folds)
+        for tried in self.all[1:DEFAULT]:
+            list(self.within(self.within([tried], 1, budget), n_folds, budget))
         rungs = sorted({1, (n_folds + 1) // 2, n_folds})
         going = self.all[DEFAULT:]
         for i, rung in enumerate(rungs):
@@ -150,7 +154,7 @@ class Halving:
             stopped = sorted(self.all, key=lambda tried: (-len(tried.trials), tried.loss))
             list(self.within(stopped, n_folds, budget))
 
-    def within(self, going: Sequence[Tried], n_folds: int, limit: float) -> Iterator[Tried]:
+    def within(self, going: Iterable[Tried], n_folds: int, limit: float) -> Iterator[Tried]:
         """Train candidates on the first folds, and yield them; those that would pass the limit are left as they are."""
         for tried in going:
             known = [tried] if tried.trials else self.all
