@@ -19,7 +19,7 @@ class FeatureSpec:
 
     Pooled features are (N, D), tokens (N, T, D), flat tokens (N, T * D), ids (N, T), n-grams (N, T, 2). ``width`` is
     the last dimension, 0 of ids. Ids, and the columns of n-grams, are less than ``vocabulary``. ``n_tokens`` is T, the
-    maximum of a sample.
+    maximum of a sample. ``parts`` are the widths of pooled features of several encoders side by side, which add to D.
     """
 
     modality: str
@@ -27,6 +27,7 @@ class FeatureSpec:
     width: int = 0
     n_tokens: int = 0
     vocabulary: int = 0
+    parts: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:

@@ -1,13 +1,15 @@
-"""Kernel ridge regression on the sum of a kernel per feature: strong with few rows, and solved in seconds.
+"""Kernel ridge regression on a weighted sum of kernels of features: strong with few rows, and solved in seconds.
 
-Each modality's pooled features have a radial kernel, n-grams of texts a linear one over their TF-IDF. Two rows are
-compared by the sum of these kernels, and the product of the radial ones ("multiple kernel learning" with equal weights:
-Gönen and Alpaydın, "Multiple kernel learning algorithms", 2011). The least squares have a solution in closed form, with
-the values of rows left out, which choose the penalty and make the values probabilities.
+Each encoder's pooled features have a radial kernel, n-grams of texts a linear one over their TF-IDF. Two rows are
+compared by a weighted sum of these kernels, and the product of the radial ones ("multiple kernel learning": Gönen and
+Alpaydın, "Multiple kernel learning algorithms", 2011), so that a weak encoder counts little. The least squares have a
+solution in closed form, with the values of rows left out, which choose the weights of kernels and the penalty, and make
+the values probabilities.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Annotated, Any
 
 import torch
@@ -18,9 +20,11 @@ from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import HeadBuilder
 from cachefuse.fusion.solved import Read, SolvedFusion, fixed, fixed_to, some_rows, unit
 from cachefuse.metrics.tasks import TaskSlice
-from cachefuse.nn.kernel_ridge import fit_logits, kernel_ridge
+from cachefuse.nn.kernel_ridge import fit_logits, kernel_ridge, kernel_weights
 from cachefuse.nn.named import NamedModules
 from cachefuse.registry import Options
+
+WEIGHED = 1024  # rows that choose the weights of kernels
 
 
 class RadialKernel(nn.Module):
@@ -55,7 +59,7 @@ class RadialKernel(nn.Module):
 
 
 class KernelFusion(SolvedFusion):
-    """(k_1(x) + ... + k_M(x)) coefficients + n-grams lexical + bias -> logits, without a head."""
+    """(w_1 k_1(x) + ... + w_M k_M(x)) coefficients + n-grams lexical + bias -> logits, without a head."""
 
     name = "kernel"
     solver = "ridge"
@@ -70,26 +74,40 @@ class KernelFusion(SolvedFusion):
         bandwidth: Annotated[float, "of the kernels: the rate at which likeness falls with distance"] = 1.0,
         n_landmarks: int = 0,
         n_columns: int = 0,
+        n_weights: int = 0,
     ):
-        """``n_landmarks`` and ``n_columns`` are the sizes of a solved model."""
+        """``n_landmarks``, ``n_columns`` and ``n_weights`` are the sizes of a solved model.
+
+        A solved model without weights has a kernel per modality, with equal weights.
+        """
         super().__init__(specs, classes, head, n_columns)
         if landmarks < 1 or not bandwidth > 0:
             raise ConfigError(f"landmarks and bandwidth must be above 0. Got {landmarks} and {bandwidth} instead")
         self.most = landmarks
-        self.kernels = NamedModules({n: RadialKernel(s.width, n_landmarks, bandwidth) for n, s in self.dense.items()})
+        self.columns: dict[str, tuple[str, slice]] = {}  # a kernel's feature, and the columns of its encoder
+        for name, spec in self.dense.items():
+            parts = spec.parts if n_weights or not n_landmarks else ()
+            ends = list(accumulate(parts or (spec.width,)))
+            for i, (start, end) in enumerate(pairwise([0, *ends])):
+                self.columns[f"{name}:{i}" if parts else name] = name, slice(start, end)
+        self.kernels = NamedModules(
+            {k: RadialKernel(at.stop - at.start, n_landmarks, bandwidth) for k, (_, at) in self.columns.items()}
+        )
+        self.kernel_weights = fixed_to(torch.ones(n_weights))
         self.coefficients = fixed(n_landmarks if self.dense else 0, classes)
         self.lexical = fixed(n_columns, classes)
         self.bias = fixed(classes)
 
     def sizes(self) -> Options:
         """Return the options that hold the sizes of the solved model."""
-        return {"n_landmarks": len(self.coefficients), "n_columns": len(self.lexical)}
+        sizes = {"n_landmarks": len(self.coefficients), "n_columns": len(self.lexical)}
+        return {**sizes, "n_weights": len(self.kernel_weights)}
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         logits = self.bias.expand(len(next(iter(features.values()))), -1)
         if self.kernels:
-            kernels = [kernel(features[m], present[m]) for m, kernel in self.kernels.items()]
-            logits = logits + joined(kernels) @ self.coefficients
+            kernels = self._radial(lambda name: (features[name], present[name]))
+            logits = logits + weighted(with_product(kernels), self.kernel_weights) @ self.coefficients
         return self.add_lexical(logits, self.lexical, features, present)
 
     @torch.no_grad()
@@ -104,24 +122,43 @@ class KernelFusion(SolvedFusion):
     ) -> None:
         places = some_rows(len(rows), self.most, groups, seed).to(rows.device)
         kernel: Any
-        for name, kernel in self.kernels.items():
-            kernel.fit(*read(name, rows[places]))
+        for key, kernel in self.kernels.items():
+            name, columns = self.columns[key]
+            x, present = read(name, rows[places])
+            kernel.fit(x[:, columns], present)
         sparse = self.fit_tfidf(read, rows)
         landmarks = None if sparse is None else sparse[places.cpu().numpy()].T.tocsr()
 
-        def kernel_of(at: Tensor, among: Tensor | None = None) -> Tensor:
-            at = at if among is None else among[at]
-            kernels = [kernel(*read(name, rows[at])) for name, kernel in self.kernels.items()]
-            total = joined(kernels) if kernels else torch.zeros(len(at), len(places), device=rows.device)
+        def kernels_of(at: Tensor) -> list[Tensor]:  # (B, m) each
+            kernels = with_product(self._radial(lambda name: read(name, rows[at])))
             if sparse is not None:
-                total += torch.from_numpy((sparse[at.cpu().numpy()] @ landmarks).toarray()).to(total)
-            return total
+                lexical = torch.from_numpy((sparse[at.cpu().numpy()] @ landmarks).toarray())
+                kernels.append(lexical.to(rows.device, torch.float32))
+            return kernels
+
+        tasked = [
+            (torch.from_numpy(task.labelled(targets.cpu().numpy())).to(rows.device).nonzero().flatten(), task)
+            for task in tasks
+        ]
+        few = some_rows(len(rows), min(self.most, WEIGHED), groups, seed).to(rows.device)  # among the landmarks
+        among = torch.isin(places, few)
+        weight = kernel_weights(
+            torch.stack([kernel[:, among] for kernel in kernels_of(few)]),
+            [
+                (torch.isin(few, labelled).nonzero().flatten(), targets[few[torch.isin(few, labelled)], task.columns])
+                for labelled, task in tasked
+            ],
+            None if groups is None else groups[few],
+        ).float()
+        weight *= len(weight) / weight.sum()  # how strong all are together is for the penalty
+
+        def kernel_of(at: Tensor, among: Tensor | None = None) -> Tensor:
+            return weighted(kernels_of(at if among is None else among[at]), weight)
 
         own = kernel_of(places)
         weights = torch.zeros(len(places), targets.shape[1], dtype=torch.float64, device=rows.device)
         bias = weights.new_zeros(targets.shape[1])
-        for task in tasks:
-            labelled = torch.from_numpy(task.labelled(targets.cpu().numpy())).to(rows.device).nonzero().flatten()
+        for labelled, task in tasked:
             measured = torch.isin(labelled, places).nonzero().flatten()
             solution = kernel_ridge(
                 partial(kernel_of, among=labelled),
@@ -135,19 +172,35 @@ class KernelFusion(SolvedFusion):
             weights[:, task.columns] = solution.weights * scale
             bias[task.columns] = solution.bias * scale + shift
         self.coefficients, self.bias = fixed_to(weights if self.kernels else weights[:0]), fixed_to(bias)
+        self.kernel_weights = fixed_to(weight[: len(weight) - (sparse is not None)])
         if landmarks is not None:
             lexical = torch.from_numpy(landmarks @ weights.cpu().numpy()).to(rows.device)
-            self.lexical = fixed_to(lexical)
+            self.lexical = fixed_to(weight[-1] * lexical)
+
+    def _radial(self, of: Callable[[str], tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """Return the radial kernels (B, m) of features, which ``of`` returns by name, with their presence."""
+        read = {name: of(name) for name in dict.fromkeys(name for name, _ in self.columns.values())}
+        kernels = []
+        for key, kernel in self.kernels.items():
+            name, columns = self.columns[key]
+            x, present = read[name]
+            kernels.append(kernel(x[:, columns], present))
+        return kernels
 
 
-def joined(kernels: Sequence[Tensor]) -> Tensor:
-    """Return the sum of kernels (B, m) and, of several, of their product: rows that are alike in all of them."""
-    total = kernels[0].clone()
+def with_product(kernels: list[Tensor]) -> list[Tensor]:
+    """Return kernels (B, m) and, of several, their product: rows that are alike in all of them."""
+    if len(kernels) < 2:
+        return kernels
+    product = kernels[0].clone()
     for kernel in kernels[1:]:
-        total += kernel
-    if len(kernels) > 1:
-        product = kernels[0].clone()
-        for kernel in kernels[1:]:
-            product *= kernel
-        total += product
+        product *= kernel
+    return [*kernels, product]
+
+
+def weighted(kernels: Sequence[Tensor], weights: Sequence[float] | Tensor) -> Tensor:
+    """Return the sum of kernels (B, m), each times its weight (1 if there are no weights)."""
+    total = torch.zeros_like(kernels[0])
+    for kernel, weight in zip(kernels, weights if len(weights) else [1.0] * len(kernels), strict=True):
+        total += weight * kernel
     return total

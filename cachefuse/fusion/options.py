@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cachefuse.fusion.base import Fusion
 
 # They come from files, classes or training rows, not from the user.
-DERIVED_OPTIONS = ("architecture", "answer_tokens", "n_landmarks", "n_columns", "n_neighbours")
+DERIVED_OPTIONS = ("architecture", "answer_tokens", "n_landmarks", "n_columns", "n_neighbours", "n_weights")
 KINDS: dict[type, str] = {int: "a whole number", float: "a number", str: "text"}
 NUMBERS: dict[type, tuple[type, ...]] = {int: (Integral,), float: (Real,)}  # of Python and NumPy
 

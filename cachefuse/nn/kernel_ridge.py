@@ -7,6 +7,7 @@ of landmarks among themselves, the weights a (m, C) minimise |Y - mean(Y) - K a|
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch.nn import functional as F
 
 PENALTIES = (0.03, 0.3, 1.0, 3.0)
 JITTER = 1e-5  # added to the diagonal of K_m, which equal rows make singular; kernels of float32 have errors of 1e-6
+STEPS = 15  # of L-BFGS, for the weights of kernels
+CLOSE = 3.0  # a normal prior on logarithms of weights of kernels: see ``kernel_weights``
 PIECE = 4096  # rows of a kernel in memory at a time
 PRIOR = 10.0  # of scales: see ``fit_logits``
 SMALL = 0.01  # of a shift, which would be infinite for a class without positives
@@ -75,16 +78,53 @@ def kernel_ridge(
         shrunk_root = torch.linalg.cholesky(shrunk)
         solution = torch.cholesky_solve(products, shrunk_root)  # (m, C)
         spread = torch.linalg.solve_triangular(shrunk_root, x.T, upper=False).T  # (k, m): H = spread spread'
-        left_out = _left_out_residuals(y - x @ solution, spread, groups)
+        left_out = _left_out(y - x @ solution, 1 - spread.square().sum(1), partial(_rest, spread), groups)
         better = left_out.square().mean(0) < residuals.square().mean(0)
         weights[:, better], residuals[:, better], chosen[better] = solution[:, better], left_out[:, better], penalty
     weights = torch.linalg.solve_triangular(root.T, weights, upper=True)
     return KernelRidge(weights, bias, chosen, targets[measured] - residuals)
 
 
-def _left_out_residuals(residuals: Tensor, spread: Tensor, groups: Tensor | None) -> Tensor:
-    """Return the residuals (k, C) of rows left out, from those of the fit and a root (k, m) of the hat matrix."""
-    alone = residuals / (1 - spread.square().sum(1, keepdim=True))
+@torch.enable_grad()
+def kernel_weights(kernels: Tensor, parts: Sequence[tuple[Tensor, Tensor]], groups: Tensor | None = None) -> Tensor:
+    """Return the weights (M,) with which kernels (M, m, m) of rows among themselves add up to the best one.
+
+    ``parts`` are tasks: the rows (k,) that have labels, and these (k, C). The weights have the least squared error of
+    values left out, as in ``kernel_ridge``, over classes and with the penalty 1, and a normal prior on their logarithms
+    (as in Chapelle et al., "Choosing multiple parameters for support vector machines", 2002). They are above 0.
+    """
+    kernels = kernels.double()
+    logs = kernels.new_zeros(len(kernels)).requires_grad_()
+    optimizer = torch.optim.LBFGS([logs], max_iter=STEPS, line_search_fn="strong_wolfe")
+    tasks = []
+    for rows, targets in parts:
+        y = targets.double() - targets.double().mean(0)
+        if y.square().sum() > 0:
+            tasks.append((kernels[:, rows][:, :, rows], y, None if groups is None else groups[rows]))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = CLOSE * logs.square().sum()
+        for own, y, apart in tasks:
+            shrunk = torch.tensordot(logs.exp(), own, 1)
+            shrunk = shrunk + torch.eye(len(y)).to(shrunk)
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(shrunk))
+            left_out = _left_out(inverse @ y, inverse.diagonal(), partial(_block, inverse), apart)
+            loss = loss + left_out.square().sum() * (len(y) / y.square().sum())
+        loss.backward()
+        return loss
+
+    if tasks:
+        optimizer.step(closure)
+    return logs.detach().exp()
+
+
+def _left_out(residuals: Tensor, diagonal: Tensor, block: Callable[[Tensor], Tensor], groups: Tensor | None) -> Tensor:
+    """Return the residuals (k, C) of rows left out, from those of the fit, y - H y, or any multiple.
+
+    ``diagonal`` (k,) is of 1 - H or the same multiple, and ``block`` returns its blocks (g, s, s) of rows (g, s).
+    """
+    alone = residuals / diagonal[:, None]
     if groups is None:
         return alone
     _, group, sizes = groups.unique(return_inverse=True, return_counts=True)
@@ -92,9 +132,18 @@ def _left_out_residuals(residuals: Tensor, spread: Tensor, groups: Tensor | None
     for size in sizes[sizes > 1].unique().tolist():
         members = order[starts[sizes == size][:, None] + torch.arange(size, device=order.device)]  # (g, size)
         for rows in members.split(max(1, PIECE // size)):
-            hat = spread[rows] @ spread[rows].transpose(1, 2)  # (g, size, size)
-            alone[rows] = torch.linalg.solve(torch.eye(size).to(hat) - hat, residuals[rows])
+            alone[rows] = torch.linalg.solve(block(rows), residuals[rows])
     return alone
+
+
+def _rest(spread: Tensor, rows: Tensor) -> Tensor:
+    """Return blocks of 1 - ``spread spread'``."""
+    hat = spread[rows] @ spread[rows].transpose(1, 2)
+    return torch.eye(rows.shape[1]).to(hat) - hat
+
+
+def _block(matrix: Tensor, rows: Tensor) -> Tensor:
+    return matrix[rows[:, :, None], rows[:, None, :]]
 
 
 def fit_logits(values: Tensor, targets: Tensor, one_label: bool = False) -> tuple[Tensor, Tensor]:

@@ -61,7 +61,8 @@ def _spec_of(name: str, group: Sequence[RunFeatures]) -> FeatureSpec:
     if len({(features.modality, features.view) for features in group}) != 1 or group[0].view not in VIEWS:
         raise RunError(f"{name} must have one modality and one view of: {', '.join(VIEWS)}")
     first, n_tokens, width = group[0], group[0].tokens, sum(features.width for features in group)
-    spec = FeatureSpec(first.modality, first.view, width, n_tokens)
+    parts = tuple(features.width for features in group) if len(group) > 1 else ()
+    spec = FeatureSpec(first.modality, first.view, width, n_tokens, parts=parts)
     if first.view in NUMBERED:
         columns = 2 if first.view == NGRAMS else 0
         spec = FeatureSpec(first.modality, first.view, columns, n_tokens, vocabulary=width)

@@ -194,7 +194,8 @@ def _spec_of(modality: str, view: str, x: FeatureRows | Tokens) -> FeatureSpec:
     width = x.shape[1] if len(x.shape) == 2 else 0  # ids have none
     if isinstance(x, Tokens):
         return FeatureSpec(modality, view, width, x.n_tokens, x.vocabulary)
-    return FeatureSpec(modality, view, width, x.n_tokens if isinstance(x, FlatTokens) else 0)
+    parts = tuple(rows.shape[1] for rows in x.encoder_rows) if isinstance(x, JoinedRows) else ()
+    return FeatureSpec(modality, view, width, x.n_tokens if isinstance(x, FlatTokens) else 0, parts=parts)
 
 
 def _same_name(store: FeatureStore, *specs: FeatureSpec) -> str:

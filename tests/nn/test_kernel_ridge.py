@@ -7,7 +7,7 @@ from scipy.optimize import minimize
 from sklearn.kernel_ridge import KernelRidge as Reference
 from sklearn.metrics.pairwise import rbf_kernel
 
-from cachefuse.nn.kernel_ridge import fit_logits, kernel_ridge
+from cachefuse.nn.kernel_ridge import CLOSE, fit_logits, kernel_ridge, kernel_weights
 
 N, C = 40, 3
 
@@ -35,6 +35,25 @@ def test_all_rows_as_landmarks_are_as_in_scikit_learn(rows, penalty):
     ours = kernel @ solution.weights.numpy() + solution.bias.numpy()
     np.testing.assert_allclose(ours, reference.predict(kernel) + y.mean(0), atol=1e-4)
     assert solution.penalties.tolist() == [penalty] * C
+
+
+def test_weights_of_kernels_have_the_least_error_left_out(rows):
+    kernel, y = rows
+    kernels, groups = np.stack([kernel, rbf_kernel(np.random.default_rng(1).normal(size=(N, 4)))]), np.arange(N) // 2
+
+    def loss(logs):
+        total, left_out = np.tensordot(np.exp(logs), kernels, 1), y - y.mean(0)
+        for group in range(N // 2):
+            out, rest = groups == group, groups != group
+            reference = Reference(alpha=1.0, kernel="precomputed").fit(total[np.ix_(rest, rest)], (y - y.mean(0))[rest])
+            left_out[out] -= reference.predict(total[np.ix_(out, rest)])
+        return N * (left_out**2).sum() / ((y - y.mean(0)) ** 2).sum() + CLOSE * (logs**2).sum()
+
+    parts = [(torch.arange(N), torch.from_numpy(y))]
+    weights = kernel_weights(torch.from_numpy(kernels), parts, torch.from_numpy(groups)).numpy()
+    best = minimize(loss, np.zeros(2), method="Nelder-Mead", options={"xatol": 1e-4, "fatol": 1e-6})
+    assert loss(np.log(weights)) < best.fun + 1e-3
+    assert weights[0] > weights[1]
 
 
 def test_few_landmarks_solve_the_normal_equations(rows):
