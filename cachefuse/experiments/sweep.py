@@ -27,15 +27,16 @@ from cachefuse.experiments.results import Curve, Published, SettingResult, Sweep
 from cachefuse.experiments.settings import FIXED, parse_setting
 from cachefuse.feature_spec import modalities_of
 from cachefuse.files import JsonObject, to_json
+from cachefuse.fusion import FUSIONS
 from cachefuse.metrics.bootstrap import bootstrap_intervals
 from cachefuse.nn.losses import build_loss
 from cachefuse.registry import Options
 from cachefuse.runs.features import record_features
 from cachefuse.runs.run import split_digest
-from cachefuse.settings import as_stored
+from cachefuse.settings import as_stored, settings_of
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.build import build_model
-from cachefuse.training.config import TOGETHER, TrainConfig
+from cachefuse.training.config import FITTED, TOGETHER, TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData, open_training_data
 from cachefuse.training.duplicates import keep_together
 from cachefuse.training.held_out import HeldOut, check_calibrates, chooses_thresholds
@@ -215,10 +216,16 @@ def _result(
 
 
 def _with_setting(base: TrainConfig, setting: Options) -> TrainConfig:
-    """Return the base with a setting's fields; a setting with another fusion does not get the base's fusion options."""
-    same_fusion = setting.get("fusion", base.fusion) == base.fusion
-    options = {**(base.fusion_options if same_fusion else {}), **setting.get("fusion_options", {})}
-    return replace(base, **{**setting, "fusion_options": options})
+    """Return the base with a setting's fields.
+
+    A setting with another fusion does not get the base's fusion options, one with a fusion that is solved directly not
+    those of heads and gradients.
+    """
+    fusion = setting.get("fusion", base.fusion)
+    options = {**(base.fusion_options if fusion == base.fusion else {}), **setting.get("fusion_options", {})}
+    known = settings_of(TrainConfig)
+    unused = {name: known[name].default for name in FITTED} if FUSIONS[fusion].solved and fusion != base.fusion else {}
+    return replace(base, **{**unused, **setting, "fusion_options": options})
 
 
 def _check(data: TrainingData, configs: Sequence[ResolvedConfig]) -> None:

@@ -194,7 +194,12 @@ def _cost(setting: "SettingResult", i: int) -> Text:
     if costs is None:
         return Text("")
     parameters = f"{costs.parameters / 1e6:.2f}M"
-    texts = (parameters, f"{costs.size_mb:.1f}", f"{costs.ms_per_item:.3g}", f"{costs.steps_per_second:.3g}")
+    texts = (
+        parameters,
+        f"{costs.size_mb:.1f}",
+        f"{costs.ms_per_item:.3g}",
+        f"{costs.steps_per_second:.3g}" if costs.steps_per_second else "",
+    )
     return Text(texts[i])
 
 
