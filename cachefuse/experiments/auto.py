@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from cachefuse.data.manifest import VQA
-from cachefuse.errors import ConfigError, TrainingError
+from cachefuse.errors import CachefuseError, ConfigError, TrainingError
 from cachefuse.experiments.files import only_sweep
-from cachefuse.experiments.halving import Halving, Tried
+from cachefuse.experiments.halving import Bounds, Halving, Tried
 from cachefuse.metrics.bootstrap import at_once, interval, resample
 from cachefuse.metrics.paired import LEVEL, difference, holm
 from cachefuse.runs.leaderboard import Entry, Leaderboard
@@ -34,7 +34,6 @@ from cachefuse.training.split import split_of_all
 MINUTES, FOLDS = 5.0, 5
 SPARE = 0.8  # of the budget is for trials; the rest for the leaderboard, and for training again on all rows
 RESAMPLES = 2000  # of the rows, for intervals and tests
-LARGER = 1.3  # the most by which a model grows if it is trained on all rows instead of 4 of 5 folds
 
 
 def auto(
@@ -66,11 +65,12 @@ def auto(
     _check(store, base, minutes, trials, max_size_mb, max_ms)
     begun = time.perf_counter()
     with only_sweep(folder) if folder else nullcontext():
-        search = Halving.begin(store, replace(base, refit=True), encoders, device, folder, trials)
+        bounds = Bounds(max_size_mb, max_ms)
+        search = Halving.begin(store, replace(base, refit=True), encoders, device, folder, trials, bounds)
         so_far = partial(_so_far, search, minutes if trials is None else None, trials)
         search.on_trial = lambda: on_trial(so_far())
         search.run(math.inf if trials is not None else SPARE * 60 * minutes)
-        run, weights = _mix(store, search, Bounds(search.finished, max_size_mb, max_ms))
+        run, weights = _mix(store, search)
     run.leaderboard = _final(so_far(), search, run, weights)
     run.seconds = time.perf_counter() - begun
     return run
@@ -96,49 +96,49 @@ def _check(
             raise ConfigError(f"{name} must be above 0. Got {value:g} instead")
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """Whether models may be in a mean together: their size in MB, and their time for an item."""
+def _mix(store: FeatureStore, search: Halving) -> tuple[Run, np.ndarray]:
+    """Join the K candidates that were trained on all folds; return the run, trained on all rows, and weights (K,).
 
-    tried: Sequence[Tried]
-    max_size_mb: float | None
-    max_ms: float | None
-
-    def __call__(self, counts: np.ndarray) -> bool:
-        costs = [tried.costs for tried, count in zip(self.tried, counts, strict=True) if count]
-        size, ms = LARGER * sum(each.size_mb for each in costs), sum(each.ms_per_item for each in costs)
-        return size <= (self.max_size_mb or math.inf) and ms <= (self.max_ms or math.inf)
-
-    def check(self) -> None:
-        """Raise ConfigError if none of the models alone keeps the bounds."""
-        if not any(self(alone) for alone in np.eye(len(self.tried))):
-            smallest = min(tried.costs.size_mb for tried in self.tried)
-            fastest = min(tried.costs.ms_per_item for tried in self.tried)
+    Sizes are estimated before that: if the models turn out to be too large, smaller ones are chosen.
+    """
+    finished, bounds = search.finished, search.bounds
+    if not finished:
+        raise _none_fits(search)
+    costs = [search.costs(tried) for tried in finished]
+    while True:
+        fits = partial(_fits, costs, bounds)
+        weights, held_out = blend(search.data, [tried.held_out for tried in finished if tried.held_out], fits)
+        parts = [
+            BlendPart(tried.data, tried.config, tried.train(split_of_all(tried.data)), weight, (), tried.calibration)
+            for tried, weight in zip(finished, weights.tolist(), strict=True)
+            if weight > 0
+        ]
+        run = build_run(store, sorted(parts, key=lambda part: -part.weight), held_out, "auto")
+        over = run.size_mb / (search.bounds.max_size_mb or math.inf)
+        if over <= 1:
+            return run, weights
+        bounds = replace(bounds, max_size_mb=(bounds.max_size_mb or math.inf) / over)
+        if not any(bounds.allow([cost]) for cost in costs):
             raise ConfigError(
-                f"no candidate keeps the bounds: the smallest takes about {LARGER * smallest:.2g} MB, the fastest "
-                f"{fastest:.2g} ms an item; raise --max-size-mb or --max-ms"
+                f"the models take {run.size_mb:.2f} MB after the training on all rows, and max-size-mb is "
+                f"{search.bounds.max_size_mb:g}; raise it"
             )
 
 
-def _mix(store: FeatureStore, search: Halving, bounds: Bounds) -> tuple[Run, np.ndarray]:
-    """Join the K candidates that were trained on all folds; return the run, trained on all rows, and weights (K,)."""
-    finished = search.finished
-    if not finished:
-        raise TrainingError(f"{search.data.name}: all candidates diverged: {search.all[0].problem}")
-    bounds.check()
-    weights, held_out = blend(search.data, [tried.held_out for tried in finished if tried.held_out], bounds)
-    parts = [
-        BlendPart(tried.data, tried.config, tried.train(split_of_all(tried.data)), weight, (), tried.calibration)
-        for tried, weight in zip(finished, weights.tolist(), strict=True)
-        if weight > 0
-    ]
-    run = build_run(store, sorted(parts, key=lambda part: -part.weight), held_out, "auto")
-    if bounds.max_size_mb is not None and run.size_mb > bounds.max_size_mb:
-        raise ConfigError(
-            f"the models take {run.size_mb:.2f} MB after the training on all rows, and max-size-mb is "
-            f"{bounds.max_size_mb:g}; give a lower bound, to leave room"
-        )
-    return run, weights
+def _fits(costs: Sequence[tuple[float, float]], bounds: Bounds, counts: np.ndarray) -> bool:
+    return bounds.allow(cost for cost, count in zip(costs, counts, strict=True) if count)
+
+
+def _none_fits(search: Halving) -> CachefuseError:
+    """Return the error if no candidate was trained on all folds and fits."""
+    if all(tried.problem for tried in search.all if tried.trials):
+        return TrainingError(f"{search.data.name}: all candidates diverged: {search.all[0].problem}")
+    costs = [search.costs(tried) for tried in search.all if tried.trials and not tried.problem]
+    size, ms = (min(each) for each in zip(*costs, strict=True))
+    return ConfigError(
+        f"no candidate that was tried is {search.bounds}: the smallest takes about {size:.2g} MB, the fastest {ms:.2g} "
+        f"ms an item; give more --minutes or --trials, or raise the bounds"
+    )
 
 
 def _so_far(search: Halving, minutes: float | None, trials: int | None) -> Leaderboard:
@@ -156,6 +156,7 @@ def _so_far(search: Halving, minutes: float | None, trials: int | None) -> Leade
         minutes=minutes,
         trials=trials,
         seconds=search.seconds,
+        bounds=str(search.bounds),
     )
 
 

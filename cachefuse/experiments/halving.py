@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cachefuse.errors import TrainingError
+from cachefuse.errors import ConfigError, TrainingError
 from cachefuse.experiments.candidates import Candidate, candidates, opened
 from cachefuse.experiments.costs import Costs
 from cachefuse.experiments.files import append_trials, read_scores, read_trials, write_scores
@@ -25,6 +25,7 @@ from cachefuse.fusion.model import FusionModel
 from cachefuse.metrics.calibrators import Calibration
 from cachefuse.store.store import FeatureStore
 from cachefuse.training.blend import calibrated, log_loss
+from cachefuse.training.build import build_model
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import OUT_OF_FOLD, TRAIN, VAL, TrainingData
 from cachefuse.training.duplicates import keep_together
@@ -36,6 +37,7 @@ from cachefuse.training.train import TrainedModel, member_settings, train_model,
 
 DEFAULT = 2  # candidates: the first ones, which train-head trains by itself, are trained on all folds if there is time
 MEASURED_ROWS = 512  # to measure the time of a prediction
+MARGIN = 1.05  # of a size that is estimated
 
 
 @dataclass
@@ -69,6 +71,13 @@ class Tried:
         return sum(trial.seconds for trial in self.trials)
 
     @property
+    def least_mb(self) -> float:
+        """The size of its untrained models, 10^6 bytes: one that is solved directly gets larger."""
+        with torch.device("meta"):
+            model = build_model(self.config, self.data.specs, len(self.data.classes), self.data.tasks)
+        return self.config.members * model.size_mb
+
+    @property
     def costs(self) -> Costs:
         """The largest costs of its models."""
         known = [trial.costs for trial in self.trials if trial.costs]
@@ -84,15 +93,40 @@ class Tried:
         return members
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """The most that the models of a result may take: MB, and ms an item. None for no limit."""
+
+    max_size_mb: float | None = None
+    max_ms: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.max_size_mb is not None or self.max_ms is not None
+
+    def __str__(self) -> str:
+        size = "" if self.max_size_mb is None else f"{self.max_size_mb:g} MB"
+        time = "" if self.max_ms is None else f"{self.max_ms:g} ms an item"
+        return " and ".join(filter(None, [f"within {size or time}", time if size else ""])) if self else ""
+
+    def allow(self, costs: Iterable[tuple[float, float]]) -> bool:
+        """Whether models that take these (MB, ms) fit together."""
+        size, ms = (sum(each) for each in zip((0.0, 0.0), *costs, strict=True))
+        return bool(size <= (self.max_size_mb or math.inf) and ms <= (self.max_ms or math.inf))
+
+
 @dataclass
 class Halving:
-    """A search in progress. Its clock is the time of all its trials, also of those that were ``kept`` before."""
+    """A search in progress. Its clock is the time of all its trials, also of those that were ``kept`` before.
+
+    Candidates that are over the ``bounds`` by themselves are not trained on.
+    """
 
     all: list[Tried]
     splits: list[Split]
     n_candidates: int
     folder: Path | None
     kept: dict[str, Trial]
+    bounds: Bounds
     on_trial: Callable[[], None] = lambda: None
 
     @classmethod
@@ -104,21 +138,28 @@ class Halving:
         device: str,
         folder: Path | None,
         trials: int | None,
+        bounds: Bounds,
     ) -> "Halving":
-        """Open the first ``trials`` candidates, by default all, and the trials that a folder keeps."""
+        """Open the first ``trials`` candidates, by default all, and the trials that a folder keeps.
+
+        Those whose size is known to be over the bounds are left out; ConfigError if all are.
+        """
         tried: dict[str, Tried] = {}  # by key: two may resolve to the same
         for candidate, data, config in opened(candidates(store, base, encoders), store, device):
             first = next(iter(tried.values())).data if tried else keep_together(data, config)
             data = replace(data, groups=first.groups)
             digest = data_digest(store, data, data.metrics, base)
             tried.setdefault(trial_key(digest, config), Tried(candidate, data, config, digest))
-        found = list(tried.values())
+        found = [each for each in tried.values() if bounds.allow([(each.least_mb, 0.0)])]
+        if not found:
+            least = min(each.least_mb for each in tried.values())
+            raise ConfigError(f"no candidate is {bounds}: the smallest takes {least:.2g} MB; raise --max-size-mb")
         splits = [
             Split(split.train, split.held_out[:0], split.held_out)  # scores while training would only cost time
             for split in warned_splits(found[0].data, found[0].config)
         ]
         kept = {trial.key: trial for trial in read_trials(folder)} if folder else {}
-        return cls(found[:trials], splits, len(found), folder, kept)
+        return cls(found[:trials], splits, len(found), folder, kept, bounds)
 
     @property
     def data(self) -> TrainingData:
@@ -131,8 +172,8 @@ class Halving:
 
     @property
     def finished(self) -> list[Tried]:
-        """The candidates that were trained on all folds."""
-        return [tried for tried in self.all if len(tried.trials) == len(self.splits) and not tried.problem]
+        """The candidates that were trained on all folds, and fit."""
+        return [tried for tried in self.all if len(tried.trials) == len(self.splits) and self.fits(tried)]
 
     def run(self, budget: float = math.inf) -> None:
         """Try the candidates in ``budget`` seconds of trials. Time that is left goes to those that stopped.
@@ -140,8 +181,12 @@ class Halving:
         The first candidate is trained whatever the time, so that there is a result.
         """
         n_folds = len(self.splits)
-        self.train(self.all[0], n_folds)
-        for tried in self.all[1:DEFAULT]:
+        for tried in self.all:
+            self.train(tried, 1)
+            if self.fits(tried):
+                self.train(tried, n_folds)
+                break
+        for tried in self.all[:DEFAULT]:
             list(self.within(self.within([tried], 1, budget), n_folds, budget))
         rungs = sorted({1, (n_folds + 1) // 2, n_folds})
         going = self.all[DEFAULT:]
@@ -160,9 +205,22 @@ class Halving:
             known = [tried] if tried.trials else self.all
             per_fold = sum(other.seconds for other in known) / max(1, sum(len(other.trials) for other in known))
             if self.seconds + (n_folds - len(tried.trials)) * per_fold <= limit:
-                self.train(tried, n_folds)
-                if not tried.problem:
+                if self.fits(tried):
+                    self.train(tried, n_folds)
+                if not tried.problem and self.fits(tried):
                     yield tried
+
+    def costs(self, tried: Tried) -> tuple[float, float]:
+        """Return the MB and the ms an item of a candidate that is trained on all rows; before a trial, the least."""
+        if not tried.trials or tried.problem:
+            return tried.least_mb, 0.0
+        n_folds, known = len(self.splits), tried.costs
+        growth = MARGIN * n_folds / (n_folds - 1) if tried.config.is_solved else 1.0  # with its training rows
+        return growth * known.size_mb, known.ms_per_item
+
+    def fits(self, tried: Tried) -> bool:
+        """Whether a candidate is not known to be over the bounds by itself."""
+        return not tried.problem and self.bounds.allow([self.costs(tried)])
 
     def train(self, tried: Tried, n_folds: int) -> None:
         """Train a candidate on the first folds, and measure it on the rows that these hold out."""

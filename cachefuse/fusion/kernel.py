@@ -48,7 +48,8 @@ class RadialKernel(nn.Module):
         """Take features (m, D) and their presence (m,) as landmarks."""
         self.landmarks, self.present = unit(x, present), present.float()
         there = self.landmarks[present]
-        mean = 2 - 2 * there.double().mean(0).square().sum()  # of all pairs, with a row and itself
+        centre = there.double().sum(0) / max(1, len(there))
+        mean = 2 - 2 * centre.square().sum()  # of all pairs, with a row and itself
         self.rate = (self.bandwidth / mean.clamp(min=1e-6)).float()
 
     def forward(self, x: Tensor, present: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """A fusion's options as the user gives them: check them and convert them to the types of their defaults."""
 
+import math
 from collections.abc import Mapping
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -46,7 +47,9 @@ def _as_type(name: str, value: Any, default: Any) -> Any:
         return value
     try:
         if isinstance(value, (str, *NUMBERS.get(kind, ()))) and not isinstance(value, bool):
-            return kind(value)
+            found = kind(value)
+            if kind is str or math.isfinite(found):
+                return found
     except ValueError:
         pass
     raise ConfigError(f"fusion option {name} must be {KINDS[kind]}. Got {value!r} instead")

@@ -39,7 +39,7 @@ class Leaderboard:
 
     ``metrics`` and ``interval`` are of the ``mix``: the mean of the models with a weight, each scoring rows that it has
     not seen, with weights chosen on other rows. ``minutes`` is the budget; None if it was a number of ``trials``.
-    ``seconds`` are those of all trainings.
+    ``seconds`` are those of all trainings. ``bounds`` of size and time, in words, were kept.
     """
 
     entries: tuple[Entry, ...]
@@ -53,6 +53,7 @@ class Leaderboard:
     minutes: float | None
     trials: int | None
     seconds: float
+    bounds: str = ""
 
     @property
     def chosen(self) -> list[Entry]:
@@ -97,29 +98,31 @@ class Leaderboard:
             return []
         title, chosen = metric_title(self.main), self.chosen
         shares = ", ".join(f"{entry.name} ({entry.weight:.2f})" for entry in chosen)
+        kept = f", {self.bounds}," if self.bounds else ""
         sentences = [
-            f"{'The mix of' if len(chosen) > 1 else 'Chosen:'} {shares}. Of the means of {len(self.finished)} "
-            f"candidates it has the lowest log loss on rows held out, {self.log_loss:.3f}."
+            f"{'The mix of' if len(chosen) > 1 else 'Chosen:'} {shares}. Of what the candidates on all folds can be "
+            f"joined to{kept} it has the lowest log loss on rows held out, {self.log_loss:.3f}."
         ]
         sentences += self._against_best(title)
         stopped = [entry for entry in self.entries if entry.n_folds < self.folds and not entry.problem]
         failed = sum(bool(entry.problem) for entry in self.entries)
         told = [
-            f"{len(self.finished)} were trained on all {self.folds} folds",
-            f"{len(stopped)} stopped sooner, behind the others" if stopped else "",
+            f"{len(self.finished)} trained on all {self.folds} folds",
+            f"{len(stopped)} stopped sooner, behind others or for lack of time" if stopped else "",
             f"{failed} diverged" if failed else "",
-            f"{n_left} were not tried" if (n_left := self.n_candidates - len(self.entries)) else "",
+            f"{n_left} not tried" if (n_left := self.n_candidates - len(self.entries)) else "",
         ]
         sentences.append(f"Of {self.n_candidates} candidates, {', '.join(filter(None, told))}.")
         return sentences
 
     def _against_best(self, title: str) -> Iterator[str]:
-        """Say whether the mix is better than the best single model, and than the default."""
-        figure = self.metrics[self.main]
+        """Say whether what was chosen is better, or worse, than the best single model by the main metric."""
         singles = [entry for entry in self.finished if entry.behind is not None]
-        if len(self.chosen) > 1 and singles:
-            best = max(singles, key=lambda entry: entry.metrics[self.main])
-            yield f"{title} of the mix: {figure:.3f}. {_verdict(best.behind, f'the best single model, {best.name}')}"
+        best = max(singles, key=lambda entry: entry.metrics[self.main], default=None)
+        if best is not None and self.chosen != [best]:
+            what = "mix" if len(self.chosen) > 1 else "chosen model"
+            verdict = _verdict(best.behind, f"the best single model by it, {best.name}")
+            yield f"{title} of the {what}: {self.metrics[self.main]:.3f}. {verdict}"
 
 
 def _verdict(behind: Difference | None, what: str) -> str:
@@ -128,4 +131,5 @@ def _verdict(behind: Difference | None, what: str) -> str:
     figures = f"{behind.value:+.3f} [{behind.low:+.3f}, {behind.high:+.3f}], corrected p {behind.p:.2g}"
     if behind.p <= ALPHA:
         return f"It is {'better' if behind.value > 0 else 'worse'} than {what}: {figures}."
-    return f"These rows do not show that it is better than {what}: {figures}."
+    other = "better" if behind.value > 0 else "worse"
+    return f"These rows do not show that it is {other} than {what}: {figures}."

@@ -73,7 +73,7 @@ def train_blend(
 ) -> Run:
     """Do what ``train_head`` does for one or several configs, each with its opened data."""
     begun = time.perf_counter()
-    resolved = [resolve_for(data, config, max_size_mb) for data, config in opened]
+    resolved = _within(opened, max_size_mb)
     data, config = resolved[0]
     _check_shared([config for _, config in resolved])
     data = keep_together(data, config)
@@ -88,7 +88,12 @@ def train_blend(
         trained.append(train_models(its_data, its_config, place, splits=splits, keep_interrupted=alone))
     weights, held_out = np.ones(1), trained[0].held_out
     if len(trained) > 1:
-        weights, held_out = blend(data, [each.held_out for each in trained if each.held_out is not None])
+        sizes = np.array([sum(member.model.size_mb for member in each.members) for each in trained])
+        fits = partial(_fits, sizes, max_size_mb)
+        if any(fits(alone) for alone in np.eye(len(trained))):  # else the error comes with the run's size
+            weights, held_out = blend(data, [each.held_out for each in trained if each.held_out is not None], fits)
+        else:
+            weights, held_out = np.eye(len(trained))[sizes.argmin()], trained[sizes.argmin()].held_out
     parts = [
         BlendPart(its_data, its_config, models.members, weight, models.histories)
         for (its_data, its_config), models, weight in zip(resolved, trained, weights.tolist(), strict=True)
@@ -97,10 +102,35 @@ def train_blend(
     run.seconds = time.perf_counter() - begun
     if max_size_mb is not None and run.size_mb > max_size_mb:
         raise ConfigError(
-            f"the models take {run.size_mb:.2f} MB, and max-size-mb is {max_size_mb:g}; use --fusion sum, or fewer "
-            f"landmarks: --fusion kernel --fusion-options landmarks=500"
+            f"the models take {run.size_mb:.2f} MB, and max-size-mb is {max_size_mb:g}; use fewer landmarks (--fusion "
+            f"kernel --fusion-options landmarks=500), or cachefuse auto --max-size-mb {max_size_mb:g}"
         )
     return run
+
+
+def _within(
+    opened: Sequence[tuple[TrainingData, TrainConfig]], max_size_mb: float | None
+) -> list[tuple[TrainingData, ResolvedConfig]]:
+    """Resolve the settings of a blend, without those of models that are too large by themselves.
+
+    Raises the error of the last one if all are.
+    """
+    resolved = [resolve_for(data, config) for data, config in opened]
+    if max_size_mb is None:
+        return resolved
+    found, problem = [], None
+    for data, config in opened:
+        try:
+            found.append(resolve_for(data, config, max_size_mb))
+        except ConfigError as error:
+            problem = error
+    if problem is not None and not found:
+        raise problem
+    return found
+
+
+def _fits(sizes: np.ndarray, max_size_mb: float | None, counts: np.ndarray) -> bool:
+    return max_size_mb is None or float(sizes[counts > 0].sum()) <= max_size_mb
 
 
 @dataclass(frozen=True)

@@ -54,9 +54,9 @@ def auto(
 ) -> None:
     """Find the best model for your data in a few minutes: try many, and join the best.
 
-    Each candidate is measured on rows that it has not seen; the better half goes on to more folds. The
-    result is a run like any other: predict, evaluate and report take it. A labelled test split is never
-    used to choose.
+    Each candidate is measured on rows that it has not seen; the better half goes
+    on to more folds. The result is a run like any other: predict, evaluate and
+    report take it. A labelled test split is never used to choose.
     """
     from cachefuse_cli.shared import render
 

@@ -28,7 +28,7 @@ def test_a_leaderboard_what_was_chosen_and_a_run(cachefuse, workspace, folder, f
     assert {line.split()[0] for line in lines[3:5]} == {"kernel-ridge-bce", "sum-mlp-bce"}
     fits("\n".join(lines[:5]))
     assert says(result.out, "lowest log loss rows held out")
-    assert says(result.out, "Of 2 candidates, 2 were trained on all 2 folds")
+    assert says(result.out, "Of 2 candidates, 2 trained on all 2 folds")
     runs = workspace / "runs"
     assert (runs / "mine-auto-1" / "leaderboard.csv").is_file()
     assert cachefuse("predict", "--output", "out.csv").code == 0
@@ -62,7 +62,7 @@ def test_an_interrupt_keeps_the_trials(cachefuse, workspace, monkeypatch):
         (("--minutes", "0"), "minutes above 0"),
         (("--trials", "0"), "trials at least 1"),
         (("--folds", "1"), "folds 2"),
-        (("--max-size-mb", "0.000001"), "no candidate bounds smallest"),
+        (("--max-size-mb", "0.000001"), "no candidate within smallest"),
         (("--max-ms", "0"), "max-ms above 0"),
         (("--thresholds", "some"), "thresholds some"),
         (("--encoder", "nothing"), "nothing not in this store"),

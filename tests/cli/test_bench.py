@@ -138,7 +138,7 @@ def test_a_bad_dataset_keeps_the_results_of_others(cachefuse, folder, notes):
 def test_a_folder_must_have_one_manifest(cachefuse, folder, notes):
     one = notes("one")
     (folder / "empty").mkdir()
-    refused = cachefuse("bench", "quality", "--data", one, "--data", folder / "empty")
+    refused = cachefuse("bench", "quality", "--data", folder / "empty")
     assert (refused.code, refused.out) == (1, "")
     assert says(refused.error, "empty manifest *.toml")
     (one / "other.toml").write_text("")

@@ -113,6 +113,12 @@ def test_better_is_said_only_where_the_paired_test_holds(store):
     assert says(told(0.01), "is better than")
     assert says(told(0.01, -0.1), "is worse than")
     assert says(told(0.2), "do not show that it is better")
+    alone = [
+        replace(entry, weight=float(entry is not best))
+        for entry in board.finished
+        if entry in (best, board.finished[-1])
+    ]
+    assert says(" ".join(replace(board, entries=alone).reasons), f"best single model by it, {best.name}")
 
 
 def test_it_comes_back_from_its_folder(store, tmp_path):
@@ -179,14 +185,34 @@ def test_the_time_bounds_what_is_tried(store):
 
 def test_bounds_are_kept(store):
     free = search(store)
-    sizes = sorted(entry.size_mb for entry in free.leaderboard.finished)
-    bound = 1.5 * sizes[0]
-    small = search(store, max_size_mb=bound)
-    assert small.size_mb <= bound < free.size_mb or free.size_mb <= bound
-    with pytest.raises(ConfigError, match=naming("no candidate bounds smallest fastest")):
+    sizes = sorted(entry.size_mb for entry in free.leaderboard.entries)
+    for bound in (1.5 * sizes[0], sizes[1], 1.1 * free.size_mb):
+        small = search(store, max_size_mb=bound)
+        assert small.size_mb <= bound
+        assert says(" ".join(small.leaderboard.reasons), f"within {bound:g} MB")
+    with pytest.raises(ConfigError, match=naming("no candidate within smallest")):
         search(store, max_size_mb=1e-6)
-    with pytest.raises(ConfigError, match=naming("no candidate bounds smallest fastest")):
+    with pytest.raises(ConfigError, match=naming("no candidate within smallest fastest")):
         search(store, max_ms=1e-9)
+
+
+def test_a_model_that_cannot_fit_takes_no_time(store):
+    """The size of the first candidate, a network, is known before it is trained."""
+    sizes = {entry.name: entry.size_mb for entry in search(store).leaderboard.entries}
+    bound = 0.95 * next(size for name, size in sizes.items() if name.startswith("sum-mlp"))
+    assert min(sizes.values()) < bound
+    board = auto(store, minutes=1e-6, base=BASE, device="cpu", max_size_mb=bound).leaderboard
+    assert not any(entry.name.startswith("sum-mlp") for entry in board.entries)
+    assert len(board.finished) == 1
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_models_that_grow_with_their_rows_keep_the_bound(store, folds):
+    """With few folds a kernel is much larger on all rows."""
+    base = replace(BASE, folds=folds)
+    kernel = next(e for e in search(store, base=base).leaderboard.entries if e.name == "kernel-ridge-bce")
+    small = search(store, base=base, max_size_mb=1.02 * kernel.size_mb)
+    assert small.size_mb <= 1.02 * kernel.size_mb
 
 
 def test_shuffled_labels_give_chance(make_store_in, tmp_path):

@@ -189,3 +189,13 @@ def test_options_must_be_above_zero(option):
 def test_it_needs_a_feature():
     with pytest.raises(ConfigError, match=naming("kernel")):
         KernelFusion(specs_of({"image_tokens": (5, 4)}), C, Linear)
+
+
+def test_landmarks_that_all_lack_a_modality(data):
+    features, present, targets = data
+    rows = torch.nonzero(~present["image"]).flatten()[:3]
+    rows = torch.cat([rows, torch.arange(20)]).unique()
+    fusion = solve(
+        (features, {**present, "image": torch.zeros(N, dtype=torch.bool)}, targets), ("image", "text"), rows=rows
+    )
+    assert logits(fusion, data).isfinite().all()

@@ -10,6 +10,7 @@ from sklearn.preprocessing import normalize
 
 from cachefuse.errors import ConfigError
 from cachefuse.fusion import FUSIONS
+from cachefuse.fusion.options import typed_options
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.nn.heads import Linear
 from fixtures.messages import naming
@@ -176,3 +177,9 @@ def test_n_grams_alone(data):
 def test_options_out_of_range_are_refused(data, fusion, options, named):
     with pytest.raises(ConfigError, match=naming(named)):
         solve(fusion, data, **options)
+
+
+def test_options_that_are_no_numbers_are_refused():
+    for fusion, option in (("logistic", "penalty"), ("kernel", "bandwidth")):
+        with pytest.raises(ConfigError, match=naming(f"{option} number nan")):
+            typed_options(FUSIONS[fusion], {option: "nan"})
