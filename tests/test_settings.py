@@ -184,6 +184,6 @@ def test_every_setting_says_what_it_is(config):
 def test_help_lists_what_is_in_a_registry(monkeypatch):
     monkeypatch.setitem(FUSIONS, "newest", "no.such:Thing")
     text = call(TrainConfig, "--help")
-    assert "mixed, newest, sum" in text
+    assert "mixed, neighbours, newest, prototype, sum" in " ".join(text.split())
     assert "--refit" in text
     assert "--no-refit" in text

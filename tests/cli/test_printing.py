@@ -170,6 +170,7 @@ LONG = {
     "train-head": ["--dataset", "hostile", "--head", "linear", "--epochs", "1"],
     "sweep": ["--dataset", "hostile", "--grid", "dropout=0,0.1", "--epochs", "1", "--seeds", "1"],
     "compare": ["--dataset", "hostile", "--methods", "image,text", "--epochs", "1", "--folds", "2"],
+    "auto": ["--dataset", "hostile", "--trials", "1", "--folds", "2"],
     "ensemble": [SUM, GATED],
     "align": ["--epochs", "1"],
     "pairs": ["--dataset", "hostile", "--threshold", "0.01", "--data-dir", ".", "--output", f"pairs{NAME}"],
