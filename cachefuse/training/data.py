@@ -152,7 +152,7 @@ class TrainingData:
         """
         if (n := self.n_groups(rows)) < k:
             what = "rows" if self.groups is None else "groups of rows that stay together"
-            few = f"give at most --folds {n}" if n > 1 else "no folds are possible"
+            few = f"give --folds from 2 to {n}" if n > 1 else "no folds are possible"
             raise ConfigError(f"{self.name} has {n:,} labelled {what} for {k} folds; {few}")
         if self.groups is None:
             return torch.from_numpy(stratified_folds(self.learnt(rows), k, seed))

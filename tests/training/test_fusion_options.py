@@ -75,7 +75,7 @@ def test_a_training_refuses_them_too(toy_store):
         ({"fusion_options": {"depth": 0}}, "depth 1 0"),
         ({"fusion_options": {"heads": 5}}, "width heads 5"),
         ({"fusion_options": {"dropout": 2}}, "dropout 0 1 2.0"),
-        ({"fusion_options": {"dropout": math.nan}}, "dropout 0 1 nan"),
+        ({"fusion_options": {"dropout": math.nan}}, "dropout number nan"),
     ):
         with pytest.raises(ConfigError, match=naming(message)):
             train_head(store, TrainConfig(fusion="cma", **settings))
