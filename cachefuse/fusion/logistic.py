@@ -5,6 +5,7 @@ Each modality's pooled features have length 1, as the TF-IDF has. The penalty is
 which there are many more (Schölkopf et al., "A generalized representer theorem", 2001).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
@@ -15,15 +16,14 @@ from torch import Tensor
 from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import HeadBuilder
-from cachefuse.fusion.solved import Read, SolvedFusion, fixed, fixed_to, some_rows, unit
+from cachefuse.fusion.solved import LinearSolvedFusion, Read, fixed_to, some_rows
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.nn.kernel_ridge import JITTER
 from cachefuse.nn.logistic import PENALTIES, logistic
-from cachefuse.registry import Options
 
 
-class LogisticFusion(SolvedFusion):
-    """[x_1 / |x_1|; ...; x_M / |x_M|] weight + n-grams lexical + bias -> logits, without a head."""
+class LogisticFusion(LinearSolvedFusion):
+    """The linear model with the least log loss of training rows and a penalty on its squared weights."""
 
     name = "logistic"
     solver = "linear"
@@ -41,24 +41,12 @@ class LogisticFusion(SolvedFusion):
     ):
         """``n_columns`` is the size of a solved model."""
         super().__init__(specs, classes, head, n_columns)
-        if penalty < 0 or rows < 1 or landmarks < 1:
+        if not 0 <= penalty < math.inf or rows < 1 or landmarks < 1:
             raise ConfigError(
                 f"penalty must be at least 0, rows and landmarks above 0. Got {penalty}, {rows} and {landmarks} instead"
             )
         self.penalties = (penalty,) if penalty else PENALTIES
         self.most, self.landmarks = rows, landmarks
-        self.weight = fixed(sum(spec.width for spec in self.dense.values()), classes)
-        self.lexical, self.bias = fixed(n_columns, classes), fixed(classes)
-
-    def sizes(self) -> Options:
-        """Return the options that hold the sizes of the solved model."""
-        return {"n_columns": len(self.lexical)}
-
-    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        logits = self.bias.expand(len(next(iter(features.values()))), -1)
-        if self.dense:
-            logits = logits + torch.cat([unit(features[name], present[name]) for name in self.dense], 1) @ self.weight
-        return self.add_lexical(logits, self.lexical, features, present)
 
     @torch.no_grad()
     def solve(

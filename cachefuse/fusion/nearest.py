@@ -4,7 +4,7 @@ Features have length 1, so that products are cosines. How alike a row is to othe
 value for each class; a scale and a shift make values logits (``nn.kernel_ridge.fit_logits``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor
 from cachefuse.errors import ConfigError
 from cachefuse.feature_spec import FeatureSpec
 from cachefuse.fusion.base import HeadBuilder
-from cachefuse.fusion.solved import Read, SolvedFusion, fixed, fixed_to, some_rows, unit
+from cachefuse.fusion.solved import LinearSolvedFusion, Read, SolvedFusion, fixed, fixed_to, some_rows, unit
 from cachefuse.metrics.tasks import TaskSlice
 from cachefuse.nn.kernel_ridge import fit_logits
 from cachefuse.registry import Options
 
 NEIGHBOURS = (5, 10, 20, 40, 80)
 MEASURED = 4096  # rows, at most, whose values without their group choose the neighbours, and make values logits
-PIECE = 1024  # rows to compare with all at a time
+NUMBERS = 1 << 24  # in memory at a time
 
 
 class NeighboursFusion(SolvedFusion):
@@ -60,14 +60,16 @@ class NeighboursFusion(SolvedFusion):
 
     def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
         x = torch.cat([unit(features[name], present[name]) for name in self.dense], dim=1)
-        return self._shares(x @ self.landmarks.T, self.k) * self.scale + self.shift
+        return self._shares(*_nearest(x @ self.landmarks.T, self.k)) * self.scale + self.shift
 
-    def _shares(self, alike: Tensor, k: int) -> Tensor:
-        """Return the share (B, C) of each class among the k most alike rows; ``alike`` is (B, m)."""
-        weight, place = alike.topk(min(k, alike.shape[1]), dim=1)
-        weight = weight.clamp(min=0)[:, None, :]  # (B, 1, k)
-        found, all_ = (torch.bmm(weight, values[place])[:, 0] for values in (self.labels, self.labelled))
-        return (found + self.prior) / (all_ + 1)
+    def _shares(self, weight: Tensor, place: Tensor) -> Tensor:
+        """Return the share (B, C) of each class among rows with weights and numbers (B, k)."""
+        shares = []
+        at_once = max(1, NUMBERS // max(1, place.shape[1] * self.labels.shape[1]))
+        for some, at in zip(weight.split(at_once), place.split(at_once), strict=True):
+            found, all_ = (torch.bmm(some[:, None, :], x[at])[:, 0] for x in (self.labels, self.labelled))
+            shares.append((found + self.prior) / (all_ + 1))
+        return torch.cat(shares)
 
     @torch.no_grad()
     def solve(
@@ -86,17 +88,20 @@ class NeighboursFusion(SolvedFusion):
         self.labels, self.labelled = fixed_to(targets.clamp(min=0)), fixed_to((targets >= 0).float())
         self.prior = fixed_to(self.labels.sum(0) / self.labelled.sum(0).clamp(min=1))
         measured = some_rows(len(x), MEASURED, groups, seed).to(rows.device)
-        alike = _without_group(lambda at: x[at] @ x.T, measured, groups)
+        tried = (self.k,) if self.k else NEIGHBOURS
+        pieces = _without_group(lambda at: x[at] @ x.T, len(x), measured, groups, -torch.inf)
+        nearest = [_nearest(piece, max(tried)) for piece in pieces]
+        weight, place = (torch.cat(each) for each in zip(*nearest, strict=True))  # (k, the most neighbours) each
         fewest, values = torch.inf, x
-        for k in (self.k,) if self.k else NEIGHBOURS:
-            shares = torch.cat([self._shares(piece, k) for piece in alike()])
+        for k in tried:
+            shares = self._shares(weight[:, :k], place[:, :k])
             error = float(((shares - self.labels[measured]) * self.labelled[measured]).square().sum())
             if error < fewest:
                 fewest, values, self.k = error, shares, k
         self.scale, self.shift = map(fixed_to, _logits(values, targets[measured], tasks))
 
 
-class PrototypeFusion(SolvedFusion):
+class PrototypeFusion(LinearSolvedFusion):
     """How much more a row is like the mean row with a class than like the mean row without it, to logits.
 
     A row is its features of length 1 side by side, and the TF-IDF of its n-grams: the model is linear.
@@ -108,18 +113,6 @@ class PrototypeFusion(SolvedFusion):
     def __init__(self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder, *, n_columns: int = 0):
         """``n_columns`` is the size of a solved model."""
         super().__init__(specs, classes, head, n_columns)
-        self.weight = fixed(sum(spec.width for spec in self.dense.values()), classes)
-        self.lexical, self.bias = fixed(n_columns, classes), fixed(classes)
-
-    def sizes(self) -> Options:
-        """Return the options that hold the sizes of the solved model."""
-        return {"n_columns": len(self.lexical)}
-
-    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
-        logits = self.bias.expand(len(next(iter(features.values()))), -1)
-        if self.dense:
-            logits = logits + torch.cat([unit(features[name], present[name]) for name in self.dense], 1) @ self.weight
-        return self.add_lexical(logits, self.lexical, features, present)
 
     @torch.no_grad()
     def solve(
@@ -141,7 +134,9 @@ class PrototypeFusion(SolvedFusion):
             return products
 
         measured = some_rows(len(rows), MEASURED, groups, seed).to(rows.device)
-        means = [_mean_alike(_without_group(alike, measured, groups, 0.0), measured, groups, side) for side in sides]
+        both = torch.cat(sides, dim=1)
+        sums = torch.cat([piece @ both for piece in _without_group(alike, len(rows), measured, groups, 0.0)])
+        means = (sums / _others(both, measured, groups).clamp(min=1)).chunk(2, dim=1)
         scale, shift = _logits(means[0] - means[1], targets[measured], tasks)
         apart = (sides[0] / sides[0].sum(0).clamp(min=1) - sides[1] / sides[1].sum(0).clamp(min=1)) * scale  # (n, C)
         self.weight, self.bias = fixed_to(dense.T @ apart), fixed_to(shift)
@@ -149,33 +144,28 @@ class PrototypeFusion(SolvedFusion):
             self.lexical = fixed_to(torch.from_numpy(sparse.T @ apart.cpu().numpy()).to(rows.device))
 
 
+def _nearest(alike: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return the weights and the numbers (B, k) of the most alike rows; ``alike`` is (B, m)."""
+    weight, place = alike.topk(min(k, alike.shape[1]), dim=1)
+    return weight.clamp(min=0), place
+
+
 def _without_group(
-    alike: Callable[[Tensor], Tensor], rows: Tensor, groups: Tensor | None, value: float = -torch.inf
-) -> Callable[[], "Sequence[Tensor]"]:
-    """Return what gives how alike rows (k,) are to all n rows, in pieces (b, n), with a value for their own group."""
-
-    def pieces() -> list[Tensor]:
-        found = []
-        for at in rows.split(PIECE):
-            piece = alike(at)
-            own = at[:, None] == torch.arange(piece.shape[1], device=at.device)
-            if groups is not None:
-                own = groups[at][:, None] == groups
-            found.append(piece.masked_fill_(own, value))
-        return found
-
-    return pieces
+    alike: Callable[[Tensor], Tensor], n: int, rows: Tensor, groups: Tensor | None, value: float
+) -> Iterator[Tensor]:
+    """Yield how alike rows (k,) are to all n rows, in pieces (b, n), with a value for those of their own group."""
+    numbers = torch.arange(n, device=rows.device) if groups is None else groups
+    for at in rows.split(max(1, NUMBERS // n)):
+        yield alike(at).masked_fill_(numbers[at][:, None] == numbers, value)
 
 
-def _mean_alike(pieces: Callable[[], Sequence[Tensor]], rows: Tensor, groups: Tensor | None, side: Tensor) -> Tensor:
-    """Return how alike rows (k,) are to the mean of the rows in ``side`` (n, C) that are not of their group, (k, C)."""
+def _others(side: Tensor, rows: Tensor, groups: Tensor | None) -> Tensor:
+    """Return the sums (k, C) of ``side`` (n, C) over the rows that are not of the group of each of the rows (k,)."""
     if groups is None:
-        own = side[rows]
-    else:
-        _, group = groups.unique(return_inverse=True)
-        sums = side.new_zeros(int(group.max()) + 1, side.shape[1]).index_add_(0, group, side)
-        own = sums[group[rows]]
-    return torch.cat([piece @ side for piece in pieces()]) / (side.sum(0) - own).clamp(min=1)
+        return side.sum(0) - side[rows]
+    _, group = groups.unique(return_inverse=True)
+    sums = side.new_zeros(int(group.max()) + 1, side.shape[1]).index_add_(0, group, side)
+    return side.sum(0) - sums[group[rows]]
 
 
 def _logits(values: Tensor, targets: Tensor, tasks: Sequence[TaskSlice]) -> tuple[Tensor, Tensor]:

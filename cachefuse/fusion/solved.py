@@ -71,6 +71,25 @@ class SolvedFusion(Fusion):
         return logits + F.embedding_bag(place, lexical, per_sample_weights=weight, mode="sum")
 
 
+class LinearSolvedFusion(SolvedFusion):
+    """[x_1 / |x_1|; ...; x_M / |x_M|] weight + n-grams lexical + bias -> logits (B, C), however these are solved."""
+
+    def __init__(self, specs: Mapping[str, FeatureSpec], classes: int, head: HeadBuilder, n_columns: int = 0):
+        super().__init__(specs, classes, head, n_columns)
+        self.weight = fixed(sum(spec.width for spec in self.dense.values()), classes)
+        self.lexical, self.bias = fixed(n_columns, classes), fixed(classes)
+
+    def sizes(self) -> Options:
+        """Return the options that hold the sizes of the solved model."""
+        return {"n_columns": len(self.lexical)}
+
+    def forward(self, features: dict[str, Tensor], present: dict[str, Tensor]) -> Tensor:
+        logits = self.bias.expand(len(next(iter(features.values()))), -1)
+        if self.dense:
+            logits = logits + torch.cat([unit(features[name], present[name]) for name in self.dense], 1) @ self.weight
+        return self.add_lexical(logits, self.lexical, features, present)
+
+
 def unit(x: Tensor, present: Tensor) -> Tensor:
     """Return features (B, D) with length 1, and 0 where the row lacks them."""
     return F.normalize(zero_absent(x, present).float(), dim=1)
