@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from cachefuse.errors import CacheError, ConfigError
 from cachefuse.feature_spec import NGRAMS, POOLED, modalities_of
 from cachefuse.fusion import FUSIONS
-from cachefuse.registry import Options
 from cachefuse.runs.run import named
 from cachefuse.settings import settings_of
 from cachefuse.store.store import FeatureStore
@@ -64,16 +64,16 @@ def candidates(store: FeatureStore, base: TrainConfig, encoders: Sequence[str] =
     one_label = store.manifest.task == "multiclass"
     likelihood, other = ("ce", "focal") if one_label else ("bce", "asl")
 
-    def of(fusion: str, **settings: object) -> Candidate:
-        options: Options = settings.pop("options", {})  # type: ignore[assignment]
-        loss = None if FUSIONS[fusion].solved else settings.pop("loss", likelihood)
-        return Candidate(
-            replace(base, fusion=fusion, loss=loss, fusion_options=options, **settings),  # type: ignore[arg-type]
-            tuple(encoders),
-        )
+    def of(fusion: str, **settings: Any) -> Candidate:
+        loss = {} if FUSIONS[fusion].solved else {"loss": likelihood}
+        return Candidate(replace(base, fusion=fusion, **{**loss, **settings}), tuple(encoders))
 
     found = [of("sum"), of("kernel")]
-    found += [of("logistic", standardize="none"), of("sum", loss=other), of("kernel", options={"bandwidth": 2.0})]
+    found += [
+        of("logistic", standardize="none"),
+        of("sum", loss=other),
+        of("kernel", fusion_options={"bandwidth": 2.0}),
+    ]
     found += [of("concat"), of("logistic"), of("mixed")]
     modalities, names = _features(store, encoders)
     alone = [
@@ -87,7 +87,7 @@ def candidates(store: FeatureStore, base: TrainConfig, encoders: Sequence[str] =
     for name in names if 1 < len(names) <= MOST_ENCODERS else ():
         rest = tuple(x for x in names if x != name)
         found += [replace(each, encoders=rest, note=f"without {name}") for each in found[:2]]
-    found += [of("sum", loss=other, members=3), of("gated"), of("kernel", options={"bandwidth": 0.5})]
+    found += [of("sum", loss=other, members=3), of("gated"), of("kernel", fusion_options={"bandwidth": 0.5})]
     return found
 
 

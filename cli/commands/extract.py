@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from cachefuse_cli.shared.extraction import extract_features
+from cachefuse_cli.shared.extraction import extract_dict, extract_features, extract_report
 from cachefuse_cli.shared.limit_options import reads_raw_data
 from cachefuse_cli.shared.options import (
     WORKSPACE,
@@ -70,6 +70,6 @@ def extract(
             refresh=refresh,
         )
     if json:
-        render.print_json(render.extract_dict(report))
+        render.print_json(extract_dict(report))
     else:
-        render.extract_report(report, loaded.manifest.task)
+        extract_report(report, loaded.manifest.task)

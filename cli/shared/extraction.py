@@ -1,8 +1,10 @@
-"""The extraction of a dataset's features, for every command that makes them."""
+"""The extraction of a dataset's features, for every command that makes them, and its result."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cachefuse.files import JsonObject
+from cachefuse_cli.shared.console import Text, new_table, out
 from cachefuse_cli.shared.options import chosen_encoders
 
 if TYPE_CHECKING:
@@ -77,3 +79,51 @@ def _has_features(store: "FeatureStore", dataset: "Dataset", encoders: list[str]
         and all(f.is_complete(POOLED) or f.is_complete(NGRAMS) for name, f in found if name in names)
         and all(np.array_equal(np.asarray(mine), np.asarray(theirs)) for mine, theirs in held)
     )
+
+
+def extract_dict(report: "ExtractReport") -> JsonObject:
+    return {
+        "store": str(report.store),
+        "features": [
+            {
+                "encoder": encoder,
+                "modality": modality,
+                "rows": rows,
+                "computed": report.computed[(encoder, modality)],
+                "long_texts": long.to_dict() if (long := report.long.get((encoder, modality))) is not None else None,
+            }
+            for (encoder, modality), rows in report.rows.items()
+        ],
+        "bad": [vars(line) for line in report.bad],
+    }
+
+
+NEXT = {
+    "retrieval": "cachefuse align, with two encoders",
+    "similarity": "cachefuse similarity",
+    "paraphrase": "cachefuse similarity",
+}
+
+
+def extract_report(report: "ExtractReport", task: str) -> None:
+    """Print the rows in the store and computed now, the bad samples, and the next step."""
+    console = out()
+    table = new_table("encoder", "modality", "rows", "computed now", numbers=2)
+    for (encoder, modality), rows in report.rows.items():
+        computed = report.computed[(encoder, modality)]
+        table.add_row(encoder, modality, f"{rows:,}", f"{computed:,}" if computed else "0 (all in the store)")
+    console.print(table)
+    if not any(report.computed.values()):
+        console.print("Nothing to compute: all features were already there.")
+    for (encoder, modality), long in report.long.items():
+        if long.message:
+            console.print(Text.assemble((f"{encoder} ({modality}): ", "dim"), long.message), soft_wrap=True)
+    if report.bad:
+        console.print(f"{len(report.bad):,} unusable samples (their rows are kept, and marked absent):")
+        for line in report.bad[:10]:
+            source = f" ({line.source})" if line.source else ""
+            console.print(Text(f"  {line.id} {line.modality}: {line.reason}{source}"), soft_wrap=True)
+        if len(report.bad) > 10:
+            console.print(Text(f"  ... {report.store / 'samples' / 'bad.jsonl'} lists all of them"), soft_wrap=True)
+    console.print(Text.assemble(("store ", "dim"), str(report.store)), soft_wrap=True)
+    console.print(Text.assemble(("next  ", "dim"), NEXT.get(task, "cachefuse train-head")), soft_wrap=True)

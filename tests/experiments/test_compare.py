@@ -386,17 +386,3 @@ def test_trials_without_their_scores_are_trained_again(damage, toy_store, folder
     assert [setting.trials[0].metrics for setting in again.settings] == [
         setting.trials[0].metrics for setting in first.settings
     ]
-
-
-def test_fusions_that_are_solved_directly_are_compared_too(toy_store, folder):
-    """The budget of epochs is of the others, and they have no steps."""
-    result = compare(toy_store(), folder=folder, methods=("kernel", "logistic", "sum"), **QUICK)
-    assert [len(setting.trials) for setting in result.settings] == [1, 1, 1]
-    kernel, logistic, summed = (setting.costs for setting in result.settings)
-    assert kernel.steps_per_second == logistic.steps_per_second == 0 < summed.steps_per_second
-    assert min(kernel.ms_per_item, logistic.size_mb) > 0
-    assert len(result.standings) == 3
-    console = Console(width=80)
-    with console.capture() as shown:
-        console.print(sweep_table(result))
-    assert says(shown.get(), "kernel logistic sum")

@@ -113,6 +113,18 @@ def test_warnings_come_once(make_store_in, tmp_path, caplog):
     assert sum(says(record.getMessage(), "never occurs") for record in caplog.records) == 1
 
 
+def test_a_limit_of_size_is_one_of_the_blend(data):
+    """A model that is too large by itself is left out; two that are too large together are not joined."""
+    free = train_head(data.store, BLEND, device="cpu")
+    sizes = {member.config.fusion: member.model.size_mb for member in free.members}
+    assert len(sizes) == 2
+    small, large = sorted(sizes, key=sizes.get)
+    for bound in (0.5 * (sizes[small] + sizes[large]), 0.99 * sum(sizes.values())):
+        run = train_head(data.store, BLEND, max_size_mb=bound, device="cpu")
+        assert run.size_mb <= bound
+        assert len(run.models) == 1
+
+
 def test_a_limit_of_size_is_kept(data):
     with pytest.raises(ConfigError, match=naming("max-size-mb 0.001")):
         train_head(data.store, BLEND[0], max_size_mb=0.001, device="cpu")
