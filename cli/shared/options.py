@@ -206,7 +206,7 @@ def find_dataset(path: str) -> tuple[str, Path | None]:
 
     folder = Path(path)
     if not folder.is_dir():
-        load_manifest(path if path.endswith(".toml") else f"./{path}")
+        load_manifest(path if folder.is_absolute() or path.endswith(".toml") else f"./{path}")
         return path, None
     match sorted(folder.glob("*.toml")):
         case [manifest]:
