@@ -29,6 +29,7 @@ from cachefuse.training.blend import blend
 from cachefuse.training.config import TrainConfig
 from cachefuse.training.data import TRAIN, VAL
 from cachefuse.training.held_out import HeldOut
+from cachefuse.training.recommended import KEEPS
 from cachefuse.training.split import split_of_all
 
 MINUTES, FOLDS = 5.0, 5
@@ -66,7 +67,8 @@ def auto(
     begun = time.perf_counter()
     with only_sweep(folder) if folder else nullcontext():
         bounds = Bounds(max_size_mb, max_ms)
-        search = Halving.begin(store, replace(base, refit=True), encoders, device, folder, trials, bounds)
+        kept = TrainConfig(**{**{name: getattr(base, name) for name in KEEPS}, "refit": True})
+        search = Halving.begin(store, kept, encoders, device, folder, trials, bounds)
         so_far = partial(_so_far, search, minutes if trials is None else None, trials)
         search.on_trial = lambda: on_trial(so_far())
         search.run(math.inf if trials is not None else SPARE * 60 * minutes)

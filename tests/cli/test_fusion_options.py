@@ -97,7 +97,7 @@ def made(made_once, toy_store):
         ("cma", ["heads=5"], "width 5 heads"),
         ("cma", ["width=-6"], "width 1 -6"),
         ("cma", ["dropout=2"], "dropout 0 1 2.0"),
-        ("cma", ["dropout=nan"], "dropout 0 1 nan"),
+        ("cma", ["dropout=nan"], "dropout number nan"),
         ("tirg", ["width=0"], "width 1 0"),
         ("tirg", ["query=x"], "fusion tirg x image text"),
         ("sum", ["depth=1"], "fusion sum depth"),

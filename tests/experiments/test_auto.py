@@ -241,6 +241,11 @@ def test_rows_of_the_test_split_change_nothing(make_store_in, tmp_path):
     assert runs[0].metrics["test"] != runs[1].metrics["test"]
 
 
+def test_settings_of_a_model_have_no_effect(store):
+    scores = [search(store, trials=2, base=base).held_out.scores for base in (BASE, replace(BASE, epochs=1, lr=1.0))]
+    np.testing.assert_array_equal(*scores)
+
+
 def test_multiclass(make_store_in, tmp_path):
     run = search(made(make_store_in, tmp_path, "multiclass"))
     np.testing.assert_allclose(run.held_out.scores.sum(1), 1, atol=1e-5)
